@@ -1,0 +1,226 @@
+"""The training data of an erasure: latents of forget and retain images, with the embeddings of their prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from erase.files import load_tensors, save_tensors
+from erase.models import Cond, DiffusionModel
+from prompts.concepts import ConceptSpec
+from prompts.errors import ErasureError
+
+T = TypeVar("T")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+@dataclass
+class LatentConfig:
+    """Where forget and retain latents come from."""
+
+    n_forget: int = 128
+    """forget latents in all, over all concepts"""
+    n_retain: int = 256
+    """retain latents in all"""
+    steps: int = 15
+    """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""
+    guidance: float = 3.0
+    """guidance scale of that sampling"""
+    batch_size: int = 32
+    """images sampled or encoded at a time"""
+    forget_images: str | None = None
+    """a folder of images of the concept to encode instead of sampling; every forget prompt is paired with them in turn"""
+    retain_images: str | None = None
+    """a folder of images to keep, likewise"""
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Latents with one prompt each, and for forget latents the anchor prompt beside it."""
+
+    latents: Tensor
+    """posterior means, scaled as the denoiser sees them, shape (n, c, h, w)"""
+    std: Tensor | None
+    """posterior standard deviations, same shape: the latent is drawn anew at each use; None for sampled latents"""
+    prompts: tuple[str, ...]
+    """one prompt per latent"""
+    anchors: tuple[str, ...] | None = None
+    """one anchor prompt per forget latent; None for retain latents"""
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents of these rows: a posterior sample each, where they come from images."""
+        mean = self.latents[rows]
+        if self.std is None:
+            return mean
+        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        tensors = {"latents": self.latents} | ({} if self.std is None else {"std": self.std})
+        texts = {"prompts": json.dumps(self.prompts), "anchors": json.dumps(self.anchors)}
+        save_tensors(path, tensors, {**metadata, **texts, "format": "latents"})
+
+    @classmethod
+    def load(cls, path: Path) -> LatentSet:
+        tensors, metadata = load_tensors(path, "latents")
+        prompts, anchors = json.loads(metadata["prompts"]), json.loads(metadata["anchors"])
+        if len(prompts) != len(tensors["latents"]):
+            raise ErasureError(f"{path}: {len(prompts)} prompts for {len(tensors['latents'])} latents; delete it to make it again")
+        return cls(tensors["latents"], tensors.get("std"), tuple(prompts), None if anchors is None else tuple(anchors))
+
+
+def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:
+    """Rows `start .. start + count` of an endless stream in which every epoch holds each of `n` rows exactly once.
+
+    A function of its arguments alone, so that a resumed run goes on in the same order.
+    """
+    rows = []
+    for epoch in range(start // n, (start + count - 1) // n + 1):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)) if shuffle else torch.arange(n)
+        rows.append(order[max(start - epoch * n, 0) : start + count - epoch * n])
+    return torch.cat(rows)
+
+
+class PromptCache:
+    """Embeddings of every distinct prompt, computed once; the text encoder does not run inside the training loop."""
+
+    def __init__(self, model: DiffusionModel, prompts: Sequence[str]) -> None:
+        distinct = list(dict.fromkeys(prompts))
+        self._row = {prompt: i for i, prompt in enumerate(distinct)}
+        self._cond = model.encode(distinct)
+
+    def __call__(self, prompts: Sequence[str]) -> Cond:
+        """Embeddings of these prompts, in order."""
+        return self._cond[torch.tensor([self._row[prompt] for prompt in prompts])]
+
+
+def prepare_latents(
+    model: DiffusionModel, concepts: list[ConceptSpec], config: LatentConfig, seed: int, cache: Path | None = None
+) -> tuple[LatentSet, LatentSet]:
+    """Forget and retain latents of an erasure, sampled from the model itself or encoded from folders.
+
+    Args:
+        model: the base.
+        concepts: their pairs are used in turn, each concept equally often.
+        config: how many and from where.
+        seed: picks the prompts and seeds the images.
+        cache: a folder in which finished sets are kept; the same inputs find them again.
+
+    Raises:
+        ErasureError: no retain prompts, or a folder without images.
+    """
+    rng = random.Random(seed)
+    pairs = _pick_pairs(concepts, config.n_forget, rng)
+    retained = _pick_retain(concepts, config.n_retain, rng)
+    forget_prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
+    jobs = [
+        ("forget", forget_prompts, anchors, config.forget_images, seed * 1_000_003),
+        ("retain", tuple(retained), None, config.retain_images, seed * 1_000_003 + 500_000),
+    ]
+    return tuple(_cached(model, config, cache, *job) for job in jobs)  # type: ignore[return-value]
+
+
+def _pick_pairs(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[tuple[str, str]]:
+    shares = [_cycled(concept.pairs(), -(-n // len(concepts)), rng) for concept in concepts]
+    return [pair for row in zip(*shares, strict=True) for pair in row][:n]
+
+
+def _pick_retain(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[str]:
+    """Retain prompts of all concepts, less those that name any of the concepts."""
+    names = [name.lower() for concept in concepts for name in (concept.target, *concept.synonyms)]
+    prompts = [p for concept in concepts for p in concept.retain if not any(name in p.lower() for name in names)]
+    if not prompts:
+        raise ErasureError(f"no retain prompts are left for {', '.join(c.target for c in concepts)}; give some that do not name the concept")
+    return _cycled(list(dict.fromkeys(prompts)), n, rng)
+
+
+def _cycled(items: list[T], n: int, rng: random.Random) -> list[T]:
+    """`n` items: whole shuffled rounds, so that each item comes as often as any other, within one."""
+    picked: list[T] = []
+    while len(picked) < n:
+        picked += rng.sample(items, len(items))
+    return picked[:n]
+
+
+def _cached(
+    model: DiffusionModel,
+    config: LatentConfig,
+    cache: Path | None,
+    what: str,
+    prompts: tuple[str, ...],
+    anchors: tuple[str, ...] | None,
+    folder: str | None,
+    seed: int,
+) -> LatentSet:
+    files = _image_files(folder) if folder else []
+    key = json.dumps([model.fingerprint, prompts, anchors, [(str(f), f.stat().st_size) for f in files], seed, asdict(config)])
+    path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
+    if path and path.exists():
+        return LatentSet.load(path)
+    if files:
+        mean, std = _encode(model, files, config.batch_size)
+        rows = torch.arange(len(prompts)) % len(mean)
+        made = LatentSet(mean[rows], std[rows], prompts, anchors)
+    else:
+        made = LatentSet(_sample(model, prompts, config, seed, what), None, prompts, anchors)
+    if path:
+        made.save(path, {"base_fingerprint": model.fingerprint})
+    return made
+
+
+def _sample(model: DiffusionModel, prompts: tuple[str, ...], config: LatentConfig, seed: int, what: str) -> Tensor:
+    parts = []
+    with tqdm(total=len(prompts), desc=f"{what} latents", unit="img") as bar:
+        for start in range(0, len(prompts), config.batch_size):
+            batch = list(prompts[start : start + config.batch_size])
+            seeds = [seed + start + i for i in range(len(batch))]
+            parts.append(model.sample(batch, seeds, config.steps, config.guidance).cpu())
+            bar.update(len(batch))
+    latents = torch.cat(parts)
+    if not latents.isfinite().all():
+        raise ErasureError("the model sampled latents that are not finite; load it in float32")
+    return latents
+
+
+def _image_files(folder: str) -> list[Path]:
+    files = sorted(path for path in Path(folder).glob("**/*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise ErasureError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}; give another folder or leave it out to sample them")
+    return files
+
+
+def _encode(model: DiffusionModel, files: list[Path], batch_size: int) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of image files: short side to the model's resolution (bicubic), centre crop, [-1, 1]."""
+    size = model.image_size
+    means, stds = [], []
+    for start in tqdm(range(0, len(files), batch_size), desc="encoding images", unit="batch"):
+        images = torch.stack([_read(path, size) for path in files[start : start + batch_size]])
+        mean, std = model.encode_images(images)
+        means.append(mean.float().cpu())
+        stds.append(std.float().cpu())
+    return torch.cat(means), torch.cat(stds)
+
+
+def _read(path: Path, size: int) -> Tensor:
+    from PIL import Image, UnidentifiedImageError
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
+
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ErasureError(f"cannot read the image {path}: {error}") from error
+    image = center_crop(resize(image, [size], InterpolationMode.BICUBIC), [size])
+    return pil_to_tensor(image).float() / 127.5 - 1

@@ -1,0 +1,232 @@
+"""Saliency and masks: which weights matter to the concept, one bit per weight (SalUn, Fan et al., ICLR 2024, eq. 3-4).
+
+`SaliencyAccumulator` (mutable) sums signed gradients over batches; `Saliency` (frozen) is the absolute value of that sum and
+can be cut at any density; `SaliencyMask` (frozen) is the result, packed, and knows the model it belongs to.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from erase.files import load_tensors, save_tensors
+from prompts.errors import ErasureError
+
+CHUNK = 1 << 22  # values handled at a time, so that extra memory stays constant
+
+
+class SaliencyAccumulator:
+    """Sums the gradients of parameters, signed and in float32; batches may cancel."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
+        self._params = dict(params)
+        self._sums = {name: torch.zeros_like(param, dtype=torch.float32) for name, param in self._params.items()}
+
+    def add_gradients(self) -> None:
+        """Add each parameter's `.grad` to its sum and clear it. A parameter without gradient counts as zero."""
+        for name, param in self._params.items():
+            if param.grad is not None:
+                self._sums[name] += param.grad
+                param.grad = None
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The signed sums, which several processes add up before `finish`."""
+        return self._sums
+
+    def saliency(self, metadata: Mapping[str, str] | None = None) -> Saliency:
+        """Freeze the absolute value of the sums.
+
+        Raises:
+            ErasureError: a sum is not finite.
+        """
+        for name, total in self._sums.items():
+            if not total.isfinite().all():
+                raise ErasureError(f"the saliency of {name} is not finite; use float32 and check the forget latents")
+        return Saliency({name: total.abs().cpu() for name, total in self._sums.items()}, dict(metadata or {}))
+
+    def finish(self, density: float, metadata: Mapping[str, str] | None = None) -> SaliencyMask:
+        """The mask of the `density` most salient weights."""
+        return self.saliency(metadata).cut(density)
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """|sum of gradients| of each weight, kept so that any density can be cut without computing it again."""
+
+    values: dict[str, Tensor]
+    """parameter name -> float32, the parameter's shape, non-negative"""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    def cut(self, density: float) -> SaliencyMask:
+        """The `floor(density * N)` most salient weights over all parameters; ties go to the earlier parameter, then the lower index.
+
+        Raises:
+            ErasureError: density outside (0, 1], or so small that no weight is left.
+        """
+        count = kept_count(density, sum(value.numel() for value in self.values.values()))
+        bits = {name: pack(chosen) for name, chosen in top_k(self.values, count)}
+        shapes = {name: tuple(value.shape) for name, value in self.values.items()}
+        return SaliencyMask(bits, shapes, {**self.metadata, "density": repr(density)})
+
+    def save(self, path: str | Path) -> None:
+        save_tensors(path, self.values, {**self.metadata, "format": "saliency"})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Saliency:
+        values, metadata = load_tensors(path, "saliency")
+        return cls(values, metadata)
+
+
+@dataclass(frozen=True)
+class SaliencyMask:
+    """One bit per weight: 1 where training may change it."""
+
+    bits: dict[str, Tensor]
+    """parameter name -> uint8, ceil(n / 8) bytes, little bit order, rows of the parameter flattened"""
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str] = field(default_factory=dict)
+    """base_fingerprint, concepts, loss, density, scope, seed, ..."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The boolean mask of one parameter, in the parameter's shape."""
+        return unpack(self.bits[name], self.shapes[name])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.bits
+
+    @property
+    def size(self) -> int:
+        """Number of weights the mask speaks of."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def count(self) -> int:
+        """Number of ones."""
+        return sum(int(self[name].sum()) for name in self.bits)
+
+    def layer_density(self) -> dict[str, float]:
+        """Parameter name -> fraction of its weights that may change."""
+        return {name: self[name].float().mean().item() for name in self.bits}
+
+    def inverted(self) -> SaliencyMask:
+        """The complement: a control that must do worse."""
+        bits = {name: pack(~self[name]) for name in self.bits}
+        return SaliencyMask(bits, self.shapes, {**self.metadata, "control": "inverted"})
+
+    @classmethod
+    def random(cls, params: Mapping[str, Tensor], density: float, seed: int, metadata: Mapping[str, str] | None = None) -> SaliencyMask:
+        """A uniformly random mask of exactly `floor(density * N)` ones: the control for saliency."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = {name: torch.rand(param.shape, generator=generator) for name, param in params.items()}
+        return Saliency(noise, {**(metadata or {}), "control": "random", "seed": str(seed)}).cut(density)
+
+    def check(self, params: Mapping[str, Tensor], base_fingerprint: str) -> None:
+        """Refuse a model that the mask was not made for.
+
+        Raises:
+            ErasureError: another base, or parameters that the mask does not know.
+        """
+        own = self.metadata.get("base_fingerprint")
+        if own != base_fingerprint:
+            raise ErasureError(
+                f"this mask belongs to another base model (fingerprint {str(own)[:12]}, not {base_fingerprint[:12]}); compute one for this base"
+            )
+        for name, param in params.items():
+            if name not in self or self.shapes[name] != tuple(param.shape):
+                raise ErasureError(f"the mask does not cover {name} {tuple(param.shape)}; compute it over the same scope as the training")
+
+    def save(self, path: str | Path) -> None:
+        """Write safetensors: one uint8 tensor per parameter, shapes and provenance in the metadata."""
+        save_tensors(path, self.bits, {**self.metadata, "format": "mask", "shapes": json.dumps(self.shapes)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> SaliencyMask:
+        bits, metadata = load_tensors(path, "mask")
+        shapes = {name: tuple(shape) for name, shape in json.loads(metadata.pop("shapes")).items()}
+        for name, shape in shapes.items():
+            if name not in bits or bits[name].dtype != torch.uint8 or bits[name].numel() != -(-math.prod(shape) // 8):
+                raise ErasureError(f"{path}: the bits of {name} do not fit its shape {shape}; the file is damaged, compute the mask again")
+        return cls(bits, shapes, metadata)
+
+
+def kept_count(density: float, total: int) -> int:
+    """floor(density * total), as the reference's int(N * rho).
+
+    Raises:
+        ErasureError: density outside (0, 1], or a count of zero.
+    """
+    if not 0 < density <= 1:
+        raise ErasureError(f"density must be in (0, 1], not {density}")
+    count = math.floor(density * total)
+    if not count:
+        raise ErasureError(f"density {density} of {total} weights leaves none to train; use a higher density or a wider scope")
+    return count
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A boolean tensor as bits: uint8, ceil(n / 8) bytes."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
+
+
+def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The boolean tensor of `shape` that was packed."""
+    flat = np.unpackbits(bits.cpu().numpy(), count=math.prod(shape), bitorder="little")
+    return torch.from_numpy(flat.view(np.bool_).reshape(shape))
+
+
+def top_k(values: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, Tensor]]:
+    """Exactly the `count` largest of all values, as one boolean tensor per name; ties in the order of names, then index.
+
+    Non-negative float32 numbers order as their bit patterns do, so the threshold is found by counting: one histogram of the high
+    16 bits, one of the low 16 bits within the threshold's bin. Two passes, no sort, constant extra memory.
+    """
+    threshold, above = _threshold(values, count)
+    ties = count - above
+    for name, value in values.items():
+        pattern = _pattern(value)
+        chosen = pattern > threshold
+        equal = pattern == threshold
+        if ties and (found := int(equal.sum())):
+            if found > ties:
+                equal &= equal.cumsum(0) <= ties
+            chosen |= equal
+            ties -= min(found, ties)
+        yield name, chosen.view(value.shape)
+
+
+def _pattern(value: Tensor) -> Tensor:
+    # adding 0.0 turns -0.0 into 0.0, whose pattern is not negative
+    return (value.reshape(-1) + 0.0).view(torch.int32)
+
+
+def _threshold(values: Mapping[str, Tensor], count: int) -> tuple[int, int]:
+    """The bit pattern of the count-th largest value, and how many values lie strictly above it."""
+    high = torch.zeros(1 << 16, dtype=torch.float64)
+    for pattern in _chunks(values):
+        high += torch.bincount(pattern >> 16, minlength=1 << 16)
+    top, above = _bin_of(high, count)
+    low = torch.zeros(1 << 16, dtype=torch.float64)
+    for pattern in _chunks(values):
+        low += torch.bincount(pattern[(pattern >> 16) == top] & 0xFFFF, minlength=1 << 16)
+    bottom, within = _bin_of(low, count - above)
+    return top << 16 | bottom, above + within
+
+
+def _chunks(values: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    for value in values.values():
+        yield from _pattern(value).split(CHUNK)
+
+
+def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
+    """The bin that holds the count-th largest value, and the number of values in the bins above it."""
+    from_top = histogram.flip(0).cumsum(0)
+    steps = int((from_top < count).sum())
+    above = int(from_top[steps - 1]) if steps else 0
+    return len(histogram) - 1 - steps, above

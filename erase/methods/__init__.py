@@ -1,0 +1,57 @@
+"""The methods, one file each. A name here may be a preset: the same function with other defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from erase.mask import Saliency, SaliencyMask
+from prompts.errors import unknown
+
+METHODS = {
+    "salun": "erase.methods.salun",
+    "salun-paper": "erase.methods.salun",
+}
+"""method -> the module whose `METHODS` holds it"""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to erase: its function, its configuration with defaults, and where it comes from."""
+
+    name: str
+    paper: str
+    config: Any
+    """a dataclass instance with the defaults"""
+    compute: Callable[..., Edit]
+    """(model, concepts, forget, retain, config, *, seed, accelerator, folder) -> Edit; leaves the model as it was found"""
+
+
+@dataclass
+class Edit:
+    """What a method computes: new values, and the evidence of how it came to them."""
+
+    values: dict[str, Tensor]
+    """parameter name -> new values"""
+    losses: list[float]
+    """one per optimizer step; empty for a closed form"""
+    mask: SaliencyMask | None = None
+    saliency: Saliency | None = None
+
+
+def get_method(name: str) -> Method:
+    """The method or preset of this name.
+
+    Raises:
+        ErasureError: an unknown name; the near one is suggested.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    method: Method = import_module(METHODS[name]).METHODS[name]
+    return method
+
+

@@ -1,0 +1,288 @@
+"""SalUn: saliency unlearning (Fan et al., ICLR 2024, https://arxiv.org/abs/2310.12508).
+
+The weights that the forget loss is most sensitive to are found once (the mask); then only they are fine-tuned, so that the
+forget prompt's prediction becomes the anchor prompt's, while retained prompts keep theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from erase.latents import LatentSet, PromptCache, epoch_rows
+from erase.losses import denoising, forgetting, guided, remap
+from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
+from erase.methods import Edit, Method
+from erase.models import Cond, DiffusionModel, weights_at
+from erase.scopes import select
+from erase.training import TrainConfig, fit
+from prompts.concepts import ConceptSpec
+from prompts.errors import unknown
+
+CONTROLS = ("saliency", "random", "inverted", "none")
+SOURCES = ("frozen", "current")
+RETAIN_TARGETS = ("frozen", "noise")
+
+
+@dataclass
+class SalUnConfig:
+    """Settings of SalUn."""
+
+    density: float = 0.5
+    """fraction of the scope's weights that may change: the most salient ones"""
+    scope: str = "full"
+    """where saliency is ranked and weights may change: full, xattn, xattn_kv, selfattn, noxattn, text_encoder, or a pattern"""
+    mask: str = "saliency"
+    """which weights the mask keeps: saliency; or a control: random, inverted, none"""
+    mask_file: str | None = None
+    """a saved mask to use instead of computing one"""
+    saliency_guidance: float = 7.5
+    """g of (1 + g) eps_c - g eps_null in the forget loss; 7.5 is diffusers' guidance_scale 8.5"""
+    saliency_batch_size: int = 8
+    """forget latents per gradient of the saliency; gradients of all batches are summed"""
+    alpha: float = 1.0
+    """weight of the retain loss"""
+    anchor_from: str = "frozen"
+    """weights that predict the anchor target: frozen (the base) or current (the reference)"""
+    retain_target: str = "frozen"
+    """what retain predictions are held to: frozen (the base's prediction) or noise (the reference)"""
+    share_latents: bool = True
+    """one posterior sample for the forget and the anchor prediction; False draws two, as the reference does (images only)"""
+    retain_dropout: float = 0.1
+    """fraction of retain prompts replaced by the empty one, so that classifier-free guidance keeps its null branch"""
+    shuffle: bool = True
+    """a new order of the forget latents in each epoch"""
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Forget and retain rows of one step (or of this process's part of it)."""
+
+    forget: Tensor
+    """noisy forget latents, shape (n, c, h, w)"""
+    anchor: Tensor
+    """what the anchor sees: the same, or noised from its own posterior sample"""
+    t: Tensor
+    forget_cond: Cond
+    anchor_cond: Cond
+    retain: Tensor
+    retain_t: Tensor
+    retain_cond: Cond
+    retain_noise_target: Tensor
+    """the denoiser's own training target for the retain rows"""
+
+
+def compute(
+    model: DiffusionModel,
+    concepts: list[ConceptSpec],
+    forget: LatentSet,
+    retain: LatentSet,
+    config: SalUnConfig,
+    *,
+    seed: int,
+    accelerator: Accelerator,
+    folder: Path | None = None,
+) -> Edit:
+    """Erase `concepts` from `model`, which is left as it was found.
+
+    Raises:
+        ErasureError: an unknown option, a mask of another base, a loss that is not finite.
+    """
+    for what, name, options in (
+        ("mask", config.mask, CONTROLS),
+        ("anchor_from", config.anchor_from, SOURCES),
+        ("retain_target", config.retain_target, RETAIN_TARGETS),
+    ):
+        if name not in options:
+            raise unknown(what, name, options)
+    params = select(model.parameters(), config.scope)
+    embed = PromptCache(model, ["", *forget.prompts, *(forget.anchors or ()), *retain.prompts])
+    saliency, mask = None, None
+    if config.mask_file:
+        mask = SaliencyMask.load(config.mask_file)
+    elif config.mask == "random":
+        mask = SaliencyMask.random(params, config.density, seed, {"base_fingerprint": model.fingerprint})
+    elif config.mask != "none":
+        saliency = compute_saliency(model, params, forget, embed, config, seed, accelerator)
+        mask = saliency.cut(config.density)
+        mask = mask.inverted() if config.mask == "inverted" else mask
+    fitted = fit(
+        model,
+        params,
+        lambda step, part: make_batch(model, forget, retain, embed, config, seed, step, part, accelerator),
+        loss_function(model, params, config),
+        config.train,
+        mask,
+        accelerator=accelerator,
+        checkpoint=folder / "training.pt" if folder else None,
+    )
+    return Edit(fitted.values, fitted.losses, mask, saliency)
+
+
+def compute_saliency(
+    model: DiffusionModel,
+    params: Mapping[str, nn.Parameter],
+    forget: LatentSet,
+    embed: PromptCache,
+    config: SalUnConfig,
+    seed: int,
+    accelerator: Accelerator,
+) -> Saliency:
+    """|sum over batches of the forget loss's gradient|, one pass over the forget latents, both guidance branches live (eq. 3)."""
+    accumulator = SaliencyAccumulator(params)
+    starts = range(0, len(forget), config.saliency_batch_size)
+    for param in params.values():
+        param.requires_grad_(True)
+    try:
+        for start in tqdm(starts, desc="saliency", unit="batch", disable=not accelerator.is_main_process):
+            if start // config.saliency_batch_size % accelerator.num_processes != accelerator.process_index:
+                continue
+            rows = torch.arange(start, min(start + config.saliency_batch_size, len(forget)))
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+            x0 = forget.draw(rows, generator)
+            t, noise = _draw_noise(x0, model.timesteps, generator)
+            x0, t, noise = (tensor.to(model.device) for tensor in (x0, t, noise))
+            cond = embed([forget.prompts[i] for i in rows]).cat(embed([""] * len(rows)))
+            with accelerator.autocast():
+                both = model.predict(model.add_noise(x0, noise, t).repeat(2, 1, 1, 1), t.repeat(2), cond)
+                prediction = guided(*both.chunk(2), config.saliency_guidance)
+                loss = forgetting(prediction, model.target(x0, noise, t))
+            loss.backward()
+            accumulator.add_gradients()
+    finally:
+        for param in params.values():
+            param.requires_grad_(False)
+            param.grad = None
+    for name, total in accumulator.sums.items():  # signed sums of all processes, before the absolute value
+        total.copy_(accelerator.reduce(total, reduction="sum"))
+    return accumulator.saliency(
+        {
+            "base_fingerprint": model.fingerprint,
+            "loss": f"forgetting, guidance {config.saliency_guidance:g}",
+            "scope": config.scope,
+            "seed": str(seed),
+        }
+    )
+
+
+def make_batch(
+    model: DiffusionModel,
+    forget: LatentSet,
+    retain: LatentSet,
+    embed: PromptCache,
+    config: SalUnConfig,
+    seed: int,
+    step: int,
+    part: int,
+    accelerator: Accelerator,
+) -> Batch:
+    """Rows, timesteps and noise of one part of one step, drawn for the whole step and then cut to this process and part."""
+    size = config.train.batch_size
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    kept = epoch_rows(len(retain), step * size, size, seed + 1)
+    x_retain = retain.draw(kept, generator)
+    t_retain, noise_retain = _draw_noise(x_retain, model.timesteps, generator)
+    gone = epoch_rows(len(forget), step * size, size, seed, config.shuffle)
+    x_forget = forget.draw(gone, generator)
+    x_anchor = x_forget if config.share_latents else forget.draw(gone, generator)
+    t, noise = _draw_noise(x_forget, model.timesteps, generator)
+    dropped = torch.rand(size, generator=generator) < config.retain_dropout
+
+    mine = _share(size, part, config.train.accumulation, accelerator)
+    x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise = (
+        tensor[mine].to(model.device) for tensor in (x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise)
+    )
+    anchors = forget.anchors or forget.prompts
+    return Batch(
+        forget=model.add_noise(x_forget, noise, t),
+        anchor=model.add_noise(x_anchor, noise, t),
+        t=t,
+        forget_cond=embed([forget.prompts[i] for i in gone[mine]]),
+        anchor_cond=embed([anchors[i] for i in gone[mine]]),
+        retain=model.add_noise(x_retain, noise_retain, t_retain),
+        retain_t=t_retain,
+        retain_cond=embed(["" if drop else retain.prompts[i] for i, drop in zip(kept[mine], dropped[mine], strict=True)]),
+        retain_noise_target=model.target(x_retain, noise_retain, t_retain),
+    )
+
+
+def loss_function(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: SalUnConfig):  # type: ignore[no-untyped-def]
+    """`remap + alpha * retain` (eq. 6). Forget and retain rows go through the denoiser together; so do the teacher's."""
+    base = {name: param.data for name, param in params.items()}
+
+    @torch.no_grad()
+    def anchor_target(batch: Batch) -> Tensor:
+        return model.predict(batch.anchor, batch.t, batch.anchor_cond)
+
+    @torch.no_grad()
+    def teacher(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Anchor and retain targets, each by the base or not as configured."""
+        frozen_anchor, frozen_retain = config.anchor_from == "frozen", config.retain_target == "frozen"
+        anchor, kept = None, batch.retain_noise_target
+        with weights_at(params, base):
+            if frozen_anchor and frozen_retain:
+                both = _predict_together(model, batch.anchor, batch.t, batch.anchor_cond, batch)
+                anchor, kept = both
+            elif frozen_anchor:
+                anchor = anchor_target(batch)
+            elif frozen_retain:
+                kept = model.predict(batch.retain, batch.retain_t, batch.retain_cond)
+        return anchor_target(batch) if anchor is None else anchor, kept
+
+    def loss(batch: Batch) -> Tensor:
+        anchor, kept = teacher(batch)
+        forgot, retained = _predict_together(model, batch.forget, batch.t, batch.forget_cond, batch)
+        return remap(forgot, anchor) + config.alpha * denoising(retained, kept)
+
+    return loss
+
+
+def _predict_together(model: DiffusionModel, xt: Tensor, t: Tensor, cond: Cond, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Predictions for `xt` and for the batch's retain rows, in one pass."""
+    both = model.predict(torch.cat([xt, batch.retain]), torch.cat([t, batch.retain_t]), cond.cat(batch.retain_cond))
+    return both[: len(xt)], both[len(xt) :]
+
+
+def _draw_noise(x0: Tensor, timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return torch.randint(timesteps, (len(x0),), generator=generator), torch.randn(x0.shape, generator=generator)
+
+
+def _share(size: int, part: int, parts: int, accelerator: Accelerator) -> slice:
+    """This process's rows of this part; every share is equally long, so that means of shares average to the mean of all."""
+    shares = parts * accelerator.num_processes
+    if size % shares:
+        from prompts.errors import ErasureError
+
+        raise ErasureError(
+            f"batch_size {size} cannot be split evenly into {parts} accumulated parts on {accelerator.num_processes} processes"
+        )
+    width = size // shares
+    start = (accelerator.process_index * parts + part) * width
+    return slice(start, start + width)
+
+
+PAPER = "https://arxiv.org/abs/2310.12508"
+METHODS = {
+    "salun": Method("salun", PAPER, SalUnConfig(), compute),
+    "salun-paper": Method(
+        "salun-paper",
+        PAPER,
+        SalUnConfig(
+            alpha=0.1,
+            anchor_from="current",
+            retain_target="noise",
+            share_latents=False,
+            retain_dropout=0.0,
+            shuffle=False,
+            train=TrainConfig(steps=100, lr=1e-5, batch_size=8),
+        ),
+        compute,
+    ),
+}

@@ -1,0 +1,109 @@
+"""What a method sees of a diffusion model: one Protocol, whatever the family."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Cond:
+    """What a denoiser is conditioned on, one row per prompt."""
+
+    embeddings: Tensor
+    """text states, shape (n, tokens, dim)"""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """further conditioning by name (SDXL's pooled embeddings, time ids), each shape (n, ...)"""
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    def __getitem__(self, rows: Tensor | slice) -> Cond:
+        return self._each(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> Cond:
+        return self._each(lambda tensor: tensor.to(device))
+
+    def cat(self, other: Cond) -> Cond:
+        """The rows of both, in order."""
+        extras = {name: torch.cat([tensor, other.extras[name]]) for name, tensor in self.extras.items()}
+        return Cond(torch.cat([self.embeddings, other.embeddings]), extras)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Cond:
+        return Cond(change(self.embeddings), {name: change(tensor) for name, tensor in self.extras.items()})
+
+
+class DiffusionModel(Protocol):
+    """All that a method sees. A new family is one file that provides this."""
+
+    name: str
+    """where the checkpoint came from: a folder or a hub id"""
+    fingerprint: str
+    """sha256 over the values of every weight that a method may change"""
+    latent_shape: tuple[int, int, int]
+    """(channels, height, width) of one latent at the model's own resolution"""
+    image_size: int
+    """side of an image at the model's own resolution, in pixels"""
+    timesteps: int
+    """number of training timesteps"""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(self, prompts: list[str]) -> Cond:
+        """Text states of the prompts, without gradient."""
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latent posterior, scaled, of images (n, 3, H, W) in [-1, 1]."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The forward process q(x_t | x_0)."""
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What `predict` is trained to give: the noise (epsilon), the velocity (v) or the flow."""
+
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The denoiser's prediction for x_t, with gradient where enabled."""
+
+    def component(self, name: str) -> nn.Module:
+        """`unet` (or the family's denoiser), `text_encoder`, ..."""
+
+    def parameters(self, component: str | None = None) -> dict[str, nn.Parameter]:
+        """Weights that may change, named `component.parameter`, in the order of the architecture."""
+
+    def refresh_fingerprint(self) -> None:
+        """Compute the fingerprint anew, after weights were changed on purpose."""
+
+    def sample(self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None) -> Tensor:
+        """Latents of generated images, one seed each, shape (n, *latent_shape); the VAE does not run."""
+
+    def pipeline(self) -> Any:
+        """The stock diffusers pipeline over the very same modules."""
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, shapes and float32 values; the same for a half-precision file however it is loaded."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def weights_at(params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block the parameters hold `values`; nothing is copied, so a frozen teacher costs no memory of its own."""
+    current = {name: params[name].data for name in values}
+    try:
+        for name, value in values.items():
+            params[name].data = value
+        yield
+    finally:
+        for name, value in current.items():
+            params[name].data = value

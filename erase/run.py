@@ -1,0 +1,113 @@
+"""Erase concepts from a checkpoint: the whole job, from words to a delta."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erase.delta import ErasedDelta
+from erase.files import written_whole
+from erase.latents import LatentConfig, prepare_latents
+from erase.methods import get_method
+from erase.models import DiffusionModel, load_model
+from erase.training import TrainConfig, make_accelerator
+from prompts.concepts import ConceptSpec
+from prompts.errors import ErasureError
+
+VERSION = "0.1.0"
+
+
+@dataclass
+class EraseConfig:
+    """What to erase from, and with what data; the method has its own configuration."""
+
+    model: str = "canvas"
+    """the base checkpoint: canvas (shipped with this package), a diffusers folder, or a hub id"""
+    method: str = "salun"
+    """salun (our default), or salun-paper (the reference to the letter)"""
+    seed: int = 0
+    """fixes prompts, latents, noise and order: same seed, same machine, same delta"""
+    latents: LatentConfig = field(default_factory=LatentConfig)
+
+
+def erase_concept(
+    concepts: ConceptSpec | list[ConceptSpec],
+    config: EraseConfig | None = None,
+    method_config: Any = None,
+    *,
+    model: DiffusionModel | None = None,
+    out: str | Path | None = None,
+) -> ErasedDelta:
+    """Erase one or several concepts; the base stays as it is.
+
+    Args:
+        concepts: what to forget, and what to put in its place.
+        config: base, method, data; defaults where none is given.
+        method_config: the method's own configuration, e.g. `SalUnConfig(density=0.3)`; the method's defaults where none is given.
+        model: a loaded base, to save loading it again.
+        out: a folder for delta.safetensors, mask.safetensors, saliency.safetensors and training.json, and for what a stopped run
+            needs to go on: the same call with the same folder resumes.
+
+    Returns:
+        The delta, which `delta.apply(model)` puts into a base and `erase.export` writes in the formats of others.
+
+    Raises:
+        ErasureError: bad input, in a sentence that names it.
+    """
+    config = config or EraseConfig()
+    concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
+    if not concepts:
+        raise ErasureError("no concept to erase was given")
+    method = get_method(config.method)
+    settings = method.config if method_config is None else method_config
+    accelerator = make_accelerator(getattr(settings, "train", TrainConfig()))
+    model = model or load_model(config.model, accelerator.device)
+    metadata = describe(model, concepts, config, settings)
+    folder = Path(out) if out else None
+    if folder:
+        _claim(folder, metadata)
+        if (folder / "delta.safetensors").exists():
+            return ErasedDelta.load(folder / "delta.safetensors")
+    base = {name: param.data for name, param in model.parameters().items()}
+    forget, retain = prepare_latents(model, concepts, config.latents, config.seed, folder and folder / "latents")
+    edit = method.compute(model, concepts, forget, retain, settings, seed=config.seed, accelerator=accelerator, folder=folder)
+    delta = ErasedDelta.between({name: base[name] for name in edit.values}, edit.values, metadata)
+    if folder and accelerator.is_main_process:
+        if edit.mask:
+            edit.mask.save(folder / "mask.safetensors")
+        if edit.saliency:
+            edit.saliency.save(folder / "saliency.safetensors")
+        with written_whole(folder / "training.json") as aside:
+            aside.write_text(json.dumps({"losses": edit.losses}))
+        delta.save(folder / "delta.safetensors")
+        (folder / "training.pt").unlink(missing_ok=True)
+    return delta
+
+
+def describe(model: DiffusionModel, concepts: list[ConceptSpec], config: EraseConfig, settings: Any) -> dict[str, str]:
+    """Everything that fixes the result, as a delta's metadata."""
+    return {
+        "base_fingerprint": model.fingerprint,
+        "base_id": model.name,
+        "method": config.method,
+        "config": json.dumps({"erase": asdict(config), "method": asdict(settings)}, sort_keys=True),
+        "concepts": json.dumps([asdict(concept) for concept in concepts]),
+        "created_with": f"concept-erasure-toolkit {VERSION}, torch {torch.__version__}",
+    }
+
+
+def _claim(folder: Path, metadata: dict[str, str]) -> None:
+    """Mark the folder as this erasure's, or refuse one that holds another: resuming must never mix two."""
+    path = folder / "run.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        differing = [key for key in metadata if found.get(key) != metadata[key]]
+        if differing:
+            raise ErasureError(f"{folder} holds another run (its {', '.join(differing)} differ); choose another folder or delete it")
+        return
+    with written_whole(path) as aside:
+        aside.write_text(json.dumps(metadata, indent=1))

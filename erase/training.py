@@ -1,0 +1,260 @@
+"""The one training loop. It alone applies the mask, and it can be stopped at any step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from erase.files import written_whole
+from erase.mask import SaliencyMask
+from erase.models import DiffusionModel
+from prompts.errors import ErasureError, unknown
+
+
+@dataclass
+class TrainConfig:
+    """How gradient steps are taken."""
+
+    steps: int = 150
+    """optimizer steps"""
+    lr: float = 1e-4
+    """learning rate, constant"""
+    batch_size: int = 16
+    """forget rows per optimizer step, over all processes and accumulated parts; as many retain rows"""
+    accumulation: int = 1
+    """parts into which each batch is split to save memory; the result is the same to rounding"""
+    optimizer: str = "Adam"
+    """any class of torch.optim by name"""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the optimizer, e.g. {weight_decay: 0.01, momentum: 0.9}"""
+    max_grad_norm: float | None = None
+    """clip the norm of the masked gradient to this; None: no clipping"""
+    mixed_precision: str = "no"
+    """no, bf16, or fp16 (with loss scaling; needs a GPU); weights and optimizer state stay float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    ema: float | None = None
+    """decay of an exponential moving average that the result is taken from; None: the last weights"""
+    checkpoint_every: int = 50
+    """steps between saved training states; a stopped run goes on from the last one"""
+
+
+Batch = Any
+LossFn = Callable[[Batch], Tensor]
+"""the loss of one batch or part of one: a scalar with graph, a mean over its rows"""
+Batches = Callable[[int, int], Batch]
+"""(step, part) -> what the loss function takes. A function of nothing else: so a resumed run sees what it would have seen."""
+
+
+@dataclass
+class Fitted:
+    """What training gives back."""
+
+    values: dict[str, Tensor]
+    """parameter name -> trained values"""
+    losses: list[float]
+    """one per optimizer step"""
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """An Accelerator for this precision.
+
+    Raises:
+        ErasureError: an unknown precision, or fp16 without a GPU.
+    """
+    if config.mixed_precision not in ("no", "fp16", "bf16"):
+        raise unknown("mixed precision", config.mixed_precision, ("no", "fp16", "bf16"))
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
+    return Accelerator(mixed_precision=config.mixed_precision)
+
+
+def fit(
+    model: DiffusionModel,
+    params: Mapping[str, nn.Parameter],
+    batches: Batches,
+    loss_fn: LossFn,
+    config: TrainConfig,
+    mask: SaliencyMask | None = None,
+    *,
+    accelerator: Accelerator | None = None,
+    checkpoint: Path | None = None,
+) -> Fitted:
+    """Take `config.steps` optimizer steps on `params` and leave the model as it was found.
+
+    The mask acts on the update: gradients outside it are zeroed before the step, and weights outside it are put back to
+    their base values after it, so weight decay and momentum cannot move them either. Training works on copies: the base
+    tensors (each parameter's `.data` at the call) are never written, and a loss function may swap them in as its teacher.
+
+    Args:
+        model: whose weights `params` are.
+        params: what may change, before the mask.
+        batches: batch of a step and part; every process asks for the same and takes its own share within the loss function's data.
+        loss_fn: scalar loss of one batch.
+        config: steps, optimizer, precision.
+        mask: where weights may change; None: everywhere.
+        accelerator: made from `config` where none is given.
+        checkpoint: file of the training state; found, it is resumed from; finished, it is removed.
+
+    Raises:
+        ErasureError: a loss that is not finite, an unknown optimizer or argument, a mask of another base.
+    """
+    accelerator = accelerator or make_accelerator(config)
+    if mask is not None:
+        mask.check(params, model.fingerprint)
+    base = {name: p.data for name, p in params.items()}
+    keep = {name: mask[name].to(p.device) for name, p in params.items()} if mask is not None else {}
+    try:
+        for param in params.values():
+            param.data = param.data.clone()
+        optimizer = accelerator.prepare(_make_optimizer(params, config))
+        state = _State(params, optimizer, accelerator.scaler, config.ema, checkpoint if accelerator.is_main_process else None)
+        if checkpoint and checkpoint.exists():
+            state.load(checkpoint)
+        with _trainable(model, params, config), tqdm(
+            total=config.steps, initial=state.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
+        ) as bar:
+            while state.step < config.steps:
+                loss = _step(params, batches, loss_fn, optimizer, config, state, base, keep, accelerator)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update()
+                if state.step % config.checkpoint_every == 0:
+                    state.save()
+        return Fitted(state.result(), state.losses)
+    finally:
+        for name, param in params.items():
+            param.data = base[name]
+
+
+def _step(
+    params: Mapping[str, nn.Parameter],
+    batches: Batches,
+    loss_fn: LossFn,
+    optimizer: Any,
+    config: TrainConfig,
+    state: _State,
+    base: Mapping[str, Tensor],
+    keep: Mapping[str, Tensor],
+    accelerator: Accelerator,
+) -> float:
+    """One optimizer step over all parts of one batch; returns its loss."""
+    optimizer.zero_grad()
+    total = torch.zeros((), device=accelerator.device)
+    for part in range(config.accumulation):
+        torch.manual_seed(state.step)  # whatever draws from the global stream draws the same after a resume
+        with accelerator.autocast():
+            loss = loss_fn(batches(state.step, part)) / config.accumulation
+        accelerator.backward(loss)
+        total += loss.detach().float()
+    total = accelerator.reduce(total, reduction="mean")
+    if not total.isfinite():
+        raise ErasureError(
+            f"the loss is {total.item()} at step {state.step}; lower the learning rate ({config.lr:g}), set max_grad_norm, or train in float32"
+        )
+    for name, param in params.items():
+        if param.grad is not None and accelerator.num_processes > 1:
+            param.grad = accelerator.reduce(param.grad, reduction="mean")
+        if param.grad is not None and name in keep:
+            param.grad.mul_(keep[name])
+    if config.max_grad_norm is not None:
+        accelerator.clip_grad_norm_(list(params.values()), config.max_grad_norm)
+    optimizer.step()
+    with torch.no_grad():
+        for name, where in keep.items():
+            torch.where(where, params[name].data, base[name], out=params[name].data)
+    state.advance(total.item())
+    return total.item()
+
+
+def _make_optimizer(params: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    kinds = {name: kind for name, kind in vars(torch.optim).items() if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)}
+    if config.optimizer not in kinds or config.optimizer == "Optimizer":
+        raise unknown("optimizer", config.optimizer, set(kinds) - {"Optimizer"})
+    try:
+        optimizer: torch.optim.Optimizer = kinds[config.optimizer](list(params.values()), lr=config.lr, **config.optimizer_args)
+    except (TypeError, ValueError) as error:
+        raise ErasureError(f"optimizer {config.optimizer}: {error}") from error
+    return optimizer
+
+
+@contextmanager
+def _trainable(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[None]:
+    """Gradients on for `params` alone. With checkpointing the modules are in train mode, which diffusers asks for."""
+    modules = [model.component(name) for name in sorted({name.split(".")[0] for name in params})]
+    for param in params.values():
+        param.requires_grad_(True)
+    if config.gradient_checkpointing:
+        for module in modules:
+            module.train()
+            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+            enable()
+    try:
+        yield
+    finally:
+        for param in params.values():
+            param.requires_grad_(False)
+            param.grad = None
+        if config.gradient_checkpointing:
+            for module in modules:
+                module.eval()
+                disable = getattr(module, "disable_gradient_checkpointing", None) or module.gradient_checkpointing_disable
+                disable()
+
+
+class _State:
+    """Everything that a resumed run needs: weights, optimizer and loss-scaler state, moving average, losses so far."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any, ema: float | None, path: Path | None) -> None:
+        self._params, self._optimizer, self._scaler, self._ema, self._path = params, optimizer, scaler, ema, path
+        self.average = {} if ema is None else {name: param.data.clone() for name, param in params.items()}
+        self.losses: list[float] = []
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    @torch.no_grad()
+    def advance(self, loss: float) -> None:
+        for name, value in self.average.items():
+            value.lerp_(self._params[name].data, 1 - (self._ema or 0))
+        self.losses.append(loss)
+
+    def result(self) -> dict[str, Tensor]:
+        return self.average or {name: param.data for name, param in self._params.items()}
+
+    def save(self) -> None:
+        if not self._path:
+            return
+        state = {
+            "weights": {name: param.data for name, param in self._params.items()},
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict() if self._scaler else {},
+            "average": self.average,
+            "losses": self.losses,
+        }
+        with written_whole(self._path) as aside:
+            torch.save(state, aside)
+
+    def load(self, path: Path) -> None:
+        """Go on from a saved state; torch's weights-only reader runs no pickled code."""
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:
+            raise ErasureError(f"cannot read the training state {path}: {error}; delete it to start again") from error
+        for name, param in self._params.items():
+            param.data.copy_(state["weights"][name])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self._scaler:
+            self._scaler.load_state_dict(state["scaler"])
+        for name, value in self.average.items():
+            value.copy_(state["average"][name])
+        self.losses = list(state["losses"])

@@ -1,0 +1,25 @@
+"""Evaluators: one file each, with a `Config` and `evaluate(images, concepts, config) -> list[Score]`; one line each below."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+from prompts.errors import unknown
+
+EVALUATORS = {
+    "classifier": "eval.evaluators.classifier",
+    "clip": "eval.evaluators.clip",
+    "nudenet": "eval.evaluators.nudenet",
+}
+
+
+def get_evaluator(name: str) -> ModuleType:
+    """The module of an evaluator, imported when asked for.
+
+    Raises:
+        ErasureError: no evaluator has this name; the near one is suggested.
+    """
+    if name not in EVALUATORS:
+        raise unknown("evaluator", name, EVALUATORS)
+    return import_module(EVALUATORS[name])

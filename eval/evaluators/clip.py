@@ -1,0 +1,208 @@
+"""The CLIP evaluator, through open_clip: zero-shot UA, IRA and CRA over the images' labels, and the CLIP score.
+
+Zero-shot classification and its prompt ensembles: Radford et al. 2021, section 3.1. CLIP score: Hessel et al. 2021, without
+their factor 2.5 and without clipping at zero: 100 x the cosine of image and prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from eval.canvas.judges import clip_folder
+from eval.evaluators.labelled import label_scores, labels_of, targets_of
+from eval.images import ImageRow, ImageSet
+from eval.report import Score, mean_score
+from prompts.canvas import KINDS, vocabulary
+from prompts.concepts import ConceptSpec
+from prompts.errors import ErasureError, unknown
+
+CANVAS = "canvas"
+TEMPLATES = {"style": ("an image in {} style", "an artwork in {} style", "{} style")}
+ANY_KIND = ("a photo of a {}", "an image of a {}", "a picture of a {}")
+
+
+@dataclass
+class Config:
+    """Which CLIP judges, and how."""
+
+    model: str = CANVAS
+    """`canvas` (the embedded world's own), a folder in open_clip's format, an open_clip model name, or `hf-hub:owner/name`"""
+    pretrained: str | None = None
+    """weights for an open_clip model name: a tag of open_clip (such as `openai`) or a file"""
+    zero_shot: bool = True
+    """score the labels zero-shot; off: the CLIP score alone, for prompts that carry no labels"""
+    classes: dict[str, list[str]] | None = None
+    """kind -> names to choose from; default: the embedded world's for `canvas`, else all names that the labels hold"""
+    templates: dict[str, list[str]] | None = None
+    """kind -> captions with one {} for the name, averaged; default: some for each kind"""
+    cra_with_target: bool = False
+    """count images whose prompt names a forgotten concept in CRA too (the default leaves them out of IRA and CRA)"""
+    batch_size: int = 64
+    """images or captions encoded at once; no score depends on it"""
+    device: str = "auto"
+    """where the model runs; `auto` is the GPU if there is one"""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A loaded CLIP: its encoders, its own image preprocessing, its tokenizer."""
+
+    name: str
+    model: Any
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    device: str
+
+    @torch.inference_mode()
+    def texts(self, captions: Sequence[str], batch_size: int) -> Tensor:
+        """Unit text embeddings, shape (captions, d), float32."""
+        parts = (list(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size))
+        found = [self.model.encode_text(self.tokenizer(part).to(self.device)).float().cpu() for part in parts]
+        return F.normalize(torch.cat(found), dim=-1)
+
+    @torch.inference_mode()
+    def images(self, images: ImageSet, batch_size: int) -> Tensor:
+        """Unit image embeddings, shape (rows, d), float32."""
+
+        def embed(rows: list[ImageRow]) -> Tensor:
+            pixels = torch.stack([self.preprocess(images.image(row)) for row in rows])
+            return self.model.encode_image(pixels.to(self.device)).float().cpu()
+
+        found = [embed(images.rows[i : i + batch_size]) for i in range(0, len(images.rows), batch_size)]
+        return F.normalize(torch.cat(found), dim=-1)
+
+
+def load_clip(config: Config) -> Clip:
+    """The CLIP that `config` names, in float32 and eval mode; loaded once per name.
+
+    Raises:
+        ErasureError: an unknown name or tag, or weights that cannot be loaded.
+    """
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return _load(config.model, config.pretrained, device)
+
+
+@cache
+def _load(model: str, pretrained: str | None, device: str) -> Clip:
+    import open_clip
+
+    name = f"local-dir:{clip_folder()}" if model == CANVAS else f"local-dir:{model}" if Path(model).is_dir() else model
+    if ":" not in name:
+        _check_name(name, pretrained)
+    try:
+        network, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:  # open_clip lets through whatever its parsers, readers and downloads raise
+        weights = f" with weights {pretrained!r}" if pretrained else ""
+        raise ErasureError(
+            f"open_clip cannot load {model!r}{weights}: {error}; give a folder in open_clip's format or a name and tag that it lists"
+        ) from error
+    return Clip(" ".join(filter(None, [model, pretrained])), network.eval(), preprocess, tokenizer, device)
+
+
+def _check_name(name: str, pretrained: str | None) -> None:
+    import open_clip
+
+    if name not in open_clip.list_models():
+        raise unknown("CLIP model", name, [CANVAS, *open_clip.list_models()])
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        raise ErasureError(f"the CLIP model {name!r} needs weights; set pretrained to a file or one of: {', '.join(tags)}")
+    if pretrained not in tags and not Path(pretrained).is_file():
+        raise unknown(f"tag of the CLIP model {name}", pretrained, tags)
+
+
+def captions_for(kind: str, config: Config) -> list[str]:
+    """The captions, with one {} each, in which names of `kind` are asked for.
+
+    Raises:
+        ErasureError: a configured template without exactly one {}.
+    """
+    if config.templates and kind in config.templates:
+        for template in config.templates[kind]:
+            if template.count("{}") != 1:
+                raise ErasureError(f"CLIP template {template!r} for {kind!r} needs exactly one {{}} for the name")
+        return config.templates[kind]
+    if config.model == CANVAS and kind in KINDS:
+        fields = {t: [field for _, field, _, _ in Formatter().parse(t) if field] for t in vocabulary().templates}
+        return [template.replace(f"{{{kind}}}", "{}") for template, named in fields.items() if named == [kind]]
+    return list(TEMPLATES.get(kind, ANY_KIND))
+
+
+def zero_shot_weights(clip: Clip, names: Sequence[str], kind: str, config: Config) -> Tensor:
+    """One unit vector per name, shape (names, d): the mean over the captions' embeddings, as in CLIP's prompt ensembles."""
+    captions = [template.format(name) for name in names for template in captions_for(kind, config)]
+    embedded = clip.texts(captions, config.batch_size)
+    return F.normalize(embedded.unflatten(0, (len(names), -1)).mean(1), dim=-1)
+
+
+def classes_for(images: ImageSet, concepts: Sequence[ConceptSpec], config: Config) -> dict[str, list[str]]:
+    """kind -> names that zero-shot classification chooses from; see `Config.classes`."""
+    if config.classes:
+        return config.classes
+    if config.model == CANVAS:
+        return {kind: vocabulary().names(kind) for kind in KINDS}
+    found: dict[str, dict[str, None]] = {}
+    for row in images.rows:
+        for kind, name in row.labels.items():
+            found.setdefault(kind, {})[name] = None
+    for concept in concepts:
+        if concept.kind in found:
+            found[concept.kind][concept.anchor] = None  # what an erased image is likely to show must be on offer
+    return {kind: list(names) for kind, names in found.items()}
+
+
+def _label_scores(clip: Clip, seen: Tensor, images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+    classes = classes_for(images, concepts, config)
+    labels = labels_of(images, classes)
+    weights = {kind: zero_shot_weights(clip, classes[kind], kind, config) for kind in labels}
+    predictions = {kind: [classes[kind][i] for i in (seen @ weights[kind].T).argmax(1).tolist()] for kind in labels}
+    return label_scores(predictions, labels, concepts, config.cra_with_target, "CLIP ", f"open_clip {clip.name}")
+
+
+def _clip_scores(clip: Clip, seen: Tensor, images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+    """Mean CLIP score of the images whose prompt names no forgotten concept and, apart, of those whose prompt does."""
+    prompts = list(dict.fromkeys(row.prompt for row in images.rows))
+    said = clip.texts(prompts, config.batch_size)[[prompts.index(row.prompt) for row in images.rows]]
+    values = (100 * (seen * said).sum(-1)).tolist()
+    labels = [row.labels for row in images.rows]
+    kinds = {kind: [label.get(kind, "") for label in labels] for kind in dict.fromkeys(k for label in labels for k in label)}
+    targets = targets_of(concepts, kinds) if config.zero_shot else []
+    named = [any(label.get(kind) == target for kind, target in targets) for label in labels]
+    kept, gone = ([v for v, n in zip(values, named, strict=True) if n is which] for which in (False, True))
+    evaluator = f"open_clip {clip.name}"
+    scores = [mean_score("CLIP score", kept, evaluator=evaluator)]
+    if targets:
+        scores.append(mean_score("CLIP score of the forgotten", gone, higher_is_better=False, evaluator=evaluator))
+    return scores
+
+
+def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+    """Zero-shot "CLIP UA", "CLIP IRA" and "CLIP CRA" (without concepts, the accuracy of each kind), and the CLIP score.
+
+    Args:
+        images: rows with prompts and, unless `config.zero_shot` is off, labels of what the prompts say.
+        concepts: what was forgotten.
+        config: which CLIP, and how.
+
+    Returns:
+        Accuracies in percent with n and binomial standard error; CLIP scores (100 x cosine, -100 to 100) with n and standard
+        error of the mean: "CLIP score" over prompts that name no forgotten concept, "CLIP score of the forgotten" over the others.
+
+    Raises:
+        ErasureError: a CLIP that cannot be loaded, a bad template, images without labels, a concept that no prompt names.
+    """
+    clip = load_clip(config)
+    seen = clip.images(images, config.batch_size)
+    scores = _label_scores(clip, seen, images, concepts, config) if config.zero_shot else []
+    return scores + _clip_scores(clip, seen, images, concepts, config)

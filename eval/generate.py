@@ -1,0 +1,275 @@
+"""Images of a prompt set, by any Stable Diffusion pipeline: seeded row by row, resumable, shared among processes.
+
+An image depends on its row (prompt, seed, guidance) and on the settings in `settings.json`, on one machine with one build of
+torch and one number of threads. It does not depend, to the bit, on how often the run was stopped and resumed, on how many
+processes share it, or on the rows beside it. For each image has a CPU generator of its own, each prompt is encoded alone, and
+all batches have one size, the last being filled up with its last row: the rounding of a UNet's matrix products varies with
+the size of a batch, though not with its members. Measured on the canvas architecture, float32, CPU: batches of 1, 2, 3, 8 and 17
+instead of 32 move at most 4 in 100,000 of the 8-bit values, each by one level; 1, 2 and 4 threads give the same bits, and 3
+threads differ by 1e-6, which is gone in 8 bits.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
+)
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.images import (
+    SETTINGS,
+    ImageRow,
+    ImageSet,
+    file_sha256,
+    holds_image,
+    read_settings,
+    save_image,
+    write_manifest,
+    write_settings,
+)
+from prompts.errors import ErasureError, unknown
+from prompts.prompt_sets import PromptRow, PromptSet
+
+Pipeline = Any  # a diffusers pipeline: its parts are attributes made at run time, which no type checker sees
+
+# name -> class, and what its name promises but another scheduler's config may not say
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "ddim": (DDIMScheduler, {"clip_sample": False}),  # latents are not bounded by 1
+    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "lms": (LMSDiscreteScheduler, {}),
+    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # PLMS, as Stable Diffusion was released with
+}
+EMBEDDINGS = 2048  # kept at most; 230 KB each for SD 1.x in float32
+
+
+@dataclass
+class GenerateConfig:
+    """How images are made of prompts."""
+
+    scheduler: str = "dpm++"
+    """ddim, dpm++, euler, lms or pndm"""
+    steps: int = 20
+    """denoising steps"""
+    guidance: float = 5.0
+    """classifier-free guidance scale, as diffusers counts it (1 is none); a row's own wins"""
+    resolution: int | None = None
+    """pixels per side, a multiple of 8; default: the model's own"""
+    batch_size: int = 32
+    """images per batch, at most; it is one of the settings that an image depends on, by rounding"""
+
+    def __post_init__(self) -> None:
+        if self.scheduler not in SCHEDULERS:
+            raise unknown("scheduler", self.scheduler, SCHEDULERS)
+        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise ErasureError(f"{name} is {value}; it must be 1 or more")
+        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
+            raise ErasureError(f"resolution is {self.resolution} pixels; it must be a multiple of 8")
+        if not math.isfinite(self.guidance):
+            raise ErasureError(f"guidance is {self.guidance}; it must be a finite number")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of equal guidance that are denoised together, always the same ones."""
+
+    rows: list[PromptRow]
+    guidance: float
+
+
+def generate(pipeline: Pipeline, prompts: PromptSet, out: Path, config: GenerateConfig, provenance: dict[str, str]) -> ImageSet:
+    """Make the images of `prompts` in the folder `out`; those that are there already, and whole, are kept.
+
+    Under `accelerate launch` or `torchrun` every process calls this, and each makes its share of the batches.
+
+    Args:
+        pipeline: any pipeline that takes `prompt_embeds` and `negative_prompt_embeds` and needs no other conditioning, on
+            the device where it is to run; it is left as it was found. The safety checker is not asked.
+        out: an empty or new folder, or one that a run with the same settings has begun.
+        config: scheduler, steps, guidance, resolution, batch size.
+        provenance: goes into `settings.json`: the model's fingerprint, the delta, … Its `command`, if given, is what errors
+            tell the user to run again; it alone may differ from one run to the next.
+
+    Returns:
+        The finished set, verified, in every process.
+
+    Raises:
+        ErasureError: the pipeline is of another kind; `out` holds images made with other settings; an image is
+            not finite; the disk is full.
+    """
+    _check(pipeline)
+    out, state = Path(out), PartialState()
+    whole = batches(prompts, config)
+    size = max(len(batch.rows) for batch in whole)
+    settings = _settings(pipeline, prompts, config, size)
+    if clash := settings.keys() & provenance.keys():
+        raise ErasureError(f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it")
+    settings |= provenance
+    _claim(out, settings, state)
+    mine = whole[state.process_index :: state.num_processes]
+    _make(_prepared(pipeline, config), mine, out, settings, quiet=not state.is_main_process)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        write_manifest(out, [_image_row(out, row, batch.guidance) for batch in whole for row in batch.rows])
+    state.wait_for_everyone()
+    return ImageSet.open(out)
+
+
+def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
+    """The prompt set cut into batches, by case, rows of one guidance at a time; a function of its arguments alone."""
+    groups: dict[float, list[PromptRow]] = {}
+    for row in sorted(prompts.rows, key=lambda row: row.case):
+        groups.setdefault(float(config.guidance if row.guidance is None else row.guidance), []).append(row)
+    step = config.batch_size
+    return [Batch(rows[i : i + step], guidance) for guidance, rows in groups.items() for i in range(0, len(rows), step)]
+
+
+def _check(pipeline: Pipeline) -> None:
+    takes = inspect.signature(pipeline.__call__).parameters
+    if "negative_prompt_embeds" not in takes or any("pooled" in name or "attention_mask" in name for name in takes):
+        kind = type(pipeline).__name__
+        raise ErasureError(f"{kind} is not conditioned on prompt embeddings alone; generate takes Stable Diffusion 1.x and 2.x")
+
+
+def _settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, size: int) -> dict[str, Any]:
+    device = pipeline._execution_device  # unlike .device, right under CPU offload
+    return {
+        "images": len(prompts.rows),
+        "prompt_set": prompts.name,
+        "prompt_set_sha256": prompts.sha256,
+        "scheduler": config.scheduler,
+        "steps": config.steps,
+        "guidance": float(config.guidance),
+        "resolution": config.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+        "batch_size": size,
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "safety_checker": "off",
+        "versions": ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers")),
+    }
+
+
+def _claim(out: Path, settings: dict[str, Any], state: PartialState) -> None:
+    """Refuse a folder whose images were made in another way; else write `settings.json`, before any image."""
+    found = read_settings(out)
+    if found is None and any(out.glob("*.png")):
+        raise ErasureError(f"{out} holds images but no {SETTINGS} that says how they were made; choose another output folder")
+    for field in [] if found is None else [*settings, *found]:
+        mine, theirs = settings.get(field), (found or {}).get(field)
+        if field != "command" and mine != theirs:
+            raise ErasureError(
+                f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another output folder, "
+                f"or delete this one to make its images anew"
+            )
+    state.wait_for_everyone()  # nobody writes before everybody has looked
+    if state.is_main_process:
+        write_settings(out, settings)
+
+
+def _prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
+    """The same parts behind another scheduler: a shallow copy, so that the caller's pipeline stays as it is."""
+    pipe, (scheduler, options) = copy(pipeline), SCHEDULERS[config.scheduler]
+    pipe.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+    pipe.safety_checker = None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any], quiet: bool) -> None:
+    """Make what is missing of these batches; files are written while the next batch is denoised."""
+    embed = _embedder(pipe)
+    with ThreadPoolExecutor() as pool:
+        missing = list(pool.map(lambda batch: _missing(batch, out), mine))
+        total, left = sum(len(batch.rows) for batch in mine), sum(map(len, missing))
+        writes: list[Future[None]] = []
+        with tqdm(desc="images", unit="image", total=total, initial=total - left, disable=quiet) as bar:
+            for batch, rows in zip(mine, missing, strict=True):
+                if not rows:
+                    continue
+                images = denoise(pipe, batch, embed, settings)
+                _wait(writes)
+                writes = [pool.submit(save_image, out / _file(row), images[row.case], _made_from(row, batch)) for row in rows]
+                bar.update(len(rows))
+            _wait(writes)
+
+
+def _missing(batch: Batch, out: Path) -> list[PromptRow]:
+    return [row for row in batch.rows if not holds_image(out / _file(row), _made_from(row, batch))]
+
+
+def _wait(writes: list[Future[None]]) -> None:
+    for write in writes:
+        write.result()
+
+
+def _embedder(pipe: Pipeline) -> Callable[[str], Tensor]:
+    """prompt -> its embedding, shape (1, tokens, width); encoded alone and once, so that its bits are always the same."""
+
+    @lru_cache(EMBEDDINGS)
+    @torch.no_grad()
+    def embed(prompt: str) -> Tensor:
+        return pipe.encode_prompt(prompt, pipe._execution_device, 1, do_classifier_free_guidance=False)[0]
+
+    return embed
+
+
+def denoise(pipe: Pipeline, batch: Batch, embed: Callable[[str], Tensor], settings: dict[str, Any]) -> dict[int, np.ndarray]:
+    """The images of a batch: case -> pixels, shape (H, W, 3), uint8.
+
+    Raises:
+        ErasureError: an image has a value that is not finite.
+    """
+    rows = batch.rows + batch.rows[-1:] * (settings["batch_size"] - len(batch.rows))
+    images = pipe(
+        prompt_embeds=torch.cat([embed(row.prompt) for row in rows]),
+        negative_prompt_embeds=embed("").repeat(len(rows), 1, 1),
+        generator=[torch.Generator().manual_seed(row.seed) for row in rows],
+        num_inference_steps=settings["steps"],
+        guidance_scale=batch.guidance,
+        height=settings["resolution"],
+        width=settings["resolution"],
+        output_type="pt",
+    ).images[: len(batch.rows)]
+    for row, finite in zip(batch.rows, images.isfinite().all(dim=(1, 2, 3)).tolist(), strict=True):
+        if not finite:
+            raise ErasureError(
+                f"the image of prompt {row.prompt!r}, seed {row.seed} (case {row.case}), is not finite; "
+                f"the weights have diverged, or {settings['dtype']} is too narrow for them: try float32"
+            )
+    pixels = (images.permute(0, 2, 3, 1).float().cpu() * 255).round().to(torch.uint8).numpy()
+    return {row.case: image for row, image in zip(batch.rows, pixels, strict=True)}
+
+
+def _file(row: PromptRow) -> str:
+    return f"{row.case:05d}.png"
+
+
+def _made_from(row: PromptRow, batch: Batch) -> dict[str, Any]:
+    return {"case": row.case, "prompt": row.prompt, "seed": row.seed, "guidance": batch.guidance}
+
+
+def _image_row(out: Path, row: PromptRow, guidance: float) -> ImageRow:
+    digest = file_sha256(out / _file(row))
+    if digest is None:
+        raise ErasureError(f"{out / _file(row)} was deleted while its set was being made; run the same command again")
+    return ImageRow(_file(row), row.case, row.prompt, row.seed, guidance, row.labels, digest)

@@ -1,0 +1,183 @@
+"""ImageSet: a folder of generated images, and the manifest that says how each was made and proves that it still is that image.
+
+On disk: `settings.json` (how all were made), `manifest.jsonl` (one ImageRow a line, by case), `00000.png`, `00001.png`, …
+The manifest is written last, so a folder that has one was finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from erase.files import written_whole
+from prompts.errors import ErasureError
+
+SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image and what it was made from."""
+
+    file: str
+    """name within the folder"""
+    case: int
+    prompt: str
+    seed: int
+    guidance: float
+    """classifier-free guidance scale, as diffusers counts it: 1 is none"""
+    labels: Mapping[str, str]
+    """what the prompt asks for, e.g. {"object": "heart"}"""
+    sha256: str
+    """of the file's bytes"""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A complete, verified folder of images."""
+
+    folder: Path
+    rows: list[ImageRow]
+    """sorted by case"""
+    settings: dict[str, Any]
+    """model fingerprint, delta, prompt set, scheduler, steps, guidance, resolution, …; `images` is how many there are"""
+
+    @classmethod
+    def open(cls, folder: str | Path) -> ImageSet:
+        """Read a folder that `eval.generate` has finished, and verify each image against the manifest.
+
+        Raises:
+            ErasureError: the folder is not an image set, is unfinished, or an image is missing, cut short or changed.
+        """
+        folder = Path(folder)
+        settings = read_settings(folder)
+        if settings is None:
+            raise ErasureError(f"{folder} is no image set: it has no {SETTINGS}; generate images into it first")
+        rows = _read_manifest(folder, settings)
+        if len(rows) != settings["images"]:
+            raise ErasureError(
+                f"{folder / MANIFEST} lists {len(rows)} of {settings['images']} images; {_remedy(folder, settings)}"
+            )
+        with ThreadPoolExecutor() as pool:
+            for row, digest in zip(rows, pool.map(lambda row: file_sha256(folder / row.file), rows), strict=True):
+                if digest != row.sha256:
+                    what = "missing" if digest is None else "cut short or changed since it was made"
+                    raise ErasureError(f"{folder / row.file} is {what}; {_remedy(folder, settings)}")
+        return cls(folder, rows, settings)
+
+    def path(self, row: ImageRow) -> Path:
+        """Where the row's image is."""
+        return self.folder / row.file
+
+    def image(self, row: ImageRow) -> Image.Image:
+        """The row's image, in RGB."""
+        with Image.open(self.path(row)) as image:
+            return image.convert("RGB")
+
+    def tensor(self, rows: Iterable[ImageRow] | None = None) -> Tensor:
+        """The images of `rows` (default: all of them), shape (n, 3, H, W), float32 in [0, 1]."""
+        pixels = [np.asarray(self.image(row)) for row in (self.rows if rows is None else rows)]
+        return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """What `settings.json` says, or None if there is none.
+
+    Raises:
+        ErasureError: it is not JSON, or does not say how many images there are.
+    """
+    path = folder / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ErasureError(f"{path} cannot be read ({error}); delete {folder} and generate again") from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("images"), int):
+        raise ErasureError(f"{path} does not say how many images there are; delete {folder} and generate again")
+    return settings
+
+
+def write_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Write `settings.json`; `settings["images"]` is how many images there will be."""
+    with written_whole(folder / SETTINGS) as aside:
+        aside.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_manifest(folder: Path, rows: Iterable[ImageRow]) -> None:
+    """Declare the folder finished."""
+    lines = [vars(row) | {"labels": dict(row.labels)} for row in sorted(rows, key=lambda row: row.case)]
+    with written_whole(folder / MANIFEST) as aside:
+        aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+
+def save_image(path: Path, pixels: np.ndarray, made_from: dict[str, Any]) -> None:
+    """Write a PNG that also says what it was made from, and the sha256 of its pixels.
+
+    Args:
+        pixels: shape (H, W, 3), uint8.
+        made_from: plain values: prompt, seed, …
+    """
+    info = PngInfo()
+    for key, text in _marks(pixels, made_from).items():
+        info.add_text(key, text)
+    with written_whole(path) as aside:
+        Image.fromarray(pixels).save(aside, format="PNG", pnginfo=info)
+
+
+def holds_image(path: Path, made_from: dict[str, Any]) -> bool:
+    """Whether `save_image` wrote this file, with the same `made_from`, and its pixels are unchanged."""
+    try:
+        with Image.open(path) as image:
+            pixels, info = np.asarray(image), image.info
+    except (OSError, SyntaxError, ValueError):  # absent, or not a whole PNG
+        return False
+    return all(info.get(key) == text for key, text in _marks(pixels, made_from).items())
+
+
+def _marks(pixels: np.ndarray, made_from: dict[str, Any]) -> dict[str, str]:
+    return {"made_from": json.dumps(made_from), "pixels": hashlib.sha256(pixels.tobytes()).hexdigest()}
+
+
+def file_sha256(path: Path) -> str | None:
+    """Hex digest of the file's bytes, or None if there is no such file."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ErasureError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+
+
+def _read_manifest(folder: Path, settings: dict[str, Any]) -> list[ImageRow]:
+    path = folder / MANIFEST
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ErasureError(f"{folder} is not finished: it has no {MANIFEST}; {_remedy(folder, settings)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ErasureError(f"{path} cannot be read ({error}); {_remedy(folder, settings)}") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(ImageRow(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ErasureError(f"{path}, line {number}, is damaged; {_remedy(folder, settings)}") from error
+    return rows
+
+
+def _remedy(folder: Path, settings: dict[str, Any]) -> str:
+    command = settings.get("command")
+    again = f"run `{command}`" if command else f"generate into {folder} with the same settings"
+    return f"{again} again: it makes what is missing and keeps the rest"

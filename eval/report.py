@@ -1,0 +1,272 @@
+"""Scores and the report that holds them: never how well a concept went without what that cost, nor without the base."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from erase.files import written_whole
+from prompts.errors import ErasureError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+SCHEMA_VERSION = 1
+BASE, ERASED = "base", "erased"
+NOISE = 2.0  # standard errors of a difference; less than that is called noise
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measurement of one model."""
+
+    name: str
+    """the field's term: `UA`, `IRA`, `CRA`; another judge's are prefixed with its name, as in `CLIP UA`"""
+    value: float
+    n: int
+    """images (or boxes, prompts, …) measured"""
+    higher_is_better: bool
+    stderr: float
+    """standard error of `value`, in the same unit; NaN where it is not known"""
+    unit: str = "%"
+    evaluator: str = ""
+    """what measured it, with its version or threshold"""
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ErasureError(f"{self.name} was measured on no images at all; check that the prompt set has prompts for it")
+        if not math.isfinite(self.value):
+            raise ErasureError(f"{self.name} is {self.value}; its evaluator ({self.evaluator or 'unnamed'}) gave no number")
+        if self.stderr < 0:
+            raise ErasureError(f"{self.name} has a standard error below zero: {self.stderr}")
+
+    @property
+    def decimals(self) -> int:
+        """Decimals worth printing: one for percentages, else down to the first digit of the standard error."""
+        if self.unit == "%" or not math.isfinite(self.stderr) or self.stderr == 0:
+            return 1 if self.unit == "%" else 3
+        return min(max(1 - math.floor(math.log10(self.stderr)), 0), 5)
+
+    def text(self) -> str:
+        """`99.1 ± 0.6`; without a known standard error, `99.1`."""
+        value = f"{self.value:.{self.decimals}f}"
+        return value if math.isnan(self.stderr) else f"{value} ± {self.stderr:.{self.decimals}f}"
+
+    @property
+    def heading(self) -> str:
+        """`UA % ↑`: name, unit and the direction that is better."""
+        return " ".join(filter(None, [self.name, self.unit, "↑" if self.higher_is_better else "↓"]))
+
+
+def proportion(name: str, hits: int, n: int, *, higher_is_better: bool = True, evaluator: str = "") -> Score:
+    """A share of images, in percent, with Wilson's standard error.
+
+    The plain binomial error sqrt(p(1-p)/n) is zero at 0 % and at 100 %, which is where UA lives: it calls 8 hits of 8 as
+    certain as 8000 of 8000. The half-width of Wilson's interval (1927) at z = 1, sqrt(p(1-p)/n + 1/4n^2) / (1 + 1/n),
+    tends to the plain one for large n and stays near 1/2n at the ends. The value itself is the plain share.
+
+    Args:
+        hits: images that count, 0 <= hits <= n.
+        n: images looked at, at least one.
+    """
+    if not 0 <= hits <= max(n, 0):
+        raise ErasureError(f"{name}: {hits} hits of {n} images cannot be")
+    p = hits / n if n else math.nan
+    stderr = math.sqrt(p * (1 - p) / n + 1 / (4 * n * n)) / (1 + 1 / n) if n else math.nan
+    return Score(name, 100 * p, n, higher_is_better, 100 * stderr, "%", evaluator)
+
+
+def mean_score(
+    name: str, values: Sequence[float], *, higher_is_better: bool = True, unit: str = "", evaluator: str = ""
+) -> Score:
+    """The mean of one value per image; its standard error is the sample sd / sqrt(n), NaN for a single value."""
+    n = len(values)
+    stderr = stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Score(name, fmean(values) if n else math.nan, n, higher_is_better, stderr, unit, evaluator)
+
+
+def verdict(base: Score, other: Score) -> int:
+    """+1 if `other` is better than `base` beyond the noise, -1 if worse, 0 if the two cannot be told apart.
+
+    The noise is two standard errors of the difference of independent measurements. The images of both come from the same
+    prompts and seeds, so the true error is smaller: a difference called real here is real, one called noise may not be.
+    """
+    difference = (other.value - base.value) * (1 if base.higher_is_better else -1)
+    noise = NOISE * math.hypot(base.stderr, other.stderr)
+    return 0 if math.isnan(noise) or abs(difference) <= noise else int(math.copysign(1, difference))
+
+
+@dataclass
+class EvalReport:
+    """What was measured of a base, of its erased weights and of any control, and how.
+
+    `extras` is free for whatever is not a score; the page knows `confusion`: row name -> {"kind": str, "labels": [str],
+    "counts": [[int]]}, where counts[i][j] is how many images whose prompt names labels[i] were classified as labels[j].
+    """
+
+    concept: dict[str, Any]
+    """`ConceptSpec` as a mapping: target, anchor, synonyms, kind, …; target and anchor are lists if several were forgotten"""
+    rows: dict[str, list[Score]]
+    """"base", "erased" and named controls -> their scores"""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """fingerprints, prompt set, sampler, versions, and `commands`: the command lines that make it all again"""
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def score(self, row: str, name: str) -> Score | None:
+        """One score of one row, or None."""
+        return next((score for score in self.rows.get(row, []) if score.name == name), None)
+
+    def columns(self) -> list[Score]:
+        """One score of each name, in order of first appearance over the rows."""
+        first: dict[str, Score] = {}
+        for score in chain.from_iterable(self.rows.values()):
+            first.setdefault(score.name, score)
+        return list(first.values())
+
+    @property
+    def title(self) -> str:
+        """`heart → star`."""
+        return " → ".join(", ".join(words(self.concept, key)) for key in ("target", "anchor") if words(self.concept, key))
+
+    def check(self) -> EvalReport:
+        """Refuse a report that tells how well a concept went without its price.
+
+        Raises:
+            ErasureError: a UA (of any judge) stands without that judge's IRA and CRA, or without a base row that has all three.
+        """
+        judges = {s.name.removesuffix("UA") for scores in self.rows.values() for s in scores if f" {s.name}".endswith(" UA")}
+        for judge in sorted(judges):
+            for row in [BASE, *(row for row in self.rows if self.score(row, f"{judge}UA"))]:
+                lacks = [judge + name for name in ("UA", "IRA", "CRA") if self.score(row, judge + name) is None]
+                if lacks:
+                    raise ErasureError(
+                        f"{judge}UA says nothing alone: row {row!r} lacks {', '.join(lacks)}; "
+                        f"evaluate the base and the erased model on forget and on retained prompts"
+                    )
+        return self
+
+    def table(self) -> Table:
+        """A console table: a row per model, a column per score; what differs from the base beyond the noise is coloured."""
+        from rich.table import Table
+
+        columns = self.check().columns()
+        table = Table(title=self.title)
+        table.add_column("model")
+        for score in columns:
+            table.add_column(score.heading, justify="right")
+        for row in self.rows:
+            table.add_row(row, *(self._cell(row, column.name) for column in columns))
+        return table
+
+    def _cell(self, row: str, name: str) -> Text:
+        from rich.text import Text
+
+        score, base = self.score(row, name), self.score(BASE, name)
+        if score is None:
+            return Text("–", style="dim")
+        style = ("", "green", "red")[verdict(base, score)] if base else ""
+        value = score.text().replace(" ", "\N{NO-BREAK SPACE}")  # a narrow console breaks before n, not inside the value
+        return Text.assemble((value, style), (f" ({score.n})", "dim"))
+
+    def to_json(self) -> str:
+        """The report as JSON text. Standard errors that are not known are null."""
+        rows = {row: [_plain(score) for score in scores] for row, scores in self.check().rows.items()}
+        content = {"schema_version": SCHEMA_VERSION, "concept": self.concept, "rows": rows}
+        content |= {"provenance": self.provenance, "extras": self.extras}
+        return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = "report.json") -> EvalReport:
+        """The report that `to_json` wrote; `where` names it in errors.
+
+        Raises:
+            ErasureError: it is truncated, of another schema version, or lacks what `check` asks for.
+        """
+        try:
+            content = json.loads(text)
+            if content["schema_version"] != SCHEMA_VERSION:
+                raise ErasureError(f"{where} has schema {content['schema_version']}, not {SCHEMA_VERSION}; evaluate again")
+            rows = {row: [_score(raw) for raw in scores] for row, scores in content["rows"].items()}
+            return cls(content["concept"], rows, content["provenance"], content["extras"]).check()
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ErasureError(f"{where} is not a whole report ({error}); evaluate again to make it anew") from error
+
+    def save(self, path: str | Path) -> Path:
+        """Write `report.json`."""
+        text = self.to_json()
+        with written_whole(path) as aside:
+            aside.write_text(text, encoding="utf-8")
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvalReport:
+        """Read what `save` wrote."""
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
+        except OSError as error:
+            raise ErasureError(f"cannot read {path}: {error.strerror}; name a report.json that an evaluation wrote") from error
+
+
+def words(concept: Mapping[str, Any], key: str) -> list[str]:
+    """The words under one key of a concept: none, one or several."""
+    value = concept.get(key) or []
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return asdict(score) | {"stderr": None if math.isnan(score.stderr) else score.stderr}
+
+
+def _score(raw: dict[str, Any]) -> Score:
+    return Score(**raw | {"stderr": math.nan if raw["stderr"] is None else raw["stderr"]})
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One score of one row over several runs (seeds)."""
+
+    row: str
+    name: str
+    runs: int
+    mean: float
+    sd: float
+    """sample standard deviation over the runs; NaN for one run"""
+    low: float
+    high: float
+    higher_is_better: bool
+    unit: str
+
+    @property
+    def worst(self) -> float:
+        """The run that a sceptic would quote."""
+        return self.low if self.higher_is_better else self.high
+
+
+def summarise(reports: Sequence[EvalReport]) -> list[Spread]:
+    """Mean, sample sd and range of every score of every row over reports of the same evaluation with different seeds.
+
+    Raises:
+        ErasureError: there are none, or one lacks a row or a score that another has.
+    """
+    if not reports:
+        raise ErasureError("no reports to summarise; give at least one")
+    wanted = [(row, s.name) for row, scores in reports[0].check().rows.items() for s in scores]
+    for i, report in enumerate(reports):
+        if {(row, s.name) for row, scores in report.check().rows.items() for s in scores} != set(wanted):
+            raise ErasureError(f"report {i + 1} does not hold the rows and scores of the first; evaluate all in the same way")
+    return [_spread(row, [s for r in reports if (s := r.score(row, name))]) for row, name in wanted]
+
+
+def _spread(row: str, scores: list[Score]) -> Spread:
+    values = [score.value for score in scores]
+    sd = stdev(values) if len(values) > 1 else math.nan
+    first = scores[0]
+    limits = min(values), max(values)
+    return Spread(row, first.name, len(values), fmean(values), sd, *limits, first.higher_is_better, first.unit)

@@ -1,0 +1,97 @@
+"""The words of the embedded world: its concepts, their synonyms, its captions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.resources import files
+from itertools import product
+
+import yaml
+
+from prompts.concepts import ConceptSpec
+from prompts.errors import ErasureError, unknown
+
+KINDS = ("object", "style", "colour")
+CAPTIONS_PER_CELL = 2  # retain prompts of a cell, beside its grid prompt
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Concepts of each kind, in class-index order, with their synonyms and the caption templates."""
+
+    synonyms: dict[str, dict[str, list[str]]]
+    """kind -> concept -> its other names"""
+    templates: tuple[str, ...]
+    """captions the base was trained on, with {object}, {style}, {colour} fields"""
+    grid: str
+    """the template of the evaluation's answer set"""
+
+    def names(self, kind: str) -> list[str]:
+        """Concept names of one kind; the position is the judges' class index."""
+        return list(self.synonyms[kind])
+
+    def kind_of(self, concept: str) -> str | None:
+        """`object`, `style` or `colour`, or None for a word that this world does not have."""
+        return next((kind for kind in KINDS if concept in self.synonyms[kind]), None)
+
+    def cells(self) -> list[dict[str, str]]:
+        """Every combination of concepts: one dict of kind -> name per cell of the grid."""
+        return [dict(zip(KINDS, row, strict=True)) for row in product(*map(self.names, KINDS))]
+
+    def caption(self, cell: dict[str, str], rng: random.Random, p_empty: float = 0.1, p_synonym: float = 0.3) -> str:
+        """A training caption of `cell`: empty with `p_empty` (classifier-free guidance), each name a synonym with `p_synonym`."""
+        if rng.random() < p_empty:
+            return ""
+        words = {kind: rng.choice(self.synonyms[kind][name]) if rng.random() < p_synonym else name for kind, name in cell.items()}
+        return rng.choice(self.templates).format(**words)
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    """The embedded world's vocabulary, read from `prompts/data/canvas.yaml`."""
+    raw = yaml.safe_load(files("prompts").joinpath("data/canvas.yaml").read_text(encoding="utf-8"))
+    return Vocabulary({kind: raw[kind] for kind in KINDS}, tuple(raw["templates"]), raw["grid"])
+
+
+def canvas_concept(name: str, anchor: str | None = None) -> ConceptSpec:
+    """A concept of the embedded world, to forget.
+
+    Args:
+        name: an object, a style or a colour of the vocabulary; its synonyms go with it.
+        anchor: a concept of the same kind; the next in the vocabulary's order (the first after the last) by default.
+
+    Returns:
+        Templates: every caption that names the kind, the other slots filled in all ways. Retain prompts: for each cell without
+        `name`, its grid prompt and two captions, in a mixed order that never changes. Only captions that name the kind are
+        used: "a red image" may well show the concept.
+
+    Raises:
+        ErasureError: a name that this world does not have (the near one is suggested), or an anchor of another kind.
+    """
+    vocab, kind = vocabulary(), _kind(name)
+    names = vocab.names(kind)
+    anchor = names[(names.index(name) + 1) % len(names)] if anchor is None else anchor
+    if _kind(anchor) != kind:
+        raise ErasureError(f"{anchor!r} is no {kind}, as {name!r} is; choose as anchor one of: {', '.join(names)}")
+    naming = replace(vocab, templates=tuple(t for t in vocab.templates if f"{{{kind}}}" in t))
+    templates = (t.format(**{**cell, kind: "{}"}) for t in naming.templates for cell in vocab.cells())
+    synonyms = tuple(vocab.synonyms[kind][name])
+    return ConceptSpec(name, anchor, synonyms, tuple(dict.fromkeys(templates)), _retain(naming, kind, name), kind)
+
+
+def _kind(name: str) -> str:
+    kind = vocabulary().kind_of(name)
+    if kind is None:
+        raise unknown("canvas concept", name, (n for k in KINDS for n in vocabulary().names(k)))
+    return kind
+
+
+def _retain(vocab: Vocabulary, kind: str, name: str) -> tuple[str, ...]:
+    rng, prompts = random.Random(name), []
+    for cell in vocab.cells():
+        if cell[kind] != name:
+            prompts += [vocab.grid.format(**cell), *(vocab.caption(cell, rng, p_empty=0) for _ in range(CAPTIONS_PER_CELL))]
+    rng.shuffle(prompts)
+    return tuple(dict.fromkeys(prompts))

@@ -1,0 +1,133 @@
+"""What to forget, what to put there, what to keep."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from prompts.errors import ErasureError, unknown
+from prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
+
+TEMPLATES = ("a photo of {}", "an image of {}", "a picture of {}", "{}")
+
+
+@dataclass(frozen=True)
+class ConceptSpec:
+    """A concept to forget, with the safe concept that takes its place.
+
+    Raises:
+        ErasureError: an empty target, anchor, template list or prompt; an anchor that is the target or one of its synonyms;
+            a template without exactly one `{}`.
+    """
+
+    target: str
+    """the concept that must go, as prompts name it"""
+    anchor: str
+    """what the model is to draw instead"""
+    synonyms: tuple[str, ...] = ()
+    """other names that must go too"""
+    templates: tuple[str, ...] = TEMPLATES
+    """prompts with one `{}` where the concept stands"""
+    retain: tuple[str, ...] = ()
+    """prompts whose images must stay as they are"""
+    kind: str | None = None
+    """the axis it is judged on, a label of the prompt set (object, style, class): IRA is the same kind, CRA the others"""
+
+    def __post_init__(self) -> None:
+        where = f"concept {as_text(self.target, 'the target of a concept')!r}"
+        as_text(self.anchor, f"the anchor of {where}")
+        for name in ("synonyms", "templates", "retain"):
+            object.__setattr__(self, name, as_texts(getattr(self, name), f"{where}: {name}"))
+        if self.kind is not None:
+            as_text(self.kind, f"the kind of {where}")
+        if self.anchor.strip().casefold() in (name.strip().casefold() for name in self.names):
+            raise ErasureError(f"{where} has itself as its anchor, so nothing would be forgotten; choose another anchor")
+        if not self.templates:
+            raise ErasureError(f"{where} has no templates; give at least one, such as {TEMPLATES[0]!r}")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ErasureError(f"{where}: the template {template!r} needs one {{}} where the concept stands")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The target and its synonyms: every name that must go."""
+        return (self.target, *self.synonyms)
+
+    @property
+    def slug(self) -> str:
+        """The target as part of a file name: at most 57 of [a-z0-9-], distinct unless targets differ only in case, spaces or hyphens."""
+        slug = "-".join(re.findall(r"[a-z0-9]+", self.target.lower()))[:48]
+        if slug == "-".join(self.target.lower().split()):
+            return slug
+        digest = hashlib.sha256(self.target.encode()).hexdigest()[:8]
+        return f"{slug}-{digest}".lstrip("-")
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """(forget prompt, anchor prompt): each template filled with each of `names`, beside the same filled with the anchor."""
+        filled = [(t.replace("{}", name), t.replace("{}", self.anchor)) for t in self.templates for name in self.names]
+        return list(dict.fromkeys(filled))
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields as plain JSON values; `kind` is left out where it is None."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: object, where: str | Path = "concept") -> ConceptSpec:
+        """The inverse of `to_dict`.
+
+        Args:
+            data: a mapping of the fields; all but `target` and `anchor` may be absent.
+            where: file or place that an error names.
+
+        Raises:
+            ErasureError: not a mapping, an unknown key (the near one is suggested), a missing key, or a value that
+                `ConceptSpec` refuses.
+        """
+        values = as_mapping(data, [f.name for f in fields(cls)], where)
+        for name in ("target", "anchor"):
+            if name not in values:
+                raise ErasureError(f"{where} has no {name!r}; add a line `{name}: …`")
+        try:
+            return cls(**values)  # type: ignore[arg-type]  # the constructor checks each value's type
+        except ErasureError as error:
+            raise ErasureError(f"{where}: {error}") from error
+
+
+def dump(concepts: Sequence[ConceptSpec]) -> str:
+    """The concepts as one line of JSON, for metadata; `load_concepts` reads it too."""
+    return json.dumps([concept.to_dict() for concept in concepts], ensure_ascii=False)
+
+
+def shipped() -> list[str]:
+    """Names of the concept files that come with the package."""
+    return sorted(path.stem for path in DATA.glob("*.yaml") if path.stem != "canvas")
+
+
+def load_concepts(source: str | Path) -> list[ConceptSpec]:
+    """Concepts from a YAML file: one mapping of `ConceptSpec`'s fields, or a list of them.
+
+    Args:
+        source: a path, or the name of a shipped file ("nudity", "imagenette").
+
+    Raises:
+        ErasureError: the file is missing, unreadable, no YAML, empty, or names a target twice; or see `ConceptSpec.from_dict`.
+    """
+    path = DATA / f"{source}.yaml" if str(source) in shipped() else Path(source)
+    if path == Path(path.name) and not path.suffix and not path.exists():
+        raise unknown("concept file", str(source), shipped())
+    data = read_yaml(path)
+    if not isinstance(data, list):
+        return [ConceptSpec.from_dict(data, path)]
+    if not data:
+        raise ErasureError(f"{path} holds no concept; write at least a target and an anchor")
+    concepts = [ConceptSpec.from_dict(item, f"{path}, concept {i}") for i, item in enumerate(data, 1)]
+    targets = [concept.target for concept in concepts]
+    for i, target in enumerate(targets):
+        if target in targets[:i]:
+            raise ErasureError(f"{path} names the target {target!r} twice; write its templates and synonyms in one concept")
+    return concepts

@@ -1,0 +1,18 @@
+"""The one error that a user is meant to read, and the suggestion that goes with a misspelt name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ErasureError(ValueError):
+    """Bad input: the message names the thing and the way out. Commands print it without a traceback and exit with 2."""
+
+
+def unknown(what: str, name: str, options: Iterable[str]) -> ErasureError:
+    """An error for a name that is not among `options`, with the near one suggested."""
+    options = sorted(options)
+    near = get_close_matches(name, options, 1) or [o for o in options if o.lower() == name.lower()]
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(options)}"
+    return ErasureError(f"unknown {what} {name!r}; {hint}")

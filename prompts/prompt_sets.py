@@ -1,0 +1,266 @@
+"""Prompt sets: what to draw, from which seed, and what each image is expected to show."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from string import Formatter
+
+from prompts.canvas import KINDS, vocabulary
+from prompts.errors import ErasureError, unknown
+from prompts.reading import as_mapping, as_text, as_texts, read_text, read_yaml
+
+# The field's names for one thing, in order of preference: I2P and Imagenette as CSV, I2P on the hub.
+SEED = ("seed", "evaluation_seed", "sd_seed")
+GUIDANCE = ("guidance", "evaluation_guidance", "sd_guidance_scale")
+ANSWER_SEEDS = (188, 288, 588, 688, 888)  # UnlearnCanvas's answer set
+# I2P's prompt 2260 is the word "NuLL". pandas took it for a missing value, and the CSV that the field hands on has lost it.
+LOST = {"https://lexica.art/prompt/64290913-71cf-4fa1-be1d-2831a98b8f6c": "NuLL"}
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One image to draw.
+
+    Raises:
+        ErasureError: an empty prompt, a case number below 0, a seed outside [0, 2^63), guidance that is not finite.
+    """
+
+    case: int
+    """number of the image, unique in its set; files are named after it"""
+    prompt: str
+    seed: int
+    """of the image's own generator"""
+    guidance: float | None = None
+    """classifier-free guidance scale of this row; None leaves it to the generation settings"""
+    labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """what the image should show or where the prompt came from: column -> text"""
+
+    def __post_init__(self) -> None:
+        as_text(self.prompt, "the prompt")
+        if self.case < 0:
+            raise ErasureError(f"the case number {self.case} is below 0")
+        if not 0 <= self.seed < 2**63:
+            raise ErasureError(f"the seed {self.seed} is not between 0 and 2^63 - 1")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise ErasureError(f"the guidance {self.guidance} is not finite")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Rows under a name.
+
+    Raises:
+        ErasureError: no rows, or a case number that stands twice.
+    """
+
+    name: str
+    rows: tuple[PromptRow, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        _check(self.rows, f"the prompt set {self.name!r}")
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the rows, whatever their order and whichever file they came from."""
+        ordered = sorted(self.rows, key=lambda row: row.case)
+        guidance = [None if row.guidance is None else float(row.guidance) for row in ordered]
+        rows = [(row.case, row.prompt, row.seed, g, sorted(row.labels.items())) for row, g in zip(ordered, guidance, strict=True)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, source: str | Path) -> PromptSet:
+        """The shipped set of that name ("canvas": the whole answer set), or a .csv or .yaml file."""
+        if str(source) == "canvas":
+            return canvas_grid()
+        readers = {".csv": cls.from_csv, ".yaml": cls.from_yaml, ".yml": cls.from_yaml}
+        reader = readers.get(Path(source).suffix.lower())
+        if reader is None:
+            raise ErasureError(f"unknown prompt set {str(source)!r}; give 'canvas', or a .csv or .yaml file")
+        return reader(source)
+
+    @classmethod
+    def from_csv(cls, path: str | Path) -> PromptSet:
+        """Rows of a CSV file with the field's own columns.
+
+        `prompt`; `seed`, `evaluation_seed` or `sd_seed`; optionally `guidance`, `evaluation_guidance` or
+        `sd_guidance_scale` (a cell may be empty), and `case_number` (else rows count from 0). An index column is
+        dropped; every other column becomes a label.
+
+        Raises:
+            ErasureError: unreadable, malformed or empty file; missing or repeated columns; a bad value, with its row.
+        """
+        header, *body = _table(path)
+        columns = _columns(header.cells, path)
+        cells = (dict(zip(header.cells, line.cells, strict=True)) for line in body)
+        rows = tuple(_row(row, columns, i, line.where) for i, (row, line) in enumerate(zip(cells, body, strict=True)))
+        _check(rows, str(path))
+        return cls(Path(path).stem, rows)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> PromptSet:
+        """The product of a YAML file's lists.
+
+        `templates` with named slots (`A {object} image in {style} style.`), one list for each slot, `seeds`, and optionally
+        `guidance`. Each template is filled with every combination of the slots that it names, which become its labels.
+
+        Raises:
+            ErasureError: unreadable file or no YAML; an unknown key (the near one is suggested); a slot without a list;
+                a bad value.
+        """
+        raw = read_yaml(path)
+        templates = as_texts(raw.get("templates", ()), f"{path}: templates") if isinstance(raw, Mapping) else ()
+        parts = [_parse(template, path) for template in templates]
+        slots = {slot: None for template in parts for _, slot in template if slot}
+        data = as_mapping(raw, ("templates", "seeds", "guidance", *slots), path)
+        for name in ("templates", "seeds", *slots):
+            if not data.get(name):
+                raise ErasureError(f"{path} needs a list `{name}: […]` with something in it")
+        lists = {name: as_texts(data[name], f"{path}: {name}") for name in ("seeds", *slots)}
+        seeds = [_integer(seed, f"{path}: seeds, item {i},") for i, seed in enumerate(lists["seeds"], 1)]
+        guidance = _guidance(data["guidance"], str(path)) if "guidance" in data else None
+        rows: list[PromptRow] = []
+        for template in parts:
+            named = dict.fromkeys(slot for _, slot in template if slot)
+            for values, seed in product(product(*(lists[slot] for slot in named)), seeds):
+                words = dict(zip(named, values, strict=True))
+                prompt = "".join(text + words.get(slot, "") for text, slot in template)
+                rows.append(PromptRow(len(rows), prompt, seed, guidance, words))
+        return cls(Path(path).stem, tuple(rows))
+
+
+def canvas_grid(seeds: Sequence[int] = ANSWER_SEEDS, where: Mapping[str, str] | None = None) -> PromptSet:
+    """The embedded world's answer set: every object x style x colour, once for each seed.
+
+    Args:
+        seeds: distinct seeds; every cell of the grid is drawn from each of them.
+        where: keeps the cells with these concepts, kind -> name ({"object": "heart"}).
+
+    Returns:
+        Rows with labels `object`, `style`, `colour`. A row of a part of the grid has the case number that it has in the whole,
+        and fewer seeds give a beginning of the set.
+
+    Raises:
+        ErasureError: no seeds, a seed twice, an unknown kind or concept.
+    """
+    vocab, where = vocabulary(), dict(where or {})
+    for kind, name in where.items():
+        if kind not in KINDS:
+            raise unknown("kind of canvas concept", kind, KINDS)
+        if name not in vocab.names(kind):
+            raise unknown(kind, name, vocab.names(kind))
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ErasureError("the canvas grid needs seeds, each of them once")
+    cells = vocab.cells()
+    rows = tuple(
+        PromptRow(i * len(cells) + j, vocab.grid.format(**cell), seed, None, cell)
+        for i, seed in enumerate(seeds)
+        for j, cell in enumerate(cells)
+        if where.items() <= cell.items()
+    )
+    return PromptSet("canvas" + "".join(f"-{name}" for name in where.values()), rows)
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of a CSV table, and where it stands."""
+
+    cells: list[str]
+    where: str
+
+
+def _table(path: str | Path) -> list[_Line]:
+    """Header and rows, each as long as the header; empty lines are no rows."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    lines: list[_Line] = []
+    try:
+        for cells in filter(None, reader):
+            lines.append(_Line(cells, f"{path}, row {len(lines)} (line {reader.line_num})"))
+            if len(cells) != len(lines[0].cells):
+                raise ErasureError(f"{lines[-1].where} has {len(cells)} cells where the header has {len(lines[0].cells)}")
+    except csv.Error as error:
+        raise ErasureError(f"{path}, line {reader.line_num} is not valid CSV: {error}; is a quote left open?") from error
+    if not lines:
+        raise ErasureError(f"{path} is empty; it needs a header and at least one row")
+    return [_Line([cell.strip() for cell in lines[0].cells], str(path)), *lines[1:]]
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Which column of a CSV file plays which part."""
+
+    seed: str
+    guidance: str | None
+    case: str | None
+    labels: list[str]
+
+
+def _columns(header: Sequence[str], path: str | Path) -> _Columns:
+    named = [name for name in header if name and not re.fullmatch(r"Unnamed: \d+", name)]  # pandas' name for no name
+    for name in named:
+        if named.count(name) > 1:
+            raise ErasureError(f"{path} has the column {name!r} twice; rename one of them")
+    seed, guidance = (next((name for name in names if name in named), None) for names in (SEED, GUIDANCE))
+    if "prompt" not in named or seed is None:
+        missing = ["'prompt'"] * ("prompt" not in named) + [" or ".join(map(repr, SEED))] * (seed is None)
+        raise ErasureError(f"{path} has no column {', nor '.join(missing)}; its columns are: {', '.join(named)[:300]}")
+    case = "case_number" if "case_number" in named else None
+    return _Columns(seed, guidance, case, [name for name in named if name not in ("prompt", seed, guidance, case)])
+
+
+def _row(cells: Mapping[str, str], columns: _Columns, index: int, where: str) -> PromptRow:
+    case = _integer(cells[columns.case], f"{where}: the {columns.case}") if columns.case else index
+    seed = _integer(cells[columns.seed], f"{where}: the {columns.seed}")
+    guidance = _guidance(cells[columns.guidance], where) if columns.guidance and cells[columns.guidance].strip() else None
+    prompt = cells["prompt"] or LOST.get(cells.get("lexica_url", ""), "")
+    try:
+        return PromptRow(case, prompt, seed, guidance, {name: cells[name] for name in columns.labels})
+    except ErasureError as error:
+        raise ErasureError(f"{where}: {error}") from error
+
+
+def _integer(text: str, where: str) -> int:
+    """A whole number that may end in `.0`, as pandas writes a column that once had gaps."""
+    match = re.fullmatch(r"\s*(\d{1,19})(?:\.0*)?\s*", text, re.ASCII)
+    if not match:
+        raise ErasureError(f"{where} {text[:40]!r} is not a whole number from 0 to 2^63 - 1")
+    return int(match[1])
+
+
+def _guidance(text: object, where: str) -> float:
+    try:
+        return float(str(text))
+    except ValueError as error:
+        raise ErasureError(f"{where}: the guidance {str(text)[:40]!r} is not a number") from error
+
+
+def _parse(template: str, path: str | Path) -> list[tuple[str, str]]:
+    """A template as (text, name of the slot after it or "")."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ErasureError(f"{path}: the template {template!r} has an unmatched brace; write {{{{ for a plain one") from error
+    for _, slot, spec, conversion in parts:
+        if slot == "" or spec or conversion:
+            raise ErasureError(f"{path}: the template {template!r} has a slot that is not a plain name, such as {{object}}")
+    return [(text, slot or "") for text, slot, _, _ in parts]
+
+
+def _check(rows: Sequence[PromptRow], where: str) -> None:
+    if not rows:
+        raise ErasureError(f"{where} has no prompts; it needs at least one row")
+    seen: dict[int, int] = {}
+    for i, row in enumerate(rows, 1):
+        if row.case in seen:
+            raise ErasureError(f"{where} has the case number {row.case} twice (rows {seen[row.case]} and {i}); number them apart")
+        seen[row.case] = i

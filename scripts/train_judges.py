@@ -1,0 +1,292 @@
+"""Train the judges of the embedded world: a classifier and a small CLIP. Both see renders only, never a generated image.
+
+    python scripts/train_judges.py                       # both, then the card: about ten minutes on one core
+    python scripts/train_judges.py                       # again: goes on where it was stopped
+    python scripts/train_judges.py --judge classifier    # one of them: classifier, clip or card
+
+Training states are kept in --work. The finished judges go to eval/canvas/weights in half precision:
+
+    classifier.safetensors      eval.canvas.judges.load_classifier()
+    clip/                       open_clip.create_model_and_transforms("local-dir:eval/canvas/weights/clip")
+    README.md                   their card: sha256 of each file, accuracy on held-out renders
+
+Everything is seeded by step, so a stopped and resumed run sees the same batches as one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from string import Formatter
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from train_canvas import build_tokenizer, random_cells, save_state
+
+from erase.files import written_whole
+from eval.canvas.judges import SIDE, WEIGHTS, CanvasClassifier, load_classifier
+from eval.canvas.render import render
+from prompts.canvas import KINDS, vocabulary
+
+SEEDS = {"classifier": 20_000_000, "clip": 30_000_000, "held-out": 40_000_000}  # renders of one purpose share none with another
+HELD_OUT = 10  # renders per cell on which the card's accuracies are measured
+EMBEDDING = 128
+CONTEXT = 20  # tokens that the CLIP reads; a caption of the world has at most 15
+
+
+def augment(images: Tensor) -> Tensor:
+    """Brightness, contrast, blur and noise as mild as a small VAE's faults, each image with its own strengths; same shape."""
+    n = len(images)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(n, 1, 1, 1).uniform_(low, high)
+
+    images = (images - 0.5) * uniform(0.9, 1.1) + 0.5 + uniform(-0.05, 0.05)
+    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = images + (soft - images) * uniform(-0.4, 0.9).clamp(min=0)
+    return (images + torch.randn_like(images) * uniform(-0.03, 0.07).clamp(min=0)).clamp(0, 1)
+
+
+def train(model: nn.Module, loss_at: Callable[[int], Tensor], steps: int, lr: float, state: Path) -> None:
+    """AdamW under a one-cycle schedule, in bfloat16 autocast. `loss_at(step)` draws its own batch, seeded by `step`."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.02, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    parts, start = {"model": model, "optimizer": optimizer, "schedule": schedule}, 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        start = saved["step"]
+    model.train()
+    bar = tqdm(range(start, steps), desc=state.stem, initial=start, total=steps, mininterval=5)
+    for step in bar:
+        loss = loss_at(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            save_state(state, step=step + 1, **{name: part.state_dict() for name, part in parts.items()})
+    model.eval()
+
+
+def draw(judge: str, step: int, batch: int) -> tuple[list[dict[str, str]], Tensor]:
+    """One training batch: random cells and their augmented renders; fixes torch's random state for the rest of the step."""
+    cells = random_cells(batch, random.Random(SEEDS[judge] + step))
+    images = render(cells, seed=SEEDS[judge] + step)
+    torch.manual_seed(SEEDS[judge] + step)
+    return cells, augment(images)
+
+
+def save_half(model: nn.Module, path: Path) -> None:
+    state = {name: value.half() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    with written_whole(path) as aside:
+        save_file({name: value.contiguous() for name, value in state.items()}, aside, metadata={"format": "pt"})
+
+
+# ---- classifier ------------------------------------------------------------------------------------------------------
+
+
+def train_classifier(work: Path, out: Path, steps: int, batch: int) -> None:
+    """Cross-entropy of the three heads, summed."""
+    torch.manual_seed(0)
+    model = CanvasClassifier()
+    classes = {kind: vocabulary().names(kind) for kind in KINDS}
+
+    def loss_at(step: int) -> Tensor:
+        cells, images = draw("classifier", step, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images)
+        truth = {kind: torch.tensor([classes[kind].index(cell[kind]) for cell in cells]) for kind in KINDS}
+        return torch.stack([F.cross_entropy(logits[kind].float(), truth[kind]) for kind in KINDS]).sum()
+
+    train(model, loss_at, steps, 4e-3, work / "classifier.pt")
+    save_half(model, out / "classifier.safetensors")
+
+
+# ---- CLIP --------------------------------------------------------------------------------------------------------------
+
+
+def write_caption(cell: dict[str, str], rng: random.Random) -> tuple[str, dict[str, str]]:
+    """A caption from a random template, half of the names replaced by synonyms, and the part of `cell` that it states."""
+    vocab = vocabulary()
+    template = rng.choice(vocab.templates)
+    stated = {field: cell[field] for _, field, _, _ in Formatter().parse(template) if field}
+    words = {
+        kind: rng.choice(vocab.synonyms[kind][name]) if rng.random() < 0.5 else name for kind, name in stated.items()
+    }
+    return template.format(**words), stated
+
+
+def matches(stated: list[dict[str, str]], cells: list[dict[str, str]]) -> Tensor:
+    """1 where an image shows all that a caption states; shape (captions, cells)."""
+    return torch.tensor([[float(all(cell[k] == v for k, v in claim.items())) for cell in cells] for claim in stated])
+
+
+def contrastive_loss(similarity: Tensor, match: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy with every match a positive (the supervised contrast of Khosla et al. 2020, L_out).
+
+    Args:
+        similarity: scaled cosines, shape (captions, images).
+        match: 1 where a caption is true of an image, same shape; each row and column has at least one.
+    """
+    by_caption = (similarity.log_softmax(1) * match).sum(1) / match.sum(1)
+    by_image = (similarity.log_softmax(0) * match).sum(0) / match.sum(0)
+    return -(by_caption.mean() + by_image.mean()) / 2
+
+
+def clip_config(vocab_size: int) -> dict[str, object]:
+    """open_clip's own description of the model: a 1.4M-parameter ResNet with attention pooling and a two-layer text tower."""
+    return {
+        "model_cfg": {
+            "embed_dim": EMBEDDING,
+            "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
+            "text_cfg": {
+                "context_length": CONTEXT,
+                "vocab_size": vocab_size,
+                "hf_tokenizer_name": "canvas",  # any name: from a folder, open_clip loads the folder's own tokenizer
+                "width": EMBEDDING,
+                "heads": 4,
+                "layers": 2,
+            },
+        },
+        "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"},
+    }
+
+
+def train_clip(work: Path, out: Path, steps: int, batch: int) -> None:
+    """Contrast renders with captions; a caption that names one thing is true of every image that shows it."""
+    torch.manual_seed(0)
+    folder, tokenizer = out / "clip", build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    with written_whole(folder / "open_clip_config.json") as aside:
+        aside.write_text(json.dumps(clip_config(len(tokenizer)), indent=2) + "\n", encoding="utf-8")
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+
+    def loss_at(step: int) -> Tensor:
+        cells, images = draw("clip", step, batch)
+        rng = random.Random(SEEDS["clip"] + step)
+        captions, stated = zip(*(write_caption(cell, rng) for cell in cells), strict=True)
+        tokens = tokenizer(list(captions), padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
+        with torch.autocast("cpu", torch.bfloat16):
+            seen, said = model.encode_image(images * 2 - 1), model.encode_text(tokens)
+        cosine = F.normalize(said.float(), dim=-1) @ F.normalize(seen.float(), dim=-1).T
+        return contrastive_loss(cosine * model.logit_scale.exp().clamp(max=100), matches(list(stated), cells))
+
+    train(model, loss_at, steps, 2e-3, work / "clip.pt")
+    save_half(model, folder / "open_clip_model.safetensors")
+
+
+# ---- card --------------------------------------------------------------------------------------------------------------
+
+
+def held_out_accuracy(predict: Callable[[Tensor], dict[str, Tensor]], per_cell: int, seed: int = SEEDS["held-out"]) -> dict[str, float]:
+    """Percent right per kind over `per_cell` renders of every cell; `predict` maps (n, 3, 64, 64) in [0, 1] to logits per kind."""
+    cells, right = vocabulary().cells(), dict.fromkeys(KINDS, 0)
+    for i in range(per_cell):
+        logits = predict(render(cells, seed=seed + i))
+        for kind in KINDS:
+            truth = torch.tensor([vocabulary().names(kind).index(cell[kind]) for cell in cells])
+            right[kind] += int((logits[kind].argmax(1) == truth).sum())
+    return {kind: 100 * right[kind] / (per_cell * len(cells)) for kind in KINDS}
+
+
+CARD = """# The judges of the embedded world
+
+Two models that say which object, style and colour an image of the `canvas` world shows. `scripts/train_judges.py` made both from
+renders of `eval/canvas/render.py` alone; neither has seen a generated image. Licence: Apache-2.0, as the rest of this repository.
+No data of anybody else went into them.
+
+| judge | load with | parameters | stored as |
+|---|---|---|---|
+| classifier | `eval.canvas.judges.load_classifier()` | {classifier_size:,} | float16 |
+| CLIP (open_clip: ResNet image tower, two-layer text tower) | `open_clip.create_model_and_transforms("local-dir:…/clip")` | {clip_size:,} | float16 |
+
+## Accuracy on held-out renders
+
+{n:,} renders ({per_cell} per object x style x colour, seeds that no training batch used), judged by the files in this folder. CLIP is
+zero-shot: each kind's names in the captions of the vocabulary that name this kind alone.
+
+| judge | object | style | colour |
+|---|---|---|---|
+{rows}
+
+Command: `{command}` ({recipe}).
+Measure again: `python scripts/train_judges.py --judge card`.
+
+## Files
+
+| file | bytes | sha256 |
+|---|---|---|
+{files}
+
+## Limits
+
+They know this world's {concepts} concepts and nothing else: any picture gets one of these names, however wrong. They were trained
+with mild noise, blur and changes of brightness, as small autoencoders show them; not with other resolutions or heavy damage.
+"""
+
+
+def write_card(out: Path, recipe: str) -> None:
+    """Measure the judges as shipped and write their card."""
+    from eval.evaluators.clip import Config, load_clip, zero_shot_weights
+
+    clip = load_clip(Config())
+    text = {kind: zero_shot_weights(clip, vocabulary().names(kind), kind, Config()) for kind in KINDS}
+
+    @torch.no_grad()
+    def by_clip(images: Tensor) -> dict[str, Tensor]:
+        seen = F.normalize(clip.model.encode_image(images * 2 - 1), dim=-1)
+        return {kind: seen @ text[kind].T for kind in KINDS}
+
+    judges = {"classifier": load_classifier(), "CLIP, zero-shot": by_clip}
+    found = {name: held_out_accuracy(predict, HELD_OUT) for name, predict in judges.items()}
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "README.md"]
+    card = CARD.format(
+        classifier_size=sum(p.numel() for p in load_classifier().parameters()),
+        clip_size=sum(p.numel() for p in clip.model.parameters()),
+        n=HELD_OUT * len(vocabulary().cells()),
+        per_cell=HELD_OUT,
+        rows="\n".join(f"| {name} | " + " | ".join(f"{found[name][kind]:.2f} %" for kind in KINDS) + " |" for name in found),
+        command="python scripts/train_judges.py",
+        recipe=recipe,
+        files="\n".join(
+            f"| {path.relative_to(out)} | {path.stat().st_size:,} | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |" for path in files
+        ),
+        concepts=sum(len(vocabulary().names(kind)) for kind in KINDS),
+    )
+    with written_whole(out / "README.md") as aside:
+        aside.write_text(card, encoding="utf-8")
+    print(card)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--judge", choices=["all", "classifier", "clip", "card"], default="all", help="what to make (default: all)")
+    parser.add_argument("--work", type=Path, default=Path("runs/judges"), help="where training states are kept")
+    parser.add_argument("--classifier_steps", type=int, default=550)
+    parser.add_argument("--clip_steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=128, help="renders per step")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+
+    if args.judge in ("all", "classifier"):
+        train_classifier(args.work, WEIGHTS, args.classifier_steps, args.batch)
+    if args.judge in ("all", "clip"):
+        train_clip(args.work, WEIGHTS, args.clip_steps, args.batch)
+    if args.judge in ("all", "card"):
+        write_card(WEIGHTS, f"{args.classifier_steps} and {args.clip_steps} steps of {args.batch} renders")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Saliency and masks: exact count, order, ties, packing, refusal."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask, pack, unpack
+from prompts.errors import ErasureError
+
+
+def double_argsort(values: dict[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
+    """The reference's selection, literally: rank of each value in the descending order, kept below int(N * density)."""
+    flat = torch.cat([v.reshape(-1) for v in values.values()])
+    rank = torch.argsort(torch.argsort(-flat, stable=True), stable=True)
+    kept = (rank < int(len(flat) * density)).split([v.numel() for v in values.values()])
+    return {name: part.view(v.shape) for (name, v), part in zip(values.items(), kept, strict=True)}
+
+
+@pytest.mark.parametrize("density", [0.003, 0.1, 0.29, 0.5, 0.7, 0.999, 1.0])
+@pytest.mark.parametrize("ties", [False, True])
+def test_cut_is_the_double_argsort_with_stable_ties(density, ties):
+    generator = torch.Generator().manual_seed(0)
+    values = {f"p{i}": torch.rand(shape, generator=generator) for i, shape in enumerate([(7, 5), (1,), (300,), (4, 3, 2, 2)])}
+    if ties:
+        values = {name: (v * 4).floor() for name, v in values.items()}  # five levels, zeros among them
+    mask, expected = Saliency(values).cut(density), double_argsort(values, density)
+    assert all(torch.equal(mask[name], expected[name]) for name in values)
+    assert mask.count() == math.floor(density * mask.size)
+
+
+def test_cut_is_exact_for_every_magnitude_of_float32():
+    tiny, huge = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+    values = {"a": torch.tensor([0.0, -0.0, 1e-45, tiny, 1.0, huge, 1.0000001])}
+    order = [5, 6, 4, 3, 2, 0, 1]
+    for kept in range(1, 8):
+        mask = Saliency(values).cut((kept + 0.5) / 7 if kept < 7 else 1.0)["a"]
+        assert set(mask.nonzero()[:, 0].tolist()) == set(order[:kept])
+
+
+def test_accumulator_sums_signed_gradients_before_the_absolute_value():
+    param = torch.nn.Parameter(torch.zeros(3))
+    accumulator = SaliencyAccumulator({"p": param})
+    for grad in ([1.0, 2.0, -1.0], [-1.0, 1.0, -2.0]):
+        param.grad = torch.tensor(grad)
+        accumulator.add_gradients()
+        assert param.grad is None
+    assert accumulator.saliency().values["p"].tolist() == [0.0, 3.0, 3.0]  # sum of |g| would have given 2 for the first
+    assert accumulator.finish(0.67)["p"].tolist() == [False, True, True]
+
+
+def test_accumulator_refuses_what_is_not_finite():
+    param = torch.nn.Parameter(torch.zeros(3))
+    param.grad = torch.tensor([1.0, math.nan, 0.0])
+    accumulator = SaliencyAccumulator({"unet.p": param})
+    accumulator.add_gradients()
+    with pytest.raises(ErasureError, match=r"unet\.p is not finite"):
+        accumulator.saliency()
+
+
+@pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5, 7), ()])
+def test_packing_is_one_bit_per_weight_and_loses_nothing(shape):
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
+    bits = pack(mask)
+    assert bits.dtype == torch.uint8 and bits.numel() == -(-mask.numel() // 8)
+    assert torch.equal(unpack(bits, tuple(shape)), mask)
+
+
+def test_mask_and_saliency_survive_the_disk_and_can_be_cut_again(tmp_path):
+    saliency = Saliency({"a": torch.rand(100, 33), "b": torch.rand(5)}, {"base_fingerprint": "f" * 64})
+    saliency.save(tmp_path / "s.safetensors")
+    again = Saliency.load(tmp_path / "s.safetensors")
+    for density in (0.1, 0.5):
+        mask = again.cut(density)
+        mask.save(tmp_path / "m.safetensors")
+        loaded = SaliencyMask.load(tmp_path / "m.safetensors")
+        assert all(torch.equal(loaded[name], saliency.cut(density)[name]) for name in saliency.values)
+        assert loaded.metadata["density"] == repr(density)
+    assert (tmp_path / "m.safetensors").stat().st_size < 3305 / 8 + 1000
+
+
+def test_controls():
+    params = {"a": torch.zeros(64, 10), "b": torch.zeros(7)}
+    mask = SaliencyMask.random(params, 0.3, seed=1)
+    assert mask.count() == math.floor(0.3 * 647)
+    assert not torch.equal(mask["a"], SaliencyMask.random(params, 0.3, seed=2)["a"])
+    assert all(torch.equal(mask.inverted()[name], ~mask[name]) for name in params)
+    assert np.isclose(mask.layer_density()["a"], mask["a"].float().mean().item())
+
+
+@pytest.mark.parametrize("density", [0, -0.1, 1.1, 0.001])
+def test_impossible_densities_are_refused(density):
+    with pytest.raises(ErasureError, match="density"):
+        Saliency({"a": torch.rand(100)}).cut(density)
+
+
+def test_mask_refuses_other_bases_and_unknown_parameters():
+    mask = Saliency({"a": torch.rand(4)}, {"base_fingerprint": "one"}).cut(0.5)
+    mask.check({"a": torch.zeros(4)}, "one")
+    with pytest.raises(ErasureError, match="another base"):
+        mask.check({"a": torch.zeros(4)}, "two")
+    with pytest.raises(ErasureError, match="does not cover b"):
+        mask.check({"b": torch.zeros(4)}, "one")
+
+
+def test_damaged_mask_files_are_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    Saliency({"a": torch.rand(400)}).cut(0.5).save(path)
+    whole = path.read_bytes()
+    for broken in (whole[:20], whole[:-10], b"", b"not safetensors"):
+        path.write_bytes(broken)
+        with pytest.raises(ErasureError, match="cannot read"):
+            SaliencyMask.load(path)
+    Saliency({"a": torch.rand(400)}).save(path)
+    with pytest.raises(ErasureError, match="not a mask file"):
+        SaliencyMask.load(path)
+    with pytest.raises(ErasureError, match="cannot read"):
+        SaliencyMask.load(tmp_path / "absent.safetensors")
