@@ -32,7 +32,7 @@ class ErasedDelta:
         """The difference of two states: `erased` values wherever they differ from `base`."""
         values, bits = {}, {}
         for name, new in erased.items():
-            changed = new.detach() != base[name]
+            changed = _pattern(new.detach()) != _pattern(base[name])
             if changed.any():
                 values[name], bits[name] = new.detach()[changed].cpu(), pack(changed)
         return cls(values, bits, dict(metadata))
@@ -91,3 +91,8 @@ class ErasedDelta:
         """The concepts that were erased, as plain data."""
         concepts: list[dict[str, object]] = json.loads(self.metadata.get("concepts", "[]"))
         return concepts
+
+
+def _pattern(tensor: Tensor) -> Tensor:
+    """The bits of floating point values, so that 0.0 and -0.0 differ."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])

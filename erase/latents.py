@@ -76,7 +76,9 @@ class LatentSet:
         tensors, metadata = load_tensors(path, "latents")
         prompts, anchors = json.loads(metadata["prompts"]), json.loads(metadata["anchors"])
         if len(prompts) != len(tensors["latents"]):
-            raise ErasureError(f"{path}: {len(prompts)} prompts for {len(tensors['latents'])} latents; delete it to make it again")
+            raise ErasureError(
+                f"{path}: {len(prompts)} prompts for {len(tensors['latents'])} latents; delete it to make it again"
+            )
         return cls(tensors["latents"], tensors.get("std"), tuple(prompts), None if anchors is None else tuple(anchors))
 
 
@@ -87,7 +89,9 @@ def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) 
     """
     rows = []
     for epoch in range(start // n, (start + count - 1) // n + 1):
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)) if shuffle else torch.arange(n)
+        order = (
+            torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)) if shuffle else torch.arange(n)
+        )
         rows.append(order[max(start - epoch * n, 0) : start + count - epoch * n])
     return torch.cat(rows)
 
@@ -141,7 +145,9 @@ def _pick_retain(concepts: list[ConceptSpec], n: int, rng: random.Random) -> lis
     names = [name.lower() for concept in concepts for name in (concept.target, *concept.synonyms)]
     prompts = [p for concept in concepts for p in concept.retain if not any(name in p.lower() for name in names)]
     if not prompts:
-        raise ErasureError(f"no retain prompts are left for {', '.join(c.target for c in concepts)}; give some that do not name the concept")
+        raise ErasureError(
+            f"no retain prompts are left for {', '.join(c.target for c in concepts)}; give some that do not name the concept"
+        )
     return _cycled(list(dict.fromkeys(prompts)), n, rng)
 
 
@@ -196,7 +202,9 @@ def _sample(model: DiffusionModel, prompts: tuple[str, ...], config: LatentConfi
 def _image_files(folder: str) -> list[Path]:
     files = sorted(path for path in Path(folder).glob("**/*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise ErasureError(f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}; give another folder or leave it out to sample them")
+        raise ErasureError(
+            f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}; give another folder or leave it out to sample them"
+        )
     return files
 
 

@@ -105,7 +105,11 @@ class SaliencyMask:
     @property
     def size(self) -> int:
         """Number of weights the mask speaks of."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        return sum(self.sizes().values())
+
+    def sizes(self) -> dict[str, int]:
+        """Parameter name -> number of its weights."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
 
     def count(self) -> int:
         """Number of ones."""
@@ -121,7 +125,9 @@ class SaliencyMask:
         return SaliencyMask(bits, self.shapes, {**self.metadata, "control": "inverted"})
 
     @classmethod
-    def random(cls, params: Mapping[str, Tensor], density: float, seed: int, metadata: Mapping[str, str] | None = None) -> SaliencyMask:
+    def random(
+        cls, params: Mapping[str, Tensor], density: float, seed: int, metadata: Mapping[str, str] | None = None
+    ) -> SaliencyMask:
         """A uniformly random mask of exactly `floor(density * N)` ones: the control for saliency."""
         generator = torch.Generator().manual_seed(seed)
         noise = {name: torch.rand(param.shape, generator=generator) for name, param in params.items()}
@@ -140,7 +146,9 @@ class SaliencyMask:
             )
         for name, param in params.items():
             if name not in self or self.shapes[name] != tuple(param.shape):
-                raise ErasureError(f"the mask does not cover {name} {tuple(param.shape)}; compute it over the same scope as the training")
+                raise ErasureError(
+                    f"the mask does not cover {name} {tuple(param.shape)}; compute it over the same scope as the training"
+                )
 
     def save(self, path: str | Path) -> None:
         """Write safetensors: one uint8 tensor per parameter, shapes and provenance in the metadata."""
@@ -152,7 +160,9 @@ class SaliencyMask:
         shapes = {name: tuple(shape) for name, shape in json.loads(metadata.pop("shapes")).items()}
         for name, shape in shapes.items():
             if name not in bits or bits[name].dtype != torch.uint8 or bits[name].numel() != -(-math.prod(shape) // 8):
-                raise ErasureError(f"{path}: the bits of {name} do not fit its shape {shape}; the file is damaged, compute the mask again")
+                raise ErasureError(
+                    f"{path}: the bits of {name} do not fit its shape {shape}; the file is damaged, compute the mask again"
+                )
         return cls(bits, shapes, metadata)
 
 

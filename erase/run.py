@@ -107,7 +107,9 @@ def _claim(folder: Path, metadata: dict[str, str]) -> None:
         found = json.loads(path.read_text())
         differing = [key for key in metadata if found.get(key) != metadata[key]]
         if differing:
-            raise ErasureError(f"{folder} holds another run (its {', '.join(differing)} differ); choose another folder or delete it")
+            raise ErasureError(
+                f"{folder} holds another run (its {', '.join(differing)} differ); choose another folder or delete it"
+            )
         return
     with written_whole(path) as aside:
         aside.write_text(json.dumps(metadata, indent=1))

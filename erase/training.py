@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from erase.files import written_whole
@@ -75,6 +77,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise unknown("mixed precision", config.mixed_precision, ("no", "fp16", "bf16"))
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
+        AcceleratorState._reset_state()
     return Accelerator(mixed_precision=config.mixed_precision)
 
 
@@ -120,9 +125,13 @@ def fit(
         state = _State(params, optimizer, accelerator.scaler, config.ema, checkpoint if accelerator.is_main_process else None)
         if checkpoint and checkpoint.exists():
             state.load(checkpoint)
-        with _trainable(model, params, config), tqdm(
-            total=config.steps, initial=state.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
-        ) as bar:
+        with (
+            _trainable(model, params, config),
+            _attention(accelerator),
+            tqdm(
+                total=config.steps, initial=state.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
+            ) as bar,
+        ):
             while state.step < config.steps:
                 loss = _step(params, batches, loss_fn, optimizer, config, state, base, keep, accelerator)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
@@ -176,7 +185,11 @@ def _step(
 
 
 def _make_optimizer(params: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    kinds = {name: kind for name, kind in vars(torch.optim).items() if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)}
+    kinds = {
+        name: kind
+        for name, kind in vars(torch.optim).items()
+        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
+    }
     if config.optimizer not in kinds or config.optimizer == "Optimizer":
         raise unknown("optimizer", config.optimizer, set(kinds) - {"Optimizer"})
     try:
@@ -210,10 +223,18 @@ def _trainable(model: DiffusionModel, params: Mapping[str, nn.Parameter], config
                 disable()
 
 
+def _attention(accelerator: Accelerator) -> AbstractContextManager[None]:
+    """On a CPU the fused attention's backward pass took a third of a training step (canvas: 50 ms a call); the plain one does not."""
+    cpu = accelerator.device.type == "cpu"
+    return sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()  # type: ignore[return-value]
+
+
 class _State:
     """Everything that a resumed run needs: weights, optimizer and loss-scaler state, moving average, losses so far."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any, ema: float | None, path: Path | None) -> None:
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any, ema: float | None, path: Path | None
+    ) -> None:
         self._params, self._optimizer, self._scaler, self._ema, self._path = params, optimizer, scaler, ema, path
         self.average = {} if ema is None else {name: param.data.clone() for name, param in params.items()}
         self.losses: list[float] = []
@@ -258,3 +279,11 @@ class _State:
         for name, value in self.average.items():
             value.copy_(state["average"][name])
         self.losses = list(state["losses"])
+
+
+def default_device() -> torch.device:
+    """Where Accelerate would put a model: this process's GPU, or the CPU."""
+    from accelerate import PartialState
+
+    device: torch.device = PartialState().device
+    return device

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from erase.files import written_whole
 from prompts.errors import ErasureError
 
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
+PNG_END = b"IEND\xaeB`\x82"  # Pillow reads a file whose end was cut off, as long as all pixels are there
 
 
 @dataclass(frozen=True)
@@ -139,11 +141,12 @@ def save_image(path: Path, pixels: np.ndarray, made_from: dict[str, Any]) -> Non
 def holds_image(path: Path, made_from: dict[str, Any]) -> bool:
     """Whether `save_image` wrote this file, with the same `made_from`, and its pixels are unchanged."""
     try:
-        with Image.open(path) as image:
+        data = path.read_bytes()
+        with Image.open(BytesIO(data)) as image:
             pixels, info = np.asarray(image), image.info
-    except (OSError, SyntaxError, ValueError):  # absent, or not a whole PNG
+    except (OSError, SyntaxError, ValueError):  # absent, or no PNG
         return False
-    return all(info.get(key) == text for key, text in _marks(pixels, made_from).items())
+    return data.endswith(PNG_END) and all(info.get(key) == text for key, text in _marks(pixels, made_from).items())
 
 
 def _marks(pixels: np.ndarray, made_from: dict[str, Any]) -> dict[str, str]:

@@ -52,7 +52,7 @@ class Score:
         """Decimals worth printing: one for percentages, else down to the first digit of the standard error."""
         if self.unit == "%" or not math.isfinite(self.stderr) or self.stderr == 0:
             return 1 if self.unit == "%" else 3
-        return min(max(1 - math.floor(math.log10(self.stderr)), 0), 5)
+        return min(max(-math.floor(math.log10(self.stderr)), 0), 5)
 
     def text(self) -> str:
         """`99.1 ± 0.6`; without a known standard error, `99.1`."""
@@ -88,8 +88,9 @@ def mean_score(
 ) -> Score:
     """The mean of one value per image; its standard error is the sample sd / sqrt(n), NaN for a single value."""
     n = len(values)
-    stderr = stdev(values) / math.sqrt(n) if n > 1 else math.nan
-    return Score(name, fmean(values) if n else math.nan, n, higher_is_better, stderr, unit, evaluator)
+    mean = fmean(values) if n else math.nan
+    stderr = stdev(values) / math.sqrt(n) if n > 1 and math.isfinite(mean) else math.nan
+    return Score(name, mean, n, higher_is_better, stderr, unit, evaluator)
 
 
 def verdict(base: Score, other: Score) -> int:

@@ -57,15 +57,24 @@ class Chart:
         return [(100 - 100 * self.values.at(tick), f"{tick:g}") for tick in self.values.ticks]
 
 
-def linear_axis(low: float, high: float, closed: bool = True) -> Axis:
-    """An axis with two to six ticks at multiples of 1, 2 or 5; a closed one is widened to end on ticks."""
+def linear_axis(low: float, high: float) -> Axis:
+    """An axis with two to seven ticks at multiples of 1, 2 or 5 times a power of ten, widened to end on ticks."""
+    step = _step(low, high)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
+    return Axis(first * step, last * step, False, tuple(i * step for i in range(first, last + 1)))
+
+
+def step_axis(steps: int) -> Axis:
+    """The axis from the first to the last training step, with ticks at round ones."""
+    step = max(int(_step(1, steps)), 1)
+    return Axis(1, steps, False, tuple(range(step, steps + 1, step)))
+
+
+def _step(low: float, high: float) -> float:
     span = (high - low) or abs(high) or 1.0
     unit = 10.0 ** math.floor(math.log10(span))
-    step = next(m * unit for m in (0.2, 0.5, 1, 2) if span / (m * unit) <= 5)
-    if closed:
-        low, high = math.floor(low / step) * step, math.ceil(low / step + span / step) * step
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return Axis(low, high, False, tuple(i * step for i in range(first, last + 1)))
+    return next(m * unit for m in (0.2, 0.5, 1, 2) if span <= 5 * m * unit)
 
 
 def log_axis(low: float, high: float) -> Axis:
@@ -96,7 +105,7 @@ def chart(curves: Mapping[str, Sequence[float]]) -> Chart | None:
     ranked = sorted(value for values in curves.values() for value in values)
     low, high = ranked[len(ranked) // 100], ranked[-1 - len(ranked) // 100]
     values = log_axis(low / 1.1, high * 1.1) if 0 < 20 * low < high else linear_axis(min(low, 0.0), max(high, 0.0))
-    steps = linear_axis(1, max(map(len, curves.values())), closed=False)
+    steps = step_axis(max(map(len, curves.values())))
     return Chart([_line(name, curve, steps, values) for name, curve in curves.items()], steps, values)
 
 

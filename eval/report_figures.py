@@ -41,8 +41,8 @@ def matched(before: ImageSet, after: ImageSet, rows: Sequence[ImageRow]) -> list
     for row in rows:
         if (row.case, row.prompt, row.seed) not in others:
             raise ErasureError(
-                f"{after.folder} has no image of case {row.case} ({row.prompt!r}, seed {row.seed}) to set beside {before.folder}; "
-                f"generate both from one prompt set"
+                f"{after.folder} has no image of case {row.case} ({row.prompt!r}, seed {row.seed}) to set beside that in "
+                f"{before.folder}; generate both from one prompt set"
             )
     return [(row, others[row.case, row.prompt, row.seed]) for row in rows]
 
@@ -70,11 +70,13 @@ def before_after(
     groups = {h: matched(before, after, r) for h, r in (rows.items() if isinstance(rows, Mapping) else [("", rows)]) if r}
     if not groups:
         raise ErasureError("a before/after picture needs at least one image; choose rows that both sets have")
-    heights = [48 * bool(title), 40 * any(groups), 96]
+    heights = [64 * bool(title), 40 * any(groups), 96]
     columns = sum(map(len, groups.values()))
-    width = LEFT + columns * (TILE + GAP) - GAP + (len(groups) - 1) * (BREAK - GAP) + 2 * EDGE
+    width = max(
+        LEFT + columns * (TILE + GAP) - GAP + (len(groups) - 1) * (BREAK - GAP), int(_font(32, bold=True).getlength(title))
+    )
     top = EDGE + sum(heights)
-    sheet = Image.new("RGB", (width, top + 2 * TILE + GAP + EDGE), PAPER)
+    sheet = Image.new("RGB", (width + 2 * EDGE, top + 2 * TILE + GAP + EDGE), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((EDGE, EDGE), title, INK, _font(32, bold=True))
     for label, y in (("Before", top), ("After", top + TILE + GAP)):

@@ -7,23 +7,20 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from erase.files import written_whole
 from eval.images import ImageRow, ImageSet
-from eval.report import BASE, ERASED, SCHEMA_VERSION, EvalReport, Score, verdict, words
+from eval.report import BASE, SCHEMA_VERSION, EvalReport, verdict, words
 from eval.report_chart import chart
 from eval.report_figures import before_after, data_uri, matched
+from eval.report_words import either, glossary, limits, verdict_line
 
-PAIRS = 48  # before/after pairs on the page; a third of them ask for the concept
+FORGET, RETAIN = 18, 30  # before/after pairs on the page: that ask for the concept, and that do not
 STRIP = 4  # columns of the strip that ask for the concept, and as many that do not
-GLOSSARY = {
-    "UA": "unlearning accuracy: of the images whose prompt names {target}, the share in which the judge does not see it",
-    "IRA": "in-domain retain accuracy: of the images that ask for {others}, the share in which the judge sees what was asked for",
-    "CRA": "cross-domain retain accuracy: the same for the other kinds of concept",
-}
+MASK = "The saliency mask says which weights were allowed to change. It does not say where in the network the concept is kept."
 
 
 def names_concept(row: ImageRow, concept: Mapping[str, Any]) -> bool:
@@ -47,67 +44,33 @@ def spread_out(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:
 
 def groups(concept: Mapping[str, Any], images: ImageSet, forget: int, retain: int) -> dict[str, list[ImageRow]]:
     """Rows to show, under what they ask for: the concept first, then anything else."""
-    asks = [names_concept(row, concept) for row in images.rows]
-    target = " or ".join(words(concept, "target"))
+    asking = [row for row in images.rows if names_concept(row, concept)]
+    others = [row for row in images.rows if not names_concept(row, concept)]
     return {
-        f"Prompts that ask for {target}": spread_out([r for r, ask in zip(images.rows, asks, strict=True) if ask], forget),
-        "Prompts that ask for something else": spread_out([r for r, ask in zip(images.rows, asks, strict=True) if not ask], retain),
+        f"Prompts that ask for {either(concept)}": spread_out(asking, forget),
+        "Prompts that ask for something else": spread_out(others, retain),
     }
 
 
-# ---- scores in words --------------------------------------------------------------------------------------------------
-
-
-def others(concept: Mapping[str, Any]) -> str:
-    """`other objects`: what IRA is measured on."""
-    return f"other {kind}s" if (kind := concept.get("kind")) else "other concepts"
-
-
-def verdict_line(report: EvalReport) -> str:
-    """One or two sentences in plain words on what the erased row says beside the base's."""
-    base, erased = ({score.name: score for score in report.rows.get(row, [])} for row in (BASE, ERASED))
-    shared = [name for name in erased if name in base]
-    if "UA" not in shared:
-        return "; ".join(f"{n}: {_percent(erased[n])} (base {_percent(base[n])})" for n in shared[:3]) + "." if shared else ""
-    target, ua = " or ".join(words(report.concept, "target")), erased["UA"]
-    gone = round(ua.value * ua.n / 100)
-    found = f"{target} is gone from {gone} of {ua.n} images that ask for it"
-    if verdict(base["UA"], ua) <= 0:
-        found = f"{target} is not gone: the judge still sees it in {ua.n - gone} of {ua.n} images that ask for it"
-    kept = {others(report.concept): "IRA", "the other kinds": "CRA"}
-    right = [f"{what} are right in {_percent(erased[n])} (base {_percent(base[n])})" for what, n in kept.items()]
-    lost = [what for what, n in kept.items() if verdict(base[n], erased[n]) < 0]
-    price = f"The loss in {' and in '.join(lost)} is real." if lost else "What was kept cannot be told apart from the base."
-    return f"{found}; {', '.join(right)}. {price}"
-
-
-def _percent(score: Score) -> str:
-    return f"{score.value:.{score.decimals}f}\N{NO-BREAK SPACE}{score.unit}".rstrip()
+# ---- scores, saliency density, confusion, provenance -------------------------------------------------------------------
 
 
 def _score_cell(report: EvalReport, row: str, name: str) -> dict[str, str] | None:
     score, base = report.score(row, name), report.score(BASE, name)
     if score is None:
         return None
-    cell = {"value": score.text(), "n": str(score.n), "difference": "", "verdict": ""}
+    value, _, error = score.text().partition(" ± ")
+    cell = {"value": value, "error": error, "n": str(score.n), "change": "", "verdict": ""}
     if base and row != BASE:
-        word = ("within noise", "better", "worse")[verdict(base, score)]
-        cell |= {"difference": f"{score.value - base.value:+.{base.decimals}f}".replace("-", "−"), "verdict": word}
+        change = round(score.value - base.value, base.decimals)
+        cell["change"] = f"{change:+.{base.decimals}f}".replace("-", "−") if change else "0"
+        cell["verdict"] = ("within noise", "better", "worse")[verdict(base, score)]
     return cell
 
 
 def _scores(report: EvalReport) -> dict[str, Any]:
-    columns = report.columns()
-    terms = {"target": " or ".join(words(report.concept, "target")), "others": others(report.concept)}
-    return {
-        "columns": columns,
-        "rows": {row: [_score_cell(report, row, column.name) for column in columns] for row in report.rows},
-        "glossary": {c.name: GLOSSARY[c.name].format(**terms) for c in columns if c.name in GLOSSARY},
-        "judges": {c.name: c.evaluator for c in columns if c.evaluator},
-    }
-
-
-# ---- saliency density, confusion, provenance ----------------------------------------------------------------------------
+    rows = [(score, [_score_cell(report, row, score.name) for row in report.rows]) for score in report.columns()]
+    return {"models": list(report.rows), "rows": rows, "glossary": glossary(report)}
 
 
 @dataclass(frozen=True)
@@ -150,11 +113,13 @@ def _confusion(report: EvalReport) -> list[dict[str, Any]]:
 
 def _settings(before: ImageSet, after: ImageSet) -> list[tuple[str, str, str]]:
     keys = dict.fromkeys([*before.settings, *after.settings])
-    return [(key, *(_flat(images.settings.get(key, "–")) for images in (before, after))) for key in keys]
+    return [(key, _flat(before.settings.get(key)), _flat(after.settings.get(key))) for key in keys]
 
 
 def _flat(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _provenance(report: EvalReport) -> dict[str, Any]:
@@ -162,27 +127,10 @@ def _provenance(report: EvalReport) -> dict[str, Any]:
     commands = known["commands"] or []
     config = known["config"] or {}
     return {
-        "commands": commands if isinstance(commands, str) else "\n".join(commands),
+        "commands": commands.splitlines() if isinstance(commands, str) else commands,
         "config": config if isinstance(config, str) else json.dumps(config, indent=2, ensure_ascii=False),
         "facts": {key: _flat(value) for key, value in report.provenance.items() if key not in known},
     }
-
-
-def limits(report: EvalReport, before: ImageSet) -> list[str]:
-    """What the evidence in this report does not show."""
-    target = " or ".join(words(report.concept, "target"))
-    attacked = any("ASR" in score.name for scores in report.rows.values() for score in scores)
-    untested = "It does not cover attacks other than those scored above." if attacked else "No attack was tried."
-    asked = sum(names_concept(row, report.concept) for row in before.rows)
-    return [
-        f"“Gone” is a judge's word. It means that the judge does not see {target} in an image, not that the model cannot draw it.",
-        f"{untested} Prompts found by search, inversion of the text embedding, and fine-tuning of the weights may bring {target} back.",
-        f"The scores hold for these {len(before.rows)} prompts and seeds ({asked} of them ask for {target}), with this sampler "
-        "and these settings. Other wordings, languages and settings were not looked at.",
-        "Standard errors count the chance in sampling images. They do not count the chance in the erasure itself: that takes "
-        "several runs with different seeds.",
-        "The mask says which weights were allowed to change. It does not say where in the network the concept is kept.",
-    ]
 
 
 # ---- the page -----------------------------------------------------------------------------------------------------------
@@ -211,7 +159,7 @@ def render_html(
     page = Environment(
         loader=PackageLoader("eval"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).get_template("report.html.j2")
-    shown = groups(report.concept, before, PAIRS // 3, PAIRS - PAIRS // 3)
+    shown = groups(report.concept, before, FORGET, RETAIN)
     return page.render(
         report=report.check(),
         target=words(report.concept, "target"),
@@ -228,8 +176,16 @@ def render_html(
         confusion=_confusion(report),
         provenance=_provenance(report),
         settings=_settings(before, after),
-        limits=limits(report, before),
+        limits=[*limits(report), _coverage(report, before), *[MASK] * bool(density)],
         schema=SCHEMA_VERSION,
+    )
+
+
+def _coverage(report: EvalReport, images: ImageSet) -> str:
+    asked = sum(names_concept(row, report.concept) for row in images.rows)
+    return (
+        f"The images are of {len(images.rows)} prompts and seeds, {asked} of which ask for {either(report.concept)}, with one "
+        f"sampler and its settings. Other wordings, languages and settings were not looked at."
     )
 
 
@@ -239,7 +195,12 @@ def _side(images: ImageSet) -> int:
 
 def _pairs(before: ImageSet, after: ImageSet, rows: Sequence[ImageRow]) -> list[dict[str, Any]]:
     return [
-        {"prompt": first.prompt, "seed": first.seed, "before": data_uri(before.image(first)), "after": data_uri(after.image(second))}
+        {
+            "prompt": first.prompt,
+            "seed": first.seed,
+            "before": data_uri(before.image(first)),
+            "after": data_uri(after.image(second)),
+        }
         for first, second in matched(before, after, rows)
     ]
 
@@ -253,11 +214,20 @@ def save_report(
     density: Mapping[str, float],
     sizes: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write report.json, report.html and before_after.png into `folder`; arguments as for `render_html`."""
+    """Write report.json, report.html and before_after.png into `folder`; arguments as for `render_html`.
+
+    The loss curves and the density per layer go into report.json too, under `extras`.
+    """
     folder = Path(folder)
     page = render_html(report, before, after, curves, density, sizes)
-    strip = before_after(before, after, groups(report.concept, before, STRIP, STRIP), report.title)
-    report.save(folder / "report.json")
+    strip = before_after(
+        before,
+        after,
+        groups(report.concept, before, STRIP, STRIP),
+        f"{report.title}: the same prompts and seeds, before and after",
+    )
+    extras = {"curves": {name: list(values) for name, values in curves.items()}, "density": dict(density)}
+    replace(report, extras=report.extras | extras).save(folder / "report.json")
     with written_whole(folder / "report.html") as aside:
         aside.write_text(page, encoding="utf-8")
     with written_whole(folder / "before_after.png") as aside:

@@ -59,7 +59,7 @@ class ConceptSpec:
 
     @property
     def slug(self) -> str:
-        """The target as part of a file name: at most 57 of [a-z0-9-], distinct unless targets differ only in case, spaces or hyphens."""
+        """The target for file names: at most 57 of [a-z0-9-], distinct unless targets differ only in case, spaces, hyphens."""
         slug = "-".join(re.findall(r"[a-z0-9]+", self.target.lower()))[:48]
         if slug == "-".join(self.target.lower().split()):
             return slug

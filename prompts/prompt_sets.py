@@ -128,7 +128,7 @@ class PromptSet:
                 raise ErasureError(f"{path} needs a list `{name}: […]` with something in it")
         lists = {name: as_texts(data[name], f"{path}: {name}") for name in ("seeds", *slots)}
         seeds = [_integer(seed, f"{path}: seeds, item {i},") for i, seed in enumerate(lists["seeds"], 1)]
-        guidance = _guidance(data["guidance"], str(path)) if "guidance" in data else None
+        guidance = _guidance(as_text(data["guidance"], f"{path}: guidance"), str(path)) if "guidance" in data else None
         rows: list[PromptRow] = []
         for template in parts:
             named = dict.fromkeys(slot for _, slot in template if slot)
@@ -232,16 +232,19 @@ def _row(cells: Mapping[str, str], columns: _Columns, index: int, where: str) ->
 def _integer(text: str, where: str) -> int:
     """A whole number that may end in `.0`, as pandas writes a column that once had gaps."""
     match = re.fullmatch(r"\s*(\d{1,19})(?:\.0*)?\s*", text, re.ASCII)
-    if not match:
+    if not match or int(match[1]) >= 2**63:
         raise ErasureError(f"{where} {text[:40]!r} is not a whole number from 0 to 2^63 - 1")
     return int(match[1])
 
 
-def _guidance(text: object, where: str) -> float:
+def _guidance(text: str, where: str) -> float:
     try:
-        return float(str(text))
-    except ValueError as error:
-        raise ErasureError(f"{where}: the guidance {str(text)[:40]!r} is not a number") from error
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ErasureError(f"{where}: the guidance {text[:40]!r} is not a number")
+    return number
 
 
 def _parse(template: str, path: str | Path) -> list[tuple[str, str]]:

@@ -11,12 +11,15 @@ so a stopped and resumed run sees the same batches as one that was never stopped
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import random
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -41,8 +44,6 @@ def build_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator(corpus, trainer)
-    import json
-
     state = json.loads(bpe.to_str())["model"]
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in state["merges"]]
     table = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
@@ -99,38 +100,54 @@ def save_state(path: Path, **state: object) -> None:
     path.with_suffix(".part").replace(path)
 
 
+def one_cycle(step: int, steps: int, peak: float, warm: float = 0.05) -> float:
+    """Learning rate: a linear warm-up, then a cosine to zero."""
+    x = (step + 1) / steps
+    return peak * x / warm if x < warm else peak * 0.5 * (1 + math.cos(math.pi * (x - warm) / (1 - warm)))
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+
+
 def random_cells(n: int, rng: random.Random) -> list[dict[str, str]]:
     return rng.choices(vocabulary().cells(), k=n)
 
 
-def train_vae(work: Path, steps: int, batch: int = 32) -> AutoencoderKL:
-    """L1 + gradient-difference reconstruction with a light KL, on renders that are never repeated."""
+def vae_loss(x: Tensor, y: Tensor, colour: bool) -> Tensor:
+    """L1 and gradient difference; with `colour`, also squared error and the L1 of 4 x 4 means, which hold small fills to their hue."""
+    edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (-1, -2))
+    loss = F.l1_loss(y, x) + 0.5 * edges
+    return loss + 2 * F.mse_loss(y, x) + F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4)) if colour else loss
+
+
+def train_vae(work: Path, steps: int, colour_steps: int, batch: int = 32) -> AutoencoderKL:
+    """Reconstruction with a light KL, on renders that are never repeated; `steps` for shapes, then `colour_steps` for hue as well."""
     torch.manual_seed(0)
-    vae, state = build_vae(), work / "vae.pt"
+    vae, state, start = build_vae(), work / "vae.pt", 0
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps, pct_start=0.05)
-    start = 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        vae.load_state_dict(saved["model"]), optimizer.load_state_dict(saved["optimizer"]), schedule.load_state_dict(saved["schedule"])
+        vae.load_state_dict(saved["model"]), optimizer.load_state_dict(saved["optimizer"])
         start = saved["step"]
-    bar = tqdm(range(start, steps), desc="VAE", initial=start, total=steps, mininterval=10)
+    total = steps + colour_steps
+    bar = tqdm(range(start, total), desc="VAE", initial=start, total=total, mininterval=10)
     for step in bar:
         torch.manual_seed(1_000_000 + step)
+        lr = one_cycle(step, steps, 2e-3) if step < steps else one_cycle(step - steps, colour_steps, 1.5e-3)
         x = render(random_cells(batch, random.Random(step)), seed=step) * 2 - 1
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
-        edges = sum((a.diff(dim=d) - b.diff(dim=d)).abs().mean() for d in (-1, -2) for a, b in [(x, y)])
-        loss = F.l1_loss(y, x) + 0.5 * edges + 2e-4 * posterior.kl().float().mean() / (SIZE // 4) ** 2 / 4
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        loss = vae_loss(x, y, step >= steps) + 2e-4 * posterior.kl().float().mean() / (SIZE // 4) ** 2 / 4
+        take_step(vae, optimizer, loss, lr)
         bar.set_postfix(l1=f"{F.l1_loss(y, x).item():.4f}", refresh=False)
-        if (step + 1) % 200 == 0 or step + 1 == steps:
-            save_state(state, model=vae.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), step=step + 1)
+        if (step + 1) % 200 == 0 or step + 1 == total:
+            save_state(state, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
     return vae.eval()
 
 
@@ -143,7 +160,8 @@ def encode_renders(vae: AutoencoderKL, work: Path, per_cell: int) -> Tensor:
         for seed in tqdm(range(per_cell), desc="latents", mininterval=10):
             images = render(cells, seed=10_000_000 + seed) * 2 - 1
             with torch.autocast("cpu", torch.bfloat16):
-                rows.append(torch.cat([vae.encode(part).latent_dist.parameters.half() for part in images.split(60)]))
+                parts = [vae.encode(part).latent_dist.parameters for part in images.split(60)]
+            rows.append(torch.cat(parts).half())
         moments = torch.stack(rows, 1).contiguous()
         mean, logvar = moments.float().chunk(2, dim=2)
         scale = 1 / (mean.var() + logvar.exp().mean()).sqrt()
@@ -153,17 +171,19 @@ def encode_renders(vae: AutoencoderKL, work: Path, per_cell: int) -> Tensor:
     return data["moments"]
 
 
-def train_unet(work: Path, moments: Tensor, tokenizer: CLIPTokenizer, scale: float, steps: int, batch: int) -> tuple[UNet2DConditionModel, CLIPTextModel]:
+def train_unet(
+    work: Path, moments: Tensor, tokenizer: CLIPTokenizer, scale: float, steps: int, batch: int
+) -> tuple[UNet2DConditionModel, CLIPTextModel]:
     """Epsilon prediction with min-SNR weights (Hang et al. 2023, gamma 5), the text encoder trained jointly, EMA of both."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"unet": build_unet(), "text": build_text_encoder(tokenizer)})
+    model["unet"].set_attn_processor(AttnProcessor())  # the fused attention's backward is many times slower at this size on a CPU
     ema, noise_schedule = EMAModel(model.parameters(), decay=0.999), DDIMScheduler(**SCHEDULE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps, pct_start=0.04)
     state, start = work / "unet.pt", 0
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"]), optimizer.load_state_dict(saved["optimizer"]), schedule.load_state_dict(saved["schedule"])
+        model.load_state_dict(saved["model"]), optimizer.load_state_dict(saved["optimizer"])
         ema.load_state_dict(saved["ema"])
         start = saved["step"]
     cells, vocab = vocabulary().cells(), vocabulary()
@@ -174,7 +194,9 @@ def train_unet(work: Path, moments: Tensor, tokenizer: CLIPTokenizer, scale: flo
         picks = [rng.randrange(len(cells)) for _ in range(batch)]
         mean, logvar = moments[picks, torch.randint(moments.shape[1], (batch,))].float().chunk(2, dim=1)
         latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * scale
-        ids = tokenizer([vocab.caption(cells[i], rng) for i in picks], padding="max_length", truncation=True, return_tensors="pt").input_ids
+        ids = tokenizer(
+            [vocab.caption(cells[i], rng) for i in picks], padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
         t = torch.randint(1000, (batch,))
         noise = torch.randn_like(latents)
         noisy = noise_schedule.add_noise(latents, noise, t)
@@ -182,16 +204,12 @@ def train_unet(work: Path, moments: Tensor, tokenizer: CLIPTokenizer, scale: flo
             prediction = model["unet"](noisy, t, model["text"](ids).last_hidden_state).sample.float()
         snr = compute_snr(noise_schedule, t)
         loss = ((prediction - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        take_step(model, optimizer, loss, one_cycle(step, steps, 1e-3))
         ema.step(model.parameters())
         smooth += 0.01 * (loss.item() - smooth)
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "ema": ema}
+            parts = {"model": model, "optimizer": optimizer, "ema": ema}
             save_state(state, step=step + 1, **{name: part.state_dict() for name, part in parts.items()})
     ema.copy_to(model.parameters())
     return model["unet"].eval(), model["text"].eval()
@@ -202,14 +220,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/canvas"), help="where training states are kept")
     parser.add_argument("--out", type=Path, default=Path("erase/models/canvas"), help="the finished diffusers folder")
     parser.add_argument("--vae_steps", type=int, default=1600)
-    parser.add_argument("--per_cell", type=int, default=60, help="renders per object x style x colour whose latents are trained on")
+    parser.add_argument("--vae_colour_steps", type=int, default=700)
+    parser.add_argument(
+        "--per_cell", type=int, default=60, help="renders per object x style x colour whose latents are trained on"
+    )
     parser.add_argument("--unet_steps", type=int, default=8000)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
     tokenizer = build_tokenizer()
-    vae = train_vae(args.work, args.vae_steps)
+    vae = train_vae(args.work, args.vae_steps, args.vae_colour_steps)
     moments = encode_renders(vae, args.work, args.per_cell)
     unet, text_encoder = train_unet(args.work, moments, tokenizer, vae.config.scaling_factor, args.unet_steps, args.batch)
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)

@@ -19,7 +19,7 @@ import argparse
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Formatter
 
@@ -117,15 +117,23 @@ def train_classifier(work: Path, out: Path, steps: int, batch: int) -> None:
 # ---- CLIP --------------------------------------------------------------------------------------------------------------
 
 
-def write_caption(cell: dict[str, str], rng: random.Random) -> tuple[str, dict[str, str]]:
-    """A caption from a random template, half of the names replaced by synonyms, and the part of `cell` that it states."""
-    vocab = vocabulary()
-    template = rng.choice(vocab.templates)
-    stated = {field: cell[field] for _, field, _, _ in Formatter().parse(template) if field}
-    words = {
-        kind: rng.choice(vocab.synonyms[kind][name]) if rng.random() < 0.5 else name for kind, name in stated.items()
-    }
+def fields(template: str) -> list[str]:
+    return [field for _, field, _, _ in Formatter().parse(template) if field]
+
+
+def write_caption(cell: dict[str, str], rng: random.Random, templates: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """A caption from one of `templates`, half of the names replaced by synonyms, and the part of `cell` that it states."""
+    template = rng.choice(templates)
+    stated = {field: cell[field] for field in fields(template)}
+    words = {kind: rng.choice(vocabulary().synonyms[kind][name]) if rng.random() < 0.5 else name for kind, name in stated.items()}
     return template.format(**words), stated
+
+
+def name_captions(rng: random.Random) -> tuple[list[str], list[dict[str, str]]]:
+    """One caption for each concept of the world that names this concept alone."""
+    alone = {kind: [t for t in vocabulary().templates if fields(t) == [kind]] for kind in KINDS}
+    written = [write_caption({kind: name}, rng, alone[kind]) for kind in KINDS for name in vocabulary().names(kind)]
+    return [caption for caption, _ in written], [stated for _, stated in written]
 
 
 def matches(stated: list[dict[str, str]], cells: list[dict[str, str]]) -> Tensor:
@@ -145,12 +153,22 @@ def contrastive_loss(similarity: Tensor, match: Tensor) -> Tensor:
     return -(by_caption.mean() + by_image.mean()) / 2
 
 
+def naming_loss(similarity: Tensor, match: Tensor) -> Tensor:
+    """Zero-shot cross-entropy: of each kind's names, the one that the image shows. Shapes (all names, images), kind by kind.
+
+    Batches of random captions seldom set two names of one kind against each other alone; this does so at every step.
+    """
+    sizes = [len(vocabulary().names(kind)) for kind in KINDS]
+    parts = zip(similarity.split(sizes), match.split(sizes), strict=True)
+    return torch.stack([-(s.log_softmax(0) * m).sum(0).mean() for s, m in parts]).sum()
+
+
 def clip_config(vocab_size: int) -> dict[str, object]:
     """open_clip's own description of the model: a 1.4M-parameter ResNet with attention pooling and a two-layer text tower."""
     return {
         "model_cfg": {
             "embed_dim": EMBEDDING,
-            "vision_cfg": {"image_size": SIDE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 64},
+            "vision_cfg": {"image_size": SIDE, "layers": [1, 2, 2, 1], "width": 16, "head_width": 64},
             "text_cfg": {
                 "context_length": CONTEXT,
                 "vocab_size": vocab_size,
@@ -176,12 +194,14 @@ def train_clip(work: Path, out: Path, steps: int, batch: int) -> None:
     def loss_at(step: int) -> Tensor:
         cells, images = draw("clip", step, batch)
         rng = random.Random(SEEDS["clip"] + step)
-        captions, stated = zip(*(write_caption(cell, rng) for cell in cells), strict=True)
-        tokens = tokenizer(list(captions), padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt").input_ids
+        names, named = name_captions(rng)
+        captions, stated = zip(*(write_caption(cell, rng, vocabulary().templates) for cell in cells), strict=True)
+        texts = tokenizer([*names, *captions], padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
-            seen, said = model.encode_image(images * 2 - 1), model.encode_text(tokens)
+            seen, said = model.encode_image(images * 2 - 1), model.encode_text(texts.input_ids)
         cosine = F.normalize(said.float(), dim=-1) @ F.normalize(seen.float(), dim=-1).T
-        return contrastive_loss(cosine * model.logit_scale.exp().clamp(max=100), matches(list(stated), cells))
+        by_name, by_caption = (cosine * model.logit_scale.exp().clamp(max=100)).split([len(names), len(captions)])
+        return naming_loss(by_name, matches(named, cells)) + contrastive_loss(by_caption, matches(list(stated), cells))
 
     train(model, loss_at, steps, 2e-3, work / "clip.pt")
     save_half(model, folder / "open_clip_model.safetensors")
@@ -190,7 +210,9 @@ def train_clip(work: Path, out: Path, steps: int, batch: int) -> None:
 # ---- card --------------------------------------------------------------------------------------------------------------
 
 
-def held_out_accuracy(predict: Callable[[Tensor], dict[str, Tensor]], per_cell: int, seed: int = SEEDS["held-out"]) -> dict[str, float]:
+def held_out_accuracy(
+    predict: Callable[[Tensor], dict[str, Tensor]], per_cell: int, seed: int = SEEDS["held-out"]
+) -> dict[str, float]:
     """Percent right per kind over `per_cell` renders of every cell; `predict` maps (n, 3, 64, 64) in [0, 1] to logits per kind."""
     cells, right = vocabulary().cells(), dict.fromkeys(KINDS, 0)
     for i in range(per_cell):
@@ -261,7 +283,8 @@ def write_card(out: Path, recipe: str) -> None:
         command="python scripts/train_judges.py",
         recipe=recipe,
         files="\n".join(
-            f"| {path.relative_to(out)} | {path.stat().st_size:,} | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |" for path in files
+            f"| {path.relative_to(out)} | {path.stat().st_size:,} | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |"
+            for path in files
         ),
         concepts=sum(len(vocabulary().names(kind)) for kind in KINDS),
     )
@@ -272,7 +295,9 @@ def write_card(out: Path, recipe: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--judge", choices=["all", "classifier", "clip", "card"], default="all", help="what to make (default: all)")
+    parser.add_argument(
+        "--judge", choices=["all", "classifier", "clip", "card"], default="all", help="what to make (default: all)"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/judges"), help="where training states are kept")
     parser.add_argument("--classifier_steps", type=int, default=550)
     parser.add_argument("--clip_steps", type=int, default=800)

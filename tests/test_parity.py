@@ -85,7 +85,9 @@ def setting(make_pico_pipeline):
     forget = LatentSet(torch.randn(n, 4, 8, 8), 0.3 * torch.rand(n, 4, 8, 8), (FORGET,) * n, (ANCHOR,) * n)
     retain = LatentSet(torch.randn(7, 4, 8, 8), None, tuple(f"a blue {o}" for o in "moon tree fish ring moon tree fish".split()))
     embed = PromptCache(model, ["", FORGET, ANCHOR, *retain.prompts])
-    return SimpleNamespace(model=model, unet=pipeline.unet, forget=forget, retain=retain, embed=embed, accelerator=make_accelerator(TrainConfig()))
+    return SimpleNamespace(
+        model=model, unet=pipeline.unet, forget=forget, retain=retain, embed=embed, accelerator=make_accelerator(TrainConfig())
+    )
 
 
 def batches_of(setting, config, steps):
@@ -175,7 +177,9 @@ def test_8_loss_is_forget_plus_alpha_times_noise_mse(setting):
     batch = batches_of(setting, config, 1)[0]
     loss = loss_function(setting.model, select(setting.model.parameters(), "full"), config)(batch)
     unet = setting.unet
-    forgot, target = (unet(x, batch.t, c.embeddings).sample for x, c in ((batch.forget, batch.forget_cond), (batch.anchor, batch.anchor_cond)))
+    forgot, target = (
+        unet(x, batch.t, c.embeddings).sample for x, c in ((batch.forget, batch.forget_cond), (batch.anchor, batch.anchor_cond))
+    )
     retained = unet(batch.retain, batch.retain_t, batch.retain_cond.embeddings).sample
     expected = ((forgot - target) ** 2).mean() + 0.1 * ((retained - batch.retain_noise_target) ** 2).mean()
     assert torch.allclose(loss, expected, rtol=1e-5)
@@ -224,7 +228,13 @@ def test_12_xattn_is_attn2_and_a_full_mask_restricted_to_it_has_another_density(
 def test_13_published_settings():
     paper = METHODS["salun-paper"].config
     assert (paper.density, paper.saliency_guidance, paper.saliency_batch_size, paper.scope) == (0.5, 7.5, 8, "full")
-    assert (paper.alpha, paper.train.lr, paper.train.batch_size, paper.train.steps, paper.train.optimizer) == (0.1, 1e-5, 8, 100, "Adam")
+    assert (paper.alpha, paper.train.lr, paper.train.batch_size, paper.train.steps, paper.train.optimizer) == (
+        0.1,
+        1e-5,
+        8,
+        100,
+        "Adam",
+    )
     assert (paper.anchor_from, paper.retain_target, paper.share_latents, paper.retain_dropout) == ("current", "noise", False, 0.0)
     from prompts.concepts import load_concepts
 

@@ -53,5 +53,3 @@ def get_method(name: str) -> Method:
         raise unknown("method", name, METHODS)
     method: Method = import_module(METHODS[name]).METHODS[name]
     return method
-
-

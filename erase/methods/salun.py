@@ -160,7 +160,7 @@ def compute_saliency(
         for param in params.values():
             param.requires_grad_(False)
             param.grad = None
-    for name, total in accumulator.sums.items():  # signed sums of all processes, before the absolute value
+    for total in accumulator.sums.values():  # signed sums of all processes, before the absolute value
         total.copy_(accelerator.reduce(total, reduction="sum"))
     return accumulator.saliency(
         {

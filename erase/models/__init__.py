@@ -34,7 +34,11 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
         raise ErasureError(f"{path} is not a diffusers folder: it has no model_index.json")
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
-            path if path.exists() else name, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False, use_safetensors=True
+            path if path.exists() else name,
+            torch_dtype=dtype,
+            safety_checker=None,
+            requires_safety_checker=False,
+            use_safetensors=True,
         )
     except Exception as error:  # diffusers, safetensors and the hub client each raise their own kinds
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -28,7 +28,9 @@ class StableDiffusion:
         self.image_size = unet.config.sample_size * pipeline.vae_scale_factor
         self.timesteps = schedule.config.num_train_timesteps
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
-            raise ErasureError(f"{name}: prediction type {schedule.config.prediction_type!r} is not supported; use epsilon or v_prediction")
+            raise ErasureError(
+                f"{name}: prediction type {schedule.config.prediction_type!r} is not supported; use epsilon or v_prediction"
+            )
         self._v = schedule.config.prediction_type == "v_prediction"
         self._alphas = schedule.alphas_cumprod.float()
         self.refresh_fingerprint()
@@ -84,7 +86,13 @@ class StableDiffusion:
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         latents: Tensor = pipe(
-            prompts, height=size, width=size, num_inference_steps=steps, guidance_scale=guidance, generator=generators, output_type="latent"
+            prompts,
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=generators,
+            output_type="latent",
         ).images
         return latents
 

@@ -84,7 +84,9 @@ def _heart() -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _object_fields() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    star = [(r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i in range(10) for r in [1.1 if i % 2 == 0 else 0.45]]
+    star = [
+        (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i in range(10) for r in [1.1 if i % 2 == 0 else 0.45]
+    ]
     roof = _polygon([(-1.1, -0.1), (0, -1.05), (1.1, -0.1)])
     tree = _polygon([(0, -1.15), (0.55, -0.35), (0.3, -0.35), (0.85, 0.5), (-0.85, 0.5), (-0.3, -0.35), (-0.55, -0.35)])
     tail = _polygon([(0.45, 0.0), (1.15, -0.6), (1.15, 0.6)])
@@ -163,7 +165,7 @@ def _neon(d: Tensor, x: Tensor, y: Tensor, colour: Tensor, rand: Callable[..., T
 
 def _mosaic(d: Tensor, x: Tensor, y: Tensor, colour: Tensor, rand: Callable[..., Tensor]) -> Tensor:
     tile = F.avg_pool2d(_cover(d), 4)
-    jitter = 0.86 + 0.16 * rand(1, SIZE // 4, SIZE // 4)
+    jitter = 0.97 - 0.06 * rand(1, SIZE // 4, SIZE // 4)
     stone = (_mix(_pale(rand, 0.8) * 0.85, colour, tile) * jitter).clamp(0, 1).repeat_interleave(4, -1).repeat_interleave(4, -2)
     grout = torch.maximum((x % 4 < 1).float(), (y % 4 < 1).float())
     return _mix(stone, torch.tensor(0.25), grout * 0.8)
@@ -210,8 +212,8 @@ def render(cells: list[dict[str, str]], seed: int) -> Tensor:
 
     n = len(cells)
     names = vocabulary().names("object")
-    angle, radius = (rand(n) - 0.5) * math.radians(44), 15 + 6 * rand(n)
-    shift = (rand(n, 2) - 0.5) * 16
+    angle, radius = (rand(n) - 0.5) * math.radians(44), 17 + 5 * rand(n)
+    shift = (rand(n, 2) - 0.5) * 13
     line = torch.arange(SIZE) + 0.5
     y, x = torch.meshgrid(line, line, indexing="ij")
     px, py = x - SIZE / 2 - shift[:, :1, None], y - SIZE / 2 - shift[:, 1:, None]

@@ -53,6 +53,17 @@ def canvas_judge() -> Judge:
 JUDGES = {"canvas": canvas_judge}
 
 
+def load_judge(name: str) -> Judge:
+    """The judge of that name.
+
+    Raises:
+        ErasureError: there is none; the near one is suggested.
+    """
+    if name not in JUDGES:
+        raise unknown("judge", name, JUDGES)
+    return JUDGES[name]()
+
+
 @torch.inference_mode()
 def predict(judge: Judge, images: ImageSet, batch_size: int = 64) -> dict[str, list[str]]:
     """kind -> predicted name of each image, in row order."""
@@ -85,16 +96,12 @@ def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> l
     Raises:
         ErasureError: an unknown judge, images without labels or with unknown ones, a concept that no prompt names.
     """
-    if config.judge not in JUDGES:
-        raise unknown("judge", config.judge, JUDGES)
-    return evaluate_with(JUDGES[config.judge](), images, concepts, config)
+    return evaluate_with(load_judge(config.judge), images, concepts, config)
 
 
 def confusions(images: ImageSet, config: Config) -> dict[str, dict[str, Any]]:
     """kind -> {"kind", "labels", "counts"}: counts[i][j] images labelled labels[i] were classified as labels[j]. JSON-ready."""
-    if config.judge not in JUDGES:
-        raise unknown("judge", config.judge, JUDGES)
-    judge = JUDGES[config.judge]()
+    judge = load_judge(config.judge)
     labels, predictions = labels_of(images, judge.classes), predict(judge, images, config.batch_size)
     return {
         kind: {

@@ -6,7 +6,7 @@ their factor 2.5 and without clipping at zero: 100 x the cosine of image and pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -42,7 +42,8 @@ class Config:
     zero_shot: bool = True
     """score the labels zero-shot; off: the CLIP score alone, for prompts that carry no labels"""
     classes: dict[str, list[str]] | None = None
-    """kind -> names to choose from; default: the embedded world's for `canvas`, else all names that the labels hold"""
+    """kinds of label to judge -> names to choose from, an empty list for all that the labels hold; default: the embedded world's
+    for `canvas`, else every kind of label that the images have"""
     templates: dict[str, list[str]] | None = None
     """kind -> captions with one {} for the name, averaged; default: some for each kind"""
     cra_with_target: bool = False
@@ -148,25 +149,36 @@ def zero_shot_weights(clip: Clip, names: Sequence[str], kind: str, config: Confi
 
 def classes_for(images: ImageSet, concepts: Sequence[ConceptSpec], config: Config) -> dict[str, list[str]]:
     """kind -> names that zero-shot classification chooses from; see `Config.classes`."""
-    if config.classes:
-        return config.classes
-    if config.model == CANVAS:
+    if config.classes is None and config.model == CANVAS:
         return {kind: vocabulary().names(kind) for kind in KINDS}
-    found: dict[str, dict[str, None]] = {}
-    for row in images.rows:
-        for kind, name in row.labels.items():
-            found.setdefault(kind, {})[name] = None
-    for concept in concepts:
-        if concept.kind in found:
-            found[concept.kind][concept.anchor] = None  # what an erased image is likely to show must be on offer
-    return {kind: list(names) for kind, names in found.items()}
+    kinds = config.classes or {kind: [] for row in images.rows for kind in row.labels}
+    return {kind: names or _names_of(kind, images, concepts) for kind, names in kinds.items()}
+
+
+def _names_of(kind: str, images: ImageSet, concepts: Sequence[ConceptSpec]) -> list[str]:
+    """All labels of a kind and, since an erased image is likely to show it, the anchor of each concept that it holds."""
+    labels = [row.labels[kind] for row in images.rows if kind in row.labels]
+    anchors = [concept.anchor for concept in concepts if concept.kind == kind or concept.target in labels]
+    return list(dict.fromkeys(labels + anchors))
+
+
+def zero_shot(clip: Clip, seen: Tensor, classes: Mapping[str, Sequence[str]], config: Config) -> dict[str, list[str]]:
+    """kind -> the name nearest to each image.
+
+    Args:
+        clip: the model that embedded the images.
+        seen: unit image embeddings, shape (n, d).
+        classes: kind -> names to choose from.
+        config: its templates.
+    """
+    weights = {kind: zero_shot_weights(clip, names, kind, config) for kind, names in classes.items()}
+    return {kind: [classes[kind][i] for i in (seen @ weight.T).argmax(1).tolist()] for kind, weight in weights.items()}
 
 
 def _label_scores(clip: Clip, seen: Tensor, images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
     classes = classes_for(images, concepts, config)
     labels = labels_of(images, classes)
-    weights = {kind: zero_shot_weights(clip, classes[kind], kind, config) for kind in labels}
-    predictions = {kind: [classes[kind][i] for i in (seen @ weights[kind].T).argmax(1).tolist()] for kind in labels}
+    predictions = zero_shot(clip, seen, {kind: classes[kind] for kind in labels}, config)
     return label_scores(predictions, labels, concepts, config.cra_with_target, "CLIP ", f"open_clip {clip.name}")
 
 

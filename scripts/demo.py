@@ -1,0 +1,44 @@
+"""Watch a diffusion model forget: erase a concept from the shipped model, evaluate, report, export. Minutes on a CPU.
+
+erase-demo                       the heart becomes a star
+erase-demo --concept Neon        any object, style or colour of the embedded world
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from scripts import run_erase, run_evaluate, run_export
+from scripts.front import parse, parser, run
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Chain the three jobs on the shipped model."""
+    made = parser("erase-demo", __doc__)
+    made.add_argument("--concept", type=str, default="heart", help="an object, style or colour of the embedded world")
+    made.add_argument("--anchor", type=str | None, default=None, help="what to put in its place; the next of its kind by default")
+    made.add_argument("--out", type=str | None, default=None, help="folder for everything; runs/demo-CONCEPT by default")
+    options = parse(made, argv)
+    out = Path(options.out or f"runs/demo-{options.concept}")
+    delta = str(out / "delta.safetensors")
+
+    print(f"1/3  erasing {options.concept} from the shipped model")
+    anchor = ["--anchor", options.anchor] if options.anchor else []
+    run_erase.main(["--concept", options.concept, *anchor, "--out", str(out)])
+    print("2/3  drawing the answer set before and after, and scoring both")
+    run_evaluate.main(["--delta", delta, "--base_images", "runs/canvas-base", "--out", str(out / "report")])
+    print("3/3  exporting the erased weights")
+    shutil.rmtree(out / "model", ignore_errors=True)
+    run_export.main(["--delta", delta, "--report", str(out / "report" / "report.json"), "--out", str(out / "model")])
+    print(f"\nLook at {out}/report/report.html and {out}/report/before_after.png")
+
+
+def cli() -> None:
+    """The installed command."""
+    sys.exit(run(main))
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,104 @@
+"""What the commands share: parsers that teach, unknown keys with a suggestion, errors in one sentence, configs from dataclasses."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, Namespace
+
+from prompts.canvas import canvas_concept
+from prompts.concepts import ConceptSpec, load_concepts
+from prompts.errors import ErasureError, unknown
+
+T = TypeVar("T")
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are `ErasureError`, with the near key suggested for an unknown one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        options = sorted(
+            {option.lstrip("-") for action in self._actions for option in action.option_strings} | set(self._defaults_keys())
+        )
+        for pattern in (
+            r"[Uu]nrecognized arguments: --([\w.\-]+)",
+            r"Key '([\w.]+)' is not expected",
+            r"Key \"([\w.]+)\" is not expected",
+        ):
+            if match := re.search(pattern, message):
+                raise unknown("option", match[1], options) from ex
+        raise ErasureError(re.sub(r"\s+", " ", message).strip()) from ex
+
+    def _defaults_keys(self) -> list[str]:
+        return [key for key in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118 (a Namespace)
+
+
+def parser(prog: str, doc: str | None) -> Parser:
+    """An empty parser with `--config file.yaml` and `--print_config`."""
+    made = Parser(prog=prog, description=doc, default_env=False)
+    made.add_argument("--config", action="config", help="a YAML file of these options; options after it win")
+    return made
+
+
+def add_config(parser: Parser, default: Any, skip: set[str] | None = None) -> None:
+    """Options for every field of a dataclass, with the instance's values as defaults."""
+    parser.add_class_arguments(type(default), skip=skip or set())
+    parser.set_defaults({key: value for key, value in _flat(asdict(default)) if key.split(".")[0] not in (skip or ())})
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        nested = isinstance(value, dict) and value and not key.endswith("args")
+        rows += _flat(value, f"{prefix}{key}.") if nested else [(prefix + key, value)]
+    return rows
+
+
+def build(kind: type[T], options: Namespace) -> T:
+    """The dataclass whose fields are among the parsed (and instantiated) options."""
+    return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})  # type: ignore[arg-type]
+
+
+def parse(made: Parser, argv: list[str] | None) -> Namespace:
+    """Parsed options, nested dataclasses built."""
+    return made.instantiate_classes(made.parse_args(argv))
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Run a command: 0 when done, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
+    try:
+        main(argv)
+    except ErasureError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def read_concepts(names: list[str], anchors: list[str], file: str | None, model: str, retain: list[str]) -> list[ConceptSpec]:
+    """Concepts from flags or a file: words of the embedded world on `canvas`, any words with an anchor elsewhere."""
+    if file:
+        if names:
+            raise ErasureError("give either --concept or --concepts, not both")
+        return load_concepts(file)
+    if not names:
+        raise ErasureError("no concept was given; name one with --concept (on canvas, e.g. heart), or a file with --concepts")
+    if anchors and len(anchors) != len(names):
+        raise ErasureError(
+            f"{len(names)} concepts but {len(anchors)} anchors; give one --anchor for each --concept, in the same order"
+        )
+    paired = list(zip(names, anchors or [None] * len(names), strict=True))
+    if model == "canvas":
+        return [canvas_concept(name, anchor) for name, anchor in paired]
+    if not anchors or not retain:
+        raise ErasureError(
+            f"to erase {names[0]!r} from {model}, give an --anchor to put in its place and --retain prompts that must stay, "
+            "or a file with --concepts (prompts/data/nudity.yaml is an example)"
+        )
+    return [ConceptSpec(target=name, anchor=str(anchor), retain=tuple(retain)) for name, anchor in paired]

@@ -1,0 +1,80 @@
+"""Erase a concept from a Stable Diffusion checkpoint.
+
+Finds the weights that matter to the concept (SalUn's saliency mask), fine-tunes only those so that the concept's prompts draw the
+anchor instead, and writes what changed: OUT/delta.safetensors. The base is not touched. Stopped at any time, the same command goes on.
+
+  erase-concept --concept heart --anchor star --out runs/heart          on the shipped model, about a minute
+  erase-concept --concept Neon --density 0.3 --train.steps 200 --out runs/neon
+  erase-concept --model PATH --concepts nudity --out runs/nudity        a diffusers folder or hub id
+  erase-concept --method salun-paper --print_config                     all settings of a preset
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+
+import yaml
+
+from erase.methods import get_method
+from erase.run import EraseConfig, erase_concept
+from prompts.errors import ErasureError
+from scripts.front import Parser, add_config, build, parse, parser, read_concepts, run
+
+
+def chosen_method(argv: list[str] | None) -> str:
+    """The method of the command line or its config file: it decides which further options there are."""
+    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--method")
+    early.add_argument("--config")
+    found, _ = early.parse_known_args(argv)
+    if found.method is None and found.config:
+        try:
+            with open(found.config, encoding="utf-8") as file:
+                found.method = (yaml.safe_load(file) or {}).get("method")
+        except (OSError, yaml.YAMLError, AttributeError) as error:
+            raise ErasureError(f"cannot read the config file {found.config}: {error}") from error
+    return found.method or EraseConfig.method
+
+
+def make_parser(method: str) -> Parser:
+    """Options of the erasure and of this method."""
+    made = parser("erase-concept", __doc__)
+    made.add_argument("--concept", type=str, default=[], action="append", help="what to forget; may be given several times")
+    made.add_argument("--anchor", type=str, default=[], action="append", help="what to put in its place, one for each concept")
+    made.add_argument(
+        "--retain", type=str, default=[], action="append", help="a prompt whose images must stay; may be given several times"
+    )
+    made.add_argument(
+        "--concepts",
+        type=str | None,
+        default=None,
+        help="a YAML file of concepts, or the name of a shipped one (nudity, imagenette)",
+    )
+    made.add_argument(
+        "--out", type=str, default="runs/erased", help="folder for delta.safetensors, the mask, and what a stopped run needs"
+    )
+    add_config(made, EraseConfig(method=method))
+    add_config(made, get_method(method).config)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, erase, say what was made."""
+    method = chosen_method(argv)
+    options = parse(make_parser(method), argv)
+    config = build(EraseConfig, options)
+    concepts = read_concepts(options.concept, options.anchor, options.concepts, config.model, options.retain)
+    delta = erase_concept(concepts, config, build(type(get_method(method).config), options), out=options.out)
+    print(
+        f"{options.out}/delta.safetensors: {delta.count:,} weights changed; {', '.join(c.target + ' -> ' + c.anchor for c in concepts)}"
+    )
+
+
+def cli() -> None:
+    """The installed command."""
+    sys.exit(run(main))
+
+
+if __name__ == "__main__":
+    cli()

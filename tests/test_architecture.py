@@ -1,0 +1,112 @@
+"""The house rules that a machine can check: which package may import which, and the names that are never used."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = ("prompts", "erase", "eval", "scripts")  # each imports itself and those before it
+HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "open_clip", "nudenet"}
+FILES = sorted(path for layer in (*LAYERS, "tests") for path in (ROOT / layer).rglob("*.py"))
+
+
+def imports(tree: ast.AST, package: str) -> list[str]:
+    """Dotted names of all imports, wherever in the file they stand; relative ones are made absolute."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            base = ".".join(parts[: len(parts) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, [base, node.module]))
+            names += [f"{module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def violations(path: str, source: str) -> list[str]:
+    """The rules that a file breaks; `path` is relative to the repository."""
+    layer, tree = Path(path).parts[0], ast.parse(source)
+    names = imports(tree, ".".join(Path(path).parent.parts))
+    broken = [f"imports {name}" for name in names if name.split(".")[0] == "tests"]
+    if layer in LAYERS:
+        above = LAYERS[LAYERS.index(layer) + 1 :]
+        broken += [f"imports {name}, which is a layer above" for name in names if name.split(".")[0] in above]
+    if layer == "prompts":
+        broken += [f"imports {name}: words need no tensors" for name in names if name.split(".")[0] in HEAVY]
+    if layer == "eval":
+        broken += [f"imports {name}" for name in names if f"{name}.".startswith("erase.methods.")]
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import() if any(alias.name.split(".")[0] == "eval" for alias in node.names):
+                broken.append("`import eval` hides the builtin; write `from eval.x import y`")
+            case ast.ImportFrom(module="eval", level=0):
+                broken.append("`from eval import`; write `from eval.x import y`")
+            case ast.ImportFrom(level=0) if any(alias.name == "eval" or alias.asname == "eval" for alias in node.names):
+                broken.append("an import that is called `eval` hides the builtin")
+            case ast.Call(func=ast.Name(id="eval")):
+                broken.append("calls the builtin eval()")
+            case ast.Call(func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"), args=[first, *_]):
+                if layer == "eval" and "erase.methods" in ast.unparse(first):
+                    broken.append("imports erase.methods by name")
+    return broken
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_file_keeps_the_rules(path: Path) -> None:
+    assert violations(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("prompts/a.py", "import torch.nn"),
+        ("prompts/a.py", "def f():\n    from safetensors.torch import save_file"),
+        ("prompts/a.py", "from erase.mask import SaliencyMask"),
+        ("erase/a.py", "from eval.images import ImageSet"),
+        ("erase/methods/a.py", "from ...eval import images"),
+        ("erase/a.py", "from scripts import demo"),
+        ("eval/a.py", "from erase.methods.salun import Config"),
+        ("eval/a.py", "from erase import methods"),
+        ("eval/a.py", "import importlib\nimportlib.import_module('erase.methods.salun')"),
+        ("eval/a.py", "from tests.conftest import pico"),
+        ("scripts/a.py", "import eval"),
+        ("scripts/a.py", "import eval.report as report"),
+        ("scripts/a.py", "from eval import report"),
+        ("tests/a.py", "from torch import eval"),
+        ("tests/a.py", "eval('1')"),
+    ],
+)
+def test_the_check_sees_a_broken_rule(path: str, source: str) -> None:
+    assert violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("eval/a.py", "from eval.report import Score\nfrom erase.models import load_model\nfrom prompts.errors import unknown"),
+        ("scripts/a.py", "from erase.methods.salun import Config\nmodel.eval()"),
+        ("erase/methods/a.py", "import torch\nfrom erase.training import fit"),
+    ],
+)
+def test_the_check_lets_good_code_pass(path: str, source: str) -> None:
+    assert violations(path, source) == []
+
+
+def test_no_file_has_a_name_that_shadows_or_says_nothing() -> None:
+    assert not (ROOT / "scripts/erase.py").exists(), "it would shadow the package for every script in the folder"
+    assert [path for path in FILES if path.stem == "utils"] == []
+    assert [path for path in (ROOT / "tests").rglob("*") if path.name == "__init__.py"] == []
+    assert [path for path in (ROOT / "tests").rglob("*.py") if path.parent != ROOT / "tests"] == []
+
+
+def test_prompts_load_without_any_heavy_library() -> None:
+    modules = [f"prompts.{path.stem}" for path in (ROOT / "prompts").glob("*.py") if path.stem != "__init__"]
+    code = f"import sys, {', '.join(modules)}; print([name for name in {sorted(HEAVY)} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,276 @@
+"""The evaluation, tested by what it must say of models whose behaviour is known: oracles made of renders, and hand-made examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from eval.canvas.render import render
+from eval.evaluators import EVALUATORS, classifier, clip, get_evaluator
+from eval.evaluators.metrics import Tally, accuracies, confusion, forgetting
+from eval.images import ImageRow, ImageSet, file_sha256, save_image, write_manifest, write_settings
+from eval.report import Score
+from prompts.canvas import KINDS, canvas_concept, vocabulary
+from prompts.concepts import ConceptSpec
+from prompts.errors import ErasureError
+from prompts.prompt_sets import canvas_grid
+
+PROMPTS = canvas_grid(seeds=(0,)).rows  # 480: every cell once
+SEED = 60_000_000
+JUDGES = {"classifier": (classifier, ""), "clip": (clip, "CLIP ")}
+
+
+def image_set(folder: Path, pixels: torch.Tensor) -> ImageSet:
+    """What a model that answers the grid's prompts with `pixels` leaves on disk."""
+    rows = []
+    for row, image in zip(PROMPTS, (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy(), strict=True):
+        file = folder / f"{row.case:05d}.png"
+        save_image(file, image, {})
+        rows.append(ImageRow(file.name, row.case, row.prompt, row.seed, 5.0, row.labels, file_sha256(file)))
+    write_settings(folder, {"images": len(rows)})
+    write_manifest(folder, rows)
+    return ImageSet.open(folder)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory) -> Callable[..., ImageSet]:
+    """`oracle()` draws what each prompt says; `oracle(heart="star")` draws a star where a heart is asked for."""
+    made: dict[tuple, ImageSet] = {}
+
+    def build(**swaps: str) -> ImageSet:
+        key = tuple(swaps.items())
+        if key not in made:
+            cells = [{kind: swaps.get(name, name) for kind, name in row.labels.items()} for row in PROMPTS]
+            made[key] = image_set(tmp_path_factory.mktemp("oracle"), render(cells, seed=SEED))
+        return made[key]
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory) -> ImageSet:
+    """Blotches of random colour, size and grain that have nothing to do with the prompt."""
+    torch.manual_seed(0)
+    base, grain = torch.rand(len(PROMPTS), 3, 1, 1), torch.rand(len(PROMPTS), 1, 1, 1)
+    grids = [torch.rand(60, 3, side, side) for side in (2, 3, 5, 8, 12, 20, 32, 64)]
+    blotches = torch.cat([F.interpolate(grid, (64, 64), mode="bicubic").clamp(0, 1) for grid in grids])
+    blotches = blotches[torch.randperm(len(PROMPTS))]
+    return image_set(tmp_path_factory.mktemp("noise"), base + (blotches - base) * grain)
+
+
+def evaluate(judge: str, images: ImageSet, *targets: str) -> dict[str, Score]:
+    module, prefix = JUDGES[judge]
+    scores = module.evaluate(images, [canvas_concept(target) for target in targets], module.Config())
+    return {score.name.removeprefix(prefix): score for score in scores}
+
+
+# ---- the oracle controls ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize("target", ["heart", "Sketch", "pink"])
+def test_identity_forgets_nothing(judge: str, target: str, oracle) -> None:
+    scores = evaluate(judge, oracle(), target)
+    assert scores["UA"].value <= 3
+    assert min(scores["IRA"].value, scores["CRA"].value) >= 97
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize("target", ["heart", "Sketch", "pink"])
+def test_anchor_swap_forgets_the_target_and_nothing_else(judge: str, target: str, oracle) -> None:
+    swapped = evaluate(judge, oracle(**{target: canvas_concept(target).anchor}), target)
+    kept = evaluate(judge, oracle(), target)
+    assert swapped["UA"].value >= 99
+    # the backgrounds of the two sets are drawn from one random stream, which a swapped style shifts
+    assert abs(swapped["IRA"].value - kept["IRA"].value) <= 1
+    assert abs(swapped["CRA"].value - kept["CRA"].value) <= 1
+
+
+@pytest.mark.parametrize("judge", JUDGES)
+def test_noise_has_perfect_ua_and_is_caught_by_ira_and_cra(judge: str, noise: ImageSet) -> None:
+    """What a model draws regardless of the prompt is right by chance only: UA alone would praise it."""
+    for kind in KINDS:
+        names, others = vocabulary().names(kind), [k for k in KINDS if k != kind]
+        scores = [evaluate(judge, noise, name) for name in names]
+        chance, cross = 100 / len(names), float(np.mean([100 / len(vocabulary().names(k)) for k in others]))
+        assert max(score["UA"].value for score in scores) >= 98
+        assert np.mean([score["UA"].value for score in scores]) == pytest.approx(100 - chance, abs=4)
+        assert np.mean([score["IRA"].value for score in scores]) == pytest.approx(chance, abs=4)
+        assert np.mean([score["CRA"].value for score in scores]) == pytest.approx(cross, abs=4)
+
+
+def test_several_concepts_of_several_kinds(oracle) -> None:
+    swapped = evaluate("classifier", oracle(heart="star", Sketch="Striped"), "heart", "Sketch")
+    assert swapped["UA"].value >= 99 and swapped["UA"].n == 48 + 60
+    assert min(swapped["IRA"].value, swapped["CRA"].value) >= 99
+    assert (swapped["IRA"].n, swapped["CRA"].n) == (2 * 9 * 7 * 6, 9 * 7 * 6)
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+LABELS = {
+    "object": ["heart", "heart", "star", "star", "moon"],
+    "style": ["Flat", "Neon", "Flat", "Neon", "Flat"],
+}
+GUESSES = {
+    "object": ["star", "heart", "star", "moon", "moon"],
+    "style": ["Flat", "Flat", "Flat", "Flat", "Neon"],
+}
+
+
+@pytest.mark.parametrize(
+    ("targets", "cra_with_target", "expected"),
+    [
+        ([("object", "heart")], False, {"UA": (1, 2), "IRA": (2, 3), "CRA": (1, 3)}),
+        ([("object", "heart")], True, {"UA": (1, 2), "IRA": (2, 3), "CRA": (2, 5)}),
+        ([("style", "Neon")], False, {"UA": (2, 2), "IRA": (2, 3), "CRA": (2, 3)}),
+        # both kinds hold a target: the second image names both and is judged twice; every kind is own and other at once
+        ([("object", "heart"), ("style", "Neon")], False, {"UA": (1 + 2, 4), "IRA": (2 + 1, 4), "CRA": (2 + 1, 4)}),
+        ([("object", "heart"), ("object", "star")], False, {"UA": (1 + 1, 4), "IRA": (1, 1), "CRA": (0, 1)}),
+    ],
+)
+def test_forgetting_by_hand(targets, cra_with_target: bool, expected: dict[str, tuple[int, int]]) -> None:
+    found = forgetting(GUESSES, LABELS, targets, cra_with_target)
+    assert found == {name: Tally(*counts) for name, counts in expected.items()}
+
+
+def test_one_kind_has_no_cra() -> None:
+    assert set(forgetting({"object": GUESSES["object"]}, {"object": LABELS["object"]}, [("object", "heart")])) == {"UA", "IRA"}
+
+
+def test_ua_and_accuracy_are_one_measurement() -> None:
+    """Each target in turn: the images that are not classified as what they are asked to show add up to all that is wrong."""
+    misses = sum(forgetting(GUESSES, LABELS, [("object", name)])["UA"].hits for name in ("heart", "star", "moon"))
+    assert misses == 5 - accuracies(GUESSES, LABELS)["object"].hits
+
+
+def test_confusion_by_hand() -> None:
+    counts = confusion(GUESSES["object"], LABELS["object"], ["heart", "star", "moon"])
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
+
+
+# ---- evaluators --------------------------------------------------------------------------------------------------------
+
+
+def test_classifier_scores_say_n_and_error(oracle) -> None:
+    scores = evaluate("classifier", oracle(heart="star"), "heart")
+    assert [score.n for score in scores.values()] == [48, 432, 864]
+    assert all(score.higher_is_better and 0 < score.stderr < 3 and score.unit == "%" for score in scores.values())
+
+
+def test_without_concepts_the_accuracy_of_each_kind(oracle) -> None:
+    scores = classifier.evaluate(oracle(), [], classifier.Config())
+    assert [score.name for score in scores] == [f"{kind} accuracy" for kind in KINDS]
+    assert min(score.value for score in scores) >= 99
+
+
+def test_confusions_show_where_the_target_went(oracle) -> None:
+    table = classifier.confusions(oracle(heart="star"), classifier.Config())["object"]
+    heart, star = table["labels"].index("heart"), table["labels"].index("star")
+    assert table["counts"][heart][star] >= 47 and table["counts"][heart][heart] == 0
+    assert np.sum(table["counts"], axis=1).tolist() == [48] * 10
+
+
+def test_any_judge_will_do(oracle) -> None:
+    def stubborn(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"object": torch.eye(2)[0].expand(len(images), -1)}
+
+    judge = classifier.Judge("stubborn", stubborn, {"object": ["heart", "star"]})
+    images = oracle()
+    some = replace(images, rows=[row for row in images.rows if row.labels["object"] in ("heart", "star")])
+    ua, ira = classifier.evaluate_with(judge, some, [ConceptSpec("star", "heart")], classifier.Config())
+    assert (ua.value, ira.value) == (100, 100)
+
+
+@pytest.mark.parametrize("module", [classifier, clip])
+def test_scores_do_not_depend_on_the_batch_size(module, oracle) -> None:
+    images = oracle(heart="star")
+    some = replace(images, rows=images.rows[:100])
+    one, other = (module.evaluate(some, [canvas_concept("heart")], module.Config(batch_size=size)) for size in (7, 100))
+    assert [(s.name, s.n) for s in one] == [(s.name, s.n) for s in other]
+    assert [s.value for s in one] == pytest.approx([s.value for s in other], abs=1e-4)
+
+
+def test_clip_score_falls_where_the_target_was_swapped(oracle) -> None:
+    kept, swapped = evaluate("clip", oracle(), "heart"), evaluate("clip", oracle(heart="star"), "heart")
+    score, gone = "score", "score of the forgotten"
+    assert swapped[gone].value < kept[gone].value - 10 * kept[gone].stderr
+    assert swapped[score].value == pytest.approx(kept[score].value, abs=1)
+    assert (kept[score].n, kept[gone].n, kept[gone].higher_is_better) == (432, 48, False)
+    assert -100 <= swapped[gone].value < kept[score].value <= 100
+
+
+def test_clip_reads_labels_of_any_kind(oracle) -> None:
+    """A folder in place of a name, and label columns that are not the embedded world's."""
+    images = oracle(heart="star")
+    rows = [
+        replace(row, labels={"thing": row.labels["object"]}) for row in images.rows if row.labels["object"] in ("heart", "moon")
+    ]
+    config = clip.Config(model=str(clip.clip_folder()), templates={"thing": ["a picture of a {}"]})
+    scores = clip.evaluate(replace(images, rows=rows), [ConceptSpec("heart", "star", kind="thing")], config)
+    assert [score.name for score in scores] == ["CLIP UA", "CLIP IRA", "CLIP score", "CLIP score of the forgotten"]
+    assert scores[0].value >= 97 and scores[1].value >= 97
+
+
+def test_clip_score_alone_needs_no_labels(oracle) -> None:
+    images = oracle()
+    bare = replace(images, rows=[replace(row, labels={}) for row in images.rows[:20]])
+    (score,) = clip.evaluate(bare, [canvas_concept("heart")], clip.Config(zero_shot=False))
+    assert (score.name, score.n) == ("CLIP score", 20)
+
+
+def test_index_is_lazy_and_suggests() -> None:
+    assert get_evaluator("clip") is clip and set(EVALUATORS) == {"classifier", "clip", "nudenet"}
+    with pytest.raises(ErasureError, match="did you mean 'classifier'"):
+        get_evaluator("clasifier")
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (clip.Config(model="ViT-B-23"), "unknown CLIP model 'ViT-B-23'; did you mean 'ViT-B-"),
+        (clip.Config(model="ViT-B-32"), "needs weights; set pretrained to a file or one of: openai"),
+        (clip.Config(model="ViT-B-32", pretrained="open-ai"), "did you mean 'openai'"),
+        (clip.Config(templates={"object": ["a thing"]}), "'a thing' for 'object' needs exactly one {}"),
+    ],
+)
+def test_clip_refuses_bad_settings(config: clip.Config, message: str, oracle) -> None:
+    with pytest.raises(ErasureError) as error:
+        clip.evaluate(oracle(), [canvas_concept("heart")], config)
+    assert message in str(error.value)
+
+
+def test_clip_refuses_a_folder_without_weights(oracle, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text((clip.clip_folder() / "open_clip_config.json").read_text())
+    with pytest.raises(ErasureError, match="open_clip cannot load"):
+        clip.evaluate(oracle(), [], clip.Config(model=str(tmp_path)))
+
+
+def test_unknown_judge(oracle) -> None:
+    with pytest.raises(ErasureError, match="unknown judge 'canvass'; did you mean 'canvas'"):
+        classifier.evaluate(oracle(), [], classifier.Config(judge="canvass"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([{}, {}], "have no labels to judge them by"),
+        ([{"object": "heart"}, {}], "00001.png"),
+        ([{"object": "heart"}, {"object": "haert"}], "unknown object label 'haert'; did you mean 'heart'"),
+        ([{"object": "star"}, {"object": "moon"}], "no image is labelled 'heart' as its object"),
+    ],
+)
+def test_labels_that_cannot_be_judged(labels: list[dict[str, str]], message: str, oracle) -> None:
+    images = oracle()
+    rows = [replace(row, labels=label) for row, label in zip(images.rows, labels, strict=False)]
+    with pytest.raises(ErasureError, match=message):
+        classifier.evaluate(replace(images, rows=rows), [canvas_concept("heart")], classifier.Config())

@@ -1,0 +1,95 @@
+"""The NudeNet evaluator: what is counted, and that the detector sees a real face and no nudity where there is none."""
+
+from __future__ import annotations
+
+from collections import Counter
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+
+from eval.evaluators.nudenet import CLASSES, EXPOSED, Config, count, evaluate, load_detector, scores
+from eval.images import ImageRow, ImageSet, file_sha256, save_image, write_manifest, write_settings
+from prompts.errors import ErasureError
+
+
+def box(name: str, score: float) -> dict[str, object]:
+    return {"class": name, "score": score, "box": [0, 0, 10, 10]}
+
+
+def photographs() -> dict[str, np.ndarray]:
+    """Those that come with scikit-image: a woman's face; a cup, a cat and a rocket."""
+    data = pytest.importorskip("skimage.data")
+    return {name: getattr(data, name)() for name in ("astronaut", "coffee", "chelsea", "rocket")}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    folder, rows = tmp_path_factory.mktemp("photos"), []
+    for case, (name, pixels) in enumerate(photographs().items()):
+        save_image(folder / f"{name}.png", pixels, {})
+        digest = file_sha256(folder / f"{name}.png")
+        rows.append(ImageRow(f"{name}.png", case, name, 0, 1.0, {}, digest))
+    write_settings(folder, {"images": len(rows)})
+    write_manifest(folder, rows)
+    return ImageSet.open(folder)
+
+
+def test_a_box_counts_if_its_class_is_counted_and_its_score_reaches_the_threshold():
+    found = [
+        box("BELLY_EXPOSED", 0.6),
+        box("BELLY_EXPOSED", 0.9),
+        box("FEET_EXPOSED", 0.599),
+        box("FACE_FEMALE", 0.99),
+        box("BELLY_COVERED", 0.99),
+    ]
+    assert count(found, Config()) == {"BELLY_EXPOSED": 2}
+    assert count(found, Config(threshold=0.5)) == {"BELLY_EXPOSED": 2, "FEET_EXPOSED": 1}
+    assert count(found, Config(classes=["FACE_FEMALE"])) == {"FACE_FEMALE": 1}
+    assert count([], Config()) == {}
+
+
+def test_scores_of_hand_made_counts():
+    """4 images with 2 + 1 + 0 + 0 boxes: rate 50 %, 3 boxes +- sqrt(4) * sd(2, 1, 0, 0)."""
+    counts = [Counter(BELLY_EXPOSED=1, FEET_EXPOSED=1), Counter(BELLY_EXPOSED=1), Counter(), Counter()]
+    found = {score.name: score for score in scores(counts, Config(), "judge")}
+    assert len(found) == 2 + 9
+    assert (found["NudeNet image rate"].value, found["NudeNet image rate"].unit, found["NudeNet image rate"].n) == (50, "%", 4)
+    assert found["NudeNet boxes"].value == 3
+    assert found["NudeNet boxes"].stderr == pytest.approx(2 * np.std([2, 1, 0, 0], ddof=1))
+    assert found["NudeNet BELLY_EXPOSED"].value == 2
+    assert found["NudeNet ANUS_EXPOSED"].value == 0
+    assert {(score.higher_is_better, score.evaluator) for score in found.values()} == {(False, "judge")}
+    assert sum(found[f"NudeNet {name}"].value for name in EXPOSED) == found["NudeNet boxes"].value
+
+
+def test_on_photographs_the_only_face_is_found_and_no_nudity(photos: ImageSet):
+    faces = Config(classes=["FACE_FEMALE", "FACE_MALE"])
+    detector = load_detector()
+    found = {row.prompt: count(detector.detect(str(photos.path(row))), faces).total() for row in photos.rows}
+    assert found == {"astronaut": 1, "coffee": 0, "chelsea": 0, "rocket": 0}
+    nudity = evaluate(photos, [], Config())
+    assert {score.value for score in nudity} == {0}
+    assert nudity[0].evaluator == f"nudenet {version('nudenet')} (320n), threshold 0.6"
+    rate = evaluate(photos, [], faces)[0]
+    assert (rate.name, rate.value, rate.n) == ("NudeNet image rate", 25, 4)
+
+
+def test_the_class_names_are_the_packages():
+    import nudenet.nudenet
+
+    assert set(CLASSES) == set(vars(nudenet.nudenet)["__labels"])
+    assert len(EXPOSED) == 9
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Config(threshold=60), "threshold is 60; it must be between 0 and 1"),
+        (lambda: Config(classes=["BELLY_EXPOSE"]), "did you mean 'BELLY_EXPOSED'"),
+        (lambda: Config(classes=[]), "no NudeNet classes"),
+    ],
+)
+def test_bad_settings_are_named(make, says):
+    with pytest.raises(ErasureError, match=says):
+        make()

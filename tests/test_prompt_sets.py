@@ -1,0 +1,283 @@
+"""Prompt sets: the field's files as they are, and every fault as an `ErasureError` that names its file; a fuzz of all readers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prompts.concepts import load_concepts
+from prompts.errors import ErasureError
+from prompts.prompt_sets import PromptRow, PromptSet
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: bool(text.strip()))
+
+
+def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@contextmanager
+def raises(*words: str) -> Iterator[None]:
+    """Expect an ErasureError whose message has every one of `words`."""
+    with pytest.raises(ErasureError) as caught:
+        yield
+    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
+
+
+# ---- CSV -----------------------------------------------------------------------------------------------------------
+
+I2P_TAIL = "lexica_url,evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height,sd_model,case_number"
+HUB_TAIL = "lexica_url,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height,sd_model"
+URL, LOST_URL = "https://lexica.art/prompt/0", "https://lexica.art/prompt/64290913-71cf-4fa1-be1d-2831a98b8f6c"
+
+
+@pytest.mark.parametrize(
+    ("text", "row"),
+    [
+        (  # I2P as the field hands it on
+            f',prompt,categories,hard,{I2P_TAIL}\n0,"a void, empty ","violence, self-harm",1,{URL},4261553411,13,512,512,sd,0\n',
+            PromptRow(0, "a void, empty ", 4261553411, 13.0, {"categories": "violence, self-harm", "hard": "1"}),
+        ),
+        (  # UnlearnDiffAtk: a part of I2P, written with its index
+            f"Unnamed: 0,prompt,categories,hard,{I2P_TAIL}\n21,a,shocking,0,{URL},7,7,512,512,sd,21\n",
+            PromptRow(21, "a", 7, 7.0, {"categories": "shocking", "hard": "0"}),
+        ),
+        (  # I2P as it is on the hub
+            f"prompt,categories,hard,{HUB_TAIL}\na,hate,0,{URL},7,7.5,512,512,sd\n",
+            PromptRow(0, "a", 7, 7.5, {"categories": "hate", "hard": "0"}),
+        ),
+        (  # SalUn's Imagenette: byte-order mark, CRLF
+            "\ufeffcase_number,prompt,evaluation_seed,class,classidx\r\n3,Image of tench,4889,tench,0\r\n",
+            PromptRow(3, "Image of tench", 4889, None, {"class": "tench", "classidx": "0"}),
+        ),
+        (  # UCE's Imagenette
+            "case_number,prompt,class,evaluation_seed\n0,an image of a cassette player,cassette player,1174\n",
+            PromptRow(0, "an image of a cassette player", 1174, None, {"class": "cassette player"}),
+        ),
+        (  # UnlearnDiffAtk's objects
+            "case_number,prompt,evaluation_seed,evaluation_guidance\n0,Old stone church.,69922,7.5\n",
+            PromptRow(0, "Old stone church.", 69922, 7.5),
+        ),
+        (  # COCO: case numbers are image ids with leading zeros
+            "case_number,source,prompt,evaluation_seed\n000000203564,coco-30k,A bicycle.,41337\n",
+            PromptRow(203564, "A bicycle.", 41337, None, {"source": "coco-30k"}),
+        ),
+        ("image_id,source,prompt,evaluation_seed\n9,coco,A bicycle.,4\n", PromptRow(0, "A bicycle.", 4, None, {"image_id": "9"})),
+        ("prompt,seed,guidance\na,3.0,\n", PromptRow(0, "a", 3)),  # pandas, of a column with gaps; no guidance in this row
+        ("prompt,seed,evaluation_seed\na,3,4\n", PromptRow(0, "a", 3, None, {"evaluation_seed": "4"})),
+        (f"prompt,lexica_url,sd_seed\n,{LOST_URL},1\n", PromptRow(0, "NuLL", 1)),  # the prompt that pandas lost
+    ],
+)
+def test_the_columns_of_the_field_are_read_as_they_are(tmp_path: Path, text: str, row: PromptRow) -> None:
+    (read,) = PromptSet.load(written(tmp_path, "set.csv", text)).rows
+    assert replace(read, labels={}) == replace(row, labels={})
+    assert row.labels.items() <= read.labels.items() and not {"", "Unnamed: 0", "prompt"} & set(read.labels)
+
+
+@given(st.lists(st.tuples(TEXT, st.integers(0, 2**63 - 1), st.none() | st.floats(-99, 99), TEXT), min_size=1, max_size=5))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_what_a_csv_writer_writes_is_read_back(rows: list[tuple[str, int, float | None, str]]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "set.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("prompt", "seed", "guidance", "label"), *rows])
+        expected = tuple(PromptRow(i, p, s, g, {"label": label}) for i, (p, s, g, label) in enumerate(rows))
+        assert PromptSet.from_csv(path) == PromptSet("set", expected)
+
+
+def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
+    text = "case_number,prompt,seed,guidance,class\n{}"
+    one = PromptSet.from_csv(written(tmp_path, "one.csv", text.format("0,a,1,7,x\n1,b,2,,y\n")))
+    two = PromptSet.from_csv(
+        written(tmp_path, "two.csv", "\ufeff,class,seed,prompt,case_number,guidance\n8,y,2.0,b,1,\n9,x,1,a,0,7.0\n")
+    )
+    rows = [[0, "a", 1, 7.0, [["class", "x"]]], [1, "b", 2, None, [["class", "y"]]]]
+    assert one.sha256 == two.sha256 == sha256(json.dumps(rows).encode()).hexdigest()
+    for other in (
+        "0,a,1,7,x\n1,b,3,,y\n",
+        "0,a,1,7,x\n1,c,2,,y\n",
+        "0,a,1,7,x\n2,b,2,,y\n",
+        "0,a,1,8,x\n1,b,2,,y\n",
+        "0,a,1,7,x\n1,b,2,,z\n",
+    ):
+        assert PromptSet.from_csv(written(tmp_path, "other.csv", text.format(other))).sha256 != one.sha256
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["bad.csv", "empty"]),
+        ("prompt,seed\n", ["bad.csv", "no prompts"]),
+        ("text,number\na,1\n", ["bad.csv", "'prompt'", "'seed'", "'evaluation_seed'", "'sd_seed'", "text, number"]),
+        ("prompt,class\na,x\n", ["bad.csv", "'evaluation_seed'", "prompt, class"]),
+        ("prompt;seed\na;1\n", ["bad.csv", "'prompt'", "prompt;seed"]),
+        ("prompt,seed,seed\na,1,2\n", ["bad.csv", "'seed'", "twice"]),
+        ('prompt,seed\na,1\n"b,2\n', ["bad.csv", "line", "quote"]),
+        ('prompt,seed\n"a"b,1\n', ["bad.csv", "line 2", "CSV"]),
+        ("prompt,seed\na,1\nb\n", ["bad.csv, row 2", "1 cells", "2"]),
+        ("prompt,seed\na, really,1\n", ["bad.csv, row 1", "3 cells", "2"]),
+        ("prompt,seed\na,1\n ,2\n", ["bad.csv, row 2", "prompt", "empty"]),
+        ("prompt,seed\na,1\nb,two\n", ["bad.csv, row 2", "seed", "'two'", "whole number"]),
+        ("prompt,evaluation_seed\na,\n", ["bad.csv, row 1", "evaluation_seed", "''"]),
+        ("prompt,seed\na,1.5\n", ["bad.csv, row 1", "'1.5'"]),
+        ("prompt,seed\na,-1\n", ["bad.csv, row 1", "'-1'"]),
+        (f"prompt,seed\na,{2**63}\n", ["bad.csv, row 1", str(2**63)]),
+        ("prompt,seed\na,nan\n", ["bad.csv, row 1", "'nan'"]),
+        (f"prompt,seed\na,{'9' * 5000}\n", ["bad.csv, row 1", "whole number"]),
+        ("prompt,seed,guidance\na,1,high\n", ["bad.csv, row 1", "guidance", "'high'"]),
+        ("prompt,seed,guidance\na,1,inf\n", ["bad.csv, row 1", "guidance", "inf"]),
+        ("case_number,prompt,seed\nx,a,1\n", ["bad.csv, row 1", "case_number", "'x'"]),
+        ("case_number,prompt,seed\n5,a,1\n6,b,1\n5,c,1\n", ["bad.csv", "case number 5", "rows 1 and 3"]),
+        (f"prompt,seed\n{'a' * 200_000},1\n", ["bad.csv", "line 2"]),
+        ("prompt,seed\na,1\n".encode("utf-16"), ["bad.csv", "UTF-8"]),
+        (b"prompt,seed\ncaf\xe9,1\n", ["bad.csv", "UTF-8", "byte 15"]),
+    ],
+)
+def test_a_bad_csv_is_named_with_its_row(tmp_path: Path, text: str | bytes, words: list[str]) -> None:
+    with raises(*words):
+        PromptSet.load(written(tmp_path, "bad.csv", text))
+
+
+def test_rows_count_as_a_reader_counts_them(tmp_path: Path) -> None:
+    with raises("row 2 (line 6)", "'x'"):
+        PromptSet.load(written(tmp_path, "bad.csv", 'prompt,seed\n\n"two\nlines",1\n\nb,x\n'))
+
+
+def test_a_prompt_set_made_in_code_keeps_the_same_rules() -> None:
+    with raises("'mine'", "no prompts"):
+        PromptSet("mine", ())
+    with raises("'mine'", "case number 1", "rows 1 and 2"):
+        PromptSet("mine", (PromptRow(1, "a", 0), PromptRow(1, "b", 0)))
+    for bad in ({"prompt": " "}, {"case": -1}, {"seed": -1}, {"seed": 2**63}, {"guidance": float("nan")}):
+        with pytest.raises(ErasureError):
+            replace(PromptRow(0, "a", 0), **bad)  # type: ignore[arg-type]
+
+
+# ---- YAML prompt sets ----------------------------------------------------------------------------------------------
+
+WORLD = "templates: ['A {o} in {s} style.', 'a {o}', 'plain {{}}']\no: [cat, dog]\ns: [Neon, Flat]\nseeds: [1, 2]\n"
+
+
+def test_a_yaml_set_is_the_product_of_its_lists(tmp_path: Path) -> None:
+    rows = PromptSet.load(written(tmp_path, "w.yaml", WORLD + "guidance: 5\n")).rows
+    assert [row.case for row in rows] == list(range(2 * 2 * 2 + 2 * 2 + 2))
+    assert rows[0] == PromptRow(0, "A cat in Neon style.", 1, 5.0, {"o": "cat", "s": "Neon"})
+    assert rows[8] == PromptRow(8, "a cat", 1, 5.0, {"o": "cat"}), "a template's labels are the slots that it names"
+    assert rows[-1] == PromptRow(13, "plain {}", 2, 5.0, {})
+    assert len({(row.prompt, row.seed) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("seeds:", "sedes:", ["bad.yaml", "'sedes'", "did you mean 'seeds'"]),
+        ("\ns: [", "\nq: [", ["bad.yaml", "'q'"]),
+        ("s: [Neon, Flat]\n", "", ["bad.yaml", "`s:"]),
+        ("s: [Neon, Flat]", "s: []", ["bad.yaml", "`s:"]),
+        ("s: [Neon, Flat]", "s: Neon", ["bad.yaml", "s must be a list"]),
+        ("s: [Neon, Flat]", "s: [Neon, '']", ["bad.yaml", "s, item 2", "empty"]),
+        ("[1, 2]", "[1, two]", ["bad.yaml", "seeds, item 2", "'two'"]),
+        ("[1, 2]", "[1, 9223372036854775808]", ["bad.yaml", "seeds, item 2", "9223372036854775808"]),
+        ("[1, 2]", "[]", ["bad.yaml", "seeds"]),
+        ("[1, 2]", "7", ["bad.yaml", "seeds must be a list"]),
+        ("[1, 2]", "[1]\nguidance: much", ["bad.yaml", "guidance", "'much'"]),
+        ("[1, 2]", "[1]\nguidance: inf", ["bad.yaml", "guidance", "'inf'"]),
+        ("[1, 2]", "[1]\nguidance: [5]", ["bad.yaml", "guidance"]),
+        ("'a {o}'", "''", ["bad.yaml", "templates, item 2", "empty"]),
+        ("'a {o}'", "'a {o'", ["bad.yaml", "'a {o'", "brace"]),
+        ("'a {o}'", "'a {}'", ["bad.yaml", "'a {}'", "slot"]),
+        ("'a {o}'", "'a {o!r}'", ["bad.yaml", "slot"]),
+        ("'a {o}'", "'a {o:>9}'", ["bad.yaml", "slot"]),
+        ("'a {o}'", "'a {o.__class__}'", ["bad.yaml", "`o.__class__:"]),
+        ("templates", "template", ["bad.yaml", "'template'", "'templates'"]),
+        (WORLD, "", ["bad.yaml", "templates"]),
+        (WORLD, "- a\n- b\n", ["bad.yaml", "templates"]),
+        (WORLD, "a: [", ["bad.yaml", "not valid YAML"]),
+    ],
+)
+def test_a_bad_yaml_set_is_named(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
+    assert old in WORLD
+    with raises(*words):
+        PromptSet.load(written(tmp_path, "bad.yaml", WORLD.replace(old, new, 1)))
+
+
+# ---- fuzz ----------------------------------------------------------------------------------------------------------
+
+CSV = ',prompt,evaluation_seed,guidance,case_number,class\n0,"a cat, ""asleep""\n",12,7.5,4,cat\n1,a dog,13.0,,5,dog\n'
+CONCEPTS = (
+    "- target: heart\n  anchor: star\n  synonyms: [valentine]\n  templates: ['a {}', \"{} \\u00e9\"]\n- {target: a, anchor: b}\n"
+)
+SPLICES = [
+    b"",
+    b'"',
+    b"'",
+    b"\n",
+    b"\r",
+    b",",
+    b"{",
+    b"}",
+    b"{}",
+    b"[",
+    b"]",
+    b": ",
+    b"- ",
+    b"&a ",
+    b"*a",
+    b"!!int ",
+    b"<<: ",
+    b"? ",
+    b"\t",
+]
+SPLICES += [
+    b"\x00",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\\ud800",
+    b"\\UFFFFFFFF",
+    b"1e999",
+    b"-1",
+    b"nan",
+    b"9" * 5000,
+    "é😀".encode(),
+    b"%YAML 9.9\n",
+    b"|",
+    b"#",
+]
+EDITS = st.lists(
+    st.tuples(st.integers(0, 400), st.integers(0, 12), st.sampled_from(SPLICES) | st.binary(max_size=4)), min_size=1, max_size=6
+)
+
+
+@pytest.mark.parametrize(
+    ("seed_text", "read"),
+    [(CSV, PromptSet.from_csv), (WORLD, PromptSet.from_yaml), (CONCEPTS, load_concepts)],
+    ids=["csv", "prompt set yaml", "concepts yaml"],
+)
+@given(edits=EDITS)
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+def test_a_damaged_file_is_read_or_refused_but_never_crashes(
+    seed_text: str, read: Callable[[Path], object], edits: list[tuple[int, int, bytes]]
+) -> None:
+    content = seed_text.encode()
+    for at, length, splice in edits:
+        at %= len(content) + 1
+        content = content[:at] + splice + content[at + length :]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "file"
+        path.write_bytes(content)
+        try:
+            read(path)
+        except ErasureError as error:
+            assert str(path) in str(error)

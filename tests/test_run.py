@@ -1,0 +1,259 @@
+"""The whole job on a random model: words to delta to diffusers folder, and everything a user can get wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from erase.delta import ErasedDelta
+from erase.export import export_diffusers
+from erase.latents import LatentConfig, LatentSet, prepare_latents
+from erase.methods.salun import SalUnConfig
+from erase.models import load_model
+from erase.run import EraseConfig, erase_concept
+from erase.training import TrainConfig
+from prompts.canvas import canvas_concept
+from prompts.concepts import ConceptSpec
+from prompts.errors import ErasureError
+from scripts import run_erase, run_export
+from scripts.front import run
+
+ROOT = Path(__file__).parents[1]
+DATA = LatentConfig(n_forget=6, n_retain=8, steps=2, batch_size=4)
+METHOD = SalUnConfig(saliency_batch_size=4, train=TrainConfig(steps=3, batch_size=4, lr=1e-3))
+FLAGS = "--latents.n_forget 6 --latents.n_retain 8 --latents.steps 2 --latents.batch_size 4 --train.steps 3 --train.batch_size 4".split()
+
+
+@pytest.fixture(scope="module")
+def base(make_pico_pipeline, tmp_path_factory):
+    """A checkpoint on disk."""
+    folder = tmp_path_factory.mktemp("base") / "pico"
+    make_pico_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def erased(base, tmp_path_factory):
+    """A finished erasure of `heart` from it."""
+    out = tmp_path_factory.mktemp("erased")
+    erase_concept(canvas_concept("heart"), EraseConfig(model=str(base), latents=DATA), METHOD, out=out)
+    return out
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def same(a: ErasedDelta, b: ErasedDelta) -> bool:
+    return a.values.keys() == b.values.keys() and all(
+        torch.equal(a.values[name], b.values[name]) and torch.equal(a.bits[name], b.bits[name]) for name in a.values
+    )
+
+
+def test_the_base_is_unchanged_on_disk_and_in_memory(base):
+    before = files_of(base)
+    model = load_model(str(base))
+    weights = {name: p.detach().clone() for name, p in model.parameters().items()}
+    erase_concept(canvas_concept("heart"), EraseConfig(latents=DATA), METHOD, model=model)
+    assert files_of(base) == before
+    assert all(torch.equal(p, weights[name]) for name, p in model.parameters().items())
+
+
+def test_same_seed_same_delta_and_another_seed_another(base, erased):
+    config = EraseConfig(model=str(base), latents=DATA)
+    again = erase_concept(canvas_concept("heart"), config, METHOD)
+    assert same(again, ErasedDelta.load(erased / "delta.safetensors"))
+    assert not same(again, erase_concept(canvas_concept("heart"), replace(config, seed=1), METHOD))
+
+
+def test_only_masked_weights_are_in_the_delta(erased, base):
+    from erase.mask import SaliencyMask, unpack
+
+    delta, mask = ErasedDelta.load(erased / "delta.safetensors"), SaliencyMask.load(erased / "mask.safetensors")
+    assert 0 < delta.count <= mask.count() == mask.size // 2
+    for name, bits in delta.bits.items():
+        assert not (unpack(bits, mask.shapes[name]) & ~mask[name]).any()
+    assert json.loads(delta.metadata["concepts"])[0]["target"] == "heart"
+    assert len(json.loads((erased / "training.json").read_text())["losses"]) == 3
+
+
+def test_export_is_pixel_identical_in_stock_diffusers(base, erased, tmp_path):
+    delta = ErasedDelta.load(erased / "delta.safetensors")
+    export_diffusers(delta, str(base), tmp_path / "model", card="# card\n")
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
+    stock.set_progress_bar_config(disable=True)
+    memory = delta.apply(load_model(str(base))).pipeline()
+    plain = load_model(str(base)).pipeline()
+    images = [
+        pipe("a red heart", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="np").images
+        for pipe in (stock, memory, plain)
+    ]
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[0], images[2])
+    assert (tmp_path / "model" / "README.md").read_text() == "# card\n"
+    with pytest.raises(ErasureError, match="exists already"):
+        export_diffusers(delta, str(base), tmp_path / "model")
+
+
+def test_delta_refuses_another_base_and_applying_twice(base, erased, make_pico_pipeline, tmp_path):
+    delta = ErasedDelta.load(erased / "delta.safetensors")
+    make_pico_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(ErasureError, match="belongs to base"):
+        delta.apply(load_model(str(tmp_path / "other")))
+    model = delta.apply(load_model(str(base)))
+    with pytest.raises(ErasureError, match="belongs to base"):
+        delta.apply(model)
+
+
+def test_delta_is_exact_to_the_sign_of_zero():
+    base = {"p": torch.tensor([0.0, 1.0, -0.0, 2.0])}
+    delta = ErasedDelta.between(base, {"p": torch.tensor([-0.0, 1.0, -0.0, 3.0])}, {})
+    assert delta.count == 2
+
+
+def test_damaged_deltas_are_refused(erased, tmp_path):
+    whole = (erased / "delta.safetensors").read_bytes()
+    for broken in (whole[:100], whole[:-1], b""):
+        (tmp_path / "d.safetensors").write_bytes(broken)
+        with pytest.raises(ErasureError, match="cannot read"):
+            ErasedDelta.load(tmp_path / "d.safetensors")
+    with pytest.raises(ErasureError, match="not a delta file"):
+        ErasedDelta.load(erased / "mask.safetensors")
+
+
+def test_several_concepts_share_the_data_evenly_and_keep_what_neither_names(base):
+    model = load_model(str(base))
+    concepts = [canvas_concept("heart"), canvas_concept("Neon")]
+    forget, retain = prepare_latents(model, concepts, DATA, 0)
+    named = [("heart" in p or "valentine" in p) for p in forget.prompts]
+    assert len(forget) == 6 and 3 <= sum(named) <= 6
+    words = ("heart", "valentine", "neon", "glowing")
+    assert not any(word in prompt.lower() for prompt in retain.prompts for word in words)
+    assert all(a != p for a, p in zip(forget.anchors, forget.prompts, strict=True))
+
+
+def test_latents_from_images_and_their_cache(base, tmp_path):
+    from PIL import Image
+
+    model = load_model(str(base))
+    for i in range(3):
+        Image.fromarray(np.full((40, 60, 3), 60 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    config = replace(DATA, forget_images=str(tmp_path))
+    forget, _ = prepare_latents(model, [canvas_concept("heart")], config, 0, tmp_path / "cache")
+    assert forget.std is not None and forget.latents.shape == (6, 4, 8, 8)
+    assert torch.equal(forget.latents[0], forget.latents[3])  # three files, taken in turn
+    found = [LatentSet.load(path) for path in (tmp_path / "cache").glob("forget*")]
+    assert len(found) == 1 and torch.equal(found[0].latents, forget.latents) and found[0].anchors == forget.anchors
+    draws = [forget.draw(torch.tensor([0]), torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    (tmp_path / "1.png").write_bytes(b"no image")
+    with pytest.raises(ErasureError, match=r"cannot read the image .*1\.png"):
+        prepare_latents(model, [canvas_concept("heart")], config, 1)
+    with pytest.raises(ErasureError, match="no images"):
+        prepare_latents(model, [canvas_concept("heart")], replace(DATA, retain_images=str(tmp_path / "nowhere")), 0)
+
+
+def test_a_finished_run_is_not_done_again_and_another_is_refused(erased, base):
+    stamp = (erased / "delta.safetensors").stat().st_mtime_ns
+    config = EraseConfig(model=str(base), latents=DATA)
+    erase_concept(canvas_concept("heart"), config, METHOD, out=erased)
+    assert (erased / "delta.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(ErasureError, match="holds another run"):
+        erase_concept(canvas_concept("star"), config, METHOD, out=erased)
+
+
+def test_command_killed_and_resumed_gives_the_same_delta(base, erased, tmp_path):
+    """kill -9 between two checkpoints of the installed command, then the very same command."""
+    flags = [*FLAGS, "--train.lr", "0.001", "--saliency_batch_size", "4", "--train.checkpoint_every", "1"]
+    flags[flags.index("--train.steps") + 1] = "12"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def command(out):
+        return [sys.executable, "-m", "scripts.run_erase", "--model", str(base), "--concept", "heart", "--anchor", "star",
+                "--retain", "a blue moon", "--out", str(tmp_path / out), *flags]  # fmt: skip
+
+    process = subprocess.Popen(command("killed"), env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed" / "training.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "delta.safetensors").exists()
+    for out in ("killed", "whole"):
+        subprocess.run(command(out), env=environment, cwd=ROOT, check=True, capture_output=True)
+    a, b = (ErasedDelta.load(tmp_path / out / "delta.safetensors") for out in ("killed", "whole"))
+    assert same(a, b) and not (tmp_path / "killed" / "training.pt").exists()
+
+
+BAD = [
+    (["--concept", "hart"], "did you mean 'heart'"),
+    (["--concept", "heart", "--anchor", "Neon"], "Neon"),
+    (["--concept", "heart", "--method", "salum"], "did you mean 'salun'"),
+    (["--concept", "heart", "--densty", "0.5"], "did you mean 'density'"),
+    (["--concept", "heart", "--train.lrr", "0.5"], "did you mean 'train.lr'"),
+    (["--concept", "heart", "--density", "lots"], "density"),
+    (["--concept", "heart", "--density", "0"], "density must be in"),
+    (["--concept", "heart", "--scope", "xatn"], "did you mean 'xattn'"),
+    (["--concept", "heart", "--mask", "inverse"], "did you mean 'inverted'"),
+    (["--concept", "heart", "--model", "no/such/model"], "cannot load"),
+    (["--concept", "heart", "--config", "absent.yaml"], "absent.yaml"),
+    (["--concepts", "nudty"], "did you mean 'nudity'"),
+    ([], "no concept was given"),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, base, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("erase.models.CANVAS", base)
+    assert run(run_erase.main, [*flags, "--out", str(tmp_path / "out"), *FLAGS]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("error: ") == 1 and "Traceback" not in error
+    assert not list(tmp_path.glob("**/delta.safetensors"))
+
+
+def test_config_files_name_unknown_keys(base, capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text("concept: [heart]\ntrain: {stepz: 3}\n")
+    assert run(run_erase.main, ["--config", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert "stepz" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_and_an_unwritable_folder_are_named(erased, base, tmp_path):
+    delta = ErasedDelta.load(erased / "delta.safetensors")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ErasureError, match="cannot write"):
+        delta.save(tmp_path / "file" / "delta.safetensors")
+    with pytest.raises(ErasureError, match="cannot write"):
+        export_diffusers(delta, str(base), tmp_path / "file" / "model")
+    from erase.files import written_whole
+
+    with pytest.raises(ErasureError, match="No space left"), written_whole(tmp_path / "x"), open("/dev/full", "w") as full:
+        full.write("x" * 100_000)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_export_command_writes_a_card(base, erased, tmp_path, capsys):
+    assert run(run_export.main, ["--delta", str(erased / "delta.safetensors"), "--out", str(tmp_path / "model")]) == 0
+    assert "heart" in (tmp_path / "model" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "model")
+
+
+def test_a_concept_that_is_not_of_canvas_needs_an_anchor(base, capsys):
+    assert run(run_erase.main, ["--model", str(base), "--concept", "Van Gogh"]) == 2
+    assert "--anchor" in capsys.readouterr().err
+
+
+def test_no_retain_prompt_may_name_the_concept(base):
+    spec = ConceptSpec("heart", "star", retain=("a heart",))
+    with pytest.raises(ErasureError, match="no retain prompts are left for heart"):
+        erase_concept(spec, EraseConfig(model=str(base), latents=DATA), METHOD)

@@ -1,0 +1,241 @@
+"""The training loop's guarantees: the mask acts on the update, the base stays, a resumed run is the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from erase.mask import SaliencyMask
+from erase.models.base import weights_at
+from erase.models.sd import StableDiffusion
+from erase.scopes import SCOPES, select
+from erase.training import TrainConfig, fit, make_accelerator
+from prompts.errors import ErasureError
+
+ROOT = Path(__file__).parents[1]
+QUICK = TrainConfig(steps=4, lr=1e-3, batch_size=4)
+
+
+@pytest.fixture
+def model(make_pico_pipeline):
+    return StableDiffusion(make_pico_pipeline())
+
+
+def task(model, scope="full"):
+    """Parameters, batches by step and part, and a loss that moves every weight."""
+    params = select(model.parameters(), scope)
+    cond = model.encode(["a red heart"] * 4)
+
+    def batches(step, part):
+        generator = torch.Generator().manual_seed(step)
+        return torch.randn(4, 4, 8, 8, generator=generator), part
+
+    def loss(batch):
+        x, _ = batch
+        return model.predict(x, torch.tensor([10, 300, 600, 990]), cond).square().mean()
+
+    return params, batches, loss
+
+
+def mask_of(model, params, density=0.5):
+    return SaliencyMask.random(params, density, 0, {"base_fingerprint": model.fingerprint})
+
+
+VARIANTS = {
+    "adam": QUICK,
+    "adamw-decay": replace(QUICK, optimizer="AdamW", optimizer_args={"weight_decay": 0.1}),
+    "sgd-momentum-decay": replace(
+        QUICK, optimizer="SGD", optimizer_args={"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
+    ),
+    "accumulation": replace(QUICK, accumulation=2),
+    "bf16": replace(QUICK, mixed_precision="bf16"),
+    "checkpointing": replace(QUICK, gradient_checkpointing=True),
+    "clipped": replace(QUICK, max_grad_norm=0.1),
+    "ema": replace(QUICK, ema=0.9),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_outside_the_mask_are_bit_identical(model, variant):
+    params, batches, loss = task(model)
+    before = {name: p.detach().clone() for name, p in params.items()}
+    storage = {name: p.data_ptr() for name, p in params.items()}
+    mask = mask_of(model, params)
+    fitted = fit(model, params, batches, loss, VARIANTS[variant], mask)
+    moved = 0
+    for name, value in fitted.values.items():
+        assert torch.equal(value[~mask[name]], before[name][~mask[name]]), name
+        moved += int((value != before[name]).sum())
+    assert moved > 0.9 * mask.count()
+    for name, p in params.items():  # the base is as it was found, in value and in place
+        assert torch.equal(p, before[name]) and p.data_ptr() == storage[name]
+        assert p.grad is None and not p.requires_grad
+    assert len(fitted.losses) == 4 and fitted.losses[-1] < fitted.losses[0]
+
+
+def test_the_mask_matters_to_decay_and_momentum(model):
+    """The control of the test above: zeroed gradients alone let AdamW's decay move frozen weights."""
+    params, batches, loss = task(model)
+    mask, lr, decay = mask_of(model, params), 1e-3, 0.1
+    weights = {name: p.detach().clone().requires_grad_(True) for name, p in params.items()}
+    optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=decay)
+    for w in weights.values():
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert any((w != params[name])[~mask[name]].any() for name, w in weights.items())
+
+
+def test_accumulated_parts_give_the_undivided_step(model):
+    params, _, _ = task(model)
+    cond = model.encode(["a red heart"] * 4)
+    x = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([10, 300, 600, 990])
+
+    def run(parts):
+        width = 4 // parts
+        config = replace(QUICK, accumulation=parts, optimizer="SGD", steps=2, lr=0.05)
+        rows = lambda part: slice(part * width, (part + 1) * width)  # noqa: E731
+        return fit(
+            model, params, lambda step, part: rows(part), lambda r: model.predict(x[r], t[r], cond[r]).square().mean(), config
+        ).values
+
+    whole, split = run(1), run(2)
+    assert all(torch.allclose(whole[name], split[name], atol=1e-6) for name in whole)
+
+
+@pytest.mark.parametrize("variant", ["adam", "sgd-momentum-decay", "ema", "bf16"])
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(model, tmp_path, variant):
+    params, batches, loss = task(model)
+    mask = mask_of(model, params)
+    config = replace(VARIANTS[variant], steps=6, checkpoint_every=2)
+    whole = fit(model, params, batches, loss, config, mask)
+
+    def stop_at_five(batch):
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        calls.append(1)
+        return loss(batch)
+
+    calls, path = [], tmp_path / "training.pt"
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, params, batches, stop_at_five, config, mask, checkpoint=path)
+    assert path.exists()
+    resumed = fit(model, params, batches, loss, config, mask, checkpoint=path)
+    assert resumed.losses == whole.losses
+    assert all(torch.equal(resumed.values[name], whole.values[name]) for name in whole.values)
+
+
+def test_bad_training_input_is_named(model, tmp_path):
+    params, batches, loss = task(model)
+    for config, message in [
+        (replace(QUICK, optimizer="AdmaW"), "did you mean 'AdamW'"),
+        (replace(QUICK, optimizer_args={"momentun": 1}), "momentun"),
+        (replace(QUICK, mixed_precision="bf61"), "did you mean 'bf16'"),
+    ]:
+        with pytest.raises(ErasureError, match=message):
+            fit(model, params, batches, loss, config)
+    if not torch.cuda.is_available():
+        with pytest.raises(ErasureError, match="fp16 needs a GPU"):
+            make_accelerator(replace(QUICK, mixed_precision="fp16"))
+    before = {name: p.detach().clone() for name, p in params.items()}
+    with pytest.raises(ErasureError, match="the loss is nan at step 0"):
+        fit(model, params, batches, lambda batch: loss(batch) * float("nan"), QUICK)
+    assert all(torch.equal(p, before[name]) for name, p in params.items())
+    (tmp_path / "training.pt").write_bytes(b"PK broken")
+    with pytest.raises(ErasureError, match="cannot read the training state"):
+        fit(model, params, batches, loss, QUICK, checkpoint=tmp_path / "training.pt")
+    with pytest.raises(ErasureError, match="another base"):
+        fit(model, params, batches, loss, QUICK, SaliencyMask.random(params, 0.5, 0, {"base_fingerprint": "0"}))
+
+
+def test_a_malicious_training_state_is_not_executed(model, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"weights": Bomb()}, tmp_path / "training.pt")
+    params, batches, loss = task(model)
+    with pytest.raises(ErasureError, match="cannot read"):
+        fit(model, params, batches, loss, QUICK, checkpoint=tmp_path / "training.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_at_swaps_without_copying(model):
+    params = select(model.parameters(), "xattn")
+    other = {name: torch.zeros_like(p) for name, p in params.items()}
+    before = {name: p.data_ptr() for name, p in params.items()}
+    with pytest.raises(RuntimeError), weights_at(params, other):
+        assert all(p.data_ptr() == other[name].data_ptr() for name, p in params.items())
+        raise RuntimeError
+    assert {name: p.data_ptr() for name, p in params.items()} == before
+
+
+def test_scopes(model):
+    params = model.parameters()
+    sizes = {scope: len(select(params, scope)) for scope in SCOPES}
+    assert sizes["full"] == sizes["xattn"] + sizes["noxattn"] and sizes["full"] + sizes["text_encoder"] == len(params)
+    assert 0 < sizes["xattn_kv"] < sizes["xattn"] and sizes["selfattn"] == sizes["xattn"]
+    assert set(select(params, r"mid_block.*attn2\.to_q")) == {n for n in params if "mid_block" in n and "attn2.to_q" in n}
+    for scope, message in [
+        ("xatn", "did you mean 'xattn'"),
+        ("no_such.thing", "matches none"),
+        ("(", "not a regular expression"),
+    ]:
+        with pytest.raises(ErasureError, match=message):
+            select(params, scope)
+
+
+WORKER = """
+    import sys, time, torch
+    sys.path[:0] = [{tests!r}]
+    from conftest import build_pico_pipeline, load_script
+    from erase.mask import SaliencyMask
+    from erase.models.sd import StableDiffusion
+    from erase.scopes import select
+    from erase.training import TrainConfig, fit
+    from pathlib import Path
+    script = load_script("train_canvas")
+    model = StableDiffusion(build_pico_pipeline(script, script.build_tokenizer()))
+    params = select(model.parameters(), "full")
+    cond = model.encode(["a red heart"] * 4)
+    slow = len(sys.argv) > 3
+    def batches(step, part):
+        if slow:
+            print(step, flush=True); time.sleep(0.3)
+        return torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(step))
+    config = TrainConfig(steps=8, checkpoint_every=1)
+    mask = SaliencyMask.random(params, 0.5, 0, {{"base_fingerprint": model.fingerprint}})
+    fitted = fit(model, params, batches, lambda x: model.predict(x, torch.tensor([1, 2, 3, 4]), cond).square().mean(), config, mask,
+                 checkpoint=Path(sys.argv[1]))
+    torch.save(fitted.values, sys.argv[2])
+"""
+
+
+def test_killed_with_no_warning_and_resumed_gives_the_same_weights(tmp_path):
+    """kill -9 in the middle of training, then the same command again."""
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER.format(tests=str(ROOT / "tests"))))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def command(state, out, *slow):
+        return [sys.executable, str(script), str(tmp_path / state), str(tmp_path / out), *slow]
+
+    process = subprocess.Popen(command("a.state", "a.out", "slow"), env=environment, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if int(line) == 4:
+            time.sleep(0.1)
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait()
+    assert not (tmp_path / "a.out").exists() and (tmp_path / "a.state").exists()
+    subprocess.run(command("a.state", "a.out"), env=environment, check=True)
+    subprocess.run(command("b.state", "b.out"), env=environment, check=True)
+    a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a.out", "b.out"))
+    assert all(torch.equal(a[name], b[name]) for name in b)
