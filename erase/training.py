@@ -80,7 +80,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=config.mixed_precision)
+    return Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
 
 
 def fit(
@@ -285,5 +285,5 @@ def default_device() -> torch.device:
     """Where Accelerate would put a model: this process's GPU, or the CPU."""
     from accelerate import PartialState
 
-    device: torch.device = PartialState().device
+    device: torch.device = PartialState(cpu=not torch.accelerator.is_available()).device
     return device

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec, load_concepts
 from prompts.errors import ErasureError, unknown
 
 T = TypeVar("T")
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
+
+
+class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Types and defaults beside each option; the description's lines, its examples, as they are."""
 
 
 class Parser(ArgumentParser):
@@ -39,7 +45,7 @@ class Parser(ArgumentParser):
 
 def parser(prog: str, doc: str | None) -> Parser:
     """An empty parser with `--config file.yaml` and `--print_config`."""
-    made = Parser(prog=prog, description=doc, default_env=False)
+    made = Parser(prog=prog, description=doc, default_env=False, formatter_class=_Formatter)
     made.add_argument("--config", action="config", help="a YAML file of these options; options after it win")
     return made
 

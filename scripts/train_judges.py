@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from train_canvas import build_tokenizer, random_cells, save_state
+from transformers import CLIPTokenizer
 
 from erase.files import written_whole
 from eval.canvas.judges import SIDE, WEIGHTS, CanvasClassifier, load_classifier
@@ -97,21 +99,28 @@ def save_half(model: nn.Module, path: Path) -> None:
 # ---- classifier ------------------------------------------------------------------------------------------------------
 
 
-def train_classifier(work: Path, out: Path, steps: int, batch: int) -> None:
-    """Cross-entropy of the three heads, summed."""
+def truth(kind: str, cells: list[dict[str, str]]) -> Tensor:
+    """Class index of each cell's concept of one kind, shape (cells,)."""
+    return torch.tensor([vocabulary().names(kind).index(cell[kind]) for cell in cells])
+
+
+def classes_loss(logits: dict[str, Tensor], cells: list[dict[str, str]]) -> Tensor:
+    """Cross-entropy of each kind, summed. Logits: kind -> (cells, names of the kind)."""
+    return torch.stack([F.cross_entropy(logits[kind].float(), truth(kind, cells)) for kind in KINDS]).sum()
+
+
+def train_classifier(work: Path, steps: int, batch: int) -> None:
     torch.manual_seed(0)
     model = CanvasClassifier()
-    classes = {kind: vocabulary().names(kind) for kind in KINDS}
 
     def loss_at(step: int) -> Tensor:
         cells, images = draw("classifier", step, batch)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(images)
-        truth = {kind: torch.tensor([classes[kind].index(cell[kind]) for cell in cells]) for kind in KINDS}
-        return torch.stack([F.cross_entropy(logits[kind].float(), truth[kind]) for kind in KINDS]).sum()
+        return classes_loss(logits, cells)
 
     train(model, loss_at, steps, 4e-3, work / "classifier.pt")
-    save_half(model, out / "classifier.safetensors")
+    save_half(model, WEIGHTS / "classifier.safetensors")
 
 
 # ---- CLIP --------------------------------------------------------------------------------------------------------------
@@ -129,11 +138,10 @@ def write_caption(cell: dict[str, str], rng: random.Random, templates: Sequence[
     return template.format(**words), stated
 
 
-def name_captions(rng: random.Random) -> tuple[list[str], list[dict[str, str]]]:
-    """One caption for each concept of the world that names this concept alone."""
+def name_captions(rng: random.Random) -> list[str]:
+    """One caption for each concept of the world, kind by kind, that names this concept alone."""
     alone = {kind: [t for t in vocabulary().templates if fields(t) == [kind]] for kind in KINDS}
-    written = [write_caption({kind: name}, rng, alone[kind]) for kind in KINDS for name in vocabulary().names(kind)]
-    return [caption for caption, _ in written], [stated for _, stated in written]
+    return [write_caption({kind: name}, rng, alone[kind])[0] for kind in KINDS for name in vocabulary().names(kind)]
 
 
 def matches(stated: list[dict[str, str]], cells: list[dict[str, str]]) -> Tensor:
@@ -153,21 +161,12 @@ def contrastive_loss(similarity: Tensor, match: Tensor) -> Tensor:
     return -(by_caption.mean() + by_image.mean()) / 2
 
 
-def naming_loss(similarity: Tensor, match: Tensor) -> Tensor:
-    """Zero-shot cross-entropy: of each kind's names, the one that the image shows. Shapes (all names, images), kind by kind.
-
-    Batches of random captions seldom set two names of one kind against each other alone; this does so at every step.
-    """
-    sizes = [len(vocabulary().names(kind)) for kind in KINDS]
-    parts = zip(similarity.split(sizes), match.split(sizes), strict=True)
-    return torch.stack([-(s.log_softmax(0) * m).sum(0).mean() for s, m in parts]).sum()
-
-
 def clip_config(vocab_size: int) -> dict[str, object]:
     """open_clip's own description of the model: a 1.4M-parameter ResNet with attention pooling and a two-layer text tower."""
     return {
         "model_cfg": {
             "embed_dim": EMBEDDING,
+            "init_logit_scale": math.log(30),
             "vision_cfg": {"image_size": SIDE, "layers": [1, 2, 2, 1], "width": 16, "head_width": 64},
             "text_cfg": {
                 "context_length": CONTEXT,
@@ -182,29 +181,49 @@ def clip_config(vocab_size: int) -> dict[str, object]:
     }
 
 
-def train_clip(work: Path, out: Path, steps: int, batch: int) -> None:
-    """Contrast renders with captions; a caption that names one thing is true of every image that shows it."""
-    torch.manual_seed(0)
-    folder, tokenizer = out / "clip", build_tokenizer()
+def build_clip(folder: Path, tokenizer: CLIPTokenizer) -> nn.ModuleDict:
+    """Write all of the open_clip folder but the weights. Returns its untrained `clip`, and linear `heads` that only training uses."""
     tokenizer.save_pretrained(folder)
     with written_whole(folder / "open_clip_config.json") as aside:
         aside.write_text(json.dumps(clip_config(len(tokenizer)), indent=2) + "\n", encoding="utf-8")
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    torch.manual_seed(0)
+    clip = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    heads = nn.ModuleDict({kind: nn.Linear(EMBEDDING, len(vocabulary().names(kind))) for kind in KINDS})
+    return nn.ModuleDict({"clip": clip, "heads": heads})
+
+
+def train_clip(work: Path, steps: int, batch: int) -> None:
+    """Three losses, summed.
+
+    - contrast of images and random captions, where a caption that names one thing is true of every image that shows it;
+    - zero-shot: of one caption for each name of a kind, the true one (random captions seldom set such captions against each other);
+    - classes by linear heads on the image embedding, without which the image tower is slow to tell objects apart while the
+      text tower's names still lie close together.
+    """
+    folder, tokenizer = WEIGHTS / "clip", build_tokenizer()
+    model = build_clip(folder, tokenizer)
+    clip, sizes = model["clip"], [len(vocabulary().names(kind)) for kind in KINDS]
 
     def loss_at(step: int) -> Tensor:
         cells, images = draw("clip", step, batch)
         rng = random.Random(SEEDS["clip"] + step)
-        names, named = name_captions(rng)
+        names = name_captions(rng)
         captions, stated = zip(*(write_caption(cell, rng, vocabulary().templates) for cell in cells), strict=True)
         texts = tokenizer([*names, *captions], padding="max_length", max_length=CONTEXT, truncation=True, return_tensors="pt")
         with torch.autocast("cpu", torch.bfloat16):
-            seen, said = model.encode_image(images * 2 - 1), model.encode_text(texts.input_ids)
-        cosine = F.normalize(said.float(), dim=-1) @ F.normalize(seen.float(), dim=-1).T
-        by_name, by_caption = (cosine * model.logit_scale.exp().clamp(max=100)).split([len(names), len(captions)])
-        return naming_loss(by_name, matches(named, cells)) + contrastive_loss(by_caption, matches(list(stated), cells))
+            seen, said = clip.encode_image(images * 2 - 1).float(), clip.encode_text(texts.input_ids).float()
+        similarity = F.normalize(said, dim=-1) @ F.normalize(seen, dim=-1).T * clip.logit_scale.exp().clamp(max=100)
+        *by_name, by_caption = similarity.split([*sizes, batch])
+        zero_shot = {kind: scores.T for kind, scores in zip(KINDS, by_name, strict=True)}
+        linear = {kind: head(seen) for kind, head in model["heads"].items()}
+        return (
+            contrastive_loss(by_caption, matches(list(stated), cells))
+            + classes_loss(zero_shot, cells)
+            + classes_loss(linear, cells)
+        )
 
     train(model, loss_at, steps, 2e-3, work / "clip.pt")
-    save_half(model, folder / "open_clip_model.safetensors")
+    save_half(clip, folder / "open_clip_model.safetensors")
 
 
 # ---- card --------------------------------------------------------------------------------------------------------------
@@ -218,8 +237,7 @@ def held_out_accuracy(
     for i in range(per_cell):
         logits = predict(render(cells, seed=seed + i))
         for kind in KINDS:
-            truth = torch.tensor([vocabulary().names(kind).index(cell[kind]) for cell in cells])
-            right[kind] += int((logits[kind].argmax(1) == truth).sum())
+            right[kind] += int((logits[kind].argmax(1) == truth(kind, cells)).sum())
     return {kind: 100 * right[kind] / (per_cell * len(cells)) for kind in KINDS}
 
 
@@ -259,7 +277,7 @@ with mild noise, blur and changes of brightness, as small autoencoders show them
 """
 
 
-def write_card(out: Path, recipe: str) -> None:
+def write_card(recipe: str) -> None:
     """Measure the judges as shipped and write their card."""
     from eval.evaluators.clip import Config, load_clip, zero_shot_weights
 
@@ -273,7 +291,7 @@ def write_card(out: Path, recipe: str) -> None:
 
     judges = {"classifier": load_classifier(), "CLIP, zero-shot": by_clip}
     found = {name: held_out_accuracy(predict, HELD_OUT) for name, predict in judges.items()}
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "README.md"]
+    files = [path for path in sorted(WEIGHTS.rglob("*")) if path.is_file() and path.name != "README.md"]
     card = CARD.format(
         classifier_size=sum(p.numel() for p in load_classifier().parameters()),
         clip_size=sum(p.numel() for p in clip.model.parameters()),
@@ -283,12 +301,12 @@ def write_card(out: Path, recipe: str) -> None:
         command="python scripts/train_judges.py",
         recipe=recipe,
         files="\n".join(
-            f"| {path.relative_to(out)} | {path.stat().st_size:,} | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |"
+            f"| {path.relative_to(WEIGHTS)} | {path.stat().st_size:,} | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |"
             for path in files
         ),
         concepts=sum(len(vocabulary().names(kind)) for kind in KINDS),
     )
-    with written_whole(out / "README.md") as aside:
+    with written_whole(WEIGHTS / "README.md") as aside:
         aside.write_text(card, encoding="utf-8")
     print(card)
 
@@ -300,17 +318,17 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=Path("runs/judges"), help="where training states are kept")
     parser.add_argument("--classifier_steps", type=int, default=550)
-    parser.add_argument("--clip_steps", type=int, default=800)
+    parser.add_argument("--clip_steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=128, help="renders per step")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
     if args.judge in ("all", "classifier"):
-        train_classifier(args.work, WEIGHTS, args.classifier_steps, args.batch)
+        train_classifier(args.work, args.classifier_steps, args.batch)
     if args.judge in ("all", "clip"):
-        train_clip(args.work, WEIGHTS, args.clip_steps, args.batch)
+        train_clip(args.work, args.clip_steps, args.batch)
     if args.judge in ("all", "card"):
-        write_card(WEIGHTS, f"{args.classifier_steps} and {args.clip_steps} steps of {args.batch} renders")
+        write_card(f"{args.classifier_steps} and {args.clip_steps} steps of {args.batch} renders")
 
 
 if __name__ == "__main__":

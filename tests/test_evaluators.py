@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +65,17 @@ def noise(tmp_path_factory) -> ImageSet:
     return image_set(tmp_path_factory.mktemp("noise"), base + (blotches - base) * grain)
 
 
-def evaluate(judge: str, images: ImageSet, *targets: str) -> dict[str, Score]:
+@cache
+def _evaluate(judge: str, folder: Path, targets: tuple[str, ...]) -> dict[str, Score]:
+    images = ImageSet.open(folder)
     module, prefix = JUDGES[judge]
     scores = module.evaluate(images, [canvas_concept(target) for target in targets], module.Config())
     return {score.name.removeprefix(prefix): score for score in scores}
+
+
+def evaluate(judge: str, images: ImageSet, *targets: str) -> dict[str, Score]:
+    """Name -> score, the judge's prefix dropped; measured once for each set of images."""
+    return _evaluate(judge, images.folder, targets)
 
 
 # ---- the oracle controls ---------------------------------------------------------------------------------------------
@@ -92,17 +100,30 @@ def test_anchor_swap_forgets_the_target_and_nothing_else(judge: str, target: str
     assert abs(swapped["CRA"].value - kept["CRA"].value) <= 1
 
 
+def predictions(judge: str, images: ImageSet) -> dict[str, list[str]]:
+    if judge == "classifier":
+        return classifier.predict(classifier.load_judge("canvas"), images)
+    model, classes = clip.load_clip(clip.Config()), {kind: vocabulary().names(kind) for kind in KINDS}
+    return clip.zero_shot(model, model.images(images, 64), classes, clip.Config())
+
+
 @pytest.mark.parametrize("judge", JUDGES)
-def test_noise_has_perfect_ua_and_is_caught_by_ira_and_cra(judge: str, noise: ImageSet) -> None:
-    """What a model draws regardless of the prompt is right by chance only: UA alone would praise it."""
+def test_noise_has_a_high_ua_and_is_caught_by_ira_and_cra(judge: str, noise: ImageSet) -> None:
+    """What a model draws regardless of the prompt is right by chance only: UA alone would praise it.
+
+    Chance is exact in the mean over the targets of a kind, whatever the judge sees in noise: UA 1 - 1/K, IRA 1/K.
+    """
+    guesses = predictions(judge, noise)
+    labels = {kind: [row.labels[kind] for row in noise.rows] for kind in KINDS}
     for kind in KINDS:
         names, others = vocabulary().names(kind), [k for k in KINDS if k != kind]
-        scores = [evaluate(judge, noise, name) for name in names]
+        tallies = [forgetting(guesses, labels, [(kind, name)]) for name in names]
+        shares = {score: [100 * tally[score].hits / tally[score].n for tally in tallies] for score in ("UA", "IRA", "CRA")}
         chance, cross = 100 / len(names), float(np.mean([100 / len(vocabulary().names(k)) for k in others]))
-        assert max(score["UA"].value for score in scores) >= 98
-        assert np.mean([score["UA"].value for score in scores]) == pytest.approx(100 - chance, abs=4)
-        assert np.mean([score["IRA"].value for score in scores]) == pytest.approx(chance, abs=4)
-        assert np.mean([score["CRA"].value for score in scores]) == pytest.approx(cross, abs=4)
+        assert max(shares["UA"]) >= 95
+        assert np.mean(shares["UA"]) == pytest.approx(100 - chance, abs=4)
+        assert np.mean(shares["IRA"]) == pytest.approx(chance, abs=4)
+        assert np.mean(shares["CRA"]) == pytest.approx(cross, abs=4)
 
 
 def test_several_concepts_of_several_kinds(oracle) -> None:

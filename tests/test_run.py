@@ -171,6 +171,32 @@ def test_a_finished_run_is_not_done_again_and_another_is_refused(erased, base):
         erase_concept(canvas_concept("star"), config, METHOD, out=erased)
 
 
+def test_two_processes_give_the_delta_of_one(base, tmp_path):
+    """Mask sums and gradients are shared before they are used: weights outside the mask stay, the rest agrees to rounding."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    flags = ["--model", str(base), "--concept", "heart", "--anchor", "star", "--retain", "a blue moon", "--saliency_batch_size", "3"]
+    flags += [*FLAGS, "--train.optimizer", "SGD", "--train.lr", "0.1", "--train.optimizer_args", "{weight_decay: 0.1}"]
+    for processes in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29517"]
+        command = [sys.executable, *launcher, "-m", "scripts.run_erase", *flags, "--out", str(tmp_path / str(processes))]
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
+    from erase.mask import SaliencyMask
+
+    masks = [SaliencyMask.load(tmp_path / n / "mask.safetensors") for n in "12"]
+    agree = sum(int((masks[0][name] == masks[1][name]).sum()) for name in masks[0].bits)
+    assert agree > 0.999 * masks[0].size
+    model = load_model(str(base))
+    weights = [{name: p.clone() for name, p in delta_applied(tmp_path / n, base).parameters().items()} for n in "12"]
+    for name, p in model.parameters().items():
+        assert torch.allclose(weights[0][name], weights[1][name], atol=2e-4)
+        if name in masks[1]:
+            assert torch.equal(weights[1][name][~masks[1][name]], p[~masks[1][name]])
+
+
+def delta_applied(folder, base):
+    return ErasedDelta.load(folder / "delta.safetensors").apply(load_model(str(base)))
+
+
 def test_command_killed_and_resumed_gives_the_same_delta(base, erased, tmp_path):
     """kill -9 between two checkpoints of the installed command, then the very same command."""
     flags = [*FLAGS, "--train.lr", "0.001", "--saliency_batch_size", "4", "--train.checkpoint_every", "1"]
@@ -204,7 +230,7 @@ BAD = [
     (["--concept", "heart", "--density", "0"], "density must be in"),
     (["--concept", "heart", "--scope", "xatn"], "did you mean 'xattn'"),
     (["--concept", "heart", "--mask", "inverse"], "did you mean 'inverted'"),
-    (["--concept", "heart", "--model", "no/such/model"], "cannot load"),
+    (["--concept", "heart", "--anchor", "star", "--retain", "a moon", "--model", "no/such/model"], "cannot load"),
     (["--concept", "heart", "--config", "absent.yaml"], "absent.yaml"),
     (["--concepts", "nudty"], "did you mean 'nudity'"),
     ([], "no concept was given"),
