@@ -60,8 +60,7 @@ def erase_concept(
     """
     config = config or EraseConfig()
     concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
-    if not concepts:
-        raise ErasureError("no concept to erase was given")
+    _check_concepts(concepts)
     method = get_method(config.method)
     settings = method.config if method_config is None else method_config
     accelerator = make_accelerator(getattr(settings, "train", TrainConfig()))
@@ -86,6 +85,18 @@ def erase_concept(
         delta.save(folder / "delta.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)
     return delta
+
+
+def _check_concepts(concepts: list[ConceptSpec]) -> None:
+    if not concepts:
+        raise ErasureError("no concept to erase was given")
+    gone = {name.casefold(): concept.target for concept in concepts for name in concept.names}
+    for concept in concepts:
+        if concept.anchor.casefold() in gone:
+            raise ErasureError(
+                f"the anchor of {concept.target!r} is {concept.anchor!r}, which is to be forgotten as well; choose another anchor, "
+                "or erase the concepts one at a time"
+            )
 
 
 def describe(model: DiffusionModel, concepts: list[ConceptSpec], config: EraseConfig, settings: Any) -> dict[str, str]:

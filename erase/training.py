@@ -127,7 +127,7 @@ def fit(
             state.load(checkpoint)
         with (
             _trainable(model, params, config),
-            _attention(accelerator),
+            plain_attention(accelerator),
             tqdm(
                 total=config.steps, initial=state.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
             ) as bar,
@@ -193,7 +193,8 @@ def _make_optimizer(params: Mapping[str, nn.Parameter], config: TrainConfig) -> 
     if config.optimizer not in kinds or config.optimizer == "Optimizer":
         raise unknown("optimizer", config.optimizer, set(kinds) - {"Optimizer"})
     try:
-        optimizer: torch.optim.Optimizer = kinds[config.optimizer](list(params.values()), lr=config.lr, **config.optimizer_args)
+        kind: Any = kinds[config.optimizer]
+        optimizer: torch.optim.Optimizer = kind(list(params.values()), lr=config.lr, **config.optimizer_args)
     except (TypeError, ValueError) as error:
         raise ErasureError(f"optimizer {config.optimizer}: {error}") from error
     return optimizer
@@ -202,7 +203,7 @@ def _make_optimizer(params: Mapping[str, nn.Parameter], config: TrainConfig) -> 
 @contextmanager
 def _trainable(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[None]:
     """Gradients on for `params` alone. With checkpointing the modules are in train mode, which diffusers asks for."""
-    modules = [model.component(name) for name in sorted({name.split(".")[0] for name in params})]
+    modules: list[Any] = [model.component(name) for name in sorted({name.split(".")[0] for name in params})]
     for param in params.values():
         param.requires_grad_(True)
     if config.gradient_checkpointing:
@@ -223,7 +224,7 @@ def _trainable(model: DiffusionModel, params: Mapping[str, nn.Parameter], config
                 disable()
 
 
-def _attention(accelerator: Accelerator) -> AbstractContextManager[None]:
+def plain_attention(accelerator: Accelerator) -> AbstractContextManager[None]:
     """On a CPU the fused attention's backward pass took a third of a training step (canvas: 50 ms a call); the plain one does not."""
     cpu = accelerator.device.type == "cpu"
     return sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()  # type: ignore[return-value]

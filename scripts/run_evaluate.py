@@ -17,8 +17,8 @@ from erase.delta import ErasedDelta
 from erase.models import load_model
 from erase.training import default_device
 from eval.run import EvaluateConfig, Evidence, evaluate
-from prompts.canvas import canvas_grid
-from prompts.prompt_sets import PromptSet
+from prompts.errors import ErasureError
+from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from scripts.front import add_config, build, parse, parser, run
 
 
@@ -53,9 +53,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def seeds_of(count: int) -> tuple[int, ...]:
     """The first `count` seeds of UnlearnCanvas's answer set."""
-    from prompts.errors import ErasureError
-    from prompts.prompt_sets import ANSWER_SEEDS
-
     if not 1 <= count <= len(ANSWER_SEEDS):
         raise ErasureError(f"--seeds is {count}; the canvas answer set has 1 to {len(ANSWER_SEEDS)}")
     return ANSWER_SEEDS[:count]

@@ -99,18 +99,18 @@ def test_what_a_csv_writer_writes_is_read_back(rows: list[tuple[str, int, float 
 
 def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
     text = "case_number,prompt,seed,guidance,class\n{}"
-    one = PromptSet.from_csv(written(tmp_path, "one.csv", text.format("0,a,1,7,x\n1,b,2,,y\n")))
+    one = PromptSet.from_csv(written(tmp_path, "one.csv", text.format("0,c,1,7,x\n1,b,2,,y\n")))
     two = PromptSet.from_csv(
-        written(tmp_path, "two.csv", "\ufeff,class,seed,prompt,case_number,guidance\n8,y,2.0,b,1,\n9,x,1,a,0,7.0\n")
+        written(tmp_path, "two.csv", "\ufeff,class,seed,prompt,case_number,guidance\n8,y,2.0,b,1,\n9,x,1,c,0,7.0\n")
     )
-    rows = [[0, "a", 1, 7.0, [["class", "x"]]], [1, "b", 2, None, [["class", "y"]]]]
+    rows = [[0, "c", 1, 7.0, [["class", "x"]]], [1, "b", 2, None, [["class", "y"]]]]
     assert one.sha256 == two.sha256 == sha256(json.dumps(rows).encode()).hexdigest()
     for other in (
-        "0,a,1,7,x\n1,b,3,,y\n",
-        "0,a,1,7,x\n1,c,2,,y\n",
-        "0,a,1,7,x\n2,b,2,,y\n",
-        "0,a,1,8,x\n1,b,2,,y\n",
-        "0,a,1,7,x\n1,b,2,,z\n",
+        "0,c,1,7,x\n1,b,3,,y\n",
+        "0,c,1,7,x\n1,d,2,,y\n",
+        "0,c,1,7,x\n2,b,2,,y\n",
+        "0,c,1,8,x\n1,b,2,,y\n",
+        "0,c,1,7,x\n1,b,2,,z\n",
     ):
         assert PromptSet.from_csv(written(tmp_path, "other.csv", text.format(other))).sha256 != one.sha256
 

@@ -174,7 +174,18 @@ def test_a_finished_run_is_not_done_again_and_another_is_refused(erased, base):
 def test_two_processes_give_the_delta_of_one(base, tmp_path):
     """Mask sums and gradients are shared before they are used: weights outside the mask stay, the rest agrees to rounding."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    flags = ["--model", str(base), "--concept", "heart", "--anchor", "star", "--retain", "a blue moon", "--saliency_batch_size", "3"]
+    flags = [
+        "--model",
+        str(base),
+        "--concept",
+        "heart",
+        "--anchor",
+        "star",
+        "--retain",
+        "a blue moon",
+        "--saliency_batch_size",
+        "3",
+    ]
     flags += [*FLAGS, "--train.optimizer", "SGD", "--train.lr", "0.1", "--train.optimizer_args", "{weight_decay: 0.1}"]
     for processes in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29517"]
@@ -229,9 +240,11 @@ BAD = [
     (["--concept", "heart", "--density", "lots"], "density"),
     (["--concept", "heart", "--density", "0"], "density must be in"),
     (["--concept", "heart", "--scope", "xatn"], "did you mean 'xattn'"),
+    (["--concept", "heart", "--scope", "text_encoder"], "cannot change the text encoder"),
     (["--concept", "heart", "--mask", "inverse"], "did you mean 'inverted'"),
     (["--concept", "heart", "--anchor", "star", "--retain", "a moon", "--model", "no/such/model"], "cannot load"),
     (["--concept", "heart", "--config", "absent.yaml"], "absent.yaml"),
+    (["--concept", "heart", "--concept", "star"], "is to be forgotten as well"),
     (["--concepts", "nudty"], "did you mean 'nudity'"),
     ([], "no concept was given"),
 ]

@@ -6,7 +6,7 @@ forget prompt's prediction becomes the anchor prompt's, while retained prompts k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +21,9 @@ from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
 from erase.methods import Edit, Method
 from erase.models import Cond, DiffusionModel, weights_at
 from erase.scopes import select
-from erase.training import TrainConfig, fit
+from erase.training import TrainConfig, fit, plain_attention
 from prompts.concepts import ConceptSpec
-from prompts.errors import unknown
+from prompts.errors import ErasureError, unknown
 
 CONTROLS = ("saliency", "random", "inverted", "none")
 SOURCES = ("frozen", "current")
@@ -103,6 +103,10 @@ def compute(
         if name not in options:
             raise unknown(what, name, options)
     params = select(model.parameters(), config.scope)
+    if any(name.startswith("text_encoder.") for name in params):
+        raise ErasureError(
+            "salun trains on cached text embeddings, so it cannot change the text encoder; choose a scope of the UNet"
+        )
     embed = PromptCache(model, ["", *forget.prompts, *(forget.anchors or ()), *retain.prompts])
     saliency, mask = None, None
     if config.mask_file:
@@ -150,11 +154,11 @@ def compute_saliency(
             t, noise = _draw_noise(x0, model.timesteps, generator)
             x0, t, noise = (tensor.to(model.device) for tensor in (x0, t, noise))
             cond = embed([forget.prompts[i] for i in rows]).cat(embed([""] * len(rows)))
-            with accelerator.autocast():
+            with plain_attention(accelerator):  # in float32 whatever the training's precision: small gradients decide the ranking
                 both = model.predict(model.add_noise(x0, noise, t).repeat(2, 1, 1, 1), t.repeat(2), cond)
-                prediction = guided(*both.chunk(2), config.saliency_guidance)
-                loss = forgetting(prediction, model.target(x0, noise, t))
-            loss.backward()
+                conditional, unconditional = both.chunk(2)
+                loss = forgetting(guided(conditional, unconditional, config.saliency_guidance), model.target(x0, noise, t))
+                loss.backward()
             accumulator.add_gradients()
     finally:
         for param in params.values():
@@ -213,7 +217,7 @@ def make_batch(
     )
 
 
-def loss_function(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: SalUnConfig):  # type: ignore[no-untyped-def]
+def loss_function(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: SalUnConfig) -> Callable[[Batch], Tensor]:
     """`remap + alpha * retain` (eq. 6). Forget and retain rows go through the denoiser together; so do the teacher's."""
     base = {name: param.data for name, param in params.items()}
 
@@ -258,8 +262,6 @@ def _share(size: int, part: int, parts: int, accelerator: Accelerator) -> slice:
     """This process's rows of this part; every share is equally long, so that means of shares average to the mean of all."""
     shares = parts * accelerator.num_processes
     if size % shares:
-        from prompts.errors import ErasureError
-
         raise ErasureError(
             f"batch_size {size} cannot be split evenly into {parts} accumulated parts on {accelerator.num_processes} processes"
         )

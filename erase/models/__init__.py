@@ -35,7 +35,7 @@ def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(
             path if path.exists() else name,
-            torch_dtype=dtype,
+            dtype=dtype,
             safety_checker=None,
             requires_safety_checker=False,
             use_safetensors=True,

@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor, nn
 
 from erase.models.base import Cond, fingerprint
 from prompts.errors import ErasureError
 
+Pipeline = Any  # a StableDiffusionPipeline: its parts are attributes made at run time, which no type checker sees
 COMPONENTS = ("unet", "text_encoder")
 
 
 class StableDiffusion:
     """A `DiffusionModel` over a stock `StableDiffusionPipeline`."""
 
-    def __init__(self, pipeline: StableDiffusionPipeline, name: str = "in memory") -> None:
+    def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         self.name = name
         self._pipeline = pipeline
         pipeline.set_progress_bar_config(disable=True)

@@ -1,0 +1,121 @@
+"""Measure erasures on the embedded world and write the table of docs/results.md.
+
+  python scripts/canvas_results.py --concepts all                                 the default preset, every concept, seed 0
+  python scripts/canvas_results.py --concepts heart Neon red --seeds 0 1 2        three seeds of one concept of each kind
+  python scripts/canvas_results.py --concepts heart Neon red --variants controls  no mask, random, inverted, xattn, densities
+  python scripts/canvas_results.py --table                                        the table of all that was measured
+
+Each measurement is one line of OUT/results.jsonl; what is there is not measured again, so the script can be stopped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections import defaultdict
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from erase.methods import get_method
+from erase.models import load_model
+from erase.run import EraseConfig, erase_concept
+from eval.generate import GenerateConfig, generate
+from eval.run import score
+from prompts.canvas import KINDS, canvas_concept, vocabulary
+from prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
+
+EVALUATORS = ["classifier", "clip"]
+SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
+
+
+def variants() -> dict[str, tuple[str, Any]]:
+    """Name -> (method, its configuration)."""
+    ours = get_method("salun").config
+    controls = {
+        "no mask": replace(ours, mask="none"),
+        "random mask": replace(ours, mask="random"),
+        "inverted mask": replace(ours, mask="inverted"),
+        "xattn only": replace(ours, scope="xattn"),
+        **{f"density {density}": replace(ours, density=density) for density in (0.1, 0.3, 0.5, 0.7, 0.9)},
+    }
+    return {"salun": ("salun", ours), "salun-paper": ("salun-paper", get_method("salun-paper").config)} | {
+        name: ("salun", config) for name, config in controls.items() if config != ours
+    }
+
+
+def measure(concept: str, variant: str, seed: int, out: Path, answers: int, config: GenerateConfig) -> dict[str, Any]:
+    """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
+    method, settings = variants()[variant]
+    spec, model, prompts = canvas_concept(concept), load_model("canvas"), canvas_grid(ANSWER_SEEDS[:answers])
+    base = generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
+    folder = out / f"{concept}-{variant.replace(' ', '-')}-{seed}"
+    started = time.monotonic()
+    delta = erase_concept(spec, EraseConfig(method=method, seed=seed), settings, model=model, out=folder)
+    seconds = time.monotonic() - started
+    delta.apply(model)
+    erased = generate(model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint})
+    scores = {row: score(images, [spec], EVALUATORS) for row, images in (("base", base), ("erased", erased))}
+    shutil.rmtree(folder)
+    return {
+        "concept": concept,
+        "kind": spec.kind,
+        "variant": variant,
+        "seed": seed,
+        "answers": answers,
+        "base_fingerprint": delta.metadata["base_fingerprint"],
+        "settings": asdict(settings),
+        "seconds": round(seconds, 1),
+        "changed": delta.count,
+        **{row: {s.name: round(s.value, 3) for s in found} for row, found in scores.items()},
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: per variant and kind, then per concept, means over seeds beside the base, with the worst run."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["variant"], row["kind"], row["concept"]].append(row)
+    lines = ["| variant | kind | concept | seeds | " + " | ".join(SHOWN) + " |", "|---" * (4 + len(SHOWN)) + "|"]
+    for (variant, kind, concept), found in sorted(groups.items(), key=lambda item: (item[0][0] != "salun", item[0])):
+        cells = [_cell([r["erased"][name] for r in found], fmean(r["base"][name] for r in found)) for name in SHOWN]
+        lines.append(f"| {variant} | {kind} | {concept} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float], base: float) -> str:
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{fmean(values):.1f}{spread} / {base:.1f}"
+
+
+def main() -> None:
+    """Measure what is asked for and not yet there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all")
+    parser.add_argument("--variants", nargs="+", default=["salun"], help="names, or controls for all but the default preset")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--answers", type=int, default=1, help="seeds of the answer set: images of each object x style x colour")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument("--table", action="store_true", help="print the table and end")
+    args = parser.parse_args()
+    record = args.out / "results.jsonl"
+    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    if args.table:
+        print(table(rows))
+        return
+    names = [name for kind in KINDS for name in vocabulary().names(kind)] if args.concepts == ["all"] else args.concepts
+    chosen = [name for name in variants() if name != "salun"] if args.variants == ["controls"] else args.variants
+    done = {(row["concept"], row["variant"], row["seed"], row["answers"]) for row in rows}
+    args.out.mkdir(parents=True, exist_ok=True)
+    for job in [(c, v, s) for v in chosen for s in args.seeds for c in names if (c, v, s, args.answers) not in done]:
+        row = measure(*job, args.out, args.answers, GenerateConfig())
+        with record.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(job, row["seconds"], "s", row["erased"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
