@@ -126,7 +126,8 @@ def fit(
         if checkpoint and checkpoint.exists():
             state.load(checkpoint)
         with (
-            _trainable(model, params, config),
+            gradients_on(params),
+            _checkpointed(model, params, config.gradient_checkpointing),
             plain_attention(accelerator),
             tqdm(
                 total=config.steps, initial=state.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
@@ -201,27 +202,36 @@ def _make_optimizer(params: Mapping[str, nn.Parameter], config: TrainConfig) -> 
 
 
 @contextmanager
-def _trainable(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[None]:
-    """Gradients on for `params` alone. With checkpointing the modules are in train mode, which diffusers asks for."""
-    modules: list[Any] = [model.component(name) for name in sorted({name.split(".")[0] for name in params})]
+def gradients_on(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients on for these parameters alone; afterwards off and cleared."""
     for param in params.values():
         param.requires_grad_(True)
-    if config.gradient_checkpointing:
-        for module in modules:
-            module.train()
-            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
-            enable()
     try:
         yield
     finally:
         for param in params.values():
             param.requires_grad_(False)
             param.grad = None
-        if config.gradient_checkpointing:
-            for module in modules:
-                module.eval()
-                disable = getattr(module, "disable_gradient_checkpointing", None) or module.gradient_checkpointing_disable
-                disable()
+
+
+@contextmanager
+def _checkpointed(model: DiffusionModel, params: Mapping[str, nn.Parameter], on: bool) -> Iterator[None]:
+    """Gradient checkpointing where asked for; diffusers wants train mode for it."""
+    modules: list[Any] = [model.component(name) for name in sorted({name.split(".")[0] for name in params})] if on else []
+    for module in modules:
+        module.train()
+        _method(module, "enable_gradient_checkpointing", "gradient_checkpointing_enable")()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval()
+            _method(module, "disable_gradient_checkpointing", "gradient_checkpointing_disable")()
+
+
+def _method(module: Any, *names: str) -> Callable[[], None]:
+    """The first of these methods that the module has: diffusers and transformers name the same thing differently."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))  # type: ignore[no-any-return]
 
 
 def plain_attention(accelerator: Accelerator) -> AbstractContextManager[None]:

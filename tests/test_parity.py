@@ -12,7 +12,7 @@ import torch
 
 from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import guided
-from erase.methods.salun import METHODS, SalUnConfig, compute, compute_saliency, loss_function, make_batch
+from erase.methods.salun import METHODS, SalUnConfig, compute, compute_saliency, loss_function, make_batch, make_job
 from erase.models.sd import StableDiffusion
 from erase.scopes import select
 from erase.training import TrainConfig, fit, make_accelerator
@@ -90,11 +90,12 @@ def setting(make_pico_pipeline):
     )
 
 
+def job_of(setting, config):
+    return make_job(setting.model, setting.forget, setting.retain, config, 0, setting.accelerator)
+
+
 def batches_of(setting, config, steps):
-    return [
-        make_batch(setting.model, setting.forget, setting.retain, setting.embed, config, 0, step, 0, setting.accelerator)
-        for step in range(steps)
-    ]
+    return [make_batch(job_of(setting, config), step, 0) for step in range(steps)]
 
 
 def saliency_batches(setting, size=4):
@@ -109,9 +110,7 @@ def saliency_batches(setting, size=4):
 
 
 def our_saliency(setting):
-    params = select(setting.model.parameters(), "full")
-    config = SalUnConfig(saliency_batch_size=4)
-    return compute_saliency(setting.model, params, setting.forget, setting.embed, config, 0, setting.accelerator)
+    return compute_saliency(job_of(setting, SalUnConfig(saliency_batch_size=4)))
 
 
 # ---- the parity list -------------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def test_6_anchor_target_is_from_current_weights_and_takes_no_gradient(setting):
     losses = {}
     for source in ("current", "frozen"):
         config = SalUnConfig(anchor_from=source, retain_target="noise", train=TrainConfig(batch_size=4))
-        loss = loss_function(setting.model, params, config)
+        loss = loss_function(job_of(setting, config))
         batch = batches_of(setting, config, 1)[0]
         before = loss(batch).item()
         base = {name: p.data for name, p in params.items()}
@@ -175,7 +174,7 @@ def test_7_forget_and_anchor_latents_are_independent_samples(setting):
 def test_8_loss_is_forget_plus_alpha_times_noise_mse(setting):
     config = METHODS["salun-paper"].config
     batch = batches_of(setting, config, 1)[0]
-    loss = loss_function(setting.model, select(setting.model.parameters(), "full"), config)(batch)
+    loss = loss_function(job_of(setting, config))(batch)
     unet = setting.unet
     forgot, target = (
         unet(x, batch.t, c.embeddings).sample for x, c in ((batch.forget, batch.forget_cond), (batch.anchor, batch.anchor_cond))
@@ -197,7 +196,7 @@ def test_9_10_trajectory_of_the_masked_training(setting, make_pico_pipeline, pre
     expected = reference_training(make_pico_pipeline().unet, batches, mask, config.alpha, 1e-4, frozen)
     base = {name: p.detach().clone() for name, p in params.items()}
     fitted = fit(
-        setting.model, params, lambda step, part: batches[step], loss_function(setting.model, params, config), config.train, mask
+        setting.model, params, lambda step, part: batches[step], loss_function(job_of(setting, config)), config.train, mask
     ).values
     for name, value in fitted.items():
         # Adam normalises by |g|: coordinates with gradients at rounding level take steps of either sign, so a few may differ by 2 * lr a step

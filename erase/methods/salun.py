@@ -21,7 +21,7 @@ from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
 from erase.methods import Edit, Method
 from erase.models import Cond, DiffusionModel, weights_at
 from erase.scopes import select
-from erase.training import TrainConfig, fit, plain_attention
+from erase.training import TrainConfig, fit, gradients_on, plain_attention
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError, unknown
 
@@ -79,6 +79,25 @@ class Batch:
     """the denoiser's own training target for the retain rows"""
 
 
+@dataclass(frozen=True)
+class Job:
+    """One erasure: everything that its steps draw on."""
+
+    model: DiffusionModel
+    params: Mapping[str, nn.Parameter]
+    """the scope's parameters"""
+    forget: LatentSet
+    retain: LatentSet
+    embed: PromptCache
+    config: SalUnConfig
+    seed: int
+    accelerator: Accelerator
+
+    def generator(self, step: int) -> torch.Generator:
+        """The random stream of one step: a function of the seed and the step, so that a resumed run draws the same."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+
 def compute(
     model: DiffusionModel,
     concepts: list[ConceptSpec],
@@ -95,6 +114,25 @@ def compute(
     Raises:
         ErasureError: an unknown option, a mask of another base, a loss that is not finite.
     """
+    job = make_job(model, forget, retain, config, seed, accelerator)
+    mask, saliency = choose_mask(job)
+    fitted = fit(
+        model,
+        job.params,
+        lambda step, part: make_batch(job, step, part),
+        loss_function(job),
+        config.train,
+        mask,
+        accelerator=accelerator,
+        checkpoint=folder / "training.pt" if folder else None,
+    )
+    return Edit(fitted.values, fitted.losses, mask, saliency)
+
+
+def make_job(
+    model: DiffusionModel, forget: LatentSet, retain: LatentSet, config: SalUnConfig, seed: int, accelerator: Accelerator
+) -> Job:
+    """Check the options, choose the parameters, embed every prompt once."""
     for what, name, options in (
         ("mask", config.mask, CONTROLS),
         ("anchor_from", config.anchor_from, SOURCES),
@@ -108,98 +146,69 @@ def compute(
             "salun trains on cached text embeddings, so it cannot change the text encoder; choose a scope of the UNet"
         )
     embed = PromptCache(model, ["", *forget.prompts, *(forget.anchors or ()), *retain.prompts])
-    saliency, mask = None, None
+    return Job(model, params, forget, retain, embed, config, seed, accelerator)
+
+
+def choose_mask(job: Job) -> tuple[SaliencyMask | None, Saliency | None]:
+    """The mask that the configuration asks for, and the saliency that it was cut from, where one was computed."""
+    config = job.config
     if config.mask_file:
-        mask = SaliencyMask.load(config.mask_file)
-    elif config.mask == "random":
-        mask = SaliencyMask.random(params, config.density, seed, {"base_fingerprint": model.fingerprint})
-    elif config.mask != "none":
-        saliency = compute_saliency(model, params, forget, embed, config, seed, accelerator)
-        mask = saliency.cut(config.density)
-        mask = mask.inverted() if config.mask == "inverted" else mask
-    fitted = fit(
-        model,
-        params,
-        lambda step, part: make_batch(model, forget, retain, embed, config, seed, step, part, accelerator),
-        loss_function(model, params, config),
-        config.train,
-        mask,
-        accelerator=accelerator,
-        checkpoint=folder / "training.pt" if folder else None,
-    )
-    return Edit(fitted.values, fitted.losses, mask, saliency)
+        return SaliencyMask.load(config.mask_file), None
+    if config.mask == "none":
+        return None, None
+    if config.mask == "random":
+        provenance = {"base_fingerprint": job.model.fingerprint}
+        return SaliencyMask.random(job.params, config.density, job.seed, provenance), None
+    saliency = compute_saliency(job)
+    mask = saliency.cut(config.density)
+    return (mask.inverted() if config.mask == "inverted" else mask), saliency
 
 
-def compute_saliency(
-    model: DiffusionModel,
-    params: Mapping[str, nn.Parameter],
-    forget: LatentSet,
-    embed: PromptCache,
-    config: SalUnConfig,
-    seed: int,
-    accelerator: Accelerator,
-) -> Saliency:
+def compute_saliency(job: Job) -> Saliency:
     """|sum over batches of the forget loss's gradient|, one pass over the forget latents, both guidance branches live (eq. 3)."""
-    accumulator = SaliencyAccumulator(params)
-    starts = range(0, len(forget), config.saliency_batch_size)
-    for param in params.values():
-        param.requires_grad_(True)
-    try:
-        for start in tqdm(starts, desc="saliency", unit="batch", disable=not accelerator.is_main_process):
-            if start // config.saliency_batch_size % accelerator.num_processes != accelerator.process_index:
-                continue
-            rows = torch.arange(start, min(start + config.saliency_batch_size, len(forget)))
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-            x0 = forget.draw(rows, generator)
-            t, noise = _draw_noise(x0, model.timesteps, generator)
-            x0, t, noise = (tensor.to(model.device) for tensor in (x0, t, noise))
-            cond = embed([forget.prompts[i] for i in rows]).cat(embed([""] * len(rows)))
-            with plain_attention(accelerator):  # in float32 whatever the training's precision: small gradients decide the ranking
-                both = model.predict(model.add_noise(x0, noise, t).repeat(2, 1, 1, 1), t.repeat(2), cond)
-                conditional, unconditional = both.chunk(2)
-                loss = forgetting(guided(conditional, unconditional, config.saliency_guidance), model.target(x0, noise, t))
-                loss.backward()
-            accumulator.add_gradients()
-    finally:
-        for param in params.values():
-            param.requires_grad_(False)
-            param.grad = None
+    accumulator, size = SaliencyAccumulator(job.params), job.config.saliency_batch_size
+    workers, me = job.accelerator.num_processes, job.accelerator.process_index
+    starts = range(0, len(job.forget), size)
+    # in float32 whatever the training's precision: small gradients decide the ranking
+    with gradients_on(job.params), plain_attention(job.accelerator):
+        for i, start in enumerate(tqdm(starts, desc="saliency", unit="batch", disable=not job.accelerator.is_main_process)):
+            if i % workers == me:
+                forget_loss(job, torch.arange(start, min(start + size, len(job.forget))), job.generator(start)).backward()
+                accumulator.add_gradients()
     for total in accumulator.sums.values():  # signed sums of all processes, before the absolute value
-        total.copy_(accelerator.reduce(total, reduction="sum"))
+        total.copy_(job.accelerator.reduce(total, reduction="sum"))
+    loss = f"forgetting, guidance {job.config.saliency_guidance:g}"
     return accumulator.saliency(
-        {
-            "base_fingerprint": model.fingerprint,
-            "loss": f"forgetting, guidance {config.saliency_guidance:g}",
-            "scope": config.scope,
-            "seed": str(seed),
-        }
+        {"base_fingerprint": job.model.fingerprint, "loss": loss, "scope": job.config.scope, "seed": str(job.seed)}
     )
 
 
-def make_batch(
-    model: DiffusionModel,
-    forget: LatentSet,
-    retain: LatentSet,
-    embed: PromptCache,
-    config: SalUnConfig,
-    seed: int,
-    step: int,
-    part: int,
-    accelerator: Accelerator,
-) -> Batch:
+def forget_loss(job: Job, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Minus the denoising error of the guided prediction on these forget rows."""
+    model, device = job.model, job.model.device
+    x0 = job.forget.draw(rows, generator)
+    t, noise = _draw_noise(x0, model.timesteps, generator)
+    x0, t, noise = x0.to(device), t.to(device), noise.to(device)
+    cond = job.embed([job.forget.prompts[i] for i in rows]).cat(job.embed([""] * len(rows)))
+    both = model.predict(model.add_noise(x0, noise, t).repeat(2, 1, 1, 1), t.repeat(2), cond)
+    conditional, unconditional = both.chunk(2)
+    return forgetting(guided(conditional, unconditional, job.config.saliency_guidance), model.target(x0, noise, t))
+
+
+def make_batch(job: Job, step: int, part: int) -> Batch:
     """Rows, timesteps and noise of one part of one step, drawn for the whole step and then cut to this process and part."""
-    size = config.train.batch_size
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    kept = epoch_rows(len(retain), step * size, size, seed + 1)
+    model, forget, retain, config = job.model, job.forget, job.retain, job.config
+    size, generator = config.train.batch_size, job.generator(step)
+    kept = epoch_rows(len(retain), step * size, size, job.seed + 1)
     x_retain = retain.draw(kept, generator)
     t_retain, noise_retain = _draw_noise(x_retain, model.timesteps, generator)
-    gone = epoch_rows(len(forget), step * size, size, seed, config.shuffle)
+    gone = epoch_rows(len(forget), step * size, size, job.seed, config.shuffle)
     x_forget = forget.draw(gone, generator)
     x_anchor = x_forget if config.share_latents else forget.draw(gone, generator)
     t, noise = _draw_noise(x_forget, model.timesteps, generator)
     dropped = torch.rand(size, generator=generator) < config.retain_dropout
 
-    mine = _share(size, part, config.train.accumulation, accelerator)
+    mine = _share(size, part, config.train.accumulation, job.accelerator)
     x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise = (
         tensor[mine].to(model.device) for tensor in (x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise)
     )
@@ -208,40 +217,34 @@ def make_batch(
         forget=model.add_noise(x_forget, noise, t),
         anchor=model.add_noise(x_anchor, noise, t),
         t=t,
-        forget_cond=embed([forget.prompts[i] for i in gone[mine]]),
-        anchor_cond=embed([anchors[i] for i in gone[mine]]),
+        forget_cond=job.embed([forget.prompts[i] for i in gone[mine]]),
+        anchor_cond=job.embed([anchors[i] for i in gone[mine]]),
         retain=model.add_noise(x_retain, noise_retain, t_retain),
         retain_t=t_retain,
-        retain_cond=embed(["" if drop else retain.prompts[i] for i, drop in zip(kept[mine], dropped[mine], strict=True)]),
+        retain_cond=job.embed(["" if drop else retain.prompts[i] for i, drop in zip(kept[mine], dropped[mine], strict=True)]),
         retain_noise_target=model.target(x_retain, noise_retain, t_retain),
     )
 
 
-def loss_function(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: SalUnConfig) -> Callable[[Batch], Tensor]:
+def loss_function(job: Job) -> Callable[[Batch], Tensor]:
     """`remap + alpha * retain` (eq. 6). Forget and retain rows go through the denoiser together; so do the teacher's."""
-    base = {name: param.data for name, param in params.items()}
+    model, config = job.model, job.config
+    base = {name: param.data for name, param in job.params.items()}
 
     @torch.no_grad()
-    def anchor_target(batch: Batch) -> Tensor:
-        return model.predict(batch.anchor, batch.t, batch.anchor_cond)
-
-    @torch.no_grad()
-    def teacher(batch: Batch) -> tuple[Tensor, Tensor]:
-        """Anchor and retain targets, each by the base or not as configured."""
-        frozen_anchor, frozen_retain = config.anchor_from == "frozen", config.retain_target == "frozen"
-        anchor, kept = None, batch.retain_noise_target
-        with weights_at(params, base):
-            if frozen_anchor and frozen_retain:
-                both = _predict_together(model, batch.anchor, batch.t, batch.anchor_cond, batch)
-                anchor, kept = both
-            elif frozen_anchor:
-                anchor = anchor_target(batch)
-            elif frozen_retain:
-                kept = model.predict(batch.retain, batch.retain_t, batch.retain_cond)
-        return anchor_target(batch) if anchor is None else anchor, kept
+    def targets(batch: Batch) -> tuple[Tensor, Tensor]:
+        """Anchor and retain targets, each by the frozen base or not, as configured."""
+        with weights_at(job.params, base if config.anchor_from == "frozen" else {}):
+            if config.anchor_from == config.retain_target == "frozen":
+                return _predict_together(model, batch.anchor, batch.t, batch.anchor_cond, batch)
+            anchor = model.predict(batch.anchor, batch.t, batch.anchor_cond)
+        if config.retain_target == "noise":
+            return anchor, batch.retain_noise_target
+        with weights_at(job.params, base):
+            return anchor, model.predict(batch.retain, batch.retain_t, batch.retain_cond)
 
     def loss(batch: Batch) -> Tensor:
-        anchor, kept = teacher(batch)
+        anchor, kept = targets(batch)
         forgot, retained = _predict_together(model, batch.forget, batch.t, batch.forget_cond, batch)
         return remap(forgot, anchor) + config.alpha * denoising(retained, kept)
 
