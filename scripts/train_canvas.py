@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument(
         "--per_cell", type=int, default=60, help="renders per object x style x colour whose latents are trained on"
     )
-    parser.add_argument("--unet_steps", type=int, default=8000)
+    parser.add_argument("--unet_steps", type=int, default=5500)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
