@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from erase.files import load_tensors, save_tensors
-from erase.models import Cond, DiffusionModel
+from erase.models import Cond, DiffusionModel, autocast
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
 
@@ -35,6 +35,8 @@ class LatentConfig:
     """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""
     guidance: float = 3.0
     """guidance scale of that sampling"""
+    mixed_precision: str = "no"
+    """no, bf16 or fp16, for the sampling"""
     batch_size: int = 32
     """images sampled or encoded at a time"""
     forget_images: str | None = None
@@ -191,7 +193,8 @@ def _sample(model: DiffusionModel, prompts: tuple[str, ...], config: LatentConfi
         for start in range(0, len(prompts), config.batch_size):
             batch = list(prompts[start : start + config.batch_size])
             seeds = [seed + start + i for i in range(len(batch))]
-            parts.append(model.sample(batch, seeds, config.steps, config.guidance).cpu())
+            with autocast(model.device, config.mixed_precision):
+                parts.append(model.sample(batch, seeds, config.steps, config.guidance).float().cpu())
             bar.update(len(batch))
     latents = torch.cat(parts)
     if not latents.isfinite().all():

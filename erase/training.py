@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from erase.files import written_whole
 from erase.mask import SaliencyMask
-from erase.models import DiffusionModel
+from erase.models import PRECISIONS, DiffusionModel
 from prompts.errors import ErasureError, unknown
 
 
@@ -73,8 +73,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         ErasureError: an unknown precision, or fp16 without a GPU.
     """
-    if config.mixed_precision not in ("no", "fp16", "bf16"):
-        raise unknown("mixed precision", config.mixed_precision, ("no", "fp16", "bf16"))
+    if config.mixed_precision not in PRECISIONS:
+        raise unknown("mixed precision", config.mixed_precision, PRECISIONS)
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:

@@ -35,6 +35,7 @@ from diffusers import (
 from torch import Tensor
 from tqdm import tqdm
 
+from erase.models import autocast
 from eval.images import (
     SETTINGS,
     ImageRow,
@@ -77,7 +78,11 @@ class GenerateConfig:
     batch_size: int = 32
     """images per batch, at most; it is one of the settings that an image depends on, by rounding"""
 
+    mixed_precision: str = "no"
+    """no, bf16 or fp16: denoise and decode under autocast; about twice as fast where the processor has it"""
+
     def __post_init__(self) -> None:
+        autocast(torch.device("cpu"), self.mixed_precision)  # refuses an unknown name
         if self.scheduler not in SCHEDULERS:
             raise unknown("scheduler", self.scheduler, SCHEDULERS)
         for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
@@ -163,6 +168,7 @@ def _settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, si
         "guidance": float(config.guidance),
         "resolution": config.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
         "batch_size": size,
+        "mixed_precision": config.mixed_precision,
         "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "safety_checker": "off",
@@ -242,16 +248,17 @@ def denoise(pipe: Pipeline, batch: Batch, embed: Callable[[str], Tensor], settin
         ErasureError: an image has a value that is not finite.
     """
     rows = batch.rows + batch.rows[-1:] * (settings["batch_size"] - len(batch.rows))
-    images = pipe(
-        prompt_embeds=torch.cat([embed(row.prompt) for row in rows]),
-        negative_prompt_embeds=embed("").repeat(len(rows), 1, 1),
-        generator=[torch.Generator().manual_seed(row.seed) for row in rows],
-        num_inference_steps=settings["steps"],
-        guidance_scale=batch.guidance,
-        height=settings["resolution"],
-        width=settings["resolution"],
-        output_type="pt",
-    ).images[: len(batch.rows)]
+    with autocast(pipe._execution_device, settings["mixed_precision"]):
+        images = pipe(
+            prompt_embeds=torch.cat([embed(row.prompt) for row in rows]),
+            negative_prompt_embeds=embed("").repeat(len(rows), 1, 1),
+            generator=[torch.Generator().manual_seed(row.seed) for row in rows],
+            num_inference_steps=settings["steps"],
+            guidance_scale=batch.guidance,
+            height=settings["resolution"],
+            width=settings["resolution"],
+            output_type="pt",
+        ).images[: len(batch.rows)]
     for row, finite in zip(batch.rows, images.isfinite().all(dim=(1, 2, 3)).tolist(), strict=True):
         if not finite:
             raise ErasureError(

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from erase.latents import LatentConfig
 from erase.methods import get_method
 from erase.models import load_model
 from erase.run import EraseConfig, erase_concept
@@ -32,9 +33,9 @@ EVALUATORS = ["classifier", "clip"]
 SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
 
 
-def variants() -> dict[str, tuple[str, Any]]:
+def variants(precision: str) -> dict[str, tuple[str, Any]]:
     """Name -> (method, its configuration)."""
-    ours = get_method("salun").config
+    ours, paper = (_at(get_method(name).config, precision) for name in ("salun", "salun-paper"))
     controls = {
         "no mask": replace(ours, mask="none"),
         "random mask": replace(ours, mask="random"),
@@ -42,19 +43,24 @@ def variants() -> dict[str, tuple[str, Any]]:
         "xattn only": replace(ours, scope="xattn"),
         **{f"density {density}": replace(ours, density=density) for density in (0.1, 0.3, 0.5, 0.7, 0.9)},
     }
-    return {"salun": ("salun", ours), "salun-paper": ("salun-paper", get_method("salun-paper").config)} | {
+    return {"salun": ("salun", ours), "salun-paper": ("salun-paper", paper)} | {
         name: ("salun", config) for name, config in controls.items() if config != ours
     }
 
 
+def _at(config: Any, precision: str) -> Any:
+    return replace(config, train=replace(config.train, mixed_precision=precision))
+
+
 def measure(concept: str, variant: str, seed: int, out: Path, answers: int, config: GenerateConfig) -> dict[str, Any]:
     """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
-    method, settings = variants()[variant]
+    method, settings = variants(config.mixed_precision)[variant]
     spec, model, prompts = canvas_concept(concept), load_model("canvas"), canvas_grid(ANSWER_SEEDS[:answers])
     base = generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
     folder = out / f"{concept}-{variant.replace(' ', '-')}-{seed}"
     started = time.monotonic()
-    delta = erase_concept(spec, EraseConfig(method=method, seed=seed), settings, model=model, out=folder)
+    erasure = EraseConfig(method=method, seed=seed, latents=LatentConfig(mixed_precision=config.mixed_precision))
+    delta = erase_concept(spec, erasure, settings, model=model, out=folder)
     seconds = time.monotonic() - started
     delta.apply(model)
     erased = generate(model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint})
@@ -98,6 +104,8 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=["salun"], help="names, or controls for all but the default preset")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--answers", type=int, default=1, help="seeds of the answer set: images of each object x style x colour")
+    parser.add_argument("--precision", default="bf16", help="no, bf16 or fp16; of sampling and training alike")
+    parser.add_argument("--steps", type=int, default=12, help="sampling steps of the images that are judged")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--table", action="store_true", help="print the table and end")
     args = parser.parse_args()
@@ -107,11 +115,11 @@ def main() -> None:
         print(table(rows))
         return
     names = [name for kind in KINDS for name in vocabulary().names(kind)] if args.concepts == ["all"] else args.concepts
-    chosen = [name for name in variants() if name != "salun"] if args.variants == ["controls"] else args.variants
+    chosen = [name for name in variants(args.precision) if name != "salun"] if args.variants == ["controls"] else args.variants
     done = {(row["concept"], row["variant"], row["seed"], row["answers"]) for row in rows}
     args.out.mkdir(parents=True, exist_ok=True)
     for job in [(c, v, s) for v in chosen for s in args.seeds for c in names if (c, v, s, args.answers) not in done]:
-        row = measure(*job, args.out, args.answers, GenerateConfig())
+        row = measure(*job, args.out, args.answers, GenerateConfig(steps=args.steps, mixed_precision=args.precision))
         with record.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(job, row["seconds"], "s", row["erased"], flush=True)

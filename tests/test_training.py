@@ -177,6 +177,28 @@ def test_weights_at_swaps_without_copying(model):
     assert {name: p.data_ptr() for name, p in params.items()} == before
 
 
+def test_weights_at_holds_under_autocast(model):
+    """Autocast caches half-precision weights by parameter: a swap within one autocast block must not see the other's."""
+    params = {name: p.requires_grad_(True) for name, p in select(model.parameters(), "full").items()}
+    other = {name: p.data + 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) for name, p in params.items()}
+    x, t, cond = torch.randn(1, 4, 8, 8), torch.tensor([500]), model.encode(["a red heart"])
+
+    def bf16(*steps):
+        with torch.autocast("cpu", torch.bfloat16):
+            return [step() for step in steps]
+
+    def plain():
+        return model.predict(x, t, cond).detach()
+
+    def swapped():
+        with torch.no_grad(), weights_at(params, other):
+            return plain()
+
+    alone = *bf16(plain), *bf16(swapped), *bf16(plain)
+    together = bf16(plain, swapped, plain)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)) and not torch.equal(alone[0], alone[1])
+
+
 def test_scopes(model):
     params = model.parameters()
     sizes = {scope: len(select(params, scope)) for scope in SCOPES}

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from erase.models.base import Cond, DiffusionModel, weights_at
+from erase.models.base import PRECISIONS, Cond, DiffusionModel, autocast, weights_at
 from prompts.errors import ErasureError
 
 CANVAS = Path(__file__).parent / "canvas"
 
-__all__ = ["CANVAS", "Cond", "DiffusionModel", "load_model", "weights_at"]
+__all__ = ["CANVAS", "PRECISIONS", "Cond", "DiffusionModel", "autocast", "load_model", "weights_at"]
 
 
 def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionModel:

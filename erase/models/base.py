@@ -11,6 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from prompts.errors import unknown
+
 
 @dataclass(frozen=True)
 class Cond:
@@ -96,14 +98,33 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for sampling: `no`, `bf16` or `fp16`; weights stay as they are.
+
+    Raises:
+        ErasureError: another name; the near one is suggested.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("mixed precision", precision, PRECISIONS)
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")
+
+
 @contextmanager
 def weights_at(params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block the parameters hold `values`; nothing is copied, so a frozen teacher costs no memory of its own."""
     current = {name: params[name].data for name in values}
     try:
-        for name, value in values.items():
-            params[name].data = value
+        _put(params, values)
         yield
     finally:
-        for name, value in current.items():
-            params[name].data = value
+        _put(params, current)
+
+
+def _put(params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        params[name].data = value
+    # autocast keeps its half-precision copies by parameter, not by value: without this the student would go on with the teacher's
+    torch.clear_autocast_cache()
