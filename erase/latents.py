@@ -57,6 +57,8 @@ class LatentSet:
     """one prompt per latent"""
     anchors: tuple[str, ...] | None = None
     """one anchor prompt per forget latent; None for retain latents"""
+    own: int | None = None
+    """the first so many latents show what their prompts say, the others their anchors; None: all do"""
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -70,18 +72,18 @@ class LatentSet:
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         tensors = {"latents": self.latents} | ({} if self.std is None else {"std": self.std})
-        texts = {"prompts": json.dumps(self.prompts), "anchors": json.dumps(self.anchors)}
+        texts = {"prompts": json.dumps(self.prompts), "anchors": json.dumps(self.anchors), "own": json.dumps(self.own)}
         save_tensors(path, tensors, {**metadata, **texts, "format": "latents"})
 
     @classmethod
     def load(cls, path: Path) -> LatentSet:
         tensors, metadata = load_tensors(path, "latents")
-        prompts, anchors = json.loads(metadata["prompts"]), json.loads(metadata["anchors"])
+        prompts, anchors, own = (json.loads(metadata[key]) for key in ("prompts", "anchors", "own"))
         if len(prompts) != len(tensors["latents"]):
             raise ErasureError(
                 f"{path}: {len(prompts)} prompts for {len(tensors['latents'])} latents; delete it to make it again"
             )
-        return cls(tensors["latents"], tensors.get("std"), tuple(prompts), None if anchors is None else tuple(anchors))
+        return cls(tensors["latents"], tensors.get("std"), tuple(prompts), None if anchors is None else tuple(anchors), own)
 
 
 def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:
@@ -112,7 +114,12 @@ class PromptCache:
 
 
 def prepare_latents(
-    model: DiffusionModel, concepts: list[ConceptSpec], config: LatentConfig, seed: int, cache: Path | None = None
+    model: DiffusionModel,
+    concepts: list[ConceptSpec],
+    config: LatentConfig,
+    seed: int,
+    cache: Path | None = None,
+    anchor_share: float = 0.0,
 ) -> tuple[LatentSet, LatentSet]:
     """Forget and retain latents of an erasure, sampled from the model itself or encoded from folders.
 
@@ -122,6 +129,7 @@ def prepare_latents(
         config: how many and from where.
         seed: picks the prompts and seeds the images.
         cache: a folder in which finished sets are kept; the same inputs find them again.
+        anchor_share: fraction of the forget latents that are sampled from their anchor prompts instead (none, where images are given).
 
     Raises:
         ErasureError: no retain prompts, or a folder without images.
@@ -130,9 +138,10 @@ def prepare_latents(
     pairs = _pick_pairs(concepts, config.n_forget, rng)
     retained = _pick_retain(concepts, config.n_retain, rng)
     forget_prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
+    own = len(pairs) if config.forget_images else len(pairs) - round(anchor_share * len(pairs))
     jobs = [
-        ("forget", forget_prompts, anchors, config.forget_images, seed * 1_000_003),
-        ("retain", tuple(retained), None, config.retain_images, seed * 1_000_003 + 500_000),
+        ("forget", forget_prompts, anchors, own, config.forget_images, seed * 1_000_003),
+        ("retain", tuple(retained), None, None, config.retain_images, seed * 1_000_003 + 500_000),
     ]
     return tuple(_cached(model, config, cache, *job) for job in jobs)  # type: ignore[return-value]
 
@@ -168,20 +177,24 @@ def _cached(
     what: str,
     prompts: tuple[str, ...],
     anchors: tuple[str, ...] | None,
+    own: int | None,
     folder: str | None,
     seed: int,
 ) -> LatentSet:
     files = _image_files(folder) if folder else []
-    key = json.dumps([model.fingerprint, prompts, anchors, [(str(f), f.stat().st_size) for f in files], seed, asdict(config)])
+    key = json.dumps(
+        [model.fingerprint, prompts, anchors, own, [(str(f), f.stat().st_size) for f in files], seed, asdict(config)]
+    )
     path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
     if path and path.exists():
         return LatentSet.load(path)
     if files:
         mean, std = _encode(model, files, config.batch_size)
         rows = torch.arange(len(prompts)) % len(mean)
-        made = LatentSet(mean[rows], std[rows], prompts, anchors)
+        made = LatentSet(mean[rows], std[rows], prompts, anchors, own)
     else:
-        made = LatentSet(_sample(model, prompts, config, seed, what), None, prompts, anchors)
+        shown = prompts[:own] + (anchors[own:] if anchors else ())
+        made = LatentSet(_sample(model, shown, config, seed, what), None, prompts, anchors, own)
     if path:
         made.save(path, {"base_fingerprint": model.fingerprint})
     return made

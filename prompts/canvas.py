@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
 from itertools import product
@@ -27,6 +27,8 @@ class Vocabulary:
     """captions the base was trained on, with {object}, {style}, {colour} fields"""
     grid: str
     """the template of the evaluation's answer set"""
+    anchors: dict[str, list[str]] = field(default_factory=dict)
+    """kind -> preferred anchors; kinds without any go round"""
 
     def names(self, kind: str) -> list[str]:
         """Concept names of one kind; the position is the judges' class index."""
@@ -35,6 +37,13 @@ class Vocabulary:
     def kind_of(self, concept: str) -> str | None:
         """`object`, `style` or `colour`, or None for a word that this world does not have."""
         return next((kind for kind in KINDS if concept in self.synonyms[kind]), None)
+
+    def anchor(self, name: str) -> str:
+        """The default anchor of a concept: the first preferred one of its kind that is not itself, else the next of its kind."""
+        kind = self.kind_of(name) or ""
+        names = self.names(kind)
+        following = names[(names.index(name) + 1) % len(names)]
+        return next((anchor for anchor in self.anchors.get(kind, ()) if anchor != name), following)
 
     def cells(self) -> list[dict[str, str]]:
         """Every combination of concepts: one dict of kind -> name per cell of the grid."""
@@ -52,7 +61,7 @@ class Vocabulary:
 def vocabulary() -> Vocabulary:
     """The embedded world's vocabulary, read from `prompts/data/canvas.yaml`."""
     raw = yaml.safe_load(files("prompts").joinpath("data/canvas.yaml").read_text(encoding="utf-8"))
-    return Vocabulary({kind: raw[kind] for kind in KINDS}, tuple(raw["templates"]), raw["grid"])
+    return Vocabulary({kind: raw[kind] for kind in KINDS}, tuple(raw["templates"]), raw["grid"], raw["anchors"])
 
 
 def canvas_concept(name: str, anchor: str | None = None) -> ConceptSpec:
@@ -60,7 +69,7 @@ def canvas_concept(name: str, anchor: str | None = None) -> ConceptSpec:
 
     Args:
         name: an object, a style or a colour of the vocabulary; its synonyms go with it.
-        anchor: a concept of the same kind; the next in the vocabulary's order (the first after the last) by default.
+        anchor: a concept of the same kind; by default the vocabulary's choice (see `Vocabulary.anchor`).
 
     Returns:
         Templates: every caption that names the kind, the other slots filled in all ways. Retain prompts: for each cell without
@@ -71,10 +80,9 @@ def canvas_concept(name: str, anchor: str | None = None) -> ConceptSpec:
         ErasureError: a name that this world does not have (the near one is suggested), or an anchor of another kind.
     """
     vocab, kind = vocabulary(), _kind(name)
-    names = vocab.names(kind)
-    anchor = names[(names.index(name) + 1) % len(names)] if anchor is None else anchor
+    anchor = vocab.anchor(name) if anchor is None else anchor
     if _kind(anchor) != kind:
-        raise ErasureError(f"{anchor!r} is no {kind}, as {name!r} is; choose as anchor one of: {', '.join(names)}")
+        raise ErasureError(f"{anchor!r} is no {kind}, as {name!r} is; choose as anchor one of: {', '.join(vocab.names(kind))}")
     naming = replace(vocab, templates=tuple(t for t in vocab.templates if f"{{{kind}}}" in t))
     templates = (t.format(**{**cell, kind: "{}"}) for t in naming.templates for cell in vocab.cells())
     synonyms = tuple(vocab.synonyms[kind][name])

@@ -1,6 +1,6 @@
 """Watch a diffusion model forget: erase a concept from the shipped model, evaluate, report, export. Minutes on a CPU.
 
-erase-demo                       the heart becomes a star
+erase-demo                       the heart becomes a mushroom
 erase-demo --concept Neon        any object, style or colour of the embedded world
 """
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,12 @@ def test_schedulers_differ_and_a_longer_run_does_too(pipe, whole: ImageSet, tmp_
     assert len({images.tensor().numpy().tobytes() for images in made}) == len(SCHEDULERS) + 1
 
 
+def test_mixed_precision_moves_pixels_a_little(pipe, whole: ImageSet, tmp_path: Path):
+    half = generate(pipe, PROMPTS, tmp_path, replace(FAST, mixed_precision="bf16"), MADE_BY)
+    difference = (half.tensor() - whole.tensor()).abs()
+    assert 0 < difference.mean() < 0.02
+
+
 def test_resolution(pipe, tmp_path: Path):
     images = generate(pipe, PromptSet("one", ROWS[:1]), tmp_path, GenerateConfig("ddim", 2, resolution=48), {})
     assert images.image(images.rows[0]).size == (48, 48)
@@ -243,6 +250,7 @@ def test_a_pipeline_with_other_conditioning_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        ({"mixed_precision": "bf61"}, "unknown mixed precision 'bf61'; did you mean 'bf16'"),
         ({"scheduler": "dpm"}, "unknown scheduler 'dpm'; did you mean 'dpm\\+\\+'"),
         ({"steps": 0}, "steps is 0"),
         ({"batch_size": 0}, "batch_size is 0"),

@@ -234,7 +234,8 @@ def test_13_published_settings():
         100,
         "Adam",
     )
-    assert (paper.anchor_from, paper.retain_target, paper.share_latents, paper.retain_dropout) == ("current", "noise", False, 0.0)
+    assert (paper.anchor_from, paper.retain_target, paper.share_latents) == ("current", "noise", False)
+    assert (paper.anchor_latents, paper.retain_dropout) == (0.0, 0.0)
     from prompts.concepts import load_concepts
 
     nudity = load_concepts("nudity")[0]

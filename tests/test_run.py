@@ -141,6 +141,16 @@ def test_several_concepts_share_the_data_evenly_and_keep_what_neither_names(base
     assert all(a != p for a, p in zip(forget.anchors, forget.prompts, strict=True))
 
 
+def test_a_share_of_the_forget_latents_shows_the_anchor(base):
+    model, spec = load_model(str(base)), [canvas_concept("heart")]
+    plain, _ = prepare_latents(model, spec, DATA, 0)
+    mixed, _ = prepare_latents(model, spec, DATA, 0, None, 0.5)
+    assert (plain.own, mixed.own) == (6, 3) and mixed.prompts == plain.prompts and mixed.anchors == plain.anchors
+    assert torch.allclose(mixed.latents[:3], plain.latents[:3], atol=1e-5)
+    shown = model.sample([*mixed.prompts[:3], *mixed.anchors[3:]][:4], [0, 1, 2, 3], DATA.steps, DATA.guidance)
+    assert torch.allclose(mixed.latents[3], shown[3], atol=1e-5) and not torch.allclose(plain.latents[3], shown[3], atol=1e-3)
+
+
 def test_latents_from_images_and_their_cache(base, tmp_path):
     from PIL import Image
 
@@ -244,7 +254,7 @@ BAD = [
     (["--concept", "heart", "--mask", "inverse"], "did you mean 'inverted'"),
     (["--concept", "heart", "--anchor", "star", "--retain", "a moon", "--model", "no/such/model"], "cannot load"),
     (["--concept", "heart", "--config", "absent.yaml"], "absent.yaml"),
-    (["--concept", "heart", "--concept", "star"], "is to be forgotten as well"),
+    (["--concept", "heart", "--concept", "mushroom"], "is to be forgotten as well"),
     (["--concepts", "nudty"], "did you mean 'nudity'"),
     ([], "no concept was given"),
 ]

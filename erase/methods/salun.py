@@ -54,6 +54,9 @@ class SalUnConfig:
     """what retain predictions are held to: frozen (the base's prediction) or noise (the reference)"""
     share_latents: bool = True
     """one posterior sample for the forget and the anchor prediction; False draws two, as the reference does (images only)"""
+    anchor_latents: float = 0.5
+    """fraction of the forget latents that show the anchor: the states that an erased model passes through, where the base would still
+    steer back to the concept; 0 is the reference"""
     retain_dropout: float = 0.1
     """fraction of retain prompts replaced by the empty one, so that classifier-free guidance keeps its null branch"""
     shuffle: bool = True
@@ -168,12 +171,13 @@ def compute_saliency(job: Job) -> Saliency:
     """|sum over batches of the forget loss's gradient|, one pass over the forget latents, both guidance branches live (eq. 3)."""
     accumulator, size = SaliencyAccumulator(job.params), job.config.saliency_batch_size
     workers, me = job.accelerator.num_processes, job.accelerator.process_index
-    starts = range(0, len(job.forget), size)
+    shown = len(job.forget) if job.forget.own is None else job.forget.own  # only latents that show the concept
+    starts = range(0, shown, size)
     # in float32 whatever the training's precision: small gradients decide the ranking
     with gradients_on(job.params), plain_attention(job.accelerator):
         for i, start in enumerate(tqdm(starts, desc="saliency", unit="batch", disable=not job.accelerator.is_main_process)):
             if i % workers == me:
-                forget_loss(job, torch.arange(start, min(start + size, len(job.forget))), job.generator(start)).backward()
+                forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()
                 accumulator.add_gradients()
     for total in accumulator.sums.values():  # signed sums of all processes, before the absolute value
         total.copy_(job.accelerator.reduce(total, reduction="sum"))
@@ -284,6 +288,7 @@ METHODS = {
             anchor_from="current",
             retain_target="noise",
             share_latents=False,
+            anchor_latents=0.0,
             retain_dropout=0.0,
             shuffle=False,
             train=TrainConfig(steps=100, lr=1e-5, batch_size=8),
