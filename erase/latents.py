@@ -27,11 +27,11 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 class LatentConfig:
     """Where forget and retain latents come from."""
 
-    n_forget: int = 128
+    n_forget: int = 96
     """forget latents in all, over all concepts"""
-    n_retain: int = 256
+    n_retain: int = 192
     """retain latents in all"""
-    steps: int = 15
+    steps: int = 10
     """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""
     guidance: float = 3.0
     """guidance scale of that sampling"""
