@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     anchor = ["--anchor", options.anchor] if options.anchor else []
     run_erase.main(["--concept", options.concept, *anchor, "--out", str(out)])
     print("2/3  drawing the answer set before and after, and scoring both")
-    run_evaluate.main(["--delta", delta, "--base_images", "runs/canvas-base", "--out", str(out / "report")])
+    run_evaluate.main(
+        ["--delta", delta, "--generate.steps", "12", "--base_images", str(out / "base"), "--out", str(out / "report")]
+    )
     print("3/3  exporting the erased weights")
     shutil.rmtree(out / "model", ignore_errors=True)
     run_export.main(["--delta", delta, "--report", str(out / "report" / "report.json"), "--out", str(out / "model")])

@@ -76,6 +76,7 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     """Run a command: 0 when done, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
+    _quiet()
     try:
         main(argv)
     except ErasureError as error:
@@ -85,6 +86,15 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def _quiet() -> None:
+    """Only our own progress bars: not those of every file that a library loads."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def read_concepts(names: list[str], anchors: list[str], file: str | None, model: str, retain: list[str]) -> list[ConceptSpec]:

@@ -87,6 +87,15 @@ def test_only_masked_weights_are_in_the_delta(erased, base):
     assert len(json.loads((erased / "training.json").read_text())["losses"]) == 3
 
 
+def test_a_saved_saliency_is_cut_at_another_density(erased, base, tmp_path):
+    config = EraseConfig(model=str(base), latents=DATA)
+    computed = erase_concept(canvas_concept("heart"), config, replace(METHOD, density=0.2))
+    saved = replace(METHOD, density=0.2, saliency_file=str(erased / "saliency.safetensors"))
+    assert same(computed, erase_concept(canvas_concept("heart"), config, saved))
+    given = replace(METHOD, mask_file=str(erased / "mask.safetensors"))
+    assert same(ErasedDelta.load(erased / "delta.safetensors"), erase_concept(canvas_concept("heart"), config, given))
+
+
 def test_export_is_pixel_identical_in_stock_diffusers(base, erased, tmp_path):
     delta = ErasedDelta.load(erased / "delta.safetensors")
     export_diffusers(delta, str(base), tmp_path / "model", card="# card\n")

@@ -42,6 +42,8 @@ class SalUnConfig:
     """which weights the mask keeps: saliency; or a control: random, inverted, none"""
     mask_file: str | None = None
     """a saved mask to use instead of computing one"""
+    saliency_file: str | None = None
+    """a saved saliency to cut at `density` instead of computing it again"""
     saliency_guidance: float = 7.5
     """g of (1 + g) eps_c - g eps_null in the forget loss; 7.5 is diffusers' guidance_scale 8.5"""
     saliency_batch_size: int = 8
@@ -162,7 +164,7 @@ def choose_mask(job: Job) -> tuple[SaliencyMask | None, Saliency | None]:
     if config.mask == "random":
         provenance = {"base_fingerprint": job.model.fingerprint}
         return SaliencyMask.random(job.params, config.density, job.seed, provenance), None
-    saliency = compute_saliency(job)
+    saliency = Saliency.load(config.saliency_file) if config.saliency_file else compute_saliency(job)
     mask = saliency.cut(config.density)
     return (mask.inverted() if config.mask == "inverted" else mask), saliency
 
