@@ -50,6 +50,7 @@ class TrainConfig:
     """steps between saved training states; a stopped run goes on from the last one"""
 
 
+NOT_OURS = {"Optimizer", "LBFGS", "SparseAdam"}  # the abstract class; steps that need a closure; sparse gradients
 Batch = Any
 LossFn = Callable[[Batch], Tensor]
 """the loss of one batch or part of one: a scalar with graph, a mean over its rows"""
@@ -129,6 +130,7 @@ def fit(
             gradients_on(params),
             _checkpointed(model, params, config.gradient_checkpointing),
             plain_attention(accelerator),
+            torch.random.fork_rng(devices=[]),
             tqdm(
                 total=config.steps, initial=state.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
             ) as bar,
@@ -189,10 +191,10 @@ def _make_optimizer(params: Mapping[str, nn.Parameter], config: TrainConfig) -> 
     kinds = {
         name: kind
         for name, kind in vars(torch.optim).items()
-        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer)
+        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_OURS
     }
-    if config.optimizer not in kinds or config.optimizer == "Optimizer":
-        raise unknown("optimizer", config.optimizer, set(kinds) - {"Optimizer"})
+    if config.optimizer not in kinds:
+        raise unknown("optimizer", config.optimizer, kinds)
     try:
         kind: Any = kinds[config.optimizer]
         optimizer: torch.optim.Optimizer = kind(list(params.values()), lr=config.lr, **config.optimizer_args)

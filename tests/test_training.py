@@ -136,6 +136,7 @@ def test_bad_training_input_is_named(model, tmp_path):
     params, batches, loss = task(model)
     for config, message in [
         (replace(QUICK, optimizer="AdmaW"), "did you mean 'AdamW'"),
+        (replace(QUICK, optimizer="LBFGS"), "unknown optimizer"),
         (replace(QUICK, optimizer_args={"momentun": 1}), "momentun"),
         (replace(QUICK, mixed_precision="bf61"), "did you mean 'bf16'"),
     ]:
