@@ -310,7 +310,9 @@ def test_two_processes_make_the_same_bytes_as_one(whole: ImageSet, run_job, tmp_
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "out") == files(whole.folder)
     bars = set(re.findall(r"images.*?(\d+/\d+) ", done.stderr))
-    assert bars == {"0/4", "3/4", "4/4"}  # the main process's bar, and its share: batches 0 and 2
+    assert (
+        {"0/4", "4/4"} <= bars <= {"0/4", "3/4", "4/4"}
+    )  # the main process's bar and share: batches 0 and 2; a fast step is not drawn
 
 
 def test_a_run_killed_while_it_writes_is_finished_by_the_next(pipe, whole: ImageSet, calls, run_job, tmp_path: Path):

@@ -16,7 +16,7 @@ from eval.images import file_sha256
 from prompts.canvas import KINDS, vocabulary
 
 CELLS = vocabulary().cells()
-PER_CELL = 2  # 960 renders
+PER_CELL = 6  # 2,880 renders: at a true 99.3 % (5,760 renders of these seeds) a smaller sample falls under 99 by chance
 SEED = 50_000_000  # no training batch, and no render of the card, comes from here
 
 
@@ -26,7 +26,7 @@ def renders() -> torch.Tensor:
 
 
 def accuracy(kind: str, logits: torch.Tensor) -> float:
-    truth = torch.tensor([vocabulary().names(kind).index(cell[kind]) for cell in CELLS]).repeat(PER_CELL)
+    truth = torch.tensor([vocabulary().names(kind).index(cell[kind]) for cell in CELLS]).repeat(len(logits) // len(CELLS))
     return 100 * (logits.argmax(1) == truth).float().mean().item()
 
 
@@ -55,7 +55,7 @@ def clip():
 )
 def test_clip_names_held_out_renders_through_open_clip(kind: str, caption: str, clip, renders: torch.Tensor) -> None:
     model, preprocess, tokenizer = clip
-    pictures = [Image.fromarray(image) for image in (renders * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+    pictures = [Image.fromarray(image) for image in (renders[: 2 * len(CELLS)] * 255).round().byte().permute(0, 2, 3, 1).numpy()]
     with torch.inference_mode():
         seen = model.encode_image(torch.stack([preprocess(picture) for picture in pictures]), normalize=True)
         for names in (vocabulary().names(kind), [vocabulary().synonyms[kind][name][0] for name in vocabulary().names(kind)]):
