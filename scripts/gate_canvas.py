@@ -81,7 +81,7 @@ def card(scores: dict[str, list[Score]], config: GenerateConfig, images: int, un
         unet_steps=f"{unet_steps:,}",
         images=images,
         seeds=", ".join(map(str, ANSWER_SEEDS)),
-        sampler=f"{config.scheduler}, {config.steps} steps, guidance {config.guidance:g}",
+        sampler=f"{config.scheduler}, {config.steps} steps, guidance {config.guidance:g}, autocast {config.mixed_precision}",
         command="python scripts/gate_canvas.py",
         rows="\n".join(
             f"| {judge} | " + " | ".join(s.text() for s in _accuracies(found)) + " |" for judge, found in scores.items()
@@ -98,11 +98,12 @@ def main() -> None:
     """Generate, score, write the card, and fail if the gate does not open."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gate"))
-    parser.add_argument("--steps", type=int, default=GenerateConfig.steps)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--precision", default="bf16", help="no, bf16 or fp16")
     parser.add_argument("--guidance", type=float, default=GenerateConfig.guidance)
     parser.add_argument("--unet_steps", type=int, default=5500, help="what train_canvas.py was run with, for the card")
     args = parser.parse_args()
-    config = GenerateConfig(steps=args.steps, guidance=args.guidance)
+    config = GenerateConfig(steps=args.steps, guidance=args.guidance, mixed_precision=args.precision)
     model = load_model("canvas", default_device())
     images = generate(model.pipeline(), canvas_grid(), args.out, config, {"fingerprint": model.fingerprint})
     if not PartialState().is_main_process:
