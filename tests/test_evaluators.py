@@ -111,7 +111,8 @@ def predictions(judge: str, images: ImageSet) -> dict[str, list[str]]:
 def test_noise_has_a_high_ua_and_is_caught_by_ira_and_cra(judge: str, noise: ImageSet) -> None:
     """What a model draws regardless of the prompt is right by chance only: UA alone would praise it.
 
-    Chance is exact in the mean over the targets of a kind, whatever the judge sees in noise: UA 1 - 1/K, IRA 1/K.
+    Chance is exact in the mean over the K targets of a kind, whatever the judge sees in noise: UA 1 - 1/K (90 % for objects,
+    near 100 % where there are many), IRA 1/K. A single target's UA depends on what the judge likes to call noise.
     """
     guesses = predictions(judge, noise)
     labels = {kind: [row.labels[kind] for row in noise.rows] for kind in KINDS}
@@ -120,10 +121,10 @@ def test_noise_has_a_high_ua_and_is_caught_by_ira_and_cra(judge: str, noise: Ima
         tallies = [forgetting(guesses, labels, [(kind, name)]) for name in names]
         shares = {score: [100 * tally[score].hits / tally[score].n for tally in tallies] for score in ("UA", "IRA", "CRA")}
         chance, cross = 100 / len(names), float(np.mean([100 / len(vocabulary().names(k)) for k in others]))
-        assert max(shares["UA"]) >= 95
-        assert np.mean(shares["UA"]) == pytest.approx(100 - chance, abs=4)
-        assert np.mean(shares["IRA"]) == pytest.approx(chance, abs=4)
-        assert np.mean(shares["CRA"]) == pytest.approx(cross, abs=4)
+        luck = 3 * 100 * np.sqrt(chance / 100 * (1 - chance / 100) / len(noise.rows))
+        assert np.mean(shares["UA"]) == pytest.approx(100 - chance, abs=luck)
+        assert np.mean(shares["IRA"]) == pytest.approx(chance, abs=luck)
+        assert np.mean(shares["CRA"]) == pytest.approx(cross, abs=5)
 
 
 def test_several_concepts_of_several_kinds(oracle) -> None:
