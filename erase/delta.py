@@ -42,12 +42,11 @@ class ErasedDelta:
         """Number of weights that changed."""
         return sum(value.numel() for value in self.values.values())
 
-    @torch.no_grad()
-    def apply(self, model: DiffusionModel) -> DiffusionModel:
-        """Put the changed values into a base model, in place, and return it.
+    def check(self, model: DiffusionModel) -> None:
+        """Refuse a model that is not the base that this delta was made from.
 
         Raises:
-            ErasureError: the model is not the base that this delta was made from.
+            ErasureError: its fingerprint is another.
         """
         own = self.metadata.get("base_fingerprint", "")
         if model.fingerprint != own:
@@ -55,6 +54,11 @@ class ErasedDelta:
                 f"this delta belongs to base {self.metadata.get('base_id', '?')} (fingerprint {own[:12]}), but {model.name} has "
                 f"{model.fingerprint[:12]}; load that base, or erase from this one"
             )
+
+    @torch.no_grad()
+    def apply(self, model: DiffusionModel) -> DiffusionModel:
+        """Put the changed values into a base model, in place, and return it; `check` must pass."""
+        self.check(model)
         params = model.parameters()
         for name, value in self.values.items():
             where = unpack(self.bits[name], tuple(params[name].shape)).to(params[name].device)

@@ -109,7 +109,7 @@ def fit(
         config: steps, optimizer, precision.
         mask: where weights may change; None: everywhere.
         accelerator: made from `config` where none is given.
-        checkpoint: file of the training state; found, it is resumed from; finished, it is removed.
+        checkpoint: file of the training state; found, it is resumed from; the caller removes it.
 
     Raises:
         ErasureError: a loss that is not finite, an unknown optimizer or argument, a mask of another base.

@@ -78,6 +78,7 @@ def evaluate(
         get_evaluator(name)  # a misspelt name fails before the hour of generating, not after
     concepts = [ConceptSpec(**concept) for concept in delta.concepts]  # type: ignore[arg-type]
     model = load_model(model) if isinstance(model, str) else model
+    delta.check(model)  # before the base's images are made, not after
     base = {"model": model.name, "fingerprint": model.fingerprint}
     before = generate(model.pipeline(), prompts, Path(base_images or out / "base"), config.generate, base | {"delta": "none"})
     delta.apply(model)
@@ -89,20 +90,7 @@ def evaluate(
         base | {"delta": delta.metadata["method"], "fingerprint": model.fingerprint},
     )
     images = {BASE: before, ERASED: after}
-    report = EvalReport(
-        concept=_concept(concepts),
-        rows={row: score(found, concepts, config.evaluators, configs) for row, found in images.items()},
-        provenance={
-            **{key: value for key, value in delta.metadata.items() if key not in ("config", "concepts", "format")},
-            "config": json.loads(delta.metadata["config"]),
-            "evaluation": asdict(config),
-            "changed_weights": delta.count,
-            "nudenet": version("nudenet"),
-            "open_clip": version("open_clip_torch"),
-            "commands": commands or [],
-        },
-        extras=_confusion(images, concepts, config),
-    )
+    report = _report(images, concepts, delta, config, commands or [], configs or {})
     mask = evidence.mask
     save_report(
         out,
@@ -114,6 +102,31 @@ def evaluate(
         mask.sizes() if mask else None,
     )
     return report
+
+
+def _report(
+    images: Mapping[str, ImageSet],
+    concepts: list[ConceptSpec],
+    delta: ErasedDelta,
+    config: EvaluateConfig,
+    commands: list[str],
+    configs: Mapping[str, Any],
+) -> EvalReport:
+    """Scores of both image sets, and where everything came from."""
+    return EvalReport(
+        concept=_concept(concepts),
+        rows={row: score(found, concepts, config.evaluators, configs) for row, found in images.items()},
+        provenance={
+            **{key: value for key, value in delta.metadata.items() if key not in ("config", "concepts", "format")},
+            "config": json.loads(delta.metadata["config"]),
+            "evaluation": asdict(config),
+            "changed_weights": delta.count,
+            "nudenet": version("nudenet"),
+            "open_clip": version("open_clip_torch"),
+            "commands": commands,
+        },
+        extras=_confusion(images, concepts, config, configs),
+    )
 
 
 def score(
@@ -141,12 +154,14 @@ def _concept(concepts: list[ConceptSpec]) -> dict[str, Any]:
     }
 
 
-def _confusion(images: Mapping[str, ImageSet], concepts: list[ConceptSpec], config: EvaluateConfig) -> dict[str, Any]:
+def _confusion(
+    images: Mapping[str, ImageSet], concepts: list[ConceptSpec], config: EvaluateConfig, configs: Mapping[str, Any]
+) -> dict[str, Any]:
     """Confusion matrices of the first concept's kind, where the classifier judged."""
     if "classifier" not in config.evaluators:
         return {}
     from eval.evaluators.classifier import Config, confusions
 
-    tables = {row: confusions(found, Config()) for row, found in images.items()}
+    tables = {row: confusions(found, configs.get("classifier") or Config()) for row, found in images.items()}
     kind = concepts[0].kind
     return {"confusion": {row: table[kind] for row, table in tables.items() if kind in table}}
