@@ -13,7 +13,7 @@ from erase.delta import ErasedDelta
 from erase.files import written_whole
 from erase.latents import LatentConfig, prepare_latents
 from erase.methods import get_method
-from erase.models import DiffusionModel, load_model
+from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.training import TrainConfig, make_accelerator
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
@@ -26,12 +26,13 @@ class EraseConfig:
     """What to erase from, and with what data; the method has its own configuration."""
 
     model: str = "canvas"
-    """the base checkpoint: canvas (shipped with this package), a diffusers folder, or a hub id"""
+    """the base checkpoint: canvas (shipped with this package), a diffusers folder, a single file (.safetensors, .ckpt), or a hub id"""
     method: str = "salun"
     """salun (our default), or salun-paper (the reference to the letter)"""
     seed: int = 0
     """fixes prompts, latents, noise and order: same seed, same machine, same delta"""
     latents: LatentConfig = field(default_factory=LatentConfig)
+    load: LoadConfig = field(default_factory=LoadConfig)
 
 
 def erase_concept(
@@ -64,7 +65,11 @@ def erase_concept(
     method = get_method(config.method)
     settings = method.config if method_config is None else method_config
     accelerator = make_accelerator(getattr(settings, "train", TrainConfig()))
-    model = model or load_model(config.model, accelerator.device)
+    if config.load.dtype != "float32":
+        raise ErasureError(
+            f"load.dtype is {config.load.dtype}, but training needs float32 weights; use train.mixed_precision instead"
+        )
+    model = model or load_model(config.model, accelerator.device, config.load)
     metadata = describe(model, concepts, config, settings)
     folder = Path(out) if out else None
     if folder:
@@ -86,6 +91,23 @@ def erase_concept(
         delta.save(folder / "delta.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)
     return delta
+
+
+def load_base(delta: ErasedDelta, name: str | None = None, device: str | torch.device = "cpu") -> DiffusionModel:
+    """The base that a delta was made from, read as it was then.
+
+    Args:
+        delta: names its base and how it was read.
+        name: where the base is now; by default where it was.
+        device: where it goes.
+
+    Raises:
+        ErasureError: it cannot be loaded, or it is another checkpoint.
+    """
+    options = json.loads(delta.metadata.get("config", "{}")).get("erase", {}).get("load", {})
+    model = load_model(name or delta.metadata["base_id"], device, LoadConfig(**options))
+    delta.check(model)
+    return model
 
 
 def _check_concepts(concepts: list[ConceptSpec]) -> None:

@@ -9,15 +9,20 @@ from torch import nn
 
 from prompts.errors import ErasureError, unknown
 
+# A UNet's attn2 looks at the text. In a transformer with joint attention, text and image look at each other through one attention
+# (`attn`), in which each has projections of its own: the text's are called add_*; `attn2`, where there is one, is the image's alone.
+_TEXT = r"^unet\..*\battn2\b|^transformer\..*\battn\.(add_|to_add_out|norm_added_)"
+_IMAGE = r"^unet\..*\battn1\b|^transformer\..*\b(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)\b"
 SCOPES = {
-    "full": r"^unet\.",
-    "xattn": r"^unet\..*\battn2\b",
-    "xattn_kv": r"^unet\..*\battn2\.to_[kv]\b",
-    "selfattn": r"^unet\..*\battn1\b",
-    "noxattn": r"^unet\.(?!.*\battn2\b)",
-    "text_encoder": r"^text_encoder\.",
+    "full": r"^(unet|transformer)\.",
+    "xattn": _TEXT,
+    "xattn_kv": r"^unet\..*\battn2\.to_[kv]\b|^transformer\..*\battn\.add_[kv]_proj\b",
+    "selfattn": _IMAGE,
+    "noxattn": rf"^(?!{_TEXT})(unet|transformer)\.",
+    "text_encoder": r"^text_encoder(_\d)?\.",
 }
-"""Named scopes, as patterns over `component.parameter` names. `noxattn` is every UNet weight outside cross-attention (ESD-u)."""
+"""Named scopes, as patterns over `component.parameter` names: `full` is the whole denoiser, `noxattn` all of it outside
+cross-attention (ESD-u); of a joint attention, `xattn` is the text's side and `selfattn` the image's."""
 
 
 def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:

@@ -11,7 +11,6 @@ threads differ by 1e-6, which is gone in 8 bits. No GPU has been measured.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,13 +28,15 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
-from torch import Tensor
 from tqdm import tqdm
 
-from erase.models import autocast
+from erase.models import Cond, autocast
+from erase.models.loading import family_of
+from erase.models.pipelines import Pipeline, arguments, decode, denoiser, encode, image_size
 from eval.images import (
     SETTINGS,
     ImageRow,
@@ -50,8 +51,6 @@ from eval.images import (
 from prompts.errors import ErasureError, unknown
 from prompts.prompt_sets import PromptRow, PromptSet
 
-Pipeline = Any  # a diffusers pipeline: its parts are attributes made at run time, which no type checker sees
-
 # name -> class, and what its name promises but another scheduler's config may not say
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),  # latents are not bounded by 1
@@ -60,7 +59,14 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lms": (LMSDiscreteScheduler, {}),
     "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # PLMS, as Stable Diffusion was released with
 }
-EMBEDDINGS = 2048  # kept at most; 230 KB each for SD 1.x in float32
+FLOW_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "dpm++": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "dpmsolver++", "prediction_type": "flow_prediction", "use_flow_sigmas": True},
+    ),
+    "euler": (FlowMatchEulerDiscreteScheduler, {}),
+}
+EMBEDDINGS = 2048  # kept at most; 230 KB each for SD 1.x in float32, 630 KB for SDXL
 
 
 @dataclass
@@ -109,8 +115,8 @@ def generate(pipeline: Pipeline, prompts: PromptSet, out: Path, config: Generate
     arguments, and each makes its share of the batches.
 
     Args:
-        pipeline: any pipeline that takes `prompt_embeds` and `negative_prompt_embeds` and needs no other conditioning, on
-            the device where it is to run; it is left as it was found. The safety checker is not asked.
+        pipeline: a stock pipeline of a family that `erase.models` knows, on the device where it is to run; it is left as it was
+            found. The safety checker is not asked.
         out: an empty or new folder, or one that a run with the same settings has begun.
         config: scheduler, steps, guidance, resolution, batch size.
         provenance: goes into `settings.json`: the model's fingerprint, the delta, … Its `command`, if given, is what errors
@@ -123,7 +129,7 @@ def generate(pipeline: Pipeline, prompts: PromptSet, out: Path, config: Generate
         ErasureError: the pipeline is of another kind; `out` holds images made with other settings; an image is
             not finite; the disk is full.
     """
-    _check(pipeline)
+    family_of(pipeline, "the pipeline")  # refuses other kinds
     out = Path(out)
     state = PartialState(cpu=pipeline._execution_device.type == "cpu")  # without cpu=True, processes on CPU stay strangers
     whole = batches(prompts, config)
@@ -150,13 +156,6 @@ def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
     return [Batch(rows[i : i + step], guidance) for guidance, rows in groups.items() for i in range(0, len(rows), step)]
 
 
-def _check(pipeline: Pipeline) -> None:
-    takes = inspect.signature(pipeline.__call__).parameters
-    if "negative_prompt_embeds" not in takes or any("pooled" in name or "attention_mask" in name for name in takes):
-        kind = type(pipeline).__name__
-        raise ErasureError(f"{kind} is not conditioned on prompt embeddings alone; generate takes Stable Diffusion 1.x and 2.x")
-
-
 def _settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, size: int) -> dict[str, Any]:
     device = pipeline._execution_device  # unlike .device, right under CPU offload
     return {
@@ -166,10 +165,10 @@ def _settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, si
         "scheduler": config.scheduler,
         "steps": config.steps,
         "guidance": float(config.guidance),
-        "resolution": config.resolution or pipeline.unet.config.sample_size * pipeline.vae_scale_factor,
+        "resolution": config.resolution or image_size(pipeline),
         "batch_size": size,
         "mixed_precision": config.mixed_precision,
-        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "dtype": str(denoiser(pipeline).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "safety_checker": "off",
         "versions": ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers")),
@@ -195,11 +194,24 @@ def _claim(out: Path, settings: dict[str, Any], state: PartialState) -> None:
 
 def _prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
     """The same parts behind another scheduler: a shallow copy, so that the caller's pipeline stays as it is."""
-    pipe, (scheduler, options) = copy(pipeline), SCHEDULERS[config.scheduler]
-    pipe.scheduler = scheduler.from_config(pipeline.scheduler.config, **options)
+    pipe = copy(pipeline)
+    pipe.scheduler = _scheduler(pipeline.scheduler, config.scheduler)
     pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _scheduler(own: Any, name: str) -> Any:
+    """A scheduler by name, for what the checkpoint's own says of noise and prediction."""
+    flow = isinstance(own, FlowMatchEulerDiscreteScheduler)
+    choices = FLOW_SCHEDULERS if flow else SCHEDULERS
+    if name not in choices:
+        raise ErasureError(
+            f"scheduler {name} does not know flow matching, which this model was trained by; use {' or '.join(choices)}"
+        )
+    scheduler, options = choices[name]
+    shift = {"flow_shift": own.config.shift} if flow else {}
+    return scheduler.from_config(own.config, **options, **shift)
 
 
 def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any], state: PartialState) -> None:
@@ -230,18 +242,12 @@ def _wait(writes: list[Future[None]]) -> None:
         write.result()
 
 
-def _embedder(pipe: Pipeline) -> Callable[[str], Tensor]:
-    """prompt -> its embedding, shape (1, tokens, width); encoded alone and once, so that its bits are always the same."""
-
-    @lru_cache(EMBEDDINGS)
-    @torch.no_grad()
-    def embed(prompt: str) -> Tensor:
-        return pipe.encode_prompt(prompt, pipe._execution_device, 1, do_classifier_free_guidance=False)[0]
-
-    return embed
+def _embedder(pipe: Pipeline) -> Callable[[str], Cond]:
+    """prompt -> its condition, one row; encoded alone and once, so that its bits are always the same."""
+    return lru_cache(EMBEDDINGS)(lambda prompt: encode(pipe, [prompt]))
 
 
-def denoise(pipe: Pipeline, batch: Batch, embed: Callable[[str], Tensor], settings: dict[str, Any]) -> dict[int, np.ndarray]:
+def denoise(pipe: Pipeline, batch: Batch, embed: Callable[[str], Cond], settings: dict[str, Any]) -> dict[int, np.ndarray]:
     """The images of a batch: case -> pixels, shape (H, W, 3), uint8.
 
     Raises:
@@ -249,16 +255,16 @@ def denoise(pipe: Pipeline, batch: Batch, embed: Callable[[str], Tensor], settin
     """
     rows = batch.rows + batch.rows[-1:] * (settings["batch_size"] - len(batch.rows))
     with autocast(pipe._execution_device, settings["mixed_precision"]):
-        images = pipe(
-            prompt_embeds=torch.cat([embed(row.prompt) for row in rows]),
-            negative_prompt_embeds=embed("").repeat(len(rows), 1, 1),
+        latents = pipe(
+            **arguments(Cond.stack([embed(row.prompt) for row in rows]), Cond.stack([embed("")] * len(rows))),
             generator=[torch.Generator().manual_seed(row.seed) for row in rows],
             num_inference_steps=settings["steps"],
             guidance_scale=batch.guidance,
             height=settings["resolution"],
             width=settings["resolution"],
-            output_type="pt",
-        ).images[: len(batch.rows)]
+            output_type="latent",
+        ).images
+    images = decode(pipe, latents, settings["mixed_precision"])[: len(batch.rows)]
     for row, finite in zip(batch.rows, images.isfinite().all(dim=(1, 2, 3)).tolist(), strict=True):
         if not finite:
             raise ErasureError(

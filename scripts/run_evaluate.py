@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from erase.delta import ErasedDelta
-from erase.models import load_model
+from erase.run import load_base
 from erase.training import default_device
 from eval.run import EvaluateConfig, Evidence, evaluate
 from prompts.errors import ErasureError
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     delta = ErasedDelta.load(options.delta)
     prompts = canvas_grid(seeds_of(options.seeds)) if options.prompts == "canvas" else PromptSet.load(options.prompts)
     report = evaluate(
-        load_model(options.model or delta.metadata["base_id"], default_device()),
+        load_base(delta, options.model, default_device()),
         delta,
         prompts,
         options.out,

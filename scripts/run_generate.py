@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 
 from erase.delta import ErasedDelta
-from erase.models import load_model
+from erase.models import LoadConfig, load_model
 from erase.training import default_device
 from eval.generate import GenerateConfig, generate
 from prompts.prompt_sets import PromptSet
@@ -21,7 +21,10 @@ from scripts.front import add_config, build, parse, parser, run
 def main(argv: list[str] | None = None) -> None:
     """Parse, generate, say where the images are."""
     made = parser("erase-generate", __doc__)
-    made.add_argument("--model", type=str, default="canvas", help="canvas (shipped), a diffusers folder, or a hub id")
+    made.add_argument(
+        "--model", type=str, default="canvas", help="canvas (shipped), a diffusers folder, a single file, or a hub id"
+    )
+    made.add_argument("--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read")
     made.add_argument("--delta", type=str | None, default=None, help="an erasure to apply to the model first")
     made.add_argument(
         "--prompts", type=str, default="canvas", help="canvas, or a .csv (the field's columns) or .yaml file (templates)"
@@ -30,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     add_config(made, GenerateConfig())
     options = parse(made, argv)
     prompts = PromptSet.load(options.prompts)
-    model = load_model(options.model, default_device())
+    model = load_model(options.model, default_device(), options.load)
     provenance = {"model": model.name, "delta": "none"}
     if options.delta:
         delta = ErasedDelta.load(options.delta)

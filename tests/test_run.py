@@ -261,7 +261,7 @@ BAD = [
     (["--concept", "heart", "--scope", "xatn"], "did you mean 'xattn'"),
     (["--concept", "heart", "--scope", "text_encoder"], "cannot change the text encoder"),
     (["--concept", "heart", "--mask", "inverse"], "did you mean 'inverted'"),
-    (["--concept", "heart", "--anchor", "star", "--retain", "a moon", "--model", "no/such/model"], "cannot load"),
+    (["--concept", "heart", "--anchor", "star", "--retain", "a moon", "--model", "no/such/model"], "there is no file or folder"),
     (["--concept", "heart", "--config", "absent.yaml"], "absent.yaml"),
     (["--concept", "heart", "--concept", "mushroom"], "is to be forgotten as well"),
     (["--concepts", "nudty"], "did you mean 'nudity'"),

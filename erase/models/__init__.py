@@ -1,46 +1,45 @@
-"""Checkpoints, by folder, hub id or the name `canvas` (the one that is shipped in this package)."""
+"""Checkpoints, by folder, single file, hub id or the name `canvas` (the one that is shipped in this package)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from erase.models.base import PRECISIONS, Cond, DiffusionModel, autocast, weights_at
-from prompts.errors import ErasureError
+from erase.models.config import LoadConfig
 
 CANVAS = Path(__file__).parent / "canvas"
 
-__all__ = ["CANVAS", "PRECISIONS", "Cond", "DiffusionModel", "autocast", "load_model", "weights_at"]
+__all__ = ["CANVAS", "PRECISIONS", "Cond", "DiffusionModel", "LoadConfig", "autocast", "load_model", "weights_at", "wrap"]
 
 
-def load_model(name: str, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> DiffusionModel:
-    """Load a Stable Diffusion checkpoint through stock diffusers; the safety checker is left out.
+def load_model(name: str | Path, device: str | torch.device = "cpu", options: LoadConfig | None = None) -> DiffusionModel:
+    """Load a checkpoint; its family is recognised from what it says of itself, and its safety checker is left out.
 
     Args:
-        name: `canvas`, a diffusers folder, or a hub id.
+        name: `canvas`; a diffusers folder; a single file in the LDM layout (.safetensors, .ckpt, .pt), as A1111 and ComfyUI use;
+            or a hub id.
         device: where the modules go.
-        dtype: of the weights in memory; training needs float32.
+        options: variant, revision, dtype and what a single file does not tell.
 
     Raises:
-        ErasureError: nothing can be loaded from there, or the family is not supported.
+        ErasureError: nothing can be loaded from there, its family is not supported, or its weights are damaged.
     """
-    from diffusers import StableDiffusionPipeline
+    from erase.models.loading import load_pipeline
 
-    from erase.models.sd import StableDiffusion
+    pipeline = load_pipeline(CANVAS if name == "canvas" else name, options or LoadConfig())
+    return wrap(pipeline.to(device), str(name))
 
-    path = CANVAS if name == "canvas" else Path(name)
-    if path.exists() and not (path / "model_index.json").is_file():
-        raise ErasureError(f"{path} is not a diffusers folder: it has no model_index.json")
-    try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            path if path.exists() else name,
-            dtype=dtype,
-            safety_checker=None,
-            requires_safety_checker=False,
-            use_safetensors=True,
-        )
-    except Exception as error:  # diffusers, safetensors and the hub client each raise their own kinds
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ErasureError(f"cannot load a Stable Diffusion checkpoint from {name!r}: {reason}") from error
-    return StableDiffusion(pipeline.to(device), name)
+
+def wrap(pipeline: Any, name: str = "in memory") -> DiffusionModel:
+    """The `DiffusionModel` over a stock diffusers pipeline, by its class.
+
+    Raises:
+        ErasureError: a pipeline class that is not supported.
+    """
+    from erase.models.loading import family_of
+
+    model: DiffusionModel = family_of(pipeline, name)(pipeline, name)
+    return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -27,17 +27,23 @@ class Cond:
         return len(self.embeddings)
 
     def __getitem__(self, rows: Tensor | slice) -> Cond:
-        return self._each(lambda tensor: tensor[rows])
+        return self.each(lambda tensor: tensor[rows])
 
     def to(self, device: torch.device) -> Cond:
-        return self._each(lambda tensor: tensor.to(device))
+        return self.each(lambda tensor: tensor.to(device))
 
     def cat(self, other: Cond) -> Cond:
         """The rows of both, in order."""
-        extras = {name: torch.cat([tensor, other.extras[name]]) for name, tensor in self.extras.items()}
-        return Cond(torch.cat([self.embeddings, other.embeddings]), extras)
+        return Cond.stack([self, other])
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Cond:
+    @classmethod
+    def stack(cls, conds: Sequence[Cond]) -> Cond:
+        """The rows of all, in order."""
+        extras = {name: torch.cat([cond.extras[name] for cond in conds]) for name in conds[0].extras}
+        return cls(torch.cat([cond.embeddings for cond in conds]), extras)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Cond:
+        """The same change of every tensor."""
         return Cond(change(self.embeddings), {name: change(tensor) for name, tensor in self.extras.items()})
 
 

@@ -2,65 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from diffusers import DPMSolverMultistepScheduler
-from torch import Tensor, nn
+from torch import Tensor
 
-from erase.models.base import Cond, fingerprint
+from erase.models.base import Cond
+from erase.models.pipeline_model import PipelineModel
+from erase.models.pipelines import Pipeline
 from prompts.errors import ErasureError
 
-Pipeline = Any  # a StableDiffusionPipeline: its parts are attributes made at run time, which no type checker sees
-COMPONENTS = ("unet", "text_encoder")
 
-
-class StableDiffusion:
+class StableDiffusion(PipelineModel):
     """A `DiffusionModel` over a stock `StableDiffusionPipeline`."""
 
+    components: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
+
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
-        self.name = name
-        self._pipeline = pipeline
-        pipeline.set_progress_bar_config(disable=True)
-        for component in (*COMPONENTS, "vae"):
-            getattr(pipeline, component).requires_grad_(False).eval()
-        unet, schedule = pipeline.unet, pipeline.scheduler
-        self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        self.image_size = unet.config.sample_size * pipeline.vae_scale_factor
-        self.timesteps = schedule.config.num_train_timesteps
+        schedule, channels = pipeline.scheduler, pipeline.unet.config.in_channels
         if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
             raise ErasureError(
                 f"{name}: prediction type {schedule.config.prediction_type!r} is not supported; use epsilon or v_prediction"
             )
+        if channels != pipeline.vae.config.latent_channels:
+            raise ErasureError(
+                f"{name}: its UNet takes {channels} channels where latents have {pipeline.vae.config.latent_channels}, so it is an inpainting, "
+                "depth or editing model; give its text-to-image sibling"
+            )
+        super().__init__(pipeline, name)
         self._v = schedule.config.prediction_type == "v_prediction"
-        self._alphas = schedule.alphas_cumprod.float()
-        self.refresh_fingerprint()
-
-    def refresh_fingerprint(self) -> None:
-        self.fingerprint = fingerprint(self.parameters().items())
-
-    @property
-    def device(self) -> torch.device:
-        return self._pipeline.unet.device
-
-    def component(self, name: str) -> nn.Module:
-        module: nn.Module = getattr(self._pipeline, name)
-        return module
-
-    def parameters(self, component: str | None = None) -> dict[str, nn.Parameter]:
-        parts = COMPONENTS if component is None else (component,)
-        return {f"{part}.{name}": p for part in parts for name, p in self.component(part).named_parameters()}
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Cond:
-        pipe = self._pipeline
-        return Cond(torch.cat([pipe.encode_prompt(prompt, self.device, 1, False)[0] for prompt in prompts]))
-
-    @torch.no_grad()
-    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        vae = self._pipeline.vae
-        posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
-        return posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+        self._alphas: Tensor = schedule.alphas_cumprod.float()
 
     def _signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self._alphas.to(t.device)[t].view(-1, 1, 1, 1)
@@ -77,25 +48,14 @@ class StableDiffusion:
         return signal * noise - sigma * x0
 
     def predict(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        prediction: Tensor = self._pipeline.unet(xt, t, encoder_hidden_states=cond.embeddings).sample
+        prediction: Tensor = self._pipeline.unet(
+            xt, t, encoder_hidden_states=cond.embeddings, added_cond_kwargs=self.added(xt, cond)
+        ).sample
         return prediction
 
-    @torch.no_grad()
-    def sample(self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None) -> Tensor:
-        sampler = DPMSolverMultistepScheduler.from_config(self._pipeline.scheduler.config)
-        pipe = type(self._pipeline)(**{**self._pipeline.components, "scheduler": sampler}, requires_safety_checker=False)
-        pipe.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        latents: Tensor = pipe(
-            prompts,
-            height=size,
-            width=size,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-            output_type="latent",
-        ).images
-        return latents
+    def added(self, xt: Tensor, cond: Cond) -> dict[str, Tensor] | None:
+        """Conditioning beside the text states; none here."""
+        return None
 
-    def pipeline(self) -> Any:
-        return self._pipeline
+    def sampler(self) -> Any:
+        return DPMSolverMultistepScheduler.from_config(self._pipeline.scheduler.config)

@@ -1,0 +1,78 @@
+"""What every family has in common: a `DiffusionModel` over a stock diffusers pipeline."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from erase.models.base import Cond, fingerprint
+from erase.models.pipelines import Pipeline, arguments, denoiser, encode, image_size, modules
+
+
+class PipelineModel:
+    """A pipeline's parts, names and sizes. A family adds its forward process and its prediction."""
+
+    components: ClassVar[tuple[str, ...]]
+    """parts whose weights a method may change, the denoiser first"""
+
+    def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
+        self.name = name
+        self._pipeline = pipeline
+        pipeline.set_progress_bar_config(disable=True)
+        for part in modules(pipeline).values():
+            part.requires_grad_(False).eval()
+        config = denoiser(pipeline).config
+        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        self.image_size = image_size(pipeline)
+        self.timesteps: int = pipeline.scheduler.config.num_train_timesteps
+        self.refresh_fingerprint()
+
+    def refresh_fingerprint(self) -> None:
+        self.fingerprint = fingerprint(self.parameters().items())
+
+    @property
+    def device(self) -> torch.device:
+        return denoiser(self._pipeline).device  # type: ignore[no-any-return]
+
+    def component(self, name: str) -> nn.Module:
+        module: nn.Module = getattr(self._pipeline, name)
+        return module
+
+    def parameters(self, component: str | None = None) -> dict[str, nn.Parameter]:
+        parts = modules(self._pipeline)
+        chosen = [part for part in self.components if part in parts] if component is None else [component]
+        return {f"{part}.{name}": p for part in chosen for name, p in parts[part].named_parameters()}
+
+    def encode(self, prompts: list[str]) -> Cond:
+        return encode(self._pipeline, prompts)
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        vae = self._pipeline.vae
+        posterior, shift = vae.encode(images.to(self.device, vae.dtype)).latent_dist, getattr(vae.config, "shift_factor", None)
+        return (posterior.mean - (shift or 0.0)) * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+
+    def sampler(self) -> Any:
+        """The scheduler that `sample` uses: the checkpoint's own, unless a family has a quicker one."""
+        return copy(self._pipeline.scheduler)
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None) -> Tensor:
+        pipe = copy(self._pipeline)  # the same parts behind another scheduler; the caller's pipeline stays as it is
+        pipe.scheduler = self.sampler()
+        latents: Tensor = pipe(
+            **arguments(self.encode(prompts), self.encode([""] * len(prompts))),
+            height=size,
+            width=size,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="latent",
+        ).images
+        return latents
+
+    def pipeline(self) -> Any:
+        return self._pipeline

@@ -1,0 +1,85 @@
+"""Stock diffusers pipelines, whatever their family: how they are conditioned, and how their latents become pixels.
+
+Stable Diffusion 1.x and 2.x are conditioned on text states alone; XL and 3 on pooled ones too. Here is all that tells them apart
+where images are made, so that generation needs no code for a family of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erase.models.base import Cond, autocast
+
+Pipeline = Any  # a diffusers pipeline: its parts are attributes made at run time, which no type checker sees
+POOLED = "pooled"
+
+
+def denoiser(pipeline: Pipeline) -> Any:
+    """The UNet or the transformer of a pipeline."""
+    return pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
+
+
+def image_size(pipeline: Pipeline) -> int:
+    """Side of an image at the model's own resolution, in pixels."""
+    size: int = denoiser(pipeline).config.sample_size * pipeline.vae_scale_factor
+    return size
+
+
+def modules(pipeline: Pipeline) -> dict[str, nn.Module]:
+    """The parts of a pipeline that hold weights, by name."""
+    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+
+
+@torch.no_grad()
+def encode(pipeline: Pipeline, prompts: list[str]) -> Cond:
+    """Text states of the prompts, each encoded alone, so that its bits do not depend on the others.
+
+    The empty prompt is the null condition of classifier-free guidance; a pipeline that wants zeros there (SDXL) gets zeros.
+    """
+    further = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
+    rows = []
+    for prompt in prompts:
+        found = pipeline.encode_prompt(
+            prompt=prompt,
+            device=pipeline._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **further,
+        )
+        row = Cond(found[0], {POOLED: found[2]} if len(found) == 4 else {})
+        zeros = not prompt and pipeline.config.get("force_zeros_for_empty_prompt", False)
+        rows.append(row.each(torch.zeros_like) if zeros else row)
+    return Cond.stack(rows)
+
+
+def arguments(cond: Cond, null: Cond) -> dict[str, Tensor]:
+    """What a pipeline's call takes instead of prompts: these conditions, each guided away from its null condition."""
+    given = {"prompt_embeds": cond.embeddings, "negative_prompt_embeds": null.embeddings}
+    if POOLED in cond.extras:
+        given |= {"pooled_prompt_embeds": cond.extras[POOLED], "negative_pooled_prompt_embeds": null.extras[POOLED]}
+    return given
+
+
+@torch.no_grad()
+def decode(pipeline: Pipeline, latents: Tensor, precision: str) -> Tensor:
+    """Pixels in [0, 1], shape (n, 3, H, W), of latents as the denoiser sees them.
+
+    In fp16 a VAE that is marked `force_upcast` (SDXL's, whose activations pass 65,504) is run in float32.
+    """
+    vae = pipeline.vae
+    stored, half = vae.dtype, precision == "fp16" or vae.dtype == torch.float16
+    upcast = half and vae.config.force_upcast
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    try:
+        if upcast and stored == torch.float16:
+            vae.to(torch.float32)
+        with autocast(latents.device, "no" if upcast else precision):
+            pixels = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+    finally:
+        if vae.dtype != stored:
+            vae.to(stored)
+    shown: Tensor = pipeline.image_processor.postprocess(pixels, output_type="pt")
+    return shown
