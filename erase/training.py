@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from erase.files import written_whole
 from erase.mask import SaliencyMask
 from erase.models import PRECISIONS, DiffusionModel
+from erase.trainable import Frozen, Trainable
 from prompts.errors import ErasureError, unknown
 
 
@@ -52,8 +53,8 @@ class TrainConfig:
 
 NOT_OURS = {"Optimizer", "LBFGS", "SparseAdam"}  # the abstract class; steps that need a closure; sparse gradients
 Batch = Any
-LossFn = Callable[[Batch], Tensor]
-"""the loss of one batch or part of one: a scalar with graph, a mean over its rows"""
+LossFn = Callable[[Batch, Frozen], Tensor]
+"""(batch or part of one, the base weights as a context) -> a scalar with graph, a mean over its rows"""
 Batches = Callable[[int, int], Batch]
 """(step, part) -> what the loss function takes. A function of nothing else: so a resumed run sees what it would have seen."""
 
@@ -62,7 +63,7 @@ Batches = Callable[[int, int], Batch]
 class Fitted:
     """What training gives back."""
 
-    values: dict[str, Tensor]
+    values: Mapping[str, Tensor]
     """parameter name -> trained values"""
     losses: list[float]
     """one per optimizer step"""
@@ -97,15 +98,15 @@ def fit(
 ) -> Fitted:
     """Take `config.steps` optimizer steps on `params` and leave the model as it was found.
 
-    The mask acts on the update: gradients outside it are zeroed before the step, and weights outside it are put back to
-    their base values after it, so weight decay and momentum cannot move them either. Training works on copies: the base
-    tensors (each parameter's `.data` at the call) are never written, and a loss function may swap them in as its teacher.
+    The mask acts on the update: the optimizer sees compact copies of the weights inside it and nothing else (`Trainable`), so weight
+    decay and momentum cannot move the others. A loss function gets the base weights as a context, `with frozen():`, for its teacher.
+    An optimizer that works on whole matrices (Muon, Adafactor) sees flat values under a mask.
 
     Args:
         model: whose weights `params` are.
         params: what may change, before the mask.
         batches: batch of a step and part; every process asks for the same and takes its own share within the loss function's data.
-        loss_fn: scalar loss of one batch.
+        loss_fn: scalar loss of one batch, given the batch and `frozen`.
         config: steps, optimizer, precision.
         mask: where weights may change; None: everywhere.
         accelerator: made from `config` where none is given.
@@ -117,77 +118,56 @@ def fit(
     accelerator = accelerator or make_accelerator(config)
     if mask is not None:
         mask.check(params, model.fingerprint)
-    base = {name: p.data for name, p in params.items()}
-    keep = {name: mask[name].to(p.device) for name, p in params.items()} if mask is not None else {}
+    trainable = Trainable(params, mask)
     try:
-        for param in params.values():
-            param.data = param.data.clone()
-        optimizer = accelerator.prepare(_make_optimizer(params, config))
-        state = _State(params, optimizer, accelerator.scaler, config.ema, checkpoint if accelerator.is_main_process else None)
-        if checkpoint and checkpoint.exists():
-            state.load(checkpoint)
+        run = _Run.start(trainable, config, accelerator, checkpoint)
         with (
-            gradients_on(params),
             _checkpointed(model, params, config.gradient_checkpointing),
             plain_attention(accelerator),
             torch.random.fork_rng(devices=[]),
             tqdm(
-                total=config.steps, initial=state.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
+                total=config.steps, initial=run.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
             ) as bar,
         ):
-            while state.step < config.steps:
-                loss = _step(params, batches, loss_fn, optimizer, config, state, base, keep, accelerator)
+            while run.step < config.steps:
+                loss = _step(run, batches, loss_fn, config, accelerator)
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update()
-                if state.step % config.checkpoint_every == 0:
-                    state.save()
-        return Fitted(state.result(), state.losses)
+                if run.step % config.checkpoint_every == 0:
+                    run.save()
+        return Fitted(trainable.result(run.average or trainable.values), run.losses)
     finally:
-        for name, param in params.items():
-            param.data = base[name]
+        trainable.close()
 
 
-def _step(
-    params: Mapping[str, nn.Parameter],
-    batches: Batches,
-    loss_fn: LossFn,
-    optimizer: Any,
-    config: TrainConfig,
-    state: _State,
-    base: Mapping[str, Tensor],
-    keep: Mapping[str, Tensor],
-    accelerator: Accelerator,
-) -> float:
+def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> float:
     """One optimizer step over all parts of one batch; returns its loss."""
-    optimizer.zero_grad()
+    run.optimizer.zero_grad()
     total = torch.zeros((), device=accelerator.device)
     for part in range(config.accumulation):
-        torch.manual_seed(state.step)  # whatever draws from the global stream draws the same after a resume
+        torch.manual_seed(run.step)  # whatever draws from the global stream draws the same after a resume
         with accelerator.autocast():
-            loss = loss_fn(batches(state.step, part)) / config.accumulation
+            loss = loss_fn(batches(run.step, part), run.trainable.frozen) / config.accumulation
         accelerator.backward(loss)
         total += loss.detach().float()
     total = accelerator.reduce(total, reduction="mean")
     if not total.isfinite():
         raise ErasureError(
-            f"the loss is {total.item()} at step {state.step}; lower the learning rate ({config.lr:g}), set max_grad_norm, or train in float32"
+            f"the loss is {total.item()} at step {run.step}; lower the learning rate ({config.lr:g}), set max_grad_norm, or train in float32"
         )
-    for name, param in params.items():
-        if param.grad is not None and accelerator.num_processes > 1:
-            param.grad = accelerator.reduce(param.grad, reduction="mean")
-        if param.grad is not None and name in keep:
-            param.grad.mul_(keep[name])
+    values = list(run.trainable.values.values())
+    for value in values if accelerator.num_processes > 1 else ():
+        if value.grad is not None:
+            value.grad = accelerator.reduce(value.grad, reduction="mean")
     if config.max_grad_norm is not None:
-        accelerator.clip_grad_norm_(list(params.values()), config.max_grad_norm)
-    optimizer.step()
-    with torch.no_grad():
-        for name, where in keep.items():
-            torch.where(where, params[name].data, base[name], out=params[name].data)
-    state.advance(total.item())
+        accelerator.clip_grad_norm_(values, config.max_grad_norm)
+    run.optimizer.step()
+    run.trainable.put()
+    run.advance(total.item())
     return total.item()
 
 
-def _make_optimizer(params: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def _make_optimizer(values: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     kinds = {
         name: kind
         for name, kind in vars(torch.optim).items()
@@ -197,7 +177,7 @@ def _make_optimizer(params: Mapping[str, nn.Parameter], config: TrainConfig) -> 
         raise unknown("optimizer", config.optimizer, kinds)
     try:
         kind: Any = kinds[config.optimizer]
-        optimizer: torch.optim.Optimizer = kind(list(params.values()), lr=config.lr, **config.optimizer_args)
+        optimizer: torch.optim.Optimizer = kind(list(values), lr=config.lr, **config.optimizer_args)
     except (TypeError, ValueError) as error:
         raise ErasureError(f"optimizer {config.optimizer}: {error}") from error
     return optimizer
@@ -242,15 +222,23 @@ def plain_attention(accelerator: Accelerator) -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()  # type: ignore[return-value]
 
 
-class _State:
-    """Everything that a resumed run needs: weights, optimizer and loss-scaler state, moving average, losses so far."""
+class _Run:
+    """A training in progress, and everything that a resumed one needs: values, optimizer and loss-scaler state, average, losses."""
 
-    def __init__(
-        self, params: Mapping[str, nn.Parameter], optimizer: Any, scaler: Any, ema: float | None, path: Path | None
-    ) -> None:
-        self._params, self._optimizer, self._scaler, self._ema, self._path = params, optimizer, scaler, ema, path
-        self.average = {} if ema is None else {name: param.data.clone() for name, param in params.items()}
+    def __init__(self, trainable: Trainable, optimizer: Any, scaler: Any, ema: float | None, path: Path | None) -> None:
+        self.trainable, self.optimizer = trainable, optimizer
+        self._scaler, self._ema, self._path = scaler, ema, path
+        self.average = {} if ema is None else {name: value.detach().clone() for name, value in trainable.values.items()}
         self.losses: list[float] = []
+
+    @classmethod
+    def start(cls, trainable: Trainable, config: TrainConfig, accelerator: Accelerator, path: Path | None) -> _Run:
+        """A new run, or the one that `path` holds."""
+        optimizer = accelerator.prepare(_make_optimizer(trainable.values.values(), config))
+        run = cls(trainable, optimizer, accelerator.scaler, config.ema, path if accelerator.is_main_process else None)
+        if path and path.exists():
+            run._load(path)
+        return run
 
     @property
     def step(self) -> int:
@@ -259,18 +247,15 @@ class _State:
     @torch.no_grad()
     def advance(self, loss: float) -> None:
         for name, value in self.average.items():
-            value.lerp_(self._params[name].data, 1 - (self._ema or 0))
+            value.lerp_(self.trainable.values[name], 1 - (self._ema or 0))
         self.losses.append(loss)
-
-    def result(self) -> dict[str, Tensor]:
-        return self.average or {name: param.data for name, param in self._params.items()}
 
     def save(self) -> None:
         if not self._path:
             return
         state = {
-            "weights": {name: param.data for name, param in self._params.items()},
-            "optimizer": self._optimizer.state_dict(),
+            "values": {name: value.detach() for name, value in self.trainable.values.items()},
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict() if self._scaler else {},
             "average": self.average,
             "losses": self.losses,
@@ -278,19 +263,21 @@ class _State:
         with written_whole(self._path) as aside:
             torch.save(state, aside)
 
-    def load(self, path: Path) -> None:
+    @torch.no_grad()
+    def _load(self, path: Path) -> None:
         """Go on from a saved state; torch's weights-only reader runs no pickled code."""
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
+            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         except Exception as error:
             raise ErasureError(f"cannot read the training state {path}: {error}; delete it to start again") from error
-        for name, param in self._params.items():
-            param.data.copy_(state["weights"][name])
-        self._optimizer.load_state_dict(state["optimizer"])
+        for name, value in self.trainable.values.items():
+            value.copy_(state["values"][name])
+        self.trainable.put()
+        self.optimizer.load_state_dict(state["optimizer"])
         if self._scaler:
             self._scaler.load_state_dict(state["scaler"])
-        for name, value in self.average.items():
-            value.copy_(state["average"][name])
+        for name, mean in self.average.items():
+            mean.copy_(state["average"][name])
         self.losses = list(state["losses"])
 
 

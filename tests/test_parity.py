@@ -5,6 +5,7 @@ forget with retain rows.
 """
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from erase.losses import guided
 from erase.methods.salun import METHODS, SalUnConfig, compute, compute_saliency, loss_function, make_batch, make_job
 from erase.models.sd import StableDiffusion
 from erase.scopes import select
+from erase.trainable import Trainable
 from erase.training import TrainConfig, fit, make_accelerator
 
 FORGET, ANCHOR = "a red heart", "a red star"
@@ -151,13 +153,13 @@ def test_6_anchor_target_is_from_current_weights_and_takes_no_gradient(setting):
         config = SalUnConfig(anchor_from=source, retain_target="noise", train=TrainConfig(batch_size=4))
         loss = loss_function(job_of(setting, config))
         batch = batches_of(setting, config, 1)[0]
-        before = loss(batch).item()
-        base = {name: p.data for name, p in params.items()}
-        for p in params.values():
-            p.data = p.data + 0.02 * torch.ones_like(p)
-        losses[source] = (before, loss(batch).item())
-        for name, p in params.items():
-            p.data = base[name]
+        trainable = Trainable(params)
+        before = loss(batch, trainable.frozen).item()
+        for value in trainable.values.values():
+            value.data += 0.02
+        trainable.put()
+        losses[source] = (before, loss(batch, trainable.frozen).item())
+        trainable.close()
     assert losses["current"][0] == losses["frozen"][0]  # at the base, both teachers are the same
     assert losses["current"][1] != losses["frozen"][1]  # one step away, they are not
 
@@ -174,7 +176,7 @@ def test_7_forget_and_anchor_latents_are_independent_samples(setting):
 def test_8_loss_is_forget_plus_alpha_times_noise_mse(setting):
     config = METHODS["salun-paper"].config
     batch = batches_of(setting, config, 1)[0]
-    loss = loss_function(job_of(setting, config))(batch)
+    loss = loss_function(job_of(setting, config))(batch, nullcontext)
     unet = setting.unet
     forgot, target = (
         unet(x, batch.t, c.embeddings).sample for x, c in ((batch.forget, batch.forget_cond), (batch.anchor, batch.anchor_cond))

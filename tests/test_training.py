@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from erase.mask import SaliencyMask
-from erase.models.base import weights_at
 from erase.models.sd import StableDiffusion
 from erase.scopes import SCOPES, select
+from erase.trainable import Trainable
 from erase.training import TrainConfig, fit, make_accelerator
 from prompts.errors import ErasureError
 
@@ -37,7 +37,7 @@ def task(model, scope="full"):
         generator = torch.Generator().manual_seed(step)
         return torch.randn(4, 4, 8, 8, generator=generator), part
 
-    def loss(batch):
+    def loss(batch, frozen):
         x, _ = batch
         return model.predict(x, torch.tensor([10, 300, 600, 990]), cond).square().mean()
 
@@ -101,10 +101,11 @@ def test_accumulated_parts_give_the_undivided_step(model):
     def run(parts):
         width = 4 // parts
         config = replace(QUICK, accumulation=parts, optimizer="SGD", steps=2, lr=0.05)
-        rows = lambda part: slice(part * width, (part + 1) * width)  # noqa: E731
-        return fit(
-            model, params, lambda step, part: rows(part), lambda r: model.predict(x[r], t[r], cond[r]).square().mean(), config
-        ).values
+
+        def loss(rows, frozen):
+            return model.predict(x[rows], t[rows], cond[rows]).square().mean()
+
+        return fit(model, params, lambda step, part: slice(part * width, (part + 1) * width), loss, config).values
 
     whole, split = run(1), run(2)
     assert all(torch.allclose(whole[name], split[name], atol=1e-6) for name in whole)
@@ -117,11 +118,11 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(model, tmp_p
     config = replace(VARIANTS[variant], steps=6, checkpoint_every=2)
     whole = fit(model, params, batches, loss, config, mask)
 
-    def stop_at_five(batch):
+    def stop_at_five(batch, frozen):
         if len(calls) == 4:
             raise KeyboardInterrupt
         calls.append(1)
-        return loss(batch)
+        return loss(batch, frozen)
 
     calls, path = [], tmp_path / "training.pt"
     with pytest.raises(KeyboardInterrupt):
@@ -147,7 +148,7 @@ def test_bad_training_input_is_named(model, tmp_path):
             make_accelerator(replace(QUICK, mixed_precision="fp16"))
     before = {name: p.detach().clone() for name, p in params.items()}
     with pytest.raises(ErasureError, match="the loss is nan at step 0"):
-        fit(model, params, batches, lambda batch: loss(batch) * float("nan"), QUICK)
+        fit(model, params, batches, lambda batch, frozen: loss(batch, frozen) * float("nan"), QUICK)
     assert all(torch.equal(p, before[name]) for name, p in params.items())
     (tmp_path / "training.pt").write_bytes(b"PK broken")
     with pytest.raises(ErasureError, match="cannot read the training state"):
@@ -168,21 +169,46 @@ def test_a_malicious_training_state_is_not_executed(model, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_weights_at_swaps_without_copying(model):
+def test_frozen_is_the_base_and_close_gives_it_back(model):
     params = select(model.parameters(), "xattn")
-    other = {name: torch.zeros_like(p) for name, p in params.items()}
-    before = {name: p.data_ptr() for name, p in params.items()}
-    with pytest.raises(RuntimeError), weights_at(params, other):
-        assert all(p.data_ptr() == other[name].data_ptr() for name, p in params.items())
+    before = {name: p.detach().clone() for name, p in params.items()}
+    trainable = Trainable(params, mask_of(model, params))
+    for value in trainable.values.values():
+        value.data += 1
+    trainable.put()
+    with pytest.raises(RuntimeError), trainable.frozen():
+        assert all(torch.equal(p, before[name]) for name, p in params.items())
         raise RuntimeError
-    assert {name: p.data_ptr() for name, p in params.items()} == before
+    mask = mask_of(model, params)
+    assert all(torch.equal(p, before[name] + mask[name].float()) for name, p in params.items())
+    assert all(torch.equal(value, params[name]) for name, value in trainable.result(trainable.values).items())
+    trainable.close()
+    assert all(torch.equal(p, before[name]) for name, p in params.items())
 
 
-def test_weights_at_holds_under_autocast(model):
+def test_the_optimizer_holds_what_the_mask_lets_change_and_no_dense_gradient_outlives_the_backward_pass(model):
+    params, batches, loss = task(model)
+    mask = mask_of(model, params, 0.25)
+    trainable = Trainable(params, mask)
+    assert sum(value.numel() for value in trainable.values.values()) == mask.count()
+    for _ in range(2):
+        loss(batches(0, 0), trainable.frozen).backward()
+    assert all(p.grad is None for p in params.values())
+    compact = {name: value.grad for name, value in trainable.values.items()}
+    trainable.close()
+    for p in params.values():
+        p.requires_grad_(True)
+    (2 * loss(batches(0, 0), None)).backward()
+    for name, grad in compact.items():
+        assert torch.allclose(grad.flatten(), params[name].grad[mask[name]], atol=1e-6)
+        params[name].requires_grad_(False).grad = None
+
+
+def test_frozen_holds_under_autocast(model):
     """Autocast caches half-precision weights by parameter: a swap within one autocast block must not see the other's."""
     params = {name: p.requires_grad_(True) for name, p in select(model.parameters(), "full").items()}
-    other = {name: p.data + 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) for name, p in params.items()}
     x, t, cond = torch.randn(1, 4, 8, 8), torch.tensor([500]), model.encode(["a red heart"])
+    trainable = Trainable(params)
 
     def bf16(*steps):
         with torch.autocast("cpu", torch.bfloat16):
@@ -191,13 +217,18 @@ def test_weights_at_holds_under_autocast(model):
     def plain():
         return model.predict(x, t, cond).detach()
 
-    def swapped():
-        with torch.no_grad(), weights_at(params, other):
+    def teacher():
+        with torch.no_grad(), trainable.frozen():
             return plain()
 
-    alone = *bf16(plain), *bf16(swapped), *bf16(plain)
-    together = bf16(plain, swapped, plain)
-    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)) and not torch.equal(alone[0], alone[1])
+    base = bf16(plain)[0]
+    for value in trainable.values.values():
+        value.data += 0.05
+    trainable.put()
+    student = bf16(plain)[0]
+    assert not torch.equal(base, student)
+    assert all(torch.equal(a, b) for a, b in zip(bf16(plain, teacher, plain), (student, base, student), strict=True))
+    trainable.close()
 
 
 def test_scopes(model):
@@ -235,9 +266,10 @@ WORKER = """
         return torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(step))
     config = TrainConfig(steps=8, checkpoint_every=1)
     mask = SaliencyMask.random(params, 0.5, 0, {{"base_fingerprint": model.fingerprint}})
-    fitted = fit(model, params, batches, lambda x: model.predict(x, torch.tensor([1, 2, 3, 4]), cond).square().mean(), config, mask,
-                 checkpoint=Path(sys.argv[1]))
-    torch.save(fitted.values, sys.argv[2])
+    def loss(x, frozen):
+        return model.predict(x, torch.tensor([1, 2, 3, 4]), cond).square().mean()
+    fitted = fit(model, params, batches, loss, config, mask, checkpoint=Path(sys.argv[1]))
+    torch.save(dict(fitted.values), sys.argv[2])
 """
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -35,7 +35,7 @@ class Method:
 class Edit:
     """What a method computes: new values, and the evidence of how it came to them."""
 
-    values: dict[str, Tensor]
+    values: Mapping[str, Tensor]
     """parameter name -> new values"""
     losses: list[float]
     """one per optimizer step; empty for a closed form"""

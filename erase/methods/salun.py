@@ -6,7 +6,8 @@ forget prompt's prediction becomes the anchor prompt's, while retained prompts k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +20,10 @@ from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import denoising, forgetting, guided, remap
 from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
 from erase.methods import Edit, Method
-from erase.models import Cond, DiffusionModel, weights_at
+from erase.models import Cond, DiffusionModel
 from erase.scopes import select
-from erase.training import TrainConfig, fit, gradients_on, plain_attention
+from erase.trainable import Frozen
+from erase.training import LossFn, TrainConfig, fit, gradients_on, plain_attention
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError, unknown
 
@@ -232,25 +234,25 @@ def make_batch(job: Job, step: int, part: int) -> Batch:
     )
 
 
-def loss_function(job: Job) -> Callable[[Batch], Tensor]:
+def loss_function(job: Job) -> LossFn:
     """`remap + alpha * retain` (eq. 6). Forget and retain rows go through the denoiser together; so do the teacher's."""
     model, config = job.model, job.config
-    base = {name: param.data for name, param in job.params.items()}
 
     @torch.no_grad()
-    def targets(batch: Batch) -> tuple[Tensor, Tensor]:
+    def targets(batch: Batch, frozen: Frozen) -> tuple[Tensor, Tensor]:
         """Anchor and retain targets, each by the frozen base or not, as configured."""
-        with weights_at(job.params, base if config.anchor_from == "frozen" else {}):
-            if config.anchor_from == config.retain_target == "frozen":
+        if config.anchor_from == config.retain_target == "frozen":
+            with frozen():
                 return _predict_together(model, batch.anchor, batch.t, batch.anchor_cond, batch)
+        with frozen() if config.anchor_from == "frozen" else nullcontext():
             anchor = model.predict(batch.anchor, batch.t, batch.anchor_cond)
         if config.retain_target == "noise":
             return anchor, batch.retain_noise_target
-        with weights_at(job.params, base):
+        with frozen():
             return anchor, model.predict(batch.retain, batch.retain_t, batch.retain_cond)
 
-    def loss(batch: Batch) -> Tensor:
-        anchor, kept = targets(batch)
+    def loss(batch: Batch, frozen: Frozen) -> Tensor:
+        anchor, kept = targets(batch, frozen)
         forgot, retained = _predict_together(model, batch.forget, batch.t, batch.forget_cond, batch)
         return remap(forgot, anchor) + config.alpha * denoising(retained, kept)
 

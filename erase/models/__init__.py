@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from erase.models.base import PRECISIONS, Cond, DiffusionModel, autocast, weights_at
+from erase.models.base import PRECISIONS, Cond, DiffusionModel, autocast
 from erase.models.config import LoadConfig
 
 CANVAS = Path(__file__).parent / "canvas"
 
-__all__ = ["CANVAS", "PRECISIONS", "Cond", "DiffusionModel", "LoadConfig", "autocast", "load_model", "weights_at", "wrap"]
+__all__ = ["CANVAS", "PRECISIONS", "Cond", "DiffusionModel", "LoadConfig", "autocast", "load_model", "wrap"]
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu", options: LoadConfig | None = None) -> DiffusionModel:

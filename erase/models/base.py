@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -116,21 +115,3 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     if precision not in PRECISIONS:
         raise unknown("mixed precision", precision, PRECISIONS)
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")
-
-
-@contextmanager
-def weights_at(params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block the parameters hold `values`; nothing is copied, so a frozen teacher costs no memory of its own."""
-    current = {name: params[name].data for name in values}
-    try:
-        _put(params, values)
-        yield
-    finally:
-        _put(params, current)
-
-
-def _put(params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    for name, value in values.items():
-        params[name].data = value
-    # autocast keeps its half-precision copies by parameter, not by value: without this the student would go on with the teacher's
-    torch.clear_autocast_cache()

@@ -1,0 +1,116 @@
+"""The weights that training may change, and only they: compact copies that the optimizer sees, written back into the model.
+
+A mask of density d leaves d * N weights to train. The optimizer holds those alone, so its state, the gradients and the second copy of
+the weights shrink with d; and what lies outside the mask cannot move, whatever the optimizer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from erase.mask import SaliencyMask
+
+Frozen = Callable[[], AbstractContextManager[None]]
+"""within its block, the model holds its base weights"""
+
+
+class Trainable:
+    """Compact copies of some weights of a model, whose gradients they collect and in whose place they stand until `close`."""
+
+    def __init__(self, params: Mapping[str, nn.Parameter], mask: SaliencyMask | None = None) -> None:
+        self._params = dict(params)
+        self._where: dict[str, Tensor] = {}
+        """parameter name -> boolean tensor; a parameter that may change as a whole has none, one that may not change at all is left out"""
+        self._base: dict[str, Tensor] = {}
+        """base values, flat where masked"""
+        self.values: dict[str, nn.Parameter] = {}
+        """trained values, likewise: what the optimizer steps on"""
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        for name, param in params.items():
+            if mask is not None:
+                where = mask[name].to(param.device)
+                if not where.any():
+                    continue
+                if not where.all():
+                    self._where[name] = where
+            self._base[name] = self._read(name, param.data)
+            self.values[name] = nn.Parameter(self._base[name].clone())
+            param.requires_grad_(True)
+            # the dense gradient of one parameter at a time: the next is not yet there when it is dropped
+            self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
+
+    def _read(self, name: str, dense: Tensor) -> Tensor:
+        return dense[self._where[name]] if name in self._where else dense.clone()
+
+    def _collect(self, name: str) -> Callable[[Tensor], None]:
+        """Moves a parameter's gradient to its compact copy, adding to what earlier parts of the batch left there."""
+
+        def collect(param: Tensor) -> None:
+            if param.grad is None:
+                return
+            found, value = self._read(name, param.grad) if name in self._where else param.grad, self.values[name]
+            value.grad = found if value.grad is None else value.grad.add_(found)
+            param.grad = None
+
+        return collect
+
+    @torch.no_grad()
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            dense = self._params[name].data
+            if name in self._where:
+                dense.masked_scatter_(self._where[name], value.detach())
+            else:
+                dense.copy_(value.detach())
+        # autocast keeps half-precision copies by parameter, not by value: without this the old weights would go on being used
+        torch.clear_autocast_cache()
+
+    def put(self) -> None:
+        """Write the trained values into the model, after an optimizer step."""
+        self._write(self.values)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within the block the model holds its base weights: a frozen teacher that costs no second model."""
+        self._write(self._base)
+        try:
+            yield
+        finally:
+            self._write(self.values)
+
+    def close(self) -> None:
+        """Give the model its base weights back, bit for bit."""
+        for hook in self._hooks:
+            hook.remove()
+        for name in self.values:
+            self._params[name].requires_grad_(False).grad = None
+        self._write(self._base)
+
+    def result(self, values: Mapping[str, Tensor]) -> Trained:
+        """These compact values as whole parameters."""
+        return Trained(self._params, self._where, {name: value.detach() for name, value in values.items()})
+
+
+class Trained(Mapping[str, Tensor]):
+    """Parameter name -> new values, of the parameter's shape, put together when asked for: base where nothing may change."""
+
+    def __init__(self, base: Mapping[str, Tensor], where: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        self._base, self._where, self._values = base, where, values
+
+    def __getitem__(self, name: str) -> Tensor:
+        base = self._base[name].detach()
+        if name not in self._values:
+            return base.clone()
+        if name not in self._where:
+            return self._values[name]
+        return base.masked_scatter(self._where[name], self._values[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
