@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,10 +32,27 @@ class SaliencyAccumulator:
 
     def add_gradients(self) -> None:
         """Add each parameter's `.grad` to its sum and clear it. A parameter without gradient counts as zero."""
-        for name, param in self._params.items():
-            if param.grad is not None:
-                self._sums[name] += param.grad
-                param.grad = None
+        for name in self._params:
+            self._add(name)
+
+    def _add(self, name: str) -> None:
+        param = self._params[name]
+        if param.grad is not None:
+            self._sums[name] += param.grad
+            param.grad = None
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Within the block, each backward pass adds its gradients as they come, so that never more than one stands beside the sums."""
+        hooks = [
+            param.register_post_accumulate_grad_hook(lambda _, name=name: self._add(name))  # type: ignore[misc]
+            for name, param in self._params.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @property
     def sums(self) -> dict[str, Tensor]:
@@ -42,7 +60,7 @@ class SaliencyAccumulator:
         return self._sums
 
     def saliency(self, metadata: Mapping[str, str] | None = None) -> Saliency:
-        """Freeze the absolute value of the sums.
+        """Freeze the absolute value of the sums; the accumulator has given them away and is spent.
 
         Raises:
             ErasureError: a sum is not finite.
@@ -50,7 +68,10 @@ class SaliencyAccumulator:
         for name, total in self._sums.items():
             if not total.isfinite().all():
                 raise ErasureError(f"the saliency of {name} is not finite; use float32 and check the forget latents")
-        return Saliency({name: total.abs().cpu() for name, total in self._sums.items()}, dict(metadata or {}))
+        values = {
+            name: self._sums.pop(name).abs_().cpu() for name in list(self._sums)
+        }  # in place: no second copy of the model's size
+        return Saliency(values, dict(metadata or {}))
 
     def finish(self, density: float, metadata: Mapping[str, str] | None = None) -> SaliencyMask:
         """The mask of the `density` most salient weights."""

@@ -84,8 +84,6 @@ def erase_concept(
     if folder and accelerator.is_main_process:
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")
-        if edit.saliency:
-            edit.saliency.save(folder / "saliency.safetensors")
         with written_whole(folder / "training.json") as aside:
             aside.write_text(json.dumps({"losses": edit.losses}))
         delta.save(folder / "delta.safetensors")

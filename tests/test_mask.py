@@ -1,6 +1,7 @@
 """Saliency and masks: exact count, order, ties, packing, refusal."""
 
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -39,15 +40,19 @@ def test_cut_is_exact_for_every_magnitude_of_float32():
         assert set(mask.nonzero()[:, 0].tolist()) == set(order[:kept])
 
 
-def test_accumulator_sums_signed_gradients_before_the_absolute_value():
+@pytest.mark.parametrize("collecting", [False, True], ids=["by hand", "as they come"])
+def test_accumulator_sums_signed_gradients_before_the_absolute_value(collecting):
     param = torch.nn.Parameter(torch.zeros(3))
     accumulator = SaliencyAccumulator({"p": param})
-    for grad in ([1.0, 2.0, -1.0], [-1.0, 1.0, -2.0]):
-        param.grad = torch.tensor(grad)
-        accumulator.add_gradients()
-        assert param.grad is None
-    assert accumulator.saliency().values["p"].tolist() == [0.0, 3.0, 3.0]  # sum of |g| would have given 2 for the first
-    assert accumulator.finish(0.67)["p"].tolist() == [False, True, True]
+    with accumulator.collecting() if collecting else nullcontext():
+        for grad in ([1.0, 2.0, -1.0], [-1.0, 1.0, -2.0]):
+            (param * torch.tensor(grad)).sum().backward()
+            if not collecting:
+                accumulator.add_gradients()
+            assert param.grad is None
+    saliency = accumulator.saliency()
+    assert saliency.values["p"].tolist() == [0.0, 3.0, 3.0]  # sum of |g| would have given 2 for the first
+    assert saliency.cut(0.67)["p"].tolist() == [False, True, True]
 
 
 def test_accumulator_refuses_what_is_not_finite():

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from erase.mask import Saliency, SaliencyMask
+from erase.mask import SaliencyMask
 from prompts.errors import unknown
 
 METHODS = {
@@ -40,7 +40,6 @@ class Edit:
     losses: list[float]
     """one per optimizer step; empty for a closed form"""
     mask: SaliencyMask | None = None
-    saliency: Saliency | None = None
 
 
 def get_method(name: str) -> Method:

@@ -122,7 +122,7 @@ def compute(
         ErasureError: an unknown option, a mask of another base, a loss that is not finite.
     """
     job = make_job(model, forget, retain, config, seed, accelerator)
-    mask, saliency = choose_mask(job)
+    mask = choose_mask(job, folder)
     fitted = fit(
         model,
         job.params,
@@ -133,7 +133,7 @@ def compute(
         accelerator=accelerator,
         checkpoint=folder / "training.pt" if folder else None,
     )
-    return Edit(fitted.values, fitted.losses, mask, saliency)
+    return Edit(fitted.values, fitted.losses, mask)
 
 
 def make_job(
@@ -156,19 +156,35 @@ def make_job(
     return Job(model, params, forget, retain, embed, config, seed, accelerator)
 
 
-def choose_mask(job: Job) -> tuple[SaliencyMask | None, Saliency | None]:
-    """The mask that the configuration asks for, and the saliency that it was cut from, where one was computed."""
+def choose_mask(job: Job, folder: Path | None = None) -> SaliencyMask | None:
+    """The mask that the configuration asks for; None: every weight of the scope may change.
+
+    A saliency is as large as the weights: it is written to `folder` as soon as it is there, found again by a resumed run, and not
+    kept in memory while training.
+    """
     config = job.config
     if config.mask_file:
-        return SaliencyMask.load(config.mask_file), None
+        return SaliencyMask.load(config.mask_file)
     if config.mask == "none":
-        return None, None
+        return None
     if config.mask == "random":
         provenance = {"base_fingerprint": job.model.fingerprint}
-        return SaliencyMask.random(job.params, config.density, job.seed, provenance), None
-    saliency = Saliency.load(config.saliency_file) if config.saliency_file else compute_saliency(job)
-    mask = saliency.cut(config.density)
-    return (mask.inverted() if config.mask == "inverted" else mask), saliency
+        return SaliencyMask.random(job.params, config.density, job.seed, provenance)
+    mask = find_saliency(job, folder).cut(config.density)
+    return mask.inverted() if config.mask == "inverted" else mask
+
+
+def find_saliency(job: Job, folder: Path | None) -> Saliency:
+    """The saliency of `saliency_file`, of an earlier start of this run, or computed."""
+    kept = folder / "saliency.safetensors" if folder else None
+    known = job.config.saliency_file or (kept if kept and kept.exists() else None)
+    job.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    if known:
+        return Saliency.load(known)
+    saliency = compute_saliency(job)
+    if kept and job.accelerator.is_main_process:
+        saliency.save(kept)
+    return saliency
 
 
 def compute_saliency(job: Job) -> Saliency:
@@ -178,11 +194,10 @@ def compute_saliency(job: Job) -> Saliency:
     shown = len(job.forget) if job.forget.own is None else job.forget.own  # only latents that show the concept
     starts = range(0, shown, size)
     # in float32 whatever the training's precision: small gradients decide the ranking
-    with gradients_on(job.params), plain_attention(job.accelerator):
+    with gradients_on(job.params), accumulator.collecting(), plain_attention(job.accelerator):
         for i, start in enumerate(tqdm(starts, desc="saliency", unit="batch", disable=not job.accelerator.is_main_process)):
             if i % workers == me:
                 forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()
-                accumulator.add_gradients()
     for total in accumulator.sums.values():  # signed sums of all processes, before the absolute value
         total.copy_(job.accelerator.reduce(total, reduction="sum"))
     loss = f"forgetting, guidance {job.config.saliency_guidance:g}"
