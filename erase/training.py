@@ -51,6 +51,7 @@ class TrainConfig:
     """steps between saved training states; a stopped run goes on from the last one"""
 
 
+PLAIN_TOKENS = 32 * 32  # latent positions up to which a CPU trains with plain attention
 NOT_OURS = {"Optimizer", "LBFGS", "SparseAdam"}  # the abstract class; steps that need a closure; sparse gradients
 Batch = Any
 LossFn = Callable[[Batch, Frozen], Tensor]
@@ -122,8 +123,8 @@ def fit(
     try:
         run = _Run.start(trainable, config, accelerator, checkpoint)
         with (
-            _checkpointed(model, params, config.gradient_checkpointing),
-            plain_attention(accelerator),
+            checkpointed(model, params, config.gradient_checkpointing),
+            plain_attention(model),
             torch.random.fork_rng(devices=[]),
             tqdm(
                 total=config.steps, initial=run.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
@@ -197,7 +198,7 @@ def gradients_on(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(model: DiffusionModel, params: Mapping[str, nn.Parameter], on: bool) -> Iterator[None]:
+def checkpointed(model: DiffusionModel, params: Mapping[str, nn.Parameter], on: bool) -> Iterator[None]:
     """Gradient checkpointing where asked for; diffusers wants train mode for it."""
     modules: list[Any] = [model.component(name) for name in sorted({name.split(".")[0] for name in params})] if on else []
     for module in modules:
@@ -216,10 +217,11 @@ def _method(module: Any, *names: str) -> Callable[[], None]:
     return next(getattr(module, name) for name in names if hasattr(module, name))  # type: ignore[no-any-return]
 
 
-def plain_attention(accelerator: Accelerator) -> AbstractContextManager[None]:
-    """On a CPU the fused attention's backward pass took a third of a training step (canvas: 50 ms a call); the plain one does not."""
-    cpu = accelerator.device.type == "cpu"
-    return sdpa_kernel(SDPBackend.MATH) if cpu else nullcontext()  # type: ignore[return-value]
+def plain_attention(model: DiffusionModel) -> AbstractContextManager[None]:
+    """On a CPU and for small latents, the plain kernel: the fused one's backward pass took a third of a training step there
+    (canvas: 50 ms a call). For large latents the fused one: it does not keep the attention's weights (SD 1.x at 512 pixels: 0.5 GB a layer)."""
+    small = model.device.type == "cpu" and model.latent_shape[1] * model.latent_shape[2] <= PLAIN_TOKENS
+    return sdpa_kernel(SDPBackend.MATH) if small else nullcontext()  # type: ignore[return-value]
 
 
 class _Run:

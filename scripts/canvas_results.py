@@ -28,14 +28,16 @@ from eval.generate import GenerateConfig, generate
 from eval.run import score
 from prompts.canvas import KINDS, canvas_concept, vocabulary
 from prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
+from scripts.front import build, parse
+from scripts.run_erase import make_parser
 
 EVALUATORS = ["classifier", "clip"]
 SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
 
 
-def variants(precision: str) -> dict[str, tuple[str, Any]]:
-    """Name -> (method, its configuration)."""
-    ours, paper = (_at(get_method(name).config, precision) for name in ("salun", "salun-paper"))
+def variants(precision: str, kind: str) -> dict[str, tuple[str, Any]]:
+    """Name -> (method, its configuration), for concepts of this kind."""
+    ours, paper = (_at(config, precision) for config in (kind_settings(kind), get_method("salun-paper").config))
     controls = {
         "no mask": replace(ours, mask="none"),
         "random mask": replace(ours, mask="random"),
@@ -48,16 +50,27 @@ def variants(precision: str) -> dict[str, tuple[str, Any]]:
     }
 
 
+def kind_settings(kind: str) -> Any:
+    """The default preset, with the settings file of this kind of concept where there is one."""
+    recipe = Path(__file__).parent / "recipes" / f"canvas-{kind}.yaml"
+    options = parse(make_parser("salun"), ["--config", str(recipe)] if recipe.exists() else [])
+    return build(type(get_method("salun").config), options)
+
+
 def _at(config: Any, precision: str) -> Any:
     return replace(config, train=replace(config.train, mixed_precision=precision))
 
 
 def measure(concept: str, variant: str, seed: int, out: Path, answers: int, config: GenerateConfig) -> dict[str, Any]:
     """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
-    method, settings = variants(config.mixed_precision)[variant]
     spec, model, prompts = canvas_concept(concept), load_model("canvas"), canvas_grid(ANSWER_SEEDS[:answers])
+    method, settings = variants(config.mixed_precision, str(spec.kind))[variant]
     base = generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
     folder = out / f"{concept}-{variant.replace(' ', '-')}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (out / "latents").mkdir(exist_ok=True)
+    (folder / "latents").symlink_to((out / "latents").resolve())  # the same for all variants of a concept and seed
     started = time.monotonic()
     erasure = EraseConfig(method=method, seed=seed, latents=LatentConfig(mixed_precision=config.mixed_precision))
     delta = erase_concept(spec, erasure, settings, model=model, out=folder)
@@ -115,7 +128,11 @@ def main() -> None:
         print(table(rows))
         return
     names = [name for kind in KINDS for name in vocabulary().names(kind)] if args.concepts == ["all"] else args.concepts
-    chosen = [name for name in variants(args.precision) if name != "salun"] if args.variants == ["controls"] else args.variants
+    chosen = (
+        [name for name in variants(args.precision, KINDS[0]) if name != "salun"]
+        if args.variants == ["controls"]
+        else args.variants
+    )
     done = {(row["concept"], row["variant"], row["seed"], row["answers"]) for row in rows}
     args.out.mkdir(parents=True, exist_ok=True)
     for job in [(c, v, s) for v in chosen for s in args.seeds for c in names if (c, v, s, args.answers) not in done]:

@@ -23,7 +23,7 @@ from erase.methods import Edit, Method
 from erase.models import Cond, DiffusionModel
 from erase.scopes import select
 from erase.trainable import Frozen
-from erase.training import LossFn, TrainConfig, fit, gradients_on, plain_attention
+from erase.training import LossFn, TrainConfig, checkpointed, fit, gradients_on, plain_attention
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError, unknown
 
@@ -194,7 +194,8 @@ def compute_saliency(job: Job) -> Saliency:
     shown = len(job.forget) if job.forget.own is None else job.forget.own  # only latents that show the concept
     starts = range(0, shown, size)
     # in float32 whatever the training's precision: small gradients decide the ranking
-    with gradients_on(job.params), accumulator.collecting(), plain_attention(job.accelerator):
+    checkpointing = checkpointed(job.model, job.params, job.config.train.gradient_checkpointing)
+    with gradients_on(job.params), accumulator.collecting(), checkpointing, plain_attention(job.model):
         for i, start in enumerate(tqdm(starts, desc="saliency", unit="batch", disable=not job.accelerator.is_main_process)):
             if i % workers == me:
                 forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()

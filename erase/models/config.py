@@ -24,8 +24,8 @@ class LoadConfig:
     """of the weights in memory: float32 (training needs it), float16 or bfloat16"""
     prediction: str | None = None
     """epsilon or v_prediction, where a single file does not tell (Stable Diffusion 2.x)"""
-    ema: bool | None = None
-    """of a single file that holds both: the averaged weights (true) or the last ones (default)"""
+    ema: bool = False
+    """of a single file that holds both: the averaged weights (true) or the last ones (false, as A1111 and ComfyUI take)"""
     config: str | None = None
     """for a single file: a diffusers folder whose configs and tokenizers fit it, where the shipped ones do not"""
     offline: bool = False

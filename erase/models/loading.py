@@ -45,7 +45,7 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
             raise ErasureError(f"there is no file {path}")
         return load_single_file(path, options.torch_dtype, config=options.config, prediction=options.prediction, ema=options.ema)
     for field in ("config", "ema"):
-        if getattr(options, field) is not None:
+        if getattr(options, field):
             raise ErasureError(f"load.{field} is for single files; {name} is none")
     folder = path if path.exists() else _download(str(name), options)
     pipeline = _from_folder(folder, str(name), options)
