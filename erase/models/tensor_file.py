@@ -1,0 +1,106 @@
+"""Tensors of a checkpoint file, one at a time: safetensors, or a torch pickle that is read without running anything in it."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prompts.errors import ErasureError
+
+PICKLES = (".ckpt", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open checkpoint."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    """of every tensor in it, by key"""
+    read: Callable[[str], Tensor]
+    """a tensor by its key, in memory of its own"""
+    metadata: dict[str, str] = field(default_factory=dict)
+    step: int | None = None
+    """`global_step`, where the training program left it"""
+
+
+@contextmanager
+def open_tensors(path: str | Path) -> Iterator[TensorFile]:
+    """Open a `.safetensors`, `.ckpt`, `.pt` or `.pth` file.
+
+    Raises:
+        ErasureError: no such file, another suffix, content that the suffix does not promise, a damaged file, or a pickle that
+            holds more than tensors and plain data.
+    """
+    path = Path(path)
+    _check_kind(path)
+    try:
+        if path.suffix in PICKLES:
+            yield _pickled(path)
+        else:
+            # pread: a memory map would keep the pages of the file resident beside the copies
+            with safe_open(path, framework="pt", backend="pread") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+                yield TensorFile(path, shapes, file.get_tensor, file.metadata() or {})
+    except (OSError, EOFError, SafetensorError) as error:
+        raise ErasureError(f"cannot read {path}: {error}; if it was cut short, fetch or make it again") from error
+
+
+def _check_kind(path: Path) -> None:
+    """Compare what the name promises with the first bytes."""
+    if not path.is_file():
+        raise ErasureError(f"{path} is not a file")
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise ErasureError(
+            f"{path} has the suffix {path.suffix!r}; a single-file checkpoint is .safetensors, {', '.join(PICKLES)}"
+        )
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise ErasureError(f"{path} is the placeholder that git leaves for a large file; run `git lfs pull` in its repository")
+    is_pickle, is_safetensors = head[:2] == b"PK" or head[:1] == b"\x80", head[8:9] == b"{"
+    if path.suffix in PICKLES and is_safetensors:
+        raise ErasureError(f"{path} holds safetensors under the name of a pickle; rename it to {path.stem}.safetensors")
+    if path.suffix not in PICKLES and is_pickle:
+        raise ErasureError(f"{path} holds a pickle under the name of safetensors; rename it to {path.stem}.ckpt")
+    if not (is_pickle or is_safetensors):
+        begins = f"begins with {head[:16]!r}" if head else "is empty"
+        raise ErasureError(f"{path} is no checkpoint: it {begins}; fetch it again")
+
+
+def _pickled(path: Path) -> TensorFile:
+    content, step = _load_plain(path), None
+    while isinstance(content, dict):
+        step = content["global_step"] if isinstance(content.get("global_step"), int) else step
+        if not isinstance(content.get("state_dict"), dict):
+            break
+        content = content["state_dict"]
+    if not isinstance(content, dict):
+        raise ErasureError(f"{path} holds a {type(content).__name__}, not named weights; it is no checkpoint of Stable Diffusion")
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return TensorFile(path, shapes, lambda key: tensors[key].clone(), step=step)
+
+
+def _load_plain(path: Path) -> object:
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"  # older files are bare pickles, which cannot be mapped
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except pickle.UnpicklingError as error:
+        wants = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"asks for {wants[1]}, which is code" if wants else "holds more than tensors and plain data"
+        raise ErasureError(
+            f"{path} is a pickle that {reason}, so it was not opened: opening it could run anything; get the model as "
+            ".safetensors, or convert it in a container without network and without your files"
+        ) from error
+    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise ErasureError(f"cannot read {path}: {str(error).splitlines()[0]}; if it was cut short, fetch it again") from error
