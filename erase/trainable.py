@@ -24,7 +24,8 @@ class Trainable:
     def __init__(self, params: Mapping[str, nn.Parameter], mask: SaliencyMask | None = None) -> None:
         self._params = dict(params)
         self._where: dict[str, Tensor] = {}
-        """parameter name -> boolean tensor; a parameter that may change as a whole has none, one that may not change at all is left out"""
+        """parameter name -> flat places, int32; a parameter that may change as a whole has none, one that may not at all is left out.
+        Boolean masks would be smaller, but selecting by them takes 30 times as long (2.7 M weights on a CPU: 21 ms against 0.7)"""
         self._base: dict[str, Tensor] = {}
         """base values, flat where masked"""
         self.values: dict[str, nn.Parameter] = {}
@@ -32,11 +33,11 @@ class Trainable:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for name, param in params.items():
             if mask is not None:
-                where = mask[name].to(param.device)
-                if not where.any():
+                where = mask[name].flatten().nonzero()[:, 0]
+                if not len(where):
                     continue
-                if not where.all():
-                    self._where[name] = where
+                if len(where) < param.numel():
+                    self._where[name] = where.to(param.device, torch.int32)
             self._base[name] = self._read(name, param.data)
             self.values[name] = nn.Parameter(self._base[name].clone())
             param.requires_grad_(True)
@@ -44,7 +45,7 @@ class Trainable:
             self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
 
     def _read(self, name: str, dense: Tensor) -> Tensor:
-        return dense[self._where[name]] if name in self._where else dense.clone()
+        return dense.flatten().index_select(0, self._where[name]) if name in self._where else dense.clone()
 
     def _collect(self, name: str) -> Callable[[Tensor], None]:
         """Moves a parameter's gradient to its compact copy, adding to what earlier parts of the batch left there."""
@@ -61,11 +62,7 @@ class Trainable:
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            dense = self._params[name].data
-            if name in self._where:
-                dense.masked_scatter_(self._where[name], value.detach())
-            else:
-                dense.copy_(value.detach())
+            _fill(self._params[name].data, self._where.get(name), value.detach())
         # autocast keeps half-precision copies by parameter, not by value: without this the old weights would go on being used
         torch.clear_autocast_cache()
 
@@ -102,15 +99,19 @@ class Trained(Mapping[str, Tensor]):
         self._base, self._where, self._values = base, where, values
 
     def __getitem__(self, name: str) -> Tensor:
-        base = self._base[name].detach()
-        if name not in self._values:
-            return base.clone()
-        if name not in self._where:
-            return self._values[name]
-        return base.masked_scatter(self._where[name], self._values[name])
+        base = self._base[name].detach().clone()
+        return _fill(base, self._where.get(name), self._values[name]) if name in self._values else base
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
 
     def __len__(self) -> int:
         return len(self._base)
+
+
+def _fill(dense: Tensor, where: Tensor | None, values: Tensor) -> Tensor:
+    """Put values at their flat places, or everywhere, in place."""
+    if where is None:
+        return dense.copy_(values)
+    dense.view(-1).scatter_(0, where.long(), values)
+    return dense
