@@ -66,7 +66,9 @@ def _check_kind(path: Path) -> None:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise ErasureError(f"{path} is the placeholder that git leaves for a large file; run `git lfs pull` in its repository")
-    is_pickle, is_safetensors = head[:2] == b"PK" or head[:1] == b"\x80", head[8:9] == b"{"
+    # safetensors begins with the length of its header, which may well begin like a pickle (0x80) or an archive (PK)
+    is_safetensors = head[5:9] == b"\0\0\0{"
+    is_pickle = not is_safetensors and (head[:2] == b"PK" or head[:1] == b"\x80")
     if path.suffix in PICKLES and is_safetensors:
         raise ErasureError(f"{path} holds safetensors under the name of a pickle; rename it to {path.stem}.safetensors")
     if path.suffix not in PICKLES and is_pickle:
@@ -95,12 +97,15 @@ def _load_plain(path: Path) -> object:
         is_archive = file.read(2) == b"PK"  # older files are bare pickles, which cannot be mapped
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except pickle.UnpicklingError as error:
-        wants = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"asks for {wants[1]}, which is code" if wants else "holds more than tensors and plain data"
+    except Exception as error:  # a damaged file can fail anywhere in torch's reader
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code:
+            raise ErasureError(
+                f"{path} is a pickle that asks for {code[1]}, which is code, so it was not opened: that could run anything; get the "
+                "model as .safetensors, or convert it in a container without network and without your files"
+            ) from error
+        reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         raise ErasureError(
-            f"{path} is a pickle that {reason}, so it was not opened: opening it could run anything; get the model as "
-            ".safetensors, or convert it in a container without network and without your files"
+            f"cannot read {path}: {reason.strip().splitlines()[0] if reason.strip() else type(error).__name__}; it was cut short, "
+            "damaged, or holds more than tensors; fetch it again, or get the model as .safetensors"
         ) from error
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise ErasureError(f"cannot read {path}: {str(error).splitlines()[0]}; if it was cut short, fetch it again") from error
