@@ -359,6 +359,10 @@ def put(key, value):
             rf"holds 1 tensors for which SD 1 has no place.*{ldm.UNET}out.3.weight \[2\]",
         ),
         (put(f"{ldm.VAE}loss.logvar", torch.ones(2)), "loss.logvar"),
+        (
+            put("cond_stage_model.transformer.final_layer_norm.bias", torch.ones(32)),
+            "SD 1 has no place.*transformer.final_layer_norm.bias",
+        ),
         (put("cond_stage_model.transformer.text_model.encoder.layers.2.mlp.fc1.bias", torch.ones(2)), "layers.2.mlp.fc1.bias"),
         (put(NORM, torch.ones(17)), rf"{NORM} should have the shape \[16\], but has \[17\]"),
         (put(NORM, torch.full((16,), float("nan"))), rf"{NORM} holds NaN or infinite"),
@@ -377,6 +381,12 @@ def test_values_that_the_precision_cannot_hold_are_an_error(damaged):
     assert load_single_file(path, config=config).unet.conv_norm_out.weight.max() == 1e5
     with pytest.raises(ErasureError, match=rf"{NORM} holds values up to 1e\+05, too large for torch.float16"):
         load_single_file(path, torch.float16, config=config)
+
+
+def test_a_sparse_weight_is_an_error(damaged):
+    path, config = damaged(put(NORM, torch.ones(16).to_sparse()), ".ckpt")
+    with pytest.raises(ErasureError, match=rf"{NORM} holds torch.sparse_coo"):
+        load_single_file(path, config=config)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
@@ -429,6 +439,11 @@ def test_a_pickle_without_named_weights_is_an_error(tmp_path):
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
     with pytest.raises(ErasureError, match="holds a Tensor, not named weights"):
         load_single_file(tmp_path / "tensor.pt")
+    endless: dict = {"fc.weight": torch.ones(1)}
+    endless["state_dict"] = endless
+    torch.save(endless, tmp_path / "endless.pt")
+    with pytest.raises(ErasureError, match="no key of Stable Diffusion"):
+        load_single_file(tmp_path / "endless.pt")
     torch.save({"string_to_token": {"*": 265}}, tmp_path / "words.pt")
     with pytest.raises(ErasureError, match="no tensors"):
         load_single_file(tmp_path / "words.pt")
@@ -456,6 +471,10 @@ def test_the_writer_refuses_and_leaves_nothing(made, tmp_path):
     with pytest.raises(ErasureError, match="a Linear cannot be written"):
         write_single_file(nn.Linear(1, 1), tmp_path / "model.safetensors")
     back = load_single_file(path, config=config)
+    encoder, back.text_encoder = back.text_encoder, None
+    with pytest.raises(ErasureError, match="the pipeline has no text_encoder"):
+        write_single_file(back, tmp_path / "model.safetensors")
+    back.text_encoder = encoder
     with torch.no_grad():
         back.unet.conv_out.bias[0] = 1e5
     with pytest.raises(ErasureError, match=r"unet\.conv_out\.bias of the pipeline holds values up to 1e\+05"):

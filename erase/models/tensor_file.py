@@ -43,7 +43,7 @@ def open_tensors(path: str | Path) -> Iterator[TensorFile]:
     path = Path(path)
     _check_kind(path)
     try:
-        if path.suffix in PICKLES:
+        if path.suffix.lower() in PICKLES:
             yield _pickled(path)
         else:
             # pread: a memory map would keep the pages of the file resident beside the copies
@@ -58,7 +58,8 @@ def _check_kind(path: Path) -> None:
     """Compare what the name promises with the first bytes."""
     if not path.is_file():
         raise ErasureError(f"{path} is not a file")
-    if path.suffix not in (".safetensors", *PICKLES):
+    suffix = path.suffix.lower()
+    if suffix not in (".safetensors", *PICKLES):
         raise ErasureError(
             f"{path} has the suffix {path.suffix!r}; a single-file checkpoint is .safetensors, {', '.join(PICKLES)}"
         )
@@ -69,9 +70,9 @@ def _check_kind(path: Path) -> None:
     # safetensors begins with the length of its header, which may well begin like a pickle (0x80) or an archive (PK)
     is_safetensors = head[5:9] == b"\0\0\0{"
     is_pickle = not is_safetensors and (head[:2] == b"PK" or head[:1] == b"\x80")
-    if path.suffix in PICKLES and is_safetensors:
+    if suffix in PICKLES and is_safetensors:
         raise ErasureError(f"{path} holds safetensors under the name of a pickle; rename it to {path.stem}.safetensors")
-    if path.suffix not in PICKLES and is_pickle:
+    if suffix not in PICKLES and is_pickle:
         raise ErasureError(f"{path} holds a pickle under the name of safetensors; rename it to {path.stem}.ckpt")
     if not (is_pickle or is_safetensors):
         begins = f"begins with {head[:16]!r}" if head else "is empty"
@@ -80,11 +81,10 @@ def _check_kind(path: Path) -> None:
 
 def _pickled(path: Path) -> TensorFile:
     content, step = _load_plain(path), None
-    while isinstance(content, dict):
-        step = content["global_step"] if isinstance(content.get("global_step"), int) else step
-        if not isinstance(content.get("state_dict"), dict):
-            break
-        content = content["state_dict"]
+    for _ in range(4):  # deeper than any program nests, and an end for a pickle that holds itself
+        if isinstance(content, dict):
+            step = content["global_step"] if isinstance(content.get("global_step"), int) else step
+            content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
     if not isinstance(content, dict):
         raise ErasureError(f"{path} holds a {type(content).__name__}, not named weights; it is no checkpoint of Stable Diffusion")
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
