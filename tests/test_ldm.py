@@ -1,6 +1,7 @@
 """The single-file layout: a bijection, the known keys of the originals, and diffusers' own converters as the second opinion."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from diffusers.loaders import single_file_utils as theirs
 
 from erase.models import CANVAS, ldm
 from erase.models.architectures import from_folder, shipped
+from erase.models.recognise import recognise
+from erase.models.tensor_file import TensorFile
 from prompts.errors import ErasureError
 from tests.families import tiny_sd1, tiny_sd2, tiny_sdxl
 
@@ -58,6 +61,13 @@ def test_at_full_size_diffusers_reads_our_keys_as_exactly_its_own(family, predic
     expected = {name: weight.shape for name, weight in weights_of(modules).items()}
     found = read_by_diffusers(family, modules, file_of(family, modules))
     assert {name: weight.shape for name, weight in found.items()} == expected
+
+
+@pytest.mark.parametrize(("family", "prediction"), STOCK)
+def test_the_stock_families_are_recognised_by_their_own_keys(family, prediction):
+    tensors = file_of(family, stock_modules(family, prediction))
+    file = TensorFile(Path("x.safetensors"), {key: tuple(t.shape) for key, t in tensors.items()}, tensors.__getitem__)
+    assert recognise(file, None) == family
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -135,9 +145,11 @@ def test_only_what_the_pipeline_does_not_use_is_needless():
         f"{text}text_projection", f"{text}transformer.resblocks.23.ln_1.weight",
     )  # fmt: skip
     assert all(spare.fullmatch(key) for key in unused)
-    assert not [entry.key for entry in ldm.table("sd2", modules) if spare.fullmatch(entry.key)]
     assert not spare.fullmatch(f"{text}transformer.resblocks.24.ln_1.weight") and not spare.fullmatch("betas2")
-    assert not ldm.needless("sdxl", stock_modules("sdxl")).fullmatch("conditioner.embedders.1.model.text_projection")
+    for family in TINY:
+        modules = stock_modules(family)
+        spare = ldm.needless(family, modules)
+        assert not [entry.key for entry in ldm.table(family, modules) if spare.fullmatch(entry.key)]
 
 
 def test_a_weight_without_a_key_is_an_error():

@@ -244,13 +244,9 @@ def needless(family: str, modules: Mapping[str, Network]) -> re.Pattern[str]:
     attends to the layer before it (so diffusers' configuration has 23 of its 24); the flags of v prediction.
     """
     keys = [re.escape(key) for key in SCHEDULE] + [r"model_ema\..*", "v_pred", "ztsnr"]
-    for component, (layout, prefix) in TEXTS[family].items():
-        if layout == "clip":
-            beside = prefix.removesuffix("text_model.")
-            keys += [re.escape(prefix + "embeddings.position_ids"), re.escape(beside) + r"(logit_scale|text_projection\.weight)"]
-        else:
-            keys.append(re.escape(prefix) + "(logit_scale|attn_mask)")
-        if family == "sd2":
-            last = modules[component].config.num_hidden_layers
-            keys.append(re.escape(prefix) + rf"(text_projection|transformer\.resblocks\.{last}\..*)")
+    keys.append(r"(cond_stage_model|conditioner)\.(.*\.)?(position_ids|logit_scale|attn_mask)")
+    keys.append(r"(cond_stage_model|conditioner\.embedders\.0)\.(.*\.)?text_projection(\.weight)?")
+    if family == "sd2":
+        last = modules["text_encoder"].config.num_hidden_layers
+        keys.append(rf"cond_stage_model\.model\.transformer\.resblocks\.{last}\..*")
     return re.compile("|".join(keys))

@@ -46,7 +46,8 @@ STEPS = {875_000: "epsilon", 110_000: "v_prediction"}
 def modern(file: TensorFile) -> TensorFile:
     """The file with `text_model.` in its CLIP keys, which some early SD 1 files lack (A1111 and ComfyUI add it too)."""
     old = re.compile(r"(cond_stage_model\.transformer\.)((?:embeddings|encoder|final_layer_norm)\..*)")
-    names = {old.sub(r"\1text_model.\2", key): key for key in file.shapes}
+    renamed = {key: old.sub(r"\1text_model.\2", key) for key in file.shapes}
+    names = {key if new in file.shapes else new: key for key, new in renamed.items()}
     shapes = {name: file.shapes[key] for name, key in names.items()}
     return replace(file, shapes=shapes, read=lambda name: file.read(names[name]))
 
@@ -109,7 +110,9 @@ def _check_family(file: TensorFile, family: str, expected: str | None) -> None:
 
 
 def _refused(file: TensorFile, what: str) -> ErasureError:
-    return ErasureError(f"{file.path} is {what}; only whole checkpoints of SD 1.x, SD 2.x and SDXL base are supported")
+    return ErasureError(
+        f"{file.path} is {what}; as a single file, only whole checkpoints of SD 1.x, SD 2.x and SDXL base are supported"
+    )
 
 
 def decide_prediction(file: TensorFile, family: str, stated: str | None, asked: str | None) -> str:

@@ -131,8 +131,11 @@ def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     Raises:
         ErasureError: it is not of floating point, or holds values that are not finite there.
     """
-    if not tensor.is_floating_point():
-        raise ErasureError(f"{name} holds {tensor.dtype}, not floating point numbers; a quantised checkpoint cannot be used")
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        raise ErasureError(
+            f"{name} holds {kind}, not dense floating point numbers; a quantised or sparse checkpoint cannot be used"
+        )
     converted = tensor.to(dtype)
     low, high = converted.aminmax()
     if not (low.isfinite() and high.isfinite()):
@@ -169,6 +172,8 @@ def write_single_file(
         raise ErasureError(f"{path} exists already; choose another name or delete it")
     family = _family(pipeline)
     modules = {name: getattr(pipeline, name) for name in ("unet", "vae", *ldm.TEXTS[family])}
+    if lacking := [name for name, module in modules.items() if module is None]:
+        raise ErasureError(f"the pipeline has no {lacking[0]}, which a single file holds; load it whole")
     states = {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.state_dict().items()}
     tensors = {}
     for entry in ldm.table(family, modules):

@@ -43,7 +43,7 @@ def open_tensors(path: str | Path) -> Iterator[TensorFile]:
     path = Path(path)
     _check_kind(path)
     try:
-        if path.suffix in PICKLES:
+        if path.suffix.lower() in PICKLES:
             yield _pickled(path)
         else:
             # pread: a memory map would keep the pages of the file resident beside the copies
@@ -58,7 +58,8 @@ def _check_kind(path: Path) -> None:
     """Compare what the name promises with the first bytes."""
     if not path.is_file():
         raise ErasureError(f"{path} is not a file")
-    if path.suffix not in (".safetensors", *PICKLES):
+    suffix = path.suffix.lower()
+    if suffix not in (".safetensors", *PICKLES):
         raise ErasureError(
             f"{path} has the suffix {path.suffix!r}; a single-file checkpoint is .safetensors, {', '.join(PICKLES)}"
         )
@@ -66,10 +67,12 @@ def _check_kind(path: Path) -> None:
         head = file.read(64)
     if head.startswith(b"version https://git-lfs"):
         raise ErasureError(f"{path} is the placeholder that git leaves for a large file; run `git lfs pull` in its repository")
-    is_pickle, is_safetensors = head[:2] == b"PK" or head[:1] == b"\x80", head[8:9] == b"{"
-    if path.suffix in PICKLES and is_safetensors:
+    # safetensors begins with the length of its header, which may well begin like a pickle (0x80) or an archive (PK)
+    is_safetensors = head[5:9] == b"\0\0\0{"
+    is_pickle = not is_safetensors and (head[:2] == b"PK" or head[:1] == b"\x80")
+    if suffix in PICKLES and is_safetensors:
         raise ErasureError(f"{path} holds safetensors under the name of a pickle; rename it to {path.stem}.safetensors")
-    if path.suffix not in PICKLES and is_pickle:
+    if suffix not in PICKLES and is_pickle:
         raise ErasureError(f"{path} holds a pickle under the name of safetensors; rename it to {path.stem}.ckpt")
     if not (is_pickle or is_safetensors):
         begins = f"begins with {head[:16]!r}" if head else "is empty"
@@ -78,11 +81,10 @@ def _check_kind(path: Path) -> None:
 
 def _pickled(path: Path) -> TensorFile:
     content, step = _load_plain(path), None
-    while isinstance(content, dict):
-        step = content["global_step"] if isinstance(content.get("global_step"), int) else step
-        if not isinstance(content.get("state_dict"), dict):
-            break
-        content = content["state_dict"]
+    for _ in range(4):  # deeper than any program nests, and an end for a pickle that holds itself
+        if isinstance(content, dict):
+            step = content["global_step"] if isinstance(content.get("global_step"), int) else step
+            content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
     if not isinstance(content, dict):
         raise ErasureError(f"{path} holds a {type(content).__name__}, not named weights; it is no checkpoint of Stable Diffusion")
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
@@ -95,12 +97,15 @@ def _load_plain(path: Path) -> object:
         is_archive = file.read(2) == b"PK"  # older files are bare pickles, which cannot be mapped
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
-    except pickle.UnpicklingError as error:
-        wants = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"asks for {wants[1]}, which is code" if wants else "holds more than tensors and plain data"
+    except Exception as error:  # a damaged file can fail anywhere in torch's reader
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code:
+            raise ErasureError(
+                f"{path} is a pickle that asks for {code[1]}, which is code, so it was not opened: that could run anything; get the "
+                "model as .safetensors, or convert it in a container without network and without your files"
+            ) from error
+        reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         raise ErasureError(
-            f"{path} is a pickle that {reason}, so it was not opened: opening it could run anything; get the model as "
-            ".safetensors, or convert it in a container without network and without your files"
+            f"cannot read {path}: {reason.strip().splitlines()[0] if reason.strip() else type(error).__name__}; it was cut short, "
+            "damaged, or holds more than tensors; fetch it again, or get the model as .safetensors"
         ) from error
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise ErasureError(f"cannot read {path}: {str(error).splitlines()[0]}; if it was cut short, fetch it again") from error
