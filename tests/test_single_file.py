@@ -238,7 +238,7 @@ def test_the_prediction_type_of_sd2_is_what_is_said(file, stated, asked, expecte
 @pytest.mark.parametrize(
     ("file", "stated", "asked", "message"),
     [
-        (sd2_file(), None, None, "prediction='epsilon' or prediction='v_prediction'"),
+        (sd2_file(), None, None, "load.prediction=epsilon or load.prediction=v_prediction"),
         (sd2_file(step=220_000), None, None, "nothing in it tells"),
         (sd2_file(step=875_000), "v_prediction", None, "says epsilon, but its configuration v_prediction"),
         (sd2_file(), None, "v_predictio", "did you mean 'v_prediction'"),
@@ -303,7 +303,7 @@ def test_parts_of_a_checkpoint_are_called_by_their_names(keys, what):
 
 
 def test_another_width_needs_a_configuration_and_another_family_another_one(made):
-    with pytest.raises(ErasureError, match=r"cross-attention is 32 wide, not 768.*config="):
+    with pytest.raises(ErasureError, match=r"cross-attention is 32 wide, not 768.*load.config"):
         load_single_file(made("sd1")[2])
     with pytest.raises(ErasureError, match="is SD 1, but the configuration is for SDXL"):
         load_single_file(made("sd1")[2], config=made("sdxl")[1])
@@ -451,7 +451,7 @@ def test_a_pickle_without_named_weights_is_an_error(tmp_path):
 
 def test_a_folder_that_is_no_configuration_is_an_error(made, tmp_path):
     _, config, path = made("sd1")
-    with pytest.raises(ErasureError, match=r"model_index\.json.*config="):
+    with pytest.raises(ErasureError, match=r"model_index\.json.*load.config"):
         load_single_file(path, config=tmp_path)
     copy = shutil.copytree(config, tmp_path / "config")
     shutil.rmtree(copy / "tokenizer")

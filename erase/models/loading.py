@@ -22,7 +22,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": ("erase.models.sd3", "StableDiffusion3"),
 }
 """pipeline class in model_index.json -> where its `DiffusionModel` is"""
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
 INDEX = "model_index.json"
 LEFT_OUT = {
     "safety_checker": "it hides images, and would hide what is left of a concept",

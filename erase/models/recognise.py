@@ -105,7 +105,7 @@ def _check_family(file: TensorFile, family: str, expected: str | None) -> None:
     if expected is None and width != STOCK[family]:
         raise ErasureError(
             f"{file.path} has the keys of {NAMES[family]}, but its cross-attention is {width} wide, not {STOCK[family]}; name a "
-            "diffusers folder with its configurations (config=)"
+            "diffusers folder with its configurations (load.config)"
         )
 
 
@@ -128,11 +128,11 @@ def decide_prediction(file: TensorFile, family: str, stated: str | None, asked: 
         raise unknown("prediction type", asked, PREDICTIONS)
     sign = _sign(file, family)
     if asked is None and sign and stated and sign != stated:
-        raise ErasureError(f"{file.path} says {sign}, but its configuration {stated}; say which is right with prediction=")
+        raise ErasureError(f"{file.path} says {sign}, but its configuration {stated}; say which is right with load.prediction")
     if asked is None and family == "sd2" and sign is None and stated is None:
         raise ErasureError(
             f"{file.path} is SD 2, and nothing in it tells whether it predicts epsilon (512-base) or v (768-v); say which with "
-            "prediction='epsilon' or prediction='v_prediction'"
+            "load.prediction=epsilon or load.prediction=v_prediction"
         )
     return asked or sign or stated or "epsilon"
 

@@ -85,14 +85,14 @@ def _check_weights(file: TensorFile, table: Sequence[ldm.Entry], modules: Mappin
     if missing:
         raise ErasureError(
             f"{file.path} lacks {len(missing)} of the {len(expected)} weights of this architecture, the first is {missing[0]} "
-            f"{list(expected[missing[0]])}; fetch the file again, or if it is of another size, give its configuration (config=)"
+            f"{list(expected[missing[0]])}; fetch the file again, or if it is of another size, give its configuration (load.config)"
         )
     for entry in table:
         shape, found = expected[entry.key], file.shapes[entry.key]
         if found != shape and not (entry.form == "conv1x1" and found == shape[:2]):  # some programs write these as linear
             raise ErasureError(
                 f"{file.path}: {entry.key} should have the shape {list(shape)}, but has {list(found)}; if the model is of another "
-                "size, give its configuration (config=)"
+                "size, give its configuration (load.config)"
             )
 
 
@@ -103,7 +103,7 @@ def _check_rest(file: TensorFile, table: Sequence[ldm.Entry], family: str, modul
     if surplus:
         raise ErasureError(
             f"{file.path} holds {len(surplus)} tensors for which {NAMES[family]} has no place, the first is {surplus[0]} "
-            f"{list(file.shapes[surplus[0]])}; if it is of another size, give its configuration (config=)"
+            f"{list(file.shapes[surplus[0]])}; if it is of another size, give its configuration (load.config)"
         )
 
 

@@ -112,7 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ErasureError(f"cannot read {path}: {error}; config= must name a diffusers folder") from error
+        raise ErasureError(f"cannot read {path}: {error}; load.config must name a diffusers folder") from error
     return config
 
 
