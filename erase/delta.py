@@ -180,7 +180,9 @@ class ErasedDelta:
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
             if part not in split or tensor.ndim != 1 or tensor.dtype not in (DTYPES if part == "values" else (torch.uint8,)):
-                raise ErasureError(f"{path}: {key} ({tensor.dtype}, {tensor.ndim} dimensions) is not part of a delta; erase again")
+                raise ErasureError(
+                    f"{path}: {key} ({tensor.dtype}, {tensor.ndim} dimensions) is not part of a delta; erase again"
+                )
             split[part][name] = tensor
         bits = split["bits"] | {name: _read_gaps(path, name, gaps) for name, gaps in split["gaps"].items()}
         for name in split["values"].keys() | bits.keys():
