@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 ON_CONFLICT = ("sum", "first", "last", "error")
 Part = tuple[Tensor, Tensor, float]
-"""where it changes a tensor (boolean), the values there, its scale"""
+"""flat indices of the weights that it changes in one tensor, the values there, its scale"""
 
 
 def compose(base: DiffusionModel, parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str = "sum") -> ErasedDelta:
@@ -47,8 +47,8 @@ def compose(base: DiffusionModel, parts: Sequence[tuple[ErasedDelta, float]], on
     live = [(delta, scale) for delta, scale in parts if scale]
     values, bits = {}, {}
     for name, old in _changed_tensors(base, [delta for delta, _ in live]):
-        touching = [(delta.where(name, tuple(old.shape)), delta.values[name], s) for delta, s in live if name in delta.values]
-        new = _combined(name, old, touching, on_conflict)
+        touching = [_part(name, old, delta, scale) for delta, scale in live if name in delta.values]
+        new = _combined(name, old.flatten(), touching, on_conflict).reshape(old.shape)
         if found := difference(old, new):
             values[name], bits[name] = found
     return ErasedDelta(values, bits, _describe(parts, on_conflict))
@@ -77,37 +77,40 @@ def _changed_tensors(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> Ite
             yield name, param.detach().cpu()
 
 
+def _part(name: str, base: Tensor, delta: ErasedDelta, scale: float) -> Part:
+    return delta.where(name, tuple(base.shape)).flatten().nonzero()[:, 0], delta.values[name], scale
+
+
 def _combined(name: str, base: Tensor, parts: list[Part], on_conflict: str) -> Tensor:
-    """The new value of one tensor."""
-    touched, shared = torch.zeros(base.shape, dtype=torch.bool), torch.zeros(base.shape, dtype=torch.bool)
-    for where, _, _ in parts:
-        shared |= touched & where
-        touched |= where
-    if on_conflict == "error" and shared.any():
-        raise ErasureError(
-            f"{int(shared.sum())} weights of {name} are changed by several deltas; sum them, or let the first or the last one win"
-        )
+    """The new values of one tensor; `base` is flat."""
     if on_conflict in ("first", "last"):
-        parts, shared = _disjoint(parts if on_conflict == "first" else parts[::-1]), torch.zeros_like(shared)
+        parts = _disjoint(base, parts if on_conflict == "first" else parts[::-1])
+    changes = torch.zeros(base.shape, dtype=torch.int32)
     total = base.double()
     for where, values, scale in parts:
+        changes[where] += 1
         total[where] += scale * (values.double() - base[where].double())
+    if on_conflict == "error" and (changes > 1).any():
+        raise ErasureError(
+            f"{int((changes > 1).sum())} weights of {name} are changed by several deltas; sum them, or let the first or the last one win"
+        )
     new = total.to(base.dtype)
     if not new.isfinite().all():
         raise ErasureError(f"the composed values of {name} are not finite in {base.dtype}; use smaller scales")
     for where, values, scale in parts:
         if scale == 1:  # its own value where it is alone: base + (value - base) may round, and loses the sign of zero
-            new[where & ~shared] = values[~shared[where]].to(base.dtype)
+            alone = changes[where] == 1
+            new[where[alone]] = values[alone].to(base.dtype)
     return new
 
 
-def _disjoint(parts: list[Part]) -> list[Part]:
+def _disjoint(base: Tensor, parts: list[Part]) -> list[Part]:
     """The same parts, each without the weights of those before it."""
-    taken = torch.zeros_like(parts[0][0])
-    kept = []
+    taken, kept = torch.zeros(base.shape, dtype=torch.bool), []
     for where, values, scale in parts:
-        kept.append((where & ~taken, values[~taken[where]], scale))
-        taken = taken | where
+        free = ~taken[where]
+        kept.append((where[free], values[free], scale))
+        taken[where] = True
     return kept
 
 

@@ -135,7 +135,7 @@ class ErasedDelta:
         """
         self.check(base)
         params = base.parameters()
-        old = {name: params[name].detach()[self.where(name, tuple(params[name].shape))].cpu() for name in self.values}
+        old = {name: params[name].detach().cpu()[self.where(name, tuple(params[name].shape))] for name in self.values}
         try:
             fingerprint = self.apply(base).fingerprint
         finally:
@@ -174,8 +174,7 @@ class ErasedDelta:
             ErasureError: a missing, damaged or foreign file, or values that do not fit their places; it names the file and the tensor.
         """
         tensors, metadata = load_tensors(path, "delta")
-        if "base_fingerprint" not in metadata:
-            raise ErasureError(f"{path} does not say which base it belongs to; the file is damaged, erase again")
+        _check_metadata(path, metadata)
         split: dict[str, dict[str, Tensor]] = {"values": {}, "bits": {}, "gaps": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
@@ -196,6 +195,16 @@ def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
     """Values of `new` where it differs from `base`, and packed bits that say where; None if it is the same."""
     changed = _pattern(new) != _pattern(base)
     return (new[changed].cpu(), pack(changed)) if changed.any() else None
+
+
+def _check_metadata(path: str | Path, metadata: Mapping[str, str]) -> None:
+    if "base_fingerprint" not in metadata:
+        raise ErasureError(f"{path} does not say which base it belongs to; the file is damaged, erase again")
+    for key in ("concepts", "config"):
+        try:
+            json.loads(metadata.get(key, "null"))
+        except json.JSONDecodeError as error:
+            raise ErasureError(f"{path}: its {key} is not JSON ({error}); the file is damaged, erase again") from error
 
 
 def _read_gaps(path: str | Path, name: str, gaps: Tensor) -> Tensor:

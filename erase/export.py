@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from erase.delta import ErasedDelta
-from erase.files import written_whole
 from erase.lora import LoRA
 from erase.models import DiffusionModel, load_model
 from erase.usage import FILES
@@ -109,10 +108,9 @@ def check_free(out: str | Path) -> Path:
 
 @contextmanager
 def _file(out: str | Path, card: str, name: str) -> Iterator[Path]:
-    """Where to write the one file of a format: `out` itself, or `name` in a new folder."""
+    """Where to write the one file of a format: `out` itself (its writer writes it whole), or `name` in a new folder."""
     if _is_file(out):
-        with written_whole(check_free(out)) as aside:
-            yield aside
+        yield check_free(out)
     else:
         with _folder(out, card) as aside:
             yield aside / name

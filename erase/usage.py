@@ -44,7 +44,7 @@ COMPONENTS = Usage(
 {imports}
 
 folder = "path/to/this/folder"
-pipeline = DiffusionPipeline.from_pretrained(
+pipeline = {load_base}(
     "path/to/base",
 {loads}
 )""",
@@ -54,14 +54,14 @@ SINGLE_FILE = Usage(
     """\
 from diffusers import {pipeline}
 
-pipeline = {pipeline}.from_single_file("path/to/this/folder/model.safetensors", config="path/to/base")""",
+pipeline = {pipeline}.from_single_file("path/to/this/folder/model.safetensors"{config})""",
 )
 LORA = Usage(
     "a LoRA: the base with it is close to the erased model, and not the same (see Limits); loading it needs peft",
     """\
-from diffusers import DiffusionPipeline
+{import_base}
 
-pipeline = DiffusionPipeline.from_pretrained("path/to/base")
+pipeline = {load_base}("path/to/base")
 pipeline.load_lora_weights("path/to/this/folder")""",
     relation="adapter",
     tags=("lora",),
@@ -81,16 +81,21 @@ USAGES = {"diffusers": DIFFUSERS, "components": COMPONENTS, "single-file": SINGL
 
 
 def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
-    """How one of `FORMATS` is loaded, in the classes of this model; `components` are those that changed."""
+    """How one of `FORMATS` is loaded, in the classes of this base; `components` are those that changed."""
+    pipeline, one_file = type(model.pipeline()).__name__, model.name.endswith(".safetensors")
+    base_class = pipeline if one_file else "DiffusionPipeline"
     classes = {name: type(model.component(name)) for name in components}
-    libraries = sorted(
-        {("diffusers", "DiffusionPipeline"), *((c.__module__.split(".")[0], c.__name__) for c in classes.values())}
-    )
+    imports = sorted({("diffusers", base_class), *((kind.__module__.split(".")[0], kind.__name__) for kind in classes.values())})
     texts = {
         "components": " and ".join(components),
-        "imports": "\n".join(f"from {library} import {name}" for library, name in libraries),
-        "loads": "\n".join(f'    {name}={c.__name__}.from_pretrained(f"{{folder}}/{name}"),' for name, c in classes.items()),
-        "pipeline": type(model.pipeline()).__name__,
+        "imports": "\n".join(f"from {library} import {name}" for library, name in imports),
+        "loads": "\n".join(
+            f'    {name}={kind.__name__}.from_pretrained(f"{{folder}}/{name}"),' for name, kind in classes.items()
+        ),
+        "pipeline": pipeline,
+        "import_base": f"from diffusers import {base_class}",
+        "load_base": f"{base_class}.{'from_single_file' if one_file else 'from_pretrained'}",
+        "config": "" if one_file else ', config="path/to/base"',
     }
     chosen = USAGES[format]
     return replace(chosen, about=chosen.about.format(**texts), code=chosen.code.format(**texts))

@@ -129,9 +129,11 @@ def _on_hub(base_id: str) -> bool:
 
 def _license_of(base_id: str) -> str | None:
     """The licence that a base on this disk states in its own card."""
+    from huggingface_hub import ModelCard
+
     card = (CANVAS if base_id == "canvas" else Path(base_id)) / "README.md"
-    found = re.match(r"---\n.*?^license: *([\w.-]+) *$.*?^---$", card.read_text("utf-8"), re.M | re.S) if card.is_file() else None
-    return found[1] if found and found[1] != "other" else None
+    stated = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    return stated if isinstance(stated, str) and stated != "other" else None
 
 
 def _base_path(base_id: str) -> str:

@@ -127,15 +127,14 @@ def test_damaged_files_are_refused_by_file_and_tensor(model, tmp_path, spoil, me
     assert str(path) in str(caught.value) and NAME in str(caught.value)
 
 
-def test_a_file_without_its_base_is_refused(model, tmp_path):
-    save_file(load_file_of(make(model), tmp_path), tmp_path / "d.safetensors", {"format": "delta"})
-    with pytest.raises(ErasureError, match=r"d\.safetensors does not say which base"):
+@pytest.mark.parametrize(
+    "metadata, message",
+    [({}, "does not say which base"), ({"base_fingerprint": "1", "concepts": "["}, "its concepts is not JSON")],
+)
+def test_metadata_that_cannot_be_read_is_refused(tmp_path, metadata, message):
+    save_file({"values.p": torch.ones(1)}, tmp_path / "d.safetensors", metadata | {"format": "delta"})
+    with pytest.raises(ErasureError, match=rf"d\.safetensors:? {message}"):
         ErasedDelta.load(tmp_path / "d.safetensors")
-
-
-def load_file_of(delta, folder):
-    delta.save(folder / "d.safetensors")
-    return load_file(folder / "d.safetensors")
 
 
 # ---- applying ----

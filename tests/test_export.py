@@ -16,7 +16,7 @@ from erase.delta import ErasedDelta
 from erase.export import export_delta, export_diffusers
 from erase.lora import extract_lora
 from erase.models import load_model
-from erase.usage import FORMATS, USAGES
+from erase.usage import FORMATS, USAGES, usage
 from eval.report_card import model_card
 from prompts.errors import ErasureError
 from scripts import run_export
@@ -106,6 +106,25 @@ def test_the_code_of_each_card_draws_what_the_erased_model_draws(format, base, h
         assert sorted(path.name for path in out.iterdir()) == ["README.md", "text_encoder", "unet"]
     if format == "lora":
         assert json.loads((out / "lora.json").read_text())["error"] < 1e-6
+
+
+def test_a_base_that_is_one_file_is_loaded_as_one(base):
+    model = load_model(str(base))
+    model.name = "some/base.safetensors"
+    codes = {format: usage(format, model, ["unet"]).code for format in FORMATS}
+    for format in ("components", "lora"):
+        assert "StableDiffusionPipeline.from_single_file(" in codes[format] and "import StableDiffusionPipeline" in codes[format]
+    assert "config=" not in codes["single-file"] and all(compile(code, "card", "exec") for code in codes.values())
+
+
+def test_a_single_file_may_stand_alone(heart, base, tmp_path):
+    pytest.importorskip("erase.models.single_file")
+    out = tmp_path / "heart.safetensors"
+    assert run(run_export.main, ["--delta", heart, "--format", "single-file", "--dtype", "float16", "--out", str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["heart.safetensors"]
+    assert {tensor.dtype for name, tensor in load_file(out).items() if name.startswith("model.diffusion_model.")} == {
+        torch.float16
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
