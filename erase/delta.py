@@ -2,39 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase.files import load_tensors, save_tensors
 from erase.mask import pack, unpack
 from erase.models import DiffusionModel
+from erase.places import from_gaps, to_gaps
 from prompts.errors import ErasureError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class ErasedDelta:
-    """Replacement values of the weights that changed, exact to the bit."""
+    """Replacement values of the weights that changed, exact to the bit.
+
+    `delta.apply(base)` puts them in, `delta.inverse(base)` is the delta that takes them out again, and `erase.compose` adds, scales
+    and subtracts several.
+    """
 
     values: dict[str, Tensor]
     """parameter name -> its changed values, flat, in the base's dtype"""
     bits: dict[str, Tensor]
     """parameter name -> packed bits, 1 where a weight changed"""
     metadata: dict[str, str] = field(default_factory=dict)
-    """base_fingerprint, base_id, method, config (JSON), concepts (JSON), created_with"""
+    """base_fingerprint, base_id, method, config (JSON), concepts (JSON), created_with; parts (JSON), if it was composed"""
+    source: str = field(default="this delta", compare=False)
+    """what errors call it: the file that it was read from"""
 
     @classmethod
     def between(cls, base: Mapping[str, Tensor], erased: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ErasedDelta:
         """The difference of two states: `erased` values wherever they differ from `base`."""
         values, bits = {}, {}
         for name, new in erased.items():
-            changed = _pattern(new.detach()) != _pattern(base[name])
-            if changed.any():
-                values[name], bits[name] = new.detach()[changed].cpu(), pack(changed)
+            if found := difference(base[name], new.detach()):
+                values[name], bits[name] = found
         return cls(values, bits, dict(metadata))
 
     @property
@@ -42,34 +51,119 @@ class ErasedDelta:
         """Number of weights that changed."""
         return sum(value.numel() for value in self.values.values())
 
+    @property
+    def concepts(self) -> list[dict[str, object]]:
+        """The concepts that were erased, as plain data."""
+        concepts: list[dict[str, object]] = json.loads(self.metadata.get("concepts", "[]"))
+        return concepts
+
+    @property
+    def title(self) -> str:
+        """`heart, star`: what was erased."""
+        return ", ".join(str(concept["target"]) for concept in self.concepts) or "nothing"
+
+    @property
+    def components(self) -> list[str]:
+        """Names of the components that it changes, e.g. `unet`."""
+        return list(dict.fromkeys(name.split(".")[0] for name in self.values))
+
+    @property
+    def sha256(self) -> str:
+        """Digest of base, places and values: the same for the same change, whatever file it lies in."""
+        digest = hashlib.sha256(self.metadata.get("base_fingerprint", "").encode())
+        for name, value in sorted(self.values.items()):
+            digest.update(f"{name} {value.dtype}".encode())
+            digest.update(self.bits[name].numpy().data)
+            digest.update(_pattern(value).numpy().data)
+        return digest.hexdigest()
+
+    def where(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The boolean mask of the weights of one parameter that changed."""
+        return unpack(self.bits[name], shape)
+
     def check(self, model: DiffusionModel) -> None:
-        """Refuse a model that is not the base that this delta was made from.
+        """Refuse a model that is not the base that this delta was made from, or that cannot hold it exactly.
 
         Raises:
-            ErasureError: its fingerprint is another.
+            ErasureError: another fingerprint, a parameter or a size that the model does not have, values that are not finite, or ones
+                that the model's dtype would round.
         """
         own = self.metadata.get("base_fingerprint", "")
         if model.fingerprint != own:
             raise ErasureError(
-                f"this delta belongs to base {self.metadata.get('base_id', '?')} (fingerprint {own[:12]}), but {model.name} has "
+                f"{self.source} belongs to base {self.metadata.get('base_id', '?')} (fingerprint {own[:12]}), but {model.name} has "
                 f"{model.fingerprint[:12]}; load that base, or erase from this one"
             )
-
-    @torch.no_grad()
-    def apply(self, model: DiffusionModel) -> DiffusionModel:
-        """Put the changed values into a base model, in place, and return it; `check` must pass."""
-        self.check(model)
         params = model.parameters()
-        for name, value in self.values.items():
-            where = unpack(self.bits[name], tuple(params[name].shape)).to(params[name].device)
-            params[name][where] = value.to(params[name])
-        model.refresh_fingerprint()
+        for name in self.values:
+            self._check_fit(name, params.get(name))
+
+    def _check_fit(self, name: str, param: nn.Parameter | None) -> None:
+        value, bits = self.values[name], self.bits[name]
+        if param is None:
+            raise ErasureError(f"{self.source} changes {name}, which the model does not have; the file is damaged, erase again")
+        used = param.numel() % 8  # bits of the last byte that mean a weight; 0: all
+        if bits.numel() != -(-param.numel() // 8) or (used and (bits[-1] >> used).item()):
+            raise ErasureError(
+                f"{self.source}: the places of {name} do not fit its shape {tuple(param.shape)}; the file is damaged, erase again"
+            )
+        _check_values(self.source, name, value, bits)
+        if not torch.equal(_pattern(value.to(param.dtype).to(value.dtype)), _pattern(value)):
+            kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (value, param)]
+            raise ErasureError(
+                f"{self.source} holds {kinds[0]} values of {name} that {kinds[1]} weights would round; load the base in {kinds[0]}, "
+                f"or round on purpose with delta.rounded(torch.{kinds[1]})"
+            )
+
+    def apply(self, model: DiffusionModel) -> DiffusionModel:
+        """Put the changed values into a base model, in place, and return it; all is checked before any weight is changed."""
+        self.check(model)
+        self._put(model, self.values)
         return model
 
+    @torch.no_grad()
+    def _put(self, model: DiffusionModel, values: Mapping[str, Tensor]) -> None:
+        params = model.parameters()
+        for name, value in values.items():
+            params[name][self.where(name, tuple(params[name].shape)).to(params[name].device)] = value.to(params[name])
+        model.refresh_fingerprint()
+
+    def inverse(self, base: DiffusionModel) -> ErasedDelta:
+        """The delta that undoes this one: it turns base + delta into the base again, bit for bit, and refuses any other model.
+
+        A delta holds new values only, so the old ones come from `base`, which is left as it was found.
+        """
+        self.check(base)
+        params = base.parameters()
+        old = {name: params[name].detach().cpu()[self.where(name, tuple(params[name].shape))] for name in self.values}
+        try:
+            fingerprint = self.apply(base).fingerprint
+        finally:
+            self._put(base, old)
+        named = {"base_fingerprint": fingerprint, "base_id": f"{base.name} without {self.title}", "concepts": "[]"}
+        return ErasedDelta(old, self.bits, {**self.metadata, **named, "undoes": self.sha256})
+
+    def rounded(self, dtype: torch.dtype) -> ErasedDelta:
+        """The same change in a narrower dtype: half the size, exact for a model in that dtype, no longer exact for a wider one.
+
+        Raises:
+            ErasureError: a value is beyond the dtype's range.
+        """
+        values = {name: value.to(dtype) for name, value in self.values.items()}
+        if beyond := [name for name, value in values.items() if not value.isfinite().all()]:
+            raise ErasureError(f"{self.source}: {beyond[0]} has values beyond the range of {dtype}; use bfloat16 or float32")
+        return replace(self, values=values)
+
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, whole or not at all."""
+        """Write one safetensors file, whole or not at all.
+
+        For each changed parameter it holds `values.NAME` and, whichever is smaller, `bits.NAME` or `gaps.NAME` (`erase.places`).
+        """
         tensors = {f"values.{name}": value for name, value in self.values.items()}
-        tensors |= {f"bits.{name}": value for name, value in self.bits.items()}
+        for name, bits in self.bits.items():
+            gaps = to_gaps(bits) if self.values[name].numel() < bits.numel() else bits
+            few = gaps.numel() < bits.numel()
+            tensors[f"gaps.{name}" if few else f"bits.{name}"] = gaps if few else bits
         save_tensors(path, tensors, {**self.metadata, "format": "delta"})
 
     @classmethod
@@ -77,24 +171,54 @@ class ErasedDelta:
         """Read a delta.
 
         Raises:
-            ErasureError: a missing, damaged or foreign file, or values that do not fit their bits.
+            ErasureError: a missing, damaged or foreign file, or values that do not fit their places; it names the file and the tensor.
         """
         tensors, metadata = load_tensors(path, "delta")
-        split: dict[str, dict[str, Tensor]] = {"values": {}, "bits": {}}
+        _check_metadata(path, metadata)
+        split: dict[str, dict[str, Tensor]] = {"values": {}, "bits": {}, "gaps": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
-            split.setdefault(part, {})[name] = tensor
-        for name, value in split["values"].items():
-            bits = split["bits"].get(name)
-            if bits is None or int(unpack(bits, (bits.numel() * 8,)).sum()) != value.numel():
-                raise ErasureError(f"{path}: the values of {name} do not fit their places; the file is damaged, erase again")
-        return cls(split["values"], split["bits"], metadata)
+            if part not in split or tensor.ndim != 1 or tensor.dtype not in (DTYPES if part == "values" else (torch.uint8,)):
+                raise ErasureError(
+                    f"{path}: {key} ({tensor.dtype}, {tensor.ndim} dimensions) is not part of a delta; erase again"
+                )
+            split[part][name] = tensor
+        bits = split["bits"] | {name: _read_gaps(path, name, gaps) for name, gaps in split["gaps"].items()}
+        for name in split["values"].keys() | bits.keys():
+            if name not in split["values"] or name not in bits:
+                raise ErasureError(f"{path}: {name} lacks its values or its places; the file is damaged, erase again")
+            _check_values(str(path), name, split["values"][name], bits[name])
+        return cls(split["values"], {name: bits[name] for name in split["values"]}, metadata, str(path))
 
-    @property
-    def concepts(self) -> list[dict[str, object]]:
-        """The concepts that were erased, as plain data."""
-        concepts: list[dict[str, object]] = json.loads(self.metadata.get("concepts", "[]"))
-        return concepts
+
+def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Values of `new` where it differs from `base`, and packed bits that say where; None if it is the same."""
+    changed = _pattern(new) != _pattern(base)
+    return (new[changed].cpu(), pack(changed)) if changed.any() else None
+
+
+def _check_metadata(path: str | Path, metadata: Mapping[str, str]) -> None:
+    if "base_fingerprint" not in metadata:
+        raise ErasureError(f"{path} does not say which base it belongs to; the file is damaged, erase again")
+    for key in ("concepts", "config"):
+        try:
+            json.loads(metadata.get(key, "null"))
+        except json.JSONDecodeError as error:
+            raise ErasureError(f"{path}: its {key} is not JSON ({error}); the file is damaged, erase again") from error
+
+
+def _read_gaps(path: str | Path, name: str, gaps: Tensor) -> Tensor:
+    try:
+        return from_gaps(gaps)
+    except ErasureError as error:
+        raise ErasureError(f"{path}: the places of {name} are damaged ({error}); erase again") from error
+
+
+def _check_values(source: str, name: str, value: Tensor, bits: Tensor) -> None:
+    if int(unpack(bits, (bits.numel() * 8,)).sum()) != value.numel():
+        raise ErasureError(f"{source}: the values of {name} do not fit their places; the file is damaged, erase again")
+    if not value.isfinite().all():
+        raise ErasureError(f"{source}: {name} has values that are not finite; erase again")
 
 
 def _pattern(tensor: Tensor) -> Tensor:

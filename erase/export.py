@@ -1,36 +1,130 @@
-"""Erased weights in the formats of others."""
+"""Erased weights in the formats of others. Every export appears whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from erase.delta import ErasedDelta
-from erase.models import load_model
+from erase.lora import LoRA
+from erase.models import DiffusionModel, load_model
+from erase.usage import FILES
 from prompts.errors import ErasureError
 
 
-def export_diffusers(delta: ErasedDelta, base: str, out: str | Path, card: str = "") -> Path:
-    """Write base + delta as a diffusers folder that `StableDiffusionPipeline.from_pretrained` loads.
+def export_diffusers(
+    delta: ErasedDelta, base: str | DiffusionModel, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write base + delta as a diffusers folder that stock `DiffusionPipeline.from_pretrained` loads.
 
     Args:
         delta: what changed.
-        base: the checkpoint that it was made from, as for `load_model`.
+        base: the checkpoint that it was made from, as for `load_model`; or that model, loaded, which then holds the erased weights.
         out: a folder that does not exist yet; it appears whole or not at all.
         card: text of its README.md, the model card.
+        dtype: of the weights in the files. float32 holds the erased weights exactly, whatever the base was stored as.
 
     Raises:
         ErasureError: another base, an existing folder, or one that cannot be written to.
     """
-    out = Path(out)
-    if out.exists():
-        raise ErasureError(f"{out} exists already; choose another folder or delete it")
-    pipeline = delta.apply(load_model(base)).pipeline()
+    with _folder(out, card) as aside:
+        _erased(delta, base, dtype).save_pretrained(aside, safe_serialization=True)
+    return Path(out)
+
+
+def export_components(
+    delta: ErasedDelta, base: str | DiffusionModel, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write only the components that changed, each a folder (`unet/`) that its own class loads. Arguments as `export_diffusers`."""
+    with _folder(out, card) as aside:
+        pipeline = _erased(delta, base, dtype)
+        for component in delta.components:
+            getattr(pipeline, component).save_pretrained(aside / component, safe_serialization=True)
+    return Path(out)
+
+
+def export_single_file(
+    delta: ErasedDelta, base: str | DiffusionModel, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write one checkpoint file in the layout that Stable Diffusion was published in. Arguments as `export_diffusers`.
+
+    If `out` ends in .safetensors it is that file, without a card; else a folder with `model.safetensors`.
+    """
+    from erase.models.single_file import write_single_file
+
+    with _file(out, card, FILES["single-file"]) as aside:
+        write_single_file(_erased(delta, base, dtype), aside, dtype, {"concepts": delta.metadata.get("concepts", "[]")})
+    return Path(out)
+
+
+def export_lora(
+    lora: LoRA, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32, layout: str = "diffusers"
+) -> Path:
+    """Write a LoRA, as a file or (with `lora.json`, what it misses layer by layer) as a folder. Arguments as `export_single_file`."""
+    with _file(out, card, FILES["lora"]) as aside:
+        lora.save(aside, dtype, layout)
+        if not _is_file(out):
+            (aside.parent / "lora.json").write_text(json.dumps(lora.plain(), indent=1), encoding="utf-8")
+    return Path(out)
+
+
+def export_delta(delta: ErasedDelta, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32) -> Path:
+    """Write the delta, as a file or as a folder with a card. Arguments as `export_single_file`."""
+    with _file(out, card, FILES["delta"]) as aside:
+        (delta if dtype == torch.float32 else delta.rounded(dtype)).save(aside)
+    return Path(out)
+
+
+def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) -> Any:
+    """The stock pipeline of base + delta."""
+    pipeline = delta.apply(load_model(base) if isinstance(base, str) else base).pipeline()
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, dtype)  # not diffusers' own `to`, which warns of each cast
+    return pipeline
+
+
+def _is_file(out: str | Path) -> bool:
+    return Path(out).suffix == ".safetensors"
+
+
+def check_free(out: str | Path) -> Path:
+    """`out` as a path.
+
+    Raises:
+        ErasureError: it exists already.
+    """
+    if Path(out).exists():
+        raise ErasureError(f"{out} exists already; choose another name or delete it")
+    return Path(out)
+
+
+@contextmanager
+def _file(out: str | Path, card: str, name: str) -> Iterator[Path]:
+    """Where to write the one file of a format: `out` itself (its writer writes it whole), or `name` in a new folder."""
+    if _is_file(out):
+        yield check_free(out)
+    else:
+        with _folder(out, card) as aside:
+            yield aside / name
+
+
+@contextmanager
+def _folder(out: str | Path, card: str) -> Iterator[Path]:
+    """A new folder beside `out` to write to; with its card it is renamed to `out`, on any error it is removed."""
+    out = check_free(out)
     aside = out.with_name(f".{out.name}.part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(aside, ignore_errors=True)
-        pipeline.save_pretrained(aside, safe_serialization=True)
+        aside.mkdir(parents=True)
+        yield aside
         if card:
             (aside / "README.md").write_text(card, encoding="utf-8")
         aside.rename(out)
@@ -38,4 +132,3 @@ def export_diffusers(delta: ErasedDelta, base: str, out: str | Path, card: str =
         raise ErasureError(f"cannot write {out}: {error.strerror or error}; free some space or choose another folder") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return out

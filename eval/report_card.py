@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from erase.models import CANVAS
+from erase.usage import DIFFUSERS, Usage
 from eval.report import EvalReport
 from eval.report_words import glossary, limits, verdict_line
 from prompts.errors import ErasureError
@@ -20,19 +22,16 @@ CARD = """\
 ---
 {front}---
 
-# {base} without {targets}
+# {title}
 
-The weights of {base}, from which {targets} {was} erased with `{method}`. They load in stock diffusers,
-without the code that made them.
+{what}. This is {about}.
 
 {concepts}
 
 ## Use
 
 ```python
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+{code}
 pipeline({prompt!r}).images[0].save("image.png")
 ```
 
@@ -58,13 +57,17 @@ Config:
 """
 
 
-def model_card(report: EvalReport | None, metadata: Mapping[str, str]) -> str:
-    """The README.md of an exported folder.
+def model_card(
+    report: EvalReport | None, metadata: Mapping[str, str], usage: Usage = DIFFUSERS, notes: Sequence[str] = ()
+) -> str:
+    """The README.md of an export.
 
     Args:
         report: the scores, which stand beside the base's; None says that nothing was measured.
         metadata: of the delta: `base_fingerprint`, `base_id`, `method`, `config` (JSON), `concepts` (JSON list of
-            `ConceptSpec` mappings), `created_with`; and `license`, the base's, if it is known.
+            `ConceptSpec` mappings), `created_with`; `parts`, if it was composed; and `license`, the base's, if it is known.
+        usage: what the files are and how they are loaded.
+        notes: further limits, e.g. of a LoRA's rank or of rounded weights.
 
     Raises:
         ErasureError: metadata lacks a key or holds broken JSON, or the report tells UA without its price.
@@ -75,20 +78,29 @@ def model_card(report: EvalReport | None, metadata: Mapping[str, str]) -> str:
         )
     concepts, config = _json(metadata, "concepts"), _json(metadata, "config")
     targets = " and ".join(concept["target"] for concept in concepts)
+    title, what = _words(_base(metadata), targets, metadata["method"], len(concepts))
     return CARD.format(
-        front=yaml.safe_dump(_front(metadata), sort_keys=False, allow_unicode=True),
-        base=_base(metadata),
-        targets=targets,
-        was="was" if len(concepts) == 1 else "were",
-        method=metadata["method"],
+        front=yaml.safe_dump(_front(metadata, usage), sort_keys=False, allow_unicode=True),
+        title=title,
+        what=what,
+        about=usage.about,
         concepts=_concepts(concepts),
-        prompt=_prompt(concepts[0]),
+        code=usage.code.replace("path/to/base", _base_path(metadata["base_id"])),
+        prompt=_prompt(concepts),
         scores=_scores(report),
-        limits="\n".join(f"- {limit}" for limit in limits(report, targets)),
+        limits="\n".join(f"- {limit}" for limit in (*notes, *limits(report, targets or "the concept"))),
         made=_made(metadata),
         config=json.dumps(config, indent=2, ensure_ascii=False),
         reproduce=_reproduce(report),
     )
+
+
+def _words(base: str, targets: str, method: str, count: int) -> tuple[str, str]:
+    """Title and first sentence. Nothing is erased where every part was composed with a negative scale, or with none."""
+    if not targets:
+        return f"{base}, changed", f"The weights of {base}, changed by deltas of `{method}` at the scales given below"
+    was = "was" if count == 1 else "were"
+    return f"{base} without {targets}", f"The weights of {base}, from which {targets} {was} erased with `{method}`"
 
 
 def _json(metadata: Mapping[str, str], key: str) -> Any:
@@ -98,16 +110,35 @@ def _json(metadata: Mapping[str, str], key: str) -> Any:
         raise ErasureError(f"the metadata's {key} is not JSON ({error}); take it from the delta as it is") from error
 
 
-def _front(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _front(metadata: Mapping[str, str], usage: Usage) -> dict[str, Any]:
+    """Front matter (https://huggingface.co/docs/hub/model-cards)."""
     base_id = metadata["base_id"]
-    on_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base_id) and not Path(base_id).exists()
-    front: dict[str, Any] = {"license": metadata.get("license", "other")}
-    if "license" not in metadata:
+    license = metadata.get("license") or _license_of(base_id)
+    front: dict[str, Any] = {"license": license or "other"}
+    if not license:
         front["license_name"] = "as-the-base"
-        front |= {"license_link": f"https://huggingface.co/{base_id}"} if on_hub else {}
-    front |= {"base_model": base_id, "base_model_relation": "finetune"} if on_hub else {}
-    tags = ["concept-erasure", "machine-unlearning", metadata["method"]]
-    return front | {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+        front |= {"license_link": f"https://huggingface.co/{base_id}"} if _on_hub(base_id) else {}
+    front |= {"base_model": base_id, "base_model_relation": usage.relation} if _on_hub(base_id) else {}
+    tags = ["concept-erasure", "machine-unlearning", *metadata["method"].split("+"), *usage.tags]
+    return front | {"library_name": usage.library, "pipeline_tag": "text-to-image", "tags": tags}
+
+
+def _on_hub(base_id: str) -> bool:
+    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base_id)) and not Path(base_id).exists()
+
+
+def _license_of(base_id: str) -> str | None:
+    """The licence that a base on this disk states in its own card."""
+    from huggingface_hub import ModelCard
+
+    card = (CANVAS if base_id == "canvas" else Path(base_id)) / "README.md"
+    stated = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    return stated if isinstance(stated, str) and stated != "other" else None
+
+
+def _base_path(base_id: str) -> str:
+    """What to load the base from: its hub id, or a stand-in for where it lies."""
+    return base_id if _on_hub(base_id) else f"path/to/{Path(base_id).name}"
 
 
 def _base(metadata: Mapping[str, str]) -> str:
@@ -117,11 +148,14 @@ def _base(metadata: Mapping[str, str]) -> str:
 
 
 def _concepts(concepts: list[dict[str, Any]]) -> str:
+    if not concepts:
+        return "No concept was erased."
     rows = [(c["target"], c["anchor"], ", ".join(c.get("synonyms", ())) or "none given") for c in concepts]
     return _table(("erased", "in its place", "other names erased with it"), rows)
 
 
-def _prompt(concept: Mapping[str, Any]) -> str:
+def _prompt(concepts: list[dict[str, Any]]) -> str:
+    concept = concepts[0] if concepts else {"target": "anything"}
     return (list(concept.get("templates", ())) or ["an image of {}"])[0].replace("{}", concept["target"])
 
 
@@ -149,7 +183,15 @@ def _judges(report: EvalReport) -> dict[str, list[str]]:
 def _made(metadata: Mapping[str, str]) -> str:
     facts = {"base": _base(metadata), "base fingerprint": f"`{metadata['base_fingerprint']}`"}
     facts |= {"method": f"`{metadata['method']}`", "made with": metadata["created_with"]}
-    return _table(("", ""), list(facts.items()))
+    tables = [_table(("", ""), list(facts.items()))]
+    if "parts" in metadata:
+        rows = [
+            (part["erased"], f"{part['scale']:g}", part["method"], f"`{part['sha256'][:16]}`")
+            for part in _json(metadata, "parts")
+        ]
+        tables.append("Composed of these deltas, scaled and added; a negative scale adds its concept instead of erasing it:")
+        tables.append(_table(("erases", "scale", "method", "sha256"), rows))
+    return "\n\n".join(tables)
 
 
 def _reproduce(report: EvalReport | None) -> str:

@@ -1,0 +1,217 @@
+"""Several deltas of one base: added, scaled, subtracted; and how far they are in each other's way."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from erase.delta import ErasedDelta, difference
+from erase.models import DiffusionModel
+from prompts.errors import ErasureError, unknown
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+ON_CONFLICT = ("sum", "first", "last", "error")
+Part = tuple[Tensor, Tensor, float]
+"""flat indices of the weights that it changes in one tensor, the values there, its scale"""
+
+
+def compose(base: DiffusionModel, parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str = "sum") -> ErasedDelta:
+    """One delta of several: base + sum of scale * (erased - base), computed in float64 and rounded once.
+
+    Where a single part of scale 1 changes a weight, its own value is taken, bit for bit. Scale 0 leaves a part out, a negative scale
+    adds its concept instead of erasing it.
+
+    Args:
+        base: the model that all of them were made from; it stays as it is.
+        parts: deltas with their scales.
+        on_conflict: for weights that several parts change: sum of the changes; the change of the first or the last part; or error.
+
+    Raises:
+        ErasureError: parts of different bases, a scale or a result that is not finite, or a conflict where `error` was asked for.
+    """
+    if on_conflict not in ON_CONFLICT:
+        raise unknown("on_conflict", on_conflict, ON_CONFLICT)
+    if bad := [scale for _, scale in parts if not math.isfinite(scale)]:
+        raise ErasureError(f"a delta cannot be scaled by {bad[0]}; give a finite number, e.g. 1.0")
+    deltas = [delta for delta, _ in parts]
+    _check_bases(base, deltas)
+    live = [(delta, scale) for delta, scale in parts if scale]
+    values, bits = {}, {}
+    for name, old in _changed_tensors(base, [delta for delta, _ in live]):
+        touching = [_part(name, old, delta, scale) for delta, scale in live if name in delta.values]
+        new = _combined(name, old.flatten(), touching, on_conflict).reshape(old.shape)
+        if found := difference(old, new):
+            values[name], bits[name] = found
+    return ErasedDelta(values, bits, _describe(parts, on_conflict))
+
+
+def _check_bases(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> None:
+    if not deltas:
+        raise ErasureError("there is no delta to compose; give at least one")
+    first = deltas[0]
+    for delta in deltas[1:]:
+        ours, theirs = (d.metadata.get("base_fingerprint", "") for d in (first, delta))
+        if ours != theirs:
+            raise ErasureError(
+                f"{first.source} ({first.title}) was made from base {first.metadata.get('base_id', '?')} (fingerprint {ours[:12]}), "
+                f"{delta.source} ({delta.title}) from {delta.metadata.get('base_id', '?')} ({theirs[:12]}); only deltas of one base "
+                "can be composed"
+            )
+    for delta in deltas:
+        delta.check(base)
+
+
+def _changed_tensors(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> Iterator[tuple[str, Tensor]]:
+    """Name and base value (on the CPU) of every parameter that any of the deltas changes."""
+    for name, param in base.parameters().items():
+        if any(name in delta.values for delta in deltas):
+            yield name, param.detach().cpu()
+
+
+def _part(name: str, base: Tensor, delta: ErasedDelta, scale: float) -> Part:
+    return delta.where(name, tuple(base.shape)).flatten().nonzero()[:, 0], delta.values[name], scale
+
+
+def _combined(name: str, base: Tensor, parts: list[Part], on_conflict: str) -> Tensor:
+    """The new values of one tensor; `base` is flat."""
+    if on_conflict in ("first", "last"):
+        parts = _disjoint(base, parts if on_conflict == "first" else parts[::-1])
+    changes = torch.zeros(base.shape, dtype=torch.int32)
+    total = base.double()
+    for where, values, scale in parts:
+        changes[where] += 1
+        total[where] += scale * (values.double() - base[where].double())
+    if on_conflict == "error" and (changes > 1).any():
+        raise ErasureError(
+            f"{int((changes > 1).sum())} weights of {name} are changed by several deltas; sum them, or let the first or the last one win"
+        )
+    new = total.to(base.dtype)
+    if not new.isfinite().all():
+        raise ErasureError(f"the composed values of {name} are not finite in {base.dtype}; use smaller scales")
+    for where, values, scale in parts:
+        if scale == 1:  # its own value where it is alone: base + (value - base) may round, and loses the sign of zero
+            alone = changes[where] == 1
+            new[where[alone]] = values[alone].to(base.dtype)
+    return new
+
+
+def _disjoint(base: Tensor, parts: list[Part]) -> list[Part]:
+    """The same parts, each without the weights of those before it."""
+    taken, kept = torch.zeros(base.shape, dtype=torch.bool), []
+    for where, values, scale in parts:
+        free = ~taken[where]
+        kept.append((where[free], values[free], scale))
+        taken[where] = True
+    return kept
+
+
+def _describe(parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str) -> dict[str, str]:
+    """Metadata of a composed delta: `concepts` are those that it erases; `parts` tells of each with its scale."""
+    first = parts[0][0].metadata
+    told: list[dict[str, Any]] = [
+        {"erased": delta.title, "scale": scale, "method": delta.metadata.get("method", "?"), "sha256": delta.sha256}
+        for delta, scale in parts
+    ]
+    configs = [json.loads(delta.metadata.get("config", "{}")) for delta, _ in parts]
+    return {
+        **{key: first[key] for key in ("base_fingerprint", "base_id", "created_with", "license") if key in first},
+        "method": "+".join(dict.fromkeys(part["method"] for part in told)),
+        "config": json.dumps({"on_conflict": on_conflict, "parts": configs}, sort_keys=True),
+        "concepts": json.dumps([concept for delta, scale in parts if scale > 0 for concept in delta.concepts]),
+        "parts": json.dumps(told),
+    }
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far two deltas change the same weights of one component (or of all), and in the same direction."""
+
+    a: str
+    b: str
+    component: str
+    """e.g. unet; `all` for all together, where there are several"""
+    count_a: int
+    count_b: int
+    shared: int
+    """weights that both change"""
+    expected: float
+    """weights that both would change if each had chosen as many at random, tensor by tensor"""
+    cosine: float
+    """of the two changes over the shared weights: 1 same direction, -1 opposite, near 0 unrelated; 0 where none is shared"""
+
+    @property
+    def jaccard(self) -> float:
+        """Shared weights as a fraction of those that either changes."""
+        return self.shared / max(self.count_a + self.count_b - self.shared, 1)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self) | {"jaccard": self.jaccard}
+
+
+def conflicts(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> list[Overlap]:
+    """Every pair of deltas compared, component by component and then all together.
+
+    Raises:
+        ErasureError: they belong to different bases.
+    """
+    _check_bases(base, deltas)
+    titles = [delta.title for delta in deltas]
+    names = [title if titles.count(title) == 1 else f"{title} ({i + 1})" for i, title in enumerate(titles)]
+    found: dict[tuple[str, str], dict[str, Tensor]] = {pair: {} for pair in combinations(names, 2)}
+    for tensor, old in _changed_tensors(base, deltas):
+        changes = dict(zip(names, (_change(tensor, old, delta) for delta in deltas), strict=True))
+        for (a, b), sums in found.items():
+            component = tensor.split(".")[0]
+            sums[component] = sums.get(component, 0) + _compare(changes[a], changes[b])
+    for sums in found.values():
+        if len(sums) > 1:
+            sums["all"] = torch.stack(list(sums.values())).sum(0)
+    return [_overlap(a, b, component, total) for (a, b), sums in found.items() for component, total in sums.items()]
+
+
+def _change(name: str, base: Tensor, delta: ErasedDelta) -> tuple[Tensor, Tensor]:
+    """Where a delta changes a tensor, and by how much (0 elsewhere)."""
+    change = torch.zeros(base.shape, dtype=torch.float64)
+    if name not in delta.values:
+        return torch.zeros(base.shape, dtype=torch.bool), change
+    where = delta.where(name, tuple(base.shape))
+    change[where] = delta.values[name].double() - base[where].double()
+    return where, change
+
+
+def _compare(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """Of one tensor: weights of a, of b, of both, expected of both; dot product and squared norms of the changes over both."""
+    both = a[0] & b[0]
+    x, y = a[1][both], b[1][both]
+    counts = torch.tensor([a[0].sum(), b[0].sum(), both.sum(), a[0].sum() * b[0].sum() / both.numel()], dtype=torch.float64)
+    return torch.cat([counts, torch.stack([x @ y, x @ x, y @ y])])
+
+
+def _overlap(a: str, b: str, component: str, sums: Tensor) -> Overlap:
+    count_a, count_b, shared, expected, dot, xx, yy = sums.tolist()
+    cosine = dot / math.sqrt(xx * yy) if xx and yy else 0.0
+    return Overlap(a, b, component, int(count_a), int(count_b), int(shared), expected, cosine)
+
+
+def conflict_table(overlaps: Sequence[Overlap]) -> Table:
+    """A console table of `conflicts`."""
+    from rich.table import Table
+
+    table = Table(title="weights that several deltas change")
+    for heading in ("deltas", "component", "weights of each", "shared", "at random", "Jaccard", "cosine"):
+        table.add_column(heading, justify="left" if heading in ("deltas", "component") else "right")
+    for one in overlaps:
+        counts = f"{one.count_a:,} / {one.count_b:,}"
+        numbers = (f"{one.shared:,}", f"{one.expected:,.0f}", f"{one.jaccard:.3f}", f"{one.cosine:+.3f}")
+        table.add_row(f"{one.a} / {one.b}", one.component, counts, *numbers)
+    return table
