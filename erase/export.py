@@ -14,7 +14,8 @@ from torch import nn
 
 from erase.delta import ErasedDelta
 from erase.lora import LoRA
-from erase.models import DiffusionModel, load_model
+from erase.models import DiffusionModel
+from erase.run import load_base
 from erase.usage import FILES
 from prompts.errors import ErasureError
 
@@ -84,7 +85,7 @@ def export_delta(delta: ErasedDelta, out: str | Path, card: str = "", dtype: tor
 
 def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) -> Any:
     """The stock pipeline of base + delta."""
-    pipeline = delta.apply(load_model(base) if isinstance(base, str) else base).pipeline()
+    pipeline = delta.apply(load_base(delta, base) if isinstance(base, str) else base).pipeline()
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, dtype)  # not diffusers' own `to`, which warns of each cast

@@ -100,12 +100,11 @@ def load_base(delta: ErasedDelta, name: str | None = None, device: str | torch.d
         device: where it goes.
 
     Raises:
-        ErasureError: it cannot be loaded, or it is another checkpoint.
+        ErasureError: it cannot be loaded. Whether it is the right one is checked where the delta is applied.
     """
-    options = json.loads(delta.metadata.get("config", "{}")).get("erase", {}).get("load", {})
-    model = load_model(name or delta.metadata["base_id"], device, LoadConfig(**options))
-    delta.check(model)
-    return model
+    config = json.loads(delta.metadata.get("config", "{}"))
+    options = config.get("parts", [config])[0].get("erase", {}).get("load", {})  # a composed delta's parts have one base
+    return load_model(name or delta.metadata.get("base_id", "?"), device, LoadConfig(**options))
 
 
 def _check_concepts(concepts: list[ConceptSpec]) -> None:

@@ -28,7 +28,8 @@ from erase.export import check_free, export_components, export_delta, export_dif
 from erase.files import written_whole
 from erase.hub import hub_login, push_to_hub
 from erase.lora import LAYOUTS, LoRA, extract_lora
-from erase.models import DiffusionModel, load_model
+from erase.models import DiffusionModel
+from erase.run import load_base
 from erase.usage import FORMATS, usage
 from eval.report import EvalReport
 from eval.report_card import model_card
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(make_parser(), argv)
     check_options(options)
     deltas = [ErasedDelta.load(path) for path in options.delta or ["runs/erased/delta.safetensors"]]
-    model = load_model(options.model or deltas[0].metadata.get("base_id", "?"))
+    model = load_base(deltas[0], options.model)
     delta = composed(model, deltas, options)
     lora = fitted(delta, model, options) if options.format == "lora" else None
     card = describe(delta, model, lora, options)
