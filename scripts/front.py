@@ -6,7 +6,7 @@ import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_pa
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec, load_concepts
 from prompts.errors import ErasureError, unknown
+from prompts.proposals import propose
 
 T = TypeVar("T")
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
@@ -97,12 +98,18 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def read_concepts(names: list[str], anchors: list[str], file: str | None, model: str, retain: list[str]) -> list[ConceptSpec]:
-    """Concepts from flags or a file: words of the embedded world on `canvas`, any words with an anchor elsewhere."""
+def read_concepts(
+    names: list[str], anchors: list[str], file: str | None, model: str, retain: list[str], kind: str | None = None
+) -> list[ConceptSpec]:
+    """Concepts from flags, a file, or some of a file's.
+
+    By name: words of the embedded world on `canvas`; elsewhere as they are given, or, where anchor or retain prompts are left
+    out, as `prompts.proposals` proposes them, with a line about it on stderr.
+    """
     if file:
-        if names:
-            raise ErasureError("give either --concept or --concepts, not both")
-        return load_concepts(file)
+        if anchors or retain or kind:
+            raise ErasureError(f"--anchor, --retain and --kind do not go with --concepts; write them into a copy of {file}")
+        return _picked(load_concepts(file), names, file)
     if not names:
         raise ErasureError("no concept was given; name one with --concept (on canvas, e.g. heart), or a file with --concepts")
     if anchors and len(anchors) != len(names):
@@ -112,9 +119,27 @@ def read_concepts(names: list[str], anchors: list[str], file: str | None, model:
     paired = list(zip(names, anchors or [None] * len(names), strict=True))
     if model == "canvas":
         return [canvas_concept(name, anchor) for name, anchor in paired]
-    if not anchors or not retain:
-        raise ErasureError(
-            f"to erase {names[0]!r} from {model}, give an --anchor to put in its place and --retain prompts that must stay, "
-            "or a file with --concepts (prompts/data/nudity.yaml is an example)"
-        )
-    return [ConceptSpec(target=name, anchor=str(anchor), retain=tuple(retain)) for name, anchor in paired]
+    return [_by_name(name, anchor, tuple(retain), kind) for name, anchor in paired]
+
+
+def _picked(concepts: list[ConceptSpec], names: list[str], file: str) -> list[ConceptSpec]:
+    """The concepts of these names, in the file's order; all of them where there are none."""
+    targets = [concept.target for concept in concepts]
+    for name in names:
+        if name not in targets:
+            raise unknown(f"concept of {file}", name, targets)
+    return [concept for concept in concepts if not names or concept.target in names]
+
+
+def _by_name(name: str, anchor: str | None, retain: tuple[str, ...], kind: str | None) -> ConceptSpec:
+    if anchor and retain and not kind:
+        return ConceptSpec(target=name, anchor=anchor, retain=retain)
+    found = propose(name, kind)
+    found = replace(found, anchor=anchor or found.anchor, retain=retain or found.retain)
+    print(
+        f"proposed for {name!r}: {found.target} -> {found.anchor}, {len(found.names)} names, {len(found.templates)} templates "
+        f"({found.templates[0]!r}, ...), {len(found.retain)} retain prompts ({found.retain[0]!r}, ...); add --propose to see all "
+        "of it as YAML, which --concepts reads",
+        file=sys.stderr,
+    )
+    return found

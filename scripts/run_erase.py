@@ -6,6 +6,8 @@ anchor instead, and writes what changed: OUT/delta.safetensors. The base is not 
   erase-concept --concept heart --anchor star --out runs/heart          on the shipped model, about a minute
   erase-concept --concept Neon --density 0.3 --train.steps 200 --out runs/neon
   erase-concept --model PATH --concepts nudity --out runs/nudity        a diffusers folder or hub id
+  erase-concept --model PATH --concept "Van Gogh" --propose             what a name alone would mean, as YAML for --concepts
+  erase-concept --config scripts/recipes/canvas.yaml                    a recipe; options after it win
   erase-concept --method salun-paper --print_config                     all settings of a preset
 """
 
@@ -18,7 +20,9 @@ import yaml
 
 from erase.methods import get_method
 from erase.run import EraseConfig, erase_concept
+from prompts.concepts import shipped, to_yaml
 from prompts.errors import ErasureError
+from prompts.proposals import kinds
 from scripts.front import Parser, add_config, build, parse, parser, read_concepts, run
 
 
@@ -49,8 +53,12 @@ def make_parser(method: str) -> Parser:
         "--concepts",
         type=str | None,
         default=None,
-        help="a YAML file of concepts, or the name of a shipped one (nudity, imagenette)",
+        help=f"a YAML file of concepts, or the name of a shipped one ({', '.join(shipped())}); --concept picks some of them",
     )
+    made.add_argument(
+        "--kind", type=str | None, default=None, help=f"what the concepts are, for what is proposed by name: {', '.join(kinds())}"
+    )
+    made.add_argument("--propose", action="store_true", help="print the concepts as YAML, to edit, and stop")
     made.add_argument(
         "--out", type=str, default="runs/erased", help="folder for delta.safetensors, the mask, and what a stopped run needs"
     )
@@ -64,7 +72,10 @@ def main(argv: list[str] | None = None) -> None:
     method = chosen_method(argv)
     options = parse(make_parser(method), argv)
     config = build(EraseConfig, options)
-    concepts = read_concepts(options.concept, options.anchor, options.concepts, config.model, options.retain)
+    concepts = read_concepts(options.concept, options.anchor, options.concepts, config.model, options.retain, options.kind)
+    if options.propose:
+        print(to_yaml(concepts), end="")
+        return
     delta = erase_concept(concepts, config, build(type(get_method(method).config), options), out=options.out)
     print(
         f"{options.out}/delta.safetensors: {delta.count:,} weights changed; {', '.join(c.target + ' -> ' + c.anchor for c in concepts)}"

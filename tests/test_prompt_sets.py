@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,22 +17,9 @@ from hypothesis import strategies as st
 from prompts.concepts import load_concepts
 from prompts.errors import ErasureError
 from prompts.prompt_sets import PromptRow, PromptSet
+from tests.texts import raises, written
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: bool(text.strip()))
-
-
-def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-@contextmanager
-def raises(*words: str) -> Iterator[None]:
-    """Expect an ErasureError whose message has every one of `words`."""
-    with pytest.raises(ErasureError) as caught:
-        yield
-    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
 
 
 # ---- CSV -----------------------------------------------------------------------------------------------------------
