@@ -92,13 +92,18 @@ def propose(name: str, kind: str | None = None) -> ConceptSpec:
 
 def find_shipped(name: str) -> ConceptSpec | None:
     """The shipped concept of this name: a file's that holds one concept, a target or a synonym; None where there is none."""
+    return next((concept for concept, names in _shipped() if bare(name) in names), None)
+
+
+@cache
+def _shipped() -> list[tuple[ConceptSpec, set[str]]]:
+    """Every shipped concept that is for everyone, and what it answers to."""
+    found = []
     for file in (file for file in shipped() if not file.endswith(PUBLISHED)):
         concepts = load_concepts(file)
-        for concept in concepts:
-            names = [*concept.names, file] if len(concepts) == 1 else concept.names
-            if bare(name) in map(bare, names):
-                return concept
-    return None
+        alone = [file] if len(concepts) == 1 else []
+        found += [(concept, {bare(name) for name in (*concept.names, *alone)}) for concept in concepts]
+    return found
 
 
 def bare(name: str) -> str:

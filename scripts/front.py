@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
@@ -33,11 +33,12 @@ class Parser(ArgumentParser):
         )
         for pattern in (
             r"[Uu]nrecognized arguments: --([\w.\-]+)",
-            r"Key '([\w.]+)' is not expected",
-            r"Key \"([\w.]+)\" is not expected",
+            r"Key ['\"]([\w.]+)['\"] is not expected",
+            r"Option '([\w.]+)' is not accepted",  # this and the next: keys of a config file
+            r"Group '([\w.]+)' does not accept option '([\w.]+)'",
         ):
             if match := re.search(pattern, message):
-                raise unknown("option", match[1], options) from ex
+                raise unknown("option", ".".join(match.groups()), options) from ex
         raise ErasureError(re.sub(r"\s+", " ", message).strip()) from ex
 
     def _defaults_keys(self) -> list[str]:
@@ -65,14 +66,48 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
+class Words(Action):
+    """An option that may be given several times, or as a list in a config file; the command line replaces the file's list."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, type=_as_words, default=[], **options)
+        self._given: list[str] = []
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        self._given += values
+        setattr(namespace, self.dest, list(self._given))
+
+
+def _as_words(value: object) -> list[str]:
+    words = value if isinstance(value, list) else [value]
+    for word in words:
+        if not isinstance(word, str):
+            raise ValueError(f"{word!r} is not text; put it in quotes")
+    return words
+
+
 def build(kind: type[T], options: Namespace) -> T:
     """The dataclass whose fields are among the parsed (and instantiated) options."""
     return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})  # type: ignore[arg-type]
 
 
 def parse(made: Parser, argv: list[str] | None) -> Namespace:
-    """Parsed options, nested dataclasses built."""
-    return made.instantiate_classes(made.parse_args(argv))
+    """Parsed options, nested dataclasses built.
+
+    Raises:
+        ErasureError: an unknown option, a value of the wrong type, a config file that cannot be read.
+    """
+    try:
+        options = made.parse_args(argv)
+        for group in {key.split(".")[0] for key in made._defaults_keys() if "." in key}:
+            if not isinstance(options.get(group), Namespace):
+                raise ErasureError(f"{group!r} must be a group of options, `{group}: {{…: …}}`; --print_config shows which")
+        return made.instantiate_classes(options)
+    except ErasureError:
+        raise
+    except Exception as error:  # a config file's shape can upset any part of the parser
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ErasureError(f"cannot read these options: {reason}; --print_config shows their form") from error
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:

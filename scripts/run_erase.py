@@ -16,14 +16,12 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 
-import yaml
-
 from erase.methods import get_method
 from erase.run import EraseConfig, erase_concept
 from prompts.concepts import shipped, to_yaml
-from prompts.errors import ErasureError
 from prompts.proposals import kinds
-from scripts.front import Parser, add_config, build, parse, parser, read_concepts, run
+from prompts.reading import read_yaml
+from scripts.front import Parser, Words, add_config, build, parse, parser, read_concepts, run
 
 
 def chosen_method(argv: list[str] | None) -> str:
@@ -33,22 +31,18 @@ def chosen_method(argv: list[str] | None) -> str:
     early.add_argument("--config")
     found, _ = early.parse_known_args(argv)
     if found.method is None and found.config:
-        try:
-            with open(found.config, encoding="utf-8") as file:
-                found.method = (yaml.safe_load(file) or {}).get("method")
-        except (OSError, yaml.YAMLError, AttributeError) as error:
-            raise ErasureError(f"cannot read the config file {found.config}: {error}") from error
+        settings = read_yaml(found.config)
+        named = settings.get("method") if isinstance(settings, dict) else None
+        found.method = named if isinstance(named, str) else None
     return found.method or EraseConfig.method
 
 
 def make_parser(method: str) -> Parser:
     """Options of the erasure and of this method."""
     made = parser("erase-concept", __doc__)
-    made.add_argument("--concept", type=str, default=[], action="append", help="what to forget; may be given several times")
-    made.add_argument("--anchor", type=str, default=[], action="append", help="what to put in its place, one for each concept")
-    made.add_argument(
-        "--retain", type=str, default=[], action="append", help="a prompt whose images must stay; may be given several times"
-    )
+    made.add_argument("--concept", action=Words, help="what to forget; may be given several times")
+    made.add_argument("--anchor", action=Words, help="what to put in its place, one for each concept")
+    made.add_argument("--retain", action=Words, help="a prompt whose images must stay; may be given several times")
     made.add_argument(
         "--concepts",
         type=str | None,
