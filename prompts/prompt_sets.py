@@ -195,7 +195,10 @@ def _table(path: str | Path) -> list[_Line]:
         for cells in filter(None, reader):
             lines.append(_Line(cells, f"{path}, row {len(lines)} (line {reader.line_num})"))
             if len(cells) != len(lines[0].cells):
-                raise ErasureError(f"{lines[-1].where} has {len(cells)} cells where the header has {len(lines[0].cells)}")
+                raise ErasureError(
+                    f"{lines[-1].where} has {len(cells)} cells where the header has {len(lines[0].cells)}; "
+                    "put cells with commas in quotes"
+                )
     except csv.Error as error:
         raise ErasureError(f"{path}, line {reader.line_num} is not valid CSV: {error}; is a quote left open?") from error
     if not lines:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
-from argparse import Action, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser as JsonArgumentParser
+from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec, load_concepts
 from prompts.errors import ErasureError, unknown
 from prompts.proposals import propose
+from prompts.reading import read_yaml
 
 T = TypeVar("T")
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
@@ -24,7 +26,7 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Types and defaults beside each option; the description's lines, its examples, as they are."""
 
 
-class Parser(ArgumentParser):
+class Parser(JsonArgumentParser):
     """A parser whose errors are `ErasureError`, with the near key suggested for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
@@ -91,12 +93,21 @@ def build(kind: type[T], options: Namespace) -> T:
     return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})  # type: ignore[arg-type]
 
 
+def config_files(argv: list[str] | None) -> list[str]:
+    """What stands behind --config."""
+    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", action="append", default=[])
+    return list(early.parse_known_args(argv)[0].config)
+
+
 def parse(made: Parser, argv: list[str] | None) -> Namespace:
     """Parsed options, nested dataclasses built.
 
     Raises:
         ErasureError: an unknown option, a value of the wrong type, a config file that cannot be read.
     """
+    for path in config_files(argv):
+        read_yaml(path)  # names the line of a fault, a key that stands twice, and aliases that would never end
     try:
         options = made.parse_args(argv)
         for group in {key.split(".")[0] for key in made._defaults_keys() if "." in key}:

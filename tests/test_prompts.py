@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from prompts.canvas import KINDS, canvas_concept, vocabulary
 from prompts.concepts import ConceptSpec, dump, load_concepts, shipped, to_yaml
-from prompts.errors import ErasureError
 from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from prompts.retain import load_retain, without
 from tests.texts import raises, written
@@ -127,7 +126,7 @@ def test_retain_lists_are_read_by_name_less_what_names_the_concept(tmp_path: Pat
     text = "target: {}\nanchor: thing\nsynonyms: [{}]\nretain: objects\n"
     (cat,) = load_concepts(written(tmp_path, "c.yaml", text.format("cat", "Golden-Retrievers")))
     left_out = set(load_retain("objects")) - set(cat.retain)
-    assert left_out == {"a photo of a cat on a sofa"}, "\"golden retriever\" is not the plural that was asked for"
+    assert left_out == {"a photo of a cat on a sofa"}, '"golden retriever" is not the plural that was asked for'
     (saw,) = load_concepts(written(tmp_path, "c.yaml", text.format("chainsaw", "golden  RETRIEVER")))
     assert set(load_retain("objects")) - set(saw.retain) == {"an image of a chain saw", "a photo of a golden retriever"}
     with raises("c.yaml", "'object'", "did you mean 'objects'", "list"):

@@ -130,4 +130,3 @@ def test_some_concepts_of_a_file() -> None:
     for extra in ({"anchors": ["a"]}, {"retain": ["a"]}, {"kind": "object"}):
         with pytest.raises(ErasureError, match="do not go with --concepts"):
             read_concepts(**{"names": [], "anchors": [], "file": "imagenette", "model": "m", "retain": [], **extra})
-
