@@ -77,7 +77,7 @@ def propose(name: str, kind: str | None = None) -> ConceptSpec:
         kind: "artist", "object", "person" or "style"; by default the kind whose list has the name.
 
     Raises:
-        ErasureError: an unknown kind, or none given for a name that no list has.
+        ErasureError: an unknown kind, none given for a name that no list has, or a name that leaves nothing to retain.
     """
     as_text(name, "the name of a concept")
     if kind is not None and kind not in kinds():
@@ -87,6 +87,10 @@ def propose(name: str, kind: str | None = None) -> ConceptSpec:
     chosen = kinds()[kind] if kind else _infer(name)
     target = _target(name, chosen)
     retain = without(load_retain(chosen.retain), [target, *chosen.also_gone(target)])
+    if not retain:
+        raise ErasureError(
+            f"{name!r} stands in every prompt of the retain list {chosen.retain!r}; give an --anchor and --retain prompts"
+        )
     return ConceptSpec(target, chosen.anchor(target), (), chosen.templates, retain, chosen.axis)
 
 

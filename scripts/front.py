@@ -25,6 +25,9 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line unde
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Types and defaults beside each option; the description's lines, its examples, as they are."""
 
+    def _expand_help(self, action: Action) -> str:
+        return str(action.help) if isinstance(action, Words) else super()._expand_help(action)
+
 
 class Parser(JsonArgumentParser):
     """A parser whose errors are `ErasureError`, with the near key suggested for an unknown one."""
@@ -96,8 +99,8 @@ def build(kind: type[T], options: Namespace) -> T:
 def config_files(argv: list[str] | None) -> list[str]:
     """What stands behind --config."""
     early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", action="append", default=[])
-    return list(early.parse_known_args(argv)[0].config)
+    early.add_argument("--config", action="append", default=[], nargs="?")  # nothing behind it is for the real parser to say
+    return [path for path in early.parse_known_args(argv)[0].config if path]
 
 
 def parse(made: Parser, argv: list[str] | None) -> Namespace:
@@ -164,6 +167,8 @@ def read_concepts(
         )
     paired = list(zip(names, anchors or [None] * len(names), strict=True))
     if model == "canvas":
+        if retain or kind:
+            raise ErasureError("canvas brings its own retain prompts and kinds; leave out --retain and --kind, or use --concepts")
         return [canvas_concept(name, anchor) for name, anchor in paired]
     return [_by_name(name, anchor, tuple(retain), kind) for name, anchor in paired]
 

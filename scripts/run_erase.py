@@ -21,20 +21,17 @@ from erase.run import EraseConfig, erase_concept
 from prompts.concepts import shipped, to_yaml
 from prompts.proposals import kinds
 from prompts.reading import read_yaml
-from scripts.front import Parser, Words, add_config, build, parse, parser, read_concepts, run
+from scripts.front import Parser, Words, add_config, build, config_files, parse, parser, read_concepts, run
 
 
 def chosen_method(argv: list[str] | None) -> str:
     """The method of the command line or its config file: it decides which further options there are."""
     early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--method")
-    early.add_argument("--config")
-    found, _ = early.parse_known_args(argv)
-    if found.method is None and found.config:
-        settings = read_yaml(found.config)
-        named = settings.get("method") if isinstance(settings, dict) else None
-        found.method = named if isinstance(named, str) else None
-    return found.method or EraseConfig.method
+    early.add_argument("--method", nargs="?")
+    settings = [read_yaml(path) for path in config_files(argv)]
+    named = [found.get("method") for found in settings if isinstance(found, dict)]
+    named.append(early.parse_known_args(argv)[0].method)
+    return next((name for name in reversed(named) if name and isinstance(name, str)), EraseConfig.method)
 
 
 def make_parser(method: str) -> Parser:

@@ -127,6 +127,8 @@ def test_some_concepts_of_a_file() -> None:
     assert [concept.target for concept in found] == ["tench", "church"]
     with raises("imagenette", "'chruch'", "did you mean 'church'"):
         read_concepts(["chruch"], [], "imagenette", "some/model", [])
+    with raises("canvas", "--retain"):
+        read_concepts(["heart"], [], None, "canvas", ["a moon"])
     for extra in ({"anchors": ["a"]}, {"retain": ["a"]}, {"kind": "object"}):
         with pytest.raises(ErasureError, match="do not go with --concepts"):
             read_concepts(**{"names": [], "anchors": [], "file": "imagenette", "model": "m", "retain": [], **extra})
