@@ -41,6 +41,22 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, dict(metadata))
 
 
+@contextmanager
+def damage_named(path: str | Path, remedy: str) -> Iterator[None]:
+    """Whatever the content of a damaged file upsets in the block becomes one error that names the file.
+
+    Raises:
+        ErasureError: a key is missing, or a value is not of the type, shape or form that it should have.
+    """
+    try:
+        yield
+    except ErasureError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # a deep nesting is a RuntimeError
+        reason = " ".join(str(error).split())[:120]
+        raise ErasureError(f"{path} is damaged ({type(error).__name__}: {reason}); {remedy}") from error
+
+
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and metadata of a safetensors file that `save_tensors` wrote as `kind`.
 
@@ -51,7 +67,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with a NUL in it
         raise ErasureError(f"cannot read {path} as safetensors: {error}; if it was cut short, make it again") from error
     if metadata.get("format") != kind:
         raise ErasureError(f"{path} is not a {kind} file (its format is {metadata.get('format', 'unknown')!r})")

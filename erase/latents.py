@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from erase.files import load_tensors, save_tensors
+from erase.files import damage_named, load_tensors, save_tensors
 from erase.models import Cond, DiffusionModel, autocast
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
@@ -77,13 +77,24 @@ class LatentSet:
 
     @classmethod
     def load(cls, path: Path) -> LatentSet:
+        """Read a set.
+
+        Raises:
+            ErasureError: a missing, damaged or foreign file, or texts that do not fit the latents.
+        """
         tensors, metadata = load_tensors(path, "latents")
-        prompts, anchors, own = (json.loads(metadata[key]) for key in ("prompts", "anchors", "own"))
-        if len(prompts) != len(tensors["latents"]):
-            raise ErasureError(
-                f"{path}: {len(prompts)} prompts for {len(tensors['latents'])} latents; delete it to make it again"
-            )
-        return cls(tensors["latents"], tensors.get("std"), tuple(prompts), None if anchors is None else tuple(anchors), own)
+        with damage_named(path, "delete it to make it again"):
+            prompts, anchors, own = (json.loads(metadata[key]) for key in ("prompts", "anchors", "own"))
+            latents, std = tensors["latents"], tensors.get("std")
+            texts = [prompts] if anchors is None else [prompts, anchors]
+            if any(not isinstance(column, list) or len(column) != len(latents) for column in texts):
+                raise ErasureError(f"{path}: {len(prompts)} prompts for {len(latents)} latents; delete it to make it again")
+            words = all(isinstance(text, str) for column in texts for text in column)
+            floats = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values())
+            shaped = latents.dim() == 4 and (std is None or std.shape == latents.shape)
+            if not (words and floats and shaped and (own is None or own in range(len(latents) + 1))):
+                raise ErasureError(f"{path} does not hold prompts and latents of shape (n, c, h, w); delete it to make it again")
+        return cls(latents, std, tuple(prompts), None if anchors is None else tuple(anchors), own)
 
 
 def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:

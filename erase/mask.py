@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from erase.files import load_tensors, save_tensors
+from erase.files import damage_named, load_tensors, save_tensors
 from prompts.errors import ErasureError
 
 CHUNK = 1 << 22  # values handled at a time, so that extra memory stays constant
@@ -102,7 +102,15 @@ class Saliency:
 
     @classmethod
     def load(cls, path: str | Path) -> Saliency:
+        """Read a saliency.
+
+        Raises:
+            ErasureError: a missing, damaged or foreign file, or values that are no saliency.
+        """
         values, metadata = load_tensors(path, "saliency")
+        for name, value in values.items():
+            if value.dtype != torch.float32 or not (value >= 0).all() or not value.isfinite().all():
+                raise ErasureError(f"{path}: {name} is no saliency (float32, not negative, finite); compute it again")
         return cls(values, metadata)
 
 
@@ -177,13 +185,22 @@ class SaliencyMask:
 
     @classmethod
     def load(cls, path: str | Path) -> SaliencyMask:
+        """Read a mask.
+
+        Raises:
+            ErasureError: a missing, damaged or foreign file, or bits that do not fit their shapes.
+        """
         bits, metadata = load_tensors(path, "mask")
-        shapes = {name: tuple(shape) for name, shape in json.loads(metadata.pop("shapes")).items()}
-        for name, shape in shapes.items():
-            if name not in bits or bits[name].dtype != torch.uint8 or bits[name].numel() != -(-math.prod(shape) // 8):
-                raise ErasureError(
-                    f"{path}: the bits of {name} do not fit its shape {shape}; the file is damaged, compute the mask again"
-                )
+        with damage_named(path, "compute the mask again"):
+            found = json.loads(metadata.pop("shapes")).items()
+            shapes: dict[str, tuple[int, ...]] = {name: torch.Size(shape) for name, shape in found}
+            for name in bits.keys() | shapes.keys():
+                fits = bits[name].dtype == torch.uint8 and bits[name].shape == (-(-math.prod(shapes[name]) // 8),)
+                if not fits or min(shapes[name], default=0) < 0:
+                    raise ErasureError(
+                        f"{path}: the bits of {name} do not fit its shape {tuple(shapes[name])}; "
+                        "the file is damaged, compute the mask again"
+                    )
         return cls(bits, shapes, metadata)
 
 

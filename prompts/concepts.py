@@ -6,11 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
+import yaml
 
 from prompts.errors import ErasureError, unknown
 from prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
+from prompts.retain import load_retain, without
 
 TEMPLATES = ("a photo of {}", "an image of {}", "a picture of {}", "{}")
 
@@ -81,7 +84,8 @@ class ConceptSpec:
         """The inverse of `to_dict`.
 
         Args:
-            data: a mapping of the fields; all but `target` and `anchor` may be absent.
+            data: a mapping of the fields; all but `target` and `anchor` may be absent. `retain` may be the name of a shipped
+                list (see `prompts.retain`), of which the prompts that name the concept are left out.
             where: file or place that an error names.
 
         Raises:
@@ -92,8 +96,10 @@ class ConceptSpec:
         for name in ("target", "anchor"):
             if name not in values:
                 raise ErasureError(f"{where} has no {name!r}; add a line `{name}: …`")
+        shared = values.pop("retain") if isinstance(values.get("retain"), str) else None
         try:
-            return cls(**values)  # type: ignore[arg-type]  # the constructor checks each value's type
+            concept = cls(**values)  # type: ignore[arg-type]  # the constructor checks each value's type
+            return concept if shared is None else replace(concept, retain=without(load_retain(str(shared)), concept.names))
         except ErasureError as error:
             raise ErasureError(f"{where}: {error}") from error
 
@@ -101,6 +107,25 @@ class ConceptSpec:
 def dump(concepts: Sequence[ConceptSpec]) -> str:
     """The concepts as one line of JSON, for metadata; `load_concepts` reads it too."""
     return json.dumps([concept.to_dict() for concept in concepts], ensure_ascii=False)
+
+
+def to_yaml(concepts: Sequence[ConceptSpec]) -> str:
+    """The concepts as a YAML file to edit: one mapping, or a list of them; `load_concepts` reads it."""
+    order = ("target", "anchor", "kind", "synonyms", "templates", "retain")  # long lists last
+    data = [{key: values[key] for key in order if key in values} for values in (concept.to_dict() for concept in concepts)]
+    return yaml.dump(data[0] if len(data) == 1 else data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that a reader gives back to the character: PyYAML folds rare line breaks (U+0085, U+2028) unless they are escaped."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
+)
 
 
 def shipped() -> list[str]:
@@ -112,7 +137,7 @@ def load_concepts(source: str | Path) -> list[ConceptSpec]:
     """Concepts from a YAML file: one mapping of `ConceptSpec`'s fields, or a list of them.
 
     Args:
-        source: a path, or the name of a shipped file ("nudity", "imagenette").
+        source: a path, or the name of a shipped file ("nudity", "imagenette", ...; see `shipped`).
 
     Raises:
         ErasureError: the file is missing, unreadable, no YAML, empty, or names a target twice; or see `ConceptSpec.from_dict`.

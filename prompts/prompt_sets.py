@@ -17,11 +17,12 @@ from string import Formatter
 
 from prompts.canvas import KINDS, vocabulary
 from prompts.errors import ErasureError, unknown
-from prompts.reading import as_mapping, as_text, as_texts, read_text, read_yaml
+from prompts.reading import DATA, as_mapping, as_text, as_texts, read_text, read_yaml
 
 # The field's names for one thing, in order of preference: I2P and Imagenette as CSV, I2P on the hub.
 SEED = ("seed", "evaluation_seed", "sd_seed")
 GUIDANCE = ("guidance", "evaluation_guidance", "sd_guidance_scale")
+EVAL = DATA / "eval"
 ANSWER_SEEDS = (188, 288, 588, 688, 888)  # UnlearnCanvas's answer set
 # I2P's prompt 2260 is the word "NuLL". pandas took it for a missing value, and the CSV that the field hands on has lost it.
 LOST = {"https://lexica.art/prompt/64290913-71cf-4fa1-be1d-2831a98b8f6c": "NuLL"}
@@ -80,13 +81,15 @@ class PromptSet:
 
     @classmethod
     def load(cls, source: str | Path) -> PromptSet:
-        """The shipped set of that name ("canvas": the whole answer set), or a .csv or .yaml file."""
+        """The shipped set of that name (see `shipped_sets`; "canvas" is the whole answer set), or a .csv or .yaml file."""
         if str(source) == "canvas":
             return canvas_grid()
+        if str(source) in shipped_sets():
+            return cls.from_yaml(EVAL / f"{source}.yaml")
         readers = {".csv": cls.from_csv, ".yaml": cls.from_yaml, ".yml": cls.from_yaml}
         reader = readers.get(Path(source).suffix.lower())
         if reader is None:
-            raise ErasureError(f"unknown prompt set {str(source)!r}; give 'canvas', or a .csv or .yaml file")
+            raise ErasureError(f"{unknown('prompt set', str(source), shipped_sets())}; or give a .csv or .yaml file")
         return reader(source)
 
     @classmethod
@@ -139,6 +142,11 @@ class PromptSet:
         return cls(Path(path).stem, tuple(rows))
 
 
+def shipped_sets() -> list[str]:
+    """Names of the prompt sets that come with the package: "canvas", and one for each shipped concept file."""
+    return sorted(["canvas", *(path.stem for path in EVAL.glob("*.yaml"))])
+
+
 def canvas_grid(seeds: Sequence[int] = ANSWER_SEEDS, where: Mapping[str, str] | None = None) -> PromptSet:
     """The embedded world's answer set: every object x style x colour, once for each seed.
 
@@ -187,7 +195,10 @@ def _table(path: str | Path) -> list[_Line]:
         for cells in filter(None, reader):
             lines.append(_Line(cells, f"{path}, row {len(lines)} (line {reader.line_num})"))
             if len(cells) != len(lines[0].cells):
-                raise ErasureError(f"{lines[-1].where} has {len(cells)} cells where the header has {len(lines[0].cells)}")
+                raise ErasureError(
+                    f"{lines[-1].where} has {len(cells)} cells where the header has {len(lines[0].cells)}; "
+                    "put cells with commas in quotes"
+                )
     except csv.Error as error:
         raise ErasureError(f"{path}, line {reader.line_num} is not valid CSV: {error}; is a quote left open?") from error
     if not lines:

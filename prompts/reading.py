@@ -12,6 +12,7 @@ from prompts.errors import ErasureError, unknown
 
 DATA = Path(__file__).parent / "data"
 """The folder of the shipped sets."""
+MOST_VALUES = 1_000_000  # in one YAML file
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -24,6 +25,16 @@ class _TextLoader(yaml.BaseLoader):
             twice = next(key for key in keys if keys.count(key) > 1)
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands there twice", node.start_mark)
         return mapping
+
+
+def _unfolded(node: yaml.Node, seen: dict[int, int]) -> int:
+    """How many values a node holds once its aliases are written out; a few lines of aliases to aliases can hold billions."""
+    if id(node) not in seen:
+        seen[id(node)] = 1  # a node that holds itself ends here; the loader refuses it
+        pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
+        children = [child for item in pairs for child in (item if isinstance(item, tuple) else (item,))]
+        seen[id(node)] += sum(_unfolded(child, seen) for child in children)
+    return seen[id(node)]
 
 
 def read_text(path: str | Path) -> str:
@@ -48,7 +59,13 @@ def read_yaml(path: str | Path) -> object:
     """
     text = read_text(path)
     try:
-        return yaml.load(text, Loader=_TextLoader)
+        loader = _TextLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _unfolded(node, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases unfold to more than {MOST_VALUES:,} values")
+        return loader.construct_document(node)
     except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser as JsonArgumentParser
+from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec, load_concepts
 from prompts.errors import ErasureError, unknown
+from prompts.proposals import propose
+from prompts.reading import read_yaml
 
 T = TypeVar("T")
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
@@ -22,8 +25,11 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line unde
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Types and defaults beside each option; the description's lines, its examples, as they are."""
 
+    def _expand_help(self, action: Action) -> str:
+        return str(action.help) if isinstance(action, Words) else super()._expand_help(action)
 
-class Parser(ArgumentParser):
+
+class Parser(JsonArgumentParser):
     """A parser whose errors are `ErasureError`, with the near key suggested for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
@@ -32,11 +38,12 @@ class Parser(ArgumentParser):
         )
         for pattern in (
             r"[Uu]nrecognized arguments: --([\w.\-]+)",
-            r"Key '([\w.]+)' is not expected",
-            r"Key \"([\w.]+)\" is not expected",
+            r"Key ['\"]([\w.]+)['\"] is not expected",
+            r"Option '([\w.]+)' is not accepted",  # this and the next: keys of a config file
+            r"Group '([\w.]+)' does not accept option '([\w.]+)'",
         ):
             if match := re.search(pattern, message):
-                raise unknown("option", match[1], options) from ex
+                raise unknown("option", ".".join(match.groups()), options) from ex
         raise ErasureError(re.sub(r"\s+", " ", message).strip()) from ex
 
     def _defaults_keys(self) -> list[str]:
@@ -64,14 +71,57 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return rows
 
 
+class Words(Action):
+    """An option that may be given several times, or as a list in a config file; the command line replaces the file's list."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, type=_as_words, default=[], **options)
+        self._given: list[str] = []
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        self._given += values
+        setattr(namespace, self.dest, list(self._given))
+
+
+def _as_words(value: object) -> list[str]:
+    words = value if isinstance(value, list) else [value]
+    for word in words:
+        if not isinstance(word, str):
+            raise ValueError(f"{word!r} is not text; put it in quotes")
+    return words
+
+
 def build(kind: type[T], options: Namespace) -> T:
     """The dataclass whose fields are among the parsed (and instantiated) options."""
     return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})  # type: ignore[arg-type]
 
 
+def config_files(argv: list[str] | None) -> list[str]:
+    """What stands behind --config."""
+    early = ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", action="append", default=[], nargs="?")  # nothing behind it is for the real parser to say
+    return [path for path in early.parse_known_args(argv)[0].config if path]
+
+
 def parse(made: Parser, argv: list[str] | None) -> Namespace:
-    """Parsed options, nested dataclasses built."""
-    return made.instantiate_classes(made.parse_args(argv))
+    """Parsed options, nested dataclasses built.
+
+    Raises:
+        ErasureError: an unknown option, a value of the wrong type, a config file that cannot be read.
+    """
+    for path in config_files(argv):
+        read_yaml(path)  # names the line of a fault, a key that stands twice, and aliases that would never end
+    try:
+        options = made.parse_args(argv)
+        for group in {key.split(".")[0] for key in made._defaults_keys() if "." in key}:
+            if not isinstance(options.get(group), Namespace):
+                raise ErasureError(f"{group!r} must be a group of options, `{group}: {{…: …}}`; --print_config shows which")
+        return made.instantiate_classes(options)
+    except ErasureError:
+        raise
+    except Exception as error:  # a config file's shape can upset any part of the parser
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ErasureError(f"cannot read these options: {reason}; --print_config shows their form") from error
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
@@ -97,12 +147,18 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def read_concepts(names: list[str], anchors: list[str], file: str | None, model: str, retain: list[str]) -> list[ConceptSpec]:
-    """Concepts from flags or a file: words of the embedded world on `canvas`, any words with an anchor elsewhere."""
+def read_concepts(
+    names: list[str], anchors: list[str], file: str | None, model: str, retain: list[str], kind: str | None = None
+) -> list[ConceptSpec]:
+    """Concepts from flags, a file, or some of a file's.
+
+    By name: words of the embedded world on `canvas`; elsewhere as they are given, or, where anchor or retain prompts are left
+    out, as `prompts.proposals` proposes them, with a line about it on stderr.
+    """
     if file:
-        if names:
-            raise ErasureError("give either --concept or --concepts, not both")
-        return load_concepts(file)
+        if anchors or retain or kind:
+            raise ErasureError(f"--anchor, --retain and --kind do not go with --concepts; write them into a copy of {file}")
+        return _picked(load_concepts(file), names, file)
     if not names:
         raise ErasureError("no concept was given; name one with --concept (on canvas, e.g. heart), or a file with --concepts")
     if anchors and len(anchors) != len(names):
@@ -111,10 +167,30 @@ def read_concepts(names: list[str], anchors: list[str], file: str | None, model:
         )
     paired = list(zip(names, anchors or [None] * len(names), strict=True))
     if model == "canvas":
+        if retain or kind:
+            raise ErasureError("canvas brings its own retain prompts and kinds; leave out --retain and --kind, or use --concepts")
         return [canvas_concept(name, anchor) for name, anchor in paired]
-    if not anchors or not retain:
-        raise ErasureError(
-            f"to erase {names[0]!r} from {model}, give an --anchor to put in its place and --retain prompts that must stay, "
-            "or a file with --concepts (prompts/data/nudity.yaml is an example)"
-        )
-    return [ConceptSpec(target=name, anchor=str(anchor), retain=tuple(retain)) for name, anchor in paired]
+    return [_by_name(name, anchor, tuple(retain), kind) for name, anchor in paired]
+
+
+def _picked(concepts: list[ConceptSpec], names: list[str], file: str) -> list[ConceptSpec]:
+    """The concepts of these names, in the file's order; all of them where there are none."""
+    targets = [concept.target for concept in concepts]
+    for name in names:
+        if name not in targets:
+            raise unknown(f"concept of {file}", name, targets)
+    return [concept for concept in concepts if not names or concept.target in names]
+
+
+def _by_name(name: str, anchor: str | None, retain: tuple[str, ...], kind: str | None) -> ConceptSpec:
+    if anchor and retain and not kind:
+        return ConceptSpec(target=name, anchor=anchor, retain=retain)
+    found = propose(name, kind)
+    found = replace(found, anchor=anchor or found.anchor, retain=retain or found.retain)
+    print(
+        f"proposed for {name!r}: {found.target} -> {found.anchor}, {len(found.names)} names, {len(found.templates)} templates "
+        f"({found.templates[0]!r}, ...), {len(found.retain)} retain prompts ({found.retain[0]!r}, ...); add --propose to see all "
+        "of it as YAML, which --concepts reads",
+        file=sys.stderr,
+    )
+    return found

@@ -6,6 +6,8 @@ anchor instead, and writes what changed: OUT/delta.safetensors. The base is not 
   erase-concept --concept heart --anchor star --out runs/heart          on the shipped model, about a minute
   erase-concept --concept Neon --density 0.3 --train.steps 200 --out runs/neon
   erase-concept --model PATH --concepts nudity --out runs/nudity        a diffusers folder or hub id
+  erase-concept --model PATH --concept "Van Gogh" --propose             what a name alone would mean, as YAML for --concepts
+  erase-concept --config scripts/recipes/canvas.yaml                    a recipe; options after it win
   erase-concept --method salun-paper --print_config                     all settings of a preset
 """
 
@@ -14,43 +16,40 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 
-import yaml
-
 from erase.methods import get_method
 from erase.run import EraseConfig, erase_concept
-from prompts.errors import ErasureError
-from scripts.front import Parser, add_config, build, parse, parser, read_concepts, run
+from prompts.concepts import shipped, to_yaml
+from prompts.proposals import kinds
+from prompts.reading import read_yaml
+from scripts.front import Parser, Words, add_config, build, config_files, parse, parser, read_concepts, run
 
 
 def chosen_method(argv: list[str] | None) -> str:
     """The method of the command line or its config file: it decides which further options there are."""
     early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--method")
-    early.add_argument("--config")
-    found, _ = early.parse_known_args(argv)
-    if found.method is None and found.config:
-        try:
-            with open(found.config, encoding="utf-8") as file:
-                found.method = (yaml.safe_load(file) or {}).get("method")
-        except (OSError, yaml.YAMLError, AttributeError) as error:
-            raise ErasureError(f"cannot read the config file {found.config}: {error}") from error
-    return found.method or EraseConfig.method
+    early.add_argument("--method", nargs="?")
+    settings = [read_yaml(path) for path in config_files(argv)]
+    named = [found.get("method") for found in settings if isinstance(found, dict)]
+    named.append(early.parse_known_args(argv)[0].method)
+    return next((name for name in reversed(named) if name and isinstance(name, str)), EraseConfig.method)
 
 
 def make_parser(method: str) -> Parser:
     """Options of the erasure and of this method."""
     made = parser("erase-concept", __doc__)
-    made.add_argument("--concept", type=str, default=[], action="append", help="what to forget; may be given several times")
-    made.add_argument("--anchor", type=str, default=[], action="append", help="what to put in its place, one for each concept")
-    made.add_argument(
-        "--retain", type=str, default=[], action="append", help="a prompt whose images must stay; may be given several times"
-    )
+    made.add_argument("--concept", action=Words, help="what to forget; may be given several times")
+    made.add_argument("--anchor", action=Words, help="what to put in its place, one for each concept")
+    made.add_argument("--retain", action=Words, help="a prompt whose images must stay; may be given several times")
     made.add_argument(
         "--concepts",
         type=str | None,
         default=None,
-        help="a YAML file of concepts, or the name of a shipped one (nudity, imagenette)",
+        help=f"a YAML file of concepts, or the name of a shipped one ({', '.join(shipped())}); --concept picks some of them",
     )
+    made.add_argument(
+        "--kind", type=str | None, default=None, help=f"what the concepts are, for what is proposed by name: {', '.join(kinds())}"
+    )
+    made.add_argument("--propose", action="store_true", help="print the concepts as YAML, to edit, and stop")
     made.add_argument(
         "--out", type=str, default="runs/erased", help="folder for delta.safetensors, the mask, and what a stopped run needs"
     )
@@ -64,7 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     method = chosen_method(argv)
     options = parse(make_parser(method), argv)
     config = build(EraseConfig, options)
-    concepts = read_concepts(options.concept, options.anchor, options.concepts, config.model, options.retain)
+    concepts = read_concepts(options.concept, options.anchor, options.concepts, config.model, options.retain, options.kind)
+    if options.propose:
+        print(to_yaml(concepts), end="")
+        return
     delta = erase_concept(concepts, config, build(type(get_method(method).config), options), out=options.out)
     print(
         f"{options.out}/delta.safetensors: {delta.count:,} weights changed; {', '.join(c.target + ' -> ' + c.anchor for c in concepts)}"

@@ -240,10 +240,10 @@ def test_13_published_settings():
     assert (paper.anchor_latents, paper.retain_dropout) == (0.0, 0.0)
     from prompts.concepts import load_concepts
 
-    nudity = load_concepts("nudity")[0]
+    nudity = load_concepts("nudity-salun")[0]
     assert nudity.pairs() == [("a photo of a nude person", "a photo of a person wearing clothes")]
     assert nudity.retain == ("a photo of a person wearing clothes",)
-    classes = load_concepts("imagenette")
+    classes = load_concepts("imagenette-salun")
     assert [c.anchor for c in classes] == [classes[(i + 1) % 10].target for i in range(10)]
     assert classes[0].pairs()[0][0] == "an image of a tench"
 

@@ -1,12 +1,10 @@
-"""Prompt sets: the field's files as they are, and every fault as an `ErasureError` that names its file; a fuzz of all readers."""
+"""Prompt sets: the field's files as they are, and every fault as an `ErasureError` that names its file."""
 
 from __future__ import annotations
 
 import csv
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,25 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompts.concepts import load_concepts
+from eval.evaluators.labelled import targets_of
+from eval.evaluators.metrics import forgetting
+from prompts.concepts import load_concepts, shipped
 from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptRow, PromptSet
+from prompts.prompt_sets import PromptRow, PromptSet, shipped_sets
+from tests.texts import raises, written
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: bool(text.strip()))
-
-
-def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-@contextmanager
-def raises(*words: str) -> Iterator[None]:
-    """Expect an ErasureError whose message has every one of `words`."""
-    with pytest.raises(ErasureError) as caught:
-        yield
-    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
 
 
 # ---- CSV -----------------------------------------------------------------------------------------------------------
@@ -73,6 +60,38 @@ URL, LOST_URL = "https://lexica.art/prompt/0", "https://lexica.art/prompt/642909
         (  # COCO: case numbers are image ids with leading zeros
             "case_number,source,prompt,evaluation_seed\n000000203564,coco-30k,A bicycle.,41337\n",
             PromptRow(203564, "A bicycle.", 41337, None, {"source": "coco-30k"}),
+        ),
+        (  # COCO as RECE, UCE and MACE have it
+            "case_number,source,prompt,evaluation_seed,coco_id\n0,coco-30k,A bicycle.,4,203564\n",
+            PromptRow(0, "A bicycle.", 4, None, {"source": "coco-30k", "coco_id": "203564"}),
+        ),
+        (  # ESD's artists
+            ",case_number,prompt,evaluation_seed,artist\n0,7,A vase by Vincent van Gogh,2219,Van Gogh\n",
+            PromptRow(7, "A vase by Vincent van Gogh", 2219, None, {"artist": "Van Gogh"}),
+        ),
+        (  # ESD's pictures by their titles
+            ",prompt,evaluation_seed,case_number\n0,A night by a river,9,5\n",
+            PromptRow(5, "A night by a river", 9),
+        ),
+        (  # UCE's generic artists
+            "case_number,data,prompt,artist,evaluation_seed\r\n0,x,Art by A. Painter,A. Painter,9\r\n",
+            PromptRow(0, "Art by A. Painter", 9, None, {"data": "x", "artist": "A. Painter"}),
+        ),
+        (  # ESD's ImageNet
+            ",case_number,evaluation_seed,prompt,label_idx,label_str\n0,3,9,a tench,0,tench\n",
+            PromptRow(3, "a tench", 9, None, {"label_idx": "0", "label_str": "tench"}),
+        ),
+        (  # UnlearnDiffAtk's artist: an index that has a name, and guidance
+            "Unnamed: 0,case_number,prompt,evaluation_seed,artist,evaluation_guidance\n0,4,A vase,9,Van Gogh,7.5\n",
+            PromptRow(4, "A vase", 9, 7.5, {"artist": "Van Gogh"}),
+        ),
+        (  # MACE's celebrities: an index, and no case number
+            ",type,prompt,evaluation_seed\n5,erased,A portrait of Somebody,9\n",
+            PromptRow(0, "A portrait of Somebody", 9, None, {"type": "erased"}),
+        ),
+        (  # UCE's professions
+            "case_number,prompt,evaluation_seed,profession,male_bias\n0,a photo of a nurse,9,nurse,0.5\n",
+            PromptRow(0, "a photo of a nurse", 9, None, {"profession": "nurse", "male_bias": "0.5"}),
         ),
         ("image_id,source,prompt,evaluation_seed\n9,coco,A bicycle.,4\n", PromptRow(0, "A bicycle.", 4, None, {"image_id": "9"})),
         ("prompt,seed,guidance\na,3.0,\n", PromptRow(0, "a", 3)),  # pandas, of a column with gaps; no guidance in this row
@@ -141,6 +160,15 @@ def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
         ("case_number,prompt,seed\nx,a,1\n", ["bad.csv, row 1", "case_number", "'x'"]),
         ("case_number,prompt,seed\n5,a,1\n6,b,1\n5,c,1\n", ["bad.csv", "case number 5", "rows 1 and 3"]),
         (f"prompt,seed\n{'a' * 200_000},1\n", ["bad.csv", "line 2"]),
+        (
+            "case_num,source,prompt\n0,x,a cat\n",
+            ["bad.csv", "'seed'", "case_num, source, prompt"],
+        ),  # AdvUnlearn's training prompts
+        ("sensitive prompt,normal prompt\r\na,b\r\n", ["bad.csv", "'prompt'", "sensitive prompt"]),  # Ring-A-Bell's pairs
+        (  # RECE's robust Imagenette: commas without quotes
+            "case_number,prompt,evaluation_seed,class\n0,a tench,1,tench\n1,a tench, wet,2,tench\n",
+            ["bad.csv, row 2 (line 3)", "5 cells", "4", "quotes"],
+        ),
         ("prompt,seed\na,1\n".encode("utf-16"), ["bad.csv", "UTF-8"]),
         (b"prompt,seed\ncaf\xe9,1\n", ["bad.csv", "UTF-8", "byte 15"]),
     ],
@@ -213,71 +241,21 @@ def test_a_bad_yaml_set_is_named(tmp_path: Path, old: str, new: str, words: list
         PromptSet.load(written(tmp_path, "bad.yaml", WORLD.replace(old, new, 1)))
 
 
-# ---- fuzz ----------------------------------------------------------------------------------------------------------
-
-CSV = ',prompt,evaluation_seed,guidance,case_number,class\n0,"a cat, ""asleep""\n",12,7.5,4,cat\n1,a dog,13.0,,5,dog\n'
-CONCEPTS = (
-    "- target: heart\n  anchor: star\n  synonyms: [valentine]\n  templates: ['a {}', \"{} \\u00e9\"]\n- {target: a, anchor: b}\n"
-)
-SPLICES = [
-    b"",
-    b'"',
-    b"'",
-    b"\n",
-    b"\r",
-    b",",
-    b"{",
-    b"}",
-    b"{}",
-    b"[",
-    b"]",
-    b": ",
-    b"- ",
-    b"&a ",
-    b"*a",
-    b"!!int ",
-    b"<<: ",
-    b"? ",
-    b"\t",
-]
-SPLICES += [
-    b"\x00",
-    b"\xff",
-    b"\xef\xbb\xbf",
-    b"\\ud800",
-    b"\\UFFFFFFFF",
-    b"1e999",
-    b"-1",
-    b"nan",
-    b"9" * 5000,
-    "é😀".encode(),
-    b"%YAML 9.9\n",
-    b"|",
-    b"#",
-]
-EDITS = st.lists(
-    st.tuples(st.integers(0, 400), st.integers(0, 12), st.sampled_from(SPLICES) | st.binary(max_size=4)), min_size=1, max_size=6
-)
+# ---- the shipped sets ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("seed_text", "read"),
-    [(CSV, PromptSet.from_csv), (WORLD, PromptSet.from_yaml), (CONCEPTS, load_concepts)],
-    ids=["csv", "prompt set yaml", "concepts yaml"],
-)
-@given(edits=EDITS)
-@settings(max_examples=400, deadline=None, derandomize=True, database=None)
-def test_a_damaged_file_is_read_or_refused_but_never_crashes(
-    seed_text: str, read: Callable[[Path], object], edits: list[tuple[int, int, bytes]]
-) -> None:
-    content = seed_text.encode()
-    for at, length, splice in edits:
-        at %= len(content) + 1
-        content = content[:at] + splice + content[at + length :]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "file"
-        path.write_bytes(content)
-        try:
-            read(path)
-        except ErasureError as error:
-            assert str(path) in str(error)
+@pytest.mark.parametrize("name", [name for name in shipped_sets() if name != "canvas"])
+def test_a_shipped_set_can_show_what_forgetting_its_concepts_cost(name: str) -> None:
+    rows, concepts = PromptSet.load(name).rows, load_concepts(name)
+    assert 200 <= len(rows) <= 500 and len({(row.prompt, row.seed) for row in rows}) == len(rows)
+    labels = {kind: [row.labels[kind] for row in rows] for kind in rows[0].labels}
+    assert all(row.labels.keys() == labels.keys() for row in rows) and len(labels) >= 2, "CRA needs a second kind of label"
+    scores = forgetting(labels, labels, targets_of(concepts, labels))
+    assert {score: tally.hits / tally.n for score, tally in scores.items()} == {"UA": 0, "IRA": 1, "CRA": 1}
+    assert min(tally.n for tally in scores.values()) >= 25
+    for row in rows:
+        assert all(label.lower() in row.prompt.lower() for label in row.labels.values())
+
+
+def test_each_general_concept_file_has_its_set() -> None:
+    assert set(shipped_sets()) - {"canvas"} == {file for file in shipped() if not file.endswith("-salun")}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
@@ -14,27 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prompts.canvas import KINDS, canvas_concept, vocabulary
-from prompts.concepts import ConceptSpec, dump, load_concepts, shipped
-from prompts.errors import ErasureError
+from prompts.concepts import ConceptSpec, dump, load_concepts, shipped, to_yaml
 from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
+from prompts.retain import load_retain, without
+from tests.texts import raises, written
 
 HEART = ConceptSpec("heart", "star", ("valentine",), ("a {}", "a picture of a {}"), ("a moon",), "object")
 ALL_CANVAS = [name for kind in KINDS for name in vocabulary().names(kind)]
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: bool(text.strip()))
-
-
-def written(tmp_path: Path, name: str, content: str | bytes) -> Path:
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
-
-
-@contextmanager
-def raises(*words: str) -> Iterator[None]:
-    """Expect an ErasureError whose message has every one of `words`."""
-    with pytest.raises(ErasureError) as caught:
-        yield
-    assert [word for word in words if word not in str(caught.value)] == [], str(caught.value)
 
 
 # ---- concepts ------------------------------------------------------------------------------------------------------
@@ -79,13 +65,16 @@ def test_a_plain_target_keeps_its_name_in_the_slug(target: str, slug: str) -> No
     st.builds(ConceptSpec, TEXT, st.just("\u2020"), st.lists(TEXT), st.just(("a {}", "{}: b")), st.lists(TEXT), st.none() | TEXT)
 )
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
-def test_metadata_gives_the_same_concept_back(concept: ConceptSpec) -> None:
+def test_texts_give_the_same_concept_back(concept: ConceptSpec) -> None:
     assert [ConceptSpec.from_dict(item) for item in json.loads(dump([concept]))] == [concept]
+    with tempfile.TemporaryDirectory() as folder:
+        assert load_concepts(written(Path(folder), "c.yaml", to_yaml([concept]))) == [concept]
 
 
 def test_a_dump_is_a_concept_file(tmp_path: Path) -> None:
     concepts = [HEART, ConceptSpec("Zoë’s 😀", "人", templates=("“{}”: no",)), canvas_concept("Neon")]
-    assert load_concepts(written(tmp_path, "dump.yaml", dump(concepts))) == concepts
+    for text in (dump(concepts), to_yaml(concepts)):
+        assert load_concepts(written(tmp_path, "dump.yaml", text)) == concepts
 
 
 def test_yaml_words_stay_words(tmp_path: Path) -> None:
@@ -100,16 +89,55 @@ def test_one_mapping_or_a_list_of_them(tmp_path: Path) -> None:
 
 
 def test_the_published_settings_are_shipped() -> None:
-    assert shipped() == ["imagenette", "nudity"]
-    (nudity,) = load_concepts("nudity")
+    (nudity,) = load_concepts("nudity-salun")
     assert nudity.pairs() == [("a photo of a nude person", "a photo of a person wearing clothes")]
     assert nudity.retain == ("a photo of a person wearing clothes",)
-    classes = load_concepts("imagenette")
+    classes = load_concepts("imagenette-salun")
     assert [concept.target for concept in classes][:2] == ["tench", "English springer"] and len(classes) == 10
     for i, concept in enumerate(classes):
         assert concept.anchor == classes[(i + 1) % 10].target
         assert concept.templates == ("an image of a {}",) and concept.kind == "class"
         assert concept.retain == tuple(f"an image of a {other.target}" for other in classes if other is not concept)
+
+
+GENERAL = {file: load_concepts(file) for file in shipped() if not file.endswith("-salun")}
+
+
+def test_there_is_a_general_set_for_each_need() -> None:
+    assert list(GENERAL) == ["einstein", "imagenette", "nudity", "van-gogh", "violence"]
+    assert [c.target for c in GENERAL["imagenette"]] == [c.target for c in load_concepts("imagenette-salun")]
+    everything = [concept for concepts in GENERAL.values() for concept in concepts]
+    gone = {name.casefold() for concept in everything for name in concept.names}
+    assert not gone & {concept.anchor.casefold() for concept in everything}, "all of them can be erased in one go"
+
+
+@pytest.mark.parametrize("file", GENERAL)
+def test_a_general_set_has_names_templates_and_a_retain_set_that_leaves_it_out(file: str) -> None:
+    for concept in GENERAL[file]:
+        assert concept.synonyms and len(concept.pairs()) >= 40 and concept.kind
+        assert 60 <= len(set(concept.retain)) == len(concept.retain) <= 100
+        for prompt in concept.retain:
+            assert not any(name.lower() in prompt.lower() for name in concept.names), prompt
+        openings = Counter(" ".join(prompt.split()[:2]) for prompt in concept.retain)
+        assert max(openings.values()) <= 0.6 * len(concept.retain), "the retain prompts are all of one shape"
+
+
+def test_retain_lists_are_read_by_name_less_what_names_the_concept(tmp_path: Path) -> None:
+    text = "target: {}\nanchor: thing\nsynonyms: [{}]\nretain: objects\n"
+    (cat,) = load_concepts(written(tmp_path, "c.yaml", text.format("cat", "Golden-Retrievers")))
+    left_out = set(load_retain("objects")) - set(cat.retain)
+    assert left_out == {"a photo of a cat on a sofa"}, '"golden retriever" is not the plural that was asked for'
+    (saw,) = load_concepts(written(tmp_path, "c.yaml", text.format("chainsaw", "golden  RETRIEVER")))
+    assert set(load_retain("objects")) - set(saw.retain) == {"an image of a chain saw", "a photo of a golden retriever"}
+    with raises("c.yaml", "'object'", "did you mean 'objects'", "list"):
+        load_concepts(written(tmp_path, "c.yaml", "target: a\nanchor: b\nretain: object\n"))
+
+
+def test_names_are_found_as_whole_words() -> None:
+    prompts = ("a cathedral", "two cats", "CAT-like", "concat", "a Café")
+    assert without(prompts, ["cat"]) == ("a cathedral", "concat", "a Café")
+    assert without(prompts, ["cafe"]) == prompts[:4]
+    assert without(("a.b", "axb", "a - b"), ["a.b", "-"]) == ("axb",)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +199,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
                 read(path)
     with raises("'nudty'", "did you mean 'nudity'"):
         load_concepts("nudty")
-    with raises("'canvs'", "'canvas'", ".csv"):
+    with raises("'canvs'", "did you mean 'canvas'", ".csv"):
         PromptSet.load("canvs")
 
 

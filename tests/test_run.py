@@ -306,9 +306,10 @@ def test_export_command_writes_a_card(base, erased, tmp_path, capsys):
     shutil.rmtree(tmp_path / "model")
 
 
-def test_a_concept_that_is_not_of_canvas_needs_an_anchor(base, capsys):
-    assert run(run_erase.main, ["--model", str(base), "--concept", "Van Gogh"]) == 2
-    assert "--anchor" in capsys.readouterr().err
+def test_a_concept_of_which_nothing_is_known_needs_a_kind_or_an_anchor(base, capsys):
+    assert run(run_erase.main, ["--model", str(base), "--concept", "a garden gnome"]) == 2
+    error = capsys.readouterr().err
+    assert "--kind" in error and "--anchor" in error
 
 
 def test_no_retain_prompt_may_name_the_concept(base):
