@@ -174,10 +174,22 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> list[ImageRow]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(ImageRow(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            rows.append(_row(json.loads(line)))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ErasureError(f"{path}, line {number}, is damaged; {_remedy(folder, settings)}") from error
     return rows
+
+
+def _row(values: dict[str, Any]) -> ImageRow:
+    """A line of the manifest as a row, or a TypeError or ValueError."""
+    row = ImageRow(**values)
+    for text in (row.file, row.prompt, row.sha256, *row.labels.values()):
+        text.encode()
+    if not (type(row.case) is type(row.seed) is int) or not isinstance(row.guidance, int | float):
+        raise TypeError("numbers")
+    if Path(row.file).name != row.file or "\0" in row.file:
+        raise ValueError("an image outside the folder")
+    return row
 
 
 def _remedy(folder: Path, settings: dict[str, Any]) -> str:

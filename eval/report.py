@@ -191,12 +191,14 @@ class EvalReport:
             ErasureError: it is truncated, of another schema version, or lacks what `check` asks for.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text, parse_float=_finite, parse_constant=_finite)
             if content["schema_version"] != SCHEMA_VERSION:
                 raise ErasureError(f"{where} has schema {content['schema_version']}, not {SCHEMA_VERSION}; evaluate again")
             rows = {row: [_score(raw) for raw in scores] for row, scores in content["rows"].items()}
+            for part in ("concept", "provenance", "extras"):
+                content[part].items()
             return cls(content["concept"], rows, content["provenance"], content["extras"]).check()
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ErasureError(f"{where} is not a whole report ({error}); evaluate again to make it anew") from error
 
     def save(self, path: str | Path) -> Path:
@@ -211,8 +213,9 @@ class EvalReport:
         """Read what `save` wrote."""
         try:
             return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
-        except OSError as error:
-            raise ErasureError(f"cannot read {path}: {error.strerror}; name a report.json that an evaluation wrote") from error
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise ErasureError(f"cannot read {path}: {reason}; name a report.json that an evaluation wrote") from error
 
 
 def words(concept: Mapping[str, Any], key: str) -> list[str]:
@@ -226,7 +229,18 @@ def _plain(score: Score) -> dict[str, Any]:
 
 
 def _score(raw: dict[str, Any]) -> Score:
-    return Score(**raw | {"stderr": math.nan if raw["stderr"] is None else raw["stderr"]})
+    score = Score(**raw | {"stderr": math.nan if raw["stderr"] is None else raw["stderr"]})
+    texts, numbers = (score.name, score.unit, score.evaluator), (score.value, score.stderr)
+    right = all(isinstance(text, str) for text in texts) and all(isinstance(number, int | float) for number in numbers)
+    if not right or type(score.n) is not int or type(score.higher_is_better) is not bool:
+        raise TypeError(f"the score {score.name!r} has a value of the wrong type")
+    return score
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number")
+    return number
 
 
 @dataclass(frozen=True)

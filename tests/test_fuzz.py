@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 
 from erase.latents import LatentSet
 from erase.mask import Saliency, SaliencyMask
+from eval.images import ImageRow, ImageSet, file_sha256, save_image, write_manifest, write_settings
+from eval.report import EvalReport, Score
 from prompts.concepts import load_concepts
 from prompts.errors import ErasureError
 from prompts.prompt_sets import PromptSet
@@ -40,7 +43,7 @@ def check_all(folder: Path, whole: bytes, read: Callable[[Path], object], damage
         try:
             read(path)
         except ErasureError as error:
-            assert str(path) in str(error) or read is read_config, error
+            assert str(path) in str(error) or read in (read_config, use_report), error
             refused += 1
     assert refused > count / 4 and [item.name for item in folder.iterdir()] == ["file"]
 
@@ -198,6 +201,73 @@ def test_metadata_that_says_something_else_is_refused(kind: str, key: str, value
         return use(path)
     with raises(str(path)):
         use(path)
+
+
+# ---- what an evaluation writes -----------------------------------------------------------------------------------------
+
+VALUES: list[Any] = [None, True, -1, 0, 1e999, 2**70, "", "x", "../../x", "\0", "\ud800", [], [1], {}, {"a": 1}]
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The way to every value within a JSON value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [at, *(place for key, part in items for place in places(part, (*at, key)))]
+
+
+def damaged_json(raw: bytes, rng: random.Random) -> bytes:
+    """A value that is missing or another, or damage to the text."""
+    if rng.random() < 0.4:
+        return damaged_text(raw, rng)
+    lines = [json.loads(line) for line in raw.splitlines()] if raw.count(b"\n{") else [json.loads(raw)]
+    *way, last = rng.choice([place for place in places(lines) if len(place) > 1])
+    holder: Any = lines
+    for key in way:
+        holder = holder[key]
+    if rng.random() < 0.3:
+        del holder[last]
+    else:
+        holder[last] = rng.choice(VALUES)
+    return "\n".join(map(json.dumps, lines)).encode()
+
+
+def image_folder(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(2):
+        save_image(folder / f"{i}.png", np.full((8, 8, 3), i, np.uint8), {})
+    rows = [ImageRow(f"{i}.png", i, "a cat", 5, 7.5, {"o": "cat"}, file_sha256(folder / f"{i}.png") or "") for i in range(2)]
+    write_settings(folder, {"images": 2})
+    write_manifest(folder, rows)
+    return folder
+
+
+@pytest.mark.parametrize("file", ["manifest.jsonl", "settings.json"])
+def test_a_damaged_folder_of_images(file: str, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+    whole, before, refused = (folder / file).read_bytes(), sorted(folder.iterdir()), 0
+    for seed in range(200):
+        (folder / file).write_bytes(damaged_json(whole, random.Random(seed)))
+        try:
+            images = ImageSet.open(folder)
+        except ErasureError as error:
+            assert str(folder) in str(error)
+            refused += 1
+        else:
+            assert images.tensor().shape == (2, 3, 8, 8)
+            assert all(row.prompt.encode() and row.labels.get("o") != 1 for row in images.rows)
+    assert refused > 50 and sorted(folder.iterdir()) == before
+
+
+def use_report(path: Path) -> None:
+    report = EvalReport.load(path)
+    assert (
+        report.table().row_count == len(report.rows) and EvalReport.from_json(report.to_json()).rows.keys() == report.rows.keys()
+    )
+
+
+def test_a_damaged_report(tmp_path: Path) -> None:
+    scores = [Score(name, 50.0, 10, True, 1.0) for name in ("UA", "IRA", "CRA")]
+    report = EvalReport({"target": "heart", "anchor": "star"}, {"base": scores, "erased": scores}, {"seed": 1}, {})
+    check_all(tmp_path, report.to_json().encode(), use_report, damaged_json, 200)
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------

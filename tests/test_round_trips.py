@@ -35,7 +35,11 @@ METHOD = SalUnConfig(saliency_batch_size=4, train=TrainConfig(steps=2, batch_siz
 
 
 def image(pipeline) -> np.ndarray:
-    """Pixels in [0, 1] of a stock call."""
+    """Pixels in [0, 1] of a stock call. Weights that diffusers maps from a file lie at odd addresses, which moves the last bits of
+    sums; copied, the same weights give the same bits."""
+    for part in pipeline.components.values():
+        for weight in part.parameters() if isinstance(part, torch.nn.Module) else ():
+            weight.data = weight.data.clone()
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     return pipeline("a red heart", num_inference_steps=2, guidance_scale=4.0, generator=generator, output_type="np").images[0]
@@ -69,11 +73,6 @@ def made(tmp_path_factory):
     return make
 
 
-def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Equal as 8-bit pixels: diffusers maps single files at odd addresses, which alone moves floats by 5e-6."""
-    return np.array_equal((a * 255).round(), (b * 255).round())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_folder(made, family, tmp_path):
     it = made(family)
@@ -96,7 +95,7 @@ def test_components(made, family, tmp_path):
 def test_single_file(made, family, tmp_path):
     it = made(family)
     export_single_file(it.delta, str(it.base), tmp_path / "out.safetensors")
-    assert same(image(it.stock(tmp_path / "out.safetensors")), it.image)
+    assert np.array_equal(image(it.stock(tmp_path / "out.safetensors")), it.image)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -50,6 +50,7 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     folder = path if path.exists() else _download(str(name), options)
     pipeline = _from_folder(folder, str(name), options)
     check_finite(modules(pipeline), str(name))
+    _own(modules(pipeline))
     return pipeline
 
 
@@ -170,6 +171,14 @@ def check_finite(parts: Mapping[str, nn.Module], name: str) -> None:
             if not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ErasureError(f"{name}: {part}.{key} holds {bad:,} values that are not finite; the checkpoint is damaged")
+
+
+def _own(parts: Mapping[str, nn.Module]) -> None:
+    """Copy weights out of the files they are mapped from: those may change under us, and their addresses, which follow from the length
+    of a file's header, change the last bits of sums. So one checkpoint gives one delta, whatever format it is read from."""
+    for module in parts.values():
+        for tensor in module.parameters():
+            tensor.data = tensor.data.clone()
 
 
 def _first_line(error: Exception) -> str:

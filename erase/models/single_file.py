@@ -136,7 +136,9 @@ def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         raise ErasureError(
             f"{name} holds {kind}, not dense floating point numbers; a quantised or sparse checkpoint cannot be used"
         )
-    converted = tensor.to(dtype)
+    converted = tensor.to(
+        dtype, copy=True
+    )  # a mapped file may change under us, and its odd addresses change the last bits of sums
     low, high = converted.aminmax()
     if not (low.isfinite() and high.isfinite()):
         if tensor.double().isfinite().all():
