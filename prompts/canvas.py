@@ -27,8 +27,8 @@ class Vocabulary:
     """captions the base was trained on, with {object}, {style}, {colour} fields"""
     grid: str
     """the template of the evaluation's answer set"""
-    anchors: dict[str, list[str]] = field(default_factory=dict)
-    """kind -> preferred anchors; kinds without any go round"""
+    anchors: dict[str, dict[str, str]] = field(default_factory=dict)
+    """kind -> concept, or `others` -> its anchor; kinds without any go round"""
 
     def names(self, kind: str) -> list[str]:
         """Concept names of one kind; the position is the judges' class index."""
@@ -39,11 +39,10 @@ class Vocabulary:
         return next((kind for kind in KINDS if concept in self.synonyms[kind]), None)
 
     def anchor(self, name: str) -> str:
-        """The default anchor of a concept: the first preferred one of its kind that is not itself, else the next of its kind."""
+        """The default anchor of a concept: the one that is named for it or for the others of its kind, else the next of its kind."""
         kind = self.kind_of(name) or ""
-        names = self.names(kind)
-        following = names[(names.index(name) + 1) % len(names)]
-        return next((anchor for anchor in self.anchors.get(kind, ()) if anchor != name), following)
+        names, named = self.names(kind), self.anchors.get(kind, {})
+        return named.get(name) or named.get("others") or names[(names.index(name) + 1) % len(names)]
 
     def cells(self) -> list[dict[str, str]]:
         """Every combination of concepts: one dict of kind -> name per cell of the grid."""

@@ -28,6 +28,7 @@ from eval.generate import GenerateConfig, generate
 from eval.run import score
 from prompts.canvas import KINDS, canvas_concept, vocabulary
 from prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
+from scripts.demo import recipe
 from scripts.front import build, parse
 from scripts.run_erase import make_parser
 
@@ -35,9 +36,9 @@ EVALUATORS = ["classifier", "clip"]
 SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
 
 
-def variants(precision: str, kind: str) -> dict[str, tuple[str, Any]]:
-    """Name -> (method, its configuration), for concepts of this kind."""
-    ours, paper = (_at(config, precision) for config in (kind_settings(kind), get_method("salun-paper").config))
+def variants(precision: str, concept: str) -> dict[str, tuple[str, Any]]:
+    """Name -> (method, its configuration), for this concept."""
+    ours, paper = (_at(config, precision) for config in (kind_settings(concept), get_method("salun-paper").config))
     controls = {
         "no mask": replace(ours, mask="none"),
         "random mask": replace(ours, mask="random"),
@@ -50,10 +51,10 @@ def variants(precision: str, kind: str) -> dict[str, tuple[str, Any]]:
     }
 
 
-def kind_settings(kind: str) -> Any:
+def kind_settings(concept: str) -> Any:
     """The default preset, with the settings file of this kind of concept where there is one."""
-    recipe = Path(__file__).parent / "recipes" / f"canvas-{kind}.yaml"
-    options = parse(make_parser("salun"), ["--config", str(recipe)] if recipe.exists() else [])
+    found = recipe(concept)
+    options = parse(make_parser("salun"), ["--config", str(found)] if found else [])
     return build(type(get_method("salun").config), options)
 
 
@@ -64,7 +65,7 @@ def _at(config: Any, precision: str) -> Any:
 def measure(concept: str, variant: str, seed: int, out: Path, answers: int, config: GenerateConfig) -> dict[str, Any]:
     """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
     spec, model, prompts = canvas_concept(concept), load_model("canvas"), canvas_grid(ANSWER_SEEDS[:answers])
-    method, settings = variants(config.mixed_precision, str(spec.kind))[variant]
+    method, settings = variants(config.mixed_precision, concept)[variant]
     base = generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
     folder = out / f"{concept}-{variant.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -129,7 +130,7 @@ def main() -> None:
         return
     names = [name for kind in KINDS for name in vocabulary().names(kind)] if args.concepts == ["all"] else args.concepts
     chosen = (
-        [name for name in variants(args.precision, KINDS[0]) if name != "salun"]
+        [name for name in variants(args.precision, names[0]) if name != "salun"]
         if args.variants == ["controls"]
         else args.variants
     )
