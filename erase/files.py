@@ -38,7 +38,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file; the metadata's `format` says what it is."""
     with written_whole(path) as aside:
+        aside.touch()
+        mode = aside.stat().st_mode  # what the user's umask says; safetensors would make it readable by its owner alone
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, dict(metadata))
+        aside.chmod(mode)
 
 
 @contextmanager

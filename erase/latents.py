@@ -18,6 +18,7 @@ from erase.files import damage_named, load_tensors, save_tensors
 from erase.models import Cond, DiffusionModel, autocast
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
+from prompts.retain import without
 
 T = TypeVar("T")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -164,8 +165,8 @@ def _pick_pairs(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list
 
 def _pick_retain(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[str]:
     """Retain prompts of all concepts, less those that name any of the concepts."""
-    names = [name.lower() for concept in concepts for name in (concept.target, *concept.synonyms)]
-    prompts = [p for concept in concepts for p in concept.retain if not any(name in p.lower() for name in names)]
+    names = [name for concept in concepts for name in concept.names]
+    prompts = without([prompt for concept in concepts for prompt in concept.retain], names)
     if not prompts:
         raise ErasureError(
             f"no retain prompts are left for {', '.join(c.target for c in concepts)}; give some that do not name the concept"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,16 @@ from erase.delta import ErasedDelta
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
 from eval.evaluators import get_evaluator
+from eval.evaluators.classifier import Config as ClassifierConfig
+from eval.evaluators.classifier import confusions
+from eval.evaluators.clip import CANVAS
+from eval.evaluators.clip import Config as ClipConfig
+from eval.evaluators.nudenet import Config as NudeNetConfig
 from eval.generate import GenerateConfig, generate
 from eval.images import ImageSet
 from eval.report import BASE, ERASED, EvalReport, Score
 from eval.report_page import save_report
+from prompts.canvas import KINDS
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
 from prompts.prompt_sets import PromptSet
@@ -26,9 +32,25 @@ from prompts.prompt_sets import PromptSet
 class EvaluateConfig:
     """What is measured, and on which images."""
 
-    evaluators: list[str] = field(default_factory=lambda: ["classifier", "clip"])
-    """classifier (UA, IRA, CRA), clip (the same by zero-shot CLIP, and the CLIP score), nudenet (exposed boxes)"""
+    evaluators: list[str] | None = None
+    """classifier (UA, IRA, CRA), clip (the same by zero-shot CLIP, and the CLIP score), nudenet (exposed boxes); default: classifier
+    and clip on the embedded world, clip elsewhere (its score alone, where the prompts carry no label of the concept's kind)"""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
+    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    nudenet: NudeNetConfig = field(default_factory=NudeNetConfig)
+
+    def for_prompts(self, prompts: PromptSet, concepts: list[ConceptSpec]) -> EvaluateConfig:
+        """With what was left to us chosen for these prompts; CLIP is then the field's usual ViT-B/32 of OpenAI."""
+        labels = prompts.rows[0].labels.keys()
+        if set(KINDS) <= labels:
+            return replace(self, evaluators=self.evaluators or ["classifier", "clip"])
+        clip = self.clip
+        if clip.model == CANVAS:
+            clip = replace(clip, model="ViT-B-32", pretrained="openai")
+        if self.evaluators is None and not any(concept.kind in labels for concept in concepts):
+            clip = replace(clip, zero_shot=False)
+        return replace(self, evaluators=self.evaluators or ["clip"], clip=clip)
 
 
 @dataclass
@@ -56,7 +78,6 @@ def evaluate(
     base_images: str | Path | None = None,
     evidence: Evidence | None = None,
     commands: list[str] | None = None,
-    configs: Mapping[str, Any] | None = None,
 ) -> EvalReport:
     """Generate before and after, score both, and write report.json, report.html and before_after.png into `out`.
 
@@ -68,15 +89,14 @@ def evaluate(
         base_images: a folder to keep the base's images in, so that several evaluations share them.
         evidence: losses and mask for the report.
         commands: command lines that make it all again, for the report.
-        configs: evaluator name -> its Config, where it is not the default.
 
     Raises:
         ErasureError: an unknown evaluator, a delta of another base, prompts that the evaluators cannot judge.
     """
-    config, evidence, out = config or EvaluateConfig(), evidence or Evidence(), Path(out)
-    for name in config.evaluators:
-        get_evaluator(name)  # a misspelt name fails before the hour of generating, not after
     concepts = [ConceptSpec(**concept) for concept in delta.concepts]  # type: ignore[arg-type]
+    config, evidence, out = (config or EvaluateConfig()).for_prompts(prompts, concepts), evidence or Evidence(), Path(out)
+    for name in config.evaluators or ():
+        get_evaluator(name)  # a misspelt name fails before the hour of generating, not after
     model = load_model(model) if isinstance(model, str) else model
     delta.check(model)  # before the base's images are made, not after
     base = {"model": model.name, "fingerprint": model.fingerprint}
@@ -90,7 +110,7 @@ def evaluate(
         base | {"delta": delta.metadata["method"], "fingerprint": model.fingerprint},
     )
     images = {BASE: before, ERASED: after}
-    report = _report(images, concepts, delta, config, commands or [], configs or {})
+    report = _report(images, concepts, delta, config, commands or [])
     mask = evidence.mask
     save_report(
         out,
@@ -110,12 +130,11 @@ def _report(
     delta: ErasedDelta,
     config: EvaluateConfig,
     commands: list[str],
-    configs: Mapping[str, Any],
 ) -> EvalReport:
     """Scores of both image sets, and where everything came from."""
     return EvalReport(
         concept=_concept(concepts),
-        rows={row: score(found, concepts, config.evaluators, configs) for row, found in images.items()},
+        rows={row: score(found, concepts, config.evaluators or [], config) for row, found in images.items()},
         provenance={
             **{key: value for key, value in delta.metadata.items() if key not in ("config", "concepts", "format")},
             "config": json.loads(delta.metadata["config"]),
@@ -125,19 +144,16 @@ def _report(
             "open_clip": version("open_clip_torch"),
             "commands": commands,
         },
-        extras=_confusion(images, concepts, config, configs),
+        extras=_confusion(images, concepts, config),
     )
 
 
 def score(
-    images: ImageSet, concepts: list[ConceptSpec], evaluators: list[str], configs: Mapping[str, Any] | None = None
+    images: ImageSet, concepts: list[ConceptSpec], evaluators: list[str], config: EvaluateConfig | None = None
 ) -> list[Score]:
-    """Scores of one image set by several evaluators, in their order."""
-    scores: list[Score] = []
-    for name in evaluators:
-        module = get_evaluator(name)
-        scores += module.evaluate(images, concepts, (configs or {}).get(name) or module.Config())
-    return scores
+    """Scores of one image set by several evaluators, in their order, each with its part of `config`."""
+    config = config or EvaluateConfig()
+    return [found for name in evaluators for found in get_evaluator(name).evaluate(images, concepts, getattr(config, name))]
 
 
 def _concept(concepts: list[ConceptSpec]) -> dict[str, Any]:
@@ -154,14 +170,9 @@ def _concept(concepts: list[ConceptSpec]) -> dict[str, Any]:
     }
 
 
-def _confusion(
-    images: Mapping[str, ImageSet], concepts: list[ConceptSpec], config: EvaluateConfig, configs: Mapping[str, Any]
-) -> dict[str, Any]:
+def _confusion(images: Mapping[str, ImageSet], concepts: list[ConceptSpec], config: EvaluateConfig) -> dict[str, Any]:
     """Confusion matrices of the first concept's kind, where the classifier judged."""
-    if "classifier" not in config.evaluators:
+    if "classifier" not in (config.evaluators or ()):
         return {}
-    from eval.evaluators.classifier import Config, confusions
-
-    tables = {row: confusions(found, configs.get("classifier") or Config()) for row, found in images.items()}
-    kind = concepts[0].kind
+    tables, kind = {row: confusions(found, config.classifier) for row, found in images.items()}, concepts[0].kind
     return {"confusion": {row: table[kind] for row, table in tables.items() if kind in table}}

@@ -18,7 +18,7 @@ from erase.run import load_base
 from erase.training import default_device
 from eval.run import EvaluateConfig, Evidence, evaluate
 from prompts.errors import ErasureError
-from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
+from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, shipped_sets
 from scripts.front import add_config, build, parse, parser, run
 
 
@@ -28,7 +28,10 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--delta", type=str, default="runs/erased/delta.safetensors", help="what erase-concept wrote")
     made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
     made.add_argument(
-        "--prompts", type=str, default="canvas", help="canvas, or a .csv (the field's columns) or .yaml file (templates)"
+        "--prompts",
+        type=str,
+        default="canvas",
+        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or .yaml file (templates)",
     )
     made.add_argument("--seeds", type=int, default=1, help="on canvas: how many seeds of each object x style x colour, 1 to 5")
     made.add_argument("--base_images", type=str | None, default=None, help="folder for the base's images, shared by evaluations")

@@ -14,7 +14,7 @@ from erase.delta import ErasedDelta
 from erase.models import LoadConfig, load_model
 from erase.training import default_device
 from eval.generate import GenerateConfig, generate
-from prompts.prompt_sets import PromptSet
+from prompts.prompt_sets import PromptSet, shipped_sets
 from scripts.front import add_config, build, parse, parser, run
 
 
@@ -27,7 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read")
     made.add_argument("--delta", type=str | None, default=None, help="an erasure to apply to the model first")
     made.add_argument(
-        "--prompts", type=str, default="canvas", help="canvas, or a .csv (the field's columns) or .yaml file (templates)"
+        "--prompts",
+        type=str,
+        default="canvas",
+        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or .yaml file (templates)",
     )
     made.add_argument("--out", type=str, default="runs/images", help="folder of the images and their manifest")
     add_config(made, GenerateConfig())
