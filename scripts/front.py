@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
@@ -127,6 +128,8 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     """Run a command: 0 when done, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
     _quiet()
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("erase").setLevel(logging.INFO)  # what was decided on the user's behalf
     try:
         main(argv)
     except ErasureError as error:
