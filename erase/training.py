@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -30,7 +31,9 @@ class TrainConfig:
     steps: int = 150
     """optimizer steps"""
     lr: float = 1e-4
-    """learning rate, constant"""
+    """learning rate of the first step"""
+    schedule: str = "constant"
+    """how it goes on: constant, linear or cosine (both down to zero after the last step)"""
     batch_size: int = 16
     """forget rows per optimizer step, over all processes and accumulated parts; as many retain rows"""
     accumulation: int = 1
@@ -51,6 +54,12 @@ class TrainConfig:
     """steps between saved training states; a stopped run goes on from the last one"""
 
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+}
+"""name -> fraction of the learning rate at this fraction of the steps; a function of the step alone, so a resumed run goes on with it"""
 PLAIN_TOKENS = 32 * 32  # latent positions up to which a CPU trains with plain attention
 NOT_OURS = {"Optimizer", "LBFGS", "SparseAdam"}  # the abstract class; steps that need a closure; sparse gradients
 Batch = Any
@@ -144,6 +153,8 @@ def fit(
 def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> float:
     """One optimizer step over all parts of one batch; returns its loss."""
     run.optimizer.zero_grad()
+    for group in run.optimizer.param_groups:
+        group["lr"] = config.lr * SCHEDULES[config.schedule](run.step / config.steps)
     total = torch.zeros((), device=accelerator.device)
     for part in range(config.accumulation):
         torch.manual_seed(run.step)  # whatever draws from the global stream draws the same after a resume
@@ -174,6 +185,8 @@ def _make_optimizer(values: Iterable[nn.Parameter], config: TrainConfig) -> torc
         for name, kind in vars(torch.optim).items()
         if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_OURS
     }
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
     if config.optimizer not in kinds:
         raise unknown("optimizer", config.optimizer, kinds)
     try:

@@ -59,6 +59,7 @@ VARIANTS = {
     "checkpointing": replace(QUICK, gradient_checkpointing=True),
     "clipped": replace(QUICK, max_grad_norm=0.1),
     "ema": replace(QUICK, ema=0.9),
+    "linear": replace(QUICK, schedule="linear"),
 }
 
 
@@ -111,7 +112,7 @@ def test_accumulated_parts_give_the_undivided_step(model):
     assert all(torch.allclose(whole[name], split[name], atol=1e-6) for name in whole)
 
 
-@pytest.mark.parametrize("variant", ["adam", "sgd-momentum-decay", "ema", "bf16"])
+@pytest.mark.parametrize("variant", ["adam", "sgd-momentum-decay", "ema", "bf16", "linear"])
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(model, tmp_path, variant):
     params, batches, loss = task(model)
     mask = mask_of(model, params)
@@ -133,12 +134,27 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(model, tmp_p
     assert all(torch.equal(resumed.values[name], whole.values[name]) for name in whole.values)
 
 
+@pytest.mark.parametrize("schedule, factors", [("constant", (1, 1, 1, 1)), ("linear", (1, 0.75, 0.5, 0.25))])
+def test_a_schedule_scales_the_steps(model, schedule, factors):
+    """Plain SGD on a linear loss moves a weight by lr times the schedule, and nothing else."""
+    params = select(model.parameters(), "xattn_kv")
+
+    def loss(batch, frozen):
+        return sum(p.sum() for p in params.values())
+
+    config = replace(QUICK, optimizer="SGD", lr=0.1, schedule=schedule)
+    fitted = fit(model, params, lambda step, part: None, loss, config)
+    for name, p in params.items():
+        assert torch.allclose(fitted.values[name], p - 0.1 * sum(factors), atol=1e-6)
+
+
 def test_bad_training_input_is_named(model, tmp_path):
     params, batches, loss = task(model)
     for config, message in [
         (replace(QUICK, optimizer="AdmaW"), "did you mean 'AdamW'"),
         (replace(QUICK, optimizer="LBFGS"), "unknown optimizer"),
         (replace(QUICK, optimizer_args={"momentun": 1}), "momentun"),
+        (replace(QUICK, schedule="linaer"), "did you mean 'linear'"),
         (replace(QUICK, mixed_precision="bf61"), "did you mean 'bf16'"),
     ]:
         with pytest.raises(ErasureError, match=message):
