@@ -95,7 +95,7 @@ def measure(concept: str, variant: str, seed: int, out: Path, answers: int, conf
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: per variant and kind, then per concept, means over seeds beside the base, with the worst run."""
+    """Markdown: per variant and concept, means over seeds (with their range) beside the base."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["variant"], row["kind"], row["concept"]].append(row)
@@ -103,6 +103,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (variant, kind, concept), found in sorted(groups.items(), key=lambda item: (item[0][0] != "salun", item[0])):
         cells = [_cell([r["erased"][name] for r in found], fmean(r["base"][name] for r in found)) for name in SHOWN]
         lines.append(f"| {variant} | {kind} | {concept} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Markdown: per kind, over all runs of the default preset, the mean and the worst of UA and of what IRA and CRA lost."""
+    lines = ["| kind | runs | UA, mean (worst) | IRA - base, mean (worst) | CRA - base, mean (worst) |", "|---|---|---|---|---|"]
+    for kind in KINDS:
+        found = [row for row in rows if row["kind"] == kind and row["variant"] == "salun"]
+        if found:
+            ua = [row["erased"]["UA"] for row in found]
+            lost = [[row["erased"][name] - row["base"][name] for row in found] for name in ("IRA", "CRA")]
+            cells = [f"{fmean(ua):.1f} ({min(ua):.1f})", *(f"{fmean(values):+.1f} ({min(values):+.1f})" for values in lost)]
+            lines.append(f"| {kind} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -121,12 +134,12 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16", help="no, bf16 or fp16; of sampling and training alike")
     parser.add_argument("--steps", type=int, default=12, help="sampling steps of the images that are judged")
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
-    parser.add_argument("--table", action="store_true", help="print the table and end")
+    parser.add_argument("--table", action="store_true", help="print the tables and end")
     args = parser.parse_args()
     record = args.out / "results.jsonl"
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     if args.table:
-        print(table(rows))
+        print(f"{summary(rows)}\n\n{table(rows)}")
         return
     names = [name for kind in KINDS for name in vocabulary().names(kind)] if args.concepts == ["all"] else args.concepts
     chosen = (
