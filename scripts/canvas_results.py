@@ -28,17 +28,14 @@ from eval.generate import GenerateConfig, generate
 from eval.run import score
 from prompts.canvas import KINDS, canvas_concept, vocabulary
 from prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
-from scripts.demo import recipe
-from scripts.front import build, parse
-from scripts.run_erase import make_parser
 
 EVALUATORS = ["classifier", "clip"]
 SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
 
 
-def variants(precision: str, concept: str) -> dict[str, tuple[str, Any]]:
-    """Name -> (method, its configuration), for this concept."""
-    ours, paper = (_at(config, precision) for config in (kind_settings(concept), get_method("salun-paper").config))
+def variants(precision: str) -> dict[str, tuple[str, Any]]:
+    """Name -> (method, its configuration)."""
+    ours, paper = (_at(get_method(name).config, precision) for name in ("salun", "salun-paper"))
     controls = {
         "no mask": replace(ours, mask="none"),
         "random mask": replace(ours, mask="random"),
@@ -51,13 +48,6 @@ def variants(precision: str, concept: str) -> dict[str, tuple[str, Any]]:
     }
 
 
-def kind_settings(concept: str) -> Any:
-    """The default preset, with the settings file of this kind of concept where there is one."""
-    found = recipe(concept)
-    options = parse(make_parser("salun"), ["--config", str(found)] if found else [])
-    return build(type(get_method("salun").config), options)
-
-
 def _at(config: Any, precision: str) -> Any:
     return replace(config, train=replace(config.train, mixed_precision=precision))
 
@@ -65,7 +55,7 @@ def _at(config: Any, precision: str) -> Any:
 def measure(concept: str, variant: str, seed: int, out: Path, answers: int, config: GenerateConfig) -> dict[str, Any]:
     """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
     spec, model, prompts = canvas_concept(concept), load_model("canvas"), canvas_grid(ANSWER_SEEDS[:answers])
-    method, settings = variants(config.mixed_precision, concept)[variant]
+    method, settings = variants(config.mixed_precision)[variant]
     base = generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
     folder = out / f"{concept}-{variant.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -142,11 +132,7 @@ def main() -> None:
         print(f"{summary(rows)}\n\n{table(rows)}")
         return
     names = [name for kind in KINDS for name in vocabulary().names(kind)] if args.concepts == ["all"] else args.concepts
-    chosen = (
-        [name for name in variants(args.precision, names[0]) if name != "salun"]
-        if args.variants == ["controls"]
-        else args.variants
-    )
+    chosen = [name for name in variants(args.precision) if name != "salun"] if args.variants == ["controls"] else args.variants
     done = {(row["concept"], row["variant"], row["seed"], row["answers"]) for row in rows}
     args.out.mkdir(parents=True, exist_ok=True)
     for job in [(c, v, s) for v in chosen for s in args.seeds for c in names if (c, v, s, args.answers) not in done]:

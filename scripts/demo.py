@@ -10,7 +10,6 @@ import shutil
 import sys
 from pathlib import Path
 
-from prompts.canvas import vocabulary
 from scripts import run_erase, run_evaluate, run_export
 from scripts.front import parse, parser, run
 
@@ -27,8 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
     print(f"1/3  erasing {options.concept} from the shipped model")
     anchor = ["--anchor", options.anchor] if options.anchor else []
-    settings = ["--config", str(found)] if (found := recipe(options.concept)) else []
-    run_erase.main([*settings, "--concept", options.concept, *anchor, "--out", str(out)])
+    run_erase.main(["--concept", options.concept, *anchor, "--out", str(out)])
     print("2/3  drawing the answer set before and after, and scoring both")
     run_evaluate.main(
         ["--delta", delta, "--generate.steps", "12", "--base_images", str(out / "base"), "--out", str(out / "report")]
@@ -37,12 +35,6 @@ def main(argv: list[str] | None = None) -> None:
     shutil.rmtree(out / "model", ignore_errors=True)
     run_export.main(["--delta", delta, "--report", str(out / "report" / "report.json"), "--out", str(out / "model")])
     print(f"\nLook at {out}/report/report.html and {out}/report/before_after.png")
-
-
-def recipe(concept: str) -> Path | None:
-    """The settings file for concepts of this kind, where the defaults are not enough."""
-    path = Path(__file__).parent / "recipes" / f"canvas-{vocabulary().kind_of(concept)}.yaml"
-    return path if path.exists() else None
 
 
 def cli() -> None:

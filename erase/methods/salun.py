@@ -65,7 +65,7 @@ class SalUnConfig:
     """fraction of retain prompts replaced by the empty one, so that classifier-free guidance keeps its null branch"""
     shuffle: bool = True
     """a new order of the forget latents in each epoch"""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=150, lr=3e-4, batch_size=8))
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=300, lr=4e-4, schedule="linear", batch_size=8))
 
 
 @dataclass(frozen=True)
