@@ -1,0 +1,206 @@
+"""A SalUn training step: ours against what the public code does in its place, and against the machine's own limit.
+
+  python scripts/bench_train.py                               canvas and a UNet of 100 M weights, on a CPU: a few minutes
+  python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --json train.json
+
+`naive` is the step of the public code: VAE and text encoder in the loop, one pass each for forget, anchor and retain, the anchor with its graph
+and then detached, a dense int64 mask moved to the device and multiplied into each gradient, Adam over all weights, float32. `ours` is `fit`
+with the same rows: cached latents and embeddings, forget and retain in one pass, the teacher without a graph, an optimizer over the masked
+weights alone. `salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over the retain rows.
+Each runs in a process of its own. Memory is the process's peak beyond the loaded model (on a GPU: all that is allocated). The floor is
+7 forward passes' worth of multiplications (3 forget, 1 anchor, 3 retain) at the matrix-multiplication rate measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from erase.latents import LatentSet
+from erase.mask import SaliencyMask
+from erase.methods import get_method
+from erase.methods.salun import loss_function, make_batch, make_job
+from erase.models import DiffusionModel, load_model, wrap
+from erase.scopes import select
+from erase.training import fit, make_accelerator
+
+FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
+VARIANTS = ("naive", "salun-paper", "salun")
+
+
+def build(name: str, device: str) -> DiffusionModel:
+    """canvas; mid: 100 M weights at 256 pixels; sd1: the real architecture, random weights at 512 pixels."""
+    if name == "canvas":
+        return load_model("canvas", device)
+    from erase.models.architectures import shipped
+    from scripts.full_size import filled
+
+    torch.manual_seed(0)
+    architecture = shipped("sd1", "epsilon")
+    if name == "mid":
+        architecture.configs["unet"] |= {
+            "block_out_channels": [128, 256, 384, 384],
+            "sample_size": 32,
+            "cross_attention_dim": 768,
+        }
+    pipeline = architecture.pipeline({part: filled(module).float() for part, module in architecture.modules().items()})
+    return wrap(pipeline.to(device), name)
+
+
+def naive_steps(model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int) -> list[float]:
+    """The public code's step; seconds of each."""
+    device, pipe = model.device, model.pipeline()
+    params = select(model.parameters(), "full")
+    dense = {name: mask[name].long() for name in params}
+    optimizer = torch.optim.Adam([p.requires_grad_(True) for p in params.values()], lr=1e-5)
+    images = torch.rand(rows, 3, model.image_size, model.image_size) * 2 - 1
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        text = [pipe.encode_prompt([prompt] * rows, device, 1, False)[0] for prompt in (FORGET, ANCHOR, RETAIN)]
+        with torch.no_grad():
+            latents = [pipe.vae.encode(images.to(device)).latent_dist.sample() * pipe.vae.config.scaling_factor for _ in range(2)]
+        t, noise = torch.randint(model.timesteps, (rows,), device=device), torch.randn_like(latents[0])
+        forget, retain = (model.add_noise(x, noise, t) for x in latents)
+        forgot = pipe.unet(forget, t, encoder_hidden_states=text[0]).sample
+        target = pipe.unet(forget, t, encoder_hidden_states=text[1]).sample.detach()
+        kept = pipe.unet(retain, t, encoder_hidden_states=text[2]).sample
+        loss = (forgot - target).square().mean() + 0.1 * (kept - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        for name, param in params.items():
+            if param.grad is not None:
+                param.grad *= dense[name].to(device)
+        optimizer.step()
+        seconds.append(_lap(started, device))
+    return seconds
+
+
+def our_steps(
+    model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int, preset: str, args: argparse.Namespace
+) -> list[float]:
+    """`fit` on cached latents; seconds of each step."""
+    latents = torch.randn(rows, *model.latent_shape)
+    forget, retain = LatentSet(latents, None, (FORGET,) * rows, (ANCHOR,) * rows), LatentSet(latents, None, (RETAIN,) * rows)
+    config = get_method(preset).config
+    train = replace(
+        config.train, steps=steps, batch_size=rows, mixed_precision=args.precision, gradient_checkpointing=args.checkpointing
+    )
+    config = replace(config, train=train)
+    accelerator = make_accelerator(train)
+    job = make_job(model, forget, retain, config, 0, accelerator)
+    seconds, laps = [], [time.perf_counter()]
+
+    def batches(step: int, part: int) -> Any:
+        seconds.append(_lap(laps[-1], model.device))
+        laps.append(time.perf_counter())
+        return make_batch(job, step, part)
+
+    fit(model, job.params, batches, loss_function(job), train, mask, accelerator=accelerator)
+    seconds.append(_lap(laps[-1], model.device))
+    return seconds[1:]
+
+
+def _lap(started: float, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _peak(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def matmul_rate(device: str, precision: str) -> float:
+    """Multiply-adds times two per second of a large matrix product, the best of several."""
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    n = 8192 if device == "cuda" else 2048
+    a, b, best = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype), float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ b
+        best = min(best, _lap(started, a.device))
+    return 2 * n**3 / best
+
+
+def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of the quickest step, peak memory and the floor of one variant."""
+    torch.manual_seed(0)
+    model = build(name, args.device)
+    params = select(model.parameters(), "full")
+    mask = SaliencyMask.random(params, 0.5, 0, {"base_fingerprint": model.fingerprint})
+    before = 0.0 if args.device == "cuda" else _peak(args.device)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    if variant == "naive":
+        seconds = naive_steps(model, mask, args.batch, args.steps)
+    else:
+        seconds = our_steps(model, mask, args.batch, args.steps, variant, args)
+    peak = _peak(args.device) - before
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        x = torch.randn(1, *model.latent_shape, device=model.device)
+        model.predict(x, torch.tensor([500], device=model.device), model.encode([FORGET]))
+    floor = 7 * args.batch * flops.get_total_flops() / matmul_rate(args.device, args.precision if variant != "naive" else "no")
+    weights = sum(p.numel() for p in params.values())
+    return {
+        "model": name,
+        "weights": weights,
+        "variant": variant,
+        "seconds": min(seconds),
+        "extra_gb": peak,
+        "floor_seconds": floor,
+    }
+
+
+def main() -> None:
+    """Each model and variant in its own process; a table, and JSON where asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["canvas", "mid", "sd1"], default=["canvas", "mid"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--batch", type=int, default=8, help="forget rows, and retain rows, of a step")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="of ours; the naive step is float32")
+    parser.add_argument("--checkpointing", action="store_true", help="ours: recompute activations in the backward pass")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(*args.one, args)))
+        return
+    shared = [word for word in sys.argv[1:] if word != "--json" and word != str(args.json)]
+    rows: list[dict[str, Any]] = []
+    print(
+        f"{'model':8}{'weights':>13}  {'variant':12}{'s/step':>9}{'extra GB':>10}{'floor s':>9}{'x naive speed':>15}{'x naive memory':>16}"
+    )
+    for name in args.models:
+        own: dict[str, dict[str, Any]] = {}
+        for variant in args.variants:
+            done = subprocess.run([sys.executable, __file__, *shared, "--one", name, variant], stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                print(f"{name:8}{'':>13}  {variant:12} did not finish (exit code {done.returncode}): out of memory?")
+                continue
+            own[variant] = row = json.loads(done.stdout.splitlines()[-1])
+            rows.append(row)
+            base = own.get("naive", row)
+            gain, memory = base["seconds"] / row["seconds"], row["extra_gb"] / max(base["extra_gb"], 1e-9)
+            print(f"{name:8}{row['weights']:>13,}  {variant:12}{row['seconds']:>9.2f}{row['extra_gb']:>10.2f}{row['floor_seconds']:>9.2f}{gain:>15.2f}{memory:>16.2f}", flush=True)  # fmt: skip
+    if args.json:
+        settings = {key: str(value) for key, value in vars(args).items()}
+        args.json.write_text(json.dumps({"torch": torch.__version__, "settings": settings, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
