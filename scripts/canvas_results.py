@@ -110,7 +110,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(values: list[float], base: float) -> str:
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    ends = [f"{end:.1f}" for end in (min(values), max(values))]
+    spread = f" ({' to '.join(ends)})" if ends[0] != ends[1] else ""
     return f"{fmean(values):.1f}{spread} / {base:.1f}"
 
 
