@@ -104,10 +104,10 @@ def save(pipeline: Any, path: Path) -> Path:
     """As a single file where the family has that, else as a folder."""
     from erase.models.single_file import write_single_file
 
-    if hasattr(pipeline, "unet"):
-        return write_single_file(pipeline, path.with_suffix(".safetensors"), torch.float16)
     for part in modules(pipeline).values():
-        part.half()
+        torch.nn.Module.half(part)
+    if hasattr(pipeline, "unet"):
+        return write_single_file(pipeline, path.with_suffix(".safetensors"))
     pipeline.save_pretrained(path)
     return path
 
