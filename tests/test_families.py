@@ -159,6 +159,12 @@ def test_the_family_is_recognised(make, tmp_path, request):
     assert type(load_model(tmp_path / "model")).__name__ == request.node.callspec.id
 
 
+def test_a_folder_without_t5_is_loaded_without_it(tmp_path):
+    tiny_sd3(t5=False).save_pretrained(tmp_path / "model")
+    model = load_model(tmp_path / "model")
+    assert model.pipeline().text_encoder_3 is None and not any("text_encoder_3" in name for name in model.parameters())
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

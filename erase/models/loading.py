@@ -101,7 +101,9 @@ def _from_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
     parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0]}
     for part in LEFT_OUT.keys() & parts.keys():
         log.info("%s: its %s is left out (%s)", name, part, LEFT_OUT[part])
-    given: dict[str, Any] = dict.fromkeys(LEFT_OUT.keys() & index.keys())
+    # what the folder says it has not (SD 3 without its T5), diffusers wants to be told again
+    given: dict[str, Any] = dict.fromkeys(part for part, entry in index.items() if isinstance(entry, list) and entry[0] is None)
+    given |= dict.fromkeys(LEFT_OUT.keys() & index.keys())
     for part, (library, cls) in parts.items():
         if part not in LEFT_OUT and (kind_of := _module_class(library, cls)):
             given[part] = _load_part(kind_of, folder, part, options)
