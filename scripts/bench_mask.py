@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from erase.mask import pack, top_k
+from scripts.measuring import peak, wait
 
 TENSORS = 50  # the values are spread over this many parameters
 DENSITY = 0.5
@@ -62,18 +62,6 @@ def make_values(size: int, device: str) -> dict[str, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     parts = [size // TENSORS] * (TENSORS - 1) + [size - size // TENSORS * (TENSORS - 1)]
     return {str(i): torch.randn(n, generator=generator, device=device).abs_().pow_(3) for i, n in enumerate(parts)}
-
-
-def peak(device: str) -> int:
-    """Peak memory of this process so far, in bytes."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def wait(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
 
 
 def measure(method: str, size: int, device: str) -> dict[str, Any]:

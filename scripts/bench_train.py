@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -33,6 +32,7 @@ from erase.methods.salun import loss_function, make_batch, make_job
 from erase.models import DiffusionModel, load_model, wrap
 from erase.scopes import select
 from erase.training import fit, make_accelerator
+from scripts.measuring import peak, wait
 
 FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
 VARIANTS = ("naive", "salun-paper", "salun")
@@ -112,15 +112,8 @@ def our_steps(
 
 
 def _lap(started: float, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait(device)
     return time.perf_counter() - started
-
-
-def _peak(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def matmul_rate(device: str, precision: str) -> float:
@@ -141,14 +134,14 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
     model = build(name, args.device)
     params = select(model.parameters(), "full")
     mask = SaliencyMask.random(params, 0.5, 0, {"base_fingerprint": model.fingerprint})
-    before = 0.0 if args.device == "cuda" else _peak(args.device)
+    before = 0.0 if args.device == "cuda" else peak(args.device) / 1e9
     if args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     if variant == "naive":
         seconds = naive_steps(model, mask, args.batch, args.steps)
     else:
         seconds = our_steps(model, mask, args.batch, args.steps, variant, args)
-    peak = _peak(args.device) - before
+    extra = peak(args.device) / 1e9 - before
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         x = torch.randn(1, *model.latent_shape, device=model.device)
         model.predict(x, torch.tensor([500], device=model.device), model.encode([FORGET]))
@@ -159,7 +152,7 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
         "weights": weights,
         "variant": variant,
         "seconds": min(seconds),
-        "extra_gb": peak,
+        "extra_gb": extra,
         "floor_seconds": floor,
     }
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import modules
 from erase.training import TrainConfig, fit, make_accelerator
 from prompts.concepts import ConceptSpec
+from scripts.measuring import host_peak, peak
 
 CONCEPT = ConceptSpec("a heart", "a star", retain=("a photo of a house",))
 GB = 1e9
@@ -45,10 +45,9 @@ class Stages:
     def __call__(self, name: str) -> Any:
         started = time.monotonic()
         yield
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
-        row = {"stage": name, "seconds": round(time.monotonic() - started, 1), "peak_host_gb": round(peak, 2)}
+        row = {"stage": name, "seconds": round(time.monotonic() - started, 1), "peak_host_gb": round(host_peak() / GB, 2)}
         if torch.cuda.is_available():
-            row["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / GB, 2)
+            row["peak_gpu_gb"] = round(peak("cuda") / GB, 2)
         self.rows.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
