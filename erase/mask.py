@@ -68,9 +68,8 @@ class SaliencyAccumulator:
         for name, total in self._sums.items():
             if not total.isfinite().all():
                 raise ErasureError(f"the saliency of {name} is not finite; use float32 and check the forget latents")
-        values = {
-            name: self._sums.pop(name).abs_().cpu() for name in list(self._sums)
-        }  # in place: no second copy of the model's size
+        # in place: no second copy of the model's size
+        values = {name: self._sums.pop(name).abs_().cpu() for name in list(self._sums)}
         return Saliency(values, dict(metadata or {}))
 
     def finish(self, density: float, metadata: Mapping[str, str] | None = None) -> SaliencyMask:

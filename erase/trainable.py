@@ -53,7 +53,8 @@ class Trainable:
         def collect(param: Tensor) -> None:
             if param.grad is None:
                 return
-            found, value = self._read(name, param.grad) if name in self._where else param.grad, self.values[name]
+            value = self.values[name]
+            found = self._read(name, param.grad) if name in self._where else param.grad  # no copy of what is taken whole
             value.grad = found if value.grad is None else value.grad.add_(found)
             param.grad = None
 

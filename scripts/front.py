@@ -34,6 +34,7 @@ class Parser(JsonArgumentParser):
     """A parser whose errors are `ErasureError`, with the near key suggested for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Raise instead of leaving the program, so that commands can be called from Python and from each other."""
         options = sorted(
             {option.lstrip("-") for action in self._actions for option in action.option_strings} | set(self._defaults_keys())
         )

@@ -18,7 +18,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from jsonargparse import Namespace
 from rich.console import Console
 
@@ -29,14 +28,13 @@ from erase.files import written_whole
 from erase.hub import hub_login, push_to_hub
 from erase.lora import LAYOUTS, LoRA, extract_lora
 from erase.models import DiffusionModel
+from erase.models.config import DTYPES
 from erase.run import load_base
 from erase.usage import FORMATS, usage
 from eval.report import EvalReport
 from eval.report_card import model_card
 from prompts.errors import ErasureError, unknown
 from scripts.front import Parser, parse, parser, run
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def make_parser() -> Parser:

@@ -14,6 +14,7 @@ from torch import nn
 
 from erase.models.config import LoadConfig
 from erase.models.pipelines import Pipeline, modules
+from erase.models.tensor_file import SINGLE_FILES
 from prompts.errors import ErasureError
 
 FAMILIES = {
@@ -22,7 +23,6 @@ FAMILIES = {
     "StableDiffusion3Pipeline": ("erase.models.sd3", "StableDiffusion3"),
 }
 """pipeline class in model_index.json -> where its `DiffusionModel` is"""
-SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth")
 INDEX = "model_index.json"
 LEFT_OUT = {
     "safety_checker": "it hides images, and would hide what is left of a concept",

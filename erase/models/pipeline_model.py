@@ -61,10 +61,12 @@ class PipelineModel:
 
     @torch.no_grad()
     def sample(self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None) -> Tensor:
+        """Latents of generated images, shape (n, *latent_shape); see `DiffusionModel.sample`."""
+        null = self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)]  # encoded once, for all rows
         pipe = copy(self._pipeline)  # the same parts behind another scheduler; the caller's pipeline stays as it is
         pipe.scheduler = self.sampler()
         latents: Tensor = pipe(
-            **arguments(self.encode(prompts), self.encode([""] * len(prompts))),
+            **arguments(self.encode(prompts), null),
             height=size,
             width=size,
             num_inference_steps=steps,

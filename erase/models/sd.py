@@ -8,6 +8,7 @@ from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
 from erase.models.base import Cond
+from erase.models.config import PREDICTIONS
 from erase.models.pipeline_model import PipelineModel
 from erase.models.pipelines import Pipeline
 from prompts.errors import ErasureError
@@ -20,7 +21,7 @@ class StableDiffusion(PipelineModel):
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         schedule, channels = pipeline.scheduler, pipeline.unet.config.in_channels
-        if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+        if schedule.config.prediction_type not in PREDICTIONS:
             raise ErasureError(
                 f"{name}: prediction type {schedule.config.prediction_type!r} is not supported; use epsilon or v_prediction"
             )

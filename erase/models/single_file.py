@@ -13,7 +13,8 @@ from torch import Tensor
 
 from erase.files import save_tensors
 from erase.models import ldm
-from erase.models.architectures import Architecture, Pipeline, from_folder, sd_family, shipped
+from erase.models.architectures import Architecture, from_folder, sd_family, shipped
+from erase.models.pipelines import Pipeline
 from erase.models.recognise import NAMES, PREDICTIONS, decide_prediction, modern, recognise
 from erase.models.tensor_file import TensorFile, open_tensors
 from prompts.errors import ErasureError, unknown
@@ -136,9 +137,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         raise ErasureError(
             f"{name} holds {kind}, not dense floating point numbers; a quantised or sparse checkpoint cannot be used"
         )
-    converted = tensor.to(
-        dtype, copy=True
-    )  # a mapped file may change under us, and its odd addresses change the last bits of sums
+    converted = tensor.to(dtype)
     low, high = converted.aminmax()
     if not (low.isfinite() and high.isfinite()):
         if tensor.double().isfinite().all():

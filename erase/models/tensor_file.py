@@ -16,6 +16,7 @@ from torch import Tensor
 from prompts.errors import ErasureError
 
 PICKLES = (".ckpt", ".pt", ".pth")
+SINGLE_FILES = (".safetensors", *PICKLES)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def _check_kind(path: Path) -> None:
     if not path.is_file():
         raise ErasureError(f"{path} is not a file")
     suffix = path.suffix.lower()
-    if suffix not in (".safetensors", *PICKLES):
+    if suffix not in SINGLE_FILES:
         raise ErasureError(
             f"{path} has the suffix {path.suffix!r}; a single-file checkpoint is .safetensors, {', '.join(PICKLES)}"
         )

@@ -22,10 +22,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from erase.models.pipelines import Pipeline
 from prompts.errors import ErasureError
 
 HERE = Path(__file__).parent
-Pipeline = Any  # a StableDiffusion(XL)Pipeline: its parts are attributes made at run time, which no type checker sees
 STOCK = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
 """family -> width of its cross-attention"""
 
