@@ -16,6 +16,7 @@ import shutil
 import time
 from collections import defaultdict
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,6 +26,8 @@ from erase.methods import get_method
 from erase.models import load_model
 from erase.run import EraseConfig, erase_concept
 from eval.generate import GenerateConfig, generate
+from eval.images import ImageSet
+from eval.report import Score
 from eval.run import score
 from prompts.canvas import KINDS, canvas_concept, vocabulary
 from prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
@@ -68,7 +71,7 @@ def measure(concept: str, variant: str, seed: int, out: Path, answers: int, conf
     seconds = time.monotonic() - started
     delta.apply(model)
     erased = generate(model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint})
-    scores = {row: score(images, [spec], EVALUATORS) for row, images in (("base", base), ("erased", erased))}
+    scores = {"base": _base_scores(base.folder, concept), "erased": score(erased, [spec], EVALUATORS)}
     shutil.rmtree(folder)
     return {
         "concept": concept,
@@ -82,6 +85,12 @@ def measure(concept: str, variant: str, seed: int, out: Path, answers: int, conf
         "changed": delta.count,
         **{row: {s.name: round(s.value, 3) for s in found} for row, found in scores.items()},
     }
+
+
+@cache
+def _base_scores(folder: Path, concept: str) -> list[Score]:
+    """The same for every variant and seed of a concept: the same images, the same judges."""
+    return score(ImageSet.open(folder), [canvas_concept(concept)], EVALUATORS)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
