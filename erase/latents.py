@@ -15,12 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from erase.files import damage_named, load_tensors, save_tensors
-from erase.models import Cond, DiffusionModel, autocast
+from erase.models import Cond, DiffusionModel
+from erase.sampling import sample_points
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
 from prompts.retain import without
 
 T = TypeVar("T")
+TENSORS = ("latents", "std", "noise", "t")  # of a set's file
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -29,13 +31,16 @@ class LatentConfig:
     """Where forget and retain latents come from."""
 
     n_forget: int = 96
-    """forget latents in all, over all concepts"""
+    """forget images in all, over all concepts"""
     n_retain: int = 192
-    """retain latents in all"""
+    """retain images in all"""
     steps: int = 10
     """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""
     guidance: float = 3.0
     """guidance scale of that sampling"""
+    trajectory: int = 0
+    """k: of each image that the model makes itself, train on k noisy states that its sampling passed through. They are fixed, so that what the
+    frozen base predicts there is computed once; fewer images do. 0: on the finished image, noised anew at each step"""
     mixed_precision: str = "no"
     """no, bf16 or fp16, for the sampling"""
     batch_size: int = 32
@@ -60,6 +65,10 @@ class LatentSet:
     """one anchor prompt per forget latent; None for retain latents"""
     own: int | None = None
     """the first so many latents show what their prompts say, the others their anchors; None: all do"""
+    noise: Tensor | None = None
+    """the noise that each latent is to be seen under, same shape; None: drawn anew at each use"""
+    t: Tensor | None = None
+    """training timesteps that go with it, shape (n,), int64"""
 
     def __len__(self) -> int:
         return len(self.latents)
@@ -71,8 +80,15 @@ class LatentSet:
             return mean
         return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
 
+    def draw_noise(self, rows: Tensor, timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timestep and noise for these rows: their own, or drawn from `timesteps` and the normal distribution."""
+        if self.t is not None and self.noise is not None:
+            return self.t[rows], self.noise[rows]
+        shape = (len(rows), *self.latents.shape[1:])
+        return torch.randint(timesteps, (len(rows),), generator=generator), torch.randn(shape, generator=generator)
+
     def save(self, path: Path, metadata: dict[str, str]) -> None:
-        tensors = {"latents": self.latents} | ({} if self.std is None else {"std": self.std})
+        tensors = {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
         texts = {"prompts": json.dumps(self.prompts), "anchors": json.dumps(self.anchors), "own": json.dumps(self.own)}
         save_tensors(path, tensors, {**metadata, **texts, "format": "latents"})
 
@@ -86,16 +102,21 @@ class LatentSet:
         tensors, metadata = load_tensors(path, "latents")
         with damage_named(path, "delete it to make it again"):
             prompts, anchors, own = (json.loads(metadata[key]) for key in ("prompts", "anchors", "own"))
-            latents, std = tensors["latents"], tensors.get("std")
+            latents, t = tensors["latents"], tensors.get("t")
             texts = [prompts] if anchors is None else [prompts, anchors]
             if any(not isinstance(column, list) or len(column) != len(latents) for column in texts):
                 raise ErasureError(f"{path}: {len(prompts)} prompts for {len(latents)} latents; delete it to make it again")
             words = all(isinstance(text, str) for column in texts for text in column)
-            floats = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values())
-            shaped = latents.dim() == 4 and (std is None or std.shape == latents.shape)
-            if not (words and floats and shaped and (own is None or own in range(len(latents) + 1))):
+            images = [tensor for name, tensor in tensors.items() if name != "t"]
+            floats = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in images)
+            shaped = latents.dim() == 4 and all(tensor.shape == latents.shape for tensor in images)
+            timed = ("noise" in tensors) == (t is not None) and (
+                t is None or (t.dtype, t.shape) == (torch.int64, latents.shape[:1])
+            )
+            if not (words and floats and shaped and timed and (own is None or own in range(len(latents) + 1))):
                 raise ErasureError(f"{path} does not hold prompts and latents of shape (n, c, h, w); delete it to make it again")
-        return cls(latents, std, tuple(prompts), None if anchors is None else tuple(anchors), own)
+        noised = (tensors.get("noise"), t)
+        return cls(latents, tensors.get("std"), tuple(prompts), None if anchors is None else tuple(anchors), own, *noised)
 
 
 def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:
@@ -206,25 +227,26 @@ def _cached(
         made = LatentSet(mean[rows], std[rows], prompts, anchors, own)
     else:
         shown = prompts[:own] + (anchors[own:] if anchors else ())
-        made = LatentSet(_sample(model, shown, config, seed, what), None, prompts, anchors, own)
+        latents, noise, t = sample_points(
+            model,
+            shown,
+            seed,
+            steps=config.steps,
+            guidance=config.guidance,
+            trajectory=config.trajectory,
+            precision=config.mixed_precision,
+            batch_size=config.batch_size,
+            what=what,
+        )
+        each = config.trajectory or 1
+        made = LatentSet(latents, None, _times(prompts, each), anchors and _times(anchors, each), own and own * each, noise, t)
     if path:
         made.save(path, {"base_fingerprint": model.fingerprint})
     return made
 
 
-def _sample(model: DiffusionModel, prompts: tuple[str, ...], config: LatentConfig, seed: int, what: str) -> Tensor:
-    parts = []
-    with tqdm(total=len(prompts), desc=f"{what} latents", unit="img") as bar:
-        for start in range(0, len(prompts), config.batch_size):
-            batch = list(prompts[start : start + config.batch_size])
-            seeds = [seed + start + i for i in range(len(batch))]
-            with autocast(model.device, config.mixed_precision):
-                parts.append(model.sample(batch, seeds, config.steps, config.guidance).float().cpu())
-            bar.update(len(batch))
-    latents = torch.cat(parts)
-    if not latents.isfinite().all():
-        raise ErasureError("the model sampled latents that are not finite; load it in float32")
-    return latents
+def _times(texts: tuple[str, ...], each: int) -> tuple[str, ...]:
+    return tuple(text for text in texts for _ in range(each))
 
 
 def _image_files(folder: str) -> list[Path]:

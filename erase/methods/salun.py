@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -84,6 +85,24 @@ class Batch:
     retain_cond: Cond
     retain_noise_target: Tensor
     """the denoiser's own training target for the retain rows"""
+    targets: tuple[Tensor, Tensor] | None = None
+    """anchor and retain targets, where they were computed beforehand"""
+
+
+@dataclass(frozen=True)
+class FrozenTargets:
+    """What the base predicts at training points that are fixed beforehand: one row each, in the order of the latent sets."""
+
+    anchor: Tensor
+    """for the anchor prompts at the forget points"""
+    retain: Tensor
+    """for the retain prompts at the retain points"""
+    null: Tensor
+    """for the empty prompt at the retain points, where retain prompts are dropped at times"""
+
+    def rows(self, forget: Tensor, retain: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
+        """Anchor and retain targets of these rows; `dropped` retain rows have the empty prompt."""
+        return self.anchor[forget], torch.where(dropped[:, None, None, None], self.null[retain], self.retain[retain])
 
 
 @dataclass(frozen=True)
@@ -99,6 +118,7 @@ class Job:
     config: SalUnConfig
     seed: int
     accelerator: Accelerator
+    targets: FrozenTargets | None = None
 
     def generator(self, step: int) -> torch.Generator:
         """The random stream of one step: a function of the seed and the step, so that a resumed run draws the same."""
@@ -123,6 +143,7 @@ def compute(
     """
     job = make_job(model, forget, retain, config, seed, accelerator)
     mask = choose_mask(job, folder)
+    job = replace(job, targets=frozen_targets(job))
     fitted = fit(
         model,
         job.params,
@@ -211,7 +232,7 @@ def forget_loss(job: Job, rows: Tensor, generator: torch.Generator) -> Tensor:
     """Minus the denoising error of the guided prediction on these forget rows."""
     model, device = job.model, job.model.device
     x0 = job.forget.draw(rows, generator)
-    t, noise = _draw_noise(x0, model.timesteps, generator)
+    t, noise = job.forget.draw_noise(rows, model.timesteps, generator)
     x0, t, noise = x0.to(device), t.to(device), noise.to(device)
     cond = job.embed([job.forget.prompts[i] for i in rows]).cat(job.embed([""] * len(rows)))
     both = model.predict(model.add_noise(x0, noise, t).repeat(2, 1, 1, 1), t.repeat(2), cond)
@@ -225,14 +246,15 @@ def make_batch(job: Job, step: int, part: int) -> Batch:
     size, generator = config.train.batch_size, job.generator(step)
     kept = epoch_rows(len(retain), step * size, size, job.seed + 1)
     x_retain = retain.draw(kept, generator)
-    t_retain, noise_retain = _draw_noise(x_retain, model.timesteps, generator)
+    t_retain, noise_retain = retain.draw_noise(kept, model.timesteps, generator)
     gone = epoch_rows(len(forget), step * size, size, job.seed, config.shuffle)
     x_forget = forget.draw(gone, generator)
     x_anchor = x_forget if config.share_latents else forget.draw(gone, generator)
-    t, noise = _draw_noise(x_forget, model.timesteps, generator)
+    t, noise = forget.draw_noise(gone, model.timesteps, generator)
     dropped = torch.rand(size, generator=generator) < config.retain_dropout
 
     mine = _share(size, part, config.train.accumulation, job.accelerator)
+    known = job.targets.rows(gone[mine], kept[mine], dropped[mine]) if job.targets else None
     x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise = (
         tensor[mine].to(model.device) for tensor in (x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise)
     )
@@ -247,7 +269,41 @@ def make_batch(job: Job, step: int, part: int) -> Batch:
         retain_t=t_retain,
         retain_cond=job.embed(["" if drop else retain.prompts[i] for i, drop in zip(kept[mine], dropped[mine], strict=True)]),
         retain_noise_target=model.target(x_retain, noise_retain, t_retain),
+        targets=(known[0].to(model.device), known[1].to(model.device)) if known else None,
     )
+
+
+@torch.no_grad()
+def frozen_targets(job: Job) -> FrozenTargets | None:
+    """The base's predictions at all training points, where these are fixed (trajectories) and it is the base that is asked."""
+    config, forget, retain = job.config, job.forget, job.retain
+    if forget.t is None or retain.t is None or not config.anchor_from == config.retain_target == "frozen":
+        return None
+    jobs = [(forget, forget.anchors or forget.prompts), (retain, retain.prompts)]
+    if config.retain_dropout:
+        jobs.append((retain, ("",) * len(retain)))
+    rows = sum(len(points) for points, _ in jobs)
+    quiet = not job.accelerator.is_main_process
+    with (
+        job.accelerator.autocast(),
+        plain_attention(job.model),
+        tqdm(total=rows, desc="targets", unit="point", disable=quiet) as bar,
+    ):
+        found = [_predict_points(job, points, prompts, bar) for points, prompts in jobs]
+    return FrozenTargets(found[0], found[1], found[-1])
+
+
+def _predict_points(job: Job, points: LatentSet, prompts: tuple[str, ...], bar: tqdm[Any]) -> Tensor:
+    """Predictions at the points of a set that are fixed, in float32 on the CPU."""
+    model, size, found = job.model, 2 * job.config.train.batch_size, []
+    generator = torch.Generator()  # nothing is drawn from it: the points have noise and timesteps of their own
+    for start in range(0, len(points), size):
+        rows = torch.arange(start, min(start + size, len(points)))
+        t, noise = (tensor.to(model.device) for tensor in points.draw_noise(rows, model.timesteps, generator))
+        xt = model.add_noise(points.latents[rows].to(model.device), noise, t)
+        found.append(model.predict(xt, t, job.embed([prompts[i] for i in rows])).float().cpu())
+        bar.update(len(rows))
+    return torch.cat(found)
 
 
 def loss_function(job: Job) -> LossFn:
@@ -257,6 +313,8 @@ def loss_function(job: Job) -> LossFn:
     @torch.no_grad()
     def targets(batch: Batch, frozen: Frozen) -> tuple[Tensor, Tensor]:
         """Anchor and retain targets, each by the frozen base or not, as configured."""
+        if batch.targets:
+            return batch.targets
         if config.anchor_from == config.retain_target == "frozen":
             with frozen():
                 return _predict_together(model, batch.anchor, batch.t, batch.anchor_cond, batch)
@@ -279,10 +337,6 @@ def _predict_together(model: DiffusionModel, xt: Tensor, t: Tensor, cond: Cond, 
     """Predictions for `xt` and for the batch's retain rows, in one pass."""
     both = model.predict(torch.cat([xt, batch.retain]), torch.cat([t, batch.retain_t]), cond.cat(batch.retain_cond))
     return both[: len(xt)], both[len(xt) :]
-
-
-def _draw_noise(x0: Tensor, timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    return torch.randint(timesteps, (len(x0),), generator=generator), torch.randn(x0.shape, generator=generator)
 
 
 def _share(size: int, part: int, parts: int, accelerator: Accelerator) -> slice:
