@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
+import torch
 from jsonargparse import ArgumentParser as JsonArgumentParser
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
@@ -20,6 +21,10 @@ from prompts.proposals import propose
 from prompts.reading import read_yaml
 
 T = TypeVar("T")
+LEANER = (
+    "do less at a time: a smaller batch_size (of latents, of generate), train.accumulation 4, train.gradient_checkpointing true, "
+    "a narrower scope such as xattn; docs/performance.md says what each saves"
+)
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
 
 
@@ -127,7 +132,7 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Run a command: 0 when done, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
+    """Run a command: 0 when done, 2 for bad input or too little memory (one sentence on stderr), 130 for Ctrl-C."""
     _quiet()
     logging.basicConfig(format="%(message)s")
     logging.getLogger("erase").setLevel(logging.INFO)  # what was decided on the user's behalf
@@ -135,6 +140,11 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         main(argv)
     except ErasureError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        print(f"error: out of memory; {LEANER}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)

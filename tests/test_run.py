@@ -316,3 +316,23 @@ def test_no_retain_prompt_may_name_the_concept(base):
     spec = ConceptSpec("heart", "star", retain=("a heart",))
     with pytest.raises(ErasureError, match="no retain prompts are left for heart"):
         erase_concept(spec, EraseConfig(model=str(base), latents=DATA), METHOD)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_too_little_memory_gets_a_sentence_that_says_how_to_need_less(error, capsys):
+    def main(argv):
+        raise error
+
+    assert run(main) == 2
+    assert "train.accumulation" in capsys.readouterr().err
+
+
+def test_other_runtime_errors_are_not_taken_for_it():
+    def main(argv):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(main)
