@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from erase.files import damage_named, load_tensors, save_tensors
 from erase.models import Cond, DiffusionModel, autocast
+from erase.processes import found, in_shares, processes
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
 from prompts.retain import without
@@ -198,7 +198,7 @@ def _cached(
         [model.fingerprint, prompts, anchors, own, [(str(f), f.stat().st_size) for f in files], seed, asdict(config)]
     )
     path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
-    if path and path.exists():
+    if path and found(path):
         return LatentSet.load(path)
     if files:
         mean, std = _encode(model, files, config.batch_size)
@@ -207,21 +207,18 @@ def _cached(
     else:
         shown = prompts[:own] + (anchors[own:] if anchors else ())
         made = LatentSet(_sample(model, shown, config, seed, what), None, prompts, anchors, own)
-    if path:
+    if path and processes().is_main_process:
         made.save(path, {"base_fingerprint": model.fingerprint})
     return made
 
 
 def _sample(model: DiffusionModel, prompts: tuple[str, ...], config: LatentConfig, seed: int, what: str) -> Tensor:
-    parts = []
-    with tqdm(total=len(prompts), desc=f"{what} latents", unit="img") as bar:
-        for start in range(0, len(prompts), config.batch_size):
-            batch = list(prompts[start : start + config.batch_size])
-            seeds = [seed + start + i for i in range(len(batch))]
-            with autocast(model.device, config.mixed_precision):
-                parts.append(model.sample(batch, seeds, config.steps, config.guidance).float().cpu())
-            bar.update(len(batch))
-    latents = torch.cat(parts)
+    def sample(rows: range) -> Tensor:
+        with autocast(model.device, config.mixed_precision):
+            batch = [prompts[row] for row in rows]
+            return model.sample(batch, [seed + row for row in rows], config.steps, config.guidance).float().cpu()
+
+    latents = torch.cat(in_shares(len(prompts), config.batch_size, sample, f"{what} latents", "img"))
     if not latents.isfinite().all():
         raise ErasureError("the model sampled latents that are not finite; load it in float32")
     return latents
@@ -239,12 +236,12 @@ def _image_files(folder: str) -> list[Path]:
 def _encode(model: DiffusionModel, files: list[Path], batch_size: int) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of image files: short side to the model's resolution (bicubic), centre crop, [-1, 1]."""
     size = model.image_size
-    means, stds = [], []
-    for start in tqdm(range(0, len(files), batch_size), desc="encoding images", unit="batch"):
-        images = torch.stack([_read(path, size) for path in files[start : start + batch_size]])
-        mean, std = model.encode_images(images)
-        means.append(mean.float().cpu())
-        stds.append(std.float().cpu())
+
+    def encode(rows: range) -> tuple[Tensor, Tensor]:
+        mean, std = model.encode_images(torch.stack([_read(files[row], size) for row in rows]))
+        return mean.float().cpu(), std.float().cpu()
+
+    means, stds = zip(*in_shares(len(files), batch_size, encode, "encoding images", "img"), strict=True)
     return torch.cat(means), torch.cat(stds)
 
 

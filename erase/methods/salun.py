@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import denoising, forgetting, guided, remap
 from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
 from erase.methods import Edit, Method
 from erase.models import Cond, DiffusionModel
+from erase.processes import found, progress, reduce_all
 from erase.scopes import select
 from erase.trainable import Frozen
 from erase.training import LossFn, TrainConfig, checkpointed, fit, gradients_on, plain_attention
@@ -177,8 +177,7 @@ def choose_mask(job: Job, folder: Path | None = None) -> SaliencyMask | None:
 def find_saliency(job: Job, folder: Path | None) -> Saliency:
     """The saliency of `saliency_file`, of an earlier start of this run, or computed."""
     kept = folder / "saliency.safetensors" if folder else None
-    known = job.config.saliency_file or (kept if kept and kept.exists() else None)
-    job.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    known = job.config.saliency_file or (kept if kept and found(kept) else None)
     if known:
         return Saliency.load(known)
     saliency = compute_saliency(job)
@@ -192,15 +191,15 @@ def compute_saliency(job: Job) -> Saliency:
     accumulator, size = SaliencyAccumulator(job.params), job.config.saliency_batch_size
     workers, me = job.accelerator.num_processes, job.accelerator.process_index
     shown = len(job.forget) if job.forget.own is None else job.forget.own  # only latents that show the concept
-    starts = range(0, shown, size)
+    starts = range(0, shown, size)[me::workers]
     # in float32 whatever the training's precision: small gradients decide the ranking
     checkpointing = checkpointed(job.model, job.params, job.config.train.gradient_checkpointing)
-    with gradients_on(job.params), accumulator.collecting(), checkpointing, plain_attention(job.model):
-        for i, start in enumerate(tqdm(starts, desc="saliency", unit="batch", disable=not job.accelerator.is_main_process)):
-            if i % workers == me:
-                forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()
-    for total in accumulator.sums.values():  # signed sums of all processes, before the absolute value
-        total.copy_(job.accelerator.reduce(total, reduction="sum"))
+    bar = progress("saliency", "batch", len(starts))
+    with gradients_on(job.params), accumulator.collecting(), checkpointing, plain_attention(job.model), bar:
+        for start in starts:
+            forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()
+            bar.update()
+    reduce_all(accumulator.sums.values(), "sum")  # signed, before the absolute value
     loss = f"forgetting, guidance {job.config.saliency_guidance:g}"
     return accumulator.saliency(
         {"base_fingerprint": job.model.fingerprint, "loss": loss, "scope": job.config.scope, "seed": str(job.seed)}
