@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from erase.files import damage_named, load_tensors, save_tensors
 from erase.models import Cond, DiffusionModel
+from erase.processes import found, in_shares, processes
 from erase.sampling import sample_points
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
@@ -219,7 +219,7 @@ def _cached(
         [model.fingerprint, prompts, anchors, own, [(str(f), f.stat().st_size) for f in files], seed, asdict(config)]
     )
     path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
-    if path and path.exists():
+    if path and found(path):
         return LatentSet.load(path)
     if files:
         mean, std = _encode(model, files, config.batch_size)
@@ -240,7 +240,7 @@ def _cached(
         )
         each = config.trajectory or 1
         made = LatentSet(latents, None, _times(prompts, each), anchors and _times(anchors, each), own and own * each, noise, t)
-    if path:
+    if path and processes().is_main_process:
         made.save(path, {"base_fingerprint": model.fingerprint})
     return made
 
@@ -261,12 +261,12 @@ def _image_files(folder: str) -> list[Path]:
 def _encode(model: DiffusionModel, files: list[Path], batch_size: int) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of image files: short side to the model's resolution (bicubic), centre crop, [-1, 1]."""
     size = model.image_size
-    means, stds = [], []
-    for start in tqdm(range(0, len(files), batch_size), desc="encoding images", unit="batch"):
-        images = torch.stack([_read(path, size) for path in files[start : start + batch_size]])
-        mean, std = model.encode_images(images)
-        means.append(mean.float().cpu())
-        stds.append(std.float().cpu())
+
+    def encode(rows: range) -> tuple[Tensor, Tensor]:
+        mean, std = model.encode_images(torch.stack([_read(files[row], size) for row in rows]))
+        return mean.float().cpu(), std.float().cpu()
+
+    means, stds = zip(*in_shares(len(files), batch_size, encode, "encoding images", "img"), strict=True)
     return torch.cat(means), torch.cat(stds)
 
 

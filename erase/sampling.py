@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from erase.models import DiffusionModel, autocast
+from erase.processes import in_shares
 from prompts.errors import ErasureError
 
 Points = tuple[Tensor, Tensor | None, Tensor | None]
@@ -42,19 +42,17 @@ def sample_points(
     """
     if trajectory > steps:
         raise ErasureError(f"trajectory is {trajectory}, but {steps} sampling steps pass through no more than {steps} states")
-    parts = []
-    with tqdm(total=len(prompts), desc=f"{what} latents", unit="img") as bar:
-        for start in range(0, len(prompts), batch_size):
-            batch = list(prompts[start : start + batch_size])
-            seeds = [seed + start + i for i in range(len(batch))]
-            with autocast(model.device, precision):
-                if trajectory:
-                    latents, noise, t = model.trajectory(batch, seeds, steps, guidance)
-                    noise, t = choose_states(noise, t, trajectory, seeds[0], model.timesteps)
-                else:
-                    latents, noise, t = model.sample(batch, seeds, steps, guidance), torch.empty(0), torch.empty(0)
-            parts.append((latents.float().cpu(), noise.float().cpu(), t.cpu()))
-            bar.update(len(batch))
+
+    def sample(rows: range) -> tuple[Tensor, Tensor, Tensor]:
+        batch, seeds = [prompts[row] for row in rows], [seed + row for row in rows]
+        with autocast(model.device, precision):
+            if not trajectory:
+                return model.sample(batch, seeds, steps, guidance).float().cpu(), torch.empty(0), torch.empty(0)
+            latents, noise, t = model.trajectory(batch, seeds, steps, guidance)
+        noise, t = choose_states(noise, t, trajectory, seeds[0], model.timesteps)
+        return latents.float().cpu(), noise.float().cpu(), t.cpu()
+
+    parts = in_shares(len(prompts), batch_size, sample, f"{what} latents", "img")
     latents, noise, t = (torch.cat(column) for column in zip(*parts, strict=True))
     if not (latents.isfinite().all() and noise.isfinite().all()):
         raise ErasureError("the model sampled latents that are not finite; load it in float32")

@@ -20,6 +20,8 @@ from tqdm import tqdm
 from erase.files import written_whole
 from erase.mask import SaliencyMask
 from erase.models import PRECISIONS, DiffusionModel
+from erase.processes import found, processes, reduce_all
+from erase.sharding import sharded, whole_state
 from erase.trainable import Frozen, Trainable
 from prompts.errors import ErasureError, unknown
 
@@ -48,6 +50,8 @@ class TrainConfig:
     """no, bf16, or fp16 (with loss scaling; needs a GPU); weights and optimizer state stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    shard_optimizer: bool = False
+    """split the optimizer's state among the processes (ZeRO stage 1): the same result, with less memory on each"""
     ema: float | None = None
     """decay of an exponential moving average that the result is taken from; None: the last weights"""
     checkpoint_every: int = 50
@@ -92,7 +96,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+    return Accelerator(mixed_precision=config.mixed_precision, cpu=processes().device.type == "cpu")
 
 
 def fit(
@@ -125,6 +129,7 @@ def fit(
     Raises:
         ErasureError: a loss that is not finite, an unknown optimizer or argument, a mask of another base.
     """
+    processes()  # refuses a launch that this loop does not fit
     accelerator = accelerator or make_accelerator(config)
     if mask is not None:
         mask.check(params, model.fingerprint)
@@ -136,7 +141,11 @@ def fit(
             plain_attention(model),
             torch.random.fork_rng(devices=[]),
             tqdm(
-                total=config.steps, initial=run.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
+                total=config.steps,
+                initial=run.step,
+                desc="erasing" if accelerator.num_processes == 1 else f"erasing on {accelerator.num_processes} processes",
+                unit="step",
+                disable=not accelerator.is_main_process,
             ) as bar,
         ):
             while run.step < config.steps:
@@ -168,9 +177,7 @@ def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, acc
             f"the loss is {total.item()} at step {run.step}; lower the learning rate ({config.lr:g}), set max_grad_norm, or train in float32"
         )
     values = list(run.trainable.values.values())
-    for value in values if accelerator.num_processes > 1 else ():
-        if value.grad is not None:
-            value.grad = accelerator.reduce(value.grad, reduction="mean")
+    reduce_all((value.grad for value in values if value.grad is not None), "mean")
     if config.max_grad_norm is not None:
         accelerator.clip_grad_norm_(values, config.max_grad_norm)
     run.optimizer.step()
@@ -191,7 +198,10 @@ def _make_optimizer(values: Iterable[nn.Parameter], config: TrainConfig) -> torc
         raise unknown("optimizer", config.optimizer, kinds)
     try:
         kind: Any = kinds[config.optimizer]
-        optimizer: torch.optim.Optimizer = kind(list(values), lr=config.lr, **config.optimizer_args)
+        options = {"lr": config.lr, **config.optimizer_args}
+        optimizer: torch.optim.Optimizer = (
+            sharded(kind, list(values), options) if config.shard_optimizer else kind(list(values), **options)
+        )
     except (TypeError, ValueError) as error:
         raise ErasureError(f"optimizer {config.optimizer}: {error}") from error
     return optimizer
@@ -249,9 +259,10 @@ class _Run:
     @classmethod
     def start(cls, trainable: Trainable, config: TrainConfig, accelerator: Accelerator, path: Path | None) -> _Run:
         """A new run, or the one that `path` holds."""
-        optimizer = accelerator.prepare(_make_optimizer(trainable.values.values(), config))
-        run = cls(trainable, optimizer, accelerator.scaler, config.ema, path if accelerator.is_main_process else None)
-        if path and path.exists():
+        # its state is still empty, and its values are where they belong
+        optimizer = accelerator.prepare_optimizer(_make_optimizer(trainable.values.values(), config), device_placement=False)
+        run = cls(trainable, optimizer, accelerator.scaler, config.ema, path)
+        if path and found(path):
             run._load(path)
         return run
 
@@ -266,11 +277,11 @@ class _Run:
         self.losses.append(loss)
 
     def save(self) -> None:
-        if not self._path:
+        if not self._path or (optimizer := whole_state(self.optimizer)) is None:
             return
         state = {
             "values": {name: value.detach() for name, value in self.trainable.values.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self._scaler.state_dict() if self._scaler else {},
             "average": self.average,
             "losses": self.losses,
@@ -294,11 +305,3 @@ class _Run:
         for name, mean in self.average.items():
             mean.copy_(state["average"][name])
         self.losses = list(state["losses"])
-
-
-def default_device() -> torch.device:
-    """Where Accelerate would put a model: this process's GPU, or the CPU."""
-    from accelerate import PartialState
-
-    device: torch.device = PartialState(cpu=not torch.accelerator.is_available()).device
-    return device

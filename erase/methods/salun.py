@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import denoising, forgetting, guided, remap
 from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
 from erase.methods import Edit, Method
 from erase.models import Cond, DiffusionModel
+from erase.processes import found, in_shares, progress, reduce_all
 from erase.scopes import select
 from erase.trainable import Frozen
 from erase.training import LossFn, TrainConfig, checkpointed, fit, gradients_on, plain_attention
@@ -198,8 +197,7 @@ def choose_mask(job: Job, folder: Path | None = None) -> SaliencyMask | None:
 def find_saliency(job: Job, folder: Path | None) -> Saliency:
     """The saliency of `saliency_file`, of an earlier start of this run, or computed."""
     kept = folder / "saliency.safetensors" if folder else None
-    known = job.config.saliency_file or (kept if kept and kept.exists() else None)
-    job.accelerator.wait_for_everyone()  # nobody writes before everybody has looked
+    known = job.config.saliency_file or (kept if kept and found(kept) else None)
     if known:
         return Saliency.load(known)
     saliency = compute_saliency(job)
@@ -213,15 +211,15 @@ def compute_saliency(job: Job) -> Saliency:
     accumulator, size = SaliencyAccumulator(job.params), job.config.saliency_batch_size
     workers, me = job.accelerator.num_processes, job.accelerator.process_index
     shown = len(job.forget) if job.forget.own is None else job.forget.own  # only latents that show the concept
-    starts = range(0, shown, size)
+    starts = range(0, shown, size)[me::workers]
     # in float32 whatever the training's precision: small gradients decide the ranking
     checkpointing = checkpointed(job.model, job.params, job.config.train.gradient_checkpointing)
-    with gradients_on(job.params), accumulator.collecting(), checkpointing, plain_attention(job.model):
-        for i, start in enumerate(tqdm(starts, desc="saliency", unit="batch", disable=not job.accelerator.is_main_process)):
-            if i % workers == me:
-                forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()
-    for total in accumulator.sums.values():  # signed sums of all processes, before the absolute value
-        total.copy_(job.accelerator.reduce(total, reduction="sum"))
+    bar = progress("saliency", "batch", len(starts))
+    with gradients_on(job.params), accumulator.collecting(), checkpointing, plain_attention(job.model), bar:
+        for start in starts:
+            forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()
+            bar.update()
+    reduce_all(accumulator.sums.values(), "sum")  # signed, before the absolute value
     loss = f"forgetting, guidance {job.config.saliency_guidance:g}"
     return accumulator.saliency(
         {"base_fingerprint": job.model.fingerprint, "loss": loss, "scope": job.config.scope, "seed": str(job.seed)}
@@ -279,31 +277,24 @@ def frozen_targets(job: Job) -> FrozenTargets | None:
     config, forget, retain = job.config, job.forget, job.retain
     if forget.t is None or retain.t is None or not config.anchor_from == config.retain_target == "frozen":
         return None
-    jobs = [(forget, forget.anchors or forget.prompts), (retain, retain.prompts)]
-    if config.retain_dropout:
-        jobs.append((retain, ("",) * len(retain)))
-    rows = sum(len(points) for points, _ in jobs)
-    quiet = not job.accelerator.is_main_process
-    with (
-        job.accelerator.autocast(),
-        plain_attention(job.model),
-        tqdm(total=rows, desc="targets", unit="point", disable=quiet) as bar,
-    ):
-        found = [_predict_points(job, points, prompts, bar) for points, prompts in jobs]
-    return FrozenTargets(found[0], found[1], found[-1])
+    anchor = _predict_points(job, forget, forget.anchors or forget.prompts, "anchor targets")
+    kept = _predict_points(job, retain, retain.prompts, "retain targets")
+    null = _predict_points(job, retain, ("",) * len(retain), "null targets") if config.retain_dropout else kept
+    return FrozenTargets(anchor, kept, null)
 
 
-def _predict_points(job: Job, points: LatentSet, prompts: tuple[str, ...], bar: tqdm[Any]) -> Tensor:
-    """Predictions at the points of a set that are fixed, in float32 on the CPU."""
-    model, size, found = job.model, 2 * job.config.train.batch_size, []
-    generator = torch.Generator()  # nothing is drawn from it: the points have noise and timesteps of their own
-    for start in range(0, len(points), size):
-        rows = torch.arange(start, min(start + size, len(points)))
-        t, noise = (tensor.to(model.device) for tensor in points.draw_noise(rows, model.timesteps, generator))
-        xt = model.add_noise(points.latents[rows].to(model.device), noise, t)
-        found.append(model.predict(xt, t, job.embed([prompts[i] for i in rows])).float().cpu())
-        bar.update(len(rows))
-    return torch.cat(found)
+def _predict_points(job: Job, points: LatentSet, prompts: tuple[str, ...], what: str) -> Tensor:
+    """Predictions at the fixed points of a set, in float32 on the CPU."""
+    model, generator = job.model, torch.Generator()  # of which nothing is drawn: the points have noise and timesteps of their own
+
+    def predict(rows: range) -> Tensor:
+        chosen = torch.tensor(rows)
+        t, noise = (tensor.to(model.device) for tensor in points.draw_noise(chosen, model.timesteps, generator))
+        xt = model.add_noise(points.latents[chosen].to(model.device), noise, t)
+        return model.predict(xt, t, job.embed([prompts[row] for row in rows])).float().cpu()
+
+    with job.accelerator.autocast(), plain_attention(job.model):
+        return torch.cat(in_shares(len(points), 2 * job.config.train.batch_size, predict, what, "point"))
 
 
 def loss_function(job: Job) -> LossFn:
