@@ -39,8 +39,8 @@ class LatentConfig:
     guidance: float = 3.0
     """guidance scale of that sampling"""
     trajectory: int = 0
-    """k: of each image that the model makes itself, train on k noisy states that its sampling passed through. They are fixed, so that what the
-    frozen base predicts there is computed once; fewer images do. 0: on the finished image, noised anew at each step"""
+    """k: of each image that the model makes itself, train on k noisy states that its sampling passed through (on all, where there are fewer
+    steps). They are fixed, so that what the frozen base predicts there is computed once. 0: on the finished image, noised anew at each step"""
     mixed_precision: str = "no"
     """no, bf16 or fp16, for the sampling"""
     batch_size: int = 32
@@ -238,7 +238,7 @@ def _cached(
             batch_size=config.batch_size,
             what=what,
         )
-        each = config.trajectory or 1
+        each = len(latents) // len(prompts)
         made = LatentSet(latents, None, _times(prompts, each), anchors and _times(anchors, each), own and own * each, noise, t)
     if path and processes().is_main_process:
         made.save(path, {"base_fingerprint": model.fingerprint})

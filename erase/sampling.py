@@ -32,31 +32,31 @@ def sample_points(
         prompts: one image each, with the seeds from `seed` on.
         steps: of the sampler.
         guidance: its guidance scale.
-        trajectory: 0: the finished latents. k: k rows per image, image by image: its latents, and the noise of one of its noisy states.
+        trajectory: 0: the finished latents. k: k rows per image (as many as there are steps, at most), image by image: its latents, and the
+            noise of one of its noisy states.
         precision: no, bf16 or fp16.
         batch_size: images at a time.
         what: for the progress bar.
 
     Raises:
-        ErasureError: more points asked for than there are states, or latents that are not finite.
+        ErasureError: latents that are not finite.
     """
-    if trajectory > steps:
-        raise ErasureError(f"trajectory is {trajectory}, but {steps} sampling steps pass through no more than {steps} states")
+    each = min(trajectory, steps)
 
     def sample(rows: range) -> tuple[Tensor, Tensor, Tensor]:
         batch, seeds = [prompts[row] for row in rows], [seed + row for row in rows]
         with autocast(model.device, precision):
-            if not trajectory:
+            if not each:
                 return model.sample(batch, seeds, steps, guidance).float().cpu(), torch.empty(0), torch.empty(0)
             latents, noise, t = model.trajectory(batch, seeds, steps, guidance)
-        noise, t = choose_states(noise, t, trajectory, seeds[0], model.timesteps)
+        noise, t = choose_states(noise, t, each, seeds[0], model.timesteps)
         return latents.float().cpu(), noise.float().cpu(), t.cpu()
 
     parts = in_shares(len(prompts), batch_size, sample, f"{what} latents", "img")
     latents, noise, t = (torch.cat(column) for column in zip(*parts, strict=True))
     if not (latents.isfinite().all() and noise.isfinite().all()):
         raise ErasureError("the model sampled latents that are not finite; load it in float32")
-    return (latents.repeat_interleave(trajectory, 0), noise, t) if trajectory else (latents, None, None)
+    return (latents.repeat_interleave(each, 0), noise, t) if each else (latents, None, None)
 
 
 def choose_states(noise: Tensor, t: Tensor, each: int, seed: int, timesteps: int) -> tuple[Tensor, Tensor]:

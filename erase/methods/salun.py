@@ -62,7 +62,7 @@ class SalUnConfig:
     """fraction of the forget latents that show the anchor: the states that an erased model passes through, where the base would still
     steer back to the concept; 0 is the reference"""
     retain_dropout: float = 0.1
-    """fraction of retain prompts replaced by the empty one, so that classifier-free guidance keeps its null branch"""
+    """fraction of retain latents whose prompt is replaced by the empty one, so that classifier-free guidance keeps its null branch"""
     shuffle: bool = True
     """a new order of the forget latents in each epoch"""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=300, lr=4e-4, schedule="linear", batch_size=8))
@@ -96,12 +96,6 @@ class FrozenTargets:
     """for the anchor prompts at the forget points"""
     retain: Tensor
     """for the retain prompts at the retain points"""
-    null: Tensor
-    """for the empty prompt at the retain points, where retain prompts are dropped at times"""
-
-    def rows(self, forget: Tensor, retain: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-        """Anchor and retain targets of these rows; `dropped` retain rows have the empty prompt."""
-        return self.anchor[forget], torch.where(dropped[:, None, None, None], self.null[retain], self.retain[retain])
 
 
 @dataclass(frozen=True)
@@ -172,8 +166,16 @@ def make_job(
         raise ErasureError(
             "salun trains on cached text embeddings, so it cannot change the text encoder; choose a scope of the UNet"
         )
+    retain = _some_dropped(retain, config.retain_dropout, seed)
     embed = PromptCache(model, ["", *forget.prompts, *(forget.anchors or ()), *retain.prompts])
     return Job(model, params, forget, retain, embed, config, seed, accelerator)
+
+
+def _some_dropped(retain: LatentSet, share: float, seed: int) -> LatentSet:
+    """The empty prompt in place of some: the same rows throughout the run, so that their targets can be known beforehand."""
+    dropped = torch.rand(len(retain), generator=torch.Generator().manual_seed(seed)) < share
+    prompts = tuple("" if drop else prompt for prompt, drop in zip(retain.prompts, dropped, strict=True))
+    return replace(retain, prompts=prompts)
 
 
 def choose_mask(job: Job, folder: Path | None = None) -> SaliencyMask | None:
@@ -249,10 +251,9 @@ def make_batch(job: Job, step: int, part: int) -> Batch:
     x_forget = forget.draw(gone, generator)
     x_anchor = x_forget if config.share_latents else forget.draw(gone, generator)
     t, noise = forget.draw_noise(gone, model.timesteps, generator)
-    dropped = torch.rand(size, generator=generator) < config.retain_dropout
 
     mine = _share(size, part, config.train.accumulation, job.accelerator)
-    known = job.targets.rows(gone[mine], kept[mine], dropped[mine]) if job.targets else None
+    known = (job.targets.anchor[gone[mine]], job.targets.retain[kept[mine]]) if job.targets else None
     x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise = (
         tensor[mine].to(model.device) for tensor in (x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise)
     )
@@ -265,7 +266,7 @@ def make_batch(job: Job, step: int, part: int) -> Batch:
         anchor_cond=job.embed([anchors[i] for i in gone[mine]]),
         retain=model.add_noise(x_retain, noise_retain, t_retain),
         retain_t=t_retain,
-        retain_cond=job.embed(["" if drop else retain.prompts[i] for i, drop in zip(kept[mine], dropped[mine], strict=True)]),
+        retain_cond=job.embed([retain.prompts[i] for i in kept[mine]]),
         retain_noise_target=model.target(x_retain, noise_retain, t_retain),
         targets=(known[0].to(model.device), known[1].to(model.device)) if known else None,
     )
@@ -278,9 +279,7 @@ def frozen_targets(job: Job) -> FrozenTargets | None:
     if forget.t is None or retain.t is None or not config.anchor_from == config.retain_target == "frozen":
         return None
     anchor = _predict_points(job, forget, forget.anchors or forget.prompts, "anchor targets")
-    kept = _predict_points(job, retain, retain.prompts, "retain targets")
-    null = _predict_points(job, retain, ("",) * len(retain), "null targets") if config.retain_dropout else kept
-    return FrozenTargets(anchor, kept, null)
+    return FrozenTargets(anchor, _predict_points(job, retain, retain.prompts, "retain targets"))
 
 
 def _predict_points(job: Job, points: LatentSet, prompts: tuple[str, ...], what: str) -> Tensor:
