@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from erase.delta import ErasedDelta, difference
+from erase.finite import all_finite
 from erase.models import DiffusionModel
+from erase.places import indices
 from prompts.errors import ErasureError, unknown
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def compose(base: DiffusionModel, parts: Sequence[tuple[ErasedDelta, float]], on
     live = [(delta, scale) for delta, scale in parts if scale]
     values, bits = {}, {}
     for name, old in _changed_tensors(base, [delta for delta, _ in live]):
-        touching = [_part(name, old, delta, scale) for delta, scale in live if name in delta.values]
+        touching = [(delta.places(name), delta.values[name], scale) for delta, scale in live if name in delta.values]
         new = _combined(name, old.flatten(), touching, on_conflict).reshape(old.shape)
         if found := difference(old, new):
             values[name], bits[name] = found
@@ -77,10 +79,6 @@ def _changed_tensors(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> Ite
             yield name, param.detach().cpu()
 
 
-def _part(name: str, base: Tensor, delta: ErasedDelta, scale: float) -> Part:
-    return delta.where(name, tuple(base.shape)).flatten().nonzero()[:, 0], delta.values[name], scale
-
-
 def _combined(name: str, base: Tensor, parts: list[Part], on_conflict: str) -> Tensor:
     """The new values of one tensor; `base` is flat."""
     if on_conflict in ("first", "last"):
@@ -88,19 +86,19 @@ def _combined(name: str, base: Tensor, parts: list[Part], on_conflict: str) -> T
     changes = torch.zeros(base.shape, dtype=torch.int32)
     total = base.double()
     for where, values, scale in parts:
-        changes[where] += 1
-        total[where] += scale * (values.double() - base[where].double())
+        changes.scatter_add_(0, where, torch.ones(where.shape, dtype=torch.int32))
+        total.scatter_add_(0, where, scale * (values.double() - base.index_select(0, where).double()))
     if on_conflict == "error" and (changes > 1).any():
         raise ErasureError(
             f"{int((changes > 1).sum())} weights of {name} are changed by several deltas; sum them, or let the first or the last one win"
         )
     new = total.to(base.dtype)
-    if not new.isfinite().all():
+    if not all_finite(new):
         raise ErasureError(f"the composed values of {name} are not finite in {base.dtype}; use smaller scales")
     for where, values, scale in parts:
         if scale == 1:  # its own value where it is alone: base + (value - base) may round, and loses the sign of zero
-            alone = changes[where] == 1
-            new[where[alone]] = values[alone].to(base.dtype)
+            alone = indices(changes.index_select(0, where) == 1)
+            new.scatter_(0, where.index_select(0, alone), values.index_select(0, alone).to(base.dtype))
     return new
 
 
@@ -108,9 +106,9 @@ def _disjoint(base: Tensor, parts: list[Part]) -> list[Part]:
     """The same parts, each without the weights of those before it."""
     taken, kept = torch.zeros(base.shape, dtype=torch.bool), []
     for where, values, scale in parts:
-        free = ~taken[where]
-        kept.append((where[free], values[free], scale))
-        taken[where] = True
+        free = indices(~taken.index_select(0, where))
+        kept.append((where.index_select(0, free), values.index_select(0, free), scale))
+        taken.index_fill_(0, where, True)
     return kept
 
 
@@ -180,21 +178,18 @@ def conflicts(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> list[Overl
 
 
 def _change(name: str, base: Tensor, delta: ErasedDelta) -> tuple[Tensor, Tensor]:
-    """Where a delta changes a tensor, and by how much (0 elsewhere)."""
-    change = torch.zeros(base.shape, dtype=torch.float64)
+    """Where a delta changes a tensor (1, else 0), and by how much (0 elsewhere); flat, float64."""
     if name not in delta.values:
-        return torch.zeros(base.shape, dtype=torch.bool), change
-    where = delta.where(name, tuple(base.shape))
-    change[where] = delta.values[name].double() - base[where].double()
-    return where, change
+        nowhere = torch.zeros(base.numel(), dtype=torch.float64)
+        return nowhere, nowhere
+    return delta.where(name, (base.numel(),)).double(), delta.change(name, base.flatten())
 
 
 def _compare(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
     """Of one tensor: weights of a, of b, of both, expected of both; dot product and squared norms of the changes over both."""
-    both = a[0] & b[0]
-    x, y = a[1][both], b[1][both]
-    counts = torch.tensor([a[0].sum(), b[0].sum(), both.sum(), a[0].sum() * b[0].sum() / both.numel()], dtype=torch.float64)
-    return torch.cat([counts, torch.stack([x @ y, x @ x, y @ y])])
+    (in_a, x), (in_b, y) = a, b
+    count_a, count_b = in_a.sum(), in_b.sum()
+    return torch.stack([count_a, count_b, in_a @ in_b, count_a * count_b / len(x), x @ y, x.square() @ in_b, y.square() @ in_a])
 
 
 def _overlap(a: str, b: str, component: str, sums: Tensor) -> Overlap:

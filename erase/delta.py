@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from erase.files import load_tensors, save_tensors
+from erase.finite import all_finite
 from erase.mask import pack, unpack
 from erase.models import DiffusionModel
-from erase.places import from_gaps, to_gaps
+from erase.places import from_gaps, indices, to_gaps
 from prompts.errors import ErasureError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -81,6 +82,16 @@ class ErasedDelta:
         """The boolean mask of the weights of one parameter that changed."""
         return unpack(self.bits[name], shape)
 
+    def places(self, name: str) -> Tensor:
+        """The flat indices of the weights of one parameter that changed, in the order of `values`."""
+        return indices(unpack(self.bits[name], (self.bits[name].numel() * 8,)))
+
+    def change(self, name: str, base: Tensor) -> Tensor:
+        """By how much it changes one parameter, whose base value is given: float64 on the CPU, `base`'s shape, 0 where it does not."""
+        places, old = self.places(name), base.detach().cpu().flatten()
+        moved = self.values[name].double() - old.index_select(0, places).double()
+        return torch.zeros(old.shape, dtype=torch.float64).scatter_(0, places, moved).view(base.shape)
+
     def check(self, model: DiffusionModel) -> None:
         """Refuse a model that is not the base that this delta was made from, or that cannot hold it exactly.
 
@@ -125,7 +136,8 @@ class ErasedDelta:
     def _put(self, model: DiffusionModel, values: Mapping[str, Tensor]) -> None:
         params = model.parameters()
         for name, value in values.items():
-            params[name][self.where(name, tuple(params[name].shape)).to(params[name].device)] = value.to(params[name])
+            param = params[name]
+            param.copy_(param.flatten().scatter(0, self.places(name).to(param.device), value.to(param)).view(param.shape))
         model.refresh_fingerprint()
 
     def inverse(self, base: DiffusionModel) -> ErasedDelta:
@@ -135,7 +147,7 @@ class ErasedDelta:
         """
         self.check(base)
         params = base.parameters()
-        old = {name: params[name].detach().cpu()[self.where(name, tuple(params[name].shape))] for name in self.values}
+        old = {name: params[name].detach().cpu().flatten().index_select(0, self.places(name)) for name in self.values}
         try:
             fingerprint = self.apply(base).fingerprint
         finally:
@@ -150,7 +162,7 @@ class ErasedDelta:
             ErasureError: a value is beyond the dtype's range.
         """
         values = {name: value.to(dtype) for name, value in self.values.items()}
-        if beyond := [name for name, value in values.items() if not value.isfinite().all()]:
+        if beyond := [name for name, value in values.items() if not all_finite(value)]:
             raise ErasureError(f"{self.source}: {beyond[0]} has values beyond the range of {dtype}; use bfloat16 or float32")
         return replace(self, values=values)
 
@@ -194,7 +206,8 @@ class ErasedDelta:
 def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
     """Values of `new` where it differs from `base`, and packed bits that say where; None if it is the same."""
     changed = _pattern(new) != _pattern(base)
-    return (new[changed].cpu(), pack(changed)) if changed.any() else None
+    places = indices(changed)
+    return (new.flatten().index_select(0, places).cpu(), pack(changed)) if len(places) else None
 
 
 def _check_metadata(path: str | Path, metadata: Mapping[str, str]) -> None:
@@ -215,9 +228,9 @@ def _read_gaps(path: str | Path, name: str, gaps: Tensor) -> Tensor:
 
 
 def _check_values(source: str, name: str, value: Tensor, bits: Tensor) -> None:
-    if int(unpack(bits, (bits.numel() * 8,)).sum()) != value.numel():
+    if unpack(bits, (bits.numel() * 8,)).count_nonzero() != value.numel():
         raise ErasureError(f"{source}: the values of {name} do not fit their places; the file is damaged, erase again")
-    if not value.isfinite().all():
+    if not all_finite(value):
         raise ErasureError(f"{source}: {name} has values that are not finite; erase again")
 
 

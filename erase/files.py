@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from prompts.errors import ErasureError
+
+DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""their names in safetensors, in the order in which its own writer puts them: widest first, so that all lie aligned"""
 
 
 @contextmanager
@@ -37,11 +53,49 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file; the metadata's `format` says what it is."""
-    with written_whole(path) as aside:
-        aside.touch()
-        mode = aside.stat().st_mode  # what the user's umask says; safetensors would make it readable by its owner alone
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, aside, dict(metadata))
-        aside.chmod(mode)
+    stream_tensors(path, tensors, tensors.__getitem__, metadata)
+
+
+def stream_tensors(
+    path: str | Path, layout: Mapping[str, Tensor], make: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file tensor by tensor, so that those which are converted or fetched from a GPU never stand all in memory.
+
+    safetensors' own writer wants all of them at once. The bytes are the same as its, but for the order of the metadata: there it is
+    by chance, here as given, so that the same content is always the same file.
+
+    Args:
+        path: of the file.
+        layout: shape and dtype of each tensor; the values do not matter, it may be on the meta device.
+        make: the tensor of a name, called once for each.
+        metadata: text for the header.
+
+    Raises:
+        ErasureError: a dtype that is not written, the file cannot be, or `make` raises it; nothing is left then.
+    """
+    if odd := [name for name, tensor in layout.items() if tensor.dtype not in DTYPES]:
+        raise ErasureError(
+            f"{path}: {odd[0]} is of {layout[odd[0]].dtype}, which is not written; convert it to float16 or float32"
+        )
+    names = sorted(layout, key=lambda name: (list(DTYPES).index(layout[name].dtype), name))
+    header = _header(layout, names, metadata)
+    with written_whole(path) as aside, aside.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            tensor = make(name).detach().cpu()
+            assert (tensor.shape, tensor.dtype) == (layout[name].shape, layout[name].dtype), name
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _header(layout: Mapping[str, Tensor], names: list[str], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        tensor = layout[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
 
 
 @contextmanager

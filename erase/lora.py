@@ -146,17 +146,15 @@ def extract_lora(delta: ErasedDelta, base: DiffusionModel, rank: int | None = No
     delta.check(base)
     params, holders = base.parameters(), _holders(base, delta.components)
     down, up, layers, left_out = {}, {}, [], {}
-    for name, values in delta.values.items():
-        old, where = params[name].detach(), delta.where(name, tuple(params[name].shape))
-        change = torch.zeros(old.shape, dtype=torch.float64)
-        change[where] = values.double() - old.cpu()[where].double()
+    for name in delta.values:
+        change = delta.change(name, params[name])
         if name not in holders:
             left_out[name] = change.norm().item()
             continue
         module = name.removesuffix(".weight")
         a, b, fit = _fit(module, change.flatten(1).to(base.device), rank, energy)
-        down[module] = a.reshape(-1, *old.shape[1:]).contiguous()
-        up[module] = b.reshape(*b.shape, *(1,) * (old.ndim - 2)).contiguous()
+        down[module] = a.reshape(-1, *change.shape[1:]).contiguous()
+        up[module] = b.reshape(*b.shape, *(1,) * (change.ndim - 2)).contiguous()
         layers.append(fit)
     if not layers:
         raise ErasureError(f"{delta.source} changes no linear or convolutional layer, so no LoRA can hold any of it")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.files import damage_named, load_tensors, save_tensors
+from erase.finite import all_finite
 from prompts.errors import ErasureError
 
 CHUNK = 1 << 22  # values handled at a time, so that extra memory stays constant
@@ -66,7 +67,7 @@ class SaliencyAccumulator:
             ErasureError: a sum is not finite.
         """
         for name, total in self._sums.items():
-            if not total.isfinite().all():
+            if not all_finite(total):
                 raise ErasureError(f"the saliency of {name} is not finite; use float32 and check the forget latents")
         # in place: no second copy of the model's size
         values = {name: self._sums.pop(name).abs_().cpu() for name in list(self._sums)}
@@ -108,7 +109,7 @@ class Saliency:
         """
         values, metadata = load_tensors(path, "saliency")
         for name, value in values.items():
-            if value.dtype != torch.float32 or not (value >= 0).all() or not value.isfinite().all():
+            if value.dtype != torch.float32 or not (value >= 0).all() or not all_finite(value):
                 raise ErasureError(f"{path}: {name} is no saliency (float32, not negative, finite); compute it again")
         return cls(values, metadata)
 

@@ -1,6 +1,7 @@
-"""Which weights of a tensor changed: one bit per weight, or, where few did, the gaps between them.
+"""Which weights of a tensor changed: one bit per weight, or, where few did, the gaps between them; in memory also flat indices.
 
-Bits cost n / 8 bytes at any density; gaps about one byte per changed weight, which is less below a density of 1/8.
+Bits cost n / 8 bytes at any density; gaps about one byte per changed weight, which is less below a density of 1/8. Indices are
+for work: selecting by them takes a fraction of the time that a boolean mask takes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,13 @@ import torch
 from torch import Tensor
 
 from prompts.errors import ErasureError
+
+
+def indices(chosen: Tensor) -> Tensor:
+    """Flat indices of what a boolean tensor chooses, ascending, int64, on its device."""
+    if chosen.device.type == "cpu":  # numpy finds them several times as fast as torch
+        return torch.from_numpy(np.flatnonzero(chosen.numpy()))
+    return chosen.flatten().nonzero()[:, 0]
 
 
 def to_gaps(bits: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.mask import SaliencyMask
+from erase.places import indices
 
 Frozen = Callable[[], AbstractContextManager[None]]
 """within its block, the model holds its base weights"""
@@ -33,7 +34,7 @@ class Trainable:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         for name, param in params.items():
             if mask is not None:
-                where = mask[name].flatten().nonzero()[:, 0]
+                where = indices(mask[name])
                 if not len(where):
                     continue
                 if len(where) < param.numel():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from erase.finite import all_finite
 from erase.models.config import LoadConfig
 from erase.models.pipelines import Pipeline, modules
 from erase.models.tensor_file import SINGLE_FILES
@@ -170,7 +171,7 @@ def check_finite(parts: Mapping[str, nn.Module], name: str) -> None:
     """
     for part, module in parts.items():
         for key, tensor in module.named_parameters():
-            if not torch.isfinite(tensor).all():
+            if not all_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ErasureError(f"{name}: {part}.{key} holds {bad:,} values that are not finite; the checkpoint is damaged")
 

@@ -11,7 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
-from erase.files import save_tensors
+from erase.files import stream_tensors
+from erase.finite import all_finite
 from erase.models import ldm
 from erase.models.architectures import Architecture, from_folder, sd_family, shipped
 from erase.models.pipelines import Pipeline
@@ -138,9 +139,8 @@ def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
             f"{name} holds {kind}, not dense floating point numbers; a quantised or sparse checkpoint cannot be used"
         )
     converted = tensor.to(dtype)
-    low, high = converted.aminmax()
-    if not (low.isfinite() and high.isfinite()):
-        if tensor.double().isfinite().all():
+    if not all_finite(converted):
+        if all_finite(tensor.double()):
             raise ErasureError(
                 f"{name} holds values up to {tensor.abs().max():.3g}, too large for {dtype}; use float32 or bfloat16"
             )
@@ -176,12 +176,18 @@ def write_single_file(
     if lacking := [name for name, module in modules.items() if module is None]:
         raise ErasureError(f"the pipeline has no {lacking[0]}, which a single file holds; load it whole")
     states = {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.state_dict().items()}
-    tensors = {}
-    for entry in ldm.table(family, modules):
-        weight = entry.pack([states[name] for name in entry.names])
-        tensors[entry.key] = _converted(weight, dtype or weight.dtype, f"{entry.names[0]} of the pipeline")
-    schedule = pipeline.scheduler.config
-    save_tensors(path, tensors | _beside(family, modules, schedule), {**_metadata(family, schedule), **(metadata or {})})
+    entries, schedule = {entry.key: entry for entry in ldm.table(family, modules)}, pipeline.scheduler.config
+    beside = _beside(family, modules, schedule)
+
+    def made(key: str) -> Tensor:
+        if key in beside:
+            return beside[key]
+        names = entries[key].names
+        weight = entries[key].pack([states[name] for name in names])
+        return _converted(weight, dtype or weight.dtype, f"{names[0]} of the pipeline")
+
+    layout = {key: entry.pack([states[name].to("meta", dtype) for name in entry.names]) for key, entry in entries.items()}
+    stream_tensors(path, layout | beside, made, {**_metadata(family, schedule), **(metadata or {})})
     return path
 
 
