@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from erase.execution import running
 from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import denoising, forgetting, guided, remap
 from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
@@ -23,7 +24,7 @@ from erase.methods import Edit, Method
 from erase.models import Cond, DiffusionModel
 from erase.scopes import select
 from erase.trainable import Frozen
-from erase.training import LossFn, TrainConfig, checkpointed, fit, gradients_on, plain_attention
+from erase.training import LossFn, TrainConfig, fit, gradients_on
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError, unknown
 
@@ -194,8 +195,8 @@ def compute_saliency(job: Job) -> Saliency:
     shown = len(job.forget) if job.forget.own is None else job.forget.own  # only latents that show the concept
     starts = range(0, shown, size)
     # in float32 whatever the training's precision: small gradients decide the ranking
-    checkpointing = checkpointed(job.model, job.params, job.config.train.gradient_checkpointing)
-    with gradients_on(job.params), accumulator.collecting(), checkpointing, plain_attention(job.model):
+    config = replace(job.config.train, mixed_precision="no", compile=False)  # a few batches do not repay compiling
+    with running(job.model, job.params, config), gradients_on(job.params), accumulator.collecting():
         for i, start in enumerate(tqdm(starts, desc="saliency", unit="batch", disable=not job.accelerator.is_main_process)):
             if i % workers == me:
                 forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()
