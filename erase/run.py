@@ -77,11 +77,11 @@ def erase_concept(
         _claim(folder, metadata)
         if found(folder / "delta.safetensors"):
             return ErasedDelta.load(folder / "delta.safetensors")
-    base = {name: param.data for name, param in model.parameters().items()}
+    base = model.parameters()
     share = getattr(settings, "anchor_latents", 0.0)
     forget, retain = prepare_latents(model, concepts, config.latents, config.seed, folder and folder / "latents", share)
     edit = method.compute(model, concepts, forget, retain, settings, seed=config.seed, accelerator=accelerator, folder=folder)
-    delta = ErasedDelta.between({name: base[name] for name in edit.values}, edit.values, metadata)
+    delta = ErasedDelta.between({name: base[name].data for name in edit.values}, edit.values, metadata)
     if folder and accelerator.is_main_process:
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from erase.execution import running
 from erase.files import written_whole
 from erase.mask import SaliencyMask
 from erase.models import PRECISIONS, DiffusionModel
+from erase.optimizers import make_optimizer
 from erase.processes import found, processes, reduce_all
-from erase.sharding import sharded, whole_state
+from erase.sharding import whole_state
 from erase.trainable import Frozen, Trainable
 from prompts.errors import ErasureError, unknown
 
@@ -41,7 +41,7 @@ class TrainConfig:
     accumulation: int = 1
     """parts into which each batch is split to save memory; the result is the same to rounding"""
     optimizer: str = "Adam"
-    """any class of torch.optim by name"""
+    """any class of torch.optim by name; or of bitsandbytes.optim where that is installed, e.g. AdamW8bit, whose state takes a quarter"""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of the optimizer, e.g. {weight_decay: 0.01, momentum: 0.9}"""
     max_grad_norm: float | None = None
@@ -50,6 +50,14 @@ class TrainConfig:
     """no, bf16, or fp16 (with loss scaling; needs a GPU); weights and optimizer state stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    attention: str = "auto"
+    """kernel of the denoiser's attention: auto (plain for small latents on a CPU, else sdpa), sdpa, xformers or sliced"""
+    channels_last: bool = False
+    """convolutions with the channels innermost in memory: for GPUs with tensor cores; slower on a CPU"""
+    compile: bool = False
+    """torch.compile the denoiser: needs a C++ compiler and minutes before the first step"""
+    offload: bool = False
+    """keep on the CPU what the steps do not use: VAE, text encoders, and with mixed precision the float32 weights of the base"""
     shard_optimizer: bool = False
     """split the optimizer's state among the processes (ZeRO stage 1): the same result, with less memory on each"""
     ema: float | None = None
@@ -64,8 +72,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
 }
 """name -> fraction of the learning rate at this fraction of the steps; a function of the step alone, so a resumed run goes on with it"""
-PLAIN_TOKENS = 32 * 32  # latent positions up to which a CPU trains with plain attention
-NOT_OURS = {"Optimizer", "LBFGS", "SparseAdam"}  # the abstract class; steps that need a closure; sparse gradients
 Batch = Any
 LossFn = Callable[[Batch, Frozen], Tensor]
 """(batch or part of one, the base weights as a context) -> a scalar with graph, a mean over its rows"""
@@ -131,32 +137,34 @@ def fit(
     """
     processes()  # refuses a launch that this loop does not fit
     accelerator = accelerator or make_accelerator(config)
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
     if mask is not None:
         mask.check(params, model.fingerprint)
-    trainable = Trainable(params, mask)
-    try:
-        run = _Run.start(trainable, config, accelerator, checkpoint)
-        with (
-            checkpointed(model, params, config.gradient_checkpointing),
-            plain_attention(model),
-            torch.random.fork_rng(devices=[]),
-            tqdm(
-                total=config.steps,
-                initial=run.step,
-                desc="erasing" if accelerator.num_processes == 1 else f"erasing on {accelerator.num_processes} processes",
-                unit="step",
-                disable=not accelerator.is_main_process,
-            ) as bar,
-        ):
-            while run.step < config.steps:
-                loss = _step(run, batches, loss_fn, config, accelerator)
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update()
-                if run.step % config.checkpoint_every == 0:
-                    run.save()
-        return Fitted(trainable.result(run.average or trainable.values), run.losses)
-    finally:
-        trainable.close()
+    with running(model, params, config) as own:
+        trainable = Trainable(params, mask, own)
+        try:
+            run = _Run.start(trainable, config, accelerator, checkpoint)
+            _train(run, batches, loss_fn, config, accelerator)
+            return Fitted(trainable.result(run.average or trainable.values), run.losses)
+        finally:
+            trainable.close()
+
+
+def _train(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> None:
+    """All steps that are left, with a training state saved now and then."""
+    name = "erasing" if accelerator.num_processes == 1 else f"erasing on {accelerator.num_processes} processes"
+    done, quiet = run.step, not accelerator.is_main_process
+    with (
+        torch.random.fork_rng(devices=[]),
+        tqdm(total=config.steps, initial=done, desc=name, unit="step", disable=quiet) as bar,
+    ):
+        while run.step < config.steps:
+            loss = _step(run, batches, loss_fn, config, accelerator)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+            if run.step % config.checkpoint_every == 0:
+                run.save()
 
 
 def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> float:
@@ -186,27 +194,6 @@ def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, acc
     return total.item()
 
 
-def _make_optimizer(values: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    kinds = {
-        name: kind
-        for name, kind in vars(torch.optim).items()
-        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_OURS
-    }
-    if config.schedule not in SCHEDULES:
-        raise unknown("schedule", config.schedule, SCHEDULES)
-    if config.optimizer not in kinds:
-        raise unknown("optimizer", config.optimizer, kinds)
-    try:
-        kind: Any = kinds[config.optimizer]
-        options = {"lr": config.lr, **config.optimizer_args}
-        optimizer: torch.optim.Optimizer = (
-            sharded(kind, list(values), options) if config.shard_optimizer else kind(list(values), **options)
-        )
-    except (TypeError, ValueError) as error:
-        raise ErasureError(f"optimizer {config.optimizer}: {error}") from error
-    return optimizer
-
-
 @contextmanager
 def gradients_on(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Gradients on for these parameters alone; afterwards off and cleared."""
@@ -218,33 +205,6 @@ def gradients_on(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
         for param in params.values():
             param.requires_grad_(False)
             param.grad = None
-
-
-@contextmanager
-def checkpointed(model: DiffusionModel, params: Mapping[str, nn.Parameter], on: bool) -> Iterator[None]:
-    """Gradient checkpointing where asked for; diffusers wants train mode for it."""
-    modules: list[Any] = [model.component(name) for name in sorted({name.split(".")[0] for name in params})] if on else []
-    for module in modules:
-        module.train()
-        _method(module, "enable_gradient_checkpointing", "gradient_checkpointing_enable")()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.eval()
-            _method(module, "disable_gradient_checkpointing", "gradient_checkpointing_disable")()
-
-
-def _method(module: Any, *names: str) -> Callable[[], None]:
-    """The first of these methods that the module has: diffusers and transformers name the same thing differently."""
-    return next(getattr(module, name) for name in names if hasattr(module, name))  # type: ignore[no-any-return]
-
-
-def plain_attention(model: DiffusionModel) -> AbstractContextManager[None]:
-    """On a CPU and for small latents, the plain kernel: the fused one's backward pass took a third of a training step there
-    (canvas: 50 ms a call). For large latents the fused one: it does not keep the attention's weights (SD 1.x at 512 pixels: 0.5 GB a layer)."""
-    small = model.device.type == "cpu" and model.latent_shape[1] * model.latent_shape[2] <= PLAIN_TOKENS
-    return sdpa_kernel(SDPBackend.MATH) if small else nullcontext()  # type: ignore[return-value]
 
 
 class _Run:
@@ -259,8 +219,12 @@ class _Run:
     @classmethod
     def start(cls, trainable: Trainable, config: TrainConfig, accelerator: Accelerator, path: Path | None) -> _Run:
         """A new run, or the one that `path` holds."""
+        fuse = config.mixed_precision != "fp16"  # its loss scaler has a way of its own through fused steps
+        optimizer = make_optimizer(
+            list(trainable.values.values()), config.optimizer, config.lr, config.optimizer_args, fuse, config.shard_optimizer
+        )
         # its state is still empty, and its values are where they belong
-        optimizer = accelerator.prepare_optimizer(_make_optimizer(trainable.values.values(), config), device_placement=False)
+        optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
         run = cls(trainable, optimizer, accelerator.scaler, config.ema, path)
         if path and found(path):
             run._load(path)

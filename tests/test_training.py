@@ -60,6 +60,10 @@ VARIANTS = {
     "clipped": replace(QUICK, max_grad_norm=0.1),
     "ema": replace(QUICK, ema=0.9),
     "linear": replace(QUICK, schedule="linear"),
+    "channels-last": replace(QUICK, channels_last=True),
+    "bf16-channels-last-offload": replace(QUICK, mixed_precision="bf16", channels_last=True, offload=True),
+    "sliced": replace(QUICK, attention="sliced"),
+    "unfused": replace(QUICK, optimizer_args={"fused": False}),
 }
 
 

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from erase.execution import running
 from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import denoising, forgetting, guided, remap
 from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
@@ -23,7 +24,7 @@ from erase.models import Cond, DiffusionModel
 from erase.processes import found, in_shares, progress, reduce_all
 from erase.scopes import select
 from erase.trainable import Frozen
-from erase.training import LossFn, TrainConfig, checkpointed, fit, gradients_on, plain_attention
+from erase.training import LossFn, TrainConfig, fit, gradients_on
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError, unknown
 
@@ -215,9 +216,9 @@ def compute_saliency(job: Job) -> Saliency:
     shown = len(job.forget) if job.forget.own is None else job.forget.own  # only latents that show the concept
     starts = range(0, shown, size)[me::workers]
     # in float32 whatever the training's precision: small gradients decide the ranking
-    checkpointing = checkpointed(job.model, job.params, job.config.train.gradient_checkpointing)
+    config = replace(job.config.train, mixed_precision="no", compile=False)  # a few batches do not repay compiling
     bar = progress("saliency", "batch", len(starts))
-    with gradients_on(job.params), accumulator.collecting(), checkpointing, plain_attention(job.model), bar:
+    with running(job.model, job.params, config), gradients_on(job.params), accumulator.collecting(), bar:
         for start in starts:
             forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()
             bar.update()
@@ -292,7 +293,7 @@ def _predict_points(job: Job, points: LatentSet, prompts: tuple[str, ...], what:
         xt = model.add_noise(points.latents[chosen].to(model.device), noise, t)
         return model.predict(xt, t, job.embed([prompts[row] for row in rows])).float().cpu()
 
-    with job.accelerator.autocast(), plain_attention(job.model):
+    with running(job.model, job.params, replace(job.config.train, compile=False)), job.accelerator.autocast():
         return torch.cat(in_shares(len(points), 2 * job.config.train.batch_size, predict, what, "point"))
 
 
