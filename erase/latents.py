@@ -22,7 +22,7 @@ from prompts.errors import ErasureError
 from prompts.retain import without
 
 T = TypeVar("T")
-TENSORS = ("latents", "std", "noise", "t")  # of a set's file
+TENSORS, TEXTS = ("latents", "std", "noise", "t"), ("prompts", "anchors", "own", "each")  # of a set's file
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -69,9 +69,16 @@ class LatentSet:
     """the noise that each latent is to be seen under, same shape; None: drawn anew at each use"""
     t: Tensor | None = None
     """training timesteps that go with it, shape (n,), int64"""
+    each: int = 1
+    """so many rows, one after the other, are points of one image"""
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def concept_rows(self) -> Tensor:
+        """One row of each image that shows what its prompt says; of points, one of every stretch of the trajectories in turn."""
+        images = torch.arange((len(self) if self.own is None else self.own) // self.each)
+        return images * self.each + images % self.each
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Latents of these rows: a posterior sample each, where they come from images."""
@@ -89,7 +96,7 @@ class LatentSet:
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         tensors = {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
-        texts = {"prompts": json.dumps(self.prompts), "anchors": json.dumps(self.anchors), "own": json.dumps(self.own)}
+        texts = {name: json.dumps(getattr(self, name)) for name in TEXTS}
         save_tensors(path, tensors, {**metadata, **texts, "format": "latents"})
 
     @classmethod
@@ -101,7 +108,7 @@ class LatentSet:
         """
         tensors, metadata = load_tensors(path, "latents")
         with damage_named(path, "delete it to make it again"):
-            prompts, anchors, own = (json.loads(metadata[key]) for key in ("prompts", "anchors", "own"))
+            prompts, anchors, own, each = (json.loads(metadata[key]) for key in TEXTS)
             latents, t = tensors["latents"], tensors.get("t")
             texts = [prompts] if anchors is None else [prompts, anchors]
             if any(not isinstance(column, list) or len(column) != len(latents) for column in texts):
@@ -113,10 +120,11 @@ class LatentSet:
             timed = ("noise" in tensors) == (t is not None) and (
                 t is None or (t.dtype, t.shape) == (torch.int64, latents.shape[:1])
             )
-            if not (words and floats and shaped and timed and (own is None or own in range(len(latents) + 1))):
+            counted = (own is None or own in range(len(latents) + 1)) and each in range(1, len(latents) + 1)
+            if not (words and floats and shaped and timed and counted):
                 raise ErasureError(f"{path} does not hold prompts and latents of shape (n, c, h, w); delete it to make it again")
-        noised = (tensors.get("noise"), t)
-        return cls(latents, tensors.get("std"), tuple(prompts), None if anchors is None else tuple(anchors), own, *noised)
+        anchors = None if anchors is None else tuple(anchors)
+        return cls(latents, tensors.get("std"), tuple(prompts), anchors, own, tensors.get("noise"), t, each)
 
 
 def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:
@@ -239,7 +247,9 @@ def _cached(
             what=what,
         )
         each = len(latents) // len(prompts)
-        made = LatentSet(latents, None, _times(prompts, each), anchors and _times(anchors, each), own and own * each, noise, t)
+        made = LatentSet(
+            latents, None, _times(prompts, each), anchors and _times(anchors, each), own and own * each, noise, t, each
+        )
     if path and processes().is_main_process:
         made.save(path, {"base_fingerprint": model.fingerprint})
     return made

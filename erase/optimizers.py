@@ -16,7 +16,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def make_optimizer(
-    values: list[torch.nn.Parameter], name: str, lr: float, args: dict[str, Any], fuse: bool, shard: bool
+    values: list[torch.nn.Parameter], name: str, lr: float, args: dict[str, Any], fuse: bool, shard: bool = False
 ) -> torch.optim.Optimizer:
     """An optimizer of these values.
 

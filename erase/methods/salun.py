@@ -213,14 +213,14 @@ def compute_saliency(job: Job) -> Saliency:
     """|sum over batches of the forget loss's gradient|, one pass over the forget latents, both guidance branches live (eq. 3)."""
     accumulator, size = SaliencyAccumulator(job.params), job.config.saliency_batch_size
     workers, me = job.accelerator.num_processes, job.accelerator.process_index
-    shown = len(job.forget) if job.forget.own is None else job.forget.own  # only latents that show the concept
-    starts = range(0, shown, size)[me::workers]
+    rows = job.forget.concept_rows()
+    starts = range(0, len(rows), size)[me::workers]
     # in float32 whatever the training's precision: small gradients decide the ranking
     config = replace(job.config.train, mixed_precision="no", compile=False)  # a few batches do not repay compiling
     bar = progress("saliency", "batch", len(starts))
     with running(job.model, job.params, config), gradients_on(job.params), accumulator.collecting(), bar:
         for start in starts:
-            forget_loss(job, torch.arange(start, min(start + size, shown)), job.generator(start)).backward()
+            forget_loss(job, rows[start : start + size], job.generator(start)).backward()
             bar.update()
     reduce_all(accumulator.sums.values(), "sum")  # signed, before the absolute value
     loss = f"forgetting, guidance {job.config.saliency_guidance:g}"
