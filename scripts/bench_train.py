@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from erase.latents import LatentSet
 from erase.mask import SaliencyMask
 from erase.methods import get_method
-from erase.methods.salun import loss_function, make_batch, make_job
 from erase.models import DiffusionModel, load_model, wrap
+from erase.remapping import loss_function, make_batch, make_job
 from erase.scopes import select
 from erase.training import fit, make_accelerator
 from scripts.measuring import peak, wait

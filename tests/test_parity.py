@@ -13,8 +13,9 @@ import torch
 
 from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import guided
-from erase.methods.salun import METHODS, SalUnConfig, compute, compute_saliency, loss_function, make_batch, make_job
+from erase.methods.salun import METHODS, SalUnConfig, compute, compute_saliency
 from erase.models.sd import StableDiffusion
+from erase.remapping import loss_function, make_batch, make_job
 from erase.scopes import select
 from erase.trainable import Trainable
 from erase.training import TrainConfig, fit, make_accelerator

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from erase.latents import LatentConfig, LatentSet, prepare_latents
-from erase.methods.salun import SalUnConfig, compute, frozen_targets, loss_function, make_batch, make_job
+from erase.methods.salun import SalUnConfig, compute
 from erase.models import wrap
 from erase.models.pipelines import arguments, denoiser
+from erase.remapping import frozen_targets, loss_function, make_batch, make_job
 from erase.sampling import choose_states
 from erase.training import TrainConfig, make_accelerator
 from prompts.canvas import canvas_concept
