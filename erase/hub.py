@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prompts.errors import ErasureError
+from prompts.errors import ErasureError, reason
 
 
 def hub_login(repo: str) -> str:
@@ -44,5 +44,4 @@ def _hub_errors(what: str, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the client, its HTTP library and the system each raise their own kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ErasureError(f"{what}: {reason[0]}; {way_out}") from error
+        raise ErasureError(f"{what}: {reason(error)}; {way_out}") from error

@@ -242,7 +242,8 @@ def _wait(writes: list[Future[None]]) -> None:
 
 def _embedder(pipe: Pipeline) -> Callable[[str], Cond]:
     """prompt -> its condition, one row; encoded alone and once, so that its bits are always the same."""
-    return lru_cache(EMBEDDINGS)(lambda prompt: encode(pipe, [prompt]))
+    device = pipe._execution_device
+    return lru_cache(EMBEDDINGS)(lambda prompt: encode(pipe, [prompt], device))
 
 
 def denoise(pipe: Pipeline, batch: Batch, embed: Callable[[str], Cond], settings: dict[str, Any]) -> dict[int, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The one error that a user is meant to read, and the suggestion that goes with a misspelt name."""
+"""The one error that a user is meant to read, the suggestion that goes with a misspelt name, and the short reason of another's error."""
 
 from __future__ import annotations
 
@@ -16,3 +16,9 @@ def unknown(what: str, name: str, options: Iterable[str]) -> ErasureError:
     near = get_close_matches(name, options, 1) or [o for o in options if o.lower() == name.lower()]
     hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(options)}"
     return ErasureError(f"unknown {what} {name!r}; {hint}")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what another library's error says, or else its type: what stands within a sentence of ours."""
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

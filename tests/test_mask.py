@@ -122,3 +122,24 @@ def test_damaged_mask_files_are_refused(tmp_path):
         SaliencyMask.load(path)
     with pytest.raises(ErasureError, match="cannot read"):
         SaliencyMask.load(tmp_path / "absent.safetensors")
+
+
+def test_processes_share_their_signed_sums():
+    """As `compute_saliency` does: each sums its batches, the sums are added, and only then is the absolute value taken."""
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randint(-4, 5, (6, 50), generator=generator).float()  # whole numbers: sums do not round
+
+    def accumulated(rows: torch.Tensor) -> SaliencyAccumulator:
+        param = torch.nn.Parameter(torch.zeros(50))
+        accumulator = SaliencyAccumulator({"p": param})
+        for grad in rows:
+            param.grad = grad.clone()
+            accumulator.add_gradients()
+        return accumulator
+
+    whole, *shares = (accumulated(rows) for rows in (batches, batches[::2], batches[1::2]))
+    apart = sum(share.sums["p"].abs() for share in shares)
+    shares[0].sums["p"].add_(shares[1].sums["p"])
+    expected = whole.finish(0.3)
+    assert torch.equal(shares[0].finish(0.3)["p"], expected["p"])
+    assert not torch.equal(Saliency({"p": apart}).cut(0.3)["p"], expected["p"])

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from prompts.canvas import KINDS, canvas_concept, vocabulary
 from prompts.concepts import ConceptSpec, dump, load_concepts, shipped, to_yaml
+from prompts.errors import reason
 from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from prompts.retain import load_retain, without
 from tests.texts import raises, written
@@ -297,3 +298,8 @@ def test_a_part_of_the_grid_is_the_same_images() -> None:
 def test_the_grid_refuses(seeds: tuple[int, ...], where: dict[str, str], words: list[str]) -> None:
     with raises(*words):
         canvas_grid(seeds, where)
+
+
+def test_the_reason_of_anothers_error_is_one_line_and_never_empty() -> None:
+    assert reason(OSError("\n no space left\non device")) == "no space left"
+    assert reason(ValueError(" \n")) == "ValueError"

@@ -16,7 +16,7 @@ from erase.finite import all_finite
 from erase.models.config import LoadConfig
 from erase.models.pipelines import Pipeline, modules
 from erase.models.tensor_file import SINGLE_FILES
-from prompts.errors import ErasureError
+from prompts.errors import ErasureError, reason
 
 FAMILIES = {
     "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),
@@ -88,7 +88,7 @@ def _download(name: str, options: LoadConfig) -> Path:
     except Exception as error:  # the hub client, its HTTP library and diffusers each raise their own kinds
         raise ErasureError(
             f"{name!r} is no file or folder here, and cannot be fetched from the hub as a diffusers checkpoint with safetensors weights "
-            f"({_first_line(error)}); check the name, the network and your access to it, or give a local path"
+            f"({reason(error)}); check the name, the network and your access to it, or give a local path"
         ) from error
 
 
@@ -113,7 +113,7 @@ def _from_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
     try:
         pipeline = getattr(diffusers, kind).from_pretrained(folder, **given, **extra)
     except Exception as error:
-        raise ErasureError(f"cannot load the {kind} in {folder}: {_first_line(error)}") from error
+        raise ErasureError(f"cannot load the {kind} in {folder}: {reason(error)}") from error
     if options.prediction and (own := pipeline.scheduler.config.get("prediction_type")) != options.prediction:
         raise ErasureError(
             f"{name} says of itself that its prediction is {own!r}, not {options.prediction!r}; leave load.prediction out"
@@ -155,7 +155,7 @@ def _load_part(kind: Any, folder: Path, part: str, options: LoadConfig) -> nn.Mo
             **({"variant": options.variant} if options.variant and any(where.glob(f"*.{options.variant}*")) else {}),
         )
     except Exception as error:
-        raise ErasureError(f"cannot load {where}: {_first_line(error)}") from error
+        raise ErasureError(f"cannot load {where}: {reason(error)}") from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := [key for key in found.get(problem, ()) if "position_ids" not in str(key)]:
             what = {"missing_keys": "lacks", "mismatched_keys": "holds with another shape", "unexpected_keys": "holds in surplus"}
@@ -182,8 +182,3 @@ def _own(parts: Mapping[str, nn.Module]) -> None:
     for module in parts.values():
         for tensor in module.parameters():
             tensor.data = tensor.data.clone()
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -34,17 +34,20 @@ def modules(pipeline: Pipeline) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def encode(pipeline: Pipeline, prompts: list[str]) -> Cond:
+def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None = None) -> Cond:
     """Text states of the prompts, each encoded alone, so that its bits do not depend on the others.
 
     The empty prompt is the null condition of classifier-free guidance; a pipeline that wants zeros there (SDXL) gets zeros.
+    `device` is where the pipeline runs, for a caller who knows: diffusers searches all modules to tell, which takes a small model as
+    long as encoding a prompt.
     """
+    device = device or pipeline._execution_device
     further = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
     rows = []
     for prompt in prompts:
         found = pipeline.encode_prompt(
             prompt=prompt,
-            device=pipeline._execution_device,
+            device=device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
             **further,

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from erase.models.pipelines import Pipeline
-from prompts.errors import ErasureError
+from prompts.errors import ErasureError, reason
 
 HERE = Path(__file__).parent
 STOCK = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
@@ -120,7 +120,7 @@ def _tokenizer(folder: Path) -> CLIPTokenizer:
     try:
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises kinds of its own
-        raise ErasureError(f"cannot read the tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+        raise ErasureError(f"cannot read the tokenizer in {folder}: {reason(error)}") from error
     return tokenizer
 
 
