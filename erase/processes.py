@@ -40,7 +40,7 @@ def processes() -> PartialState:
         if parse_flag_from_env(variable):
             raise ErasureError(
                 f"this launch asks for {name}, which takes the model apart, while masked training holds its weights outside of it; "
-                "launch with scripts/accelerate/several-gpus.yaml, and share the optimizer's state with --train.shard_optimizer true"
+                "launch with scripts/launch/several-gpus.yaml, and share the optimizer's state with --train.shard_optimizer true"
             )
     # without cpu=True, processes on CPU stay strangers
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=PATIENCE)

@@ -145,7 +145,7 @@ def _report(
         concept=_concept(concepts),
         rows={row: score(found, concepts, names, config, seen.get(row)) for row, found in images.items()},
         provenance={
-            **{key: value for key, value in delta.metadata.items() if key not in ("config", "concepts", "format")},
+            **{key: value for key, value in sorted(delta.metadata.items()) if key not in ("config", "concepts", "format")},
             "config": json.loads(delta.metadata["config"]),
             "evaluation": asdict(config),
             "changed_weights": delta.count,

@@ -203,7 +203,7 @@ def test_two_processes_give_the_delta_of_one(base, tmp_path):
         "--retain",
         "a blue moon",
         "--saliency_batch_size",
-        "3",
+        "2",
     ]
     flags += [*FLAGS, "--train.optimizer", "SGD", "--train.lr", "0.1", "--train.optimizer_args", "{weight_decay: 0.1}"]
     for processes in (1, 2):
