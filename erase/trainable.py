@@ -50,7 +50,7 @@ class Trainable:
 
     def _read(self, name: str, dense: Tensor) -> Tensor:
         if name not in self._where:
-            return dense.clone()
+            return dense.clone(memory_format=torch.contiguous_format)
         return dense.flatten().index_select(0, self._where[name].to(dense.device))
 
     def _collect(self, name: str) -> Callable[[Tensor], None]:
@@ -60,7 +60,8 @@ class Trainable:
             if param.grad is None:
                 return
             value = self.values[name]
-            found = self._read(name, param.grad) if name in self._where else param.grad  # no copy of what is taken whole
+            # no copy of what is taken whole; but in the order of the values, for fused optimizers walk through both side by side
+            found = self._read(name, param.grad) if name in self._where else param.grad.contiguous()
             value.grad = found.to(value.dtype) if value.grad is None else value.grad.add_(found)
             param.grad = None
 

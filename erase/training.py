@@ -47,7 +47,7 @@ class TrainConfig:
     max_grad_norm: float | None = None
     """clip the norm of the masked gradient to this; None: no clipping"""
     mixed_precision: str = "no"
-    """no, bf16, or fp16 (with loss scaling; needs a GPU); weights and optimizer state stay float32"""
+    """no, bf16, or fp16 (with loss scaling; needs a GPU); what is trained and the optimizer state stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     attention: str = "auto"
