@@ -80,6 +80,7 @@ def measure(
 
 @cache
 def _base_scores(folder: Path, concept: str) -> list[Score]:
+    """The same for every variant and seed of a concept: the same images, the same judges."""
     return score(ImageSet.open(folder), [canvas_concept(concept)], EVALUATORS)
 
 
