@@ -16,9 +16,10 @@ from accelerate.commands.config import load_config_from_file
 
 from erase.latents import LatentConfig, LatentSet, prepare_latents
 from erase.mask import Saliency
-from erase.methods.salun import SalUnConfig, compute_saliency, make_job
+from erase.methods.salun import SalUnConfig, compute_saliency
 from erase.models import load_model
 from erase.processes import BUCKET, WRAPPERS, _buckets
+from erase.remapping import make_job
 from erase.run import EraseConfig, erase_concept
 from erase.training import TrainConfig, make_accelerator
 from prompts.canvas import canvas_concept
