@@ -8,9 +8,10 @@
 `naive` is the step of the public code: VAE and text encoder in the loop, one pass each for forget, anchor and retain, the anchor with its graph
 and then detached, a dense int64 mask moved to the device and multiplied into each gradient, Adam over all weights, float32. `ours` is `fit`
 with the same rows: cached latents and embeddings, forget and retain in one pass, the teacher without a graph, an optimizer over the masked
-weights alone. `salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over the retain rows.
+weights alone. `salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over the retain rows;
+`trajectory` is `salun` on fixed points (`latents.trajectory`), whose targets are computed once, before the steps that are timed.
 Each runs in a process of its own. Memory is the process's peak beyond the loaded model (on a GPU: all that is allocated). The floor is
-the forward passes' worth of multiplications that the variant needs per row (3 forget, 1 anchor, 3 retain; `salun` 1 more) at the
+the forward passes' worth of multiplications that the variant needs per row (3 forget, 1 anchor, 3 retain; `salun` 1 more, `trajectory` 1 less) at the
 matrix-multiplication rate measured in the same run; share is floor / seconds.
 """
 
@@ -32,13 +33,13 @@ from erase.latents import LatentSet
 from erase.mask import SaliencyMask
 from erase.methods import get_method
 from erase.models import DiffusionModel, load_model, wrap
-from erase.remapping import loss_function, make_batch, make_job
+from erase.remapping import frozen_targets, loss_function, make_batch, make_job
 from erase.scopes import select
 from erase.training import fit, make_accelerator
 from scripts.measuring import new_peak, start_peak, wait
 
 FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
-PASSES = {"naive": 7, "salun-paper": 7, "salun": 8}
+PASSES = {"naive": 7, "salun-paper": 7, "salun": 8, "trajectory": 6}
 """variant -> forward passes' worth of arithmetic per row and step; a backward pass counts twice"""
 GROWTH = [("batch", [2, 4, 8, 16]), ("density", [0.01, 0.1, 0.5, 1.0]), ("scope", ["full", "xattn", "xattn_kv"])]
 
@@ -95,9 +96,11 @@ def our_steps(
     model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int, preset: str, args: argparse.Namespace
 ) -> list[float]:
     """`fit` on cached latents; seconds of each step."""
-    latents = torch.randn(rows, *model.latent_shape)
-    forget, retain = LatentSet(latents, None, (FORGET,) * rows, (ANCHOR,) * rows), LatentSet(latents, None, (RETAIN,) * rows)
-    config = get_method(preset).config
+    points, latents = preset == "trajectory", torch.randn(rows, *model.latent_shape)
+    fixed = {"noise": torch.randn_like(latents), "t": torch.randint(model.timesteps, (rows,))} if points else {}
+    forget = LatentSet(latents, None, (FORGET,) * rows, (ANCHOR,) * rows, **fixed)
+    retain = LatentSet(latents, None, (RETAIN,) * rows, **fixed)
+    config = get_method("salun" if points else preset).config
     train = replace(
         config.train,
         steps=steps,
@@ -114,6 +117,7 @@ def our_steps(
     config = replace(config, train=train, scope=args.scope)
     accelerator = make_accelerator(train)
     job = make_job(model, forget, retain, config, 0, accelerator)
+    job = replace(job, targets=frozen_targets(job))
     seconds, laps = [], [time.perf_counter()]
 
     def batches(step: int, part: int) -> Any:
