@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
@@ -15,10 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erase.models import PRECISIONS, DiffusionModel
 from erase.models.pipelines import denoiser, modules
+from erase.train_config import TrainConfig
 from prompts.errors import ErasureError, unknown
-
-if TYPE_CHECKING:
-    from erase.training import TrainConfig
 
 ATTENTION = ("auto", "sdpa", "xformers", "sliced")
 PLAIN_TOKENS = (

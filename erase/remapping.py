@@ -20,8 +20,9 @@ from erase.losses import denoising, remap
 from erase.models import Cond, DiffusionModel
 from erase.processes import in_shares
 from erase.scopes import select
+from erase.train_config import TrainConfig
 from erase.trainable import Frozen
-from erase.training import LossFn, TrainConfig
+from erase.training import LossFn
 from prompts.errors import ErasureError, unknown
 
 SOURCES = ("frozen", "current")

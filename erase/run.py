@@ -15,7 +15,8 @@ from erase.latents import LatentConfig, prepare_latents
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.processes import found, processes
-from erase.training import TrainConfig, make_accelerator
+from erase.train_config import TrainConfig
+from erase.training import make_accelerator
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
 

@@ -25,7 +25,7 @@ from typing import Any
 from erase.latents import prepare_latents
 from erase.models import load_model
 from erase.run import EraseConfig, erase_concept
-from erase.training import TrainConfig
+from erase.train_config import TrainConfig
 from eval.generate import GenerateConfig, generate
 from eval.images import ImageSet
 from eval.report import Score

@@ -28,7 +28,8 @@ from erase.methods.salun import SalUnConfig, choose_mask
 from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import modules
 from erase.remapping import loss_function, make_batch, make_job
-from erase.training import TrainConfig, fit, make_accelerator
+from erase.train_config import TrainConfig
+from erase.training import fit, make_accelerator
 from prompts.concepts import ConceptSpec
 from scripts.measuring import host_peak, peak
 

@@ -16,8 +16,9 @@ from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import denoising
 from erase.models import DiffusionModel
 from erase.scopes import select
+from erase.train_config import TrainConfig
 from erase.trainable import Frozen
-from erase.training import TrainConfig, fit
+from erase.training import fit
 from eval.evaluators.classifier import load_judge, predict
 from eval.generate import GenerateConfig, generate
 from prompts.concepts import ConceptSpec

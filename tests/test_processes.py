@@ -21,7 +21,8 @@ from erase.models import load_model
 from erase.processes import BUCKET, WRAPPERS, _buckets
 from erase.remapping import make_job
 from erase.run import EraseConfig, erase_concept
-from erase.training import TrainConfig, make_accelerator
+from erase.train_config import TrainConfig
+from erase.training import make_accelerator
 from prompts.canvas import canvas_concept
 from prompts.errors import ErasureError
 from scripts import run_erase, run_evaluate

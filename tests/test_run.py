@@ -21,7 +21,7 @@ from erase.latents import LatentConfig, LatentSet, prepare_latents
 from erase.methods.salun import SalUnConfig
 from erase.models import load_model
 from erase.run import EraseConfig, erase_concept
-from erase.training import TrainConfig
+from erase.train_config import TrainConfig
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError

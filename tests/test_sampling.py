@@ -11,7 +11,8 @@ from erase.models import wrap
 from erase.models.pipelines import arguments, denoiser
 from erase.remapping import frozen_targets, loss_function, make_batch, make_job
 from erase.sampling import choose_states
-from erase.training import TrainConfig, make_accelerator
+from erase.train_config import TrainConfig
+from erase.training import make_accelerator
 from prompts.canvas import canvas_concept
 from tests.families import FAMILIES
 

@@ -21,7 +21,8 @@ from erase.methods import Edit, Method
 from erase.models import DiffusionModel
 from erase.processes import found, progress, reduce_all
 from erase.remapping import Job, RemapConfig, frozen_targets, loss_function, make_batch, make_job
-from erase.training import TrainConfig, fit, gradients_on
+from erase.train_config import TrainConfig
+from erase.training import fit, gradients_on
 from prompts.concepts import ConceptSpec
 from prompts.errors import unknown
 
