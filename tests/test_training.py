@@ -275,7 +275,7 @@ WORKER = """
     from erase.models.sd import StableDiffusion
     from erase.scopes import select
     from erase.train_config import TrainConfig
-from erase.training import fit
+    from erase.training import fit
     from pathlib import Path
     script = load_script("train_canvas")
     model = StableDiffusion(build_pico_pipeline(script, script.build_tokenizer()))
