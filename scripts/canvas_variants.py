@@ -31,7 +31,7 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     }
     few = {
         f"density {density}{kind}": {"density": density, "mask": mask}
-        for density in (0.01, 0.001)
+        for density in (0.03, 0.01)
         for kind, mask in (("", "saliency"), (", random", "random"))
     }
     keeping = {
@@ -43,14 +43,14 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     sampling = {
         "50 sampling steps": {"steps": 50},
         "trajectory 10": {"trajectory": 10},
-        "trajectory 4, half the images": {"trajectory": 4, "n_forget": 48, "n_retain": 96},
         "trajectory 5, a fifth of the images": {"trajectory": 5, "n_forget": 20, "n_retain": 40},
     }
     return {
         "presets": {"salun": ours, "salun-paper": paper},
         "controls": {name: _with(ours, **change) for name, change in masks.items()},
         "few weights": {name: _with(ours, **change) for name, change in few.items()},
-        "no retain": {f"no retain{name}": _with(ours, alpha=0.0, **change) for name, change in keeping.items()},
+        "no retain": {f"no retain{name}": _with(ours, alpha=0.0, **change) for name, change in weights.items()},
+        "large rate": {f"lr 2e-3{name}": _with(fast, **change) for name, change in weights.items()},
         "sampling": {name: replace(ours, latents=replace(ours.latents, **change)) for name, change in sampling.items()},
     }
 
