@@ -34,12 +34,14 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
         for density in (0.03, 0.01)
         for kind, mask in (("", "saliency"), (", random", "random"))
     }
-    keeping = {
+    weights = {
         "": {},
         ", no mask": masks["no mask"],
         ", random mask": masks["random mask"],
         ", density 0.1": masks["density 0.1"],
+        ", density 0.1, random": masks["density 0.1"] | masks["random mask"],
     }
+    fast = _with(ours, train=replace(ours.settings.train, lr=2e-3))
     sampling = {
         "50 sampling steps": {"steps": 50},
         "trajectory 10": {"trajectory": 10},
