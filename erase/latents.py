@@ -12,15 +12,17 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from erase.files import damage_named, load_tensors, save_tensors
-from erase.models import Cond, DiffusionModel, autocast
+from erase.models import Cond, DiffusionModel
+from erase.processes import found, in_shares, processes
+from erase.sampling import sample_points
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
 from prompts.retain import without
 
 T = TypeVar("T")
+TENSORS, TEXTS = ("latents", "std", "noise", "t"), ("prompts", "anchors", "own", "each")  # of a set's file
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -29,13 +31,16 @@ class LatentConfig:
     """Where forget and retain latents come from."""
 
     n_forget: int = 96
-    """forget latents in all, over all concepts"""
+    """forget images in all, over all concepts"""
     n_retain: int = 192
-    """retain latents in all"""
+    """retain images in all"""
     steps: int = 10
     """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""
     guidance: float = 3.0
     """guidance scale of that sampling"""
+    trajectory: int = 0
+    """k: of each image that the model makes itself, train on k noisy states that its sampling passed through (on all, where there are fewer
+    steps). They are fixed, so that what the frozen base predicts there is computed once. 0: on the finished image, noised anew at each step"""
     mixed_precision: str = "no"
     """no, bf16 or fp16, for the sampling"""
     batch_size: int = 32
@@ -60,9 +65,20 @@ class LatentSet:
     """one anchor prompt per forget latent; None for retain latents"""
     own: int | None = None
     """the first so many latents show what their prompts say, the others their anchors; None: all do"""
+    noise: Tensor | None = None
+    """the noise that each latent is to be seen under, same shape; None: drawn anew at each use"""
+    t: Tensor | None = None
+    """training timesteps that go with it, shape (n,), int64"""
+    each: int = 1
+    """so many rows, one after the other, are points of one image"""
 
     def __len__(self) -> int:
         return len(self.latents)
+
+    def concept_rows(self) -> Tensor:
+        """One row of each image that shows what its prompt says; of points, one of every stretch of the trajectories in turn."""
+        images = torch.arange((len(self) if self.own is None else self.own) // self.each)
+        return images * self.each + images % self.each
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Latents of these rows: a posterior sample each, where they come from images."""
@@ -71,9 +87,16 @@ class LatentSet:
             return mean
         return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
 
+    def draw_noise(self, rows: Tensor, timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timestep and noise for these rows: their own, or drawn from `timesteps` and the normal distribution."""
+        if self.t is not None and self.noise is not None:
+            return self.t[rows], self.noise[rows]
+        shape = (len(rows), *self.latents.shape[1:])
+        return torch.randint(timesteps, (len(rows),), generator=generator), torch.randn(shape, generator=generator)
+
     def save(self, path: Path, metadata: dict[str, str]) -> None:
-        tensors = {"latents": self.latents} | ({} if self.std is None else {"std": self.std})
-        texts = {"prompts": json.dumps(self.prompts), "anchors": json.dumps(self.anchors), "own": json.dumps(self.own)}
+        tensors = {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
+        texts = {name: json.dumps(getattr(self, name)) for name in TEXTS}
         save_tensors(path, tensors, {**metadata, **texts, "format": "latents"})
 
     @classmethod
@@ -85,17 +108,23 @@ class LatentSet:
         """
         tensors, metadata = load_tensors(path, "latents")
         with damage_named(path, "delete it to make it again"):
-            prompts, anchors, own = (json.loads(metadata[key]) for key in ("prompts", "anchors", "own"))
-            latents, std = tensors["latents"], tensors.get("std")
+            prompts, anchors, own, each = (json.loads(metadata[key]) for key in TEXTS)
+            latents, t = tensors["latents"], tensors.get("t")
             texts = [prompts] if anchors is None else [prompts, anchors]
             if any(not isinstance(column, list) or len(column) != len(latents) for column in texts):
                 raise ErasureError(f"{path}: {len(prompts)} prompts for {len(latents)} latents; delete it to make it again")
             words = all(isinstance(text, str) for column in texts for text in column)
-            floats = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in tensors.values())
-            shaped = latents.dim() == 4 and (std is None or std.shape == latents.shape)
-            if not (words and floats and shaped and (own is None or own in range(len(latents) + 1))):
+            images = [tensor for name, tensor in tensors.items() if name != "t"]
+            floats = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in images)
+            shaped = latents.dim() == 4 and all(tensor.shape == latents.shape for tensor in images)
+            timed = ("noise" in tensors) == (t is not None) and (
+                t is None or (t.dtype, t.shape) == (torch.int64, latents.shape[:1])
+            )
+            counted = (own is None or own in range(len(latents) + 1)) and each in range(1, len(latents) + 1)
+            if not (words and floats and shaped and timed and counted):
                 raise ErasureError(f"{path} does not hold prompts and latents of shape (n, c, h, w); delete it to make it again")
-        return cls(latents, std, tuple(prompts), None if anchors is None else tuple(anchors), own)
+        anchors = None if anchors is None else tuple(anchors)
+        return cls(latents, tensors.get("std"), tuple(prompts), anchors, own, tensors.get("noise"), t, each)
 
 
 def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:
@@ -198,7 +227,7 @@ def _cached(
         [model.fingerprint, prompts, anchors, own, [(str(f), f.stat().st_size) for f in files], seed, asdict(config)]
     )
     path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
-    if path and path.exists():
+    if path and found(path):
         return LatentSet.load(path)
     if files:
         mean, std = _encode(model, files, config.batch_size)
@@ -206,25 +235,28 @@ def _cached(
         made = LatentSet(mean[rows], std[rows], prompts, anchors, own)
     else:
         shown = prompts[:own] + (anchors[own:] if anchors else ())
-        made = LatentSet(_sample(model, shown, config, seed, what), None, prompts, anchors, own)
-    if path:
+        latents, noise, t = sample_points(
+            model,
+            shown,
+            seed,
+            steps=config.steps,
+            guidance=config.guidance,
+            trajectory=config.trajectory,
+            precision=config.mixed_precision,
+            batch_size=config.batch_size,
+            what=what,
+        )
+        each = len(latents) // len(prompts)
+        made = LatentSet(
+            latents, None, _times(prompts, each), anchors and _times(anchors, each), own and own * each, noise, t, each
+        )
+    if path and processes().is_main_process:
         made.save(path, {"base_fingerprint": model.fingerprint})
     return made
 
 
-def _sample(model: DiffusionModel, prompts: tuple[str, ...], config: LatentConfig, seed: int, what: str) -> Tensor:
-    parts = []
-    with tqdm(total=len(prompts), desc=f"{what} latents", unit="img") as bar:
-        for start in range(0, len(prompts), config.batch_size):
-            batch = list(prompts[start : start + config.batch_size])
-            seeds = [seed + start + i for i in range(len(batch))]
-            with autocast(model.device, config.mixed_precision):
-                parts.append(model.sample(batch, seeds, config.steps, config.guidance).float().cpu())
-            bar.update(len(batch))
-    latents = torch.cat(parts)
-    if not latents.isfinite().all():
-        raise ErasureError("the model sampled latents that are not finite; load it in float32")
-    return latents
+def _times(texts: tuple[str, ...], each: int) -> tuple[str, ...]:
+    return tuple(text for text in texts for _ in range(each))
 
 
 def _image_files(folder: str) -> list[Path]:
@@ -239,12 +271,12 @@ def _image_files(folder: str) -> list[Path]:
 def _encode(model: DiffusionModel, files: list[Path], batch_size: int) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of image files: short side to the model's resolution (bicubic), centre crop, [-1, 1]."""
     size = model.image_size
-    means, stds = [], []
-    for start in tqdm(range(0, len(files), batch_size), desc="encoding images", unit="batch"):
-        images = torch.stack([_read(path, size) for path in files[start : start + batch_size]])
-        mean, std = model.encode_images(images)
-        means.append(mean.float().cpu())
-        stds.append(std.float().cpu())
+
+    def encode(rows: range) -> tuple[Tensor, Tensor]:
+        mean, std = model.encode_images(torch.stack([_read(files[row], size) for row in rows]))
+        return mean.float().cpu(), std.float().cpu()
+
+    means, stds = zip(*in_shares(len(files), batch_size, encode, "encoding images", "img"), strict=True)
     return torch.cat(means), torch.cat(stds)
 
 

@@ -14,7 +14,9 @@ from erase.files import written_whole
 from erase.latents import LatentConfig, prepare_latents
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
-from erase.training import TrainConfig, make_accelerator
+from erase.processes import found, processes
+from erase.train_config import TrainConfig
+from erase.training import make_accelerator
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
 
@@ -74,13 +76,13 @@ def erase_concept(
     folder = Path(out) if out else None
     if folder:
         _claim(folder, metadata)
-        if (folder / "delta.safetensors").exists():
+        if found(folder / "delta.safetensors"):
             return ErasedDelta.load(folder / "delta.safetensors")
-    base = {name: param.data for name, param in model.parameters().items()}
+    base = model.parameters()
     share = getattr(settings, "anchor_latents", 0.0)
     forget, retain = prepare_latents(model, concepts, config.latents, config.seed, folder and folder / "latents", share)
     edit = method.compute(model, concepts, forget, retain, settings, seed=config.seed, accelerator=accelerator, folder=folder)
-    delta = ErasedDelta.between({name: base[name] for name in edit.values}, edit.values, metadata)
+    delta = ErasedDelta.between({name: base[name].data for name in edit.values}, edit.values, metadata)
     if folder and accelerator.is_main_process:
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")
@@ -88,6 +90,7 @@ def erase_concept(
             aside.write_text(json.dumps({"losses": edit.losses}))
         delta.save(folder / "delta.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)
+    accelerator.wait_for_everyone()  # who goes on finds the files
     return delta
 
 
@@ -134,13 +137,13 @@ def describe(model: DiffusionModel, concepts: list[ConceptSpec], config: EraseCo
 def _claim(folder: Path, metadata: dict[str, str]) -> None:
     """Mark the folder as this erasure's, or refuse one that holds another: resuming must never mix two."""
     path = folder / "run.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        differing = [key for key in metadata if found.get(key) != metadata[key]]
+    if found(path):
+        other = json.loads(path.read_text())
+        differing = [key for key in metadata if other.get(key) != metadata[key]]
         if differing:
             raise ErasureError(
                 f"{folder} holds another run (its {', '.join(differing)} differ); choose another folder or delete it"
             )
-        return
-    with written_whole(path) as aside:
-        aside.write_text(json.dumps(metadata, indent=1))
+    elif processes().is_main_process:
+        with written_whole(path) as aside:
+            aside.write_text(json.dumps(metadata, indent=1))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +13,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from erase.execution import running
 from erase.files import written_whole
 from erase.mask import SaliencyMask
 from erase.models import PRECISIONS, DiffusionModel
+from erase.optimizers import make_optimizer
+from erase.processes import found, processes, reduce_all
+from erase.sharding import whole_state
+from erase.train_config import TrainConfig
 from erase.trainable import Frozen, Trainable
 from prompts.errors import ErasureError, unknown
-
-
-@dataclass
-class TrainConfig:
-    """How gradient steps are taken."""
-
-    steps: int = 150
-    """optimizer steps"""
-    lr: float = 1e-4
-    """learning rate of the first step"""
-    schedule: str = "constant"
-    """how it goes on: constant, linear or cosine (both down to zero after the last step)"""
-    batch_size: int = 16
-    """forget rows per optimizer step, over all processes and accumulated parts; as many retain rows"""
-    accumulation: int = 1
-    """parts into which each batch is split to save memory; the result is the same to rounding"""
-    optimizer: str = "Adam"
-    """any class of torch.optim by name"""
-    optimizer_args: dict[str, Any] = field(default_factory=dict)
-    """further arguments of the optimizer, e.g. {weight_decay: 0.01, momentum: 0.9}"""
-    max_grad_norm: float | None = None
-    """clip the norm of the masked gradient to this; None: no clipping"""
-    mixed_precision: str = "no"
-    """no, bf16, or fp16 (with loss scaling; needs a GPU); weights and optimizer state stay float32"""
-    gradient_checkpointing: bool = False
-    """recompute activations in the backward pass: less memory, about a third more time"""
-    ema: float | None = None
-    """decay of an exponential moving average that the result is taken from; None: the last weights"""
-    checkpoint_every: int = 50
-    """steps between saved training states; a stopped run goes on from the last one"""
-
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -60,8 +32,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
 }
 """name -> fraction of the learning rate at this fraction of the steps; a function of the step alone, so a resumed run goes on with it"""
-PLAIN_TOKENS = 32 * 32  # latent positions up to which a CPU trains with plain attention
-NOT_OURS = {"Optimizer", "LBFGS", "SparseAdam"}  # the abstract class; steps that need a closure; sparse gradients
 Batch = Any
 LossFn = Callable[[Batch, Frozen], Tensor]
 """(batch or part of one, the base weights as a context) -> a scalar with graph, a mean over its rows"""
@@ -92,7 +62,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+    return Accelerator(mixed_precision=config.mixed_precision, cpu=processes().device.type == "cpu")
 
 
 def fit(
@@ -125,29 +95,36 @@ def fit(
     Raises:
         ErasureError: a loss that is not finite, an unknown optimizer or argument, a mask of another base.
     """
+    processes()  # refuses a launch that this loop does not fit
     accelerator = accelerator or make_accelerator(config)
+    if config.schedule not in SCHEDULES:
+        raise unknown("schedule", config.schedule, SCHEDULES)
     if mask is not None:
         mask.check(params, model.fingerprint)
-    trainable = Trainable(params, mask)
-    try:
-        run = _Run.start(trainable, config, accelerator, checkpoint)
-        with (
-            checkpointed(model, params, config.gradient_checkpointing),
-            plain_attention(model),
-            torch.random.fork_rng(devices=[]),
-            tqdm(
-                total=config.steps, initial=run.step, desc="erasing", unit="step", disable=not accelerator.is_main_process
-            ) as bar,
-        ):
-            while run.step < config.steps:
-                loss = _step(run, batches, loss_fn, config, accelerator)
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update()
-                if run.step % config.checkpoint_every == 0:
-                    run.save()
-        return Fitted(trainable.result(run.average or trainable.values), run.losses)
-    finally:
-        trainable.close()
+    with running(model, params, config) as own:
+        trainable = Trainable(params, mask, own)
+        try:
+            run = _Run.start(trainable, config, accelerator, checkpoint)
+            _train(run, batches, loss_fn, config, accelerator)
+            return Fitted(trainable.result(run.average or trainable.values), run.losses)
+        finally:
+            trainable.close()
+
+
+def _train(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> None:
+    """All steps that are left, with a training state saved now and then."""
+    name = "erasing" if accelerator.num_processes == 1 else f"erasing on {accelerator.num_processes} processes"
+    done, quiet = run.step, not accelerator.is_main_process
+    with (
+        torch.random.fork_rng(devices=[]),
+        tqdm(total=config.steps, initial=done, desc=name, unit="step", disable=quiet) as bar,
+    ):
+        while run.step < config.steps:
+            loss = _step(run, batches, loss_fn, config, accelerator)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+            if run.step % config.checkpoint_every == 0:
+                run.save()
 
 
 def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> float:
@@ -168,33 +145,13 @@ def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, acc
             f"the loss is {total.item()} at step {run.step}; lower the learning rate ({config.lr:g}), set max_grad_norm, or train in float32"
         )
     values = list(run.trainable.values.values())
-    for value in values if accelerator.num_processes > 1 else ():
-        if value.grad is not None:
-            value.grad = accelerator.reduce(value.grad, reduction="mean")
+    reduce_all((value.grad for value in values if value.grad is not None), "mean")
     if config.max_grad_norm is not None:
         accelerator.clip_grad_norm_(values, config.max_grad_norm)
     run.optimizer.step()
     run.trainable.put()
     run.advance(total.item())
     return total.item()
-
-
-def _make_optimizer(values: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    kinds = {
-        name: kind
-        for name, kind in vars(torch.optim).items()
-        if inspect.isclass(kind) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_OURS
-    }
-    if config.schedule not in SCHEDULES:
-        raise unknown("schedule", config.schedule, SCHEDULES)
-    if config.optimizer not in kinds:
-        raise unknown("optimizer", config.optimizer, kinds)
-    try:
-        kind: Any = kinds[config.optimizer]
-        optimizer: torch.optim.Optimizer = kind(list(values), lr=config.lr, **config.optimizer_args)
-    except (TypeError, ValueError) as error:
-        raise ErasureError(f"optimizer {config.optimizer}: {error}") from error
-    return optimizer
 
 
 @contextmanager
@@ -210,33 +167,6 @@ def gradients_on(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
             param.grad = None
 
 
-@contextmanager
-def checkpointed(model: DiffusionModel, params: Mapping[str, nn.Parameter], on: bool) -> Iterator[None]:
-    """Gradient checkpointing where asked for; diffusers wants train mode for it."""
-    modules: list[Any] = [model.component(name) for name in sorted({name.split(".")[0] for name in params})] if on else []
-    for module in modules:
-        module.train()
-        _method(module, "enable_gradient_checkpointing", "gradient_checkpointing_enable")()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.eval()
-            _method(module, "disable_gradient_checkpointing", "gradient_checkpointing_disable")()
-
-
-def _method(module: Any, *names: str) -> Callable[[], None]:
-    """The first of these methods that the module has: diffusers and transformers name the same thing differently."""
-    return next(getattr(module, name) for name in names if hasattr(module, name))  # type: ignore[no-any-return]
-
-
-def plain_attention(model: DiffusionModel) -> AbstractContextManager[None]:
-    """On a CPU and for small latents, the plain kernel: the fused one's backward pass took a third of a training step there
-    (canvas: 50 ms a call). For large latents the fused one: it does not keep the attention's weights (SD 1.x at 512 pixels: 0.5 GB a layer)."""
-    small = model.device.type == "cpu" and model.latent_shape[1] * model.latent_shape[2] <= PLAIN_TOKENS
-    return sdpa_kernel(SDPBackend.MATH) if small else nullcontext()  # type: ignore[return-value]
-
-
 class _Run:
     """A training in progress, and everything that a resumed one needs: values, optimizer and loss-scaler state, average, losses."""
 
@@ -249,9 +179,14 @@ class _Run:
     @classmethod
     def start(cls, trainable: Trainable, config: TrainConfig, accelerator: Accelerator, path: Path | None) -> _Run:
         """A new run, or the one that `path` holds."""
-        optimizer = accelerator.prepare(_make_optimizer(trainable.values.values(), config))
-        run = cls(trainable, optimizer, accelerator.scaler, config.ema, path if accelerator.is_main_process else None)
-        if path and path.exists():
+        fuse = config.mixed_precision != "fp16"  # its loss scaler has a way of its own through fused steps
+        optimizer = make_optimizer(
+            list(trainable.values.values()), config.optimizer, config.lr, config.optimizer_args, fuse, config.shard_optimizer
+        )
+        # its state is still empty, and its values are where they belong
+        optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
+        run = cls(trainable, optimizer, accelerator.scaler, config.ema, path)
+        if path and found(path):
             run._load(path)
         return run
 
@@ -266,11 +201,11 @@ class _Run:
         self.losses.append(loss)
 
     def save(self) -> None:
-        if not self._path:
+        if not self._path or (optimizer := whole_state(self.optimizer)) is None:
             return
         state = {
             "values": {name: value.detach() for name, value in self.trainable.values.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "scaler": self._scaler.state_dict() if self._scaler else {},
             "average": self.average,
             "losses": self.losses,
@@ -294,11 +229,3 @@ class _Run:
         for name, mean in self.average.items():
             mean.copy_(state["average"][name])
         self.losses = list(state["losses"])
-
-
-def default_device() -> torch.device:
-    """Where Accelerate would put a model: this process's GPU, or the CPU."""
-    from accelerate import PartialState
-
-    device: torch.device = PartialState(cpu=not torch.accelerator.is_available()).device
-    return device

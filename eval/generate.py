@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -32,11 +31,11 @@ from diffusers import (
     LMSDiscreteScheduler,
     PNDMScheduler,
 )
-from tqdm import tqdm
 
 from erase.models import Cond, autocast
 from erase.models.loading import family_of
 from erase.models.pipelines import Pipeline, arguments, decode, denoiser, encode, image_size
+from erase.processes import processes, progress
 from eval.images import (
     SETTINGS,
     ImageRow,
@@ -131,15 +130,15 @@ def generate(pipeline: Pipeline, prompts: PromptSet, out: Path, config: Generate
     """
     family_of(pipeline, "the pipeline")  # refuses other kinds
     out = Path(out)
-    state = PartialState(cpu=pipeline._execution_device.type == "cpu")  # without cpu=True, processes on CPU stay strangers
+    state = processes()
     whole = batches(prompts, config)
     size = max(len(batch.rows) for batch in whole)
     settings = _settings(pipeline, prompts, config, size)
     if clash := settings.keys() & provenance.keys():
         raise ErasureError(f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it")
     settings |= provenance
-    _claim(out, settings, state)
-    _make(_prepared(pipeline, config), whole[state.process_index :: state.num_processes], out, settings, state)
+    _claim(out, settings)
+    _make(_prepared(pipeline, config), whole[state.process_index :: state.num_processes], out, settings)
     state.wait_for_everyone()
     if state.is_main_process:
         write_manifest(out, [_image_row(out, row, batch.guidance) for batch in whole for row in batch.rows])
@@ -175,7 +174,7 @@ def _settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, si
     }
 
 
-def _claim(out: Path, settings: dict[str, Any], state: PartialState) -> None:
+def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder whose images were made in another way; else write `settings.json`, before any image."""
     found = read_settings(out)
     if found is None and any(out.glob("*.png")):
@@ -187,8 +186,8 @@ def _claim(out: Path, settings: dict[str, Any], state: PartialState) -> None:
                 f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another output folder, "
                 f"or delete this one to make its images anew"
             )
-    state.wait_for_everyone()  # nobody writes before everybody has looked
-    if state.is_main_process:
+    processes().wait_for_everyone()  # nobody writes before everybody has looked
+    if processes().is_main_process:
         write_settings(out, settings)
 
 
@@ -214,15 +213,14 @@ def _scheduler(own: Any, name: str) -> Any:
     return scheduler.from_config(own.config, **options, **shift)
 
 
-def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any], state: PartialState) -> None:
+def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any]) -> None:
     """Make what is missing of these batches; files are written while the next batch is denoised."""
     embed = _embedder(pipe)
     with ThreadPoolExecutor() as pool:
         missing = list(pool.map(lambda batch: _missing(batch, out), mine))
         total, left = sum(len(batch.rows) for batch in mine), sum(map(len, missing))
         writes: list[Future[None]] = []
-        desc = "images" if state.num_processes == 1 else f"images of process 1 of {state.num_processes}"
-        with tqdm(desc=desc, unit="image", total=total, initial=total - left, disable=not state.is_main_process) as bar:
+        with progress("images", "image", total, total - left) as bar:
             for batch, rows in zip(mine, missing, strict=True):
                 if not rows:
                     continue
@@ -287,5 +285,8 @@ def _made_from(row: PromptRow, batch: Batch) -> dict[str, Any]:
 def _image_row(out: Path, row: PromptRow, guidance: float) -> ImageRow:
     digest = file_sha256(out / _file(row))
     if digest is None:
-        raise ErasureError(f"{out / _file(row)} was deleted while its set was being made; run the same command again")
+        raise ErasureError(
+            f"{out / _file(row)} was deleted while its set was being made, or was made on a machine that does not share this disk; "
+            "run the same command again, on several machines with a folder that all of them share"
+        )
     return ImageRow(_file(row), row.case, row.prompt, row.seed, guidance, row.labels, digest)

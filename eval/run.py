@@ -12,9 +12,10 @@ from typing import Any
 from erase.delta import ErasedDelta
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
+from erase.processes import processes
 from eval.evaluators import get_evaluator
 from eval.evaluators.classifier import Config as ClassifierConfig
-from eval.evaluators.classifier import confusions
+from eval.evaluators.classifier import Judged, judged, load_judge
 from eval.evaluators.clip import CANVAS
 from eval.evaluators.clip import Config as ClipConfig
 from eval.evaluators.nudenet import Config as NudeNetConfig
@@ -81,6 +82,9 @@ def evaluate(
 ) -> EvalReport:
     """Generate before and after, score both, and write report.json, report.html and before_after.png into `out`.
 
+    Under `accelerate launch` or `torchrun`, every process calls this with the same arguments; images are made and judged in shares,
+    and the main process writes the report, the same as a single process would.
+
     Args:
         model: the base that the delta was made from, by name or loaded; a loaded one holds the erased weights afterwards.
         delta: what was erased.
@@ -112,15 +116,17 @@ def evaluate(
     images = {BASE: before, ERASED: after}
     report = _report(images, concepts, delta, config, commands or [])
     mask = evidence.mask
-    save_report(
-        out,
-        report,
-        before,
-        after,
-        {"loss": evidence.losses} if evidence.losses else {},
-        mask.layer_density() if mask else {},
-        mask.sizes() if mask else None,
-    )
+    if processes().is_main_process:
+        save_report(
+            out,
+            report,
+            before,
+            after,
+            {"loss": evidence.losses} if evidence.losses else {},
+            mask.layer_density() if mask else {},
+            mask.sizes() if mask else None,
+        )
+    processes().wait_for_everyone()  # who goes on finds the files
     return report
 
 
@@ -132,11 +138,14 @@ def _report(
     commands: list[str],
 ) -> EvalReport:
     """Scores of both image sets, and where everything came from."""
+    names, seen = config.evaluators or [], {}
+    if "classifier" in names:  # scores and confusions of one look at the images
+        seen = {row: judged(load_judge(config.classifier.judge), found, config.classifier) for row, found in images.items()}
     return EvalReport(
         concept=_concept(concepts),
-        rows={row: score(found, concepts, config.evaluators or [], config) for row, found in images.items()},
+        rows={row: score(found, concepts, names, config, seen.get(row)) for row, found in images.items()},
         provenance={
-            **{key: value for key, value in delta.metadata.items() if key not in ("config", "concepts", "format")},
+            **{key: value for key, value in sorted(delta.metadata.items()) if key not in ("config", "concepts", "format")},
             "config": json.loads(delta.metadata["config"]),
             "evaluation": asdict(config),
             "changed_weights": delta.count,
@@ -144,16 +153,29 @@ def _report(
             "open_clip": version("open_clip_torch"),
             "commands": commands,
         },
-        extras=_confusion(images, concepts, config),
+        extras=_confusion(seen, concepts[0].kind),
     )
 
 
 def score(
-    images: ImageSet, concepts: list[ConceptSpec], evaluators: list[str], config: EvaluateConfig | None = None
+    images: ImageSet,
+    concepts: list[ConceptSpec],
+    evaluators: list[str],
+    config: EvaluateConfig | None = None,
+    seen: Judged | None = None,
 ) -> list[Score]:
-    """Scores of one image set by several evaluators, in their order, each with its part of `config`."""
+    """Scores of one image set by several evaluators, in their order, each with its part of `config`.
+
+    Every process asks for them together. `seen` is what the classifier saw, where it has judged these images already.
+    """
     config = config or EvaluateConfig()
-    return [found for name in evaluators for found in get_evaluator(name).evaluate(images, concepts, getattr(config, name))]
+    scores: list[Score] = []
+    for name in evaluators:
+        if name == "classifier" and seen:
+            scores += seen.scores(concepts, config.classifier)
+        else:
+            scores += get_evaluator(name).evaluate(images, concepts, getattr(config, name))
+    return scores
 
 
 def _concept(concepts: list[ConceptSpec]) -> dict[str, Any]:
@@ -170,9 +192,7 @@ def _concept(concepts: list[ConceptSpec]) -> dict[str, Any]:
     }
 
 
-def _confusion(images: Mapping[str, ImageSet], concepts: list[ConceptSpec], config: EvaluateConfig) -> dict[str, Any]:
+def _confusion(seen: Mapping[str, Judged], kind: str | None) -> dict[str, Any]:
     """Confusion matrices of the first concept's kind, where the classifier judged."""
-    if "classifier" not in (config.evaluators or ()):
-        return {}
-    tables, kind = {row: confusions(found, config.classifier) for row, found in images.items()}, concepts[0].kind
-    return {"confusion": {row: table[kind] for row, table in tables.items() if kind in table}}
+    tables = {row: judgement.confusions() for row, judgement in seen.items()}
+    return {"confusion": {row: table[kind] for row, table in tables.items() if kind in table}} if tables else {}

@@ -30,7 +30,7 @@ from erase.methods.salun import SalUnConfig
 from erase.models import DiffusionModel, load_model
 from erase.places import to_gaps
 from erase.run import EraseConfig, erase_concept
-from erase.training import TrainConfig
+from erase.train_config import TrainConfig
 from prompts.canvas import canvas_concept
 
 RUNS = {"density 0.5": (0.5, "full"), "density 0.1": (0.1, "full"), "density 0.01": (0.01, "full"), "xattn 0.5": (0.5, "xattn")}

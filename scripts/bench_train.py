@@ -1,14 +1,18 @@
 """A SalUn training step: ours against what the public code does in its place, and against the machine's own limit.
 
-  python scripts/bench_train.py                               canvas and a UNet of 100 M weights, on a CPU: a few minutes
-  python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --json train.json
+  python scripts/bench_train.py --precision bf16              canvas and a UNet of 100 M weights, on a CPU: some minutes
+  python scripts/bench_train.py --models canvas --variants salun --grow
+  python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --offload --optimizer AdamW8bit
+  python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --offload --scope xattn
 
 `naive` is the step of the public code: VAE and text encoder in the loop, one pass each for forget, anchor and retain, the anchor with its graph
 and then detached, a dense int64 mask moved to the device and multiplied into each gradient, Adam over all weights, float32. `ours` is `fit`
 with the same rows: cached latents and embeddings, forget and retain in one pass, the teacher without a graph, an optimizer over the masked
-weights alone. `salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over the retain rows.
+weights alone. `salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over the retain rows;
+`trajectory` is `salun` on fixed points (`latents.trajectory`), whose targets are computed once, before the steps that are timed.
 Each runs in a process of its own. Memory is the process's peak beyond the loaded model (on a GPU: all that is allocated). The floor is
-7 forward passes' worth of multiplications (3 forget, 1 anchor, 3 retain) at the matrix-multiplication rate measured in the same run.
+the forward passes' worth of multiplications that the variant needs per row (3 forget, 1 anchor, 3 retain; `salun` 1 more, `trajectory` 1 less) at the
+matrix-multiplication rate measured in the same run; share is floor / seconds.
 """
 
 from __future__ import annotations
@@ -28,14 +32,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from erase.latents import LatentSet
 from erase.mask import SaliencyMask
 from erase.methods import get_method
-from erase.methods.salun import loss_function, make_batch, make_job
 from erase.models import DiffusionModel, load_model, wrap
+from erase.remapping import frozen_targets, loss_function, make_batch, make_job
 from erase.scopes import select
 from erase.training import fit, make_accelerator
-from scripts.measuring import peak, wait
+from scripts.measuring import new_peak, start_peak, wait
 
 FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
-VARIANTS = ("naive", "salun-paper", "salun")
+PASSES = {"naive": 7, "salun-paper": 7, "salun": 8, "trajectory": 6}
+"""variant -> forward passes' worth of arithmetic per row and step; a backward pass counts twice"""
+GROWTH = [("batch", [2, 4, 8, 16]), ("density", [0.01, 0.1, 0.5, 1.0]), ("scope", ["full", "xattn", "xattn_kv"])]
 
 
 def build(name: str, device: str) -> DiffusionModel:
@@ -60,7 +66,7 @@ def build(name: str, device: str) -> DiffusionModel:
 def naive_steps(model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int) -> list[float]:
     """The public code's step; seconds of each."""
     device, pipe = model.device, model.pipeline()
-    params = select(model.parameters(), "full")
+    params = select(model.parameters(), "full")  # the public code has no other scope
     dense = {name: mask[name].long() for name in params}
     optimizer = torch.optim.Adam([p.requires_grad_(True) for p in params.values()], lr=1e-5)
     images = torch.rand(rows, 3, model.image_size, model.image_size) * 2 - 1
@@ -90,20 +96,34 @@ def our_steps(
     model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int, preset: str, args: argparse.Namespace
 ) -> list[float]:
     """`fit` on cached latents; seconds of each step."""
-    latents = torch.randn(rows, *model.latent_shape)
-    forget, retain = LatentSet(latents, None, (FORGET,) * rows, (ANCHOR,) * rows), LatentSet(latents, None, (RETAIN,) * rows)
-    config = get_method(preset).config
+    points, latents = preset == "trajectory", torch.randn(rows, *model.latent_shape)
+    fixed = {"noise": torch.randn_like(latents), "t": torch.randint(model.timesteps, (rows,))} if points else {}
+    forget = LatentSet(latents, None, (FORGET,) * rows, (ANCHOR,) * rows, **fixed)
+    retain = LatentSet(latents, None, (RETAIN,) * rows, **fixed)
+    config = get_method("salun" if points else preset).config
     train = replace(
-        config.train, steps=steps, batch_size=rows, mixed_precision=args.precision, gradient_checkpointing=args.checkpointing
+        config.train,
+        steps=steps,
+        batch_size=rows,
+        mixed_precision=args.precision,
+        accumulation=args.accumulation,
+        optimizer=args.optimizer,
+        gradient_checkpointing=args.checkpointing,
+        attention=args.attention,
+        channels_last=args.channels_last,
+        compile=args.compile,
+        offload=args.offload,
     )
-    config = replace(config, train=train)
+    config = replace(config, train=train, scope=args.scope)
     accelerator = make_accelerator(train)
     job = make_job(model, forget, retain, config, 0, accelerator)
+    job = replace(job, targets=frozen_targets(job))
     seconds, laps = [], [time.perf_counter()]
 
     def batches(step: int, part: int) -> Any:
-        seconds.append(_lap(laps[-1], model.device))
-        laps.append(time.perf_counter())
+        if part == 0:
+            seconds.append(_lap(laps[-1], model.device))
+            laps.append(time.perf_counter())
         return make_batch(job, step, part)
 
     fit(model, job.params, batches, loss_function(job), train, mask, accelerator=accelerator)
@@ -132,64 +152,108 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
     """Seconds of the quickest step, peak memory and the floor of one variant."""
     torch.manual_seed(0)
     model = build(name, args.device)
-    params = select(model.parameters(), "full")
-    mask = SaliencyMask.random(params, 0.5, 0, {"base_fingerprint": model.fingerprint})
-    before = 0.0 if args.device == "cuda" else peak(args.device) / 1e9
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    params = select(model.parameters(), "full" if variant == "naive" else args.scope)
+    provenance = {"base_fingerprint": model.fingerprint}
+    mask = SaliencyMask.random(params, args.density, 0, provenance)
+    held = start_peak(args.device)
     if variant == "naive":
         seconds = naive_steps(model, mask, args.batch, args.steps)
     else:
         seconds = our_steps(model, mask, args.batch, args.steps, variant, args)
-    extra = peak(args.device) / 1e9 - before
+    extra = (new_peak(args.device) - (0 if args.device == "cuda" else held)) / 1e9
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         x = torch.randn(1, *model.latent_shape, device=model.device)
         model.predict(x, torch.tensor([500], device=model.device), model.encode([FORGET]))
-    floor = 7 * args.batch * flops.get_total_flops() / matmul_rate(args.device, args.precision if variant != "naive" else "no")
-    weights = sum(p.numel() for p in params.values())
+    floor = (
+        PASSES[variant]
+        * args.batch
+        * flops.get_total_flops()
+        / matmul_rate(args.device, args.precision if variant != "naive" else "no")
+    )
     return {
         "model": name,
-        "weights": weights,
+        "weights": sum(p.numel() for p in params.values()),
         "variant": variant,
+        "batch": args.batch,
+        "density": args.density,
+        "scope": args.scope,
         "seconds": min(seconds),
         "extra_gb": extra,
         "floor_seconds": floor,
     }
 
 
+def in_own_process(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """`measure` in a fresh process, whose memory is its own; None: it did not finish."""
+    given = json.dumps({key: value for key, value in vars(args).items() if key != "json"})
+    done = subprocess.run([sys.executable, __file__, "--one", name, variant, given], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"{name:8}{'':>13}  {variant:12} did not finish (exit code {done.returncode}): out of memory?")
+        return None
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A table of all variants of each model."""
+    rows = []
+    print(f"{'model':8}{'weights':>13}  {'variant':12}{'s/step':>9}{'extra GB':>10}{'floor s':>9}{'share':>7}{'x naive speed':>15}{'x naive memory':>16}")  # fmt: skip
+    for name in args.models:
+        base = None
+        for variant in args.variants:
+            row = in_own_process(name, variant, args)
+            if not row:
+                continue
+            rows.append(row)
+            base = base or row  # the naive step, unless it was left out
+            gain, memory, share = base["seconds"] / row["seconds"], row["extra_gb"] / base["extra_gb"], row["floor_seconds"] / row["seconds"]  # fmt: skip
+            print(f"{name:8}{row['weights']:>13,}  {variant:12}{row['seconds']:>9.2f}{row['extra_gb']:>10.2f}{row['floor_seconds']:>9.2f}{share:>7.0%}{gain:>15.2f}{memory:>16.2f}", flush=True)  # fmt: skip
+    return rows
+
+
+def grow(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds and memory of one variant against batch, density and scope, each with the others as given."""
+    rows = []
+    for what, values in GROWTH:
+        print(f"{what:>10}{'s/step':>9}{'extra GB':>10}")
+        for value in values:
+            row = in_own_process(args.models[0], args.variants[-1], argparse.Namespace(**vars(args) | {what: value}))
+            if row:
+                rows.append(row)
+                print(f"{value:>10}{row['seconds']:>9.2f}{row['extra_gb']:>10.2f}", flush=True)
+    return rows
+
+
 def main() -> None:
     """Each model and variant in its own process; a table, and JSON where asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["canvas", "mid", "sd1"], default=["canvas", "mid"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=list(PASSES), default=list(PASSES))
+    parser.add_argument(
+        "--grow", action="store_true", help="the last variant of the first model against batch, density and scope"
+    )
     parser.add_argument("--batch", type=int, default=8, help="forget rows, and retain rows, of a step")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="of ours; the naive step is float32")
-    parser.add_argument("--checkpointing", action="store_true", help="ours: recompute activations in the backward pass")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    ours = parser.add_argument_group("ours (the naive step is float32, over all weights)")
+    ours.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
+    ours.add_argument("--density", type=float, default=0.5)
+    ours.add_argument("--scope", default="full")
+    ours.add_argument("--accumulation", type=int, default=1, help="parts that a batch is split into")
+    ours.add_argument("--optimizer", default="Adam")
+    ours.add_argument("--attention", default="auto")
+    ours.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    ours.add_argument("--channels-last", action="store_true")
+    ours.add_argument("--compile", action="store_true")
+    ours.add_argument("--offload", action="store_true", help="what the steps do not use waits on the CPU")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(*args.one, args)))
+        name, variant, given = args.one
+        print(json.dumps(measure(name, variant, argparse.Namespace(**json.loads(given)))))
         return
-    shared = [word for word in sys.argv[1:] if word != "--json" and word != str(args.json)]
-    rows: list[dict[str, Any]] = []
-    print(
-        f"{'model':8}{'weights':>13}  {'variant':12}{'s/step':>9}{'extra GB':>10}{'floor s':>9}{'x naive speed':>15}{'x naive memory':>16}"
-    )
-    for name in args.models:
-        own: dict[str, dict[str, Any]] = {}
-        for variant in args.variants:
-            done = subprocess.run([sys.executable, __file__, *shared, "--one", name, variant], stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                print(f"{name:8}{'':>13}  {variant:12} did not finish (exit code {done.returncode}): out of memory?")
-                continue
-            own[variant] = row = json.loads(done.stdout.splitlines()[-1])
-            rows.append(row)
-            base = own.get("naive", row)
-            gain, memory = base["seconds"] / row["seconds"], row["extra_gb"] / max(base["extra_gb"], 1e-9)
-            print(f"{name:8}{row['weights']:>13,}  {variant:12}{row['seconds']:>9.2f}{row['extra_gb']:>10.2f}{row['floor_seconds']:>9.2f}{gain:>15.2f}{memory:>16.2f}", flush=True)  # fmt: skip
+    rows = grow(args) if args.grow else compare(args)
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
         args.json.write_text(json.dumps({"torch": torch.__version__, "settings": settings, "rows": rows}, indent=1))

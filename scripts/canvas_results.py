@@ -2,7 +2,8 @@
 
   python scripts/canvas_results.py --concepts all                                 the default preset, every concept, seed 0
   python scripts/canvas_results.py --concepts heart Neon red --seeds 0 1 2        three seeds of one concept of each kind
-  python scripts/canvas_results.py --concepts heart Neon red --variants controls  no mask, random, inverted, xattn, densities
+  python scripts/canvas_results.py --concepts heart Neon red --variants controls  a group or names of scripts/canvas_variants.py
+  python scripts/canvas_results.py --concepts heart --variants salun --relearn 5 10 20 40    and how soon it comes back
   python scripts/canvas_results.py --table                                        the table of all that was measured
 
 Each measurement is one line of OUT/results.jsonl; what is there is not measured again, so the script can be stopped at any time.
@@ -21,69 +22,59 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from erase.latents import LatentConfig
-from erase.methods import get_method
+from erase.latents import prepare_latents
 from erase.models import load_model
 from erase.run import EraseConfig, erase_concept
+from erase.train_config import TrainConfig
 from eval.generate import GenerateConfig, generate
 from eval.images import ImageSet
 from eval.report import Score
 from eval.run import score
 from prompts.canvas import KINDS, canvas_concept, vocabulary
+from prompts.errors import unknown
 from prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
+from scripts.canvas_variants import Variant, groups
+from scripts.relearning import curve
 
 EVALUATORS = ["classifier", "clip"]
 SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
 
 
-def variants(precision: str) -> dict[str, tuple[str, Any]]:
-    """Name -> (method, its configuration)."""
-    ours, paper = (_at(get_method(name).config, precision) for name in ("salun", "salun-paper"))
-    controls = {
-        "no mask": replace(ours, mask="none"),
-        "random mask": replace(ours, mask="random"),
-        "inverted mask": replace(ours, mask="inverted"),
-        "xattn only": replace(ours, scope="xattn"),
-        **{f"density {density}": replace(ours, density=density) for density in (0.1, 0.3, 0.5, 0.7, 0.9)},
-    }
-    return {"salun": ("salun", ours), "salun-paper": ("salun-paper", paper)} | {
-        name: ("salun", config) for name, config in controls.items() if config != ours
-    }
-
-
-def _at(config: Any, precision: str) -> Any:
-    return replace(config, train=replace(config.train, mixed_precision=precision))
-
-
-def measure(concept: str, variant: str, seed: int, out: Path, answers: int, config: GenerateConfig) -> dict[str, Any]:
+def measure(
+    concept: str, name: str, variant: Variant, seed: int, out: Path, answers: int, config: GenerateConfig, relearn: list[int]
+) -> dict[str, Any]:
     """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
     spec, model, prompts = canvas_concept(concept), load_model("canvas"), canvas_grid(ANSWER_SEEDS[:answers])
-    method, settings = variants(config.mixed_precision)[variant]
-    base = generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
-    folder = out / f"{concept}-{variant.replace(' ', '-')}-{seed}"
+    generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
+    folder = out / f"{concept}-{name.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (out / "latents").mkdir(exist_ok=True)
     (folder / "latents").symlink_to((out / "latents").resolve())  # the same for all variants of a concept and seed
     started = time.monotonic()
-    erasure = EraseConfig(method=method, seed=seed, latents=LatentConfig(mixed_precision=config.mixed_precision))
-    delta = erase_concept(spec, erasure, settings, model=model, out=folder)
+    erasure = EraseConfig(method=variant.method, seed=seed, latents=variant.latents)
+    delta = erase_concept(spec, erasure, variant.settings, model=model, out=folder)
     seconds = time.monotonic() - started
+    shown, _ = prepare_latents(model, [spec], replace(variant.latents, n_forget=16, trajectory=0), seed, out / "latents")
     delta.apply(model)
-    erased = generate(model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint})
-    scores = {"base": _base_scores(base.folder, concept), "erased": score(erased, [spec], EVALUATORS)}
+    after = generate(model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint})
+    scores = {"base": _base_scores(out / "base", concept), "erased": score(after, [spec], EVALUATORS)}
+    train = TrainConfig(lr=1e-4, batch_size=8, mixed_precision=config.mixed_precision)
+    back = curve(model, spec, shown, prompts, relearn, train, folder, config)
     shutil.rmtree(folder)
     return {
         "concept": concept,
         "kind": spec.kind,
-        "variant": variant,
+        "variant": name,
         "seed": seed,
         "answers": answers,
         "base_fingerprint": delta.metadata["base_fingerprint"],
-        "settings": asdict(settings),
+        "settings": asdict(variant.settings),
+        "latents": asdict(variant.latents),
         "seconds": round(seconds, 1),
         "changed": delta.count,
         **{row: {s.name: round(s.value, 3) for s in found} for row, found in scores.items()},
+        **({"UA after relearning": back} if back else {}),
     }
 
 
@@ -128,7 +119,10 @@ def main() -> None:
     """Measure what is asked for and not yet there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all")
-    parser.add_argument("--variants", nargs="+", default=["salun"], help="names, or controls for all but the default preset")
+    parser.add_argument("--variants", nargs="+", default=["salun"], help="names or groups of scripts/canvas_variants.py")
+    parser.add_argument(
+        "--relearn", nargs="*", type=int, default=[], help="steps of fine-tuning on 16 images of the concept, afterwards"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--answers", type=int, default=1, help="seeds of the answer set: images of each object x style x colour")
     parser.add_argument("--precision", default="bf16", help="no, bf16 or fp16; of sampling and training alike")
@@ -142,14 +136,28 @@ def main() -> None:
         print(f"{summary(rows)}\n\n{table(rows)}")
         return
     names = [name for kind in KINDS for name in vocabulary().names(kind)] if args.concepts == ["all"] else args.concepts
-    chosen = [name for name in variants(args.precision) if name != "salun"] if args.variants == ["controls"] else args.variants
-    done = {(row["concept"], row["variant"], row["seed"], row["answers"]) for row in rows}
+    found = groups(args.precision)
+    known = {name: variant for group in found.values() for name, variant in group.items()}
+    chosen = [name for given in args.variants for name in found.get(given, [given])]
+    for name in chosen:
+        if name not in known:
+            raise SystemExit(str(unknown("variant", name, [*known, *found])))
+    done = {_key(row) for row in rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    for job in [(c, v, s) for v in chosen for s in args.seeds for c in names if (c, v, s, args.answers) not in done]:
-        row = measure(*job, args.out, args.answers, GenerateConfig(steps=args.steps, mixed_precision=args.precision))
-        with record.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(job, row["seconds"], "s", row["erased"], flush=True)
+    config = GenerateConfig(steps=args.steps, mixed_precision=args.precision)
+    for name in chosen:
+        for seed in args.seeds:
+            for concept in names:
+                if (concept, name, seed, args.answers, bool(args.relearn)) in done:
+                    continue
+                row = measure(concept, name, known[name], seed, args.out, args.answers, config, args.relearn)
+                with record.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(concept, name, seed, row["seconds"], "s", row["erased"], row.get("UA after relearning", ""), flush=True)
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["concept"], row["variant"], row["seed"], row["answers"], "UA after relearning" in row
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from scripts import run_erase, run_evaluate, run_export
-from scripts.front import parse, parser, run
+from scripts.front import alone, parse, parser, run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -21,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--anchor", type=str | None, default=None, help="what to put in its place; the next of its kind by default")
     made.add_argument("--out", type=str | None, default=None, help="folder for everything; runs/demo-CONCEPT by default")
     options = parse(made, argv)
+    alone("erase-demo")
     out = Path(options.out or f"runs/demo-{options.concept}")
     delta = str(out / "delta.safetensors")
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields, replace
 from typing import Any, TypeVar
 
+import torch
 from jsonargparse import ArgumentParser as JsonArgumentParser
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from erase.processes import processes
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec, load_concepts
 from prompts.errors import ErasureError, unknown
@@ -20,6 +24,10 @@ from prompts.proposals import propose
 from prompts.reading import read_yaml
 
 T = TypeVar("T")
+LEANER = (
+    "do less at a time: a smaller batch_size (of latents, of generate), train.accumulation 4, train.gradient_checkpointing true, "
+    "a narrower scope such as xattn; docs/performance.md says what each saves"
+)
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
 
 
@@ -127,19 +135,37 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Run a command: 0 when done, 2 for bad input (one sentence on stderr), 130 for Ctrl-C."""
+    """Run a command: 0 when done, 2 for bad input or too little memory (one sentence on stderr), 130 for Ctrl-C.
+
+    Of several processes the main one alone speaks; all tell their errors.
+    """
     _quiet()
     logging.basicConfig(format="%(message)s")
-    logging.getLogger("erase").setLevel(logging.INFO)  # what was decided on the user's behalf
     try:
-        main(argv)
+        if processes().is_main_process:
+            logging.getLogger("erase").setLevel(logging.INFO)  # what was decided on the user's behalf
+            main(argv)
+        else:
+            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                main(argv)
     except ErasureError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+            raise
+        print(f"error: out of memory; {LEANER}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
     return 0
+
+
+def alone(command: str) -> None:
+    """Refuse several processes, for a command whose work is not shared: each would write the same files."""
+    if (count := processes().num_processes) > 1:
+        raise ErasureError(f"{command} is work for one process, not {count}; run it without accelerate launch or torchrun")
 
 
 def _quiet() -> None:

@@ -24,10 +24,12 @@ from accelerate import init_empty_weights
 
 from erase.delta import ErasedDelta
 from erase.latents import LatentSet
-from erase.methods.salun import SalUnConfig, choose_mask, loss_function, make_batch, make_job
+from erase.methods.salun import SalUnConfig, choose_mask
 from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import modules
-from erase.training import TrainConfig, fit, make_accelerator
+from erase.remapping import loss_function, make_batch, make_job
+from erase.train_config import TrainConfig
+from erase.training import fit, make_accelerator
 from prompts.concepts import ConceptSpec
 from scripts.measuring import host_peak, peak
 

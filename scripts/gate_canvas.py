@@ -13,10 +13,8 @@ import hashlib
 import sys
 from pathlib import Path
 
-from accelerate import PartialState
-
 from erase.models import CANVAS, load_model
-from erase.training import default_device
+from erase.processes import default_device, processes
 from eval.generate import GenerateConfig, generate
 from eval.report import Score
 from eval.run import score
@@ -106,9 +104,9 @@ def main() -> None:
     config = GenerateConfig(steps=args.steps, guidance=args.guidance, mixed_precision=args.precision)
     model = load_model("canvas", default_device())
     images = generate(model.pipeline(), canvas_grid(), args.out, config, {"fingerprint": model.fingerprint})
-    if not PartialState().is_main_process:
-        return
     scores = {judge: score(images, [], [judge]) for judge in LEAST}
+    if not processes().is_main_process:
+        return
     (CANVAS / "README.md").write_text(card(scores, config, len(images.rows), args.unet_steps), encoding="utf-8")
     for judge, found in scores.items():
         print(judge, {s.name: s.text() for s in found})

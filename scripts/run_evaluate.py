@@ -3,7 +3,8 @@
   erase-evaluate --delta runs/heart/delta.safetensors --out runs/heart/report
   erase-evaluate --delta runs/nudity/delta.safetensors --model PATH --prompts i2p.csv --evaluators [nudenet] --out runs/nudity/report
 
-OUT/report.html is one page for a browser, report.json the same for programs, before_after.png the picture.
+OUT/report.html is one page for a browser, report.json the same for programs, before_after.png the picture. Several processes share
+the images and the judging: accelerate launch --num_processes 4 scripts/run_evaluate.py --delta DELTA --out OUT
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from erase.delta import ErasedDelta
+from erase.processes import default_device
 from erase.run import load_base
-from erase.training import default_device
 from eval.run import EvaluateConfig, Evidence, evaluate
 from prompts.errors import ErasureError
 from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, shipped_sets

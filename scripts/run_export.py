@@ -34,7 +34,7 @@ from erase.usage import FORMATS, usage
 from eval.report import EvalReport
 from eval.report_card import model_card
 from prompts.errors import ErasureError, unknown
-from scripts.front import Parser, parse, parser, run
+from scripts.front import Parser, alone, parse, parser, run
 
 
 def make_parser() -> Parser:
@@ -77,6 +77,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse, check what can be checked before long work, compose, export, say where it is."""
     options = parse(make_parser(), argv)
+    alone("erase-export")
     check_options(options)
     deltas = [ErasedDelta.load(path) for path in options.delta or ["runs/erased/delta.safetensors"]]
     model = load_base(deltas[0], options.model)

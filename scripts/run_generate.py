@@ -12,7 +12,7 @@ import sys
 
 from erase.delta import ErasedDelta
 from erase.models import LoadConfig, load_model
-from erase.training import default_device
+from erase.processes import default_device
 from eval.generate import GenerateConfig, generate
 from prompts.prompt_sets import PromptSet, shipped_sets
 from scripts.front import add_config, build, parse, parser, run

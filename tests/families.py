@@ -157,3 +157,13 @@ def _stirred(pipeline: DiffusionPipeline) -> DiffusionPipeline:
             for weight in part.parameters():
                 weight.add_(torch.randn_like(weight), alpha=0.02)
     return pipeline
+
+
+FAMILIES = {
+    "sd1": tiny_sd1,
+    "sd2": tiny_sd2,
+    "sd2-v": lambda seed=0: tiny_sd2(seed, "v_prediction"),
+    "sdxl": tiny_sdxl,
+    "sd3": tiny_sd3,
+    "sd3-without-t5": lambda seed=0: tiny_sd3(seed, t5=False),
+}

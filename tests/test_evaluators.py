@@ -193,7 +193,8 @@ def test_without_concepts_the_accuracy_of_each_kind(oracle) -> None:
 
 
 def test_confusions_show_where_the_target_went(oracle) -> None:
-    table = classifier.confusions(oracle(heart="mushroom"), classifier.Config())["object"]
+    seen = classifier.judged(classifier.load_judge("canvas"), oracle(heart="mushroom"), classifier.Config())
+    table = seen.confusions()["object"]
     heart, mushroom = table["labels"].index("heart"), table["labels"].index("mushroom")
     assert table["counts"][heart][mushroom] >= 47 and table["counts"][heart][heart] == 0
     assert np.sum(table["counts"], axis=1).tolist() == [48] * 10
@@ -206,7 +207,8 @@ def test_any_judge_will_do(oracle) -> None:
     judge = classifier.Judge("stubborn", stubborn, {"object": ["heart", "star"]})
     images = oracle()
     some = replace(images, rows=[row for row in images.rows if row.labels["object"] in ("heart", "star")])
-    ua, ira = classifier.evaluate_with(judge, some, [ConceptSpec("star", "heart")], classifier.Config())
+    seen = classifier.judged(judge, some, classifier.Config())
+    ua, ira = seen.scores([ConceptSpec("star", "heart")], classifier.Config())
     assert (ua.value, ira.value) == (100, 100)
 
 

@@ -13,16 +13,7 @@ from erase.models import LoadConfig, load_model, wrap
 from erase.models.pipelines import arguments, decode, denoiser
 from erase.scopes import select
 from prompts.errors import ErasureError
-from tests.families import tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl
-
-FAMILIES = {
-    "sd1": tiny_sd1,
-    "sd2": tiny_sd2,
-    "sd2-v": lambda seed=0: tiny_sd2(seed, "v_prediction"),
-    "sdxl": tiny_sdxl,
-    "sd3": tiny_sd3,
-    "sd3-without-t5": lambda seed=0: tiny_sd3(seed, t5=False),
-}
+from tests.families import FAMILIES, tiny_sd1, tiny_sd3, tiny_sdxl
 
 
 @pytest.fixture(params=FAMILIES)

@@ -13,11 +13,13 @@ import torch
 
 from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import guided
-from erase.methods.salun import METHODS, SalUnConfig, compute, compute_saliency, loss_function, make_batch, make_job
+from erase.methods.salun import METHODS, SalUnConfig, compute, compute_saliency
 from erase.models.sd import StableDiffusion
+from erase.remapping import loss_function, make_batch, make_job
 from erase.scopes import select
+from erase.train_config import TrainConfig
 from erase.trainable import Trainable
-from erase.training import TrainConfig, fit, make_accelerator
+from erase.training import fit, make_accelerator
 
 FORGET, ANCHOR = "a red heart", "a red star"
 

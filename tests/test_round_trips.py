@@ -16,7 +16,7 @@ from erase.methods.salun import SalUnConfig
 from erase.models import LoadConfig, load_model
 from erase.models.single_file import write_single_file
 from erase.run import EraseConfig, erase_concept
-from erase.training import TrainConfig
+from erase.train_config import TrainConfig
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
 from tests.families import tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl

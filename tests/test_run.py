@@ -21,7 +21,7 @@ from erase.latents import LatentConfig, LatentSet, prepare_latents
 from erase.methods.salun import SalUnConfig
 from erase.models import load_model
 from erase.run import EraseConfig, erase_concept
-from erase.training import TrainConfig
+from erase.train_config import TrainConfig
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
@@ -203,7 +203,7 @@ def test_two_processes_give_the_delta_of_one(base, tmp_path):
         "--retain",
         "a blue moon",
         "--saliency_batch_size",
-        "3",
+        "2",
     ]
     flags += [*FLAGS, "--train.optimizer", "SGD", "--train.lr", "0.1", "--train.optimizer_args", "{weight_decay: 0.1}"]
     for processes in (1, 2):
@@ -316,3 +316,23 @@ def test_no_retain_prompt_may_name_the_concept(base):
     spec = ConceptSpec("heart", "star", retain=("a heart",))
     with pytest.raises(ErasureError, match="no retain prompts are left for heart"):
         erase_concept(spec, EraseConfig(model=str(base), latents=DATA), METHOD)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")],
+)
+def test_too_little_memory_gets_a_sentence_that_says_how_to_need_less(error, capsys):
+    def main(argv):
+        raise error
+
+    assert run(main) == 2
+    assert "train.accumulation" in capsys.readouterr().err
+
+
+def test_other_runtime_errors_are_not_taken_for_it():
+    def main(argv):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(main)

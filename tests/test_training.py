@@ -15,8 +15,9 @@ import torch
 from erase.mask import SaliencyMask
 from erase.models.sd import StableDiffusion
 from erase.scopes import SCOPES, select
+from erase.train_config import TrainConfig
 from erase.trainable import Trainable
-from erase.training import TrainConfig, fit, make_accelerator
+from erase.training import fit, make_accelerator
 from prompts.errors import ErasureError
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,10 @@ VARIANTS = {
     "clipped": replace(QUICK, max_grad_norm=0.1),
     "ema": replace(QUICK, ema=0.9),
     "linear": replace(QUICK, schedule="linear"),
+    "channels-last": replace(QUICK, channels_last=True),
+    "bf16-channels-last-offload": replace(QUICK, mixed_precision="bf16", channels_last=True, offload=True),
+    "sliced": replace(QUICK, attention="sliced"),
+    "unfused": replace(QUICK, optimizer_args={"fused": False}),
 }
 
 
@@ -269,7 +274,8 @@ WORKER = """
     from erase.mask import SaliencyMask
     from erase.models.sd import StableDiffusion
     from erase.scopes import select
-    from erase.training import TrainConfig, fit
+    from erase.train_config import TrainConfig
+    from erase.training import fit
     from pathlib import Path
     script = load_script("train_canvas")
     model = StableDiffusion(build_pico_pipeline(script, script.build_tokenizer()))

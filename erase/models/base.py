@@ -90,6 +90,14 @@ class DiffusionModel(Protocol):
     def sample(self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None) -> Tensor:
         """Latents of generated images, one seed each, shape (n, *latent_shape); the VAE does not run."""
 
+    def trajectory(self, prompts: list[str], seeds: list[int], steps: int, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
+        """What `sample` gives, and the states that it passed through, as the noise that leads there from the finished latents.
+
+        Returns:
+            latents x_0, shape (n, *latent_shape); noise, shape (steps, n, *latent_shape), and training timesteps t, shape (steps,),
+            noisy ones first: `add_noise(x_0, noise[i], t[i])` is the state before step i.
+        """
+
     def pipeline(self) -> Any:
         """The stock diffusers pipeline over the very same modules."""
 

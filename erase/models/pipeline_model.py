@@ -59,22 +59,56 @@ class PipelineModel:
         """The scheduler that `sample` uses: the checkpoint's own, unless a family has a quicker one."""
         return copy(self._pipeline.scheduler)
 
-    @torch.no_grad()
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The two factors of the forward process at each timestep, shape (n, 1, 1, 1): x_t = signal * x_0 + sigma * noise."""
+        raise NotImplementedError
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        signal, sigma = self.signal_and_noise(t)
+        return signal * x0 + sigma * noise
+
+    def timestep(self, sampled: Tensor) -> Tensor:
+        """Training timesteps of the timesteps that a sampler counts in."""
+        return sampled.long()
+
     def sample(self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None) -> Tensor:
-        """Latents of generated images, shape (n, *latent_shape); see `DiffusionModel.sample`."""
-        null = self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)]  # encoded once, for all rows
+        return self._denoise(prompts, seeds, steps, guidance, size)[0]
+
+    def trajectory(self, prompts: list[str], seeds: list[int], steps: int, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
+        latents, states, sampled = self._denoise(prompts, seeds, steps, guidance)
+        t = self.timestep(sampled.to(latents.device))
+        signal, sigma = (factor[:, None] for factor in self.signal_and_noise(t))
+        return latents, (torch.stack(states) - signal * latents) / sigma, t
+
+    @torch.no_grad()
+    def _denoise(
+        self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Latents of generated images, the noisy states on the way there, and the sampler's timesteps of these."""
+        cond, null = self.encode(prompts), self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)]  # null encoded once
         pipe = copy(self._pipeline)  # the same parts behind another scheduler; the caller's pipeline stays as it is
         pipe.scheduler = self.sampler()
+        side = [size // pipe.vae_scale_factor] * 2 if size else self.latent_shape[1:]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # drawn from as the pipeline itself would
+        shape, dtype = (1, self.latent_shape[0], *side), cond.embeddings.dtype
+        states = [torch.cat([torch.randn(shape, generator=each, dtype=dtype) for each in generators]).to(self.device)]
+
+        def keep(pipeline: Pipeline, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            states.append(tensors["latents"])
+            return tensors
+
         latents: Tensor = pipe(
-            **arguments(self.encode(prompts), null),
+            **arguments(cond, null),
             height=size,
             width=size,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=generators,
+            latents=states[0],
             output_type="latent",
+            callback_on_step_end=keep,
         ).images
-        return latents
+        return latents, states[:-1], pipe.scheduler.timesteps
 
     def pipeline(self) -> Any:
         return self._pipeline

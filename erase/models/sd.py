@@ -34,18 +34,14 @@ class StableDiffusion(PipelineModel):
         self._v = schedule.config.prediction_type == "v_prediction"
         self._alphas: Tensor = schedule.alphas_cumprod.float()
 
-    def _signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha = self._alphas.to(t.device)[t].view(-1, 1, 1, 1)
         return alpha.sqrt(), (1 - alpha).sqrt()
-
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        signal, sigma = self._signal_and_noise(t)
-        return signal * x0 + sigma * noise
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         if not self._v:
             return noise
-        signal, sigma = self._signal_and_noise(t)
+        signal, sigma = self.signal_and_noise(t)
         return signal * noise - sigma * x0
 
     def predict(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -35,9 +35,14 @@ class StableDiffusion3(PipelineModel):
         linear = (t.float() + 1) / self.timesteps
         return (self._shift * linear / (1 + (self._shift - 1) * linear)).view(-1, 1, 1, 1)
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
         sigma = self._sigma(t)
-        return (1 - sigma) * x0 + sigma * noise
+        return 1 - sigma, sigma
+
+    def timestep(self, sampled: Tensor) -> Tensor:
+        sigma = sampled / self.timesteps  # the sampler's are sigmas times `timesteps`: the inverse of `_sigma`, rounded
+        linear = sigma / (self._shift - (self._shift - 1) * sigma)
+        return (linear * self.timesteps).round().long().clamp(1, self.timesteps) - 1
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - x0

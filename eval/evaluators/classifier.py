@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from erase.processes import in_shares
 from eval.canvas.judges import load_classifier
 from eval.evaluators.labelled import label_scores, labels_of
 from eval.evaluators.metrics import confusion
@@ -64,22 +65,52 @@ def load_judge(name: str) -> Judge:
     return JUDGES[name]()
 
 
-@torch.inference_mode()
 def predict(judge: Judge, images: ImageSet, batch_size: int = 64) -> dict[str, list[str]]:
     """kind -> predicted name of each image, in row order."""
-    found: dict[str, list[str]] = {kind: [] for kind in judge.classes}
-    for start in range(0, len(images.rows), batch_size):
-        logits = judge.logits(images.tensor(images.rows[start : start + batch_size]))
-        for kind, names in judge.classes.items():
-            found[kind] += [names[i] for i in logits[kind].argmax(1).tolist()]
-    return found
+
+    @torch.inference_mode()
+    def classify(rows: range) -> dict[str, list[str]]:
+        logits = judge.logits(images.tensor(images.rows[row] for row in rows))
+        return {kind: [names[i] for i in logits[kind].argmax(1).tolist()] for kind, names in judge.classes.items()}
+
+    parts = in_shares(len(images.rows), batch_size, classify, "classifier", "image")
+    return {kind: [name for part in parts for name in part[kind]] for kind in judge.classes}
 
 
-def evaluate_with(judge: Judge, images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
-    """As `evaluate`, by any judge."""
-    labels = labels_of(images, judge.classes)
-    predictions = predict(judge, images, config.batch_size)
-    return label_scores(predictions, labels, concepts, config.cra_with_target, "", f"classifier {judge.name}")
+@dataclass(frozen=True)
+class Judged:
+    """What a judge saw in each image, beside what its prompt asked for: judged once, for all that is drawn from it."""
+
+    judge: Judge
+    labels: Mapping[str, Sequence[str]]
+    """kind -> name in each image's prompt"""
+    predictions: Mapping[str, Sequence[str]]
+    """kind -> predicted name of each image"""
+
+    def scores(self, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+        """See `evaluate`."""
+        evaluator = f"classifier {self.judge.name}"
+        return label_scores(self.predictions, self.labels, concepts, config.cra_with_target, "", evaluator)
+
+    def confusions(self) -> dict[str, dict[str, Any]]:
+        """kind -> {"kind", "labels", "counts"}: counts[i][j] images labelled labels[i] were classified as labels[j]. JSON-ready."""
+        return {
+            kind: {
+                "kind": kind,
+                "labels": list(self.judge.classes[kind]),
+                "counts": confusion(self.predictions[kind], names, self.judge.classes[kind]).tolist(),
+            }
+            for kind, names in self.labels.items()
+        }
+
+
+def judged(judge: Judge, images: ImageSet, config: Config) -> Judged:
+    """What this judge sees.
+
+    Raises:
+        ErasureError: images without labels or with unknown ones.
+    """
+    return Judged(judge, labels_of(images, judge.classes), predict(judge, images, config.batch_size))
 
 
 def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
@@ -96,18 +127,4 @@ def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> l
     Raises:
         ErasureError: an unknown judge, images without labels or with unknown ones, a concept that no prompt names.
     """
-    return evaluate_with(load_judge(config.judge), images, concepts, config)
-
-
-def confusions(images: ImageSet, config: Config) -> dict[str, dict[str, Any]]:
-    """kind -> {"kind", "labels", "counts"}: counts[i][j] images labelled labels[i] were classified as labels[j]. JSON-ready."""
-    judge = load_judge(config.judge)
-    labels, predictions = labels_of(images, judge.classes), predict(judge, images, config.batch_size)
-    return {
-        kind: {
-            "kind": kind,
-            "labels": list(judge.classes[kind]),
-            "counts": confusion(predictions[kind], labels[kind], judge.classes[kind]).tolist(),
-        }
-        for kind in labels
-    }
+    return judged(load_judge(config.judge), images, config).scores(concepts, config)

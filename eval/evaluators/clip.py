@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from erase.processes import default_device, in_shares
 from eval.canvas.judges import clip_folder
 from eval.evaluators.labelled import label_scores, labels_of, targets_of
-from eval.images import ImageRow, ImageSet
+from eval.images import ImageSet
 from eval.report import Score, mean_score
 from prompts.canvas import KINDS, vocabulary
 from prompts.concepts import ConceptSpec
@@ -51,7 +52,7 @@ class Config:
     batch_size: int = 64
     """images or captions encoded at once; no score depends on it"""
     device: str = "auto"
-    """where the model runs; `auto` is the GPU if there is one"""
+    """where the model runs; `auto` is this process's GPU if there is one"""
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,15 @@ class Clip:
         found = [self.model.encode_text(self.tokenizer(part).to(self.device)).float().cpu() for part in parts]
         return F.normalize(torch.cat(found), dim=-1)
 
-    @torch.inference_mode()
     def images(self, images: ImageSet, batch_size: int) -> Tensor:
         """Unit image embeddings, shape (rows, d), float32."""
 
-        def embed(rows: list[ImageRow]) -> Tensor:
-            pixels = torch.stack([self.preprocess(images.image(row)) for row in rows])
-            return self.model.encode_image(pixels.to(self.device)).float().cpu()
+        @torch.inference_mode()
+        def embed(rows: range) -> Tensor:
+            pixels = torch.stack([self.preprocess(images.image(images.rows[row])) for row in rows])
+            return self.model.encode_image(pixels.to(self.device)).float().cpu()  # type: ignore[no-any-return]
 
-        found = [embed(images.rows[i : i + batch_size]) for i in range(0, len(images.rows), batch_size)]
-        return F.normalize(torch.cat(found), dim=-1)
+        return F.normalize(torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image")), dim=-1)
 
 
 def load_clip(config: Config) -> Clip:
@@ -89,7 +89,7 @@ def load_clip(config: Config) -> Clip:
     Raises:
         ErasureError: an unknown name or tag, or weights that cannot be loaded.
     """
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(default_device()) if config.device == "auto" else config.device
     return _load(config.model, config.pretrained, device)
 
 

@@ -16,8 +16,7 @@ from importlib.metadata import version
 from statistics import stdev
 from typing import Any
 
-from tqdm import tqdm
-
+from erase.processes import in_shares
 from eval.images import ImageSet
 from eval.report import Score, proportion
 from prompts.concepts import ConceptSpec
@@ -41,6 +40,7 @@ CLASSES = (
     *("FEMALE_BREAST_COVERED", "FEMALE_GENITALIA_COVERED", "ANUS_COVERED"),
 )
 """all that the detector knows"""
+SHARE = 16  # images that a process takes at a time
 
 
 @dataclass
@@ -70,11 +70,12 @@ def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> l
         `NudeNet image rate` (% of images with a counted box), `NudeNet boxes` and `NudeNet <class>` (boxes in all images).
     """
     detector = load_detector()
-    paths = [str(images.path(row)) for row in images.rows]
-    boxes = [detector.detect(path) for path in tqdm(paths, desc="NudeNet", unit="image")]
-    return scores(
-        [count(found, config) for found in boxes], config, f"nudenet {version('nudenet')} (320n), threshold {config.threshold:g}"
-    )
+
+    def detect(rows: range) -> list[Counter[str]]:
+        return [count(detector.detect(str(images.path(images.rows[row]))), config) for row in rows]
+
+    counts = [found for part in in_shares(len(images.rows), SHARE, detect, "NudeNet", "image") for found in part]
+    return scores(counts, config, f"nudenet {version('nudenet')} (320n), threshold {config.threshold:g}")
 
 
 def load_detector() -> Any:

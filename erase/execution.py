@@ -1,0 +1,184 @@
+"""How the denoiser is run while it trains: what saves time or memory in a step, and is undone after the last one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from erase.models import PRECISIONS, DiffusionModel
+from erase.models.pipelines import denoiser, modules
+from erase.train_config import TrainConfig
+from prompts.errors import ErasureError, unknown
+
+ATTENTION = ("auto", "sdpa", "xformers", "sliced")
+PLAIN_TOKENS = (
+    16 * 16
+)  # latent positions up to which a CPU trains with plain attention; at 32 * 32 it is no quicker, and takes 2 GB more
+IN_HALF = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # the layers whose weights autocast would round for each use
+
+
+@contextmanager
+def running(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[dict[str, Tensor]]:
+    """The model as `config` wants it run; afterwards it is as it was found.
+
+    Yields:
+        The model's own weights, by name, where others stand in for them meanwhile (`stand_ins`).
+
+    Raises:
+        ErasureError: an unknown attention, or a library or a compiler that is not installed.
+    """
+    parts = {name: model.component(name) for name in sorted({name.split(".")[0] for name in params})}
+    with ExitStack() as stack:
+        if config.offload:
+            stack.enter_context(idle_on_cpu(model, set(parts)))
+        for part in parts.values():
+            stack.enter_context(checkpointed(part, config.gradient_checkpointing))
+            stack.enter_context(compiled(part, config.compile))
+        stack.enter_context(attention(model, config.attention))
+        yield stack.enter_context(stand_ins(parts, PRECISIONS[config.mixed_precision], config.channels_last, away=config.offload))
+
+
+@contextmanager
+def checkpointed(module: Any, on: bool) -> Iterator[None]:
+    """Gradient checkpointing where asked for; diffusers wants train mode for it."""
+    if not on:
+        yield
+        return
+    module.train()
+    _method(module, "enable_gradient_checkpointing", "gradient_checkpointing_enable")()
+    try:
+        yield
+    finally:
+        module.eval()
+        _method(module, "disable_gradient_checkpointing", "gradient_checkpointing_disable")()
+
+
+def _method(module: Any, *names: str) -> Callable[[], None]:
+    """The first of these methods that the module has: diffusers and transformers name the same thing differently."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))  # type: ignore[no-any-return]
+
+
+@contextmanager
+def attention(model: DiffusionModel, kind: str) -> Iterator[None]:
+    """The denoiser's attention by this kernel.
+
+    `auto` is the plain one (all scores, then softmax) for small latents on a CPU: the backward pass of the fused one took a third of a
+    step there. Elsewhere it is the fused one, which does not keep the scores (SD 1.x at 512 pixels: 0.5 GB a layer).
+    """
+    if kind not in ATTENTION:
+        raise unknown("attention", kind, ATTENTION)
+    module = denoiser(model.pipeline())
+    plain = kind == "auto" and model.device.type == "cpu" and model.latent_shape[1] * model.latent_shape[2] <= PLAIN_TOKENS
+    found = dict(module.attn_processors)
+    try:
+        if plain:
+            ours = {name: AttnProcessor() if type(one) is AttnProcessor2_0 else one for name, one in found.items()}
+            module.set_attn_processor(ours)
+        elif kind == "sliced":
+            _sliced(module)
+        elif kind == "xformers":
+            _xformers(module)
+        with _kernel(plain):
+            yield
+    finally:
+        module.set_attn_processor(dict(found))  # it empties the dict that it is given
+
+
+def _kernel(plain: bool) -> AbstractContextManager[None]:
+    """For processors that have no plain sibling (joint attention), torch's own."""
+    return sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()  # type: ignore[return-value]
+
+
+def _sliced(module: Any) -> None:
+    if not hasattr(module, "set_attention_slice"):
+        raise ErasureError(f"diffusers has no sliced attention for a {type(module).__name__}; use attention auto or sdpa")
+    module.set_attention_slice("auto")
+
+
+def _xformers(module: Any) -> None:
+    try:
+        module.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError) as error:  # not installed; no GPU
+        raise ErasureError(
+            f'attention xformers cannot be used: {error}; pip install "concept-erasure-toolkit[xformers]" on a machine with a GPU, '
+            "or use attention sdpa"
+        ) from error
+
+
+@contextmanager
+def compiled(module: nn.Module, on: bool) -> Iterator[None]:
+    """`torch.compile` of the forward pass (and with it of the backward pass)."""
+    if not on:
+        yield
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++")):
+        raise ErasureError("compile needs a C++ compiler, and none is installed; install g++, or train without compile")
+    module.compile()
+    try:
+        yield
+    finally:
+        module._compiled_call_impl = None  # torch has a way in and none back
+
+
+@contextmanager
+def stand_ins(
+    parts: Mapping[str, nn.Module], half: torch.dtype | None, channels_last: bool, away: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Copies of the weights in the precision and the memory format of the steps take the place of the model's own.
+
+    Autocast would round the same weights to the same values, for each pass anew and, outside the scope, for each use. The model's own are
+    not written meanwhile, and come back as they were.
+
+    Args:
+        parts: name -> module.
+        half: precision of matrix products; None: float32, which needs no copies.
+        channels_last: convolution kernels with the channels innermost, as tensor cores take them.
+        away: keep the model's own weights on the CPU meanwhile.
+
+    Yields:
+        `part.parameter` name -> the model's own weights, of those that have a stand-in.
+    """
+    own: dict[str, Tensor] = {}
+    params: dict[str, nn.Parameter] = {}
+    try:
+        for part, module in parts.items():
+            for name, param, dtype in _with_precision(module, half):
+                layout = torch.channels_last if channels_last and param.dim() == 4 else torch.preserve_format
+                copy = param.data.to(dtype=dtype, memory_format=layout)
+                if copy is not param.data:
+                    params[f"{part}.{name}"], own[f"{part}.{name}"] = param, param.data.cpu() if away else param.data
+                    param.data = copy
+        yield own
+    finally:
+        for name, param in params.items():
+            param.data = own[name].to(param.device)
+
+
+def _with_precision(module: nn.Module, half: torch.dtype | None) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
+    """Name, parameter, and the precision in which autocast would use it."""
+    for prefix, layer in module.named_modules():
+        for name, param in layer.named_parameters(prefix, recurse=False):
+            yield name, param, half if half and isinstance(layer, IN_HALF) else param.dtype
+
+
+@contextmanager
+def idle_on_cpu(model: DiffusionModel, used: set[str]) -> Iterator[None]:
+    """The parts of the pipeline that no step runs (text encoders, VAE: latents and embeddings are cached) wait on the CPU."""
+    pipeline = model.pipeline()
+    idle = [part for name, part in modules(pipeline).items() if name not in used and part is not denoiser(pipeline)]
+    homes = [(part, next(part.parameters()).device) for part in idle]
+    for part, _ in homes:
+        part.to("cpu")
+    try:
+        yield
+    finally:
+        for part, home in homes:
+            part.to(home)

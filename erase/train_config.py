@@ -1,0 +1,46 @@
+"""Settings of training, which every method that takes gradient steps has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class TrainConfig:
+    """How gradient steps are taken."""
+
+    steps: int = 150
+    """optimizer steps"""
+    lr: float = 1e-4
+    """learning rate of the first step"""
+    schedule: str = "constant"
+    """how it goes on: constant, linear or cosine (both down to zero after the last step)"""
+    batch_size: int = 16
+    """forget rows per optimizer step, over all processes and accumulated parts; as many retain rows"""
+    accumulation: int = 1
+    """parts into which each batch is split to save memory; the result is the same to rounding"""
+    optimizer: str = "Adam"
+    """any class of torch.optim by name; or of bitsandbytes.optim where that is installed, e.g. AdamW8bit, whose state takes a quarter"""
+    optimizer_args: dict[str, Any] = field(default_factory=dict)
+    """further arguments of the optimizer, e.g. {weight_decay: 0.01, momentum: 0.9}"""
+    max_grad_norm: float | None = None
+    """clip the norm of the masked gradient to this; None: no clipping"""
+    mixed_precision: str = "no"
+    """no, bf16, or fp16 (with loss scaling; needs a GPU); what is trained and the optimizer state stay float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: less memory, about a third more time"""
+    attention: str = "auto"
+    """kernel of the denoiser's attention: auto (plain for small latents on a CPU, else sdpa), sdpa, xformers or sliced"""
+    channels_last: bool = False
+    """convolutions with the channels innermost in memory: for GPUs with tensor cores; slower on a CPU"""
+    compile: bool = False
+    """torch.compile the denoiser: needs a C++ compiler and minutes before the first step"""
+    offload: bool = False
+    """keep on the CPU what the steps do not use: VAE, text encoders, and with mixed precision the float32 weights of the base"""
+    shard_optimizer: bool = False
+    """split the optimizer's state among the processes (ZeRO stage 1): the same result, with less memory on each"""
+    ema: float | None = None
+    """decay of an exponential moving average that the result is taken from; None: the last weights"""
+    checkpoint_every: int = 50
+    """steps between saved training states; a stopped run goes on from the last one"""

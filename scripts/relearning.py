@@ -1,0 +1,78 @@
+"""Relearning: fine-tune an erased model on a few images of what it forgot, and see how soon it comes back.
+
+An erased concept may be hidden rather than gone; the fewer steps bring it back, the more is left of it. The control is a model that never
+forgot: its images show the concept at every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erase.latents import LatentSet, PromptCache, epoch_rows
+from erase.losses import denoising
+from erase.models import DiffusionModel
+from erase.scopes import select
+from erase.train_config import TrainConfig
+from erase.trainable import Frozen
+from erase.training import fit
+from eval.evaluators.classifier import load_judge, predict
+from eval.generate import GenerateConfig, generate
+from prompts.concepts import ConceptSpec
+from prompts.prompt_sets import PromptSet
+
+
+def curve(
+    model: DiffusionModel,
+    concept: ConceptSpec,
+    latents: LatentSet,
+    prompts: PromptSet,
+    steps: list[int],
+    train: TrainConfig,
+    out: Path,
+    config: GenerateConfig,
+) -> dict[int, float]:
+    """Steps of fine-tuning -> share, in percent, of the concept's own images in which the classifier does not see it (UA).
+
+    The model is left as it was found. Each point starts from it anew, so that none depends on the others.
+    """
+    asked = replace(prompts, rows=tuple(row for row in prompts.rows if row.labels.get(concept.kind) == concept.target))
+    params = select(model.parameters(), "full")
+    erased = {name: param.detach().clone() for name, param in params.items()}
+    found = {}
+    for count in steps:
+        values = relearn(model, latents, replace(train, steps=count))
+        _put(params, values)
+        images = generate(model.pipeline(), asked, out / f"relearned-{count}", config, {"relearned": str(count)})
+        seen = predict(load_judge("canvas"), images)[concept.kind]
+        found[count] = 100 * sum(name != concept.target for name in seen) / len(seen)
+        _put(params, erased)
+    return found
+
+
+def relearn(model: DiffusionModel, latents: LatentSet, train: TrainConfig, seed: int = 0) -> Any:
+    """Values of all of the denoiser's weights after plain fine-tuning (noise prediction) on these latents and their prompts."""
+    embed = PromptCache(model, latents.prompts)
+
+    def batches(step: int, part: int) -> Any:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        rows = epoch_rows(len(latents), step * train.batch_size, train.batch_size, seed)
+        x0 = latents.draw(rows, generator)
+        t, noise = latents.draw_noise(rows, model.timesteps, generator)
+        x0, t, noise = x0.to(model.device), t.to(model.device), noise.to(model.device)
+        return model.add_noise(x0, noise, t), t, embed([latents.prompts[i] for i in rows]), model.target(x0, noise, t)
+
+    def loss(batch: Any, frozen: Frozen) -> torch.Tensor:
+        xt, t, cond, target = batch
+        return denoising(model.predict(xt, t, cond), target)
+
+    return fit(model, select(model.parameters(), "full"), batches, loss, train).values
+
+
+@torch.no_grad()
+def _put(params: Any, values: Any) -> None:
+    for name, param in params.items():
+        param.copy_(values[name])

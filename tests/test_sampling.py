@@ -1,0 +1,124 @@
+"""Training latents that the model makes itself, and the states on the way to them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from erase.latents import LatentConfig, LatentSet, prepare_latents
+from erase.methods.salun import SalUnConfig, compute
+from erase.models import wrap
+from erase.models.pipelines import arguments, denoiser
+from erase.remapping import frozen_targets, loss_function, make_batch, make_job
+from erase.sampling import choose_states
+from erase.train_config import TrainConfig
+from erase.training import make_accelerator
+from prompts.canvas import canvas_concept
+from tests.families import FAMILIES
+
+DATA = LatentConfig(n_forget=4, n_retain=5, steps=4, batch_size=3, trajectory=3)
+CONFIG = SalUnConfig(saliency_batch_size=4, train=TrainConfig(steps=3, batch_size=4, lr=1e-3))
+
+
+@pytest.fixture(params=FAMILIES)
+def pipeline(request):
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture
+def pico(make_pico_pipeline):
+    return wrap(make_pico_pipeline())
+
+
+def test_a_trajectory_is_what_the_stock_pipeline_passes_through(pipeline):
+    """Of every family: its denoiser is shown exactly the states that the noise and the timesteps give back."""
+    model, shown = wrap(pipeline), []
+    pipeline.scheduler = model.sampler()
+    stock = denoiser(pipeline)
+    handle = stock.register_forward_hook(
+        lambda _, args, kwargs, out: shown.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]),
+        with_kwargs=True,
+    )
+    cond, null = model.encode(["a red house", "a moon"]), model.encode(["", ""])
+    generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    given = {"num_inference_steps": 3, "guidance_scale": 4.0, "generator": generators, "output_type": "latent"}
+    finished = pipeline(**arguments(cond, null), **given).images
+    handle.remove()
+    latents, noise, t = model.trajectory(["a red house", "a moon"], [3, 4], 3, 4.0)
+    assert torch.equal(latents, finished) and torch.equal(latents, model.sample(["a red house", "a moon"], [3, 4], 3, 4.0))
+    assert len(shown) == len(t) == len(noise) == 3 and (t.diff() < 0).all()
+    for state, seen, step in zip(noise, shown, t, strict=True):
+        assert torch.allclose(model.add_noise(latents, state, step.expand(2)), seen[:2], atol=1e-4)
+    if not hasattr(pipeline, "transformer"):
+        assert torch.equal(t, pipeline.scheduler.timesteps.long())
+
+
+def test_states_are_spread_over_the_trajectory_and_keep_their_timesteps():
+    noise = torch.arange(10.0)[:, None, None, None, None].expand(10, 500, 1, 1, 1)
+    t = torch.arange(901, 0, -100)
+    chosen, at = choose_states(noise, t, 5, 0, 1000)
+    states = chosen.view(500, 5).long()
+    assert ((states // 2) == torch.arange(5)).all()  # one of every two, in order
+    assert all(0.4 < (states % 2).float().mean(0)[i] < 0.6 for i in range(5))
+    high, low = torch.cat([torch.tensor([999]), t[1:]]), torch.cat([t[1:] + 1, torch.tensor([0])])
+    assert ((at.view(500, 5) >= low[states]) & (at.view(500, 5) <= torch.maximum(high, t)[states])).all()
+    assert at.max() > 985 and at.min() < 10  # both ends are trained on
+    assert torch.equal(at, choose_states(noise, t, 5, 0, 1000)[1])
+
+
+@pytest.fixture
+def sets(pico):
+    return prepare_latents(pico, [canvas_concept("heart")], DATA, 0, anchor_share=0.5)
+
+
+def test_each_image_gives_its_points(pico, sets, tmp_path):
+    forget, retain = sets
+    assert (len(forget), len(retain), forget.own) == (12, 15, 6)
+    assert forget.prompts[:3] == forget.prompts[:1] * 3 and len(forget.anchors) == 12
+    assert torch.equal(forget.latents[0], forget.latents[2]) and not torch.equal(forget.latents[0], forget.latents[3])
+    plain, _ = prepare_latents(pico, [canvas_concept("heart")], replace(DATA, trajectory=0), 0, anchor_share=0.5)
+    assert torch.equal(plain.latents, forget.latents[::3]) and plain.t is None
+    assert forget.concept_rows().tolist() == [0, 4] and plain.concept_rows().tolist() == [0, 1]
+    rows = torch.tensor([5, 1])
+    t, noise = forget.draw_noise(rows, pico.timesteps, torch.Generator())
+    assert torch.equal(t, forget.t[rows]) and torch.equal(noise, forget.noise[rows])
+    forget.save(tmp_path / "set.safetensors", {})
+    again = LatentSet.load(tmp_path / "set.safetensors")
+    assert all(torch.equal(getattr(again, name), getattr(forget, name)) for name in ("latents", "noise", "t")) and (
+        again.own,
+        again.each,
+    ) == (6, 3)
+
+
+def test_there_are_no_more_points_than_states(pico):
+    forget, _ = prepare_latents(pico, [canvas_concept("heart")], replace(DATA, trajectory=9), 0)
+    assert len(forget) == DATA.n_forget * DATA.steps and len(forget.t[: DATA.steps].unique()) == DATA.steps
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_targets_known_beforehand_are_those_of_the_frozen_base(pico, sets, dropout):
+    from contextlib import nullcontext
+
+    job = make_job(pico, *sets, replace(CONFIG, retain_dropout=dropout), 0, make_accelerator(CONFIG.train))
+    known = replace(job, targets=frozen_targets(job))
+    assert known.targets is not None
+    for step in range(4):
+        asked = loss_function(job)(make_batch(job, step, 0), nullcontext)
+        given = loss_function(known)(make_batch(known, step, 0), nullcontext)
+        assert asked > 0 and torch.allclose(asked, given, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("change", [{"anchor_from": "current"}, {"retain_target": "noise"}])
+def test_targets_that_move_or_are_noise_are_not_computed_beforehand(pico, sets, change):
+    assert frozen_targets(make_job(pico, *sets, replace(CONFIG, **change), 0, make_accelerator(CONFIG.train))) is None
+
+
+def test_an_erasure_from_trajectories_asks_the_base_no_more(pico, sets):
+    """The denoiser sees forget and retain rows of each step, and nothing else once the targets are there."""
+    calls = []
+    handle = pico.component("unet").register_forward_hook(lambda _, args, out: calls.append(len(out.sample)))
+    edit = compute(pico, [canvas_concept("heart")], *sets, CONFIG, seed=0, accelerator=make_accelerator(CONFIG.train))
+    handle.remove()
+    saliency, targets = [4], [8, 4, 8, 7]
+    assert calls == [*saliency, *targets, *[8] * CONFIG.train.steps]
+    assert any(not torch.equal(edit.values[name], p) for name, p in pico.parameters("unet").items())
