@@ -18,9 +18,10 @@ import torch
 from accelerate.utils import broadcast_object_list, reduce
 
 from erase.latents import LatentConfig, prepare_latents
-from erase.methods.salun import Batch, SalUnConfig, compute_saliency, loss_function, make_batch, make_job
+from erase.methods.salun import SalUnConfig, compute_saliency
 from erase.models import load_model
 from erase.processes import default_device, processes, reduce_all
+from erase.remapping import Batch, loss_function, make_batch, make_job
 from erase.training import fit, make_accelerator
 from eval.generate import GenerateConfig, generate
 from eval.run import score

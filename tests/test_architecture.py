@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,9 @@ def test_prompts_load_without_any_heavy_library() -> None:
     code = f"import sys, {', '.join(modules)}; print([name for name in {sorted(HEAVY)} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__"))
+def test_every_script_finds_what_it_imports(script, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # as for `python scripts/NAME.py`
+    importlib.import_module(f"scripts.{script}")
