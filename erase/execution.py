@@ -19,9 +19,8 @@ from erase.train_config import TrainConfig
 from prompts.errors import ErasureError, unknown
 
 ATTENTION = ("auto", "sdpa", "xformers", "sliced")
-PLAIN_TOKENS = (
-    16 * 16
-)  # latent positions up to which a CPU trains with plain attention; at 32 * 32 it is no quicker, and takes 2 GB more
+# latent positions up to which a CPU trains with plain attention; at 32 * 32 it is no quicker, and takes 2 GB more
+PLAIN_TOKENS = 16 * 16
 IN_HALF = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # the layers whose weights autocast would round for each use
 
 

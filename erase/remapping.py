@@ -173,8 +173,9 @@ def frozen_targets(job: Job[C]) -> FrozenTargets | None:
     config, forget, retain = job.config, job.forget, job.retain
     if forget.t is None or retain.t is None or not config.anchor_from == config.retain_target == "frozen":
         return None
-    anchor = _predict_points(job, forget, forget.anchors or forget.prompts, "anchor targets")
-    return FrozenTargets(anchor, _predict_points(job, retain, retain.prompts, "retain targets"))
+    with running(job.model, job.params, replace(config.train, compile=False)), job.accelerator.autocast():
+        anchor = _predict_points(job, forget, forget.anchors or forget.prompts, "anchor targets")
+        return FrozenTargets(anchor, _predict_points(job, retain, retain.prompts, "retain targets"))
 
 
 def _predict_points(job: Job[C], points: LatentSet, prompts: tuple[str, ...], what: str) -> Tensor:
@@ -187,8 +188,7 @@ def _predict_points(job: Job[C], points: LatentSet, prompts: tuple[str, ...], wh
         xt = model.add_noise(points.latents[chosen].to(model.device), noise, t)
         return model.predict(xt, t, job.embed([prompts[row] for row in rows])).float().cpu()
 
-    with running(job.model, job.params, replace(job.config.train, compile=False)), job.accelerator.autocast():
-        return torch.cat(in_shares(len(points), 2 * job.config.train.batch_size, predict, what, "point"))
+    return torch.cat(in_shares(len(points), 2 * job.config.train.batch_size, predict, what, "point"))
 
 
 def loss_function(job: Job[C]) -> LossFn:

@@ -13,9 +13,6 @@ denoiser; the floor is the multiplications of these rows, and of the VAE where i
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -34,7 +31,7 @@ from prompts.canvas import canvas_concept
 from prompts.prompt_sets import PromptSet, canvas_grid
 from scripts.bench_train import build, matmul_rate
 from scripts.full_size import random_pipeline
-from scripts.measuring import wait
+from scripts.measuring import answer, in_own_process, wait, write_rows
 
 VARIANTS = ("naive", "images", "latents")
 
@@ -122,26 +119,20 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        name, variant, given = args.one
-        print(json.dumps(measure(name, variant, argparse.Namespace(**json.loads(given)))))
+        answer(measure, args.one)
         return
-    shared = json.dumps({key: value for key, value in vars(args).items() if key != "json"})
     rows: list[dict[str, Any]] = []
     print(f"{'model':8}{'variant':10}{'s/image':>9}{'forwards':>10}{'x naive':>9}{'floor s':>9}{'share of floor':>16}")
     for name in args.models:
         base = None
         for variant in args.variants:
-            done = subprocess.run([sys.executable, __file__, "--one", name, variant, shared], stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                print(f"{name:8}{variant:10} did not finish (exit code {done.returncode}): out of memory?")
+            row = in_own_process(__file__, name, variant, args)
+            if not row:
                 continue
-            row = json.loads(done.stdout.splitlines()[-1])
             rows.append(row)
             base = base or row["seconds"]
             print(f"{name:8}{variant:10}{row['seconds']:>9.3f}{row['forwards']:>10.0f}{base / row['seconds']:>9.1f}{row['floor_seconds']:>9.3f}{row['floor_seconds'] / row['seconds']:>16.0%}", flush=True)  # fmt: skip
-    if args.json:
-        settings = {key: str(value) for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({"torch": torch.__version__, "settings": settings, "rows": rows}, indent=1))
+    write_rows(rows, args)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,6 @@ matrix-multiplication rate measured in the same run; share is floor / seconds.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +33,7 @@ from erase.models import DiffusionModel, load_model, wrap
 from erase.remapping import frozen_targets, loss_function, make_batch, make_job
 from erase.scopes import select
 from erase.training import fit, make_accelerator
-from scripts.measuring import new_peak, start_peak, wait
+from scripts.measuring import answer, in_own_process, new_peak, start_peak, wait, write_rows
 
 FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
 PASSES = {"naive": 7, "salun-paper": 7, "salun": 8, "trajectory": 6}
@@ -183,17 +180,6 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
     }
 
 
-def in_own_process(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any] | None:
-    """`measure` in a fresh process, whose memory is its own; None: it did not finish."""
-    given = json.dumps({key: value for key, value in vars(args).items() if key != "json"})
-    done = subprocess.run([sys.executable, __file__, "--one", name, variant, given], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        print(f"{name:8}{'':>13}  {variant:12} did not finish (exit code {done.returncode}): out of memory?")
-        return None
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
-
-
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A table of all variants of each model."""
     rows = []
@@ -201,7 +187,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     for name in args.models:
         base = None
         for variant in args.variants:
-            row = in_own_process(name, variant, args)
+            row = in_own_process(__file__, name, variant, args)
             if not row:
                 continue
             rows.append(row)
@@ -217,7 +203,7 @@ def grow(args: argparse.Namespace) -> list[dict[str, Any]]:
     for what, values in GROWTH:
         print(f"{what:>10}{'s/step':>9}{'extra GB':>10}")
         for value in values:
-            row = in_own_process(args.models[0], args.variants[-1], argparse.Namespace(**vars(args) | {what: value}))
+            row = in_own_process(__file__, args.models[0], args.variants[-1], argparse.Namespace(**vars(args) | {what: value}))
             if row:
                 rows.append(row)
                 print(f"{value:>10}{row['seconds']:>9.2f}{row['extra_gb']:>10.2f}", flush=True)
@@ -250,13 +236,9 @@ def main() -> None:
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        name, variant, given = args.one
-        print(json.dumps(measure(name, variant, argparse.Namespace(**json.loads(given)))))
+        answer(measure, args.one)
         return
-    rows = grow(args) if args.grow else compare(args)
-    if args.json:
-        settings = {key: str(value) for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({"torch": torch.__version__, "settings": settings, "rows": rows}, indent=1))
+    write_rows(grow(args) if args.grow else compare(args), args)
 
 
 if __name__ == "__main__":

@@ -55,12 +55,13 @@ def measure(
     erasure = EraseConfig(method=variant.method, seed=seed, latents=variant.latents)
     delta = erase_concept(spec, erasure, variant.settings, model=model, out=folder)
     seconds = time.monotonic() - started
-    shown, _ = prepare_latents(model, [spec], replace(variant.latents, n_forget=16, trajectory=0), seed, out / "latents")
+    few = replace(variant.latents, n_forget=16, n_retain=1, trajectory=0)
+    shown = prepare_latents(model, [spec], few, seed, out / "latents")[0] if relearn else None  # by the base
     delta.apply(model)
     after = generate(model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint})
     scores = {"base": _base_scores(out / "base", concept), "erased": score(after, [spec], EVALUATORS)}
     train = TrainConfig(lr=1e-4, batch_size=8, mixed_precision=config.mixed_precision)
-    back = curve(model, spec, shown, prompts, relearn, train, folder, config)
+    back = curve(model, spec, shown, prompts, relearn, train, folder, config) if shown else {}
     shutil.rmtree(folder)
     return {
         "concept": concept,

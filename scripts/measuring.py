@@ -1,9 +1,15 @@
-"""What the benchmarks share: when the device is done, and the most memory that was taken."""
+"""What the benchmarks share: when the device is done, the most memory that was taken, a process for each measurement."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import resource
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -46,3 +52,27 @@ def new_peak(device: str | torch.device) -> int:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def in_own_process(script: str, name: str, variant: str, args: argparse.Namespace) -> dict[str, Any] | None:
+    """What `answer` prints for one model and variant in a fresh process, whose memory is its own; None: it did not finish."""
+    given = json.dumps({key: value for key, value in vars(args).items() if key != "json"})
+    done = subprocess.run([sys.executable, script, "--one", name, variant, given], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"{name} {variant} did not finish (exit code {done.returncode}): out of memory?")
+        return None
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def answer(measure: Callable[[str, str, argparse.Namespace], dict[str, Any]], one: list[str]) -> None:
+    """The other side of `in_own_process`: measure what the arguments of `--one` say, print it."""
+    name, variant, given = one
+    print(json.dumps(measure(name, variant, argparse.Namespace(**json.loads(given)))))
+
+
+def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Measurements and the settings behind them, as JSON, where `--json` asks for it."""
+    if args.json:
+        settings = {key: str(value) for key, value in vars(args).items()}
+        args.json.write_text(json.dumps({"torch": torch.__version__, "settings": settings, "rows": rows}, indent=1))

@@ -42,12 +42,12 @@ def curve(
     asked = replace(prompts, rows=tuple(row for row in prompts.rows if row.labels.get(concept.kind) == concept.target))
     params = select(model.parameters(), "full")
     erased = {name: param.detach().clone() for name, param in params.items()}
-    found = {}
+    judge, found = load_judge("canvas"), {}
     for count in steps:
         values = relearn(model, latents, replace(train, steps=count))
         _put(params, values)
         images = generate(model.pipeline(), asked, out / f"relearned-{count}", config, {"relearned": str(count)})
-        seen = predict(load_judge("canvas"), images)[concept.kind]
+        seen = predict(judge, images)[concept.kind]
         found[count] = 100 * sum(name != concept.target for name in seen) / len(seen)
         _put(params, erased)
     return found
