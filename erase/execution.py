@@ -151,9 +151,10 @@ def stand_ins(
         for part, module in parts.items():
             for name, param, dtype in _with_precision(module, half):
                 layout = torch.channels_last if channels_last and param.dim() == 4 else torch.preserve_format
-                copy = param.data.to(dtype=dtype, memory_format=layout)
-                if copy is not param.data:
-                    params[f"{part}.{name}"], own[f"{part}.{name}"] = param, param.data.cpu() if away else param.data
+                data = param.data  # a new object at each look
+                copy = data.to(dtype=dtype, memory_format=layout)
+                if copy is not data:
+                    params[f"{part}.{name}"], own[f"{part}.{name}"] = param, data.cpu() if away else data
                     param.data = copy
         yield own
     finally:

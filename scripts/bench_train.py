@@ -5,8 +5,9 @@
   python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --offload --optimizer AdamW8bit
   python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --offload --scope xattn
 
-`naive` is the step of the public code: VAE and text encoder in the loop, one pass each for forget, anchor and retain, the anchor with its graph
-and then detached, a dense int64 mask moved to the device and multiplied into each gradient, Adam over all weights, float32. `ours` is `fit`
+`naive` is the step of the public code: VAE and text encoder in the loop, one pass of each for forget, anchor and retain, the anchor with its graph
+and then detached, a dense int64 mask moved to the device and multiplied into each gradient, Adam over all weights, float32.
+`naive-checkpointed` recomputes activations besides, as that code's SD 1.x settings have it (use_checkpoint). `ours` is `fit`
 with the same rows: cached latents and embeddings, forget and retain in one pass, the teacher without a graph, an optimizer over the masked
 weights alone. `salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over the retain rows;
 `trajectory` is `salun` on fixed points (`latents.trajectory`), whose targets are computed once, before the steps that are timed.
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from erase.execution import checkpointed
 from erase.latents import LatentSet
 from erase.mask import SaliencyMask
 from erase.methods import get_method
@@ -36,8 +38,8 @@ from erase.training import fit, make_accelerator
 from scripts.measuring import answer, in_own_process, new_peak, start_peak, wait, write_rows
 
 FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
-PASSES = {"naive": 7, "salun-paper": 7, "salun": 8, "trajectory": 6}
-"""variant -> forward passes' worth of arithmetic per row and step; a backward pass counts twice"""
+PASSES = {"naive": 7, "naive-checkpointed": 9, "salun-paper": 7, "salun": 8, "trajectory": 6}
+"""variant -> forward passes' worth of arithmetic per row and step; a backward pass counts twice, or three times where it recomputes"""
 GROWTH = [("batch", [2, 4, 8, 16]), ("density", [0.01, 0.1, 0.5, 1.0]), ("scope", ["full", "xattn", "xattn_kv"])]
 
 
@@ -60,7 +62,7 @@ def build(name: str, device: str) -> DiffusionModel:
     return wrap(pipeline.to(device), name)
 
 
-def naive_steps(model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int) -> list[float]:
+def naive_steps(model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int, checkpointing: bool) -> list[float]:
     """The public code's step; seconds of each."""
     device, pipe = model.device, model.pipeline()
     params = select(model.parameters(), "full")  # the public code has no other scope
@@ -68,24 +70,27 @@ def naive_steps(model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int
     optimizer = torch.optim.Adam([p.requires_grad_(True) for p in params.values()], lr=1e-5)
     images = torch.rand(rows, 3, model.image_size, model.image_size) * 2 - 1
     seconds = []
-    for _ in range(steps):
-        started = time.perf_counter()
-        text = [pipe.encode_prompt([prompt] * rows, device, 1, False)[0] for prompt in (FORGET, ANCHOR, RETAIN)]
-        with torch.no_grad():
-            latents = [pipe.vae.encode(images.to(device)).latent_dist.sample() * pipe.vae.config.scaling_factor for _ in range(2)]
-        t, noise = torch.randint(model.timesteps, (rows,), device=device), torch.randn_like(latents[0])
-        forget, retain = (model.add_noise(x, noise, t) for x in latents)
-        forgot = pipe.unet(forget, t, encoder_hidden_states=text[0]).sample
-        target = pipe.unet(forget, t, encoder_hidden_states=text[1]).sample.detach()
-        kept = pipe.unet(retain, t, encoder_hidden_states=text[2]).sample
-        loss = (forgot - target).square().mean() + 0.1 * (kept - noise).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        for name, param in params.items():
-            if param.grad is not None:
-                param.grad *= dense[name].to(device)
-        optimizer.step()
-        seconds.append(_lap(started, device))
+    with checkpointed(pipe.unet, checkpointing):
+        for _ in range(steps):
+            started = time.perf_counter()
+            text = [pipe.encode_prompt([prompt] * rows, device, 1, False)[0] for prompt in (FORGET, ANCHOR, RETAIN)]
+            with torch.no_grad():
+                latents = [
+                    pipe.vae.encode(images.to(device)).latent_dist.sample() * pipe.vae.config.scaling_factor for _ in range(3)
+                ]
+            t, noise = torch.randint(model.timesteps, (rows,), device=device), torch.randn_like(latents[0])
+            forget, anchor, retain = (model.add_noise(x, noise, t) for x in latents)
+            forgot = pipe.unet(forget, t, encoder_hidden_states=text[0]).sample
+            target = pipe.unet(anchor, t, encoder_hidden_states=text[1]).sample.detach()
+            kept = pipe.unet(retain, t, encoder_hidden_states=text[2]).sample
+            loss = (forgot - target).square().mean() + 0.1 * (kept - noise).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            for name, param in params.items():
+                if param.grad is not None:
+                    param.grad *= dense[name].to(device)
+            optimizer.step()
+            seconds.append(_lap(started, device))
     return seconds
 
 
@@ -149,24 +154,20 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
     """Seconds of the quickest step, peak memory and the floor of one variant."""
     torch.manual_seed(0)
     model = build(name, args.device)
-    params = select(model.parameters(), "full" if variant == "naive" else args.scope)
+    naive = variant.startswith("naive")
+    params = select(model.parameters(), "full" if naive else args.scope)
     provenance = {"base_fingerprint": model.fingerprint}
     mask = SaliencyMask.random(params, args.density, 0, provenance)
     held = start_peak(args.device)
-    if variant == "naive":
-        seconds = naive_steps(model, mask, args.batch, args.steps)
+    if naive:
+        seconds = naive_steps(model, mask, args.batch, args.steps, checkpointing=variant == "naive-checkpointed")
     else:
         seconds = our_steps(model, mask, args.batch, args.steps, variant, args)
     extra = (new_peak(args.device) - (0 if args.device == "cuda" else held)) / 1e9
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         x = torch.randn(1, *model.latent_shape, device=model.device)
         model.predict(x, torch.tensor([500], device=model.device), model.encode([FORGET]))
-    floor = (
-        PASSES[variant]
-        * args.batch
-        * flops.get_total_flops()
-        / matmul_rate(args.device, args.precision if variant != "naive" else "no")
-    )
+    floor = PASSES[variant] * args.batch * flops.get_total_flops() / matmul_rate(args.device, "no" if naive else args.precision)
     return {
         "model": name,
         "weights": sum(p.numel() for p in params.values()),
@@ -183,7 +184,7 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A table of all variants of each model."""
     rows = []
-    print(f"{'model':8}{'weights':>13}  {'variant':12}{'s/step':>9}{'extra GB':>10}{'floor s':>9}{'share':>7}{'x naive speed':>15}{'x naive memory':>16}")  # fmt: skip
+    print(f"{'model':8}{'weights':>13}  {'variant':20}{'s/step':>9}{'extra GB':>10}{'floor s':>9}{'share':>7}{'x naive speed':>15}{'x naive memory':>16}")  # fmt: skip
     for name in args.models:
         base = None
         for variant in args.variants:
@@ -193,7 +194,7 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(row)
             base = base or row  # the naive step, unless it was left out
             gain, memory, share = base["seconds"] / row["seconds"], row["extra_gb"] / base["extra_gb"], row["floor_seconds"] / row["seconds"]  # fmt: skip
-            print(f"{name:8}{row['weights']:>13,}  {variant:12}{row['seconds']:>9.2f}{row['extra_gb']:>10.2f}{row['floor_seconds']:>9.2f}{share:>7.0%}{gain:>15.2f}{memory:>16.2f}", flush=True)  # fmt: skip
+            print(f"{name:8}{row['weights']:>13,}  {variant:20}{row['seconds']:>9.2f}{row['extra_gb']:>10.2f}{row['floor_seconds']:>9.2f}{share:>7.0%}{gain:>15.2f}{memory:>16.2f}", flush=True)  # fmt: skip
     return rows
 
 
