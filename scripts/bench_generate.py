@@ -24,26 +24,15 @@ from diffusers import LMSDiscreteScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from erase.latents import LatentConfig, prepare_latents
-from erase.models import DiffusionModel, wrap
-from erase.models.pipelines import decode, denoiser, modules
+from erase.models import DiffusionModel
+from erase.models.pipelines import decode, denoiser
 from eval.generate import GenerateConfig, generate
 from prompts.canvas import canvas_concept
 from prompts.prompt_sets import PromptSet, canvas_grid
-from scripts.bench_train import build, matmul_rate
-from scripts.full_size import random_pipeline
-from scripts.measuring import answer, in_own_process, wait, write_rows
+from scripts.bench_train import MODELS, build, matmul_rate
+from scripts.measuring import answer, in_own_process, machine, wait, write_rows
 
 VARIANTS = ("naive", "images", "latents")
-
-
-def make_model(name: str, device: str) -> DiffusionModel:
-    """canvas, mid and sd1 as `bench_train` builds them; sdxl: the real architecture, random weights."""
-    if name != "sdxl":
-        return build(name, device)
-    pipeline = random_pipeline("sdxl")
-    for part in modules(pipeline).values():
-        torch.nn.Module.float(part)
-    return wrap(pipeline.to(device), name)
 
 
 def naive_images(model: DiffusionModel, prompts: PromptSet, steps: int, out: Path) -> None:
@@ -72,7 +61,7 @@ def run(model: DiffusionModel, variant: str, count: int, short: bool, args: argp
 
 def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds and forwards of one image, and the floor."""
-    model = make_model(name, args.device)
+    model = build(name, args.device)
     count = args.naive_images if variant == "naive" else args.images
     forwards: list[int] = []
     with tempfile.TemporaryDirectory() as warm, tempfile.TemporaryDirectory() as out:
@@ -107,7 +96,7 @@ def flops(model: DiffusionModel) -> tuple[int, int]:
 def main() -> None:
     """Each model and variant in its own process; a table, and JSON where asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=["canvas", "mid", "sd1", "sdxl"], default=["canvas", "mid"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["canvas", "mid"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--images", type=int, default=8, help="images and latents that ours makes")
     parser.add_argument("--batch", type=int, default=8, help="at a time")
@@ -121,6 +110,7 @@ def main() -> None:
     if args.one:
         answer(measure, args.one)
         return
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep=", ")
     rows: list[dict[str, Any]] = []
     print(f"{'model':8}{'variant':10}{'s/image':>9}{'forwards':>10}{'x naive':>9}{'floor s':>9}{'share of floor':>16}")
     for name in args.models:

@@ -12,9 +12,6 @@ measured in the same run. Each method runs in a process of its own; memory is it
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ import torch
 from torch import Tensor
 
 from erase.mask import pack, top_k
-from scripts.measuring import peak, wait
+from scripts.measuring import answer, in_own_process, machine, peak, wait, write_rows
 
 TENSORS = 50  # the values are spread over this many parameters
 DENSITY = 0.5
@@ -64,8 +61,9 @@ def make_values(size: int, device: str) -> dict[str, Tensor]:
     return {str(i): torch.randn(n, generator=generator, device=device).abs_().pow_(3) for i, n in enumerate(parts)}
 
 
-def measure(method: str, size: int, device: str) -> dict[str, Any]:
+def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds and extra memory of one method; `copy` gives the seconds of one read and write of the values."""
+    size, device = int(name), args.device
     values = make_values(size, device)
     wait(device)
     before = peak(device)
@@ -88,28 +86,26 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one[0], int(args.one[1]), args.device)))
+        answer(measure, args.one)
         return
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep=", ")
     rows = []
     print(f"{'weights':>13}  {'method':10}{'seconds':>9}{'extra GB':>10}{'mask GB':>9}{'x copy':>8}{'x faster than argsort':>23}")
     for size in args.sizes:
         own: dict[str, dict[str, Any]] = {}
         for method in ("copy", *args.methods):
-            command = [sys.executable, __file__, "--device", args.device, "--one", method, str(size)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                print(f"{size:>13,}  {method:10} did not finish (exit code {done.returncode}): out of memory?")
+            row = in_own_process(__file__, str(size), method, args)
+            if not row:
                 continue
-            own[method] = row = json.loads(done.stdout)
+            own[method] = row
             rows.append(row)
             copies = row["seconds"] / own["copy"]["seconds"] if "copy" in own else float("nan")
             gain = f"{own['argsort']['seconds'] / row['seconds']:>23.1f}" if "argsort" in own else ""
             print(f"{size:>13,}  {method:10}{row['seconds']:>9.3f}{row['extra_gb']:>10.2f}{row.get('mask_gb', 0):>9.3f}{copies:>8.1f}{gain}", flush=True)  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}, indent=1))
+    write_rows(rows, args)
 
 
 if __name__ == "__main__":

@@ -35,23 +35,24 @@ from erase.models import DiffusionModel, load_model, wrap
 from erase.remapping import frozen_targets, loss_function, make_batch, make_job
 from erase.scopes import select
 from erase.training import fit, make_accelerator
-from scripts.measuring import answer, in_own_process, new_peak, start_peak, wait, write_rows
+from scripts.measuring import answer, in_own_process, machine, new_peak, start_peak, wait, write_rows
 
 FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
+MODELS = ("canvas", "mid", "sd1", "sdxl")
 PASSES = {"naive": 7, "naive-checkpointed": 9, "salun-paper": 7, "salun": 8, "trajectory": 6}
 """variant -> forward passes' worth of arithmetic per row and step; a backward pass counts twice, or three times where it recomputes"""
 GROWTH = [("batch", [2, 4, 8, 16]), ("density", [0.01, 0.1, 0.5, 1.0]), ("scope", ["full", "xattn", "xattn_kv"])]
 
 
 def build(name: str, device: str) -> DiffusionModel:
-    """canvas; mid: 100 M weights at 256 pixels; sd1: the real architecture, random weights at 512 pixels."""
+    """canvas; mid: 100 M weights at 256 pixels; sd1, sdxl: the real architectures, random weights at 512 and 1024 pixels."""
     if name == "canvas":
         return load_model("canvas", device)
     from erase.models.architectures import shipped
     from scripts.full_size import filled
 
     torch.manual_seed(0)
-    architecture = shipped("sd1", "epsilon")
+    architecture = shipped("sdxl" if name == "sdxl" else "sd1", "epsilon")
     if name == "mid":
         architecture.configs["unet"] |= {
             "block_out_channels": [128, 256, 384, 384],
@@ -73,16 +74,16 @@ def naive_steps(model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int
     with checkpointed(pipe.unet, checkpointing):
         for _ in range(steps):
             started = time.perf_counter()
-            text = [pipe.encode_prompt([prompt] * rows, device, 1, False)[0] for prompt in (FORGET, ANCHOR, RETAIN)]
+            texts = [model.encode([prompt] * rows) for prompt in (FORGET, ANCHOR, RETAIN)]
             with torch.no_grad():
                 latents = [
                     pipe.vae.encode(images.to(device)).latent_dist.sample() * pipe.vae.config.scaling_factor for _ in range(3)
                 ]
             t, noise = torch.randint(model.timesteps, (rows,), device=device), torch.randn_like(latents[0])
             forget, anchor, retain = (model.add_noise(x, noise, t) for x in latents)
-            forgot = pipe.unet(forget, t, encoder_hidden_states=text[0]).sample
-            target = pipe.unet(anchor, t, encoder_hidden_states=text[1]).sample.detach()
-            kept = pipe.unet(retain, t, encoder_hidden_states=text[2]).sample
+            forgot = model.predict(forget, t, texts[0])
+            target = model.predict(anchor, t, texts[1]).detach()
+            kept = model.predict(retain, t, texts[2])
             loss = (forgot - target).square().mean() + 0.1 * (kept - noise).square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -214,7 +215,7 @@ def grow(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     """Each model and variant in its own process; a table, and JSON where asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=["canvas", "mid", "sd1"], default=["canvas", "mid"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["canvas", "mid"])
     parser.add_argument("--variants", nargs="+", choices=list(PASSES), default=list(PASSES))
     parser.add_argument(
         "--grow", action="store_true", help="the last variant of the first model against batch, density and scope"
@@ -239,6 +240,7 @@ def main() -> None:
     if args.one:
         answer(measure, args.one)
         return
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep=", ")
     write_rows(grow(args) if args.grow else compare(args), args)
 
 

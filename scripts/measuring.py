@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import resource
 import subprocess
 import sys
@@ -71,8 +72,24 @@ def answer(measure: Callable[[str, str, argparse.Namespace], dict[str, Any]], on
     print(json.dumps(measure(name, variant, argparse.Namespace(**json.loads(given)))))
 
 
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {
+        "torch": torch.__version__,
+        "processor": fields.get("model name") or platform.processor() or platform.machine(),
+        "half precision": sorted(
+            {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "bf16"} & set(fields.get("flags", "").split())
+        ),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
 def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Measurements and the settings behind them, as JSON, where `--json` asks for it."""
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({"torch": torch.__version__, "settings": settings, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({**machine(), "settings": settings, "rows": rows}, indent=1))
