@@ -18,7 +18,7 @@ from tqdm import tqdm
 from erase.execution import running
 from erase.files import written_whole
 from erase.mask import SaliencyMask
-from erase.models import PRECISIONS, DiffusionModel
+from erase.models import DiffusionModel, autocast
 from erase.optimizers import make_optimizer
 from erase.processes import found, processes, reduce_all
 from erase.sharding import whole_state
@@ -55,8 +55,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         ErasureError: an unknown precision, or fp16 without a GPU.
     """
-    if config.mixed_precision not in PRECISIONS:
-        raise unknown("mixed precision", config.mixed_precision, PRECISIONS)
+    autocast(processes().device, config.mixed_precision)  # refuses an unknown name
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from erase.models.precision import in_hardware
+
 
 def wait(device: str | torch.device) -> None:
     """Return when all work on the device is done."""
@@ -74,18 +76,20 @@ def answer(measure: Callable[[str, str, argparse.Namespace], dict[str, Any]], on
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     return {
         "torch": torch.__version__,
-        "processor": fields.get("model name") or platform.processor() or platform.machine(),
-        "half precision": sorted(
-            {"avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16", "bf16"} & set(fields.get("flags", "").split())
-        ),
+        "processor": processor(),
+        "bf16": in_hardware("bf16"),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def processor() -> str:
+    """Its name, as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    named = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return named[0].partition(":")[2].strip() if named else platform.processor() or platform.machine()
 
 
 def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from erase.execution import running
-from erase.models import wrap
+from erase.models import autocast, wrap
 from erase.models.sd import StableDiffusion
 from erase.optimizers import FUSED, make_optimizer
 from erase.scopes import select
@@ -222,3 +223,18 @@ def test_compiled_steps_are_the_eager_ones(model):
     compiled = fit(model, params, batches, loss, replace(SGD, compile=True), mask)
     assert close(eager, compiled, params, 1e-3)
     assert model.component("unet")._compiled_call_impl is None
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_processor_without_the_precision_is_warned_of(monkeypatch, precision):
+    cpu, no = torch.device("cpu"), {"avx512_bf16": False, "avx512_fp16": False, "avx2": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: no, raising=False)
+    with pytest.warns(UserWarning, match=f"no {precision} of its own"):
+        autocast(cpu, precision)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        autocast(cpu, "no")
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**no, f"avx512_{precision}": True})
+        autocast(cpu, precision)
+        monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.9: nothing is known
+        autocast(cpu, precision)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from erase.models.base import PRECISIONS, Cond, DiffusionModel, autocast
+from erase.models.base import Cond, DiffusionModel
 from erase.models.config import LoadConfig
+from erase.models.precision import PRECISIONS, autocast
 
 CANVAS = Path(__file__).parent / "canvas"
 

@@ -10,8 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from prompts.errors import unknown
-
 
 @dataclass(frozen=True)
 class Cond:
@@ -109,17 +107,3 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
     return digest.hexdigest()
-
-
-PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision for sampling: `no`, `bf16` or `fp16`; weights stay as they are.
-
-    Raises:
-        ErasureError: another name; the near one is suggested.
-    """
-    if precision not in PRECISIONS:
-        raise unknown("mixed precision", precision, PRECISIONS)
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erase.models.base import Cond, autocast
+from erase.models.base import Cond
+from erase.models.precision import autocast
 
 Pipeline = Any  # a diffusers pipeline: its parts are attributes made at run time, which no type checker sees
 POOLED = "pooled"

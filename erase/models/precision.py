@@ -1,0 +1,38 @@
+"""Mixed precision by name."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from prompts.errors import unknown
+
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+IN_HARDWARE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fp16_arith"}}
+"""what a processor that multiplies in this precision says of itself, on x86 or Arm"""
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Mixed precision for sampling: `no`, `bf16` or `fp16`; weights stay as they are.
+
+    Warns where the processor only imitates it (a training step on the embedded model: 1.1 s in bf16, 0.5 in float32).
+
+    Raises:
+        ErasureError: another name; the near one is suggested.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("mixed precision", precision, PRECISIONS)
+    if device.type == "cpu" and not in_hardware(precision):
+        warnings.warn(
+            f"this processor has no {precision} of its own, which makes it slower than mixed_precision no", stacklevel=2
+        )
+    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")
+
+
+def in_hardware(precision: str) -> bool:
+    """Whether the processor multiplies in this precision itself; said of one that torch knows nothing about, too."""
+    ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 and later
+    if precision not in IN_HARDWARE or ask is None:
+        return True
+    return any(ask().get(name) for name in IN_HARDWARE[precision])
