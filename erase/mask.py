@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from erase.files import damage_named, load_tensors, save_tensors
 from erase.finite import all_finite
 from prompts.errors import ErasureError
 
-CHUNK = 1 << 22  # values handled at a time, so that extra memory stays constant
+CHUNK = 1 << 20  # values handled at a time: extra memory stays constant, and what a pass makes stays in a processor's cache
 
 
 class SaliencyAccumulator:
@@ -238,38 +239,42 @@ def top_k(values: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, Tenso
     threshold, above = _threshold(values, count)
     ties = count - above
     for name, value in values.items():
-        pattern = _pattern(value)
-        chosen = pattern > threshold
-        equal = pattern == threshold
-        if ties and (found := int(equal.sum())):
-            if found > ties:
-                equal &= equal.cumsum(0) <= ties
-            chosen |= equal
-            ties -= min(found, ties)
+        chosen = torch.empty(value.numel(), dtype=torch.bool, device=value.device)
+        for part, kept in zip(_chunks([value]), chosen.split(CHUNK), strict=True):
+            pattern = _pattern(part)
+            torch.gt(pattern, threshold, out=kept)
+            equal = pattern == threshold
+            if ties and (found := int(equal.sum())):
+                if found > ties:
+                    equal &= equal.cumsum(0) <= ties
+                kept |= equal
+                ties -= min(found, ties)
         yield name, chosen.view(value.shape)
 
 
 def _pattern(value: Tensor) -> Tensor:
     # adding 0.0 turns -0.0 into 0.0, whose pattern is not negative
-    return (value.reshape(-1) + 0.0).view(torch.int32)
+    return (value + 0.0).view(torch.int32)
 
 
 def _threshold(values: Mapping[str, Tensor], count: int) -> tuple[int, int]:
     """The bit pattern of the count-th largest value, and how many values lie strictly above it."""
-    high = torch.zeros(1 << 16, dtype=torch.float64)
-    for pattern in _chunks(values):
-        high += torch.bincount(pattern >> 16, minlength=1 << 16)
-    top, above = _bin_of(high, count)
-    low = torch.zeros(1 << 16, dtype=torch.float64)
-    for pattern in _chunks(values):
-        low += torch.bincount(pattern[(pattern >> 16) == top] & 0xFFFF, minlength=1 << 16)
+    top, above = _bin_of(_counts(values, lambda pattern: pattern >> 16), count)
+    low = _counts(values, lambda pattern: pattern[(pattern >> 16) == top] & 0xFFFF)
     bottom, within = _bin_of(low, count - above)
     return top << 16 | bottom, above + within
 
 
-def _chunks(values: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    for value in values.values():
-        yield from _pattern(value).split(CHUNK)
+def _counts(values: Mapping[str, Tensor], digits: Callable[[Tensor], Tensor]) -> Tensor:
+    """How often each 16-bit digit comes; chunk by chunk, on all threads, for counting is not threaded in itself."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        counts = pool.map(lambda part: torch.bincount(digits(_pattern(part)), minlength=1 << 16).cpu(), _chunks(values.values()))
+        return sum(counts, torch.zeros(1 << 16, dtype=torch.int64))
+
+
+def _chunks(values: Iterable[Tensor]) -> Iterator[Tensor]:
+    for value in values:
+        yield from value.reshape(-1).split(CHUNK)
 
 
 def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
