@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask, pack, unpack
+from erase.mask import CHUNK, Saliency, SaliencyAccumulator, SaliencyMask, pack, unpack
+from erase.models import wrap
 from prompts.errors import ErasureError
+from scripts import describe_mask
+from tests.families import tiny_sd3, tiny_sdxl
 
 
 def double_argsort(values: dict[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
@@ -21,7 +24,9 @@ def double_argsort(values: dict[str, torch.Tensor], density: float) -> dict[str,
 
 @pytest.mark.parametrize("density", [0.003, 0.1, 0.29, 0.5, 0.7, 0.999, 1.0])
 @pytest.mark.parametrize("ties", [False, True])
-def test_cut_is_the_double_argsort_with_stable_ties(density, ties):
+@pytest.mark.parametrize("chunk", [16, CHUNK])
+def test_cut_is_the_double_argsort_with_stable_ties(monkeypatch, density, ties, chunk):
+    monkeypatch.setattr("erase.mask.CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     values = {f"p{i}": torch.rand(shape, generator=generator) for i, shape in enumerate([(7, 5), (1,), (300,), (4, 3, 2, 2)])}
     if ties:
@@ -143,3 +148,27 @@ def test_processes_share_their_signed_sums():
     expected = whole.finish(0.3)
     assert torch.equal(shares[0].finish(0.3)["p"], expected["p"])
     assert not torch.equal(Saliency({"p": apart}).cut(0.3)["p"], expected["p"])
+
+
+def test_a_mask_is_described_by_kind_of_layer(tmp_path, capsys):
+    values = {
+        "unet.down_blocks.0.resnets.0.conv1.weight": torch.tensor([9.0, 8.0, 0.1, 0.2]),
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.tensor([7.0, 0.3]),
+        "unet.down_blocks.0.resnets.0.norm1.weight": torch.tensor([0.4, 0.5]),
+    }
+    Saliency(values).save(tmp_path / "saliency.safetensors")
+    describe_mask.main([str(tmp_path / "saliency.safetensors"), "--densities", "0.375"])
+    first, _, *rows = capsys.readouterr().out.splitlines()
+    assert first == "3 of 8 weights may change (37.500%)"
+    assert [row.split()[-3:] for row in rows[:3]] == [
+        ["50.0%", "50.0%", "66.7%"],
+        ["25.0%", "50.0%", "33.3%"],
+        ["25.0%", "0.0%", "0.0%"],
+    ]
+    assert [row.split("  ")[0] for row in rows[:3]] == ["residual blocks' convolutions", "cross-attention", "norms"]
+
+
+def test_every_weight_of_the_families_has_a_kind_of_layer(make_pico_pipeline):
+    names = [name for pipeline in (make_pico_pipeline(), tiny_sdxl(), tiny_sd3()) for name in wrap(pipeline).parameters()]
+    others = [name for name in names if describe_mask.kind_of(name) == "others" and not name.startswith("text_encoder")]
+    assert not others
