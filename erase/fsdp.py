@@ -53,10 +53,13 @@ def check_sharded(config: TrainConfig) -> None:
             f"{', '.join(sorted(VALUE_BY_VALUE))}, or launch with scripts/launch/several-gpus.yaml"
         )
     if config.mixed_precision == "fp16":
-        raise ErasureError("mixed_precision fp16 scales its loss by what each process sees, which FSDP splits; use bf16 or no")
+        raise ErasureError(
+            "mixed_precision fp16 scales its loss by what it finds in all gradients, of which FSDP leaves each process some; use bf16 or no, "
+            "or launch with scripts/launch/several-gpus.yaml"
+        )
     if config.mixed_precision != "no" and "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:
         raise ErasureError(
-            f"torch {torch.__version__} cannot shard norms in float32 beside bf16 matrices; take 2.15 or newer, or no"
+            f"torch {torch.__version__} cannot gather norms in float32 beside matrices in bf16; take torch 2.15, or mixed_precision no"
         )
     for name in ("channels_last", "compile"):
         if getattr(config, name):

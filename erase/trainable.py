@@ -80,8 +80,10 @@ class Trainable:
             if param.grad is None:
                 return
             value, grad = self.values[name], self.layout.local(param.grad)
-            # no copy of what is taken whole; but in the order of the values, for fused optimizers walk through both side by side
-            found = self._read(name, grad) if name in self._where else grad.contiguous()
+            # no copy of what is taken whole, unless a block's gradients would live on behind it; and always in the order of the values,
+            # for fused optimizers walk through both side by side
+            part = name in self._where or grad.untyped_storage().nbytes() > grad.nbytes
+            found = self._read(name, grad) if part else grad.contiguous()
             value.grad = found.to(value.dtype) if value.grad is None else value.grad.add_(found)
             param.grad = None
 

@@ -116,7 +116,8 @@ def fit(
 
 def _train(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> None:
     """All steps that are left, with a training state saved now and then."""
-    name = "erasing" if accelerator.num_processes == 1 else f"erasing on {accelerator.num_processes} processes"
+    how = "in shards on" if run.trainable.layout.in_step else "on"
+    name = "erasing" if accelerator.num_processes == 1 else f"erasing {how} {accelerator.num_processes} processes"
     done, quiet = run.step, not accelerator.is_main_process
     with (
         torch.random.fork_rng(devices=[]),
