@@ -112,6 +112,7 @@ JOB = """
             facts["families", kind] = {{name: ours.one_step(FAMILIES[name]()) for name in ours.NEWER}}
     with ours.launched(launches["fsdp"]):
         facts["refused"] = [ours.refusal(model, config) for config in ours.UNFIT_CONFIGS]
+        facts["refused"].append(ours.refusal(model, ours.SGD, "text_encoder"))
         facts["odd"] = in_shares(3, 1, lambda rows: processes().process_index, "odd", "row", in_step=True)
     if main:
         model.pipeline().save_pretrained("after")
@@ -145,10 +146,10 @@ UNFIT_CONFIGS = [
 ]
 
 
-def refusal(model, config):
+def refusal(model, config, scope="full"):
     with pytest.raises(ErasureError) as error:
         check_sharded(config)
-        train(model, config, 0.5)
+        fit(model, select(model.parameters(), scope), *task(model)[1:], config)
     return str(error.value)
 
 
@@ -343,9 +344,11 @@ def test_a_run_changes_between_sharded_and_whole(job, model, tmp_path):
     """Begun whole and finished in shards, and begun in shards by two processes and finished by one: to rounding."""
     folder, facts = job
     whole = facts["trained"]["adam", None]
-    assert apart(whole, facts["taken over"], model) < 1e-4
     shutil.copy(folder / "handed-over.pt", tmp_path / "state.pt")
-    assert apart(whole, train(model, ADAM, 0.5, tmp_path / "state.pt").values, model) < 1e-3
+    handed_over = train(model, ADAM, 0.5, tmp_path / "state.pt").values
+    found = apart(whole, facts["taken over"], model), apart(whole, handed_over, model)
+    print("taken over {:.1e}, handed over {:.1e}".format(*found))
+    assert max(found) < 1e-4
 
 
 def test_saliency_is_that_of_whole_models(job):
@@ -382,7 +385,8 @@ def test_odd_work_is_done_in_step_and_counted_once(job):
 
 
 def test_what_shards_cannot_do_is_refused(job):
-    for message, name in zip(job[1]["refused"], ("Adafactor", "AdamW8bit", "channels_last", "compile", "fp16"), strict=True):
+    names = ("Adafactor", "AdamW8bit", "channels_last", "compile", "fp16", "text_encoder")
+    for message, name in zip(job[1]["refused"], names, strict=True):
         assert name in message and "several-gpus.yaml" in message
 
 
