@@ -8,41 +8,58 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from erase.fsdp import check_sharded, sharded_twins, sharding
+from erase.layout import Standing
 from erase.models import PRECISIONS, DiffusionModel
 from erase.models.pipelines import denoiser, modules
+from erase.stand_ins import stand_ins
 from erase.train_config import TrainConfig
 from prompts.errors import ErasureError, unknown
 
 ATTENTION = ("auto", "sdpa", "xformers", "sliced")
 # latent positions up to which a CPU trains with plain attention; at 32 * 32 it is no quicker, and takes 2 GB more
 PLAIN_TOKENS = 16 * 16
-IN_HALF = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # the layers whose weights autocast would round for each use
 
 
 @contextmanager
-def running(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[dict[str, Tensor]]:
-    """The model as `config` wants it run; afterwards it is as it was found.
+def running(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[Standing]:
+    """The model as `config` and the launch want it run; afterwards it is as it was found.
 
     Yields:
-        The model's own weights, by name, where others stand in for them meanwhile (`stand_ins`).
+        What stands in the place of `params` meanwhile.
 
     Raises:
-        ErasureError: an unknown attention, or a library or a compiler that is not installed.
+        ErasureError: an unknown attention, a library or a compiler that is not installed, or what FSDP cannot do.
     """
-    parts = {name: model.component(name) for name in sorted({name.split(".")[0] for name in params})}
+    parts = sorted({name.split(".")[0] for name in params})
     with ExitStack() as stack:
         if config.offload:
             stack.enter_context(idle_on_cpu(model, set(parts)))
-        for part in parts.values():
+        standing = stack.enter_context(_standing(model, params, config))
+        for part in map(model.component, parts):
             stack.enter_context(checkpointed(part, config.gradient_checkpointing))
             stack.enter_context(compiled(part, config.compile))
         stack.enter_context(attention(model, config.attention))
-        yield stack.enter_context(stand_ins(parts, PRECISIONS[config.mixed_precision], config.channels_last, away=config.offload))
+        yield standing
+
+
+@contextmanager
+def _standing(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[Standing]:
+    """Weights in the layout that the launch asks for, in the precision of the steps."""
+    parts = {name: model.component(name) for name in sorted({name.split(".")[0] for name in params})}
+    half = PRECISIONS[config.mixed_precision]
+    if asked := sharding():
+        check_sharded(config)
+        with sharded_twins(model, parts, half, asked) as layout:
+            found = model.parameters()
+            yield Standing({name: found[name] for name in params}, layout=layout)
+    else:
+        with stand_ins(parts, half, config.channels_last, away=config.offload) as own:
+            yield Standing(params, own)
 
 
 @contextmanager
@@ -125,48 +142,6 @@ def compiled(module: nn.Module, on: bool) -> Iterator[None]:
         yield
     finally:
         module._compiled_call_impl = None  # torch has a way in and none back
-
-
-@contextmanager
-def stand_ins(
-    parts: Mapping[str, nn.Module], half: torch.dtype | None, channels_last: bool, away: bool
-) -> Iterator[dict[str, Tensor]]:
-    """Copies of the weights in the precision and the memory format of the steps take the place of the model's own.
-
-    Autocast would round the same weights to the same values, for each pass anew and, outside the scope, for each use. The model's own are
-    not written meanwhile, and come back as they were.
-
-    Args:
-        parts: name -> module.
-        half: precision of matrix products; None: float32, which needs no copies.
-        channels_last: convolution kernels with the channels innermost, as tensor cores take them.
-        away: keep the model's own weights on the CPU meanwhile.
-
-    Yields:
-        `part.parameter` name -> the model's own weights, of those that have a stand-in.
-    """
-    own: dict[str, Tensor] = {}
-    params: dict[str, nn.Parameter] = {}
-    try:
-        for part, module in parts.items():
-            for name, param, dtype in _with_precision(module, half):
-                layout = torch.channels_last if channels_last and param.dim() == 4 else torch.preserve_format
-                data = param.data  # a new object at each look
-                copy = data.to(dtype=dtype, memory_format=layout)
-                if copy is not data:
-                    params[f"{part}.{name}"], own[f"{part}.{name}"] = param, data.cpu() if away else data
-                    param.data = copy
-        yield own
-    finally:
-        for name, param in params.items():
-            param.data = own[name].to(param.device)
-
-
-def _with_precision(module: nn.Module, half: torch.dtype | None) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
-    """Name, parameter, and the precision in which autocast would use it."""
-    for prefix, layer in module.named_modules():
-        for name, param in layer.named_parameters(prefix, recurse=False):
-            yield name, param, half if half and isinstance(layer, IN_HALF) else param.dtype
 
 
 @contextmanager

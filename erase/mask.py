@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from erase.files import damage_named, load_tensors, save_tensors
 from erase.finite import all_finite
+from erase.layout import Layout
 from prompts.errors import ErasureError
 
 CHUNK = 1 << 20  # values handled at a time: extra memory stays constant, and what a pass makes stays in a processor's cache
@@ -28,9 +29,12 @@ CHUNK = 1 << 20  # values handled at a time: extra memory stays constant, and wh
 class SaliencyAccumulator:
     """Sums the gradients of parameters, signed and in float32; batches may cancel."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter]) -> None:
-        self._params = dict(params)
-        self._sums = {name: torch.zeros_like(param, dtype=torch.float32) for name, param in self._params.items()}
+    def __init__(self, params: Mapping[str, nn.Parameter], layout: Layout | None = None) -> None:
+        self._params, self._layout = dict(params), layout or Layout()
+        self._sums = {
+            name: torch.zeros_like(self._layout.local(param), dtype=torch.float32, memory_format=torch.contiguous_format)
+            for name, param in self._params.items()
+        }
 
     def add_gradients(self) -> None:
         """Add each parameter's `.grad` to its sum and clear it. A parameter without gradient counts as zero."""
@@ -40,7 +44,7 @@ class SaliencyAccumulator:
     def _add(self, name: str) -> None:
         param = self._params[name]
         if param.grad is not None:
-            self._sums[name] += param.grad
+            self._sums[name] += self._layout.local(param.grad)
             param.grad = None
 
     @contextmanager
@@ -58,20 +62,21 @@ class SaliencyAccumulator:
 
     @property
     def sums(self) -> dict[str, Tensor]:
-        """The signed sums, which several processes add up before `finish`."""
+        """The signed sums (of this process's rows), which several processes add up before `finish`."""
         return self._sums
 
     def saliency(self, metadata: Mapping[str, str] | None = None) -> Saliency:
-        """Freeze the absolute value of the sums; the accumulator has given them away and is spent.
+        """Freeze the absolute value of the sums, whole in every process; the accumulator has given them away and is spent.
 
         Raises:
             ErasureError: a sum is not finite.
         """
-        for name, total in self._sums.items():
+        values = {}
+        for name in list(self._sums):  # in place: no second copy of the model's size
+            total = self._layout.gather(self._sums.pop(name))
             if not all_finite(total):
                 raise ErasureError(f"the saliency of {name} is not finite; use float32 and check the forget latents")
-        # in place: no second copy of the model's size
-        values = {name: self._sums.pop(name).abs_().cpu() for name in list(self._sums)}
+            values[name] = total.abs_().cpu()
         return Saliency(values, dict(metadata or {}))
 
     def finish(self, density: float, metadata: Mapping[str, str] | None = None) -> SaliencyMask:

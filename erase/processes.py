@@ -5,7 +5,7 @@ Nothing here knows of models. In a single process every function does its plain 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,32 +16,21 @@ from accelerate.utils import gather_object, parse_flag_from_env, reduce
 from torch import Tensor
 from tqdm import tqdm
 
+from erase.launch import check_launch
 from prompts.errors import ErasureError
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=12)  # for each other: shares of a slower GPU may take hours; launchers end all processes when one dies
 BUCKET = 25 << 20  # bytes that are reduced at a time, DistributedDataParallel's own choice
-WRAPPERS = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
-"""what Accelerate sets in the environment -> the ways to launch that take a model apart"""
 
 
 def processes() -> PartialState:
     """This process among those that were launched together: `process_index`, `num_processes`, `is_main_process`, `device`.
 
     Raises:
-        ErasureError: the launch asks for DeepSpeed, FSDP or the like.
+        ErasureError: the launch asks for DeepSpeed or the like.
     """
-    for variable, name in WRAPPERS.items():
-        if parse_flag_from_env(variable):
-            raise ErasureError(
-                f"this launch asks for {name}, which takes the model apart, while masked training holds its weights outside of it; "
-                "launch with scripts/launch/several-gpus.yaml, and share the optimizer's state with --train.shard_optimizer true"
-            )
+    check_launch()
     # without cpu=True, processes on CPU stay strangers
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=PATIENCE)
 
@@ -67,7 +56,21 @@ def found(path: Path) -> bool:
     return all(seen)
 
 
-def in_shares(count: int, size: int, work: Callable[[range], T], what: str, unit: str) -> list[T]:
+def turns(items: Sequence[T], in_step: bool = False) -> list[tuple[T, bool]]:
+    """This process's share of the items, taken by turns, each with whether it counts.
+
+    Args:
+        items: the same in every process.
+        in_step: give every process as many, where each is an effort of all: who has one less takes one that does not count.
+    """
+    state = processes()
+    mine = [(item, True) for item in items[state.process_index :: state.num_processes]]
+    if in_step and len(mine) * state.num_processes < len(items):
+        mine.append((items[-1], False))
+    return mine
+
+
+def in_shares(count: int, size: int, work: Callable[[range], T], what: str, unit: str, in_step: bool = False) -> list[T]:
     """What `work` gives for rows 0 to `size`, `size` to 2 `size`, ... of `count`: each range done by one process, all known to all.
 
     The ranges do not depend on the number of processes, so neither do their results, nor their rounding.
@@ -78,17 +81,19 @@ def in_shares(count: int, size: int, work: Callable[[range], T], what: str, unit
         work: takes the rows' numbers; its result is pickled, so tensors belong on the CPU.
         what: names the progress bar.
         unit: of its rows.
+        in_step: `work` is an effort of all processes, so each must do as much (`turns`).
 
     Returns:
         One result per range, in order.
     """
-    state = processes()
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    mine = ranges[state.process_index :: state.num_processes]
+    mine = turns(ranges, in_step)
     done = []
-    with progress(what, unit, sum(map(len, mine))) as bar:
-        for rows in mine:
-            done.append(work(rows))
+    with progress(what, unit, sum(len(rows) for rows, _ in mine)) as bar:
+        for rows, counts in mine:
+            result = work(rows)
+            if counts:
+                done.append(result)
             bar.update(len(rows))
     shares = gather_object([done])
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(ranges))]

@@ -173,12 +173,13 @@ def frozen_targets(job: Job[C]) -> FrozenTargets | None:
     config, forget, retain = job.config, job.forget, job.retain
     if forget.t is None or retain.t is None or not config.anchor_from == config.retain_target == "frozen":
         return None
-    with running(job.model, job.params, replace(config.train, compile=False)), job.accelerator.autocast():
-        anchor = _predict_points(job, forget, forget.anchors or forget.prompts, "anchor targets")
-        return FrozenTargets(anchor, _predict_points(job, retain, retain.prompts, "retain targets"))
+    with running(job.model, job.params, replace(config.train, compile=False)) as standing, job.accelerator.autocast():
+        in_step = standing.layout.in_step
+        anchor = _predict_points(job, forget, forget.anchors or forget.prompts, "anchor targets", in_step)
+        return FrozenTargets(anchor, _predict_points(job, retain, retain.prompts, "retain targets", in_step))
 
 
-def _predict_points(job: Job[C], points: LatentSet, prompts: tuple[str, ...], what: str) -> Tensor:
+def _predict_points(job: Job[C], points: LatentSet, prompts: tuple[str, ...], what: str, in_step: bool) -> Tensor:
     """Predictions at the fixed points of a set, in float32 on the CPU."""
     model, generator = job.model, torch.Generator()  # of which nothing is drawn: the points have noise and timesteps of their own
 
@@ -188,7 +189,7 @@ def _predict_points(job: Job[C], points: LatentSet, prompts: tuple[str, ...], wh
         xt = model.add_noise(points.latents[chosen].to(model.device), noise, t)
         return model.predict(xt, t, job.embed([prompts[row] for row in rows])).float().cpu()
 
-    return torch.cat(in_shares(len(points), 2 * job.config.train.batch_size, predict, what, "point"))
+    return torch.cat(in_shares(len(points), 2 * job.config.train.batch_size, predict, what, "point", in_step))
 
 
 def loss_function(job: Job[C]) -> LossFn:

@@ -6,13 +6,16 @@ before the step, so an optimizer that works value by value, or tensor by tensor,
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch import Tensor, nn
 
 from erase.processes import processes
+
+Gather = Callable[[Tensor], Tensor]
 
 
 def sharded(kind: Any, values: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
@@ -24,9 +27,35 @@ def sharded(kind: Any, values: list[nn.Parameter], options: dict[str, Any]) -> t
     return ZeroRedundancyOptimizer(values, kind, parameters_as_bucket_view=True, **options)
 
 
-def whole_state(prepared: AcceleratedOptimizer) -> dict[str, Any] | None:
-    """The state of all values, as an unsplit optimizer has it; every process must ask, the main process alone is told."""
-    main = processes().is_main_process
+def gathered(pieces: Mapping[Any, Any], gather: Gather, keep: bool) -> dict[Any, Any]:
+    """All pieces put together, one after the other in the same order everywhere; what is no tensor, or a single number, stays as it is."""
+    whole = {}
+    for name, piece in pieces.items():
+        found = gather(piece) if torch.is_tensor(piece) and piece.dim() else piece
+        if keep:
+            whole[name] = found
+    return whole
+
+
+def whole_state(prepared: AcceleratedOptimizer, gather: Gather, keep: bool) -> dict[str, Any]:
+    """The state of all values, as an unsplit optimizer has it; every process must ask.
+
+    Args:
+        prepared: the optimizer.
+        gather: makes a whole of what each process holds of a tensor with an entry per value.
+        keep: whether this process, the main one, is to be told.
+    """
     if hasattr(prepared.optimizer, "consolidate_state_dict"):
         prepared.optimizer.consolidate_state_dict(to=0)
-    return prepared.state_dict() if main else None
+        return prepared.state_dict() if keep else {}  # type: ignore[no-any-return]
+    found = prepared.state_dict()
+    return found | {"state": {index: gathered(of_value, gather, keep) for index, of_value in found["state"].items()}}  # type: ignore[no-any-return]
+
+
+def piece_of_state(whole: Mapping[str, Any], names: list[str], piece: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """This process's part of a whole state, whose values have these names in this order."""
+
+    def each(name: str, of_value: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: piece(name, entry) if torch.is_tensor(entry) else entry for key, entry in of_value.items()}
+
+    return {**whole, "state": {index: each(names[index], of_value) for index, of_value in whole["state"].items()}}

@@ -39,7 +39,8 @@ class TrainConfig:
     offload: bool = False
     """keep on the CPU what the steps do not use: VAE, text encoders, and with mixed precision the float32 weights of the base"""
     shard_optimizer: bool = False
-    """split the optimizer's state among the processes (ZeRO stage 1): the same result, with less memory on each"""
+    """split the optimizer's state among the processes (ZeRO stage 1): the same result, with less memory on each; stages 2 and 3
+    are launches: scripts/launch/fsdp-zero2.yaml, fsdp.yaml"""
     ema: float | None = None
     """decay of an exponential moving average that the result is taken from; None: the last weights"""
     checkpoint_every: int = 50

@@ -6,12 +6,15 @@ the weights shrink with d; and what lies outside the mask cannot move, whatever 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from erase.layout import Standing
 from erase.mask import SaliencyMask
 from erase.places import indices
 
@@ -20,35 +23,52 @@ Frozen = Callable[[], AbstractContextManager[None]]
 
 
 class Trainable:
-    """Compact copies of some weights of a model, whose gradients they collect and in whose place they stand until `close`."""
+    """Compact copies of some weights of a model, whose gradients they collect and in whose place they stand until `close`.
+
+    Of a sharded model, each process has copies of what lies in its own rows; those of all processes, one after the other, are the copies
+    of the whole.
+    """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], mask: SaliencyMask | None = None, own: Mapping[str, Tensor] | None = None
+        self, params: Mapping[str, nn.Parameter], mask: SaliencyMask | None = None, standing: Standing | None = None
     ) -> None:
-        """`own`: the model's weights in full precision, of those parameters that hold copies in another one meanwhile."""
-        self._params = dict(params)
+        """`standing`: what stands in the place of `params` meanwhile; None: they themselves."""
+        standing = standing or Standing(params)
+        self._base_params, self._mask, self.layout = params, mask, standing.layout
+        self._params = {name: standing.params[name] for name in params}
+        self._mine: dict[str, slice] = {}
+        """parameter name -> which of its compact values (of its rows, where it may change as a whole) are copied here"""
         self._where: dict[str, Tensor] = {}
         """parameter name -> flat places, int32; a parameter that may change as a whole has none, one that may not at all is left out.
         Boolean masks would be smaller, but selecting by them takes 30 times as long (2.7 M weights on a CPU: 21 ms against 0.7)"""
-        self._own = dict(own or {})
+        self._own = standing.own
         self._base: dict[str, Tensor] = {}
         """base values as the parameter holds them, flat where masked; of a parameter that stands in for another, once they are asked for"""
         self.values: dict[str, nn.Parameter] = {}
         """trained values in full precision, likewise: what the optimizer steps on"""
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        for name, param in params.items():
-            if mask is not None:
-                where = indices(mask[name])
-                if not len(where):
-                    continue
-                if len(where) < param.numel():
-                    self._where[name] = where.to(param.device, torch.int32)
+        for name, param in self._params.items():
+            if not self._place(name, param):
+                continue
+            held = self.layout.local(param)
             if name not in self._own:
-                self._base[name] = self._read(name, param.data)
-            self.values[name] = nn.Parameter(self._read(name, self._own.get(name, param.data)).to(param.device))
+                self._base[name] = self._read(name, held)
+            self.values[name] = nn.Parameter(self._read(name, self._own.get(name, held)).to(param.device))
             param.requires_grad_(True)
             # the dense gradient of one parameter at a time: the next is not yet there when it is dropped
             self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
+
+    def _place(self, name: str, param: nn.Parameter) -> bool:
+        """Find what may change of a parameter, and which of it is here; False: nothing anywhere."""
+        count = len(param) if param.dim() else 1
+        rows = self._mine[name] = self.layout.rows(count)
+        where = _places(self._mask, name)
+        if where is not None:
+            width = param.numel() // count
+            start, stop = (int(i) for i in torch.searchsorted(where, torch.tensor([rows.start * width, rows.stop * width])))
+            self._mine[name] = slice(start, stop)
+            self._where[name] = (where[start:stop] - rows.start * width).to(param.device, torch.int32)
+        return where is None or len(where) > 0
 
     def _read(self, name: str, dense: Tensor) -> Tensor:
         if name not in self._where:
@@ -61,9 +81,11 @@ class Trainable:
         def collect(param: Tensor) -> None:
             if param.grad is None:
                 return
-            value = self.values[name]
-            # no copy of what is taken whole; but in the order of the values, for fused optimizers walk through both side by side
-            found = self._read(name, param.grad) if name in self._where else param.grad.contiguous()
+            value, grad = self.values[name], self.layout.local(param.grad)
+            # no copy of what is taken whole, unless a block's gradients would live on behind it; and always in the order of the values,
+            # for fused optimizers walk through both side by side
+            part = name in self._where or grad.untyped_storage().nbytes() > grad.nbytes
+            found = self._read(name, grad) if part else grad.contiguous()
             value.grad = found.to(value.dtype) if value.grad is None else value.grad.add_(found)
             param.grad = None
 
@@ -72,9 +94,10 @@ class Trainable:
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            _fill(self._params[name].data, self._where.get(name), value.detach())
+            _fill(self.layout.local(self._params[name]), self._where.get(name), value.detach())
         # autocast keeps half-precision copies by parameter, not by value: without this the old weights would go on being used
         torch.clear_autocast_cache()
+        self.layout.written()
 
     def put(self) -> None:
         """Write the trained values into the model, after an optimizer step."""
@@ -100,20 +123,25 @@ class Trainable:
             self._params[name].requires_grad_(False).grad = None
         self._write(self._base)
 
+    def piece(self, name: str, whole: Tensor) -> Tensor:
+        """This process's part of something that has an entry for each compact value of a parameter; the inverse of `layout.gather`."""
+        return self.layout.piece(whole, self._mine[name])
+
     def result(self, values: Mapping[str, Tensor]) -> Trained:
-        """These compact values as whole parameters."""
-        return Trained(self._params, self._where, {name: value.detach() for name, value in values.items()})
+        """These compact values as whole parameters; every process must ask."""
+        whole = {name: self.layout.gather(value.detach()) for name, value in values.items()}
+        return Trained(self._base_params, partial(_places, self._mask), whole)
 
 
 class Trained(Mapping[str, Tensor]):
     """Parameter name -> new values, of the parameter's shape, put together when asked for: base where nothing may change."""
 
-    def __init__(self, base: Mapping[str, Tensor], where: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    def __init__(self, base: Mapping[str, Tensor], where: Callable[[str], Tensor | None], values: Mapping[str, Tensor]) -> None:
         self._base, self._where, self._values = base, where, values
 
     def __getitem__(self, name: str) -> Tensor:
         base = self._base[name].detach().clone()
-        return _fill(base, self._where.get(name), self._values[name]) if name in self._values else base
+        return _fill(base, self._where(name), self._values[name]) if name in self._values else base
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
@@ -122,13 +150,21 @@ class Trained(Mapping[str, Tensor]):
         return len(self._base)
 
 
+def _places(mask: SaliencyMask | None, name: str) -> Tensor | None:
+    """Flat places in a parameter of what may change, ascending; None: all of it."""
+    if mask is None:
+        return None
+    where = indices(mask[name])
+    return where if len(where) < math.prod(mask.shapes[name]) else None
+
+
 def _fill(dense: Tensor, where: Tensor | None, values: Tensor) -> Tensor:
     """Put values at their flat places (of the shape, whatever the memory format), or everywhere, in place; they are rounded to fit."""
     if where is None:
         return dense.copy_(values)
     if not dense.is_contiguous():
         return dense.copy_(_fill(dense.contiguous(), where, values))
-    flat, values, where = dense.view(-1), values.to(dense.dtype), where.long()
+    flat, values, where = dense.view(-1), values.to(dense), where.to(dense.device, torch.int64)
     if dense.dtype in (torch.bfloat16, torch.float16):  # the same bits as integers: on a CPU three times as fast
         flat, values = flat.view(torch.int16), values.view(torch.int16)
     flat.scatter_(0, where, values)

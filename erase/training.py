@@ -13,15 +13,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from erase.execution import running
 from erase.files import written_whole
+from erase.fsdp import check_sharded
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, autocast
 from erase.optimizers import make_optimizer
-from erase.processes import found, processes, reduce_all
-from erase.sharding import whole_state
+from erase.processes import found, processes
+from erase.sharding import gathered, piece_of_state, whole_state
 from erase.train_config import TrainConfig
 from erase.trainable import Frozen, Trainable
 from prompts.errors import ErasureError, unknown
@@ -53,11 +55,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """An Accelerator for this precision.
 
     Raises:
-        ErasureError: an unknown precision, or fp16 without a GPU.
+        ErasureError: an unknown precision, fp16 without a GPU, or what FSDP cannot do where the launch asks for it.
     """
     autocast(processes().device, config.mixed_precision)  # refuses an unknown name
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
+    check_sharded(config)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
         AcceleratorState._reset_state()
@@ -100,8 +103,8 @@ def fit(
         raise unknown("schedule", config.schedule, SCHEDULES)
     if mask is not None:
         mask.check(params, model.fingerprint)
-    with running(model, params, config) as own:
-        trainable = Trainable(params, mask, own)
+    with running(model, params, config) as standing:
+        trainable = Trainable(params, mask, standing)
         try:
             run = _Run.start(trainable, config, accelerator, checkpoint)
             _train(run, batches, loss_fn, config, accelerator)
@@ -112,7 +115,8 @@ def fit(
 
 def _train(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> None:
     """All steps that are left, with a training state saved now and then."""
-    name = "erasing" if accelerator.num_processes == 1 else f"erasing on {accelerator.num_processes} processes"
+    how = "in shards on" if run.trainable.layout.in_step else "on"
+    name = "erasing" if accelerator.num_processes == 1 else f"erasing {how} {accelerator.num_processes} processes"
     done, quiet = run.step, not accelerator.is_main_process
     with (
         torch.random.fork_rng(devices=[]),
@@ -143,10 +147,12 @@ def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, acc
         raise ErasureError(
             f"the loss is {total.item()} at step {run.step}; lower the learning rate ({config.lr:g}), set max_grad_norm, or train in float32"
         )
-    values = list(run.trainable.values.values())
-    reduce_all((value.grad for value in values if value.grad is not None), "mean")
+    gradients = [value.grad for value in run.trainable.values.values() if value.grad is not None]
+    run.trainable.layout.average(gradients)
     if config.max_grad_norm is not None:
-        accelerator.clip_grad_norm_(values, config.max_grad_norm)
+        accelerator.unscale_gradients()
+        norm = run.trainable.layout.norm(get_total_norm(gradients))
+        clip_grads_with_norm_(run.trainable.values.values(), config.max_grad_norm, norm)
     run.optimizer.step()
     run.trainable.put()
     run.advance(total.item())
@@ -180,7 +186,12 @@ class _Run:
         """A new run, or the one that `path` holds."""
         fuse = config.mixed_precision != "fp16"  # its loss scaler has a way of its own through fused steps
         optimizer = make_optimizer(
-            list(trainable.values.values()), config.optimizer, config.lr, config.optimizer_args, fuse, config.shard_optimizer
+            list(trainable.values.values()),
+            config.optimizer,
+            config.lr,
+            config.optimizer_args,
+            fuse,
+            shard=config.shard_optimizer and not trainable.layout.in_step,  # of shards there is nothing left to split
         )
         # its state is still empty, and its values are where they belong
         optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
@@ -200,17 +211,19 @@ class _Run:
         self.losses.append(loss)
 
     def save(self) -> None:
-        if not self._path or (optimizer := whole_state(self.optimizer)) is None:
+        if not self._path:
             return
+        main, gather = processes().is_main_process, self.trainable.layout.gather
         state = {
-            "values": {name: value.detach() for name, value in self.trainable.values.items()},
-            "optimizer": optimizer,
+            "values": gathered({name: value.detach() for name, value in self.trainable.values.items()}, gather, main),
+            "optimizer": whole_state(self.optimizer, gather, main),
             "scaler": self._scaler.state_dict() if self._scaler else {},
-            "average": self.average,
+            "average": gathered(self.average, gather, main),
             "losses": self.losses,
         }
-        with written_whole(self._path) as aside:
-            torch.save(state, aside)
+        if main:
+            with written_whole(self._path) as aside:
+                torch.save(state, aside)
 
     @torch.no_grad()
     def _load(self, path: Path) -> None:
@@ -220,11 +233,11 @@ class _Run:
         except Exception as error:
             raise ErasureError(f"cannot read the training state {path}: {error}; delete it to start again") from error
         for name, value in self.trainable.values.items():
-            value.copy_(state["values"][name])
+            value.copy_(self.trainable.piece(name, state["values"][name]))
         self.trainable.put()
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(piece_of_state(state["optimizer"], list(self.trainable.values), self.trainable.piece))
         if self._scaler:
             self._scaler.load_state_dict(state["scaler"])
         for name, mean in self.average.items():
-            mean.copy_(state["average"][name])
+            mean.copy_(self.trainable.piece(name, state["average"][name]))
         self.losses = list(state["losses"])

@@ -120,11 +120,12 @@ def test_weights_in_half_precision_give_the_gradients_of_autocast_bit_for_bit(mo
         p.requires_grad_(True)
     with running(model, params, QUICK):
         expected, autocast = gradients()
-    with running(model, params, replace(QUICK, mixed_precision="bf16")) as own:
+    with running(model, params, replace(QUICK, mixed_precision="bf16")) as standing:
         assert (
             params["unet.conv_in.weight"].dtype == torch.bfloat16 and params["unet.conv_norm_out.weight"].dtype == torch.float32
         )
         found, ours = gradients()
+    own = standing.own
     assert own and all(params[name].data_ptr() == value.data_ptr() for name, value in own.items())
     assert torch.equal(found, expected) and all(torch.equal(ours[name], autocast[name]) for name in params)
 

@@ -19,7 +19,7 @@ from erase.losses import forgetting, guided
 from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
 from erase.methods import Edit, Method
 from erase.models import DiffusionModel
-from erase.processes import found, progress, reduce_all
+from erase.processes import found, progress, turns
 from erase.remapping import Job, RemapConfig, frozen_targets, loss_function, make_batch, make_job
 from erase.train_config import TrainConfig
 from erase.training import fit, gradients_on
@@ -116,22 +116,22 @@ def find_saliency(job: Job[SalUnConfig], folder: Path | None) -> Saliency:
 
 def compute_saliency(job: Job[SalUnConfig]) -> Saliency:
     """|sum over batches of the forget loss's gradient|, one pass over the forget latents, both guidance branches live (eq. 3)."""
-    accumulator, size = SaliencyAccumulator(job.params), job.config.saliency_batch_size
-    workers, me = job.accelerator.num_processes, job.accelerator.process_index
-    rows = job.forget.concept_rows()
-    starts = range(0, len(rows), size)[me::workers]
+    rows, size = job.forget.concept_rows(), job.config.saliency_batch_size
     # in float32 whatever the training's precision: small gradients decide the ranking
     config = replace(job.config.train, mixed_precision="no", compile=False)  # a few batches do not repay compiling
-    bar = progress("saliency", "batch", len(starts))
-    with running(job.model, job.params, config), gradients_on(job.params), accumulator.collecting(), bar:
-        for start in starts:
-            forget_loss(job, rows[start : start + size], job.generator(start)).backward()
-            bar.update()
-    reduce_all(accumulator.sums.values(), "sum")  # signed, before the absolute value
-    loss = f"forgetting, guidance {job.config.saliency_guidance:g}"
-    return accumulator.saliency(
-        {"base_fingerprint": job.model.fingerprint, "loss": loss, "scope": job.config.scope, "seed": str(job.seed)}
-    )
+    about = f"forgetting, guidance {job.config.saliency_guidance:g}"
+    with running(job.model, job.params, config) as standing:
+        accumulator = SaliencyAccumulator(standing.params, standing.layout)
+        mine = turns(range(0, len(rows), size), standing.layout.in_step)
+        with gradients_on(standing.params), accumulator.collecting(), progress("saliency", "batch", len(mine)) as bar:
+            for start, counts in mine:
+                loss = forget_loss(job, rows[start : start + size], job.generator(start))
+                (loss if counts else 0 * loss).backward()
+                bar.update()
+        standing.layout.add_up(accumulator.sums.values())  # signed, before the absolute value
+        return accumulator.saliency(
+            {"base_fingerprint": job.model.fingerprint, "loss": about, "scope": job.config.scope, "seed": str(job.seed)}
+        )
 
 
 def forget_loss(job: Job[SalUnConfig], rows: Tensor, generator: torch.Generator) -> Tensor:

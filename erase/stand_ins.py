@@ -1,0 +1,53 @@
+"""Weights in the precision of the steps, in the place of a model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+IN_HALF = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # the layers whose weights autocast would round for each use
+
+
+@contextmanager
+def stand_ins(
+    parts: Mapping[str, nn.Module], half: torch.dtype | None, channels_last: bool, away: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Copies of the weights in the precision and the memory format of the steps take the place of the model's own.
+
+    Autocast would round the same weights to the same values, for each pass anew and, outside the scope, for each use. The model's own are
+    not written meanwhile, and come back as they were.
+
+    Args:
+        parts: name -> module.
+        half: precision of matrix products; None: float32, which needs no copies.
+        channels_last: convolution kernels with the channels innermost, as tensor cores take them.
+        away: keep the model's own weights on the CPU meanwhile.
+
+    Yields:
+        `part.parameter` name -> the model's own weights, of those that have a stand-in.
+    """
+    own: dict[str, Tensor] = {}
+    params: dict[str, nn.Parameter] = {}
+    try:
+        for part, module in parts.items():
+            for name, param, dtype in with_precision(module, half):
+                layout = torch.channels_last if channels_last and param.dim() == 4 else torch.preserve_format
+                data = param.data  # a new object at each look
+                copy = data.to(dtype=dtype, memory_format=layout)
+                if copy is not data:
+                    params[f"{part}.{name}"], own[f"{part}.{name}"] = param, data.cpu() if away else data
+                    param.data = copy
+        yield own
+    finally:
+        for name, param in params.items():
+            param.data = own[name].to(param.device)
+
+
+def with_precision(module: nn.Module, half: torch.dtype | None) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
+    """Name, parameter, and the precision in which autocast would use it."""
+    for prefix, layer in module.named_modules():
+        for name, param in layer.named_parameters(prefix, recurse=False):
+            yield name, param, half if half and isinstance(layer, IN_HALF) else param.dtype
