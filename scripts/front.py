@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser as JsonArgumentParser
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from erase.processes import processes
+from erase.reproducible import settle_sums
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec, load_concepts
 from prompts.errors import ErasureError, unknown
@@ -139,6 +140,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 
     Of several processes the main one alone speaks; all tell their errors.
     """
+    settle_sums()
     _quiet()
     logging.basicConfig(format="%(message)s")
     try:

@@ -12,6 +12,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from erase.reproducible import settle_sums
+
+settle_sums()  # before the first product, as the commands do
 ROOT = Path(__file__).parents[1]
 
 

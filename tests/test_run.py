@@ -20,6 +20,7 @@ from erase.export import export_diffusers
 from erase.latents import LatentConfig, LatentSet, prepare_latents
 from erase.methods.salun import SalUnConfig
 from erase.models import load_model
+from erase.reproducible import settle_sums
 from erase.run import EraseConfig, erase_concept
 from erase.train_config import TrainConfig
 from prompts.canvas import canvas_concept
@@ -336,3 +337,13 @@ def test_other_runtime_errors_are_not_taken_for_it():
 
     with pytest.raises(RuntimeError, match="a bug"):
         run(main)
+
+
+@pytest.mark.parametrize(("maker", "chosen", "settled"), [(True, None, "AUTO,STRICT"), (True, "AVX2", "AVX2"), (False, None, None)])
+def test_sums_are_settled_on_intel_unless_the_user_did(monkeypatch, maker, chosen, settled):
+    monkeypatch.setattr("erase.reproducible._made_by_intel", lambda: maker)
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    if chosen:
+        monkeypatch.setenv("MKL_CBWR", chosen)
+    settle_sums()
+    assert os.environ.get("MKL_CBWR") == settled

@@ -10,6 +10,7 @@ import torch
 from erase.models.base import Cond, DiffusionModel
 from erase.models.config import LoadConfig
 from erase.models.precision import PRECISIONS, autocast
+from erase.reproducible import settle_sums
 
 CANVAS = Path(__file__).parent / "canvas"
 
@@ -30,6 +31,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu", options: Lo
     """
     from erase.models.loading import load_pipeline
 
+    settle_sums()
     pipeline = load_pipeline(CANVAS if name == "canvas" else name, options or LoadConfig())
     return wrap(pipeline.to(device), str(name))
 
