@@ -145,12 +145,14 @@ def _twin_in_place(model: DiffusionModel, part: str, half: torch.dtype | None, a
     twin.to_empty(device=home)
     # not by the pipeline's own way, which would write the twin's class into its configuration
     object.__setattr__(pipeline, part, twin)
+    layout = Shards([twin])
     try:
-        layout = Shards([twin])
         _fill(twin, original, layout)
         yield twin
     finally:
         object.__setattr__(pipeline, part, original)
+        for param in twin.parameters():  # whoever still holds them, their room is needed
+            layout.local(param).untyped_storage().resize_(0)
         original.to(home)
 
 

@@ -57,9 +57,9 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         ErasureError: an unknown precision, fp16 without a GPU, or what FSDP cannot do where the launch asks for it.
     """
-    autocast(processes().device, config.mixed_precision)  # refuses an unknown name
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
+    autocast(processes().device, config.mixed_precision)  # refuses an unknown name
     check_sharded(config)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
@@ -104,13 +104,27 @@ def fit(
     if mask is not None:
         mask.check(params, model.fingerprint)
     with running(model, params, config) as standing:
-        trainable = Trainable(params, mask, standing)
         try:
-            run = _Run.start(trainable, config, accelerator, checkpoint)
-            _train(run, batches, loss_fn, config, accelerator)
-            return Fitted(trainable.result(run.average or trainable.values), run.losses)
+            return _fitted(Trainable(params, mask, standing), batches, loss_fn, config, accelerator, checkpoint)
         finally:
-            trainable.close()
+            accelerator.free_memory()  # it keeps the optimizer: room that the model's own weights may need to come back
+
+
+def _fitted(
+    trainable: Trainable,
+    batches: Batches,
+    loss_fn: LossFn,
+    config: TrainConfig,
+    accelerator: Accelerator,
+    checkpoint: Path | None,
+) -> Fitted:
+    """All of the training that happens while the model is run as asked."""
+    try:
+        run = _Run.start(trainable, config, accelerator, checkpoint)
+        _train(run, batches, loss_fn, config, accelerator)
+        return Fitted(trainable.result(run.average or trainable.values), run.losses)
+    finally:
+        trainable.close()
 
 
 def _train(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> None:

@@ -339,7 +339,9 @@ def test_other_runtime_errors_are_not_taken_for_it():
         run(main)
 
 
-@pytest.mark.parametrize(("maker", "chosen", "settled"), [(True, None, "AUTO,STRICT"), (True, "AVX2", "AVX2"), (False, None, None)])
+@pytest.mark.parametrize(
+    ("maker", "chosen", "settled"), [(True, None, "AUTO,STRICT"), (True, "AVX2", "AVX2"), (False, None, None)]
+)
 def test_sums_are_settled_on_intel_unless_the_user_did(monkeypatch, maker, chosen, settled):
     monkeypatch.setattr("erase.reproducible._made_by_intel", lambda: maker)
     monkeypatch.delenv("MKL_CBWR", raising=False)

@@ -6,14 +6,18 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from erase.execution import running
 from erase.mask import SaliencyMask
 from erase.models.sd import StableDiffusion
+from erase.optimizers import make_optimizer
 from erase.scopes import SCOPES, select
 from erase.train_config import TrainConfig
 from erase.trainable import Trainable
@@ -316,3 +320,25 @@ def test_killed_with_no_warning_and_resumed_gives_the_same_weights(tmp_path):
     subprocess.run(command("b.state", "b.out"), env=environment, check=True)
     a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a.out", "b.out"))
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_values_and_optimizer_are_gone_when_the_models_own_weights_come_back(model, monkeypatch, precision):
+    held, left = [], []
+
+    def made(values, *args, **kwargs):
+        optimizer = make_optimizer(values, *args, **kwargs)
+        held.extend(weakref.ref(one) for one in (optimizer, *values))
+        return optimizer
+
+    @contextmanager
+    def watched(*args):
+        with running(*args) as standing:
+            yield standing
+            left.extend(one for one in held if one() is not None)
+
+    monkeypatch.setattr("erase.training.make_optimizer", made)
+    monkeypatch.setattr("erase.training.running", watched)
+    params, batches, loss = task(model)
+    fitted = fit(model, params, batches, loss, replace(QUICK, mixed_precision=precision), mask_of(model, params))
+    assert len(held) > 10 and not left and len(fitted.losses) == QUICK.steps
