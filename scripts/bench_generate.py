@@ -30,7 +30,7 @@ from eval.generate import GenerateConfig, generate
 from prompts.canvas import canvas_concept
 from prompts.prompt_sets import PromptSet, canvas_grid
 from scripts.bench_train import MODELS, build, matmul_rate
-from scripts.measuring import answer, in_own_process, machine, wait, write_rows
+from scripts.measuring import begin, in_own_process, wait, write_rows
 
 VARIANTS = ("naive", "images", "latents")
 
@@ -103,14 +103,7 @@ def main() -> None:
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="of ours; the naive way is float32")
     parser.add_argument("--naive_images", type=int, default=2)
     parser.add_argument("--naive_steps", type=int, default=50)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        answer(measure, args.one)
-        return
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep=", ")
+    args = begin(parser, measure)
     rows: list[dict[str, Any]] = []
     print(f"{'model':8}{'variant':10}{'s/image':>9}{'forwards':>10}{'x naive':>9}{'floor s':>9}{'share of floor':>16}")
     for name in args.models:

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from erase.mask import pack, top_k
-from scripts.measuring import answer, in_own_process, machine, peak, wait, write_rows
+from scripts.measuring import begin, in_own_process, peak, wait, write_rows
 
 TENSORS = 50  # the values are spread over this many parameters
 DENSITY = 0.5
@@ -84,14 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)), default=[1_000_000, 10_000_000, 50_000_000])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        answer(measure, args.one)
-        return
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep=", ")
+    args = begin(parser, measure)
     rows = []
     print(f"{'weights':>13}  {'method':10}{'seconds':>9}{'extra GB':>10}{'mask GB':>9}{'x copy':>8}{'x faster than argsort':>23}")
     for size in args.sizes:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from erase.models import DiffusionModel, load_model, wrap
 from erase.remapping import frozen_targets, loss_function, make_batch, make_job
 from erase.scopes import select
 from erase.training import fit, make_accelerator
-from scripts.measuring import answer, in_own_process, machine, new_peak, start_peak, wait, write_rows
+from scripts.measuring import begin, in_own_process, new_peak, start_peak, wait, write_rows
 
 FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
 MODELS = ("canvas", "mid", "sd1", "sdxl")
@@ -222,8 +221,6 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=8, help="forget rows, and retain rows, of a step")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path)
     ours = parser.add_argument_group("ours (the naive step is float32, over all weights)")
     ours.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
     ours.add_argument("--density", type=float, default=0.5)
@@ -235,12 +232,7 @@ def main() -> None:
     ours.add_argument("--channels-last", action="store_true")
     ours.add_argument("--compile", action="store_true")
     ours.add_argument("--offload", action="store_true", help="what the steps do not use waits on the CPU")
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.one:
-        answer(measure, args.one)
-        return
-    print(*(f"{key}: {value}" for key, value in machine().items()), sep=", ")
+    args = begin(parser, measure)
     write_rows(grow(args) if args.grow else compare(args), args)
 
 

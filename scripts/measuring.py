@@ -16,6 +16,9 @@ import torch
 
 from erase.models.precision import in_hardware
 
+Measure = Callable[[str, str, argparse.Namespace], dict[str, Any]]
+"""(what is measured, variant, the benchmark's arguments) -> figures"""
+
 
 def wait(device: str | torch.device) -> None:
     """Return when all work on the device is done."""
@@ -58,7 +61,7 @@ def _status(field: str) -> int:
 
 
 def in_own_process(script: str, name: str, variant: str, args: argparse.Namespace) -> dict[str, Any] | None:
-    """What `answer` prints for one model and variant in a fresh process, whose memory is its own; None: it did not finish."""
+    """What `begin` prints for one model and variant in a fresh process, whose memory is its own; None: it did not finish."""
     given = json.dumps({key: value for key, value in vars(args).items() if key != "json"})
     done = subprocess.run([sys.executable, script, "--one", name, variant, given], stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -68,10 +71,21 @@ def in_own_process(script: str, name: str, variant: str, args: argparse.Namespac
     return row
 
 
-def answer(measure: Callable[[str, str, argparse.Namespace], dict[str, Any]], one: list[str]) -> None:
-    """The other side of `in_own_process`: measure what the arguments of `--one` say, print it."""
-    name, variant, given = one
-    print(json.dumps(measure(name, variant, argparse.Namespace(**json.loads(given)))))
+def begin(parser: argparse.ArgumentParser, measure: Measure) -> argparse.Namespace:
+    """The arguments of a benchmark, those that all have among them; says what machine it runs on.
+
+    In a process that `in_own_process` started, this measures what it was started for, prints that and ends.
+    """
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--json", type=Path, help="also write the figures, and what they were measured on, here")
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        name, variant, given = args.one
+        print(json.dumps(measure(name, variant, argparse.Namespace(**json.loads(given)))))
+        raise SystemExit
+    print(*(f"{key}: {value}" for key, value in machine().items()), sep=", ")
+    return args
 
 
 def machine() -> dict[str, Any]:
