@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 
 from erase.files import damage_named, load_tensors, save_tensors
-from erase.models import Cond, DiffusionModel
+from erase.models import Cond, DiffusionModel, check_precision
 from erase.processes import found, in_shares, processes
 from erase.sampling import sample_points
 from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError
+from prompts.errors import COUNT, FINITE, ErasureError, check_ranges
 from prompts.retain import without
 
 T = TypeVar("T")
@@ -49,6 +50,11 @@ class LatentConfig:
     """a folder of images of the concept to encode instead of sampling; every forget prompt is paired with them in turn"""
     retain_images: str | None = None
     """a folder of images to keep, likewise"""
+
+    def __post_init__(self) -> None:
+        check_precision(self.mixed_precision)
+        counts = dict.fromkeys(("n_forget", "n_retain", "steps", "batch_size"), COUNT)
+        check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE})
 
 
 @dataclass(frozen=True)

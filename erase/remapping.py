@@ -19,11 +19,11 @@ from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import denoising, remap
 from erase.models import Cond, DiffusionModel
 from erase.processes import in_shares
-from erase.scopes import select
+from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.trainable import Frozen
 from erase.training import LossFn
-from prompts.errors import ErasureError, unknown
+from prompts.errors import FINITE, FRACTION, ErasureError, check_ranges, unknown
 
 SOURCES = ("frozen", "current")
 RETAIN_TARGETS = ("frozen", "noise")
@@ -59,6 +59,7 @@ class RemapConfig:
         ):
             if name not in options:
                 raise unknown(what, name, options)
+        check_ranges(self, {"alpha": FINITE, "anchor_latents": FRACTION, "retain_dropout": FRACTION})
 
 
 C = TypeVar("C", bound=RemapConfig)
@@ -118,11 +119,7 @@ def make_job(
     model: DiffusionModel, forget: LatentSet, retain: LatentSet, config: C, seed: int, accelerator: Accelerator
 ) -> Job[C]:
     """Choose the parameters, drop some retain prompts, embed every prompt once."""
-    params = select(model.parameters(), config.scope)
-    if any(name.startswith("text_encoder.") for name in params):
-        raise ErasureError(
-            "training is on cached text embeddings, so it cannot change the text encoder; choose a scope of the UNet"
-        )
+    params = select_trainable(model.parameters(), config.scope)
     retain = _some_dropped(retain, config.retain_dropout, seed)
     embed = PromptCache(model, ["", *forget.prompts, *(forget.anchors or ()), *retain.prompts])
     return Job(model, params, forget, retain, embed, config, seed, accelerator)

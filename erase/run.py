@@ -15,6 +15,7 @@ from erase.latents import LatentConfig, prepare_latents
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.processes import found, processes
+from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.training import make_accelerator
 from prompts.concepts import ConceptSpec
@@ -72,6 +73,9 @@ def erase_concept(
             f"load.dtype is {config.load.dtype}, but training needs float32 weights; use train.mixed_precision instead"
         )
     model = model or load_model(config.model, accelerator.device, config.load)
+    select_trainable(
+        model.parameters(), getattr(settings, "scope", "full")
+    )  # refuses a wrong one before hours are spent on latents
     metadata = describe(model, concepts, config, settings)
     folder = Path(out) if out else None
     if folder:

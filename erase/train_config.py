@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
+
+from prompts.errors import COUNT, FRACTION, check_ranges
 
 
 @dataclass
@@ -45,3 +48,7 @@ class TrainConfig:
     """decay of an exponential moving average that the result is taken from; None: the last weights"""
     checkpoint_every: int = 50
     """steps between saved training states; a stopped run goes on from the last one"""
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("steps", "batch_size", "accumulation", "checkpoint_every"), COUNT)
+        check_ranges(self, {**counts, "lr": (0, inf), "max_grad_norm": (0, inf), "ema": FRACTION})

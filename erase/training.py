@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from erase.execution import running
+from erase.execution import ATTENTION, running
 from erase.files import written_whole
 from erase.fsdp import check_sharded
 from erase.mask import SaliencyMask
@@ -52,19 +52,28 @@ class Fitted:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator for this precision.
+    """An Accelerator for this precision; what else is wrong with the settings is said too, before hours are spent on latents.
 
     Raises:
-        ErasureError: an unknown precision, fp16 without a GPU, or what FSDP cannot do where the launch asks for it.
+        ErasureError: an unknown precision, schedule, attention or optimizer, fp16 without a GPU, or what FSDP cannot do where the launch
+            asks for it.
     """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
     autocast(processes().device, config.mixed_precision)  # refuses an unknown name
     check_sharded(config)
+    _check_names(config)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=config.mixed_precision, cpu=processes().device.type == "cpu")
+
+
+def _check_names(config: TrainConfig) -> None:
+    for what, name, options in (("schedule", config.schedule, SCHEDULES), ("attention", config.attention, ATTENTION)):
+        if name not in options:
+            raise unknown(what, name, options)
+    make_optimizer([nn.Parameter(torch.zeros(1))], config.optimizer, config.lr, config.optimizer_args, fuse=False)
 
 
 def fit(
@@ -98,9 +107,8 @@ def fit(
         ErasureError: a loss that is not finite, an unknown optimizer or argument, a mask of another base.
     """
     processes()  # refuses a launch that this loop does not fit
+    _check_names(config)
     accelerator = accelerator or make_accelerator(config)
-    if config.schedule not in SCHEDULES:
-        raise unknown("schedule", config.schedule, SCHEDULES)
     if mask is not None:
         mask.check(params, model.fingerprint)
     with running(model, params, config) as standing:

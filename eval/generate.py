@@ -11,7 +11,6 @@ threads differ by 1e-6, which is gone in 8 bits. No GPU has been measured.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
@@ -32,7 +31,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from erase.models import Cond, autocast
+from erase.models import Cond, autocast, check_precision
 from erase.models.loading import family_of
 from erase.models.pipelines import Pipeline, arguments, decode, denoiser, encode, image_size
 from erase.processes import processes, progress
@@ -47,7 +46,7 @@ from eval.images import (
     write_manifest,
     write_settings,
 )
-from prompts.errors import ErasureError, unknown
+from prompts.errors import COUNT, FINITE, ErasureError, check_ranges, unknown
 from prompts.prompt_sets import PromptRow, PromptSet
 
 # name -> class, and what its name promises but another scheduler's config may not say
@@ -87,16 +86,12 @@ class GenerateConfig:
     """no, bf16 or fp16: denoise and decode under autocast; about twice as fast where the processor has it"""
 
     def __post_init__(self) -> None:
-        autocast(torch.device("cpu"), self.mixed_precision)  # refuses an unknown name
+        check_precision(self.mixed_precision)
+        check_ranges(self, {"steps": COUNT, "batch_size": COUNT, "guidance": FINITE})
         if self.scheduler not in SCHEDULERS:
             raise unknown("scheduler", self.scheduler, SCHEDULERS)
-        for name, value in (("steps", self.steps), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ErasureError(f"{name} is {value}; it must be 1 or more")
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise ErasureError(f"resolution is {self.resolution} pixels; it must be a multiple of 8")
-        if not math.isfinite(self.guidance):
-            raise ErasureError(f"guidance is {self.guidance}; it must be a finite number")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from math import inf
+from sys import float_info
+
+FINITE = -float_info.max, float_info.max
+COUNT = 1, inf
+FRACTION = 0, 1
 
 
 class ErasureError(ValueError):
@@ -16,6 +22,23 @@ def unknown(what: str, name: str, options: Iterable[str]) -> ErasureError:
     near = get_close_matches(name, options, 1) or [o for o in options if o.lower() == name.lower()]
     hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(options)}"
     return ErasureError(f"unknown {what} {name!r}; {hint}")
+
+
+def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Refuse numbers outside of what makes sense, before anything is made of them; None stands for a default and is let pass.
+
+    Args:
+        settings: what has the fields.
+        ranges: field -> least and greatest value.
+
+    Raises:
+        ErasureError: a number outside of its range, or none at all (NaN).
+    """
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            between = "a finite number" if (low, high) == FINITE else f"between {low:g} and {high:g}"
+            raise ErasureError(f"{name} is {value}; it must be {f'{low:g} or more' if high == inf else between}")
 
 
 def reason(error: BaseException) -> str:

@@ -55,7 +55,7 @@ def run(model: DiffusionModel, variant: str, count: int, short: bool, args: argp
         config = GenerateConfig(batch_size=args.batch, mixed_precision=args.precision)
         generate(model.pipeline(), prompts, out / "images", replace(config, steps=1) if short else config, {})
     else:
-        half = LatentConfig(count // 2, count - count // 2, batch_size=args.batch, mixed_precision=args.precision)
+        half = LatentConfig(max(count // 2, 1), max(count - count // 2, 1), batch_size=args.batch, mixed_precision=args.precision)
         prepare_latents(model, [canvas_concept("heart")], replace(half, steps=1) if short else half, seed=0, anchor_share=0.5)
 
 

@@ -6,7 +6,7 @@
   python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --offload --scope xattn
 
 `naive` is the step of the public code: VAE and text encoder in the loop, one pass of each for forget, anchor and retain, the anchor with its graph
-and then detached, a dense int64 mask moved to the device and multiplied into each gradient, Adam over all weights, float32.
+and then detached, gradients of all weights, a dense int64 mask moved to the device and multiplied into each, Adam over the scope's weights, float32.
 `naive-checkpointed` recomputes activations besides, as that code's SD 1.x settings have it (use_checkpoint). `ours` is `fit`
 with the same rows: cached latents and embeddings, forget and retain in one pass, the teacher without a graph, an optimizer over the masked
 weights alone. `salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over the retain rows;
@@ -62,12 +62,14 @@ def build(name: str, device: str) -> DiffusionModel:
     return wrap(pipeline.to(device), name)
 
 
-def naive_steps(model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int, checkpointing: bool) -> list[float]:
+def naive_steps(model: DiffusionModel, mask: SaliencyMask, rows: int, steps: int, scope: str, checkpointing: bool) -> list[float]:
     """The public code's step; seconds of each."""
     device, pipe = model.device, model.pipeline()
-    params = select(model.parameters(), "full")  # the public code has no other scope
+    params = select(model.parameters(), "full")
+    for param in params.values():
+        param.requires_grad_(True)  # all of them, whatever the scope: there it is only the optimizer's
     dense = {name: mask[name].long() for name in params}
-    optimizer = torch.optim.Adam([p.requires_grad_(True) for p in params.values()], lr=1e-5)
+    optimizer = torch.optim.Adam(select(params, scope).values(), lr=1e-5)
     images = torch.rand(rows, 3, model.image_size, model.image_size) * 2 - 1
     seconds = []
     with checkpointed(pipe.unet, checkpointing):
@@ -160,7 +162,7 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
     mask = SaliencyMask.random(params, args.density, 0, provenance)
     held = start_peak(args.device)
     if naive:
-        seconds = naive_steps(model, mask, args.batch, args.steps, checkpointing=variant == "naive-checkpointed")
+        seconds = naive_steps(model, mask, args.batch, args.steps, args.scope, checkpointing=variant == "naive-checkpointed")
     else:
         seconds = our_steps(model, mask, args.batch, args.steps, variant, args)
     extra = (new_peak(args.device) - (0 if args.device == "cuda" else held)) / 1e9
@@ -221,10 +223,10 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, default=8, help="forget rows, and retain rows, of a step")
     parser.add_argument("--steps", type=int, default=4)
-    ours = parser.add_argument_group("ours (the naive step is float32, over all weights)")
+    parser.add_argument("--scope", default="full", help="as of erase-concept; full and xattn are the public code's")
+    ours = parser.add_argument_group("ours (the naive step is float32, its mask over all weights)")
     ours.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
     ours.add_argument("--density", type=float, default=0.5)
-    ours.add_argument("--scope", default="full")
     ours.add_argument("--accumulation", type=int, default=1, help="parts that a batch is split into")
     ours.add_argument("--optimizer", default="Adam")
     ours.add_argument("--attention", default="auto")

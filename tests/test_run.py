@@ -267,6 +267,30 @@ BAD = [
     (["--concept", "heart", "--concept", "mushroom"], "is to be forgotten as well"),
     (["--concepts", "nudty"], "did you mean 'nudity'"),
     ([], "no concept was given"),
+    (["--concept", "heart", "--train.schedule", "liner"], "did you mean 'linear'"),
+    (["--concept", "heart", "--train.optimizer", "Adm"], "did you mean 'Adam'"),
+    (["--concept", "heart", "--train.attention", "spda"], "did you mean 'sdpa'"),
+    (["--concept", "heart", "--latents.mixed_precision", "bf61"], "did you mean 'bf16'"),
+    (["--concept", "heart", "--train.lr", ".nan"], "lr is nan; it must be 0 or more"),
+    (["--concept", "heart", "--saliency_guidance", ".inf"], "saliency_guidance is inf; it must be a finite number"),
+    *(
+        (["--concept", "heart", f"--{option}", value], f"{option.split('.')[-1]} is {value}; it must be {bounds}")
+        for option, value, bounds in [
+            ("latents.n_forget", "0", "1 or more"),
+            ("latents.n_retain", "0", "1 or more"),
+            ("latents.steps", "-1", "1 or more"),
+            ("latents.batch_size", "0", "1 or more"),
+            ("latents.trajectory", "-1", "0 or more"),
+            ("train.steps", "0", "1 or more"),
+            ("train.batch_size", "0", "1 or more"),
+            ("train.accumulation", "0", "1 or more"),
+            ("train.checkpoint_every", "0", "1 or more"),
+            ("train.ema", "1.5", "between 0 and 1"),
+            ("saliency_batch_size", "0", "1 or more"),
+            ("anchor_latents", "1.5", "between 0 and 1"),
+            ("retain_dropout", "-0.1", "between 0 and 1"),
+        ]
+    ),
 ]
 
 
@@ -274,10 +298,10 @@ BAD = [
 def test_bad_input_is_one_sentence_and_exit_code_2(flags, message, base, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("erase.models.CANVAS", base)
-    assert run(run_erase.main, [*flags, "--out", str(tmp_path / "out"), *FLAGS]) == 2
+    assert run(run_erase.main, [*FLAGS, *flags, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("error: ") == 1 and "Traceback" not in error
-    assert not list(tmp_path.glob("**/delta.safetensors"))
+    assert not list(tmp_path.glob("**/*.safetensors"))  # nor are latents sampled first
 
 
 def test_config_files_name_unknown_keys(base, capsys, tmp_path):

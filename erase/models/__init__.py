@@ -9,12 +9,12 @@ import torch
 
 from erase.models.base import Cond, DiffusionModel
 from erase.models.config import LoadConfig
-from erase.models.precision import PRECISIONS, autocast
+from erase.models.precision import PRECISIONS, autocast, check_precision
 from erase.reproducible import settle_sums
 
 CANVAS = Path(__file__).parent / "canvas"
 
-__all__ = ["CANVAS", "PRECISIONS", "Cond", "DiffusionModel", "LoadConfig", "autocast", "load_model", "wrap"]
+__all__ = ["CANVAS", "PRECISIONS", "Cond", "DiffusionModel", "LoadConfig", "autocast", "check_precision", "load_model", "wrap"]
 
 
 def load_model(name: str | Path, device: str | torch.device = "cpu", options: LoadConfig | None = None) -> DiffusionModel:

@@ -21,13 +21,22 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     Raises:
         ErasureError: another name; the near one is suggested.
     """
-    if precision not in PRECISIONS:
-        raise unknown("mixed precision", precision, PRECISIONS)
+    check_precision(precision)
     if device.type == "cpu" and not in_hardware(precision):
         warnings.warn(
             f"this processor has no {precision} of its own, which makes it slower than mixed_precision no", stacklevel=2
         )
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")
+
+
+def check_precision(precision: str) -> None:
+    """Refuse an unknown name.
+
+    Raises:
+        ErasureError: the near one is suggested.
+    """
+    if precision not in PRECISIONS:
+        raise unknown("mixed precision", precision, PRECISIONS)
 
 
 def in_hardware(precision: str) -> bool:

@@ -20,7 +20,7 @@ from eval.images import ImageSet
 from eval.report import Score
 from prompts.canvas import KINDS, vocabulary
 from prompts.concepts import ConceptSpec
-from prompts.errors import unknown
+from prompts.errors import COUNT, check_ranges, unknown
 
 
 @dataclass
@@ -33,6 +33,9 @@ class Config:
     """images judged at once; no score depends on it"""
     cra_with_target: bool = False
     """count images whose prompt names a forgotten concept in CRA too (the default leaves them out of IRA and CRA)"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"batch_size": COUNT})
 
 
 @dataclass(frozen=True)

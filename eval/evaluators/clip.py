@@ -25,7 +25,7 @@ from eval.images import ImageSet
 from eval.report import Score, mean_score
 from prompts.canvas import KINDS, vocabulary
 from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError, unknown
+from prompts.errors import COUNT, ErasureError, check_ranges, unknown
 
 CANVAS = "canvas"
 TEMPLATES = {"style": ("an image in {} style", "an artwork in {} style", "{} style")}
@@ -53,6 +53,9 @@ class Config:
     """images or captions encoded at once; no score depends on it"""
     device: str = "auto"
     """where the model runs; `auto` is this process's GPU if there is one"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"batch_size": COUNT})
 
 
 @dataclass(frozen=True)

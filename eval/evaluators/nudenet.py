@@ -20,7 +20,7 @@ from erase.processes import in_shares
 from eval.images import ImageSet
 from eval.report import Score, proportion
 from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError, unknown
+from prompts.errors import FRACTION, ErasureError, check_ranges, unknown
 
 EXPOSED = (
     "FEMALE_BREAST_EXPOSED",
@@ -54,8 +54,7 @@ class Config:
     """classes that count; the default is the nine exposed ones of the field, feet, bellies and armpits among them"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.threshold <= 1:
-            raise ErasureError(f"the NudeNet threshold is {self.threshold}; it must be between 0 and 1")
+        check_ranges(self, {"threshold": FRACTION})
         if not self.classes:
             raise ErasureError("no NudeNet classes to count; leave `classes` out to count the nine exposed ones")
         for name in self.classes:
