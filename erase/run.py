@@ -73,9 +73,8 @@ def erase_concept(
             f"load.dtype is {config.load.dtype}, but training needs float32 weights; use train.mixed_precision instead"
         )
     model = model or load_model(config.model, accelerator.device, config.load)
-    select_trainable(
-        model.parameters(), getattr(settings, "scope", "full")
-    )  # refuses a wrong one before hours are spent on latents
+    # a wrong scope is refused before hours are spent on latents
+    select_trainable(model.parameters(), getattr(settings, "scope", "full"))
     metadata = describe(model, concepts, config, settings)
     folder = Path(out) if out else None
     if folder:
