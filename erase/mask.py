@@ -210,14 +210,23 @@ class SaliencyMask:
         return cls(bits, shapes, metadata)
 
 
+def check_density(density: float) -> None:
+    """Refuse what is no fraction of the weights.
+
+    Raises:
+        ErasureError: density outside (0, 1].
+    """
+    if not 0 < density <= 1:
+        raise ErasureError(f"density must be in (0, 1], not {density}")
+
+
 def kept_count(density: float, total: int) -> int:
     """floor(density * total), as the reference's int(N * rho).
 
     Raises:
         ErasureError: density outside (0, 1], or a count of zero.
     """
-    if not 0 < density <= 1:
-        raise ErasureError(f"density must be in (0, 1], not {density}")
+    check_density(density)
     count = math.floor(density * total)
     if not count:
         raise ErasureError(f"density {density} of {total} weights leaves none to train; use a higher density or a wider scope")

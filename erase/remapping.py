@@ -23,7 +23,7 @@ from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.trainable import Frozen
 from erase.training import LossFn
-from prompts.errors import FINITE, FRACTION, ErasureError, check_ranges, unknown
+from prompts.errors import FINITE, FRACTION, ErasureError, check_names, check_ranges
 
 SOURCES = ("frozen", "current")
 RETAIN_TARGETS = ("frozen", "noise")
@@ -53,12 +53,7 @@ class RemapConfig:
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=300, lr=4e-4, schedule="linear", batch_size=8))
 
     def __post_init__(self) -> None:
-        for what, name, options in (
-            ("anchor_from", self.anchor_from, SOURCES),
-            ("retain_target", self.retain_target, RETAIN_TARGETS),
-        ):
-            if name not in options:
-                raise unknown(what, name, options)
+        check_names(self, {"anchor_from": SOURCES, "retain_target": RETAIN_TARGETS})
         check_ranges(self, {"alpha": FINITE, "anchor_latents": FRACTION, "retain_dropout": FRACTION})
 
 

@@ -26,7 +26,7 @@ from erase.processes import found, processes
 from erase.sharding import gathered, piece_of_state, whole_state
 from erase.train_config import TrainConfig
 from erase.trainable import Frozen, Trainable
-from prompts.errors import ErasureError, unknown
+from prompts.errors import ErasureError, check_names
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -62,18 +62,12 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
     autocast(processes().device, config.mixed_precision)  # refuses an unknown name
     check_sharded(config)
-    _check_names(config)
+    check_names(config, {"schedule": SCHEDULES, "attention": ATTENTION})
+    make_optimizer([nn.Parameter(torch.zeros(1))], config.optimizer, config.lr, config.optimizer_args, fuse=False)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=config.mixed_precision, cpu=processes().device.type == "cpu")
-
-
-def _check_names(config: TrainConfig) -> None:
-    for what, name, options in (("schedule", config.schedule, SCHEDULES), ("attention", config.attention, ATTENTION)):
-        if name not in options:
-            raise unknown(what, name, options)
-    make_optimizer([nn.Parameter(torch.zeros(1))], config.optimizer, config.lr, config.optimizer_args, fuse=False)
 
 
 def fit(
@@ -107,7 +101,7 @@ def fit(
         ErasureError: a loss that is not finite, an unknown optimizer or argument, a mask of another base.
     """
     processes()  # refuses a launch that this loop does not fit
-    _check_names(config)
+    check_names(config, {"schedule": SCHEDULES})
     accelerator = accelerator or make_accelerator(config)
     if mask is not None:
         mask.check(params, model.fingerprint)
@@ -233,6 +227,7 @@ class _Run:
         self.losses.append(loss)
 
     def save(self) -> None:
+        """Write the training state, where a file for it was given: gathered from all processes, which must all ask, by the main one."""
         if not self._path:
             return
         main, gather = processes().is_main_process, self.trainable.layout.gather

@@ -46,7 +46,7 @@ from eval.images import (
     write_manifest,
     write_settings,
 )
-from prompts.errors import COUNT, FINITE, ErasureError, check_ranges, unknown
+from prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
 from prompts.prompt_sets import PromptRow, PromptSet
 
 # name -> class, and what its name promises but another scheduler's config may not say
@@ -88,8 +88,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         check_precision(self.mixed_precision)
         check_ranges(self, {"steps": COUNT, "batch_size": COUNT, "guidance": FINITE})
-        if self.scheduler not in SCHEDULERS:
-            raise unknown("scheduler", self.scheduler, SCHEDULERS)
+        check_names(self, {"scheduler": SCHEDULERS})
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
             raise ErasureError(f"resolution is {self.resolution} pixels; it must be a multiple of 8")
 

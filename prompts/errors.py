@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from math import inf
 from sys import float_info
@@ -22,6 +22,21 @@ def unknown(what: str, name: str, options: Iterable[str]) -> ErasureError:
     near = get_close_matches(name, options, 1) or [o for o in options if o.lower() == name.lower()]
     hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(options)}"
     return ErasureError(f"unknown {what} {name!r}; {hint}")
+
+
+def check_names(settings: object, options: Mapping[str, Collection[str]]) -> None:
+    """Refuse names that are not among those to choose from.
+
+    Args:
+        settings: what has the fields.
+        options: field -> its names.
+
+    Raises:
+        ErasureError: another name; the near one is suggested.
+    """
+    for field, names in options.items():
+        if (name := getattr(settings, field)) not in names:
+            raise unknown(field, name, names)
 
 
 def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:

@@ -13,12 +13,13 @@ import re
 from pathlib import Path
 
 from erase.mask import Saliency, SaliencyMask
+from erase.scopes import SCOPES
 from scripts.front import run
 
 KINDS = {
     "first and last convolution": r"\.conv_(in|out)\.",
-    "cross-attention": r"\.attn2\.|\.add_|to_add_out",
-    "self-attention": r"\.attn1\.|\.attn\.",
+    "cross-attention": SCOPES["xattn"],
+    "self-attention": SCOPES["selfattn"],
     "residual blocks' convolutions": r"\.resnets\..*\.conv",
     "residual blocks' time projections": r"\.time_emb_proj\.",
     "feed-forward": r"\.ff(_context)?\.",

@@ -6,7 +6,6 @@ forget prompt's prediction becomes the anchor prompt's, while retained prompts k
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from erase.execution import running
 from erase.latents import LatentSet
 from erase.losses import forgetting, guided
-from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask, kept_count
+from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask, check_density
 from erase.methods import Edit, Method
 from erase.models import DiffusionModel
 from erase.processes import found, progress, turns
@@ -25,7 +24,7 @@ from erase.remapping import Job, RemapConfig, frozen_targets, loss_function, mak
 from erase.train_config import TrainConfig
 from erase.training import fit, gradients_on
 from prompts.concepts import ConceptSpec
-from prompts.errors import COUNT, FINITE, check_ranges, unknown
+from prompts.errors import COUNT, FINITE, check_names, check_ranges
 
 CONTROLS = ("saliency", "random", "inverted", "none")
 
@@ -49,10 +48,9 @@ class SalUnConfig(RemapConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mask not in CONTROLS:
-            raise unknown("mask", self.mask, CONTROLS)
+        check_names(self, {"mask": CONTROLS})
         check_ranges(self, {"saliency_batch_size": COUNT, "saliency_guidance": FINITE})
-        kept_count(self.density, sys.maxsize)  # refuses what is no fraction
+        check_density(self.density)
 
 
 def compute(
