@@ -16,6 +16,7 @@ from erase.fsdp import check_sharded, sharded_twins, sharding
 from erase.layout import Standing
 from erase.models import PRECISIONS, DiffusionModel
 from erase.models.pipelines import denoiser, modules
+from erase.recompute import Memory, recomputing
 from erase.stand_ins import stand_ins
 from erase.train_config import TrainConfig
 from prompts.errors import ErasureError, unknown
@@ -43,6 +44,8 @@ def running(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: T
         for part in map(model.component, parts):
             stack.enter_context(checkpointed(part, config.gradient_checkpointing))
             stack.enter_context(compiled(part, config.compile))
+        memory = Memory() if config.selective_recompute else None
+        stack.enter_context(recomputing(modules(model.pipeline()).values(), memory))
         stack.enter_context(attention(model, config.attention))
         yield standing
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from prompts.errors import COUNT, FRACTION, check_ranges
+from prompts.errors import COUNT, FRACTION, ErasureError, check_ranges
 
 
 @dataclass
@@ -33,6 +33,8 @@ class TrainConfig:
     """no, bf16, or fp16 (with loss scaling; needs a GPU); what is trained and the optimizer state stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
+    selective_recompute: bool = False
+    """recompute only what is cheap (norms, SiLU, GELU, products): about half of the activations' memory, 7 % more time, the same bits"""
     attention: str = "auto"
     """kernel of the denoiser's attention: auto (plain for small latents on a CPU, else sdpa), sdpa, xformers or sliced"""
     channels_last: bool = False
@@ -52,3 +54,6 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "batch_size", "accumulation", "checkpoint_every"), COUNT)
         check_ranges(self, {**counts, "lr": (0, inf), "max_grad_norm": (0, inf), "ema": FRACTION})
+        for other in ("gradient_checkpointing", "compile"):
+            if self.selective_recompute and getattr(self, other):
+                raise ErasureError(f"selective_recompute and {other} both decide what is recomputed; choose one")

@@ -113,6 +113,7 @@ def our_steps(
         accumulation=args.accumulation,
         optimizer=args.optimizer,
         gradient_checkpointing=args.checkpointing,
+        selective_recompute=args.selective_recompute,
         attention=args.attention,
         channels_last=args.channels_last,
         compile=args.compile,
@@ -231,6 +232,7 @@ def main() -> None:
     ours.add_argument("--optimizer", default="Adam")
     ours.add_argument("--attention", default="auto")
     ours.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    ours.add_argument("--selective-recompute", action="store_true", help="of these, recompute the cheap ones alone")
     ours.add_argument("--channels-last", action="store_true")
     ours.add_argument("--compile", action="store_true")
     ours.add_argument("--offload", action="store_true", help="what the steps do not use waits on the CPU")

@@ -51,6 +51,7 @@ VARIANTS = {
     "adam": (ADAM, 0.5, LAUNCHES),
     "adam-whole": (ADAM, None, LAUNCHES[1:]),
     "checkpointing": (replace(SGD, gradient_checkpointing=True), 0.5, LAUNCHES[:1]),
+    "selective-recompute": (replace(SGD, selective_recompute=True), 0.5, LAUNCHES[:1]),
     "bf16": (replace(SGD, mixed_precision="bf16"), 0.5, LAUNCHES),
     "offload": (replace(SGD, offload=True, shard_optimizer=True), 0.5, LAUNCHES[:1]),
 }

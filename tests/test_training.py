@@ -40,7 +40,7 @@ def task(model, scope="full"):
 
     def batches(step, part):
         generator = torch.Generator().manual_seed(step)
-        return torch.randn(4, 4, 8, 8, generator=generator), part
+        return torch.randn(4, *model.latent_shape, generator=generator), part
 
     def loss(batch, frozen):
         x, _ = batch
@@ -62,6 +62,7 @@ VARIANTS = {
     "accumulation": replace(QUICK, accumulation=2),
     "bf16": replace(QUICK, mixed_precision="bf16"),
     "checkpointing": replace(QUICK, gradient_checkpointing=True),
+    "selective-recompute": replace(QUICK, selective_recompute=True),
     "clipped": replace(QUICK, max_grad_norm=0.1),
     "ema": replace(QUICK, ema=0.9),
     "linear": replace(QUICK, schedule="linear"),
