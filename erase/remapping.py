@@ -34,7 +34,7 @@ class RemapConfig:
     """Settings of training by the remap loss."""
 
     scope: str = "full"
-    """where saliency is ranked and weights may change: full, xattn, xattn_kv, selfattn, noxattn, text_encoder, or a pattern"""
+    """where saliency is ranked and weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, noxattn, or a pattern of names"""
     alpha: float = 1.0
     """weight of the retain loss"""
     anchor_from: str = "frozen"
@@ -45,7 +45,7 @@ class RemapConfig:
     """one posterior sample for the forget and the anchor prediction; False draws two, as the reference does (images only)"""
     anchor_latents: float = 0.5
     """fraction of the forget latents that show the anchor: the states that an erased model passes through, where the base would still
-    steer back to the concept; 0 is the reference"""
+    steer back to the concept; 0 is the reference. Images of a folder all show the concept"""
     retain_dropout: float = 0.1
     """fraction of retain latents whose prompt is replaced by the empty one, so that classifier-free guidance keeps its null branch"""
     shuffle: bool = True

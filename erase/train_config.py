@@ -24,7 +24,7 @@ class TrainConfig:
     accumulation: int = 1
     """parts into which each batch is split to save memory; the result is the same to rounding"""
     optimizer: str = "Adam"
-    """any class of torch.optim by name; or of bitsandbytes.optim where that is installed, e.g. AdamW8bit, whose state takes a quarter"""
+    """a class of torch.optim by name (but LBFGS, SparseAdam); or one of bitsandbytes.optim, where installed: AdamW8bit takes a quarter of the state"""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of the optimizer, e.g. {weight_decay: 0.01, momentum: 0.9}"""
     max_grad_norm: float | None = None

@@ -83,7 +83,7 @@ class GenerateConfig:
     """images per batch, at most; it is one of the settings that an image depends on, by rounding"""
 
     mixed_precision: str = "no"
-    """no, bf16 or fp16: denoise and decode under autocast; about twice as fast where the processor has it"""
+    """no, bf16 or fp16: denoise and decode under autocast; on a CPU that has bf16 1.6 times as fast (docs/performance.md)"""
 
     def __post_init__(self) -> None:
         check_precision(self.mixed_precision)

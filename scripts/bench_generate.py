@@ -1,6 +1,6 @@
 """Making images, for the evaluation and for training: ours against what the public code does, and against the machine's own limit.
 
-  python scripts/bench_generate.py                                  canvas and a UNet of 100 M weights, on a CPU: some minutes
+  python scripts/bench_generate.py                                  canvas and a UNet of 92 M weights, on a CPU: some minutes
   python scripts/bench_generate.py --models sd1 sdxl --device cuda --precision bf16 --json generate.json
 
 `naive` is how the public code makes images: one prompt at a time in float32, the prompt and the empty one encoded for each image, both guidance

@@ -1,8 +1,8 @@
 """A SalUn training step: ours against what the public code does in its place, and against the machine's own limit.
 
-  python scripts/bench_train.py --precision bf16              canvas and a UNet of 100 M weights, on a CPU: some minutes
+  python scripts/bench_train.py --precision bf16              canvas and a UNet of 92 M weights, on a CPU: some minutes
   python scripts/bench_train.py --models canvas --variants salun --grow
-  python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --offload --optimizer AdamW8bit
+  python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --accumulation 2 --offload --optimizer AdamW8bit
   python scripts/bench_train.py --models sd1 --device cuda --precision bf16 --checkpointing --offload --scope xattn
 
 `naive` is the step of the public code: VAE and text encoder in the loop, one pass of each for forget, anchor and retain, the anchor with its graph
@@ -44,7 +44,7 @@ GROWTH = [("batch", [2, 4, 8, 16]), ("density", [0.01, 0.1, 0.5, 1.0]), ("scope"
 
 
 def build(name: str, device: str) -> DiffusionModel:
-    """canvas; mid: 100 M weights at 256 pixels; sd1, sdxl: the real architectures, random weights at 512 and 1024 pixels."""
+    """canvas; mid: 92 M weights at 256 pixels; sd1, sdxl: the real architectures, random weights at 512 and 1024 pixels."""
     if name == "canvas":
         return load_model("canvas", device)
     from erase.models.architectures import shipped

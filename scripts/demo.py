@@ -18,7 +18,12 @@ def main(argv: list[str] | None = None) -> None:
     """Chain the three jobs on the shipped model."""
     made = parser("erase-demo", __doc__)
     made.add_argument("--concept", type=str, default="heart", help="an object, style or colour of the embedded world")
-    made.add_argument("--anchor", type=str | None, default=None, help="what to put in its place; the next of its kind by default")
+    made.add_argument(
+        "--anchor",
+        type=str | None,
+        default=None,
+        help="what to put in its place; by default what prompts/data/canvas.yaml names, else the next of its kind",
+    )
     made.add_argument("--out", type=str | None, default=None, help="folder for everything; runs/demo-CONCEPT by default")
     options = parse(made, argv)
     alone("erase-demo")

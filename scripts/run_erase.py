@@ -3,9 +3,9 @@
 Finds the weights that matter to the concept (SalUn's saliency mask), fine-tunes only those so that the concept's prompts draw the
 anchor instead, and writes what changed: OUT/delta.safetensors. The base is not touched. Stopped at any time, the same command goes on.
 
-  erase-concept --concept heart --anchor star --out runs/heart          on the shipped model, a minute and a half
+  erase-concept --concept heart --anchor mushroom --out runs/heart      on the shipped model, a minute and a half
   erase-concept --concept Neon --density 0.3 --train.steps 200 --out runs/neon
-  erase-concept --model PATH --concepts nudity --out runs/nudity        a diffusers folder or hub id
+  erase-concept --model PATH --concepts nudity --out runs/nudity        a diffusers folder, a single file or a hub id
   erase-concept --model PATH --concept "Van Gogh" --propose             what a name alone would mean, as YAML for --concepts
   erase-concept --config scripts/recipes/canvas.yaml                    a recipe; options after it win
   erase-concept --method salun-paper --print_config                     all settings of a preset

@@ -1,7 +1,7 @@
 """Evaluate an erasure: before and after from the same prompts and seeds, scored beside the base, with a report to look at.
 
   erase-evaluate --delta runs/heart/delta.safetensors --out runs/heart/report
-  erase-evaluate --delta runs/nudity/delta.safetensors --model PATH --prompts i2p.csv --evaluators [nudenet] --out runs/nudity/report
+  erase-evaluate --delta runs/nudity/delta.safetensors --model PATH --prompts i2p.csv --evaluators '[nudenet]' --out runs/nudity/report
 
 OUT/report.html is one page for a browser, report.json the same for programs, before_after.png the picture. Several processes share
 the images and the judging: accelerate launch --num_processes 4 scripts/run_evaluate.py --delta DELTA --out OUT
