@@ -104,7 +104,8 @@ class Saliency:
         return SaliencyMask(bits, shapes, {**self.metadata, "density": repr(density)})
 
     def save(self, path: str | Path) -> None:
-        save_tensors(path, self.values, {**self.metadata, "format": "saliency"})
+        """Write safetensors, with the order of the parameters in the metadata: the file sorts them by name, and ties go by order."""
+        save_tensors(path, self.values, {**self.metadata, "format": "saliency", "order": json.dumps(list(self.values))})
 
     @classmethod
     def load(cls, path: str | Path) -> Saliency:
@@ -114,6 +115,11 @@ class Saliency:
             ErasureError: a missing, damaged or foreign file, or values that are no saliency.
         """
         values, metadata = load_tensors(path, "saliency")
+        with damage_named(path, "compute it again"):
+            order = json.loads(metadata.pop("order"))
+            if sorted(order) != sorted(values):
+                raise ErasureError(f"{path}: its order names other parameters than it holds; compute it again")
+        values = {name: values[name] for name in order}
         for name, value in values.items():
             if value.dtype != torch.float32 or not (value >= 0).all() or not all_finite(value):
                 raise ErasureError(f"{path}: {name} is no saliency (float32, not negative, finite); compute it again")
