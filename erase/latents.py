@@ -179,13 +179,18 @@ def prepare_latents(
         anchor_share: fraction of the forget latents that are sampled from their anchor prompts instead (none, where images are given).
 
     Raises:
-        ErasureError: no retain prompts, or a folder without images.
+        ErasureError: no retain prompts, a folder without images, or a concept of which no forget latent is left.
     """
     rng = random.Random(seed)
     pairs = _pick_pairs(concepts, config.n_forget, rng)
     retained = _pick_retain(concepts, config.n_retain, rng)
     forget_prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
     own = len(pairs) if config.forget_images else len(pairs) - round(anchor_share * len(pairs))
+    if own < len(concepts):
+        raise ErasureError(
+            f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is {len(concepts)} concepts; raise latents.n_forget or "
+            "lower anchor_latents"
+        )
     jobs = [
         ("forget", forget_prompts, anchors, own, config.forget_images, seed * 1_000_003),
         ("retain", tuple(retained), None, None, config.retain_images, seed * 1_000_003 + 500_000),

@@ -265,6 +265,11 @@ BAD = [
     (["--concept", "heart", "--anchor", "star", "--retain", "a moon", "--model", "no/such/model"], "there is no file or folder"),
     (["--concept", "heart", "--config", "absent.yaml"], "absent.yaml"),
     (["--concept", "heart", "--concept", "mushroom"], "is to be forgotten as well"),
+    (["--concept", "heart", "--anchor_latents", "1"], "0 of 6 forget latents show what is to be forgotten"),
+    (
+        ["--concept", "heart", "--concept", "Neon", "--latents.n_forget", "2"],
+        "1 of 2 forget latents show what is to be forgotten",
+    ),
     (["--concepts", "nudty"], "did you mean 'nudity'"),
     ([], "no concept was given"),
     (["--concept", "heart", "--train.schedule", "liner"], "did you mean 'linear'"),
