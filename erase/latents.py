@@ -234,9 +234,7 @@ def _cached(
     seed: int,
 ) -> LatentSet:
     files = _image_files(folder) if folder else []
-    key = json.dumps(
-        [model.fingerprint, prompts, anchors, own, [(str(f), f.stat().st_size) for f in files], seed, asdict(config)]
-    )
+    key = json.dumps([model.fingerprint, prompts, anchors, own, [_digest(file) for file in files], seed, asdict(config)])
     path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
     if path and found(path):
         return LatentSet.load(path)
@@ -277,6 +275,13 @@ def _image_files(folder: str) -> list[Path]:
             f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}; give another folder or leave it out to sample them"
         )
     return files
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ErasureError(f"cannot read the image {file}: {error}") from error
 
 
 def _encode(model: DiffusionModel, files: list[Path], batch_size: int) -> tuple[Tensor, Tensor]:

@@ -175,6 +175,11 @@ def test_latents_from_images_and_their_cache(base, tmp_path):
     assert len(found) == 1 and torch.equal(found[0].latents, forget.latents) and found[0].anchors == forget.anchors
     draws = [forget.draw(torch.tensor([0]), torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    Image.new("RGB", (40, 60), "red").save(tmp_path / "3.bmp")
+    before, _ = prepare_latents(model, [canvas_concept("heart")], config, 0, tmp_path / "cache")
+    Image.new("RGB", (40, 60), "blue").save(tmp_path / "3.bmp")  # as many bytes, under the same name
+    after, _ = prepare_latents(model, [canvas_concept("heart")], config, 0, tmp_path / "cache")
+    assert torch.equal(before.latents[2], after.latents[2]) and not torch.equal(before.latents[3], after.latents[3])
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(ErasureError, match=r"cannot read the image .*1\.png"):
         prepare_latents(model, [canvas_concept("heart")], config, 1)
