@@ -14,9 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from erase.finite import all_finite
 from erase.layout import Standing
 from erase.mask import SaliencyMask
 from erase.places import indices
+from prompts.errors import ErasureError
 
 Frozen = Callable[[], AbstractContextManager[None]]
 """within its block, the model holds its base weights"""
@@ -128,8 +130,16 @@ class Trainable:
         return self.layout.piece(whole, self._mine[name])
 
     def result(self, values: Mapping[str, Tensor]) -> Trained:
-        """These compact values as whole parameters; every process must ask."""
+        """These compact values as whole parameters; every process must ask.
+
+        Raises:
+            ErasureError: a value is not finite, which no loss has told yet: of the last step.
+        """
         whole = {name: self.layout.gather(value.detach()) for name, value in values.items()}
+        if bad := [name for name, value in whole.items() if not all_finite(value)]:
+            raise ErasureError(
+                f"the trained values of {bad[0]} are not finite; lower the learning rate, set max_grad_norm, or train in float32"
+            )
         return Trained(self._base_params, partial(_places, self._mask), whole)
 
 

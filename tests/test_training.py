@@ -174,6 +174,8 @@ def test_bad_training_input_is_named(model, tmp_path):
     before = {name: p.detach().clone() for name, p in params.items()}
     with pytest.raises(ErasureError, match="the loss is nan at step 0"):
         fit(model, params, batches, lambda batch, frozen: loss(batch, frozen) * float("nan"), QUICK)
+    with pytest.raises(ErasureError, match="the trained values of unet.* are not finite; lower the learning rate"):
+        fit(model, params, batches, loss, replace(QUICK, steps=1, lr=1e39))  # its one loss is
     assert all(torch.equal(p, before[name]) for name, p in params.items())
     (tmp_path / "training.pt").write_bytes(b"PK broken")
     with pytest.raises(ErasureError, match="cannot read the training state"):
