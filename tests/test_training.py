@@ -163,6 +163,7 @@ def test_bad_training_input_is_named(model, tmp_path):
         (replace(QUICK, optimizer="AdmaW"), "did you mean 'AdamW'"),
         (replace(QUICK, optimizer="LBFGS"), "unknown optimizer"),
         (replace(QUICK, optimizer_args={"momentun": 1}), "momentun"),
+        (replace(QUICK, optimizer_args={"lr": 0.1}), "give it as train.lr"),
         (replace(QUICK, schedule="linaer"), "did you mean 'linear'"),
         (replace(QUICK, mixed_precision="bf61"), "did you mean 'bf16'"),
     ]:
