@@ -6,6 +6,7 @@ can be cut at any density; `SaliencyMask` (frozen) is the result, packed, and kn
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -147,6 +148,15 @@ class SaliencyMask:
     def size(self) -> int:
         """Number of weights the mask speaks of."""
         return sum(self.sizes().values())
+
+    @property
+    def sha256(self) -> str:
+        """Digest of names and bits: the same for the same mask, whatever file it lies in."""
+        digest = hashlib.sha256()
+        for name, bits in sorted(self.bits.items()):
+            digest.update(name.encode())
+            digest.update(bits.numpy().data)
+        return digest.hexdigest()
 
     def sizes(self) -> dict[str, int]:
         """Parameter name -> number of its weights."""

@@ -37,6 +37,7 @@ class Trainable:
         """`standing`: what stands in the place of `params` meanwhile; None: they themselves."""
         standing = standing or Standing(params)
         self._base_params, self._mask, self.layout = params, mask, standing.layout
+        self.mask_sha256 = mask.sha256 if mask else ""
         self._params = {name: standing.params[name] for name in params}
         self._mine: dict[str, slice] = {}
         """parameter name -> which of its compact values (of its rows, where it may change as a whole) are copied here"""

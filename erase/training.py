@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from erase.execution import ATTENTION, running
-from erase.files import written_whole
+from erase.files import damage_named, written_whole
 from erase.fsdp import check_sharded
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, autocast
@@ -232,6 +232,7 @@ class _Run:
             return
         main, gather = processes().is_main_process, self.trainable.layout.gather
         state = {
+            "mask": self.trainable.mask_sha256,
             "values": gathered({name: value.detach() for name, value in self.trainable.values.items()}, gather, main),
             "optimizer": whole_state(self.optimizer, gather, main),
             "scaler": self._scaler.state_dict() if self._scaler else {},
@@ -244,17 +245,20 @@ class _Run:
 
     @torch.no_grad()
     def _load(self, path: Path) -> None:
-        """Go on from a saved state; torch's weights-only reader runs no pickled code."""
+        """Go on from a saved state of the same mask; torch's weights-only reader runs no pickled code."""
         try:
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         except Exception as error:
             raise ErasureError(f"cannot read the training state {path}: {error}; delete it to start again") from error
-        for name, value in self.trainable.values.items():
-            value.copy_(self.trainable.piece(name, state["values"][name]))
-        self.trainable.put()
-        self.optimizer.load_state_dict(piece_of_state(state["optimizer"], list(self.trainable.values), self.trainable.piece))
-        if self._scaler:
-            self._scaler.load_state_dict(state["scaler"])
-        for name, mean in self.average.items():
-            mean.copy_(self.trainable.piece(name, state["average"][name]))
-        self.losses = list(state["losses"])
+        with damage_named(path, "delete it to start again"):
+            if state["mask"] != self.trainable.mask_sha256:
+                raise ErasureError(f"the training state {path} is of another mask; go on with that, or delete it to start again")
+            for name, value in self.trainable.values.items():
+                value.copy_(self.trainable.piece(name, state["values"][name]))
+            self.trainable.put()
+            self.optimizer.load_state_dict(piece_of_state(state["optimizer"], list(self.trainable.values), self.trainable.piece))
+            if self._scaler:
+                self._scaler.load_state_dict(state["scaler"])
+            for name, mean in self.average.items():
+                mean.copy_(self.trainable.piece(name, state["average"][name]))
+            self.losses = list(state["losses"])

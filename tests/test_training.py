@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from erase.execution import running
-from erase.mask import SaliencyMask
+from erase.mask import SaliencyMask, pack
 from erase.models.sd import StableDiffusion
 from erase.optimizers import make_optimizer
 from erase.scopes import SCOPES, select
@@ -185,6 +185,21 @@ def test_bad_training_input_is_named(model, tmp_path):
         fit(model, params, batches, loss, QUICK, SaliencyMask.random(params, 0.5, 0, {"base_fingerprint": "0"}))
 
 
+def test_a_training_state_is_gone_on_with_under_its_own_mask_alone(model, tmp_path):
+    """The other one lets as many weights of each tensor change, so its values would fit in the wrong places."""
+    params, batches, loss = task(model, "xattn_kv")
+    path, config = tmp_path / "training.pt", replace(QUICK, steps=1, checkpoint_every=1)
+    halves = {name: pack(torch.arange(p.numel()) % 2 == 0) for name, p in params.items()}
+    own = SaliencyMask(halves, {name: p.shape for name, p in params.items()}, {"base_fingerprint": model.fingerprint})
+    fit(model, params, batches, loss, config, own, checkpoint=path)
+    for other in (own.inverted(), None):
+        with pytest.raises(ErasureError, match="training.pt is of another mask"):
+            fit(model, params, batches, loss, config, other, checkpoint=path)
+    torch.save({"mask": own.sha256}, path)
+    with pytest.raises(ErasureError, match="training.pt is damaged .*'values'"):
+        fit(model, params, batches, loss, config, own, checkpoint=path)
+
+
 def test_a_malicious_training_state_is_not_executed(model, tmp_path):
     class Bomb:
         def __reduce__(self):
@@ -278,7 +293,7 @@ WORKER = """
     import sys, time, torch
     sys.path[:0] = [{tests!r}]
     from conftest import build_pico_pipeline, load_script
-    from erase.mask import SaliencyMask
+    from erase.mask import SaliencyMask, pack
     from erase.models.sd import StableDiffusion
     from erase.scopes import select
     from erase.train_config import TrainConfig
