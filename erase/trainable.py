@@ -50,16 +50,23 @@ class Trainable:
         self.values: dict[str, nn.Parameter] = {}
         """trained values in full precision, likewise: what the optimizer steps on"""
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        for name, param in self._params.items():
-            if not self._place(name, param):
-                continue
-            held = self.layout.local(param)
-            if name not in self._own:
-                self._base[name] = self._read(name, held)
-            self.values[name] = nn.Parameter(self._read(name, self._own.get(name, held)).to(param.device))
-            param.requires_grad_(True)
-            # the dense gradient of one parameter at a time: the next is not yet there when it is dropped
-            self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
+        try:
+            for name, param in self._params.items():
+                if self._place(name, param):
+                    self._take(name, param)
+        except BaseException:  # too little memory: hooks that stay would take the next one's gradients
+            self.close()
+            raise
+
+    def _take(self, name: str, param: nn.Parameter) -> None:
+        """Copy what may change of a parameter, and collect its gradients from now on."""
+        held = self.layout.local(param)
+        if name not in self._own:
+            self._base[name] = self._read(name, held)
+        self.values[name] = nn.Parameter(self._read(name, self._own.get(name, held)).to(param.device))
+        param.requires_grad_(True)
+        # the dense gradient of one parameter at a time: the next is not yet there when it is dropped
+        self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
 
     def _place(self, name: str, param: nn.Parameter) -> bool:
         """Find what may change of a parameter, and which of it is here; False: nothing anywhere."""

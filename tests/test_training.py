@@ -229,6 +229,24 @@ def test_frozen_is_the_base_and_close_gives_it_back(model):
     assert all(torch.equal(p, before[name]) for name, p in params.items())
 
 
+def test_a_setting_up_that_fails_leaves_no_hook_to_take_the_next_one_s_gradients(model, monkeypatch):
+    params, batches, loss = task(model, "xattn_kv")
+    whole = fit(model, params, batches, loss, QUICK)
+    read = Trainable._read
+
+    def too_large(self, name, dense):
+        if name == list(params)[3]:
+            raise torch.OutOfMemoryError("no room")
+        return read(self, name, dense)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Trainable, "_read", too_large)
+        fit(model, params, batches, loss, QUICK)
+    assert not any(p.requires_grad for p in params.values())
+    again = fit(model, params, batches, loss, QUICK)
+    assert all(torch.equal(again.values[name], whole.values[name]) for name in params)
+
+
 def test_the_optimizer_holds_what_the_mask_lets_change_and_no_dense_gradient_outlives_the_backward_pass(model):
     params, batches, loss = task(model)
     mask = mask_of(model, params, 0.25)
