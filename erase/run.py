@@ -109,7 +109,9 @@ def load_base(delta: ErasedDelta, name: str | None = None, device: str | torch.d
         ErasureError: it cannot be loaded. Whether it is the right one is checked where the delta is applied.
     """
     config = json.loads(delta.metadata.get("config", "{}"))
-    options = config.get("parts", [config])[0].get("erase", {}).get("load", {})  # a composed delta's parts have one base
+    while "parts" in config:  # a composed delta's have one base, and may be composed themselves
+        config = config["parts"][0]
+    options = config.get("erase", {}).get("load", {})
     return load_model(name or delta.metadata.get("base_id", "?"), device, LoadConfig(**options))
 
 
