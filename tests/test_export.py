@@ -108,9 +108,10 @@ def test_the_code_of_each_card_draws_what_the_erased_model_draws(format, base, h
         assert json.loads((out / "lora.json").read_text())["error"] < 1e-6
 
 
-def test_a_base_that_is_one_file_is_loaded_as_one(base):
+@pytest.mark.parametrize("name", ["some/base.safetensors", "some/base.ckpt"])
+def test_a_base_that_is_one_file_is_loaded_as_one(name, base):
     model = load_model(str(base))
-    model.name = "some/base.safetensors"
+    model.name = name
     codes = {format: usage(format, model, ["unet"]).code for format in FORMATS}
     for format in ("components", "lora"):
         assert "StableDiffusionPipeline.from_single_file(" in codes[format] and "import StableDiffusionPipeline" in codes[format]
