@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from erase import export
@@ -143,6 +144,17 @@ def test_a_narrower_dtype_is_what_it_says(dtype, base, heart, tmp_path):
     assert all(torch.equal(written[name.removeprefix("unet.")], p.to(kind)) for name, p in model.parameters("unet").items())
 
 
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_values_beyond_the_range_of_the_dtype_are_refused(name, base, heart, tmp_path):
+    delta = ErasedDelta.load(heart)
+    weight = next(iter(delta.values))
+    delta.values[weight][0] = 1e5
+    write = export_diffusers if name == "out" else export.export_single_file
+    with pytest.raises(ErasureError, match=f"{weight} has values beyond the range of torch.float16; use bfloat16 or float32"):
+        write(delta, str(base), tmp_path / name, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
 def test_several_deltas_are_composed_and_compared(base, heart, star, tmp_path, capsys):
     flags = ["--delta", heart, "--delta", star, "--scale", "1", "--scale", "-0.5", "--conflicts", str(tmp_path / "c.json")]
     assert run(run_export.main, [*flags, "--out", str(tmp_path / "m")]) == 0
@@ -209,6 +221,13 @@ def test_an_export_is_whole_or_absent(base, heart, tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.save_pretrained", full)
     with pytest.raises(ErasureError, match="No space left on device; free some space"):
+        export_diffusers(ErasedDelta.load(heart), str(base), tmp_path / "model")
+
+    def full_to_safetensors(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.save_pretrained", full_to_safetensors)
+    with pytest.raises(ErasureError, match=r"cannot write .*model: I/O error: No space left"):
         export_diffusers(ErasedDelta.load(heart), str(base), tmp_path / "model")
     monkeypatch.setattr(export.LoRA, "save", full)
     with pytest.raises(ErasureError, match="No space left"):
