@@ -55,13 +55,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """An Accelerator for this precision; what else is wrong with the settings is said too, before hours are spent on latents.
 
     Raises:
-        ErasureError: an unknown precision, schedule, attention or optimizer, fp16 without a GPU, or what FSDP cannot do where the launch
-            asks for it.
+        ErasureError: an unknown precision, schedule, attention or optimizer, fp16 without a GPU, a batch that does not split evenly, or what
+            FSDP cannot do where the launch asks for it.
     """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
     autocast(processes().device, config.mixed_precision)  # refuses an unknown name
     check_sharded(config)
+    if config.batch_size % (config.accumulation * processes().num_processes):
+        raise ErasureError(
+            f"batch_size {config.batch_size} cannot be split evenly into {config.accumulation} accumulated parts on "
+            f"{processes().num_processes} processes"
+        )
     check_names(config, {"schedule": SCHEDULES, "attention": ATTENTION})
     make_optimizer([nn.Parameter(torch.zeros(1))], config.optimizer, config.lr, config.optimizer_args, fuse=False)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
