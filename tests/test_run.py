@@ -279,6 +279,7 @@ BAD = [
     (["--concept", "heart", "--mask_file", "m", "--saliency_file", "s"], "saliency_file would do nothing"),
     (["--concept", "heart", "--saliency_file", "s", "--mask", "random"], "mask random needs no saliency"),
     (["--concept", "heart", "--train.accumulation", "3"], "batch_size 4 cannot be split evenly into 3 accumulated parts"),
+    (["--concept", "heart", "--seed", "1000000000000000000"], "seed is 1000000000000000000; it must be between"),
     (["--concepts", "nudty"], "did you mean 'nudity'"),
     ([], "no concept was given"),
     (["--concept", "heart", "--train.schedule", "liner"], "did you mean 'linear'"),
