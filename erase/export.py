@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from erase.delta import ErasedDelta
+from erase.finite import all_finite
 from erase.lora import LoRA
 from erase.models import DiffusionModel
+from erase.models.pipelines import modules
 from erase.run import load_base
 from erase.usage import FILES
 from prompts.errors import ErasureError
@@ -84,11 +87,16 @@ def export_delta(delta: ErasedDelta, out: str | Path, card: str = "", dtype: tor
 
 
 def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) -> Any:
-    """The stock pipeline of base + delta."""
+    """The stock pipeline of base + delta.
+
+    Raises:
+        ErasureError: another base, or a weight beyond the dtype's range.
+    """
     pipeline = delta.apply(load_base(delta, base) if isinstance(base, str) else base).pipeline()
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, dtype)  # not diffusers' own `to`, which warns of each cast
+    for name, part in modules(pipeline).items():
+        nn.Module.to(part, dtype)  # not diffusers' own `to`, which warns of each cast
+        if beyond := [key for key, weight in part.named_parameters() if not all_finite(weight)]:
+            raise ErasureError(f"{name}.{beyond[0]} has values beyond the range of {dtype}; use bfloat16 or float32")
     return pipeline
 
 
@@ -129,7 +137,8 @@ def _folder(out: str | Path, card: str) -> Iterator[Path]:
         if card:
             (aside / "README.md").write_text(card, encoding="utf-8")
         aside.rename(out)
-    except OSError as error:
-        raise ErasureError(f"cannot write {out}: {error.strerror or error}; free some space or choose another folder") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ErasureError(f"cannot write {out}: {reason}; free some space or choose another folder") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -179,13 +179,18 @@ def prepare_latents(
         anchor_share: fraction of the forget latents that are sampled from their anchor prompts instead (none, where images are given).
 
     Raises:
-        ErasureError: no retain prompts, or a folder without images.
+        ErasureError: no retain prompts, a folder without images, or a concept of which no forget latent is left.
     """
     rng = random.Random(seed)
     pairs = _pick_pairs(concepts, config.n_forget, rng)
     retained = _pick_retain(concepts, config.n_retain, rng)
     forget_prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
     own = len(pairs) if config.forget_images else len(pairs) - round(anchor_share * len(pairs))
+    if own < len(concepts):
+        raise ErasureError(
+            f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is {len(concepts)} concepts; raise latents.n_forget or "
+            "lower anchor_latents"
+        )
     jobs = [
         ("forget", forget_prompts, anchors, own, config.forget_images, seed * 1_000_003),
         ("retain", tuple(retained), None, None, config.retain_images, seed * 1_000_003 + 500_000),
@@ -229,9 +234,7 @@ def _cached(
     seed: int,
 ) -> LatentSet:
     files = _image_files(folder) if folder else []
-    key = json.dumps(
-        [model.fingerprint, prompts, anchors, own, [(str(f), f.stat().st_size) for f in files], seed, asdict(config)]
-    )
+    key = json.dumps([model.fingerprint, prompts, anchors, own, [_digest(file) for file in files], seed, asdict(config)])
     path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
     if path and found(path):
         return LatentSet.load(path)
@@ -272,6 +275,13 @@ def _image_files(folder: str) -> list[Path]:
             f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}; give another folder or leave it out to sample them"
         )
     return files
+
+
+def _digest(file: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ErasureError(f"cannot read the image {file}: {error}") from error
 
 
 def _encode(model: DiffusionModel, files: list[Path], batch_size: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ can be cut at any density; `SaliencyMask` (frozen) is the result, packed, and kn
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -104,7 +105,8 @@ class Saliency:
         return SaliencyMask(bits, shapes, {**self.metadata, "density": repr(density)})
 
     def save(self, path: str | Path) -> None:
-        save_tensors(path, self.values, {**self.metadata, "format": "saliency"})
+        """Write safetensors, with the order of the parameters in the metadata: the file sorts them by name, and ties go by order."""
+        save_tensors(path, self.values, {**self.metadata, "format": "saliency", "order": json.dumps(list(self.values))})
 
     @classmethod
     def load(cls, path: str | Path) -> Saliency:
@@ -114,6 +116,11 @@ class Saliency:
             ErasureError: a missing, damaged or foreign file, or values that are no saliency.
         """
         values, metadata = load_tensors(path, "saliency")
+        with damage_named(path, "compute it again"):
+            order = json.loads(metadata.pop("order"))
+            if sorted(order) != sorted(values):
+                raise ErasureError(f"{path}: its order names other parameters than it holds; compute it again")
+        values = {name: values[name] for name in order}
         for name, value in values.items():
             if value.dtype != torch.float32 or not (value >= 0).all() or not all_finite(value):
                 raise ErasureError(f"{path}: {name} is no saliency (float32, not negative, finite); compute it again")
@@ -141,6 +148,15 @@ class SaliencyMask:
     def size(self) -> int:
         """Number of weights the mask speaks of."""
         return sum(self.sizes().values())
+
+    @property
+    def sha256(self) -> str:
+        """Digest of names and bits: the same for the same mask, whatever file it lies in."""
+        digest = hashlib.sha256()
+        for name, bits in sorted(self.bits.items()):
+            digest.update(name.encode())
+            digest.update(bits.numpy().data)
+        return digest.hexdigest()
 
     def sizes(self) -> dict[str, int]:
         """Parameter name -> number of its weights."""

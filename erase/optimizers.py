@@ -29,8 +29,10 @@ def make_optimizer(
         shard: split its state among the processes.
 
     Raises:
-        ErasureError: an unknown name or argument, or bitsandbytes is not installed.
+        ErasureError: an unknown name or argument, a second learning rate, or bitsandbytes is not installed.
     """
+    if "lr" in args:  # the schedule would write over it
+        raise ErasureError(f"optimizer_args has a learning rate ({args['lr']}); give it as train.lr")
     kind = _eight_bit(name) if name.endswith("8bit") else _torch_optimizer(name)
     if fuse and kind in FUSED and not args.keys() & {"foreach", "differentiable"}:
         args = {"fused": True} | args

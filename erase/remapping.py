@@ -23,7 +23,7 @@ from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.trainable import Frozen
 from erase.training import LossFn
-from prompts.errors import FINITE, FRACTION, ErasureError, check_names, check_ranges
+from prompts.errors import FINITE, FRACTION, check_names, check_ranges
 
 SOURCES = ("frozen", "current")
 RETAIN_TARGETS = ("frozen", "noise")
@@ -220,10 +220,7 @@ def _predict_together(model: DiffusionModel, xt: Tensor, t: Tensor, cond: Cond, 
 def _share(size: int, part: int, parts: int, accelerator: Accelerator) -> slice:
     """This process's rows of this part; every share is equally long, so that means of shares average to the mean of all."""
     shares = parts * accelerator.num_processes
-    if size % shares:
-        raise ErasureError(
-            f"batch_size {size} cannot be split evenly into {parts} accumulated parts on {accelerator.num_processes} processes"
-        )
+    assert not size % shares, "which make_accelerator has refused"
     width = size // shares
     start = (accelerator.process_index * parts + part) * width
     return slice(start, start + width)

@@ -19,7 +19,7 @@ from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.training import make_accelerator
 from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError
+from prompts.errors import ErasureError, check_ranges
 
 VERSION = "0.1.0"
 
@@ -36,6 +36,9 @@ class EraseConfig:
     """fixes prompts, latents, noise and order: same seed, same machine, same delta"""
     latents: LatentConfig = field(default_factory=LatentConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"seed": (-(2**43), 2**43)})  # times a million, and it still seeds a generator
 
 
 def erase_concept(
@@ -109,7 +112,9 @@ def load_base(delta: ErasedDelta, name: str | None = None, device: str | torch.d
         ErasureError: it cannot be loaded. Whether it is the right one is checked where the delta is applied.
     """
     config = json.loads(delta.metadata.get("config", "{}"))
-    options = config.get("parts", [config])[0].get("erase", {}).get("load", {})  # a composed delta's parts have one base
+    while "parts" in config:  # a composed delta's have one base, and may be composed themselves
+        config = config["parts"][0]
+    options = config.get("erase", {}).get("load", {})
     return load_model(name or delta.metadata.get("base_id", "?"), device, LoadConfig(**options))
 
 

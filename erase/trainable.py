@@ -14,9 +14,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from erase.finite import all_finite
 from erase.layout import Standing
 from erase.mask import SaliencyMask
 from erase.places import indices
+from prompts.errors import ErasureError
 
 Frozen = Callable[[], AbstractContextManager[None]]
 """within its block, the model holds its base weights"""
@@ -35,6 +37,7 @@ class Trainable:
         """`standing`: what stands in the place of `params` meanwhile; None: they themselves."""
         standing = standing or Standing(params)
         self._base_params, self._mask, self.layout = params, mask, standing.layout
+        self.mask_sha256 = mask.sha256 if mask else ""
         self._params = {name: standing.params[name] for name in params}
         self._mine: dict[str, slice] = {}
         """parameter name -> which of its compact values (of its rows, where it may change as a whole) are copied here"""
@@ -47,16 +50,23 @@ class Trainable:
         self.values: dict[str, nn.Parameter] = {}
         """trained values in full precision, likewise: what the optimizer steps on"""
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        for name, param in self._params.items():
-            if not self._place(name, param):
-                continue
-            held = self.layout.local(param)
-            if name not in self._own:
-                self._base[name] = self._read(name, held)
-            self.values[name] = nn.Parameter(self._read(name, self._own.get(name, held)).to(param.device))
-            param.requires_grad_(True)
-            # the dense gradient of one parameter at a time: the next is not yet there when it is dropped
-            self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
+        try:
+            for name, param in self._params.items():
+                if self._place(name, param):
+                    self._take(name, param)
+        except BaseException:  # too little memory: hooks that stay would take the next one's gradients
+            self.close()
+            raise
+
+    def _take(self, name: str, param: nn.Parameter) -> None:
+        """Copy what may change of a parameter, and collect its gradients from now on."""
+        held = self.layout.local(param)
+        if name not in self._own:
+            self._base[name] = self._read(name, held)
+        self.values[name] = nn.Parameter(self._read(name, self._own.get(name, held)).to(param.device))
+        param.requires_grad_(True)
+        # the dense gradient of one parameter at a time: the next is not yet there when it is dropped
+        self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
 
     def _place(self, name: str, param: nn.Parameter) -> bool:
         """Find what may change of a parameter, and which of it is here; False: nothing anywhere."""
@@ -128,8 +138,16 @@ class Trainable:
         return self.layout.piece(whole, self._mine[name])
 
     def result(self, values: Mapping[str, Tensor]) -> Trained:
-        """These compact values as whole parameters; every process must ask."""
+        """These compact values as whole parameters; every process must ask.
+
+        Raises:
+            ErasureError: a value is not finite, which no loss has told yet: of the last step.
+        """
         whole = {name: self.layout.gather(value.detach()) for name, value in values.items()}
+        if bad := [name for name, value in whole.items() if not all_finite(value)]:
+            raise ErasureError(
+                f"the trained values of {bad[0]} are not finite; lower the learning rate, set max_grad_norm, or train in float32"
+            )
         return Trained(self._base_params, partial(_places, self._mask), whole)
 
 

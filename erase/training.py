@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from erase.execution import ATTENTION, running
-from erase.files import written_whole
+from erase.files import damage_named, written_whole
 from erase.fsdp import check_sharded
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, autocast
@@ -55,13 +55,18 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """An Accelerator for this precision; what else is wrong with the settings is said too, before hours are spent on latents.
 
     Raises:
-        ErasureError: an unknown precision, schedule, attention or optimizer, fp16 without a GPU, or what FSDP cannot do where the launch
-            asks for it.
+        ErasureError: an unknown precision, schedule, attention or optimizer, fp16 without a GPU, a batch that does not split evenly, or what
+            FSDP cannot do where the launch asks for it.
     """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
     autocast(processes().device, config.mixed_precision)  # refuses an unknown name
     check_sharded(config)
+    if config.batch_size % (config.accumulation * processes().num_processes):
+        raise ErasureError(
+            f"batch_size {config.batch_size} cannot be split evenly into {config.accumulation} accumulated parts on "
+            f"{processes().num_processes} processes"
+        )
     check_names(config, {"schedule": SCHEDULES, "attention": ATTENTION})
     make_optimizer([nn.Parameter(torch.zeros(1))], config.optimizer, config.lr, config.optimizer_args, fuse=False)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
@@ -232,6 +237,7 @@ class _Run:
             return
         main, gather = processes().is_main_process, self.trainable.layout.gather
         state = {
+            "mask": self.trainable.mask_sha256,
             "values": gathered({name: value.detach() for name, value in self.trainable.values.items()}, gather, main),
             "optimizer": whole_state(self.optimizer, gather, main),
             "scaler": self._scaler.state_dict() if self._scaler else {},
@@ -244,17 +250,20 @@ class _Run:
 
     @torch.no_grad()
     def _load(self, path: Path) -> None:
-        """Go on from a saved state; torch's weights-only reader runs no pickled code."""
+        """Go on from a saved state of the same mask; torch's weights-only reader runs no pickled code."""
         try:
             state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         except Exception as error:
             raise ErasureError(f"cannot read the training state {path}: {error}; delete it to start again") from error
-        for name, value in self.trainable.values.items():
-            value.copy_(self.trainable.piece(name, state["values"][name]))
-        self.trainable.put()
-        self.optimizer.load_state_dict(piece_of_state(state["optimizer"], list(self.trainable.values), self.trainable.piece))
-        if self._scaler:
-            self._scaler.load_state_dict(state["scaler"])
-        for name, mean in self.average.items():
-            mean.copy_(self.trainable.piece(name, state["average"][name]))
-        self.losses = list(state["losses"])
+        with damage_named(path, "delete it to start again"):
+            if state["mask"] != self.trainable.mask_sha256:
+                raise ErasureError(f"the training state {path} is of another mask; go on with that, or delete it to start again")
+            for name, value in self.trainable.values.items():
+                value.copy_(self.trainable.piece(name, state["values"][name]))
+            self.trainable.put()
+            self.optimizer.load_state_dict(piece_of_state(state["optimizer"], list(self.trainable.values), self.trainable.piece))
+            if self._scaler:
+                self._scaler.load_state_dict(state["scaler"])
+            for name, mean in self.average.items():
+                mean.copy_(self.trainable.piece(name, state["average"][name]))
+            self.losses = list(state["losses"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from erase.models import DiffusionModel
+from erase.models.tensor_file import SINGLE_FILES
 
 FORMATS = {
     "diffusers": "a whole pipeline folder",
@@ -82,7 +84,7 @@ USAGES = {"diffusers": DIFFUSERS, "components": COMPONENTS, "single-file": SINGL
 
 def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
     """How one of `FORMATS` is loaded, in the classes of this base; `components` are those that changed."""
-    pipeline, one_file = type(model.pipeline()).__name__, model.name.endswith(".safetensors")
+    pipeline, one_file = type(model.pipeline()).__name__, Path(model.name).suffix.lower() in SINGLE_FILES
     base_class = pipeline if one_file else "DiffusionPipeline"
     classes = {name: type(model.component(name)) for name in components}
     imports = sorted({("diffusers", base_class), *((kind.__module__.split(".")[0], kind.__name__) for kind in classes.values())})

@@ -15,6 +15,7 @@ from erase.delta import ErasedDelta
 from erase.mask import pack
 from erase.models.sd import StableDiffusion
 from erase.places import from_gaps, to_gaps
+from erase.run import load_base
 from prompts.errors import ErasureError
 
 
@@ -269,6 +270,14 @@ def test_a_composed_delta_tells_its_parts_and_is_a_delta_like_any_other(model, t
     undo = loaded.inverse(model)
     undo.apply(loaded.apply(model))
     assert unchanged(model, weights)
+
+
+def test_the_base_of_deltas_composed_of_composed_ones_is_read_as_it_was(model, monkeypatch):
+    heart, star = make(model), make(model, "star", seed=1)
+    heart.metadata["config"] = json.dumps({"erase": {"load": {"variant": "non_ema"}}})
+    both = compose(model, [(compose(model, [(heart, 1.0)]), 1.0), (star, 1.0)])
+    monkeypatch.setattr("erase.run.load_model", lambda name, device, options: options)
+    assert load_base(both).variant == load_base(heart).variant == "non_ema"
 
 
 def test_deltas_of_different_bases_are_refused_and_both_are_named(model, make_pico_pipeline):

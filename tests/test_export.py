@@ -9,6 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from erase import export
@@ -108,9 +109,10 @@ def test_the_code_of_each_card_draws_what_the_erased_model_draws(format, base, h
         assert json.loads((out / "lora.json").read_text())["error"] < 1e-6
 
 
-def test_a_base_that_is_one_file_is_loaded_as_one(base):
+@pytest.mark.parametrize("name", ["some/base.safetensors", "some/base.ckpt"])
+def test_a_base_that_is_one_file_is_loaded_as_one(name, base):
     model = load_model(str(base))
-    model.name = "some/base.safetensors"
+    model.name = name
     codes = {format: usage(format, model, ["unet"]).code for format in FORMATS}
     for format in ("components", "lora"):
         assert "StableDiffusionPipeline.from_single_file(" in codes[format] and "import StableDiffusionPipeline" in codes[format]
@@ -140,6 +142,17 @@ def test_a_narrower_dtype_is_what_it_says(dtype, base, heart, tmp_path):
     model = rounded.apply(load_model(str(base)))
     written = load_file(tmp_path / "components" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(written[name.removeprefix("unet.")], p.to(kind)) for name, p in model.parameters("unet").items())
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_values_beyond_the_range_of_the_dtype_are_refused(name, base, heart, tmp_path):
+    delta = ErasedDelta.load(heart)
+    weight = next(iter(delta.values))
+    delta.values[weight][0] = 1e5
+    write = export_diffusers if name == "out" else export.export_single_file
+    with pytest.raises(ErasureError, match=f"{weight} has values beyond the range of torch.float16; use bfloat16 or float32"):
+        write(delta, str(base), tmp_path / name, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
 
 
 def test_several_deltas_are_composed_and_compared(base, heart, star, tmp_path, capsys):
@@ -208,6 +221,13 @@ def test_an_export_is_whole_or_absent(base, heart, tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffusers.StableDiffusionPipeline.save_pretrained", full)
     with pytest.raises(ErasureError, match="No space left on device; free some space"):
+        export_diffusers(ErasedDelta.load(heart), str(base), tmp_path / "model")
+
+    def full_to_safetensors(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.save_pretrained", full_to_safetensors)
+    with pytest.raises(ErasureError, match=r"cannot write .*model: I/O error: No space left"):
         export_diffusers(ErasedDelta.load(heart), str(base), tmp_path / "model")
     monkeypatch.setattr(export.LoRA, "save", full)
     with pytest.raises(ErasureError, match="No space left"):

@@ -90,6 +90,14 @@ def test_mask_and_saliency_survive_the_disk_and_can_be_cut_again(tmp_path):
     assert (tmp_path / "m.safetensors").stat().st_size < 3305 / 8 + 1000
 
 
+def test_ties_go_by_the_order_of_the_parameters_after_the_disk_too(tmp_path):
+    saliency = Saliency({"b": torch.ones(4), "a": torch.ones(4)})
+    saliency.save(tmp_path / "s.safetensors")
+    for found in (saliency, Saliency.load(tmp_path / "s.safetensors")):
+        mask = found.cut(0.5)
+        assert mask["b"].all() and not mask["a"].any()
+
+
 def test_controls():
     params = {"a": torch.zeros(64, 10), "b": torch.zeros(7)}
     mask = SaliencyMask.random(params, 0.3, seed=1)

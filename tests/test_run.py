@@ -175,6 +175,11 @@ def test_latents_from_images_and_their_cache(base, tmp_path):
     assert len(found) == 1 and torch.equal(found[0].latents, forget.latents) and found[0].anchors == forget.anchors
     draws = [forget.draw(torch.tensor([0]), torch.Generator().manual_seed(s)) for s in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    Image.new("RGB", (40, 60), "red").save(tmp_path / "3.bmp")
+    before, _ = prepare_latents(model, [canvas_concept("heart")], config, 0, tmp_path / "cache")
+    Image.new("RGB", (40, 60), "blue").save(tmp_path / "3.bmp")  # as many bytes, under the same name
+    after, _ = prepare_latents(model, [canvas_concept("heart")], config, 0, tmp_path / "cache")
+    assert torch.equal(before.latents[2], after.latents[2]) and not torch.equal(before.latents[3], after.latents[3])
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(ErasureError, match=r"cannot read the image .*1\.png"):
         prepare_latents(model, [canvas_concept("heart")], config, 1)
@@ -265,6 +270,16 @@ BAD = [
     (["--concept", "heart", "--anchor", "star", "--retain", "a moon", "--model", "no/such/model"], "there is no file or folder"),
     (["--concept", "heart", "--config", "absent.yaml"], "absent.yaml"),
     (["--concept", "heart", "--concept", "mushroom"], "is to be forgotten as well"),
+    (["--concept", "heart", "--anchor_latents", "1"], "0 of 6 forget latents show what is to be forgotten"),
+    (
+        ["--concept", "heart", "--concept", "Neon", "--latents.n_forget", "2"],
+        "1 of 2 forget latents show what is to be forgotten",
+    ),
+    (["--concept", "heart", "--mask_file", "m", "--mask", "inverted"], "mask inverted would do nothing"),
+    (["--concept", "heart", "--mask_file", "m", "--saliency_file", "s"], "saliency_file would do nothing"),
+    (["--concept", "heart", "--saliency_file", "s", "--mask", "random"], "mask random needs no saliency"),
+    (["--concept", "heart", "--train.accumulation", "3"], "batch_size 4 cannot be split evenly into 3 accumulated parts"),
+    (["--concept", "heart", "--seed", "1000000000000000000"], "seed is 1000000000000000000; it must be between"),
     (["--concepts", "nudty"], "did you mean 'nudity'"),
     ([], "no concept was given"),
     (["--concept", "heart", "--train.schedule", "liner"], "did you mean 'linear'"),

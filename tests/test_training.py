@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from erase.execution import running
-from erase.mask import SaliencyMask
+from erase.mask import SaliencyMask, pack
 from erase.models.sd import StableDiffusion
 from erase.optimizers import make_optimizer
 from erase.scopes import SCOPES, select
@@ -164,6 +164,7 @@ def test_bad_training_input_is_named(model, tmp_path):
         (replace(QUICK, optimizer="AdmaW"), "did you mean 'AdamW'"),
         (replace(QUICK, optimizer="LBFGS"), "unknown optimizer"),
         (replace(QUICK, optimizer_args={"momentun": 1}), "momentun"),
+        (replace(QUICK, optimizer_args={"lr": 0.1}), "give it as train.lr"),
         (replace(QUICK, schedule="linaer"), "did you mean 'linear'"),
         (replace(QUICK, mixed_precision="bf61"), "did you mean 'bf16'"),
     ]:
@@ -175,12 +176,29 @@ def test_bad_training_input_is_named(model, tmp_path):
     before = {name: p.detach().clone() for name, p in params.items()}
     with pytest.raises(ErasureError, match="the loss is nan at step 0"):
         fit(model, params, batches, lambda batch, frozen: loss(batch, frozen) * float("nan"), QUICK)
+    with pytest.raises(ErasureError, match="the trained values of unet.* are not finite; lower the learning rate"):
+        fit(model, params, batches, loss, replace(QUICK, steps=1, lr=1e39))  # its one loss is
     assert all(torch.equal(p, before[name]) for name, p in params.items())
     (tmp_path / "training.pt").write_bytes(b"PK broken")
     with pytest.raises(ErasureError, match="cannot read the training state"):
         fit(model, params, batches, loss, QUICK, checkpoint=tmp_path / "training.pt")
     with pytest.raises(ErasureError, match="another base"):
         fit(model, params, batches, loss, QUICK, SaliencyMask.random(params, 0.5, 0, {"base_fingerprint": "0"}))
+
+
+def test_a_training_state_is_gone_on_with_under_its_own_mask_alone(model, tmp_path):
+    """The other one lets as many weights of each tensor change, so its values would fit in the wrong places."""
+    params, batches, loss = task(model, "xattn_kv")
+    path, config = tmp_path / "training.pt", replace(QUICK, steps=1, checkpoint_every=1)
+    halves = {name: pack(torch.arange(p.numel()) % 2 == 0) for name, p in params.items()}
+    own = SaliencyMask(halves, {name: p.shape for name, p in params.items()}, {"base_fingerprint": model.fingerprint})
+    fit(model, params, batches, loss, config, own, checkpoint=path)
+    for other in (own.inverted(), None):
+        with pytest.raises(ErasureError, match="training.pt is of another mask"):
+            fit(model, params, batches, loss, config, other, checkpoint=path)
+    torch.save({"mask": own.sha256}, path)
+    with pytest.raises(ErasureError, match="training.pt is damaged .*'values'"):
+        fit(model, params, batches, loss, config, own, checkpoint=path)
 
 
 def test_a_malicious_training_state_is_not_executed(model, tmp_path):
@@ -210,6 +228,24 @@ def test_frozen_is_the_base_and_close_gives_it_back(model):
     assert all(torch.equal(value, params[name]) for name, value in trainable.result(trainable.values).items())
     trainable.close()
     assert all(torch.equal(p, before[name]) for name, p in params.items())
+
+
+def test_a_setting_up_that_fails_leaves_no_hook_to_take_the_next_one_s_gradients(model, monkeypatch):
+    params, batches, loss = task(model, "xattn_kv")
+    whole = fit(model, params, batches, loss, QUICK)
+    read = Trainable._read
+
+    def too_large(self, name, dense):
+        if name == list(params)[3]:
+            raise torch.OutOfMemoryError("no room")
+        return read(self, name, dense)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(Trainable, "_read", too_large)
+        fit(model, params, batches, loss, QUICK)
+    assert not any(p.requires_grad for p in params.values())
+    again = fit(model, params, batches, loss, QUICK)
+    assert all(torch.equal(again.values[name], whole.values[name]) for name in params)
 
 
 def test_the_optimizer_holds_what_the_mask_lets_change_and_no_dense_gradient_outlives_the_backward_pass(model):
@@ -276,7 +312,7 @@ WORKER = """
     import sys, time, torch
     sys.path[:0] = [{tests!r}]
     from conftest import build_pico_pipeline, load_script
-    from erase.mask import SaliencyMask
+    from erase.mask import SaliencyMask, pack
     from erase.models.sd import StableDiffusion
     from erase.scopes import select
     from erase.train_config import TrainConfig

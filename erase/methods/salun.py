@@ -24,7 +24,7 @@ from erase.remapping import Job, RemapConfig, frozen_targets, loss_function, mak
 from erase.train_config import TrainConfig
 from erase.training import fit, gradients_on
 from prompts.concepts import ConceptSpec
-from prompts.errors import COUNT, FINITE, check_names, check_ranges
+from prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
 
 CONTROLS = ("saliency", "random", "inverted", "none")
 
@@ -51,6 +51,11 @@ class SalUnConfig(RemapConfig):
         check_names(self, {"mask": CONTROLS})
         check_ranges(self, {"saliency_batch_size": COUNT, "saliency_guidance": FINITE})
         check_density(self.density)
+        if self.mask_file and (self.saliency_file or self.mask != "saliency"):
+            idle = "saliency_file" if self.saliency_file else f"mask {self.mask}"
+            raise ErasureError(f"mask_file is taken as it is, so {idle} would do nothing; leave one of them out")
+        if self.saliency_file and self.mask in ("random", "none"):
+            raise ErasureError(f"mask {self.mask} needs no saliency, so saliency_file would do nothing; leave one of them out")
 
 
 def compute(
