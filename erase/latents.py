@@ -192,8 +192,8 @@ def prepare_latents(
             "lower anchor_latents"
         )
     jobs = [
-        ("forget", forget_prompts, anchors, own, config.forget_images, seed * 1_000_003),
-        ("retain", tuple(retained), None, None, config.retain_images, seed * 1_000_003 + 500_000),
+        ("forget", forget_prompts, anchors, own, _image_files(config.forget_images), seed * 1_000_003),
+        ("retain", tuple(retained), None, None, _image_files(config.retain_images), seed * 1_000_003 + 500_000),
     ]
     return tuple(_cached(model, config, cache, *job) for job in jobs)  # type: ignore[return-value]
 
@@ -230,10 +230,9 @@ def _cached(
     prompts: tuple[str, ...],
     anchors: tuple[str, ...] | None,
     own: int | None,
-    folder: str | None,
+    files: list[Path],
     seed: int,
 ) -> LatentSet:
-    files = _image_files(folder) if folder else []
     key = json.dumps([model.fingerprint, prompts, anchors, own, [_digest(file) for file in files], seed, asdict(config)])
     path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
     if path and found(path):
@@ -268,7 +267,10 @@ def _times(texts: tuple[str, ...], each: int) -> tuple[str, ...]:
     return tuple(text for text in texts for _ in range(each))
 
 
-def _image_files(folder: str) -> list[Path]:
+def _image_files(folder: str | None) -> list[Path]:
+    """The images to encode, by name; none where no folder is given."""
+    if not folder:
+        return []
     files = sorted(path for path in Path(folder).glob("**/*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ErasureError(

@@ -76,6 +76,11 @@ def erase_concept(
             f"load.dtype is {config.load.dtype}, but training needs float32 weights; use train.mixed_precision instead"
         )
     model = model or load_model(config.model, accelerator.device, config.load)
+    if half := [name for name, param in model.parameters().items() if param.dtype != torch.float32]:
+        raise ErasureError(
+            f"{half[0]} is {model.parameters()[half[0]].dtype}, but training needs float32 weights; load the model in float32, and use "
+            "train.mixed_precision instead"
+        )
     # a wrong scope is refused before hours are spent on latents
     select_trainable(model.parameters(), getattr(settings, "scope", "full"))
     metadata = describe(model, concepts, config, settings)

@@ -19,7 +19,7 @@ from erase.delta import ErasedDelta
 from erase.export import export_diffusers
 from erase.latents import LatentConfig, LatentSet, prepare_latents
 from erase.methods.salun import SalUnConfig
-from erase.models import load_model
+from erase.models import LoadConfig, load_model
 from erase.reproducible import settle_sums
 from erase.run import EraseConfig, erase_concept
 from erase.train_config import TrainConfig
@@ -161,7 +161,7 @@ def test_a_share_of_the_forget_latents_shows_the_anchor(base):
     assert torch.allclose(mixed.latents[3], shown[3], atol=1e-5) and not torch.allclose(plain.latents[3], shown[3], atol=1e-3)
 
 
-def test_latents_from_images_and_their_cache(base, tmp_path):
+def test_latents_from_images_and_their_cache(base, tmp_path, monkeypatch):
     from PIL import Image
 
     model = load_model(str(base))
@@ -183,8 +183,15 @@ def test_latents_from_images_and_their_cache(base, tmp_path):
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(ErasureError, match=r"cannot read the image .*1\.png"):
         prepare_latents(model, [canvas_concept("heart")], config, 1)
+    monkeypatch.setattr("erase.latents.sample_points", None)  # refused before anything is sampled
     with pytest.raises(ErasureError, match="no images"):
         prepare_latents(model, [canvas_concept("heart")], replace(DATA, retain_images=str(tmp_path / "nowhere")), 0)
+
+
+def test_a_model_in_half_precision_is_refused(base):
+    model = load_model(base, options=LoadConfig(dtype="float16"))
+    with pytest.raises(ErasureError, match=r"is torch\.float16, but training needs float32 weights"):
+        erase_concept(canvas_concept("heart"), EraseConfig(latents=DATA), METHOD, model=model)
 
 
 def test_a_finished_run_is_not_done_again_and_another_is_refused(erased, base):
@@ -278,6 +285,8 @@ BAD = [
     (["--concept", "heart", "--mask_file", "m", "--mask", "inverted"], "mask inverted would do nothing"),
     (["--concept", "heart", "--mask_file", "m", "--saliency_file", "s"], "saliency_file would do nothing"),
     (["--concept", "heart", "--saliency_file", "s", "--mask", "random"], "mask random needs no saliency"),
+    (["--concept", "heart", "--mask_file", "nowhere"], "mask_file nowhere is not there"),
+    (["--concept", "heart", "--saliency_file", "nowhere"], "saliency_file nowhere is not there"),
     (["--concept", "heart", "--train.accumulation", "3"], "batch_size 4 cannot be split evenly into 3 accumulated parts"),
     (["--concept", "heart", "--seed", "1000000000000000000"], "seed is 1000000000000000000; it must be between"),
     (["--concepts", "nudty"], "did you mean 'nudity'"),

@@ -56,6 +56,9 @@ class SalUnConfig(RemapConfig):
             raise ErasureError(f"mask_file is taken as it is, so {idle} would do nothing; leave one of them out")
         if self.saliency_file and self.mask in ("random", "none"):
             raise ErasureError(f"mask {self.mask} needs no saliency, so saliency_file would do nothing; leave one of them out")
+        for given in ("mask_file", "saliency_file"):
+            if (file := getattr(self, given)) and not Path(file).is_file():
+                raise ErasureError(f"{given} {file} is not there")
 
 
 def compute(
