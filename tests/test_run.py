@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,10 +24,11 @@ from erase.models import load_model
 from erase.reproducible import settle_sums
 from erase.run import EraseConfig, erase_concept
 from erase.train_config import TrainConfig
+from eval.report import EvalReport
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
-from scripts import run_erase, run_export
+from scripts import run_erase, run_evaluate, run_export
 from scripts.front import run
 
 ROOT = Path(__file__).parents[1]
@@ -329,6 +331,15 @@ def test_export_command_writes_a_card(base, erased, tmp_path, capsys):
     assert run(run_export.main, ["--delta", str(erased / "delta.safetensors"), "--out", str(tmp_path / "model")]) == 0
     assert "heart" in (tmp_path / "model" / "README.md").read_text()
     shutil.rmtree(tmp_path / "model")
+
+
+def test_the_command_in_a_report_can_be_run_as_it_stands(erased, tmp_path, monkeypatch):
+    (tmp_path / "my set.csv").write_text("prompt,seed\na heart,1\n")
+    told = []
+    monkeypatch.setattr(run_evaluate, "evaluate", lambda *_, commands, **__: told.extend(commands) or EvalReport({}, {}))
+    flags = ["--delta", str(erased / "delta.safetensors"), "--prompts", str(tmp_path / "my set.csv"), "--evaluators", "[clip]"]
+    assert run(run_evaluate.main, flags) == 0
+    assert [shlex.split(command) for command in told] == [["erase-evaluate", *flags]]
 
 
 def test_a_concept_of_which_nothing_is_known_needs_a_kind_or_an_anchor(base, capsys):
