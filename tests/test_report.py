@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -450,6 +451,13 @@ def test_page_without_training_data_has_no_empty_sections(before, after):
     text = render_html(report(), before, after, {}, {})
     assert not re.search(r'id="(loss|density|confusion)"', text)
     Page(text)
+
+
+def test_page_names_the_kind_that_its_confusions_are_of(before, after):
+    table = {"kind": "object", "labels": ["heart"], "counts": [[1]]}
+    several = CONCEPT | {"target": ["heart", "Neon"], "anchor": ["star", "Flat"], "kind": ["object", "style"]}
+    both = replace(report(), concept=several, extras={"confusion": {"base": table, "erased": table}})
+    assert ">What the judge sees: objects</h2>" in render_html(both, before, after, {}, {})
 
 
 def test_save_report_writes_all_three(before, after, tmp_path):
