@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from erase.delta import ErasedDelta
+from erase.files import damage_named
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
 from erase.processes import processes
@@ -63,9 +64,10 @@ class Evidence:
 
     @classmethod
     def of(cls, folder: Path) -> Evidence:
-        """Losses and mask of an erasure's folder, as far as they are there."""
+        """Losses and mask of an erasure's folder, as far as they are there; damaged ones are an `ErasureError`."""
         training, mask = folder / "training.json", folder / "mask.safetensors"
-        losses = json.loads(training.read_text())["losses"] if training.exists() else []
+        with damage_named(training, "delete it to report without the losses, or erase again"):
+            losses = list(map(float, json.loads(training.read_text())["losses"])) if training.exists() else []
         return cls(losses, SaliencyMask.load(mask) if mask.exists() else None)
 
 

@@ -25,6 +25,7 @@ from erase.reproducible import settle_sums
 from erase.run import EraseConfig, erase_concept
 from erase.train_config import TrainConfig
 from eval.report import EvalReport
+from eval.run import Evidence
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
@@ -331,6 +332,13 @@ def test_export_command_writes_a_card(base, erased, tmp_path, capsys):
     assert run(run_export.main, ["--delta", str(erased / "delta.safetensors"), "--out", str(tmp_path / "model")]) == 0
     assert "heart" in (tmp_path / "model" / "README.md").read_text()
     shutil.rmtree(tmp_path / "model")
+
+
+@pytest.mark.parametrize("text", ['{"losses": [1,', '{"loss": [1]}', "[]", '{"losses": ["low"]}'])
+def test_a_damaged_record_of_training_is_named(text, tmp_path):
+    (tmp_path / "training.json").write_text(text)
+    with pytest.raises(ErasureError, match="training.json is damaged"):
+        Evidence.of(tmp_path)
 
 
 def test_the_command_in_a_report_can_be_run_as_it_stands(erased, tmp_path, monkeypatch):
