@@ -17,7 +17,7 @@ from erase.processes import processes
 from eval.evaluators import get_evaluator
 from eval.evaluators.classifier import Config as ClassifierConfig
 from eval.evaluators.classifier import Judged, judged, load_judge
-from eval.evaluators.clip import CANVAS
+from eval.evaluators.clip import CANVAS, load_clip
 from eval.evaluators.clip import Config as ClipConfig
 from eval.evaluators.nudenet import Config as NudeNetConfig
 from eval.generate import GenerateConfig, generate
@@ -103,6 +103,8 @@ def evaluate(
     config, evidence, out = (config or EvaluateConfig()).for_prompts(prompts, concepts), evidence or Evidence(), Path(out)
     for name in config.evaluators or ():
         get_evaluator(name)  # a misspelt name fails before the hour of generating, not after
+    if "clip" in (config.evaluators or ()):
+        load_clip(config.clip)  # likewise; it is kept
     model = load_model(model) if isinstance(model, str) else model
     delta.check(model)  # before the base's images are made, not after
     base = {"model": model.name, "fingerprint": model.fingerprint}

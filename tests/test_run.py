@@ -341,6 +341,21 @@ def test_a_damaged_record_of_training_is_named(text, tmp_path):
         Evidence.of(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--classifier.judge", "canvass"], "unknown judge 'canvass'; did you mean 'canvas'"),
+        (["--evaluators", "[clip]", "--clip.model", "ViT-B-23"], "unknown CLIP model 'ViT-B-23'; did you mean 'ViT-B-32'"),
+        (["--evaluators", "[clip]", "--clip.model", "ViT-B-32"], "'ViT-B-32' needs weights"),
+    ],
+)
+def test_a_judge_that_cannot_be_loaded_is_refused_before_images_are_made(flags, message, erased, base, tmp_path, capsys):
+    out = tmp_path / "report"
+    given = ["--delta", str(erased / "delta.safetensors"), "--generate.steps", "1", "--out", str(out), *flags]
+    assert run(run_evaluate.main, given) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
 def test_the_command_in_a_report_can_be_run_as_it_stands(erased, tmp_path, monkeypatch):
     (tmp_path / "my set.csv").write_text("prompt,seed\na heart,1\n")
     told = []
