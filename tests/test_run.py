@@ -345,6 +345,7 @@ def test_a_damaged_record_of_training_is_named(text, tmp_path):
     "flags, message",
     [
         (["--classifier.judge", "canvass"], "unknown judge 'canvass'; did you mean 'canvas'"),
+        (["--evaluators", "clip"], "evaluators is a list, also where it holds one thing: --evaluators '[clip]'"),
         (["--evaluators", "[clip]", "--clip.model", "ViT-B-23"], "unknown CLIP model 'ViT-B-23'; did you mean 'ViT-B-32'"),
         (["--evaluators", "[clip]", "--clip.model", "ViT-B-32"], "'ViT-B-32' needs weights"),
     ],
