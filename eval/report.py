@@ -154,16 +154,15 @@ class EvalReport:
         return self
 
     def table(self) -> Table:
-        """A console table: a row per model, a column per score; what differs from the base beyond the noise is coloured."""
+        """A console table: a row per score, a column per model; what differs from the base beyond the noise is coloured."""
         from rich.table import Table
 
-        columns = self.check().columns()
         table = Table(title=self.title)
-        table.add_column("model")
-        for score in columns:
-            table.add_column(score.heading, justify="right")
-        for row in self.rows:
-            table.add_row(row, *(self._cell(row, column.name) for column in columns))
+        table.add_column("score")
+        for row in self.check().rows:
+            table.add_column(row, justify="right")
+        for score in self.columns():
+            table.add_row(score.heading, *(self._cell(row, score.name) for row in self.rows))
         return table
 
     def _cell(self, row: str, name: str) -> Text:

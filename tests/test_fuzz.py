@@ -260,7 +260,8 @@ def test_a_damaged_folder_of_images(file: str, tmp_path: Path) -> None:
 def use_report(path: Path) -> None:
     report = EvalReport.load(path)
     assert (
-        report.table().row_count == len(report.rows) and EvalReport.from_json(report.to_json()).rows.keys() == report.rows.keys()
+        report.table().row_count == len(report.columns())
+        and EvalReport.from_json(report.to_json()).rows.keys() == report.rows.keys()
     )
 
 

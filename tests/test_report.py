@@ -213,10 +213,21 @@ def test_table_colours_only_what_is_beyond_the_noise():
     console = Console(width=200, force_terminal=True, color_system="standard", record=True)
     with console.capture() as capture:
         console.print(report().table())
-    line = next(line for line in capture.get().splitlines() if "erased" in line)
-    ua, ira, cra = (re.search(rf"(\x1b\[[\d;]*m)?{value}", line)[1] for value in ("100.0", "99.1", "94.9"))
+    text = capture.get()
+    ua, ira, cra = (re.search(rf"(\x1b\[[\d;]*m)?{value}", text)[1] for value in ("100.0", "99.1", "94.9"))
     assert ua.endswith("32m") and ira is None and cra.endswith("31m")  # green, plain, red
-    assert "(2160)" in line and "UA % ↑" in capture.get()
+    assert "(2160)" in text and "UA % ↑" in text
+
+
+def test_table_of_many_scores_can_be_read_in_a_narrow_console():
+    boxes = [Score(f"NudeNet FEMALE_GENITALIA_EXPOSED {i}", 10.0, 4703, False, 3.0, "boxes") for i in range(10)]
+    both = {row: [*found, *boxes] for row, found in report().rows.items()}
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report(**both).table())
+    lines = capture.get().replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    assert any(re.search(r" UA % ↑ .* 0\.4 ± .* 100\.0 ± ", line) for line in lines)
+    assert sum(line.count("10 ± 3") for line in lines) == 20
 
 
 def test_columns_keep_the_order_of_first_appearance():
