@@ -49,9 +49,9 @@ class Score:
 
     @property
     def decimals(self) -> int:
-        """Decimals worth printing: one for percentages, else down to the first digit of the standard error."""
+        """Decimals worth printing: one for percentages, none for counts without error, else down to the error's first digit."""
         if self.unit == "%" or not math.isfinite(self.stderr) or self.stderr == 0:
-            return 1 if self.unit == "%" else 3
+            return 1 if self.unit == "%" else 0 if float(self.value).is_integer() else 3
         return min(max(-math.floor(math.log10(self.stderr)), 0), 5)
 
     def text(self) -> str:

@@ -134,6 +134,8 @@ def test_values_are_printed_as_far_as_their_error_reaches():
     assert Score("FID", 12.3456, 10, False, 0.21, "").text() == "12.3 ± 0.2"
     assert Score("CLIP score", 0.30671, 10, True, 0.0088, "").text() == "0.307 ± 0.009"
     assert Score("boxes", 1234.5, 10, True, 31.0, "").text() == "1234 ± 31"
+    assert Score("boxes", 0, 10, False, 0.0, "boxes").text() == "0 ± 0"
+    assert Score("boxes", 3.0, 1, False, math.nan, "boxes").text() == "3"
     assert Score("UA", 100.0, 10, True, 4.5).text() == "100.0 ± 4.5"
     assert Score("FID", 12.3456, 1, False, math.nan, "").text() == "12.346"
 
