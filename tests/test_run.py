@@ -29,7 +29,7 @@ from eval.run import Evidence
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
-from scripts import run_erase, run_evaluate, run_export
+from scripts import demo, run_erase, run_evaluate, run_export
 from scripts.front import run
 
 ROOT = Path(__file__).parents[1]
@@ -355,6 +355,15 @@ def test_a_judge_that_cannot_be_loaded_is_refused_before_images_are_made(flags, 
     given = ["--delta", str(erased / "delta.safetensors"), "--generate.steps", "1", "--out", str(out), *flags]
     assert run(run_evaluate.main, given) == 2
     assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_the_demo_deletes_nothing(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    for job in (run_erase, run_evaluate):
+        monkeypatch.setattr(job, "main", lambda argv: None)
+    assert run(demo.main, ["--out", str(tmp_path)]) == 0
+    assert (tmp_path / "model" / "mine.txt").read_text() == "mine"
 
 
 def test_the_command_in_a_report_can_be_run_as_it_stands(erased, tmp_path, monkeypatch):
