@@ -513,6 +513,21 @@ def test_card_shows_scores_beside_the_base_and_their_limits():
         assert fact in card
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"concepts": json.dumps([CONCEPT | {"target": "moon"}])}, "of erasing heart, the delta erases moon"),
+        ({"concepts": json.dumps([CONCEPT, CONCEPT | {"target": "moon"}])}, "of erasing heart, the delta erases heart and moon"),
+        ({"base_fingerprint": "77aa"}, "the report is of base 9f2c41, the delta of 77aa"),
+    ],
+)
+def test_card_refuses_the_report_of_another_erasure(change, message):
+    known = replace(report(), provenance={"base_fingerprint": METADATA["base_fingerprint"]})
+    assert "UA" in model_card(known, METADATA)
+    with pytest.raises(ErasureError, match=message):
+        model_card(known, METADATA | change)
+
+
 def test_card_without_a_report_claims_nothing():
     card = model_card(None, METADATA)
     assert "Not measured" in card and "UA" not in card
