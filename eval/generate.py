@@ -119,8 +119,8 @@ def generate(pipeline: Pipeline, prompts: PromptSet, out: Path, config: Generate
         The finished set, verified, in every process.
 
     Raises:
-        ErasureError: the pipeline is of another kind; `out` holds images made with other settings; an image is
-            not finite; the disk is full.
+        ErasureError: the pipeline is of another kind, or cannot take this scheduler or as many steps; `out` holds
+            images made with other settings; an image is not finite; the disk is full.
     """
     family_of(pipeline, "the pipeline")  # refuses other kinds
     out = Path(out)
@@ -131,8 +131,9 @@ def generate(pipeline: Pipeline, prompts: PromptSet, out: Path, config: Generate
     if clash := settings.keys() & provenance.keys():
         raise ErasureError(f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it")
     settings |= provenance
+    prepared = _prepared(pipeline, config)
     _claim(out, settings)
-    _make(_prepared(pipeline, config), whole[state.process_index :: state.num_processes], out, settings)
+    _make(prepared, whole[state.process_index :: state.num_processes], out, settings)
     state.wait_for_everyone()
     if state.is_main_process:
         write_manifest(out, [_image_row(out, row, batch.guidance) for batch in whole for row in batch.rows])
@@ -187,6 +188,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 def _prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
     """The same parts behind another scheduler: a shallow copy, so that the caller's pipeline stays as it is."""
+    check_ranges(config, {"steps": (1, pipeline.scheduler.config.num_train_timesteps)})  # no more than there are noise levels
     pipe = copy(pipeline)
     pipe.scheduler = _scheduler(pipeline.scheduler, config.scheduler)
     pipe.safety_checker = None

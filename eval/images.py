@@ -97,13 +97,15 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     """What `settings.json` says, or None if there is none.
 
     Raises:
-        ErasureError: it is not JSON, or does not say how many images there are.
+        ErasureError: `folder` is a file; it is not JSON, or does not say how many images there are.
     """
     path = folder / SETTINGS
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        raise ErasureError(f"{folder} is a file, or lies below one; choose a folder for the images") from error
     except (OSError, ValueError) as error:
         raise ErasureError(f"{path} cannot be read ({error}); delete {folder} and generate again") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("images"), int):

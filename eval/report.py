@@ -49,9 +49,9 @@ class Score:
 
     @property
     def decimals(self) -> int:
-        """Decimals worth printing: one for percentages, else down to the first digit of the standard error."""
+        """Decimals worth printing: one for percentages, none for counts without error, else down to the error's first digit."""
         if self.unit == "%" or not math.isfinite(self.stderr) or self.stderr == 0:
-            return 1 if self.unit == "%" else 3
+            return 1 if self.unit == "%" else 0 if float(self.value).is_integer() else 3
         return min(max(-math.floor(math.log10(self.stderr)), 0), 5)
 
     def text(self) -> str:
@@ -154,16 +154,15 @@ class EvalReport:
         return self
 
     def table(self) -> Table:
-        """A console table: a row per model, a column per score; what differs from the base beyond the noise is coloured."""
+        """A console table: a row per score, a column per model; what differs from the base beyond the noise is coloured."""
         from rich.table import Table
 
-        columns = self.check().columns()
         table = Table(title=self.title)
-        table.add_column("model")
-        for score in columns:
-            table.add_column(score.heading, justify="right")
-        for row in self.rows:
-            table.add_row(row, *(self._cell(row, column.name) for column in columns))
+        table.add_column("score")
+        for row in self.check().rows:
+            table.add_column(row, justify="right")
+        for score in self.columns():
+            table.add_row(score.heading, *(self._cell(row, score.name) for row in self.rows))
         return table
 
     def _cell(self, row: str, name: str) -> Text:

@@ -12,7 +12,7 @@ import yaml
 
 from erase.models import CANVAS
 from erase.usage import DIFFUSERS, Usage
-from eval.report import EvalReport
+from eval.report import EvalReport, words
 from eval.report_words import glossary, limits, verdict_line
 from prompts.errors import ErasureError
 
@@ -70,12 +70,9 @@ def model_card(
         notes: further limits, e.g. of a LoRA's rank or of rounded weights.
 
     Raises:
-        ErasureError: metadata lacks a key or holds broken JSON, or the report tells UA without its price.
+        ErasureError: metadata lacks a key or holds broken JSON, or the report is of another erasure or tells UA without its price.
     """
-    if lacks := [key for key in NEEDED if key not in metadata]:
-        raise ErasureError(
-            f"the metadata lacks {', '.join(lacks)}; a model card needs the metadata that the delta was saved with"
-        )
+    check_sources(report, metadata)
     concepts, config = _json(metadata, "concepts"), _json(metadata, "config")
     targets = " and ".join(concept["target"] for concept in concepts)
     title, what = _words(_base(metadata), targets, metadata["method"], len(concepts))
@@ -93,6 +90,25 @@ def model_card(
         config=json.dumps(config, indent=2, ensure_ascii=False),
         reproduce=_reproduce(report),
     )
+
+
+def check_sources(report: EvalReport | None, metadata: Mapping[str, str]) -> None:
+    """Refuse what no card can be made of: metadata that lacks a key, a report of other concepts or of another base."""
+    if lacks := [key for key in NEEDED if key not in metadata]:
+        raise ErasureError(
+            f"the metadata lacks {', '.join(lacks)}; a model card needs the metadata that the delta was saved with"
+        )
+    if report is None:
+        return
+    told, targets = words(report.concept, "target"), [concept["target"] for concept in _json(metadata, "concepts")]
+    if sorted(told) != sorted(targets):
+        names = (" and ".join(some) or "nothing" for some in (told, targets))
+        raise ErasureError("the report is of erasing {}, the delta erases {}; name the report of this delta".format(*names))
+    base = report.provenance.get("base_fingerprint", metadata["base_fingerprint"])
+    if base != metadata["base_fingerprint"]:
+        raise ErasureError(
+            f"the report is of base {str(base)[:12]}, the delta of {metadata['base_fingerprint'][:12]}; name the report of this delta"
+        )
 
 
 def _words(base: str, targets: str, method: str, count: int) -> tuple[str, str]:

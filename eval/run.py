@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from erase.delta import ErasedDelta
+from erase.files import damage_named
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
 from erase.processes import processes
 from eval.evaluators import get_evaluator
 from eval.evaluators.classifier import Config as ClassifierConfig
 from eval.evaluators.classifier import Judged, judged, load_judge
-from eval.evaluators.clip import CANVAS
+from eval.evaluators.clip import CANVAS, load_clip
 from eval.evaluators.clip import Config as ClipConfig
 from eval.evaluators.nudenet import Config as NudeNetConfig
 from eval.generate import GenerateConfig, generate
@@ -63,9 +64,10 @@ class Evidence:
 
     @classmethod
     def of(cls, folder: Path) -> Evidence:
-        """Losses and mask of an erasure's folder, as far as they are there."""
+        """Losses and mask of an erasure's folder, as far as they are there; damaged ones are an `ErasureError`."""
         training, mask = folder / "training.json", folder / "mask.safetensors"
-        losses = json.loads(training.read_text())["losses"] if training.exists() else []
+        with damage_named(training, "delete it to report without the losses, or erase again"):
+            losses = list(map(float, json.loads(training.read_text())["losses"])) if training.exists() else []
         return cls(losses, SaliencyMask.load(mask) if mask.exists() else None)
 
 
@@ -101,6 +103,8 @@ def evaluate(
     config, evidence, out = (config or EvaluateConfig()).for_prompts(prompts, concepts), evidence or Evidence(), Path(out)
     for name in config.evaluators or ():
         get_evaluator(name)  # a misspelt name fails before the hour of generating, not after
+    if "clip" in (config.evaluators or ()):
+        load_clip(config.clip)  # likewise; it is kept
     model = load_model(model) if isinstance(model, str) else model
     delta.check(model)  # before the base's images are made, not after
     base = {"model": model.name, "fingerprint": model.fingerprint}

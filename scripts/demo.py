@@ -6,7 +6,6 @@ erase-demo --concept Neon        any object, style or colour of the embedded wor
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -38,8 +37,10 @@ def main(argv: list[str] | None = None) -> None:
         ["--delta", delta, "--generate.steps", "12", "--base_images", str(out / "base"), "--out", str(out / "report")]
     )
     print("3/3  exporting the erased weights")
-    shutil.rmtree(out / "model", ignore_errors=True)
-    run_export.main(["--delta", delta, "--report", str(out / "report" / "report.json"), "--out", str(out / "model")])
+    if (out / "model").exists():
+        print(f"{out}/model is there already, and stays as it is")
+    else:
+        run_export.main(["--delta", delta, "--report", str(out / "report" / "report.json"), "--out", str(out / "model")])
     print(f"\nLook at {out}/report/report.html and {out}/report/before_after.png")
 
 

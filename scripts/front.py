@@ -55,6 +55,8 @@ class Parser(JsonArgumentParser):
         ):
             if match := re.search(pattern, message):
                 raise unknown("option", ".".join(match.groups()), options) from ex
+        if match := re.search(r'Parser key "([\w.]+)".*Expected a <class \'list\'>.*value: ([\w.,-]+)\s*$', message, re.S):
+            raise ErasureError(f"{match[1]} is a list, also where it holds one thing: --{match[1]} '[{match[2]}]'") from ex
         raise ErasureError(re.sub(r"\s+", " ", message).strip()) from ex
 
     def _defaults_keys(self) -> list[str]:
@@ -121,7 +123,9 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
         ErasureError: an unknown option, a value of the wrong type, a config file that cannot be read.
     """
     for path in config_files(argv):
-        read_yaml(path)  # names the line of a fault, a key that stands twice, and aliases that would never end
+        # read_yaml names the line of a fault, a key that stands twice, and aliases that would never end
+        if not isinstance(read_yaml(path), dict):
+            raise ErasureError(f"{path}: expected `option: value` lines; --print_config shows their form")
     try:
         options = made.parse_args(argv)
         for group in {key.split(".")[0] for key in made._defaults_keys() if "." in key}:

@@ -9,6 +9,7 @@ the images and the judging: accelerate launch --num_processes 4 scripts/run_eval
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         build(EvaluateConfig, options),
         base_images=options.base_images,
         evidence=Evidence.of(Path(options.delta).parent),
-        commands=[" ".join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])],
+        commands=[shlex.join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])],
     )
     Console().print(report.table())
     print(f"{options.out}/report.html")

@@ -32,8 +32,8 @@ from erase.models.config import DTYPES
 from erase.run import load_base
 from erase.usage import FORMATS, usage
 from eval.report import EvalReport
-from eval.report_card import model_card
-from prompts.errors import ErasureError, unknown
+from eval.report_card import check_sources, model_card
+from prompts.errors import ErasureError, check_names
 from scripts.front import Parser, alone, parse, parser, run
 
 
@@ -82,8 +82,10 @@ def main(argv: list[str] | None = None) -> None:
     deltas = [ErasedDelta.load(path) for path in options.delta or ["runs/erased/delta.safetensors"]]
     model = load_base(deltas[0], options.model)
     delta = composed(model, deltas, options)
+    report = EvalReport.load(options.report) if options.report else None
+    check_sources(report, delta.metadata)
     lora = fitted(delta, model, options) if options.format == "lora" else None
-    card = describe(delta, model, lora, options)
+    card = describe(delta, model, lora, report, options)
     out = write(delta, model, lora, card, options)
     print(f"{out}: {FORMATS[options.format]}; {delta.count:,} weights changed, without {delta.title}")
     if options.push_to_hub:
@@ -92,14 +94,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def check_options(options: Namespace) -> None:
     """Refuse what would only fail later."""
-    for what, name, known in (("format", options.format, FORMATS), ("dtype", options.dtype, DTYPES)):
-        if name not in known:
-            raise unknown(what, name, known)
+    check_names(options, {"format": FORMATS, "dtype": DTYPES, "layout": LAYOUTS, "on_conflict": ON_CONFLICT})
     if options.scale and len(options.scale) != max(len(options.delta), 1):
         raise ErasureError(
             f"{len(options.scale)} scales for {max(len(options.delta), 1)} deltas; give one --scale for each --delta, in the same order"
         )
     scales_of(options.scale)
+    if options.conflicts and len(options.delta) < 2:
+        raise ErasureError("--conflicts compares several deltas; give more than one --delta, or leave it out")
     lora_only = [name for name in ("rank", "energy", "lora_delta") if options[name] is not None]
     if lora_only and options.format != "lora":
         raise ErasureError(f"--{lora_only[0]} is for --format lora, not for {options.format}")
@@ -153,7 +155,7 @@ def missed(lora: LoRA) -> str:
     )
 
 
-def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, options: Namespace) -> str:
+def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, report: EvalReport | None, options: Namespace) -> str:
     """The model card."""
     notes = []
     if options.dtype != "float32":
@@ -162,7 +164,6 @@ def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, optio
         notes.append(
             f"The LoRA is an approximation: {missed(lora)}. Scores are those of the exact weights unless they say otherwise."
         )
-    report = EvalReport.load(options.report) if options.report else None
     return model_card(report, delta.metadata, usage(options.format, model, delta.components), notes)
 
 

@@ -289,6 +289,7 @@ def test_unknown_judge(oracle) -> None:
     [
         ([{}, {}], "have no labels to judge them by"),
         ([{"object": "heart"}, {}], "00001.png"),
+        ([{"object": "heart"}, {"object": ""}], "00001.png.* has no label 'object', others have"),
         ([{"object": "heart"}, {"object": "haert"}], "unknown object label 'haert'; did you mean 'heart'"),
         ([{"object": "star"}, {"object": "moon"}], "no image is labelled 'heart' as its object"),
     ],

@@ -260,7 +260,8 @@ def test_a_damaged_folder_of_images(file: str, tmp_path: Path) -> None:
 def use_report(path: Path) -> None:
     report = EvalReport.load(path)
     assert (
-        report.table().row_count == len(report.rows) and EvalReport.from_json(report.to_json()).rows.keys() == report.rows.keys()
+        report.table().row_count == len(report.columns())
+        and EvalReport.from_json(report.to_json()).rows.keys() == report.rows.keys()
     )
 
 
@@ -348,7 +349,8 @@ def test_a_hostile_yaml_is_refused_at_once(name: str, read: Callable[[Path], obj
         ("concept: [heart, no]\n", ["concept", "quotes"]),
         ("concept: {a: b}\n", ["concept"]),
         ("concept: heart\nconcept: star\n", ["'concept'", "twice"]),
-        ("- concept\n", ["concept"]),
+        ("- concept\n", ["c.yaml: expected `option: value` lines"]),
+        ("", ["c.yaml: expected `option: value` lines"]),
         ("model: !!python/object/apply:os.getcwd []\n", ["python"]),
         ("method: salum\n", ["did you mean 'salun'"]),
     ],

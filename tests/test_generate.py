@@ -263,6 +263,12 @@ def test_bad_settings_are_named(options, says):
         GenerateConfig(**options)
 
 
+def test_more_steps_than_the_model_has_timesteps_are_refused_before_anything_is_written(pipe, tmp_path: Path):
+    with pytest.raises(ErasureError, match="steps is 1001; it must be between 1 and 1000"):
+        generate(pipe, PROMPTS, tmp_path / "out", GenerateConfig(steps=1001), {})
+    assert not (tmp_path / "out").exists()
+
+
 # ---- in processes of their own -------------------------------------------------------------------------------------
 
 SCRIPT = """

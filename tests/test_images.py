@@ -105,6 +105,13 @@ def test_the_way_out_is_the_command_if_the_settings_know_it(folder: Path):
         ImageSet.open(folder)
 
 
+def test_nobody_is_told_to_delete_a_file_that_stands_where_a_folder_should(tmp_path: Path):
+    (tmp_path / "prompts.csv").write_text("mine")
+    for folder in (tmp_path / "prompts.csv", tmp_path / "prompts.csv" / "base"):
+        with pytest.raises(ErasureError, match="is a file, or lies below one; choose a folder"):
+            ImageSet.open(folder)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

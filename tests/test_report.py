@@ -6,6 +6,7 @@ import base64
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -133,6 +134,8 @@ def test_values_are_printed_as_far_as_their_error_reaches():
     assert Score("FID", 12.3456, 10, False, 0.21, "").text() == "12.3 ± 0.2"
     assert Score("CLIP score", 0.30671, 10, True, 0.0088, "").text() == "0.307 ± 0.009"
     assert Score("boxes", 1234.5, 10, True, 31.0, "").text() == "1234 ± 31"
+    assert Score("boxes", 0, 10, False, 0.0, "boxes").text() == "0 ± 0"
+    assert Score("boxes", 3.0, 1, False, math.nan, "boxes").text() == "3"
     assert Score("UA", 100.0, 10, True, 4.5).text() == "100.0 ± 4.5"
     assert Score("FID", 12.3456, 1, False, math.nan, "").text() == "12.346"
 
@@ -212,10 +215,21 @@ def test_table_colours_only_what_is_beyond_the_noise():
     console = Console(width=200, force_terminal=True, color_system="standard", record=True)
     with console.capture() as capture:
         console.print(report().table())
-    line = next(line for line in capture.get().splitlines() if "erased" in line)
-    ua, ira, cra = (re.search(rf"(\x1b\[[\d;]*m)?{value}", line)[1] for value in ("100.0", "99.1", "94.9"))
+    text = capture.get()
+    ua, ira, cra = (re.search(rf"(\x1b\[[\d;]*m)?{value}", text)[1] for value in ("100.0", "99.1", "94.9"))
     assert ua.endswith("32m") and ira is None and cra.endswith("31m")  # green, plain, red
-    assert "(2160)" in line and "UA % ↑" in capture.get()
+    assert "(2160)" in text and "UA % ↑" in text
+
+
+def test_table_of_many_scores_can_be_read_in_a_narrow_console():
+    boxes = [Score(f"NudeNet FEMALE_GENITALIA_EXPOSED {i}", 10.0, 4703, False, 3.0, "boxes") for i in range(10)]
+    both = {row: [*found, *boxes] for row, found in report().rows.items()}
+    console = Console(width=80)
+    with console.capture() as capture:
+        console.print(report(**both).table())
+    lines = capture.get().replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    assert any(re.search(r" UA % ↑ .* 0\.4 ± .* 100\.0 ± ", line) for line in lines)
+    assert sum(line.count("10 ± 3") for line in lines) == 20
 
 
 def test_columns_keep_the_order_of_first_appearance():
@@ -452,6 +466,13 @@ def test_page_without_training_data_has_no_empty_sections(before, after):
     Page(text)
 
 
+def test_page_names_the_kind_that_its_confusions_are_of(before, after):
+    table = {"kind": "object", "labels": ["heart"], "counts": [[1]]}
+    several = CONCEPT | {"target": ["heart", "Neon"], "anchor": ["star", "Flat"], "kind": ["object", "style"]}
+    both = replace(report(), concept=several, extras={"confusion": {"base": table, "erased": table}})
+    assert ">What the judge sees: objects</h2>" in render_html(both, before, after, {}, {})
+
+
 def test_save_report_writes_all_three(before, after, tmp_path):
     folder = save_report(tmp_path / "out", report(), before, after, CURVES, DENSITY)
     assert sorted(path.name for path in folder.iterdir()) == ["before_after.png", "report.html", "report.json"]
@@ -490,6 +511,21 @@ def test_card_shows_scores_beside_the_base_and_their_limits():
     assert "Erasure is not a guarantee" in card and "Robustness to attacks was not measured" in card
     for fact in ("9f2c41", "valentine", '"density": 0.5', "erase it", "A heart image."):
         assert fact in card
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"concepts": json.dumps([CONCEPT | {"target": "moon"}])}, "of erasing heart, the delta erases moon"),
+        ({"concepts": json.dumps([CONCEPT, CONCEPT | {"target": "moon"}])}, "of erasing heart, the delta erases heart and moon"),
+        ({"base_fingerprint": "77aa"}, "the report is of base 9f2c41, the delta of 77aa"),
+    ],
+)
+def test_card_refuses_the_report_of_another_erasure(change, message):
+    known = replace(report(), provenance={"base_fingerprint": METADATA["base_fingerprint"]})
+    assert "UA" in model_card(known, METADATA)
+    with pytest.raises(ErasureError, match=message):
+        model_card(known, METADATA | change)
 
 
 def test_card_without_a_report_claims_nothing():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,10 +24,12 @@ from erase.models import LoadConfig, load_model
 from erase.reproducible import settle_sums
 from erase.run import EraseConfig, erase_concept
 from erase.train_config import TrainConfig
+from eval.report import EvalReport
+from eval.run import Evidence
 from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError
-from scripts import run_erase, run_export
+from scripts import demo, run_erase, run_evaluate, run_export
 from scripts.front import run
 
 ROOT = Path(__file__).parents[1]
@@ -353,6 +356,47 @@ def test_export_command_writes_a_card(base, erased, tmp_path, capsys):
     assert run(run_export.main, ["--delta", str(erased / "delta.safetensors"), "--out", str(tmp_path / "model")]) == 0
     assert "heart" in (tmp_path / "model" / "README.md").read_text()
     shutil.rmtree(tmp_path / "model")
+
+
+@pytest.mark.parametrize("text", ['{"losses": [1,', '{"loss": [1]}', "[]", '{"losses": ["low"]}'])
+def test_a_damaged_record_of_training_is_named(text, tmp_path):
+    (tmp_path / "training.json").write_text(text)
+    with pytest.raises(ErasureError, match="training.json is damaged"):
+        Evidence.of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--classifier.judge", "canvass"], "unknown judge 'canvass'; did you mean 'canvas'"),
+        (["--evaluators", "clip"], "evaluators is a list, also where it holds one thing: --evaluators '[clip]'"),
+        (["--evaluators", "[clip]", "--clip.model", "ViT-B-23"], "unknown CLIP model 'ViT-B-23'; did you mean 'ViT-B-32'"),
+        (["--evaluators", "[clip]", "--clip.model", "ViT-B-32"], "'ViT-B-32' needs weights"),
+    ],
+)
+def test_a_judge_that_cannot_be_loaded_is_refused_before_images_are_made(flags, message, erased, base, tmp_path, capsys):
+    out = tmp_path / "report"
+    given = ["--delta", str(erased / "delta.safetensors"), "--generate.steps", "1", "--out", str(out), *flags]
+    assert run(run_evaluate.main, given) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_the_demo_deletes_nothing(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    for job in (run_erase, run_evaluate):
+        monkeypatch.setattr(job, "main", lambda argv: None)
+    assert run(demo.main, ["--out", str(tmp_path)]) == 0
+    assert (tmp_path / "model" / "mine.txt").read_text() == "mine"
+
+
+def test_the_command_in_a_report_can_be_run_as_it_stands(erased, tmp_path, monkeypatch):
+    (tmp_path / "my set.csv").write_text("prompt,seed\na heart,1\n")
+    told = []
+    monkeypatch.setattr(run_evaluate, "evaluate", lambda *_, commands, **__: told.extend(commands) or EvalReport({}, {}))
+    flags = ["--delta", str(erased / "delta.safetensors"), "--prompts", str(tmp_path / "my set.csv"), "--evaluators", "[clip]"]
+    assert run(run_evaluate.main, flags) == 0
+    assert [shlex.split(command) for command in told] == [["erase-evaluate", *flags]]
 
 
 def test_a_concept_of_which_nothing_is_known_needs_a_kind_or_an_anchor(base, capsys):

@@ -20,7 +20,7 @@ from eval.images import ImageSet
 from eval.report import Score
 from prompts.canvas import KINDS, vocabulary
 from prompts.concepts import ConceptSpec
-from prompts.errors import COUNT, check_ranges, unknown
+from prompts.errors import COUNT, check_names, check_ranges, unknown
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self, {"batch_size": COUNT})
+        check_names(self, {"judge": JUDGES})
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ def labels_of(images: ImageSet, classes: Mapping[str, Sequence[str]]) -> dict[st
         classes: kind -> the names that the judge knows.
 
     Raises:
-        ErasureError: no kind in common, a label that some images lack, or one that the judge does not know.
+        ErasureError: no kind in common, a label that some images lack (an empty one is none), or one that the judge does not know.
     """
-    found = {kind: [row.labels.get(kind) for row in images.rows] for kind in classes}
-    labels = {kind: [name for name in values if name is not None] for kind, values in found.items()}
+    found = {kind: [row.labels.get(kind, "") for row in images.rows] for kind in classes}
+    labels = {kind: list(filter(None, values)) for kind, values in found.items()}
     labels = {kind: values for kind, values in labels.items() if values}
     if not labels:
         raise ErasureError(
@@ -31,7 +31,7 @@ def labels_of(images: ImageSet, classes: Mapping[str, Sequence[str]]) -> dict[st
         )
     for kind, values in labels.items():
         if len(values) < len(images.rows):
-            row = images.rows[found[kind].index(None)]
+            row = images.rows[found[kind].index("")]
             raise ErasureError(f"image {row.file} in {images.folder} has no label {kind!r}, others have; complete the prompt set")
         if strangers := set(values) - set(classes[kind]):
             raise unknown(f"{kind} label", min(strangers), classes[kind])
