@@ -179,8 +179,10 @@ def prepare_latents(
         anchor_share: fraction of the forget latents that are sampled from their anchor prompts instead (none, where images are given).
 
     Raises:
-        ErasureError: no retain prompts, a folder without images, or a concept of which no forget latent is left.
+        ErasureError: more steps than timesteps, no retain prompts, a folder without images, or a concept of which no forget latent is
+            left.
     """
+    check_ranges(config, {"steps": (1, model.timesteps)})  # no more than there are noise levels
     rng = random.Random(seed)
     pairs = _pick_pairs(concepts, config.n_forget, rng)
     retained = _pick_retain(concepts, config.n_retain, rng)

@@ -288,6 +288,7 @@ BAD = [
     (["--concept", "heart", "--mask_file", "m", "--mask", "inverted"], "mask inverted would do nothing"),
     (["--concept", "heart", "--mask_file", "m", "--saliency_file", "s"], "saliency_file would do nothing"),
     (["--concept", "heart", "--saliency_file", "s", "--mask", "random"], "mask random needs no saliency"),
+    (["--concept", "heart", "--latents.steps", "1001"], "steps is 1001; it must be between 1 and 1000"),
     (["--concept", "heart", "--mask_file", "nowhere"], "mask_file nowhere is not there"),
     (["--concept", "heart", "--saliency_file", "nowhere"], "saliency_file nowhere is not there"),
     (["--concept", "heart", "--train.accumulation", "3"], "batch_size 4 cannot be split evenly into 3 accumulated parts"),
