@@ -62,11 +62,12 @@ class Memory:
     def pack(self, tensor: Tensor) -> Tensor | _Again:
         """The tensor, or how to make it again."""
         self._recent.clear()
-        node, output = tensor.grad_fn, tensor.output_nr
+        node, output, casts = tensor.grad_fn, tensor.output_nr, 0
         while node is not None and node.name() in LOOKS:
+            casts += node.name() == CAST
             node, output = node.next_functions[0]
-        # other outputs than the first are a norm's mean and deviation
-        again = tensor.numel() >= SMALL and output == 0 and _maker(node)
+        # other outputs than the first are a norm's mean and deviation; a second cast would not bring back what the first one rounded off
+        again = tensor.numel() >= SMALL and output == 0 and casts < 2 and _maker(node)
         return _Again(node, tensor.shape, tensor.dtype) if again else tensor
 
     @torch.no_grad()
@@ -105,7 +106,8 @@ def _layer_norm(node: Any) -> Tensor:
     return functional.layer_norm(node._saved_input, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-LOOKS = ("ViewBackward0", "ToCopyBackward0")
+CAST = "ToCopyBackward0"
+LOOKS = ("ViewBackward0", CAST)
 """nodes that only show a tensor in another shape or precision, as layers and autocast do"""
 NORMS: dict[str, Callable[[Any], Tensor]] = {
     "NativeGroupNormBackward0": _group_norm,

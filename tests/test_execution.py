@@ -281,6 +281,15 @@ def test_what_is_made_again_has_the_same_bits(family, left_out, precision, monke
     assert state(model)[1:] == before[1:]
 
 
+@pytest.mark.parametrize(("see", "kept"), [(lambda y: y.bfloat16(), False), (lambda y: y.bfloat16().float(), True)])
+def test_what_a_cast_rounded_off_is_not_brought_back(see, kept):
+    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    seen, memory = see(nn.functional.silu(x)).view(4096), Memory()
+    found = memory.pack(seen)
+    assert (found is seen) == kept
+    assert torch.equal(memory.unpack(found), seen)
+
+
 def test_two_ways_to_recompute_are_refused():
     for other in ("gradient_checkpointing", "compile"):
         with pytest.raises(ErasureError, match=f"selective_recompute and {other}"):
