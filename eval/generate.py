@@ -136,9 +136,15 @@ def generate(pipeline: Pipeline, prompts: PromptSet, out: Path, config: Generate
     _make(prepared, whole[state.process_index :: state.num_processes], out, settings)
     state.wait_for_everyone()
     if state.is_main_process:
-        write_manifest(out, [_image_row(out, row, batch.guidance) for batch in whole for row in batch.rows])
+        write_manifest(out, [_image_row(row, batch.guidance, _digest(out / _file(row))) for batch in whole for row in batch.rows])
     state.wait_for_everyone()
     return ImageSet.open(out)
+
+
+def planned(prompts: PromptSet, out: Path, config: GenerateConfig) -> ImageSet:
+    """The set as `generate` will leave it, but for the images and their digests."""
+    rows = [_image_row(row, batch.guidance, "") for batch in batches(prompts, config) for row in batch.rows]
+    return ImageSet(out, sorted(rows, key=lambda row: row.case), {})
 
 
 def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
@@ -278,11 +284,15 @@ def _made_from(row: PromptRow, batch: Batch) -> dict[str, Any]:
     return {"case": row.case, "prompt": row.prompt, "seed": row.seed, "guidance": batch.guidance}
 
 
-def _image_row(out: Path, row: PromptRow, guidance: float) -> ImageRow:
-    digest = file_sha256(out / _file(row))
+def _image_row(row: PromptRow, guidance: float, digest: str) -> ImageRow:
+    return ImageRow(_file(row), row.case, row.prompt, row.seed, guidance, row.labels, digest)
+
+
+def _digest(path: Path) -> str:
+    digest = file_sha256(path)
     if digest is None:
         raise ErasureError(
-            f"{out / _file(row)} was deleted while its set was being made, or was made on a machine that does not share this disk; "
+            f"{path} was deleted while its set was being made, or was made on a machine that does not share this disk; "
             "run the same command again, on several machines with a folder that all of them share"
         )
-    return ImageRow(_file(row), row.case, row.prompt, row.seed, guidance, row.labels, digest)
+    return digest

@@ -149,7 +149,8 @@ class EvalReport:
                 if lacks:
                     raise ErasureError(
                         f"{judge}UA says nothing alone: row {row!r} lacks {', '.join(lacks)}; "
-                        f"evaluate the base and the erased model on forget and on retained prompts"
+                        f"evaluate the base and the erased model on forget and on retained prompts, labelled with two kinds or more"
+                        f"{' (or with clip.zero_shot false, for the CLIP score alone)' if judge else ''}"
                     )
         return self
 

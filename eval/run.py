@@ -17,10 +17,10 @@ from erase.processes import processes
 from eval.evaluators import get_evaluator
 from eval.evaluators.classifier import Config as ClassifierConfig
 from eval.evaluators.classifier import Judged, judged, load_judge
-from eval.evaluators.clip import CANVAS, load_clip
+from eval.evaluators.clip import CANVAS
 from eval.evaluators.clip import Config as ClipConfig
 from eval.evaluators.nudenet import Config as NudeNetConfig
-from eval.generate import GenerateConfig, generate
+from eval.generate import GenerateConfig, generate, planned
 from eval.images import ImageSet
 from eval.report import BASE, ERASED, EvalReport, Score
 from eval.report_page import save_report
@@ -101,10 +101,7 @@ def evaluate(
     """
     concepts = [ConceptSpec(**concept) for concept in delta.concepts]  # type: ignore[arg-type]
     config, evidence, out = (config or EvaluateConfig()).for_prompts(prompts, concepts), evidence or Evidence(), Path(out)
-    for name in config.evaluators or ():
-        get_evaluator(name)  # a misspelt name fails before the hour of generating, not after
-    if "clip" in (config.evaluators or ()):
-        load_clip(config.clip)  # likewise; it is kept
+    _check_judges(planned(prompts, out / "erased", config.generate), concepts, config)
     model = load_model(model) if isinstance(model, str) else model
     delta.check(model)  # before the base's images are made, not after
     base = {"model": model.name, "fingerprint": model.fingerprint}
@@ -132,6 +129,13 @@ def evaluate(
         )
     processes().wait_for_everyone()  # who goes on finds the files
     return report
+
+
+def _check_judges(images: ImageSet, concepts: list[ConceptSpec], config: EvaluateConfig) -> None:
+    """Refuse, before the hours of generating, evaluators that cannot judge these images, and scores of UA without its price."""
+    names = config.evaluators or []
+    scores = [one for name in names for one in get_evaluator(name).foreseen(images, concepts, getattr(config, name))]
+    EvalReport(_concept(concepts), {BASE: scores}).check()
 
 
 def _report(

@@ -24,6 +24,7 @@ from erase.models import LoadConfig, load_model
 from erase.reproducible import settle_sums
 from erase.run import EraseConfig, erase_concept
 from erase.train_config import TrainConfig
+from eval.canvas.judges import clip_folder
 from eval.report import EvalReport
 from eval.run import Evidence
 from prompts.canvas import canvas_concept
@@ -389,6 +390,31 @@ def test_the_demo_deletes_nothing(tmp_path, monkeypatch):
         monkeypatch.setattr(job, "main", lambda argv: None)
     assert run(demo.main, ["--out", str(tmp_path)]) == 0
     assert (tmp_path / "model" / "mine.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "rows, flags, message",
+    [
+        ("prompt,seed\na heart,1\n", [], "no labels to judge them by"),
+        ("prompt,seed,object,colour\na heart,1,heart,red\na star,1,star,\n", [], "has no label 'colour'"),
+        ("prompt,seed,object,colour\na heart,1,hart,red\n", [], "did you mean 'heart'"),
+        ("prompt,seed,object,colour\na star,1,star,red\n", [], "no image is labelled 'heart'"),
+        ("prompt,seed,object\na heart,1,heart\na star,1,star\n", ["--evaluators", "[clip]"], "lacks CLIP CRA"),
+    ],
+)
+def test_prompts_that_cannot_be_judged_are_refused_before_images_are_made(rows, flags, message, erased, tmp_path, capsys):
+    (tmp_path / "set.csv").write_text(rows)
+    given = [
+        "--delta",
+        str(erased / "delta.safetensors"),
+        "--prompts",
+        str(tmp_path / "set.csv"),
+        "--clip.model",
+        str(clip_folder()),
+    ]
+    given += ["--generate.steps", "1", "--out", str(tmp_path / "report")]
+    assert run(run_evaluate.main, [*given, *(flags or ["--evaluators", "[classifier]"])]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "report").exists()
 
 
 def test_the_command_in_a_report_can_be_run_as_it_stands(erased, tmp_path, monkeypatch):

@@ -1,4 +1,8 @@
-"""Evaluators: one file each, with a `Config` and `evaluate(images, concepts, config) -> list[Score]`; one line each below."""
+"""Evaluators: one file each, one line each below.
+
+Each has a `Config`, `evaluate(images, concepts, config) -> list[Score]`, and `foreseen(images, concepts, config) -> list[Score]`, which refuses
+before any image is made what `evaluate` would refuse after hours of it, and gives the label scores of a judge that is always right.
+"""
 
 from __future__ import annotations
 

@@ -117,6 +117,13 @@ def judged(judge: Judge, images: ImageSet, config: Config) -> Judged:
     return Judged(judge, labels_of(images, judge.classes), predict(judge, images, config.batch_size))
 
 
+def foreseen(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+    """What `evaluate` would give, were every image as its prompt says; the images need not be there yet."""
+    judge = load_judge(config.judge)
+    labels = labels_of(images, judge.classes)
+    return Judged(judge, labels, labels).scores(concepts, config)
+
+
 def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
     """UA, IRA and CRA of the forgotten concepts; without concepts, the accuracy of each kind.
 

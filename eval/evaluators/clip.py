@@ -178,10 +178,11 @@ def zero_shot(clip: Clip, seen: Tensor, classes: Mapping[str, Sequence[str]], co
     return {kind: [classes[kind][i] for i in (seen @ weight.T).argmax(1).tolist()] for kind, weight in weights.items()}
 
 
-def _label_scores(clip: Clip, seen: Tensor, images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+def _label_scores(clip: Clip, seen: Tensor | None, images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+    """Of what CLIP saw; None: of a CLIP that is always right."""
     classes = classes_for(images, concepts, config)
     labels = labels_of(images, classes)
-    predictions = zero_shot(clip, seen, {kind: classes[kind] for kind in labels}, config)
+    predictions = labels if seen is None else zero_shot(clip, seen, {kind: classes[kind] for kind in labels}, config)
     return label_scores(predictions, labels, concepts, config.cra_with_target, "CLIP ", f"open_clip {clip.name}")
 
 
@@ -200,6 +201,12 @@ def _clip_scores(clip: Clip, seen: Tensor, images: ImageSet, concepts: list[Conc
     if targets:
         scores.append(mean_score("CLIP score of the forgotten", gone, higher_is_better=False, evaluator=evaluator))
     return scores
+
+
+def foreseen(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+    """What `evaluate` would give of zero-shot classification that is always right; the images need not be there yet."""
+    clip = load_clip(config)  # kept until they are
+    return _label_scores(clip, None, images, concepts, config) if config.zero_shot else []
 
 
 def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:

@@ -62,6 +62,11 @@ class Config:
                 raise unknown("NudeNet class", name, CLASSES)
 
 
+def foreseen(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+    """Nothing: any images will do, and there are no labels to score by."""
+    return []
+
+
 def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
     """Image rate, all boxes, and boxes of each class; `concepts` do not matter to it.
 
