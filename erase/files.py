@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -129,3 +130,13 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     if metadata.get("format") != kind:
         raise ErasureError(f"{path} is not a {kind} file (its format is {metadata.get('format', 'unknown')!r})")
     return tensors, metadata
+
+
+def file_sha256(path: Path) -> str | None:
+    """Hex digest of the file's bytes, or None if there is no such file."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ErasureError(f"cannot read {path}: {error.strerror}; check its permissions") from error

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from erase.files import damage_named, load_tensors, save_tensors
+from erase.files import damage_named, file_sha256, load_tensors, save_tensors
 from erase.models import Cond, DiffusionModel, check_precision
 from erase.processes import found, in_shares, processes
 from erase.sampling import sample_points
@@ -235,7 +235,7 @@ def _cached(
     files: list[Path],
     seed: int,
 ) -> LatentSet:
-    key = json.dumps([model.fingerprint, prompts, anchors, own, [_digest(file) for file in files], seed, asdict(config)])
+    key = json.dumps([model.fingerprint, prompts, anchors, own, [file_sha256(file) for file in files], seed, asdict(config)])
     path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
     if path and found(path):
         return LatentSet.load(path)
@@ -279,13 +279,6 @@ def _image_files(folder: str | None) -> list[Path]:
             f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}; give another folder or leave it out to sample them"
         )
     return files
-
-
-def _digest(file: Path) -> str:
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ErasureError(f"cannot read the image {file}: {error}") from error
 
 
 def _encode(model: DiffusionModel, files: list[Path], batch_size: int) -> tuple[Tensor, Tensor]:

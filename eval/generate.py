@@ -31,6 +31,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from erase.files import file_sha256
 from erase.models import Cond, autocast, check_precision
 from erase.models.loading import family_of
 from erase.models.pipelines import Pipeline, arguments, decode, denoiser, encode, image_size
@@ -39,7 +40,6 @@ from eval.images import (
     SETTINGS,
     ImageRow,
     ImageSet,
-    file_sha256,
     holds_image,
     read_settings,
     save_image,

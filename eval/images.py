@@ -21,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from erase.files import written_whole
+from erase.files import file_sha256, written_whole
 from prompts.errors import ErasureError
 
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
@@ -153,16 +153,6 @@ def holds_image(path: Path, made_from: dict[str, Any]) -> bool:
 
 def _marks(pixels: np.ndarray, made_from: dict[str, Any]) -> dict[str, str]:
     return {"made_from": json.dumps(made_from), "pixels": hashlib.sha256(pixels.tobytes()).hexdigest()}
-
-
-def file_sha256(path: Path) -> str | None:
-    """Hex digest of the file's bytes, or None if there is no such file."""
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ErasureError(f"cannot read {path}: {error.strerror}; check its permissions") from error
 
 
 def _read_manifest(folder: Path, settings: dict[str, Any]) -> list[ImageRow]:

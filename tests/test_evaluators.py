@@ -12,10 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from erase.files import file_sha256
 from eval.canvas.render import render
 from eval.evaluators import EVALUATORS, classifier, clip, get_evaluator
 from eval.evaluators.metrics import Tally, accuracies, confusion, forgetting
-from eval.images import ImageRow, ImageSet, file_sha256, save_image, write_manifest, write_settings
+from eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
 from eval.report import Score
 from prompts.canvas import KINDS, canvas_concept, vocabulary
 from prompts.concepts import ConceptSpec

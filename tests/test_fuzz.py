@@ -19,9 +19,10 @@ import yaml
 from jsonargparse import Namespace
 from safetensors.torch import save_file
 
+from erase.files import file_sha256
 from erase.latents import LatentSet
 from erase.mask import Saliency, SaliencyMask
-from eval.images import ImageRow, ImageSet, file_sha256, save_image, write_manifest, write_settings
+from eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
 from eval.report import EvalReport, Score
 from prompts.concepts import load_concepts
 from prompts.errors import ErasureError

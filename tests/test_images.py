@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from erase.files import file_sha256
 from eval.images import (
     MANIFEST,
     SETTINGS,
     ImageRow,
     ImageSet,
-    file_sha256,
     holds_image,
     save_image,
     write_manifest,

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from erase.files import file_sha256
 from eval.canvas.judges import WEIGHTS, clip_folder, load_classifier
 from eval.canvas.render import render
-from eval.images import file_sha256
 from prompts.canvas import KINDS, vocabulary
 
 CELLS = vocabulary().cells()

@@ -18,8 +18,9 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from erase.files import file_sha256
 from eval.canvas.render import render
-from eval.images import ImageRow, ImageSet, file_sha256, write_manifest, write_settings
+from eval.images import ImageRow, ImageSet, write_manifest, write_settings
 from eval.report import EvalReport, Score, mean_score, proportion, summarise, verdict
 from eval.report_card import model_card
 from eval.report_chart import chart, linear_axis, log_axis, moving_average, step_axis
