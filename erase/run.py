@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from erase.delta import ErasedDelta
 from erase.files import written_whole
@@ -76,20 +78,14 @@ def erase_concept(
             f"load.dtype is {config.load.dtype}, but training needs float32 weights; use train.mixed_precision instead"
         )
     model = model or load_model(config.model, accelerator.device, config.load)
-    if half := [name for name, param in model.parameters().items() if param.dtype != torch.float32]:
-        raise ErasureError(
-            f"{half[0]} is {model.parameters()[half[0]].dtype}, but training needs float32 weights; load the model in float32, and use "
-            "train.mixed_precision instead"
-        )
-    # a wrong scope is refused before hours are spent on latents
-    select_trainable(model.parameters(), getattr(settings, "scope", "full"))
+    base = model.parameters()
+    _check_base(base, getattr(settings, "scope", "full"))
     metadata = describe(model, concepts, config, settings)
     folder = Path(out) if out else None
     if folder:
         _claim(folder, metadata)
         if found(folder / "delta.safetensors"):
             return ErasedDelta.load(folder / "delta.safetensors")
-    base = model.parameters()
     share = getattr(settings, "anchor_latents", 0.0)
     forget, retain = prepare_latents(model, concepts, config.latents, config.seed, folder and folder / "latents", share)
     edit = method.compute(model, concepts, forget, retain, settings, seed=config.seed, accelerator=accelerator, folder=folder)
@@ -133,6 +129,17 @@ def _check_concepts(concepts: list[ConceptSpec]) -> None:
                 f"the anchor of {concept.target!r} is {concept.anchor!r}, which is to be forgotten as well; choose another anchor, "
                 "or erase the concepts one at a time"
             )
+
+
+def _check_base(params: Mapping[str, nn.Parameter], scope: str) -> None:
+    """Refuse weights or a scope that cannot be trained, before hours are spent on latents."""
+    for name, param in params.items():
+        if param.dtype != torch.float32:
+            raise ErasureError(
+                f"{name} is {param.dtype}, but training needs float32 weights; load the model in float32, and use "
+                "train.mixed_precision instead"
+            )
+    select_trainable(params, scope)
 
 
 def describe(model: DiffusionModel, concepts: list[ConceptSpec], config: EraseConfig, settings: Any) -> dict[str, str]:
