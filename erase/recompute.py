@@ -24,9 +24,10 @@ NORM = "made by this norm"
 
 
 class _Again(NamedTuple):
-    """In the place of a tensor that is not kept: the node of the graph that made it, and how it is seen."""
+    """In the place of a tensor that is not kept: the node of the graph that made it, what makes it again, and how it is seen."""
 
     node: Any
+    make: Callable[[Any], Tensor]
     shape: torch.Size
     dtype: torch.dtype
 
@@ -67,8 +68,8 @@ class Memory:
             casts += node.name() == CAST
             node, output = node.next_functions[0]
         # other outputs than the first are a norm's mean and deviation; a second cast would not bring back what the first one rounded off
-        again = tensor.numel() >= SMALL and output == 0 and casts < 2 and _maker(node)
-        return _Again(node, tensor.shape, tensor.dtype) if again else tensor
+        make = _maker(node) if tensor.numel() >= SMALL and output == 0 and casts < 2 else None
+        return _Again(node, make, tensor.shape, tensor.dtype) if make else tensor
 
     @torch.no_grad()
     def unpack(self, kept: Tensor | _Again) -> Tensor:
@@ -78,9 +79,7 @@ class Memory:
         for node, value in self._recent:
             if node is kept.node:
                 return kept.seen(value)
-        make = _maker(kept.node)
-        assert make
-        value = make(kept.node)
+        value = kept.make(kept.node)
         self._recent = [*self._recent[-1:], (kept.node, value)]
         return kept.seen(value)
 

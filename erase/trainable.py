@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,6 @@ class Trainable:
         """`standing`: what stands in the place of `params` meanwhile; None: they themselves."""
         standing = standing or Standing(params)
         self._base_params, self._mask, self.layout = params, mask, standing.layout
-        self.mask_sha256 = mask.sha256 if mask else ""
         self._params = {name: standing.params[name] for name in params}
         self._mine: dict[str, slice] = {}
         """parameter name -> which of its compact values (of its rows, where it may change as a whole) are copied here"""
@@ -57,6 +56,11 @@ class Trainable:
         except BaseException:  # too little memory: hooks that stay would take the next one's gradients
             self.close()
             raise
+
+    @cached_property
+    def mask_sha256(self) -> str:
+        """Of the mask, for training states; empty where there is none."""
+        return self._mask.sha256 if self._mask else ""
 
     def _take(self, name: str, param: nn.Parameter) -> None:
         """Copy what may change of a parameter, and collect its gradients from now on."""
