@@ -240,8 +240,8 @@ def _forget_rows(
     if not config.forget_images:
         return _pick_pairs(concepts, config.n_forget, rng), []
     images = read_folder(config.forget_images, config.captions)
-    taken = take(config.forget_images, images, config.n_forget, seed, "latents.forget_images")
     check_named(images, concepts)
+    taken = take(config.forget_images, images, config.n_forget, seed, "latents.forget_images")
     check_named(taken, concepts)
     if captioned(taken):
         return forget_pairs(taken, concepts, config.n_forget, rng), taken
