@@ -252,7 +252,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bits(image)).convert("RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         seen = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
     return image.convert("RGB")
@@ -263,5 +263,5 @@ def _eight_bits(image: Image.Image) -> np.ndarray[Any, Any]:
     grey, top = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
     if not ((grey >= 0) & (grey <= top)).all():
         raise ValueError(f"it has grey values outside of 0 to {top:g}")
-    scaled = (grey * (255.0 / top)).round().astype(np.uint8)
+    scaled = (grey * np.float32(255.0 / top)).round().astype(np.uint8)
     return np.where(grey == image.info.get("transparency", -1), np.uint8(255), scaled)
