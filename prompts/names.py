@@ -10,7 +10,7 @@ from functools import lru_cache
 ARTICLES = ("a", "an", "the")
 BLANK = "\u200b"  # zero width: parts words in scripts that have no blanks
 UNSEEN = "\u115f\u1160\u3164\uffa0"  # Hangul fillers, which are letters; the others are of category Cf
-LETTERS = {"ø": "o", "ł": "l", "đ": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "’": "'", "‘": "'"}
+LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "’": "'", "‘": "'"})
 """letters and quotes that no normal form takes apart"""
 # What parts the words of a name: blanks, hyphens, dashes, underscores, the middle dots of katakana.
 PARTING = r"[\s_\-\u00b7\u2010-\u2015\u2212\u30fb\u200b]"
@@ -95,7 +95,7 @@ def _folded(char: str) -> str:
     if unicodedata.category(char) == "Cf" or char in UNSEEN:
         return ""
     bare = ACCENTS.sub("", unicodedata.normalize("NFKD", char)).casefold()
-    return unicodedata.normalize("NFC", ACCENTS.sub("", bare).translate(str.maketrans(LETTERS)))
+    return unicodedata.normalize("NFC", ACCENTS.sub("", bare).translate(LETTERS))
 
 
 def _seen(text: str) -> tuple[str, list[int]]:
