@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -14,17 +15,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from erase.captions import captioned, check_named, forget_pairs, retain_prompts, that_stay
 from erase.files import damage_named, file_sha256, load_tensors, save_tensors
+from erase.image_folders import OwnImage, look_at, read_folder, read_image, take
 from erase.models import Cond, DiffusionModel, check_precision
 from erase.processes import found, in_shares, processes
 from erase.sampling import sample_points
 from prompts.concepts import ConceptSpec
-from prompts.errors import COUNT, FINITE, ErasureError, check_ranges
+from prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
 from prompts.retain import without
 
 T = TypeVar("T")
+log = logging.getLogger("erase")
 TENSORS, TEXTS = ("latents", "std", "noise", "t"), ("prompts", "anchors", "own", "each")  # of a set's file
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+CAPTIONS = ("beside", "folder", "none")
 
 
 @dataclass
@@ -47,12 +51,21 @@ class LatentConfig:
     batch_size: int = 32
     """images sampled or encoded at a time"""
     forget_images: str | None = None
-    """a folder of images of the concept to encode instead of sampling; every forget prompt is paired with them in turn"""
+    """a folder of images of the concept to encode instead of sampling: n_forget of all in it and in its folders, spread by the seed;
+    without captions, the concept's prompts are paired with them in turn"""
     retain_images: str | None = None
     """a folder of images to keep, likewise"""
+    captions: str = "beside"
+    """what the prompts of these images are: beside (the .txt file of the same name, where images have one), folder (the name of the folder
+    that each lies in, put into templates), or none. A forget image's must name the concept; with the anchor in its place it is the anchor
+    prompt"""
 
     def __post_init__(self) -> None:
         check_precision(self.mixed_precision)
+        check_names(self, {"captions": CAPTIONS})
+        for given in ("forget_images", "retain_images"):
+            if (folder := getattr(self, given)) is not None and not folder.strip():
+                raise ErasureError(f"latents.{given} is empty; name a folder, or leave it out to sample the images")
         counts = dict.fromkeys(("n_forget", "n_retain", "steps", "batch_size"), COUNT)
         check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE})
 
@@ -103,16 +116,25 @@ class LatentSet:
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         tensors = {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
         texts = {name: json.dumps(getattr(self, name)) for name in TEXTS}
-        save_tensors(path, tensors, {**metadata, **texts, "format": "latents"})
+        save_tensors(path, tensors, {**metadata, **texts, "format": "latents", "sha256": _digest(tensors)})
 
     @classmethod
-    def load(cls, path: Path) -> LatentSet:
+    def load(cls, path: Path, made_from: str | None = None) -> LatentSet:
         """Read a set.
 
+        Args:
+            path: of the file.
+            made_from: digest of what it must have been made from; None: whatever it was.
+
         Raises:
-            ErasureError: a missing, damaged or foreign file, or texts that do not fit the latents.
+            ErasureError: a missing, damaged or foreign file, texts that do not fit the latents, or a
+                set that was made from something else.
         """
         tensors, metadata = load_tensors(path, "latents")
+        if metadata.get("sha256") != _digest(tensors):
+            raise ErasureError(f"{path} is damaged (its checksum differs); delete it to make it again")
+        if made_from is not None and metadata.get("made_from") != made_from:
+            raise ErasureError(f"{path} holds latents that were made from something else; delete it to make them again")
         with damage_named(path, "delete it to make it again"):
             prompts, anchors, own, each = (json.loads(metadata[key]) for key in TEXTS)
             latents, t = tensors["latents"], tensors.get("t")
@@ -131,6 +153,15 @@ class LatentSet:
                 raise ErasureError(f"{path} does not hold prompts and latents of shape (n, c, h, w); delete it to make it again")
         anchors = None if anchors is None else tuple(anchors)
         return cls(latents, tensors.get("std"), tuple(prompts), anchors, own, tensors.get("noise"), t, each)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of a set's values: flipped bits may well leave them finite."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:
@@ -179,25 +210,53 @@ def prepare_latents(
         anchor_share: fraction of the forget latents that are sampled from their anchor prompts instead (none, where images are given).
 
     Raises:
-        ErasureError: more steps than timesteps, no retain prompts, a folder without images, or a concept of which no forget latent is
-            left.
+        ErasureError: more steps than timesteps, no retain prompts, images or captions that cannot be taken, or a concept of which
+            no forget latent is left.
     """
     check_ranges(config, {"steps": (1, model.timesteps)})  # no more than there are noise levels
-    rng = random.Random(seed)
-    pairs = _pick_pairs(concepts, config.n_forget, rng)
-    retained = _pick_retain(concepts, config.n_retain, rng)
+    rng, first = random.Random(seed), seed * 1_000_003
+    pairs, gone = _forget_rows(concepts, config, first, rng)
+    retained, kept = _retain_rows(concepts, config, first + 500_000, rng)
+    for images, what in ((gone, "latents.forget_images"), (kept, "latents.retain_images")):
+        look_at(images, model.image_size, what)
     forget_prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
-    own = len(pairs) if config.forget_images else len(pairs) - round(anchor_share * len(pairs))
+    own = len(pairs) if gone else len(pairs) - round(anchor_share * len(pairs))
     if own < len(concepts):
         raise ErasureError(
             f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is {len(concepts)} concepts; raise latents.n_forget or "
             "lower anchor_latents"
         )
     jobs = [
-        ("forget", forget_prompts, anchors, own, _image_files(config.forget_images), seed * 1_000_003),
-        ("retain", tuple(retained), None, None, _image_files(config.retain_images), seed * 1_000_003 + 500_000),
+        ("forget", forget_prompts, anchors, own, [image.path for image in gone], first),
+        ("retain", tuple(retained), None, None, [image.path for image in kept], first + 500_000),
     ]
     return tuple(_cached(model, config, cache, *job) for job in jobs)  # type: ignore[return-value]
+
+
+def _forget_rows(
+    concepts: list[ConceptSpec], config: LatentConfig, seed: int, rng: random.Random
+) -> tuple[list[tuple[str, str]], list[OwnImage]]:
+    """Pairs of prompts, and the images that go with them in turn: none, where they are sampled."""
+    if not config.forget_images:
+        return _pick_pairs(concepts, config.n_forget, rng), []
+    images = read_folder(config.forget_images, config.captions)
+    check_named(images, concepts)
+    taken = take(config.forget_images, images, config.n_forget, seed, "latents.forget_images")
+    check_named(taken, concepts)
+    if captioned(taken):
+        return forget_pairs(taken, concepts, config.n_forget, rng), taken
+    return _pick_pairs(concepts, config.n_forget, rng), taken
+
+
+def _retain_rows(
+    concepts: list[ConceptSpec], config: LatentConfig, seed: int, rng: random.Random
+) -> tuple[list[str], list[OwnImage]]:
+    """Prompts, and the images that go with them in turn: none, where they are sampled."""
+    if not config.retain_images:
+        return _pick_retain(concepts, config.n_retain, rng), []
+    images = that_stay(read_folder(config.retain_images, config.captions), concepts)
+    taken = take(config.retain_images, images, config.n_retain, seed, "latents.retain_images")
+    return retain_prompts(taken, config.n_retain) if captioned(taken) else _pick_retain(concepts, config.n_retain, rng), taken
 
 
 def _pick_pairs(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[tuple[str, str]]:
@@ -208,12 +267,15 @@ def _pick_pairs(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list
 def _pick_retain(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[str]:
     """Retain prompts of all concepts, less those that name any of the concepts."""
     names = [name for concept in concepts for name in concept.names]
-    prompts = without([prompt for concept in concepts for prompt in concept.retain], names)
+    given = list(dict.fromkeys(prompt for concept in concepts for prompt in concept.retain))
+    prompts = without(given, names)
+    if prompts and len(prompts) < len(given):
+        log.info("%d of %d retain prompts name what is to be forgotten and are left out", len(given) - len(prompts), len(given))
     if not prompts:
         raise ErasureError(
             f"no retain prompts are left for {', '.join(c.target for c in concepts)}; give some that do not name the concept"
         )
-    return _cycled(list(dict.fromkeys(prompts)), n, rng)
+    return _cycled(list(prompts), n, rng)
 
 
 def _cycled(items: list[T], n: int, rng: random.Random) -> list[T]:
@@ -236,9 +298,13 @@ def _cached(
     seed: int,
 ) -> LatentSet:
     key = json.dumps([model.fingerprint, prompts, anchors, own, [file_sha256(file) for file in files], seed, asdict(config)])
-    path = cache / f"{what}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors" if cache else None
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    path = cache / f"{what}-{digest[:16]}.safetensors" if cache else None
     if path and found(path):
-        return LatentSet.load(path)
+        kept = LatentSet.load(path, digest)
+        if (kept.prompts, kept.anchors) != (_times(prompts, kept.each), anchors and _times(anchors, kept.each)):
+            raise ErasureError(f"{path} holds other prompts than this run's; delete it to make it again")
+        return kept
     if files:
         mean, std = _encode(model, files, config.batch_size)
         rows = torch.arange(len(prompts)) % len(mean)
@@ -261,7 +327,7 @@ def _cached(
             latents, None, _times(prompts, each), anchors and _times(anchors, each), own and own * each, noise, t, each
         )
     if path and processes().is_main_process:
-        made.save(path, {"base_fingerprint": model.fingerprint})
+        made.save(path, {"base_fingerprint": model.fingerprint, "made_from": digest})
     return made
 
 
@@ -269,39 +335,13 @@ def _times(texts: tuple[str, ...], each: int) -> tuple[str, ...]:
     return tuple(text for text in texts for _ in range(each))
 
 
-def _image_files(folder: str | None) -> list[Path]:
-    """The images to encode, by name; none where no folder is given."""
-    if not folder:
-        return []
-    files = sorted(path for path in Path(folder).glob("**/*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ErasureError(
-            f"no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in {folder}; give another folder or leave it out to sample them"
-        )
-    return files
-
-
 def _encode(model: DiffusionModel, files: list[Path], batch_size: int) -> tuple[Tensor, Tensor]:
-    """Posterior mean and standard deviation of image files: short side to the model's resolution (bicubic), centre crop, [-1, 1]."""
+    """Posterior mean and standard deviation of image files, at the model's resolution."""
     size = model.image_size
 
     def encode(rows: range) -> tuple[Tensor, Tensor]:
-        mean, std = model.encode_images(torch.stack([_read(files[row], size) for row in rows]))
+        mean, std = model.encode_images(torch.stack([read_image(files[row], size) for row in rows]))
         return mean.float().cpu(), std.float().cpu()
 
     means, stds = zip(*in_shares(len(files), batch_size, encode, "encoding images", "img"), strict=True)
     return torch.cat(means), torch.cat(stds)
-
-
-def _read(path: Path, size: int) -> Tensor:
-    from PIL import Image, UnidentifiedImageError
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
-
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise ErasureError(f"cannot read the image {path}: {error}") from error
-    image = center_crop(resize(image, [size], InterpolationMode.BICUBIC), [size])
-    return pil_to_tensor(image).float() / 127.5 - 1

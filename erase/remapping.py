@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from erase.execution import running
@@ -139,7 +139,7 @@ def make_batch(job: Job[C], step: int, part: int) -> Batch:
     x_anchor = x_forget if config.share_latents else forget.draw(gone, generator)
     t, noise = forget.draw_noise(gone, model.timesteps, generator)
 
-    mine = _share(size, part, config.train.accumulation, job.accelerator)
+    mine = share(size, part, config.train.accumulation, job.accelerator)
     known = (job.targets.anchor[gone[mine]], job.targets.retain[kept[mine]]) if job.targets else None
     x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise = (
         tensor[mine].to(model.device) for tensor in (x_retain, t_retain, noise_retain, x_forget, x_anchor, t, noise)
@@ -217,10 +217,19 @@ def _predict_together(model: DiffusionModel, xt: Tensor, t: Tensor, cond: Cond, 
     return both[: len(xt)], both[len(xt) :]
 
 
-def _share(size: int, part: int, parts: int, accelerator: Accelerator) -> slice:
-    """This process's rows of this part; every share is equally long, so that means of shares average to the mean of all."""
-    shares = parts * accelerator.num_processes
+def share(size: int, part: int, parts: int, among: Accelerator | PartialState) -> slice:
+    """This process's rows of this part of a batch.
+
+    Every share is equally long, so that means of shares average to the mean of all.
+
+    Args:
+        size: of the whole batch.
+        part: of the step.
+        parts: per step.
+        among: says how many processes there are, and which this is.
+    """
+    shares = parts * among.num_processes
     assert not size % shares, "which make_accelerator has refused"
     width = size // shares
-    start = (accelerator.process_index * parts + part) * width
+    start = (among.process_index * parts + part) * width
     return slice(start, start + width)

@@ -20,7 +20,7 @@ from erase.processes import found, processes
 from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.training import make_accelerator
-from prompts.concepts import ConceptSpec
+from prompts.concepts import ConceptSpec, check_together
 from prompts.errors import ErasureError, check_ranges
 
 VERSION = "0.1.0"
@@ -69,7 +69,7 @@ def erase_concept(
     """
     config = config or EraseConfig()
     concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
-    _check_concepts(concepts)
+    check_together(concepts)
     method = get_method(config.method)
     settings = method.config if method_config is None else method_config
     accelerator = make_accelerator(getattr(settings, "train", TrainConfig()))
@@ -117,18 +117,6 @@ def load_base(delta: ErasedDelta, name: str | None = None, device: str | torch.d
         config = config["parts"][0]
     options = config.get("erase", {}).get("load", {})
     return load_model(name or delta.metadata.get("base_id", "?"), device, LoadConfig(**options))
-
-
-def _check_concepts(concepts: list[ConceptSpec]) -> None:
-    if not concepts:
-        raise ErasureError("no concept to erase was given")
-    gone = {name.casefold(): concept.target for concept in concepts for name in concept.names}
-    for concept in concepts:
-        if concept.anchor.casefold() in gone:
-            raise ErasureError(
-                f"the anchor of {concept.target!r} is {concept.anchor!r}, which is to be forgotten as well; choose another anchor, "
-                "or erase the concepts one at a time"
-            )
 
 
 def _check_base(params: Mapping[str, nn.Parameter], scope: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from prompts.errors import ErasureError, unknown
+from prompts.names import same
 from prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
 from prompts.retain import load_retain, without
 
@@ -22,9 +23,12 @@ TEMPLATES = ("a photo of {}", "an image of {}", "a picture of {}", "{}")
 class ConceptSpec:
     """A concept to forget, with the safe concept that takes its place.
 
+    Names lose the blanks around them, and have one where they had several.
+
     Raises:
-        ErasureError: an empty target, anchor, template list or prompt; an anchor that is the target or one of its synonyms;
-            a template without exactly one `{}`.
+        ErasureError: an empty target, anchor, template list or prompt; an anchor that is the target or
+            one of its synonyms, whatever its case, accents, blanks, hyphens and article; a template
+            without exactly one `{}`.
     """
 
     target: str
@@ -47,8 +51,12 @@ class ConceptSpec:
             object.__setattr__(self, name, as_texts(getattr(self, name), f"{where}: {name}"))
         if self.kind is not None:
             as_text(self.kind, f"the kind of {where}")
-        if self.anchor.strip().casefold() in (name.strip().casefold() for name in self.names):
-            raise ErasureError(f"{where} has itself as its anchor, so nothing would be forgotten; choose another anchor")
+        object.__setattr__(self, "target", _tidy(self.target))
+        object.__setattr__(self, "anchor", _tidy(self.anchor))
+        object.__setattr__(self, "synonyms", tuple(map(_tidy, self.synonyms)))
+        if twin := [name for name in self.names if same(name) == same(self.anchor)]:
+            itself = "itself" if twin[0] == self.target else f"its own synonym {twin[0]!r}"
+            raise ErasureError(f"{where} has {itself} as its anchor, so nothing would be forgotten; choose another anchor")
         if not self.templates:
             raise ErasureError(f"{where} has no templates; give at least one, such as {TEMPLATES[0]!r}")
         for template in self.templates:
@@ -104,6 +112,45 @@ class ConceptSpec:
             raise ErasureError(f"{where}: {error}") from error
 
 
+def _tidy(name: str) -> str:
+    return " ".join(name.split())
+
+
+def check_distinct(concepts: Sequence[ConceptSpec], where: str | Path | None = None) -> None:
+    """Refuse concepts of which two have a name in common (`prompts.names.same`).
+
+    Raises:
+        ErasureError: names both; `where` begins it.
+    """
+    owner: dict[str, ConceptSpec] = {}
+    for concept in concepts:
+        for name in concept.names:
+            first = owner.setdefault(same(name), concept)
+            if first is not concept:
+                raise ErasureError(
+                    f"{where or 'this erasure'} names {name!r} twice, for {first.target!r} and for {concept.target!r}; "
+                    "write its templates and synonyms in one concept"
+                )
+
+
+def check_together(concepts: Sequence[ConceptSpec]) -> None:
+    """Refuse concepts that cannot be forgotten in one go.
+
+    Raises:
+        ErasureError: none at all, two that have a name in common, or an anchor that is to be forgotten too.
+    """
+    if not concepts:
+        raise ErasureError("no concept to erase was given")
+    check_distinct(concepts)
+    gone = {same(name) for concept in concepts for name in concept.names}
+    for concept in concepts:
+        if same(concept.anchor) in gone:
+            raise ErasureError(
+                f"the anchor of {concept.target!r} is {concept.anchor!r}, which is to be forgotten as well; choose another "
+                "anchor, or erase the concepts one at a time"
+            )
+
+
 def dump(concepts: Sequence[ConceptSpec]) -> str:
     """The concepts as one line of JSON, for metadata; `load_concepts` reads it too."""
     return json.dumps([concept.to_dict() for concept in concepts], ensure_ascii=False)
@@ -151,8 +198,5 @@ def load_concepts(source: str | Path) -> list[ConceptSpec]:
     if not data:
         raise ErasureError(f"{path} holds no concept; write at least a target and an anchor")
     concepts = [ConceptSpec.from_dict(item, f"{path}, concept {i}") for i, item in enumerate(data, 1)]
-    targets = [concept.target for concept in concepts]
-    for i, target in enumerate(targets):
-        if target in targets[:i]:
-            raise ErasureError(f"{path} names the target {target!r} twice; write its templates and synonyms in one concept")
+    check_distinct(concepts, path)
     return concepts

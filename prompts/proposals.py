@@ -8,10 +8,10 @@ from functools import cache
 
 from prompts.concepts import ConceptSpec, load_concepts, shipped
 from prompts.errors import ErasureError, unknown
+from prompts.names import ARTICLES, fold
 from prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
-from prompts.retain import fold, load_retain, without
+from prompts.retain import load_retain, without
 
-ARTICLES = ("a", "an", "the")
 KINDS = DATA / "kinds"
 PUBLISHED = "-salun"  # ends the names of files that hold a paper's setting: for its recipes, not for everyone
 NAMED_FOR_ONE = ("artist", "person")  # their last word is a name too: "Kahlo"

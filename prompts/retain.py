@@ -1,13 +1,12 @@
-"""Prompts that must stay: the shipped lists, and how a prompt that names a concept is told from one that does not."""
+"""Prompts that must stay: the shipped lists, less the prompts that name a concept."""
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Iterable
 from functools import cache
 
 from prompts.errors import ErasureError, unknown
+from prompts.names import Names
 from prompts.reading import DATA, as_texts, read_yaml
 
 RETAIN = DATA / "retain"
@@ -31,21 +30,6 @@ def load_retain(name: str) -> tuple[str, ...]:
 
 
 def without(prompts: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
-    """The prompts in which none of `names` stands.
-
-    A name is looked for as whole words, whatever its case, accents, spaces and hyphens, also with an s behind it: "chain saw"
-    is found in "two chainsaws", "cat" is not found in "a cathedral".
-    """
-    patterns = [_pattern(name) for name in names]
-    return tuple(prompt for prompt in prompts if not any(pattern.search(fold(prompt)) for pattern in patterns))
-
-
-def fold(text: str) -> str:
-    """`text` for comparing: without case and accents."""
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).casefold()
-
-
-def _pattern(name: str) -> re.Pattern[str]:
-    letters = re.sub(r"[\s\-]", "", fold(name)) or name
-    spaced = r"[\s\-]*".join(map(re.escape, letters))
-    return re.compile(rf"(?<!\w){spaced}(?:e?s)?(?!\w)")
+    """The prompts in which none of `names` stands, as `prompts.names.Names` finds them."""
+    gone = Names(names)
+    return tuple(prompt for prompt in prompts if not gone.found(prompt))

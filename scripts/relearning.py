@@ -14,7 +14,9 @@ import torch
 
 from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import denoising
-from erase.models import DiffusionModel
+from erase.models import Cond, DiffusionModel
+from erase.processes import processes
+from erase.remapping import share
 from erase.scopes import select
 from erase.train_config import TrainConfig
 from erase.trainable import Frozen
@@ -58,18 +60,28 @@ def relearn(model: DiffusionModel, latents: LatentSet, train: TrainConfig, seed:
     embed = PromptCache(model, latents.prompts)
 
     def batches(step: int, part: int) -> Any:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        rows = epoch_rows(len(latents), step * train.batch_size, train.batch_size, seed)
-        x0 = latents.draw(rows, generator)
-        t, noise = latents.draw_noise(rows, model.timesteps, generator)
-        x0, t, noise = x0.to(model.device), t.to(model.device), noise.to(model.device)
-        return model.add_noise(x0, noise, t), t, embed([latents.prompts[i] for i in rows]), model.target(x0, noise, t)
+        return relearning_batch(model, latents, embed, train, seed, step, part)
 
     def loss(batch: Any, frozen: Frozen) -> torch.Tensor:
         xt, t, cond, target = batch
         return denoising(model.predict(xt, t, cond), target)
 
     return fit(model, select(model.parameters(), "full"), batches, loss, train).values
+
+
+def relearning_batch(
+    model: DiffusionModel, latents: LatentSet, embed: PromptCache, train: TrainConfig, seed: int, step: int, part: int
+) -> tuple[torch.Tensor, torch.Tensor, Cond, torch.Tensor]:
+    """Noisy latents, timesteps, text states and targets of one part: drawn for the whole step, then cut to process and part."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    rows = epoch_rows(len(latents), step * train.batch_size, train.batch_size, seed)
+    x0 = latents.draw(rows, generator)
+    t, noise = latents.draw_noise(rows, model.timesteps, generator)
+
+    mine = share(train.batch_size, part, train.accumulation, processes())
+    x0, t, noise = (tensor[mine].to(model.device) for tensor in (x0, t, noise))
+    cond = embed([latents.prompts[row] for row in rows[mine]])
+    return model.add_noise(x0, noise, t), t, cond, model.target(x0, noise, t)
 
 
 @torch.no_grad()
