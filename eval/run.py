@@ -14,10 +14,9 @@ from erase.files import damage_named
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
 from erase.processes import processes
-from eval.evaluators import get_evaluator
+from eval.evaluators import EVALUATORS, get_evaluator
 from eval.evaluators.classifier import Config as ClassifierConfig
 from eval.evaluators.classifier import Judged, judged, load_judge
-from eval.evaluators.clip import CANVAS
 from eval.evaluators.clip import Config as ClipConfig
 from eval.evaluators.nudenet import Config as NudeNetConfig
 from eval.generate import GenerateConfig, generate, planned
@@ -48,11 +47,15 @@ class EvaluateConfig:
         if set(KINDS) <= labels:
             return replace(self, evaluators=self.evaluators or ["classifier", "clip"])
         clip = self.clip
-        if clip.model == CANVAS:
-            clip = replace(clip, model="ViT-B-32", pretrained="openai")
-        if self.evaluators is None and not any(concept.kind in labels for concept in concepts):
+        if clip.model is None:
+            clip = replace(clip, model="ViT-B-32", pretrained=clip.pretrained or "openai")
+        if clip.zero_shot is None and self.evaluators is None and not any(concept.kind in labels for concept in concepts):
             clip = replace(clip, zero_shot=False)
         return replace(self, evaluators=self.evaluators or ["clip"], clip=clip)
+
+    def __post_init__(self) -> None:
+        if self.evaluators is not None and not self.evaluators:
+            raise ErasureError(f"evaluators is an empty list; name some of {', '.join(EVALUATORS)}, or leave it out")
 
 
 @dataclass
