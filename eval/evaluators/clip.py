@@ -238,8 +238,8 @@ def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> l
         config: which CLIP, and how.
 
     Returns:
-        Accuracies in percent with n and binomial standard error; CLIP scores (100 x cosine, -100 to 100) with n and standard
-        error of the mean: "CLIP score" over prompts that name no forgotten concept, "CLIP score of the forgotten" over the others.
+        Accuracies in percent with n and Wilson's interval; CLIP scores (100 x cosine, -100 to 100) with n and Student's
+        interval of the mean: "CLIP score" over prompts that name no forgotten concept, "CLIP score of the forgotten" over the others.
 
     Raises:
         ErasureError: a CLIP that cannot be loaded, a bad template, images without labels, a concept that no prompt names.
