@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from erase.files import written_whole
 from eval.intervals import UNKNOWN, of_count, of_difference, of_mean, of_rate
-from prompts.errors import ErasureError
+from prompts.errors import ErasureError, reason
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -226,11 +226,12 @@ class EvalReport:
             if content["schema_version"] != SCHEMA_VERSION:
                 raise ErasureError(f"{where} has schema {content['schema_version']}, not {SCHEMA_VERSION}; evaluate again")
             rows = {row: [_score(raw) for raw in scores] for row, scores in content["rows"].items()}
-            for part in ("concept", "provenance", "extras"):
-                content[part].items()
+            _check_parts(content)
             return cls(content["concept"], rows, content["provenance"], content["extras"]).check()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ErasureError(f"{where} is not a whole report ({error}); evaluate again to make it anew") from error
+        except ErasureError as error:
+            raise error if where in str(error) else ErasureError(f"{where}: {error}") from error
+        except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ErasureError(f"{where} is not a whole report ({reason(error)}); evaluate again to make it anew") from error
 
     def save(self, path: str | Path) -> Path:
         """Write `report.json`."""
@@ -266,6 +267,37 @@ def _score(raw: dict[str, Any]) -> Score:
     if not right or type(score.n) is not int or type(score.higher_is_better) is not bool:
         raise TypeError(f"the score {score.name!r} has a value of the wrong type")
     return score
+
+
+def _check_parts(content: dict[str, Any]) -> None:
+    """Refuse, by a TypeError or a ValueError, parts of a report that the table, the page or the card could not show."""
+    json.dumps(content, ensure_ascii=False).encode()  # lone surrogates
+    concept, provenance, extras = (dict(content[part]) for part in ("concept", "provenance", "extras"))
+    for key in ("target", "anchor", "synonyms", "kind"):
+        _check_texts(concept.get(key), key)
+    _check_texts(provenance.get("commands"), "commands")
+    for key in ("base_fingerprint", "base_id", "delta_sha256"):
+        if not isinstance(provenance.get(key, ""), str):
+            raise TypeError(f"{key} is no text")
+    for table in dict(extras.get("confusion", {})).values():
+        labels, counts = table["labels"], table["counts"]
+        _check_texts([table["kind"], *labels], "confusion")
+        if len(counts) != len(labels) or any(len(row) != len(labels) or _not_numbers(row) for row in counts):
+            raise ValueError("a confusion is no square of counts")
+    for values in [*dict(extras.get("curves", {})).values(), list(dict(extras.get("density", {})).values())]:
+        if _not_numbers(values):
+            raise TypeError("curves and density are of numbers")
+
+
+def _check_texts(value: Any, what: str) -> None:
+    """`value` is a text, or a list of texts, or absent."""
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{what} is neither text nor a list of texts")
+
+
+def _not_numbers(values: Any) -> bool:
+    return not isinstance(values, list) or any(type(value) not in (int, float) for value in values)
 
 
 def _finite(text: str) -> float:
