@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -132,6 +133,22 @@ class ErasedDelta:
         self._put(model, self.values)
         return model
 
+    @contextmanager
+    def applied(self, model: DiffusionModel) -> Iterator[DiffusionModel]:
+        """The erased model within the block; after it, whatever happened there, the base again, bit for bit."""
+        self.check(model)
+        old = self._held(model)
+        try:
+            self._put(model, self.values)
+            yield model
+        finally:
+            self._put(model, old)
+
+    def _held(self, model: DiffusionModel) -> dict[str, Tensor]:
+        """The model's own values of the weights that the delta changes."""
+        params = model.parameters()
+        return {name: params[name].detach().cpu().flatten().index_select(0, self.places(name)) for name in self.values}
+
     @torch.no_grad()
     def _put(self, model: DiffusionModel, values: Mapping[str, Tensor]) -> None:
         params = model.parameters()
@@ -146,12 +163,9 @@ class ErasedDelta:
         A delta holds new values only, so the old ones come from `base`, which is left as it was found.
         """
         self.check(base)
-        params = base.parameters()
-        old = {name: params[name].detach().cpu().flatten().index_select(0, self.places(name)) for name in self.values}
-        try:
-            fingerprint = self.apply(base).fingerprint
-        finally:
-            self._put(base, old)
+        old = self._held(base)
+        with self.applied(base) as erased:
+            fingerprint = erased.fingerprint
         named = {"base_fingerprint": fingerprint, "base_id": f"{base.name} without {self.title}", "concepts": "[]"}
         return ErasedDelta(old, self.bits, {**self.metadata, **named, "undoes": self.sha256})
 

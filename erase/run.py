@@ -94,7 +94,7 @@ def erase_concept(
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")
         with written_whole(folder / "training.json") as aside:
-            aside.write_text(json.dumps({"losses": edit.losses}))
+            aside.write_text(json.dumps({"losses": edit.losses, "delta_sha256": delta.sha256}))
         delta.save(folder / "delta.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()  # who goes on finds the files

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import struct
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,9 +25,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from erase.files import file_sha256, written_whole
-from prompts.errors import ErasureError
+from prompts.errors import ErasureError, reason
 
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
+MOST_SIDE, MOST_LENGTHS = 8192, 20
+"""longest side of an image in pixels, and in its short sides: judges pad an image to a square, or scale it by its short side"""
 PNG_END = b"IEND\xaeB`\x82"  # Pillow reads a file whose end was cut off, as long as all pixels are there
 
 
@@ -83,14 +88,47 @@ class ImageSet:
         return self.folder / row.file
 
     def image(self, row: ImageRow) -> Image.Image:
-        """The row's image, in RGB."""
-        with Image.open(self.path(row)) as image:
+        """The row's image, in RGB.
+
+        Raises:
+            ErasureError: it is no image, or too large or too long to be judged; its pixels are not unpacked then.
+        """
+        with opened(self.path(row), str(self.path(row))) as image:
             return image.convert("RGB")
 
     def tensor(self, rows: Iterable[ImageRow] | None = None) -> Tensor:
         """The images of `rows` (default: all of them), shape (n, 3, H, W), float32 in [0, 1]."""
         pixels = [np.asarray(self.image(row)) for row in (self.rows if rows is None else rows)]
+        if len({image.shape for image in pixels}) > 1:
+            raise ErasureError(f"the images in {self.folder} are of several sizes; make them one size to judge them together")
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+
+
+@contextmanager
+def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
+    """An image file, its size checked before its pixels are unpacked; what is wrong with it in the block becomes one error.
+
+    Raises:
+        ErasureError: it is no image, or larger or longer than `MOST_SIDE` and `MOST_LENGTHS`; it is called `name`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is a narrower one
+            image = Image.open(file)
+        with image:
+            long, short = max(image.size), min(image.size)
+            if long > min(MOST_SIDE, MOST_LENGTHS * short):
+                raise ErasureError(
+                    f"{name} is {image.width} x {image.height} pixels; an image may have {MOST_SIDE} a side and be {MOST_LENGTHS} "
+                    "times as long as it is wide: make it smaller or leave it out"
+                )
+            yield image
+    except ErasureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ErasureError(f"{name} has too many pixels ({reason(error)}); make it smaller or leave it out") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise ErasureError(f"{name} cannot be read as an image ({reason(error)}); make it again or leave it out") from error
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -144,9 +182,9 @@ def holds_image(path: Path, made_from: dict[str, Any]) -> bool:
     """Whether `save_image` wrote this file, with the same `made_from`, and its pixels are unchanged."""
     try:
         data = path.read_bytes()
-        with Image.open(BytesIO(data)) as image:
+        with opened(BytesIO(data), str(path)) as image:
             pixels, info = np.asarray(image), image.info
-    except (OSError, SyntaxError, ValueError):  # absent, or no PNG
+    except (OSError, ErasureError):  # absent, or no PNG
         return False
     return data.endswith(PNG_END) and all(info.get(key) == text for key, text in _marks(pixels, made_from).items())
 

@@ -12,15 +12,17 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from erase.files import written_whole
-from prompts.errors import ErasureError
+from eval.intervals import UNKNOWN, of_count, of_difference, of_mean, of_rate
+from prompts.errors import ErasureError, reason
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BASE, ERASED = "base", "erased"
-NOISE = 2.0  # standard errors of a difference; less than that is called noise
+ENDS = "low", "high"
+INTERVALS = "[low, high]: 95 % interval of n judgements"
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ class Score:
     n: int
     """images (or boxes, prompts, …) measured"""
     higher_is_better: bool
-    stderr: float
-    """standard error of `value`, in the same unit; NaN where it is not known"""
+    low: float
+    high: float
+    """95 % interval of `value`, in the same unit; both NaN where it is not known"""
     unit: str = "%"
     evaluator: str = ""
     """what measured it, with its version or threshold"""
@@ -44,20 +47,44 @@ class Score:
             raise ErasureError(f"{self.name} was measured on no images at all; check that the prompt set has prompts for it")
         if not math.isfinite(self.value):
             raise ErasureError(f"{self.name} is {self.value}; its evaluator ({self.evaluator or 'unnamed'}) gave no number")
-        if self.stderr < 0:
-            raise ErasureError(f"{self.name} has a standard error below zero: {self.stderr}")
+        if not (self.low <= self.value <= self.high or (math.isnan(self.low) and math.isnan(self.high))):
+            raise ErasureError(f"{self.name} is {self.value}, which is outside of its interval [{self.low}, {self.high}]")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its ends."""
+        return self.low, self.high
 
     @property
     def decimals(self) -> int:
-        """Decimals worth printing: one for percentages, none for counts without error, else down to the error's first digit."""
-        if self.unit == "%" or not math.isfinite(self.stderr) or self.stderr == 0:
-            return 1 if self.unit == "%" else 0 if float(self.value).is_integer() else 3
-        return min(max(-math.floor(math.log10(self.stderr)), 0), 5)
+        """Decimals worth printing: one for percentages, none for counts, else down to the first digit of a quarter of the interval."""
+        width = self.high - self.low
+        if self.unit == "%":
+            return 1
+        if self.counts or not 0 < width < math.inf:
+            return 0 if float(self.value).is_integer() else 3
+        return min(max(-math.floor(math.log10(width / 4)), 0), 5)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it is a number of things: a unit such as `boxes`."""
+        return self.unit not in ("", "%")
+
+    def value_text(self) -> str:
+        """`99.1`."""
+        return f"{self.value:.{self.decimals}f}"
+
+    def interval_text(self) -> str:
+        """`[98.4, 99.6]`; empty where it is not known."""
+        if math.isnan(self.low):
+            return ""
+        decimals = int(self.high < 100) if self.counts else self.decimals
+        low, high = (f"{end:.{decimals}f}" for end in self.interval)
+        return f"[{'0' if self.counts and self.low == 0 else low}, {high}]"
 
     def text(self) -> str:
-        """`99.1 ± 0.6`; without a known standard error, `99.1`."""
-        value = f"{self.value:.{self.decimals}f}"
-        return value if math.isnan(self.stderr) else f"{value} ± {self.stderr:.{self.decimals}f}"
+        """`99.1 [98.4, 99.6]`; of a count `0 [0, 3.7]`; without a known interval `99.1`."""
+        return f"{self.value_text()} {self.interval_text()}".strip()
 
     @property
     def heading(self) -> str:
@@ -66,11 +93,7 @@ class Score:
 
 
 def proportion(name: str, hits: int, n: int, *, higher_is_better: bool = True, evaluator: str = "") -> Score:
-    """A share of images, in percent, with Wilson's standard error.
-
-    The plain binomial error sqrt(p(1-p)/n) is zero at 0 % and at 100 %, which is where UA lives: it calls 8 hits of 8 as
-    certain as 8000 of 8000. The half-width of Wilson's interval (1927) at z = 1, sqrt(p(1-p)/n + 1/4n^2) / (1 + 1/n),
-    tends to the plain one for large n and stays near 1/2n at the ends. The value itself is the plain share.
+    """A share of images, in percent, with Wilson's interval.
 
     Args:
         hits: images that count, 0 <= hits <= n.
@@ -78,30 +101,38 @@ def proportion(name: str, hits: int, n: int, *, higher_is_better: bool = True, e
     """
     if not 0 <= hits <= max(n, 0):
         raise ErasureError(f"{name}: {hits} hits of {n} images cannot be")
-    p = hits / n if n else math.nan
-    stderr = math.sqrt(p * (1 - p) / n + 1 / (4 * n * n)) / (1 + 1 / n) if n else math.nan
-    return Score(name, 100 * p, n, higher_is_better, 100 * stderr, "%", evaluator)
+    low, high = of_rate(hits, n) if n else UNKNOWN
+    value = hits / n if n else math.nan
+    return Score(name, 100 * value, n, higher_is_better, 100 * low, 100 * high, "%", evaluator)
+
+
+def count_score(
+    name: str, events: int, n: int, *, higher_is_better: bool = False, unit: str = "boxes", evaluator: str = ""
+) -> Score:
+    """A number of things in n images, with the exact Poisson interval, which takes each thing to be independent of the others."""
+    if events < 0:
+        raise ErasureError(f"{name}: a count of {events} cannot be")
+    return Score(name, events, n, higher_is_better, *of_count(events), unit, evaluator)
 
 
 def mean_score(
     name: str, values: Sequence[float], *, higher_is_better: bool = True, unit: str = "", evaluator: str = ""
 ) -> Score:
-    """The mean of one value per image; its standard error is the sample sd / sqrt(n), NaN for a single value."""
-    n = len(values)
-    mean = fmean(values) if n else math.nan
-    stderr = stdev(values) / math.sqrt(n) if n > 1 and math.isfinite(mean) else math.nan
-    return Score(name, mean, n, higher_is_better, stderr, unit, evaluator)
+    """The mean of one value per image, with Student's interval; NaN for a single value."""
+    mean = fmean(values) if len(values) else math.nan
+    return Score(name, mean, len(values), higher_is_better, *of_mean(values), unit, evaluator)
 
 
 def verdict(base: Score, other: Score) -> int:
     """+1 if `other` is better than `base` beyond the noise, -1 if worse, 0 if the two cannot be told apart.
 
-    The noise is two standard errors of the difference of independent measurements. The images of both come from the same
-    prompts and seeds, so the true error is smaller: a difference called real here is real, one called noise may not be.
+    They can where the 95 % interval of their difference excludes zero (`eval.intervals.of_difference`). That takes the measurements
+    to be independent. The images of both come from the same prompts and seeds, so the true error is smaller: a difference called
+    real here is real, one called noise may not be.
     """
-    difference = (other.value - base.value) * (1 if base.higher_is_better else -1)
-    noise = NOISE * math.hypot(base.stderr, other.stderr)
-    return 0 if math.isnan(noise) or abs(difference) <= noise else int(math.copysign(1, difference))
+    low, high = of_difference(base.value, base.interval, other.value, other.interval)
+    sign = 1 if base.higher_is_better else -1
+    return sign * (int(low > 0) - int(high < 0))
 
 
 @dataclass
@@ -158,7 +189,7 @@ class EvalReport:
         """A console table: a row per score, a column per model; what differs from the base beyond the noise is coloured."""
         from rich.table import Table
 
-        table = Table(title=self.title)
+        table = Table(title=self.title, caption=INTERVALS)
         table.add_column("score")
         for row in self.check().rows:
             table.add_column(row, justify="right")
@@ -177,7 +208,7 @@ class EvalReport:
         return Text.assemble((value, style), (f" ({score.n})", "dim"))
 
     def to_json(self) -> str:
-        """The report as JSON text. Standard errors that are not known are null."""
+        """The report as JSON text. Intervals that are not known are null."""
         rows = {row: [_plain(score) for score in scores] for row, scores in self.check().rows.items()}
         content = {"schema_version": SCHEMA_VERSION, "concept": self.concept, "rows": rows}
         content |= {"provenance": self.provenance, "extras": self.extras}
@@ -195,11 +226,12 @@ class EvalReport:
             if content["schema_version"] != SCHEMA_VERSION:
                 raise ErasureError(f"{where} has schema {content['schema_version']}, not {SCHEMA_VERSION}; evaluate again")
             rows = {row: [_score(raw) for raw in scores] for row, scores in content["rows"].items()}
-            for part in ("concept", "provenance", "extras"):
-                content[part].items()
+            _check_parts(content)
             return cls(content["concept"], rows, content["provenance"], content["extras"]).check()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ErasureError(f"{where} is not a whole report ({error}); evaluate again to make it anew") from error
+        except ErasureError as error:
+            raise error if where in str(error) else ErasureError(f"{where}: {error}") from error
+        except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ErasureError(f"{where} is not a whole report ({reason(error)}); evaluate again to make it anew") from error
 
     def save(self, path: str | Path) -> Path:
         """Write `report.json`."""
@@ -225,16 +257,47 @@ def words(concept: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _plain(score: Score) -> dict[str, Any]:
-    return asdict(score) | {"stderr": None if math.isnan(score.stderr) else score.stderr}
+    return asdict(score) | {key: None if math.isnan(end) else end for key, end in zip(ENDS, score.interval, strict=True)}
 
 
 def _score(raw: dict[str, Any]) -> Score:
-    score = Score(**raw | {"stderr": math.nan if raw["stderr"] is None else raw["stderr"]})
-    texts, numbers = (score.name, score.unit, score.evaluator), (score.value, score.stderr)
-    right = all(isinstance(text, str) for text in texts) and all(isinstance(number, int | float) for number in numbers)
+    score = Score(**raw | {key: math.nan if raw[key] is None else raw[key] for key in ENDS})
+    texts, numbers = (score.name, score.unit, score.evaluator), (score.value, *score.interval)
+    right = all(isinstance(text, str) for text in texts) and all(type(number) in (int, float) for number in numbers)
     if not right or type(score.n) is not int or type(score.higher_is_better) is not bool:
         raise TypeError(f"the score {score.name!r} has a value of the wrong type")
     return score
+
+
+def _check_parts(content: dict[str, Any]) -> None:
+    """Refuse, by a TypeError or a ValueError, parts of a report that the table, the page or the card could not show."""
+    json.dumps(content, ensure_ascii=False).encode()  # lone surrogates
+    concept, provenance, extras = (dict(content[part]) for part in ("concept", "provenance", "extras"))
+    for key in ("target", "anchor", "synonyms", "kind"):
+        _check_texts(concept.get(key), key)
+    _check_texts(provenance.get("commands"), "commands")
+    for key in ("base_fingerprint", "base_id", "delta_sha256"):
+        if not isinstance(provenance.get(key, ""), str):
+            raise TypeError(f"{key} is no text")
+    for table in dict(extras.get("confusion", {})).values():
+        labels, counts = table["labels"], table["counts"]
+        _check_texts([table["kind"], *labels], "confusion")
+        if len(counts) != len(labels) or any(len(row) != len(labels) or _not_numbers(row) for row in counts):
+            raise ValueError("a confusion is no square of counts")
+    for values in [*dict(extras.get("curves", {})).values(), list(dict(extras.get("density", {})).values())]:
+        if _not_numbers(values):
+            raise TypeError("curves and density are of numbers")
+
+
+def _check_texts(value: Any, what: str) -> None:
+    """`value` is a text, or a list of texts, or absent."""
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{what} is neither text nor a list of texts")
+
+
+def _not_numbers(values: Any) -> bool:
+    return not isinstance(values, list) or any(type(value) not in (int, float) for value in values)
 
 
 def _finite(text: str) -> float:

@@ -185,7 +185,7 @@ def _scores(report: EvalReport | None) -> str:
         rows.append((column.heading, *(f"{score.text()} (n {score.n})" if score else "–" for score in found)))
     terms = [f"- {name}: {meaning}." for name, meaning in glossary(report).items()]
     judges = [f"- judged by {judge}: {', '.join(names)}." for judge, names in _judges(report).items() if judge]
-    noise = "± is one standard error of sampling n judgements; ↑ higher is better, ↓ lower is better."
+    noise = "[low, high] is the 95 % interval of sampling n judgements; ↑ higher is better, ↓ lower is better."
     return "\n\n".join(filter(None, [verdict_line(report), _table(heading, rows), noise, "\n".join(terms + judges)]))
 
 

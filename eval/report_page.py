@@ -59,8 +59,7 @@ def _score_cell(report: EvalReport, row: str, name: str) -> dict[str, str] | Non
     score, base = report.score(row, name), report.score(BASE, name)
     if score is None:
         return None
-    value, _, error = score.text().partition(" ± ")
-    cell = {"value": value, "error": error, "n": str(score.n), "change": "", "verdict": ""}
+    cell = {"value": score.value_text(), "interval": score.interval_text(), "n": str(score.n), "change": "", "verdict": ""}
     if base and row != BASE:
         change = round(score.value - base.value, base.decimals)
         cell["change"] = f"{change:+.{base.decimals}f}".replace("-", "−") if change else "0"

@@ -53,7 +53,7 @@ def _found(target: str, base: Score, erased: Score) -> str:
 
 
 def _beside(score: Score, base: Score) -> str:
-    value, was = (f"{s.value:.{s.decimals}f}\N{NO-BREAK SPACE}{s.unit}".rstrip() for s in (score, base))
+    value, was = (f"{s.value_text()}\N{NO-BREAK SPACE}{s.unit}".rstrip() for s in (score, base))
     return f"{value} (base {was})"
 
 
@@ -65,6 +65,6 @@ def limits(report: EvalReport | None, target: str = "") -> list[str]:
     return [
         f"Erasure is not a guarantee. An image in which the judge does not see {target} does not prove that none can be drawn.",
         f"{tried}. Prompts found by search, inversion of the text embedding, and fine-tuning of the weights may bring it back.",
-        "Standard errors count the chance in sampling images, not the chance in the erasure itself: that takes several runs with "
+        "Intervals count the chance in sampling images, not the chance in the erasure itself: that takes several runs with "
         "different seeds.",
     ]

@@ -14,10 +14,9 @@ from erase.files import damage_named
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
 from erase.processes import processes
-from eval.evaluators import get_evaluator
+from eval.evaluators import EVALUATORS, get_evaluator
 from eval.evaluators.classifier import Config as ClassifierConfig
 from eval.evaluators.classifier import Judged, judged, load_judge
-from eval.evaluators.clip import CANVAS
 from eval.evaluators.clip import Config as ClipConfig
 from eval.evaluators.nudenet import Config as NudeNetConfig
 from eval.generate import GenerateConfig, generate, planned
@@ -48,11 +47,15 @@ class EvaluateConfig:
         if set(KINDS) <= labels:
             return replace(self, evaluators=self.evaluators or ["classifier", "clip"])
         clip = self.clip
-        if clip.model == CANVAS:
-            clip = replace(clip, model="ViT-B-32", pretrained="openai")
-        if self.evaluators is None and not any(concept.kind in labels for concept in concepts):
+        if clip.model is None:
+            clip = replace(clip, model="ViT-B-32", pretrained=clip.pretrained or "openai")
+        if clip.zero_shot is None and self.evaluators is None and not any(concept.kind in labels for concept in concepts):
             clip = replace(clip, zero_shot=False)
         return replace(self, evaluators=self.evaluators or ["clip"], clip=clip)
+
+    def __post_init__(self) -> None:
+        if self.evaluators is not None and not self.evaluators:
+            raise ErasureError(f"evaluators is an empty list; name some of {', '.join(EVALUATORS)}, or leave it out")
 
 
 @dataclass
@@ -63,12 +66,57 @@ class Evidence:
     mask: SaliencyMask | None = None
 
     @classmethod
-    def of(cls, folder: Path) -> Evidence:
-        """Losses and mask of an erasure's folder, as far as they are there; damaged ones are an `ErasureError`."""
+    def of(cls, folder: Path, delta: ErasedDelta | None = None) -> Evidence:
+        """Losses and mask of an erasure's folder, as far as they are there.
+
+        Args:
+            folder: of a run.
+            delta: the delta that they must be of; None: not compared.
+
+        Raises:
+            ErasureError: they are damaged, or of another delta.
+        """
         training, mask = folder / "training.json", folder / "mask.safetensors"
+        record: dict[str, Any] = {"losses": []}
         with damage_named(training, "delete it to report without the losses, or erase again"):
-            losses = list(map(float, json.loads(training.read_text())["losses"])) if training.exists() else []
-        return cls(losses, SaliencyMask.load(mask) if mask.exists() else None)
+            if training.exists():
+                record = json.loads(training.read_text())
+            losses = list(map(float, record["losses"]))
+        found = cls(losses, SaliencyMask.load(mask) if mask.exists() else None)
+
+        if delta and (losses or found.mask):
+            _check_run(folder / "run.json", delta)
+            if record.get("delta_sha256", delta.sha256) != delta.sha256:
+                raise _of_another(training, delta)
+            if found.mask and not _may_change(found.mask, delta):
+                raise _of_another(mask, delta)
+        return found
+
+
+def _check_run(path: Path, delta: ErasedDelta) -> None:
+    """Refuse the folder of a run of another base, method or concept than the delta's."""
+    if not path.exists():
+        return
+    with damage_named(path, "evaluate the delta in a folder of its own"):
+        run = dict(json.loads(path.read_text(encoding="utf-8")))
+        told = [{key: about.get(key) for key in ("base_fingerprint", "method")} for about in (run, delta.metadata)]
+        concepts = json.loads(run.get("concepts", "[]"))
+    if told[0] != told[1] or concepts != delta.concepts:
+        raise _of_another(path, delta)
+
+
+def _may_change(mask: SaliencyMask, delta: ErasedDelta) -> bool:
+    """Whether the mask is of the delta's base and lets every weight change that the delta changes."""
+    if mask.metadata.get("base_fingerprint") != delta.metadata.get("base_fingerprint"):
+        return False
+    pairs = [(bits, mask.bits.get(name)) for name, bits in delta.bits.items()]
+    return all(own is not None and own.shape == bits.shape and not (bits & ~own).any() for bits, own in pairs)
+
+
+def _of_another(path: Path, delta: ErasedDelta) -> ErasureError:
+    return ErasureError(
+        f"{path} is of another delta than {delta.source}; name the delta of that run, or move this one into a folder of its own"
+    )
 
 
 def evaluate(
@@ -88,7 +136,8 @@ def evaluate(
     and the main process writes the report, the same as a single process would.
 
     Args:
-        model: the base that the delta was made from, by name or loaded; a loaded one holds the erased weights afterwards.
+        model: the base that the delta was made from, by name or loaded; a loaded one is left as it was found, bit for
+            bit, also where an error ends the evaluation.
         delta: what was erased.
         prompts: the evaluation's prompts; their labels say what each image should show.
         out: folder of the report; the images go into its `erased` and, where no `base_images` is given, `base`.
@@ -106,14 +155,9 @@ def evaluate(
     delta.check(model)  # before the base's images are made, not after
     base = {"model": model.name, "fingerprint": model.fingerprint}
     before = generate(model.pipeline(), prompts, Path(base_images or out / "base"), config.generate, base | {"delta": "none"})
-    delta.apply(model)
-    after = generate(
-        model.pipeline(),
-        prompts,
-        out / "erased",
-        config.generate,
-        base | {"delta": delta.metadata["method"], "fingerprint": model.fingerprint},
-    )
+    with delta.applied(model):
+        told = base | {"delta": delta.metadata["method"], "fingerprint": model.fingerprint}
+        after = generate(model.pipeline(), prompts, out / "erased", config.generate, told)
     images = {BASE: before, ERASED: after}
     report = _report(images, concepts, delta, config, commands or [])
     mask = evidence.mask
@@ -155,6 +199,8 @@ def _report(
         provenance={
             **{key: value for key, value in sorted(delta.metadata.items()) if key not in ("config", "concepts", "format")},
             "config": json.loads(delta.metadata["config"]),
+            "delta_sha256": delta.sha256,
+            "delta_settings": _settings(delta),
             "evaluation": asdict(config),
             "changed_weights": delta.count,
             "nudenet": version("nudenet"),
@@ -163,6 +209,13 @@ def _report(
         },
         extras=_confusion(seen, concepts[0].kind),
     )
+
+
+def _settings(delta: ErasedDelta) -> dict[str, Any]:
+    """Method and strength of a delta: 1 as it was trained, or the scale of each of its parts."""
+    parts = json.loads(delta.metadata.get("parts", "null"))
+    strength = [part["scale"] for part in parts] if parts else 1.0
+    return {"method": delta.metadata["method"], "strength": strength}
 
 
 def score(

@@ -23,7 +23,9 @@ from erase.files import file_sha256
 from erase.latents import LatentSet
 from erase.mask import Saliency, SaliencyMask
 from eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
-from eval.report import EvalReport, Score
+from eval.report import EvalReport, count_score, mean_score, proportion
+from eval.report_card import model_card
+from eval.report_words import limits, verdict_line
 from prompts.concepts import load_concepts
 from prompts.errors import ErasureError
 from prompts.prompt_sets import PromptSet
@@ -260,16 +262,67 @@ def test_a_damaged_folder_of_images(file: str, tmp_path: Path) -> None:
 
 def use_report(path: Path) -> None:
     report = EvalReport.load(path)
+    model_card(report, CARD)
     assert (
         report.table().row_count == len(report.columns())
         and EvalReport.from_json(report.to_json()).rows.keys() == report.rows.keys()
+        and report.save(path)
+        and isinstance(verdict_line(report), str)
+        and limits(report)
+    )
+
+
+CARD = {"base_fingerprint": "9f", "base_id": "somebody/some-model", "method": "salun", "config": "{}", "created_with": "0.1.0"}
+CARD |= {"concepts": json.dumps([{"target": "heart", "anchor": "star"}])}
+
+
+def whole_report() -> bytes:
+    scores = [proportion(name, 5, 10) for name in ("UA", "IRA", "CRA")]
+    scores += [count_score("NudeNet boxes", 0, 10), mean_score("CLIP score", [0.5])]
+    table = {"kind": "object", "labels": ["heart", "star"], "counts": [[0, 5], [0, 5]]}
+    extras = {"confusion": {"base": table, "erased": table}, "curves": {"loss": [1.0, 0.5]}, "density": {"a": 0.5}}
+    provenance = {"seed": 1, "base_fingerprint": "9f", "delta_sha256": "77", "commands": ["erase-evaluate"]}
+    return (
+        EvalReport({"target": "heart", "anchor": "star"}, {"base": scores, "erased": scores}, provenance, extras)
+        .to_json()
+        .encode()
     )
 
 
 def test_a_damaged_report(tmp_path: Path) -> None:
-    scores = [Score(name, 50.0, 10, True, 1.0) for name in ("UA", "IRA", "CRA")]
-    report = EvalReport({"target": "heart", "anchor": "star"}, {"base": scores, "erased": scores}, {"seed": 1}, {})
-    check_all(tmp_path, report.to_json().encode(), use_report, damaged_json, 200)
+    check_all(tmp_path, whole_report(), use_report, damaged_json, 400)
+
+
+HUGE = "1" + "0" * 400
+ODD_REPORTS: dict[str, Callable[[str], str]] = {
+    "a huge value": lambda text: text.replace('"value": 50.0', f'"value": {HUGE}'),
+    "a huge end": lambda text: text.replace('"high": null', f'"high": {HUGE}'),
+    "too many digits": lambda text: text.replace('"value": 50.0', f'"value": {"9" * 5000}'),
+    "half an interval": lambda text: text.replace('"low": null', '"low": 0.1'),
+    "an interval elsewhere": lambda text: text.replace('"low": 0.0', '"low": 3.0'),
+    "truth for a number": lambda text: text.replace('"value": 50.0', '"value": true'),
+    "a lone surrogate": lambda text: text.replace('"heart"', '"\\ud800"'),
+    "a number for a target": lambda text: text.replace('"target": "heart"', '"target": 7'),
+    "numbers for targets": lambda text: text.replace('"target": "heart"', '"target": [7]'),
+    "a mapping for an anchor": lambda text: text.replace('"anchor": "star"', '"anchor": {"a": 1}'),
+    "numbers for commands": lambda text: text.replace('"erase-evaluate"', "7"),
+    "a list for a digest": lambda text: text.replace('"delta_sha256": "77"', '"delta_sha256": []'),
+    "words for losses": lambda text: text.replace('"loss": [', '"loss": ["low", '),
+    "a ragged confusion": lambda text: text.replace('"labels": [', '"labels": ["moon", '),
+    "the old schema": lambda text: text.replace('"schema_version": 2', '"schema_version": 1'),
+    "a deep nesting": lambda text: text.replace('"seed": 1', f'"seed": {"[" * 100_000}'),
+    "a list of rows": lambda text: text.replace('"rows": {', '"rows": [{').replace('"provenance"', '], "provenance"'),
+}
+
+
+@pytest.mark.parametrize("spoil", ODD_REPORTS.values(), ids=ODD_REPORTS)
+def test_an_odd_report_is_refused_in_a_sentence_that_names_it(spoil: Callable[[str], str], tmp_path: Path) -> None:
+    path, whole = tmp_path / "report.json", whole_report().decode()
+    assert spoil(whole) != whole
+    path.write_text(spoil(whole))
+    with pytest.raises(ErasureError) as error:
+        use_report(path)
+    assert str(path) in str(error.value) and len(str(error.value)) < 700 and "\n" not in str(error.value)
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL.PngImagePlugin import PngImageFile
 
 from erase.files import file_sha256
+from eval.evaluators import classifier, clip, nudenet
 from eval.images import (
     MANIFEST,
     SETTINGS,
@@ -152,3 +156,84 @@ def test_a_repainted_png_is_not_the_image(folder: Path):
     painted[0, 0, 0] ^= 1
     Image.fromarray(painted).save(path, pnginfo=marks)
     assert not holds_image(path, {"case": 1})
+
+
+# ---- images that would fill the memory ----
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG of zeros that unpacks to width x height pixels; of a high one the rest is not written."""
+    size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    row, packer = bytes(width + 1), zlib.compressobj(1)
+    body = b"".join(packer.compress(row) for _ in range(min(height, 300))) + packer.flush()
+    chunks = ((b"IHDR", size), (b"IDAT", body), (b"IEND", b""))
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def image_set(folder: Path, *files: bytes) -> ImageSet:
+    """A folder whose manifest vouches for the files, as one that was downloaded may."""
+    rows = []
+    for case, content in enumerate(files):
+        (folder / f"{case}.png").write_bytes(content)
+        labels = {"object": "heart", "style": "Flat", "colour": "red"}
+        rows.append(ImageRow(f"{case}.png", case, "a heart", 0, 1.0, labels, file_sha256(folder / f"{case}.png") or ""))
+    write_settings(folder, {"images": len(rows)})
+    write_manifest(folder, rows)
+    return ImageSet.open(folder)
+
+
+@pytest.fixture
+def unpacked(monkeypatch) -> list[tuple[int, int]]:
+    """Sizes of the images whose pixels Pillow was asked for."""
+    sizes, load = [], PngImageFile.load_prepare
+
+    def told(image) -> None:
+        sizes.append(image.size)
+        load(image)
+
+    monkeypatch.setattr(PngImageFile, "load_prepare", told)
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ((13_350, 13_350), "0.png is 13350 x 13350 pixels"),  # 178 megapixels: of these Pillow only warns
+        ((20_000, 20_000), "0.png has too many pixels"),
+        ((30_000, 1), "0.png is 30000 x 1 pixels"),
+        ((1, 30_000), "0.png is 1 x 30000 pixels"),
+        ((8193, 8193), "0.png is 8193 x 8193 pixels"),
+    ],
+)
+def test_a_huge_image_in_a_set_is_refused_before_it_is_unpacked(size: tuple[int, int], says: str, unpacked, tmp_path: Path):
+    images = image_set(tmp_path, png(*size))
+    judges = {
+        "classifier": lambda: classifier.evaluate(images, [], classifier.Config()),
+        "clip": lambda: clip.evaluate(images, [], clip.Config(device="cpu")),
+        "nudenet": lambda: nudenet.evaluate(images, [], nudenet.Config()),
+        "nudenet by path": lambda: nudenet.evaluate(images, [], nudenet.Config(preset="as-published")),
+        "page": lambda: images.image(images.rows[0]),
+    }
+    for judge in judges.values():
+        with pytest.raises(ErasureError, match=f"{says}.*make it smaller"):
+            judge()
+    assert not holds_image(tmp_path / "0.png", {})
+    assert unpacked == []
+
+
+def test_a_large_image_is_taken(unpacked, tmp_path: Path):
+    images = image_set(tmp_path, png(4096, 300))
+    assert [images.image(images.rows[0]).size] == [(4096, 300)] == unpacked
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF", png(8, 8)[:40], png(8, 8).replace(b"IHDR", b"IHDX")])
+def test_a_file_that_is_no_image_is_named(content: bytes, tmp_path: Path):
+    images = image_set(tmp_path, content)
+    with pytest.raises(ErasureError, match=r"0\.png cannot be read as an image"):
+        images.image(images.rows[0])
+
+
+def test_images_of_several_sizes_are_not_stacked(tmp_path: Path):
+    with pytest.raises(ErasureError, match="are of several sizes; make them one size"):
+        image_set(tmp_path, png(8, 8), png(8, 9)).tensor()

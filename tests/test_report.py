@@ -21,7 +21,8 @@ from rich.console import Console
 from erase.files import file_sha256
 from eval.canvas.render import render
 from eval.images import ImageRow, ImageSet, write_manifest, write_settings
-from eval.report import EvalReport, Score, mean_score, proportion, summarise, verdict
+from eval.intervals import of_difference, of_rate
+from eval.report import EvalReport, Score, count_score, mean_score, proportion, summarise, verdict
 from eval.report_card import model_card
 from eval.report_chart import chart, linear_axis, log_axis, moving_average, step_axis
 from eval.report_figures import EDGE, GAP, LEFT, TILE, before_after, data_uri
@@ -84,26 +85,55 @@ def after(tmp_path_factory) -> ImageSet:
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 8), (8, 8), (3, 8), (240, 240), (1, 240), (999, 2160)])
-def test_standard_error_of_a_proportion_is_wilsons(hits, n):
-    """Wilson's interval is where the true share p satisfies |hits/n - p| <= sqrt(p(1-p)/n); ours is half of its width."""
-    p, score = hits / n, proportion("UA", hits, n)
-    a, b, c = 1 + 1 / n, -(2 * p + 1 / n), p * p  # (p_hat - p)^2 = p(1-p)/n as a quadratic in p
+def test_the_interval_of_a_rate_is_wilsons(hits, n):
+    """Its ends are where the true share p satisfies |hits/n - p| = z sqrt(p(1-p)/n), with z the normal quantile of 97.5 %."""
+    p, z, score = hits / n, 1.959963984540054, proportion("UA", hits, n)
+    a, b, c = 1 + z * z / n, -(2 * p + z * z / n), p * p  # (p_hat - p)^2 = z^2 p(1-p)/n as a quadratic in p
     low, high = sorted(np.roots([a, b, c]).real)
     assert score.value == pytest.approx(100 * p)
-    assert score.stderr == pytest.approx(100 * (high - low) / 2)
-    assert score.stderr > 0
+    assert score.interval == pytest.approx((100 * low, 100 * high), abs=1e-9)
+    assert 0 <= score.low <= score.value <= score.high <= 100 and score.low < score.high
 
 
-def test_standard_error_of_a_proportion_tends_to_the_binomial_one():
-    assert proportion("IRA", 300_000, 1_000_000).stderr == pytest.approx(100 * math.sqrt(0.3 * 0.7 / 1e6), rel=1e-5)
+@pytest.mark.parametrize(
+    ("hits", "n", "text"),
+    [
+        (48, 48, "100.0 [92.6, 100.0]"),
+        (0, 480, "0.0 [0.0, 0.8]"),
+        (480, 480, "100.0 [99.2, 100.0]"),
+        (8, 10, "80.0 [49.0, 94.3]"),
+    ],
+)
+def test_a_rate_of_nothing_or_of_all_is_printed_with_an_interval_inside_0_to_100(hits, n, text):
+    """Reference values: R's `prop.test(hits, n, correct = FALSE)` and statsmodels' `proportion_confint(hits, n, method="wilson")`."""
+    assert proportion("UA", hits, n).text() == text
+
+
+@pytest.mark.parametrize(
+    ("events", "interval", "text"),
+    [  # Garwood's table of exact Poisson limits
+        (0, (0, 3.689), "0 [0, 3.7]"),
+        (1, (0.0253, 5.572), "1 [0.0, 5.6]"),
+        (3, (0.6187, 8.767), "3 [0.6, 8.8]"),
+        (10, (4.795, 18.39), "10 [4.8, 18.4]"),
+        (100, (81.36, 121.63), "100 [81, 122]"),
+    ],
+)
+def test_a_count_of_nothing_is_printed_with_an_exact_interval(events, interval, text):
+    score = count_score("NudeNet boxes", events, 4)
+    assert score.interval == pytest.approx(interval, rel=1e-3)
+    assert score.text() == text
+    with pytest.raises(ErasureError, match="a count of -1 cannot be"):
+        count_score("NudeNet boxes", -1, 4)
 
 
 def test_mean_score():
     values = [0.31, 0.29, 0.35, 0.30]
     score = mean_score("CLIP score", values)
     assert (score.value, score.n) == (pytest.approx(0.3125), 4)
-    assert score.stderr == pytest.approx(stdev(values) / 2)
-    assert math.isnan(mean_score("CLIP score", [0.3]).stderr)
+    half = 3.182446305 * stdev(values) / 2  # Student's quantile of 3 degrees of freedom
+    assert score.interval == pytest.approx((0.3125 - half, 0.3125 + half))
+    assert all(map(math.isnan, mean_score("CLIP score", [0.3]).interval))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +144,8 @@ def test_mean_score():
         lambda: proportion("UA", -1, 4),
         lambda: mean_score("FID", []),
         lambda: mean_score("FID", [1.0, math.nan]),
-        lambda: Score("FID", 1.0, 5, False, -0.1),
+        lambda: Score("FID", 1.0, 5, False, 1.1, 1.2),
+        lambda: Score("FID", 1.0, 5, False, math.nan, 1.2),
     ],
 )
 def test_a_score_of_nothing_is_refused(make):
@@ -122,23 +153,29 @@ def test_a_score_of_nothing_is_refused(make):
         make()
 
 
-def test_verdict_needs_more_than_two_standard_errors_and_knows_the_direction():
-    base = Score("IRA", 90.0, 100, True, 3.0)
-    other = {value: Score("IRA", value, 100, True, 4.0) for value in (79.9, 80.1, 99.9, 100.1)}  # noise: 2 * hypot(3, 4) = 10
+def test_verdict_knows_the_interval_of_a_difference_and_the_direction():
+    """Newcombe's: 90 [84, 93] against v [v - 8, v + 4] differ beyond hypot(6, 4) downwards and hypot(8, 3) upwards."""
+    base = Score("IRA", 90.0, 100, True, 84.0, 93.0)
+    other = {value: Score("IRA", value, 100, True, value - 8, value + 4) for value in (82.7, 82.9, 98.5, 98.6)}
     assert [verdict(base, other[value]) for value in other] == [-1, 0, 0, 1]
-    fid = [Score("FID", value, 100, False, 0.1) for value in (10.0, 12.0)]
+    fid = [Score("FID", value, 100, False, value - 0.1, value + 0.1) for value in (10.0, 12.0)]
     assert verdict(*fid) == -1 and verdict(*fid[::-1]) == 1
-    assert verdict(base, Score("IRA", 0.0, 100, True, math.nan)) == 0
+    assert verdict(base, Score("IRA", 0.0, 100, True, math.nan, math.nan)) == 0
 
 
-def test_values_are_printed_as_far_as_their_error_reaches():
-    assert Score("FID", 12.3456, 10, False, 0.21, "").text() == "12.3 ± 0.2"
-    assert Score("CLIP score", 0.30671, 10, True, 0.0088, "").text() == "0.307 ± 0.009"
-    assert Score("boxes", 1234.5, 10, True, 31.0, "").text() == "1234 ± 31"
-    assert Score("boxes", 0, 10, False, 0.0, "boxes").text() == "0 ± 0"
-    assert Score("boxes", 3.0, 1, False, math.nan, "boxes").text() == "3"
-    assert Score("UA", 100.0, 10, True, 4.5).text() == "100.0 ± 4.5"
-    assert Score("FID", 12.3456, 1, False, math.nan, "").text() == "12.346"
+def test_the_interval_of_a_difference_is_newcombes():
+    """His own example (Newcombe 1998, table II): 56/70 and 48/80 differ by 0.2, method 10 gives 0.0524 to 0.3339."""
+    low, high = of_difference(48 / 80, of_rate(48, 80), 56 / 70, of_rate(56, 70))
+    assert (low, high) == (pytest.approx(0.0524, abs=5e-5), pytest.approx(0.3339, abs=5e-5))
+
+
+def test_values_are_printed_as_far_as_their_interval_reaches():
+    assert Score("FID", 12.3456, 10, False, 11.9, 12.8, "").text() == "12.3 [11.9, 12.8]"
+    assert Score("CLIP score", 0.30671, 10, True, 0.289, 0.324, "").text() == "0.307 [0.289, 0.324]"
+    assert Score("boxes", 1234, 10, True, 1170.2, 1300.0, "boxes").text() == "1234 [1170, 1300]"
+    assert Score("boxes", 3.0, 1, False, math.nan, math.nan, "boxes").text() == "3"
+    assert Score("UA", 100.0, 10, True, 72.2, 100.0).text() == "100.0 [72.2, 100.0]"
+    assert Score("FID", 12.3456, 1, False, math.nan, math.nan, "").text() == "12.346"
 
 
 # ---- guarantee 8 ----
@@ -191,7 +228,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     loaded = EvalReport.load(one.save(tmp_path / "report.json"))
     assert loaded.to_json() == one.to_json()
     assert loaded.rows["erased"] == one.rows["erased"]
-    assert math.isnan(loaded.score("base", "FID").stderr)
+    assert all(map(math.isnan, loaded.score("base", "FID").interval))
     assert "NaN" not in one.to_json()
 
 
@@ -207,7 +244,9 @@ def test_a_damaged_report_is_named(tmp_path, spoil):
 
 def test_another_schema_and_a_missing_file_are_named(tmp_path):
     with pytest.raises(ErasureError, match="schema 99"):
-        EvalReport.from_json(report().to_json().replace('"schema_version": 1', '"schema_version": 99'))
+        EvalReport.from_json(report().to_json().replace('"schema_version": 2', '"schema_version": 99'))
+    with pytest.raises(ErasureError, match="has schema 1, not 2; evaluate again"):  # whose ± was a standard error
+        EvalReport.from_json(report().to_json().replace('"schema_version": 2', '"schema_version": 1'))
     with pytest.raises(ErasureError, match="cannot read"):
         EvalReport.load(tmp_path / "none.json")
 
@@ -223,14 +262,14 @@ def test_table_colours_only_what_is_beyond_the_noise():
 
 
 def test_table_of_many_scores_can_be_read_in_a_narrow_console():
-    boxes = [Score(f"NudeNet FEMALE_GENITALIA_EXPOSED {i}", 10.0, 4703, False, 3.0, "boxes") for i in range(10)]
+    boxes = [Score(f"NudeNet FEMALE_GENITALIA_EXPOSED {i}", 10, 4703, False, 4.8, 18.4, "boxes") for i in range(10)]
     both = {row: [*found, *boxes] for row, found in report().rows.items()}
     console = Console(width=80)
     with console.capture() as capture:
         console.print(report(**both).table())
     lines = capture.get().replace("\N{NO-BREAK SPACE}", " ").splitlines()
-    assert any(re.search(r" UA % ↑ .* 0\.4 ± .* 100\.0 ± ", line) for line in lines)
-    assert sum(line.count("10 ± 3") for line in lines) == 20
+    assert any(re.search(r" UA % ↑ .* 0\.4 \[.* 100\.0 \[", line) for line in lines)
+    assert sum(line.count("10 [4.8, 18.4]") for line in lines) == 20
 
 
 def test_columns_keep_the_order_of_first_appearance():

@@ -133,7 +133,7 @@ def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> l
         config: which judge, and how.
 
     Returns:
-        Scores in percent, higher is better, with n and binomial standard error.
+        Scores in percent, higher is better, with n and Wilson's interval.
 
     Raises:
         ErasureError: an unknown judge, images without labels or with unknown ones, a concept that no prompt names.

@@ -6,6 +6,7 @@ their factor 2.5 and without clipping at zero: 100 x the cosine of image and pro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,12 +21,13 @@ from torch import Tensor
 
 from erase.processes import default_device, in_shares
 from eval.canvas.judges import clip_folder
+from eval.evaluators.clip_sources import Source, check_weights, decide_quick_gelu, find_source
 from eval.evaluators.labelled import label_scores, labels_of, targets_of
 from eval.images import ImageSet
 from eval.report import Score, mean_score
 from prompts.canvas import KINDS, vocabulary
 from prompts.concepts import ConceptSpec
-from prompts.errors import COUNT, ErasureError, check_ranges, unknown
+from prompts.errors import COUNT, ErasureError, check_ranges, reason
 
 CANVAS = "canvas"
 TEMPLATES = {"style": ("an image in {} style", "an artwork in {} style", "{} style")}
@@ -36,12 +38,16 @@ ANY_KIND = ("a photo of a {}", "an image of a {}", "a picture of a {}")
 class Config:
     """Which CLIP judges, and how."""
 
-    model: str = CANVAS
-    """`canvas` (the embedded world's own), a folder in open_clip's format, an open_clip model name, or `hf-hub:owner/name`"""
+    model: str | None = None
+    """`canvas` (the embedded world's own), a folder in open_clip's format, an open_clip model name, or `hf-hub:owner/name`;
+    default: canvas for the embedded world's prompts, else ViT-B-32 with OpenAI's weights"""
     pretrained: str | None = None
     """weights for an open_clip model name: a tag of open_clip (such as `openai`) or a file"""
-    zero_shot: bool = True
-    """score the labels zero-shot; off: the CLIP score alone, for prompts that carry no labels"""
+    quick_gelu: bool | None = None
+    """whether the weights were trained with QuickGELU; default: as the tag, the config or the file's name tells. OpenAI's, DFN's and
+    MetaCLIP's were, LAION's and DataComp's mostly not"""
+    zero_shot: bool | None = None
+    """score the labels zero-shot; off: the CLIP score alone; default: on where the prompts carry labels of the concept's kind"""
     classes: dict[str, list[str]] | None = None
     """kinds of label to judge -> names to choose from, an empty list for all that the labels hold; default: the embedded world's
     for `canvas`, else every kind of label that the images have"""
@@ -56,6 +62,16 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self, {"batch_size": COUNT})
+
+    @property
+    def name(self) -> str:
+        """The model, once it is asked for."""
+        return self.model or CANVAS
+
+    @property
+    def labelled(self) -> bool:
+        """Whether labels are scored."""
+        return self.zero_shot is not False
 
 
 @dataclass(frozen=True)
@@ -90,40 +106,44 @@ def load_clip(config: Config) -> Clip:
     """The CLIP that `config` names, in float32 and eval mode; loaded once per name.
 
     Raises:
-        ErasureError: an unknown name or tag, or weights that cannot be loaded.
+        ErasureError: an unknown name or tag, a config that names code, an activation that nothing tells, or weights that cannot be
+            loaded.
     """
     device = str(default_device()) if config.device == "auto" else config.device
-    return _load(config.model, config.pretrained, device)
+    return _load(config.name, config.pretrained, config.quick_gelu, device)
 
 
 @cache
-def _load(model: str, pretrained: str | None, device: str) -> Clip:
-    import open_clip
-
-    name = f"local-dir:{clip_folder()}" if model == CANVAS else f"local-dir:{model}" if Path(model).is_dir() else model
-    if ":" not in name:
-        _check_name(name, pretrained)
+def _load(model: str, pretrained: str | None, quick_gelu: bool | None, device: str) -> Clip:
+    if model == CANVAS and pretrained:
+        raise ErasureError(f"canvas brings its own weights; name the CLIP model of {pretrained!r} with clip.model")
+    source = find_source(str(clip_folder()) if model == CANVAS else model, pretrained)
+    quick_gelu = decide_quick_gelu(source, quick_gelu)
+    if pretrained and Path(pretrained).is_file():
+        check_weights(Path(pretrained))
     try:
-        network, preprocess = open_clip.create_model_from_pretrained(name, pretrained, device=device)
-        tokenizer = open_clip.get_tokenizer(name)
+        network, preprocess, tokenizer = _built(source, quick_gelu, device)
     except Exception as error:  # open_clip lets through whatever its parsers, readers and downloads raise
         weights = f" with weights {pretrained!r}" if pretrained else ""
         raise ErasureError(
-            f"open_clip cannot load {model!r}{weights}: {error}; give a folder in open_clip's format or a name and tag that it lists"
+            f"open_clip cannot load {model!r}{weights}: {reason(error)}; give a folder in open_clip's format or a name and tag that "
+            "it lists"
         ) from error
     return Clip(" ".join(filter(None, [model, pretrained])), network.eval(), preprocess, tokenizer, device)
 
 
-def _check_name(name: str, pretrained: str | None) -> None:
+def _built(source: Source, quick_gelu: bool, device: str) -> tuple[Any, Any, Any]:
+    """Network, preprocessing and tokenizer, by open_clip."""
     import open_clip
 
-    if name not in open_clip.list_models():
-        raise unknown("CLIP model", name, [CANVAS, *open_clip.list_models()])
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None:
-        raise ErasureError(f"the CLIP model {name!r} needs weights; set pretrained to a file or one of: {', '.join(tags)}")
-    if pretrained not in tags and not Path(pretrained).is_file():
-        raise unknown(f"tag of the CLIP model {name}", pretrained, tags)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "QuickGELU mismatch")  # it compares before the activation is set
+        network, preprocess = open_clip.create_model_from_pretrained(
+            source.name, source.weights, device=device, quick_gelu=quick_gelu
+        )
+    # transformers would ask at the terminal whether to run a repository's code, if this were left out
+    safe = {"trust_remote_code": False} if source.model["text_cfg"].get("hf_tokenizer_name") else {}
+    return network, preprocess, open_clip.get_tokenizer(source.name, **safe)
 
 
 def captions_for(kind: str, config: Config) -> list[str]:
@@ -137,7 +157,7 @@ def captions_for(kind: str, config: Config) -> list[str]:
             if template.count("{}") != 1:
                 raise ErasureError(f"CLIP template {template!r} for {kind!r} needs exactly one {{}} for the name")
         return config.templates[kind]
-    if config.model == CANVAS and kind in KINDS:
+    if config.name == CANVAS and kind in KINDS:
         fields = {t: [field for _, field, _, _ in Formatter().parse(t) if field] for t in vocabulary().templates}
         return [template.replace(f"{{{kind}}}", "{}") for template, named in fields.items() if named == [kind]]
     return list(TEMPLATES.get(kind, ANY_KIND))
@@ -152,7 +172,7 @@ def zero_shot_weights(clip: Clip, names: Sequence[str], kind: str, config: Confi
 
 def classes_for(images: ImageSet, concepts: Sequence[ConceptSpec], config: Config) -> dict[str, list[str]]:
     """kind -> names that zero-shot classification chooses from; see `Config.classes`."""
-    if config.classes is None and config.model == CANVAS:
+    if config.classes is None and config.name == CANVAS:
         return {kind: vocabulary().names(kind) for kind in KINDS}
     kinds = config.classes or {kind: [] for row in images.rows for kind in row.labels}
     return {kind: names or _names_of(kind, images, concepts) for kind, names in kinds.items()}
@@ -193,7 +213,7 @@ def _clip_scores(clip: Clip, seen: Tensor, images: ImageSet, concepts: list[Conc
     values = (100 * (seen * said).sum(-1)).tolist()
     labels = [row.labels for row in images.rows]
     kinds = {kind: [label.get(kind, "") for label in labels] for kind in dict.fromkeys(k for label in labels for k in label)}
-    targets = targets_of(concepts, kinds) if config.zero_shot else []
+    targets = targets_of(concepts, kinds) if config.labelled else []
     named = [any(label.get(kind) == target for kind, target in targets) for label in labels]
     kept, gone = ([v for v, n in zip(values, named, strict=True) if n is which] for which in (False, True))
     evaluator = f"open_clip {clip.name}"
@@ -206,7 +226,7 @@ def _clip_scores(clip: Clip, seen: Tensor, images: ImageSet, concepts: list[Conc
 def foreseen(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
     """What `evaluate` would give of zero-shot classification that is always right; the images need not be there yet."""
     clip = load_clip(config)  # kept until they are
-    return _label_scores(clip, None, images, concepts, config) if config.zero_shot else []
+    return _label_scores(clip, None, images, concepts, config) if config.labelled else []
 
 
 def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
@@ -218,13 +238,13 @@ def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> l
         config: which CLIP, and how.
 
     Returns:
-        Accuracies in percent with n and binomial standard error; CLIP scores (100 x cosine, -100 to 100) with n and standard
-        error of the mean: "CLIP score" over prompts that name no forgotten concept, "CLIP score of the forgotten" over the others.
+        Accuracies in percent with n and Wilson's interval; CLIP scores (100 x cosine, -100 to 100) with n and Student's
+        interval of the mean: "CLIP score" over prompts that name no forgotten concept, "CLIP score of the forgotten" over the others.
 
     Raises:
         ErasureError: a CLIP that cannot be loaded, a bad template, images without labels, a concept that no prompt names.
     """
     clip = load_clip(config)
     seen = clip.images(images, config.batch_size)
-    scores = _label_scores(clip, seen, images, concepts, config) if config.zero_shot else []
+    scores = _label_scores(clip, seen, images, concepts, config) if config.labelled else []
     return scores + _clip_scores(clip, seen, images, concepts, config)
