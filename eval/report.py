@@ -188,13 +188,14 @@ class EvalReport:
     def table(self) -> Table:
         """A console table: a row per score, a column per model; what differs from the base beyond the noise is coloured."""
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=self.title, caption=INTERVALS)
+        table = Table(title=Text(self.title), caption=Text(INTERVALS))  # Text: brackets are no markup
         table.add_column("score")
         for row in self.check().rows:
-            table.add_column(row, justify="right")
+            table.add_column(Text(row), justify="right")
         for score in self.columns():
-            table.add_row(score.heading, *(self._cell(row, score.name) for row in self.rows))
+            table.add_row(Text(score.heading), *(self._cell(row, score.name) for row in self.rows))
         return table
 
     def _cell(self, row: str, name: str) -> Text:

@@ -261,6 +261,17 @@ def test_table_colours_only_what_is_beyond_the_noise():
     assert "(2160)" in text and "UA % ↑" in text
 
 
+def test_brackets_are_printed_and_not_taken_for_markup():
+    one = report()
+    one.concept = CONCEPT | {"target": "[/b] heart"}
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(one.table())
+    text = capture.get().replace("\N{NO-BREAK SPACE}", " ")
+    assert "[/b] heart → star" in text and "[low, high]: 95 % interval of n judgements" in text
+    assert "100.0 [98.4, 100.0] (240)" in text
+
+
 def test_table_of_many_scores_can_be_read_in_a_narrow_console():
     boxes = [Score(f"NudeNet FEMALE_GENITALIA_EXPOSED {i}", 10, 4703, False, 4.8, 18.4, "boxes") for i in range(10)]
     both = {row: [*found, *boxes] for row, found in report().rows.items()}
