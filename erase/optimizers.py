@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from erase.sharding import sharded
-from prompts.errors import ErasureError, reason, unknown
+from prompts.errors import ErasureError, is_number, reason, unknown
 
 NOT_OURS = {
     "Optimizer": "is no optimizer itself",
@@ -44,6 +44,7 @@ def make_optimizer(
     if args.get("maximize"):
         raise ErasureError("optimizer_args asks to maximize the loss, which undoes what erasing is to do; leave maximize out")
     kind = _eight_bit(name) if name.endswith("8bit") else _torch_optimizer(name)
+    _check_kinds(kind, name, args)
     if fuse and kind in FUSED and not args.keys() & {"foreach", "differentiable"}:
         args = {"fused": True} | args
     try:
@@ -73,6 +74,22 @@ def try_optimizer(name: str, lr: float, args: dict[str, Any], fuse: bool, device
         raise ErasureError(f"optimizer {name} makes weights that are not finite with {_told(args)}; choose other arguments")
     if not any(value.any() for value in values):
         raise ErasureError(f"optimizer {name} moves no weight with lr {lr:g} and {_told(args)}; choose a larger lr")
+
+
+def _check_kinds(kind: Any, name: str, args: dict[str, Any]) -> None:
+    """Refuse what an optimizer would take for something else: a text is true, and of three betas it may use two."""
+    known = inspect.signature(kind).parameters
+    for arg, value in args.items():
+        usual = known[arg].default if arg in known else None  # of an unknown one the optimizer itself says more
+        wanted = None
+        if isinstance(usual, bool) and not isinstance(value, bool):
+            wanted = "true or false"
+        elif isinstance(usual, float) and not is_number(value):
+            wanted = "a number"
+        elif isinstance(usual, tuple) and not (isinstance(value, list | tuple) and len(value) == len(usual)):
+            wanted = f"a list of {len(usual)} numbers"
+        if wanted:
+            raise ErasureError(f"optimizer {name}: {arg} is {value!r}; it must be {wanted}")
 
 
 def _told(args: dict[str, Any]) -> str:

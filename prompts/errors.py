@@ -59,7 +59,7 @@ def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) ->
         kind = _annotated(settings, name)
         if value is None and (not kind or "None" in kind):
             continue
-        if not _is_number(value):
+        if not is_number(value):
             raise ErasureError(f"{name} is {value!r}, which is not a number")
         if not low <= value <= high:
             ends = f"{low:g} or more" if high == inf else f"between {low:g} and {high:g}"
@@ -68,7 +68,8 @@ def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) ->
             raise ErasureError(f"{name} is {value}; it must be a whole number")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a number, and not true or false."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
