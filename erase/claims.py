@@ -173,4 +173,4 @@ def _told(changes: list[Difference]) -> str:
 
 def _short(value: Any) -> str:
     text = "not set" if value is None else str(value) if isinstance(value, int | float) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 80 else f"{text[:30]}...{text[-47:]}"  # of a path, the end tells most

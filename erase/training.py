@@ -41,9 +41,9 @@ SHARE_STRIDE = 1_000_003
 Batch = Any
 LossFn = Callable[[Batch, Frozen], Tensor]
 """(batch or part of one, the base weights as a context) -> a scalar with graph, a mean over its rows"""
-log = logging.getLogger("erase")
 Batches = Callable[[int, int], Batch]
 """(step, part) -> what the loss function takes. A function of nothing else: so a resumed run sees what it would have seen."""
+log = logging.getLogger("erase")
 
 
 @dataclass
@@ -118,9 +118,9 @@ def fit(
     accelerator = accelerator or make_accelerator(config)
     if mask is not None:
         mask.check(params, model.fingerprint)
+    kept = Checkpoint(checkpoint, {"base_fingerprint": model.fingerprint, **(about or {})}) if checkpoint else None
     with running(model, params, config) as standing:
         try:
-            kept = Checkpoint(checkpoint, {"base_fingerprint": model.fingerprint, **(about or {})}) if checkpoint else None
             return _fitted(Trainable(params, mask, standing), batches, loss_fn, config, accelerator, kept)
         finally:
             accelerator.free_memory()  # it keeps the optimizer: room that the model's own weights may need to come back
