@@ -13,12 +13,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from erase.checksum import sha256_of
 from erase.files import damage_named, load_tensors, save_tensors
 from erase.finite import all_finite
 from erase.layout import Layout
@@ -106,7 +108,9 @@ class Saliency:
 
     def save(self, path: str | Path) -> None:
         """Write safetensors, with the order of the parameters in the metadata: the file sorts them by name, and ties go by order."""
-        save_tensors(path, self.values, {**self.metadata, "format": "saliency", "order": json.dumps(list(self.values))})
+        metadata = {**self.metadata, "order": json.dumps(list(self.values))}
+        checksum = sha256_of({"values": self.values, "metadata": metadata})
+        save_tensors(path, self.values, {**_sorted(metadata), "format": "saliency", "sha256": checksum})
 
     @classmethod
     def load(cls, path: str | Path) -> Saliency:
@@ -116,6 +120,9 @@ class Saliency:
             ErasureError: a missing, damaged or foreign file, or values that are no saliency.
         """
         values, metadata = load_tensors(path, "saliency")
+        checksum, _ = metadata.pop("sha256", None), metadata.pop("format")
+        if checksum and checksum != sha256_of({"values": values, "metadata": metadata}):
+            raise ErasureError(f"{path} is damaged: it holds other values than were written; compute it again")
         with damage_named(path, "compute it again"):
             order = json.loads(metadata.pop("order"))
             if sorted(order) != sorted(values):
@@ -135,7 +142,7 @@ class SaliencyMask:
     """parameter name -> uint8, ceil(n / 8) bytes, little bit order, rows of the parameter flattened"""
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str] = field(default_factory=dict)
-    """base_fingerprint, concepts, loss, density, scope, seed, ..."""
+    """base_fingerprint, concepts, forget, loss, density, scope, seed, ..."""
 
     def __getitem__(self, name: str) -> Tensor:
         """The boolean mask of one parameter, in the parameter's shape."""
@@ -203,7 +210,8 @@ class SaliencyMask:
 
     def save(self, path: str | Path) -> None:
         """Write safetensors: one uint8 tensor per parameter, shapes and provenance in the metadata."""
-        save_tensors(path, self.bits, {**self.metadata, "format": "mask", "shapes": json.dumps(self.shapes)})
+        further = {"format": "mask", "shapes": json.dumps(self.shapes), "sha256": self.sha256}
+        save_tensors(path, self.bits, {**_sorted(self.metadata), **further})
 
     @classmethod
     def load(cls, path: str | Path) -> SaliencyMask:
@@ -213,6 +221,7 @@ class SaliencyMask:
             ErasureError: a missing, damaged or foreign file, or bits that do not fit their shapes.
         """
         bits, metadata = load_tensors(path, "mask")
+        checksum, _ = metadata.pop("sha256", None), metadata.pop("format")
         with damage_named(path, "compute the mask again"):
             found = json.loads(metadata.pop("shapes")).items()
             shapes: dict[str, tuple[int, ...]] = {name: torch.Size(shape) for name, shape in found}
@@ -223,7 +232,15 @@ class SaliencyMask:
                         f"{path}: the bits of {name} do not fit its shape {tuple(shapes[name])}; "
                         "the file is damaged, compute the mask again"
                     )
-        return cls(bits, shapes, metadata)
+        mask = cls(bits, shapes, metadata)
+        if checksum and checksum != mask.sha256:
+            raise ErasureError(f"{path} is damaged: it holds other bits than were written; compute the mask again")
+        return mask
+
+
+def _sorted(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The same metadata in the order of its keys: a file that was read gives them in any, and equal content is to be equal bytes."""
+    return dict(sorted(metadata.items()))
 
 
 def check_density(density: float) -> None:
@@ -232,7 +249,7 @@ def check_density(density: float) -> None:
     Raises:
         ErasureError: density outside (0, 1].
     """
-    if not 0 < density <= 1:
+    if not isinstance(density, Real) or not 0 < density <= 1:
         raise ErasureError(f"density must be in (0, 1], not {density}")
 
 

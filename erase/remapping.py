@@ -5,15 +5,18 @@ What one erasure by it needs: its settings, the rows of each step, their targets
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
+from erase.checksum import sha256_of
+from erase.claims import flat
 from erase.execution import running
 from erase.latents import LatentSet, PromptCache, epoch_rows
 from erase.losses import denoising, remap
@@ -23,7 +26,8 @@ from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.trainable import Frozen
 from erase.training import LossFn
-from prompts.errors import FINITE, FRACTION, check_names, check_ranges
+from prompts.concepts import ConceptSpec
+from prompts.errors import FRACTION, check_names, check_ranges
 
 SOURCES = ("frozen", "current")
 RETAIN_TARGETS = ("frozen", "noise")
@@ -54,7 +58,7 @@ class RemapConfig:
 
     def __post_init__(self) -> None:
         check_names(self, {"anchor_from": SOURCES, "retain_target": RETAIN_TARGETS})
-        check_ranges(self, {"alpha": FINITE, "anchor_latents": FRACTION, "retain_dropout": FRACTION})
+        check_ranges(self, {"alpha": (0, 1e6), "anchor_latents": FRACTION, "retain_dropout": FRACTION})
 
 
 C = TypeVar("C", bound=RemapConfig)
@@ -104,6 +108,8 @@ class Job(Generic[C]):
     seed: int
     accelerator: Accelerator
     targets: FrozenTargets | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
+    """what its artifacts must agree on: base, seed, concepts, configuration, and digests of the forget and retain latents"""
 
     def generator(self, step: int) -> torch.Generator:
         """The random stream of one step: a function of the seed and the step, so that a resumed run draws the same."""
@@ -111,13 +117,37 @@ class Job(Generic[C]):
 
 
 def make_job(
-    model: DiffusionModel, forget: LatentSet, retain: LatentSet, config: C, seed: int, accelerator: Accelerator
+    model: DiffusionModel,
+    forget: LatentSet,
+    retain: LatentSet,
+    config: C,
+    seed: int,
+    accelerator: Accelerator,
+    concepts: Sequence[ConceptSpec] = (),
 ) -> Job[C]:
     """Choose the parameters, drop some retain prompts, embed every prompt once."""
     params = select_trainable(model.parameters(), config.scope)
     retain = _some_dropped(retain, config.retain_dropout, seed)
     embed = PromptCache(model, ["", *forget.prompts, *(forget.anchors or ()), *retain.prompts])
-    return Job(model, params, forget, retain, embed, config, seed, accelerator)
+    about = _describe(model, forget, retain, config, seed, concepts)
+    return Job(model, params, forget, retain, embed, config, seed, accelerator, about=about)
+
+
+def _describe(
+    model: DiffusionModel, forget: LatentSet, retain: LatentSet, config: C, seed: int, concepts: Sequence[ConceptSpec]
+) -> dict[str, str]:
+    """What a job's artifacts are compared by (`erase.claims`); of the configuration, what departs from its defaults."""
+    usual = flat(asdict(type(config)()))
+    departures = {name: value for name, value in flat(asdict(config)).items() if usual.get(name) != value}
+    return {
+        "base_fingerprint": model.fingerprint,
+        "concepts": json.dumps([{"target": concept.target} for concept in concepts]),
+        "seed": str(seed),
+        "settings": type(config).__name__,
+        "config": json.dumps({"method": departures}),
+        "forget": sha256_of(vars(forget)),
+        "retain": sha256_of(vars(retain)),
+    }
 
 
 def _some_dropped(retain: LatentSet, share: float, seed: int) -> LatentSet:

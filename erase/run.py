@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,19 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from erase.claims import check_artifact, check_settings, claim, flat
 from erase.delta import ErasedDelta
 from erase.files import written_whole
 from erase.latents import LatentConfig, prepare_latents
+from erase.mask import kept_count
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
-from erase.processes import found, processes
+from erase.processes import found
 from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.training import make_accelerator
 from prompts.concepts import ConceptSpec, check_together
-from prompts.errors import ErasureError, check_ranges
+from prompts.errors import ErasureError, check_ranges, reason
 
 VERSION = "0.1.0"
+log = logging.getLogger("erase")
 
 
 @dataclass
@@ -35,7 +39,7 @@ class EraseConfig:
     method: str = "salun"
     """salun (our default), or salun-paper (the reference to the letter)"""
     seed: int = 0
-    """fixes prompts, latents, noise and order: same seed, same machine, same delta"""
+    """fixes prompts, latents, noise and order: same seed, same machine, same number of threads, same delta"""
     latents: LatentConfig = field(default_factory=LatentConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
 
@@ -65,31 +69,44 @@ def erase_concept(
         The delta, which `delta.apply(model)` puts into a base and `erase.export` writes in the formats of others.
 
     Raises:
-        ErasureError: bad input, in a sentence that names it.
+        ErasureError: bad input, in a sentence that names it; a folder of another run; or no weight changed.
     """
-    config = config or EraseConfig()
+    config = EraseConfig() if config is None else config
+    if not isinstance(config, EraseConfig):
+        raise ErasureError(f"config is a {type(config).__name__}; give an EraseConfig, and the method's own as method_config")
     concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
     check_together(concepts)
     method = get_method(config.method)
-    settings = method.config if method_config is None else method_config
+    settings = method.settings(method_config)
     accelerator = make_accelerator(getattr(settings, "train", TrainConfig()))
     if config.load.dtype != "float32":
         raise ErasureError(
             f"load.dtype is {config.load.dtype}, but training needs float32 weights; use train.mixed_precision instead"
         )
+
+    folder, description = _folder(out), describe(concepts, config, settings)
+    defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
+    finished = folder is not None and found(folder / "delta.safetensors")
+    if folder:
+        check_settings(folder, description, defaults)
+    if finished:
+        log.info("%s/delta.safetensors is finished, so nothing is computed again; only its base is checked", folder)
     model = model or load_model(config.model, accelerator.device, config.load)
     base = model.parameters()
-    _check_base(base, getattr(settings, "scope", "full"))
-    metadata = describe(model, concepts, config, settings)
-    folder = Path(out) if out else None
+    _check_base(base, settings)
+
+    metadata = {"base_fingerprint": model.fingerprint, "base_id": model.name, **description}
+    made = _finished(folder / "delta.safetensors", metadata, defaults) if folder and finished else None
     if folder:
-        _claim(folder, metadata)
-        if found(folder / "delta.safetensors"):
-            return ErasedDelta.load(folder / "delta.safetensors")
+        claim(folder, metadata, defaults, finished)
+    if made:
+        return made
+
     share = getattr(settings, "anchor_latents", 0.0)
     forget, retain = prepare_latents(model, concepts, config.latents, config.seed, folder and folder / "latents", share)
     edit = method.compute(model, concepts, forget, retain, settings, seed=config.seed, accelerator=accelerator, folder=folder)
     delta = ErasedDelta.between({name: base[name].data for name in edit.values}, edit.values, metadata)
+    _check_changed(delta)
     if folder and accelerator.is_main_process:
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")
@@ -119,39 +136,59 @@ def load_base(delta: ErasedDelta, name: str | None = None, device: str | torch.d
     return load_model(name or delta.metadata.get("base_id", "?"), device, LoadConfig(**options))
 
 
-def _check_base(params: Mapping[str, nn.Parameter], scope: str) -> None:
-    """Refuse weights or a scope that cannot be trained, before hours are spent on latents."""
+def _folder(out: str | Path | None) -> Path | None:
+    if out is None:
+        return None
+    if not str(out):
+        raise ErasureError("the output folder has an empty name; give one, or none at all to keep the delta in memory alone")
+    folder = Path(out)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ErasureError(f"{folder} is a file, not a folder; choose another output folder")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ErasureError):
+            raise
+        raise ErasureError(f"{str(out)[:80]!r} cannot be a folder's name: {reason(error)}; choose another") from error
+    return folder
+
+
+def _finished(path: Path, metadata: Mapping[str, str], defaults: Mapping[str, Any]) -> ErasedDelta:
+    """The delta of an earlier call.
+
+    Raises:
+        ErasureError: it is of another run, or changes nothing.
+    """
+    delta = ErasedDelta.load(path)
+    check_artifact(path, delta.metadata, metadata, "choose another folder or delete it", defaults)
+    _check_changed(delta)
+    return delta
+
+
+def _check_changed(delta: ErasedDelta) -> None:
+    if not delta.count:
+        raise ErasureError(
+            f"erasing {delta.title} changed no weight, so there is no delta: either its prompts are to the text encoder what their "
+            "anchors' are, or the steps are too small for float32; choose another name or anchor, or raise train.lr or train.steps"
+        )
+
+
+def _check_base(params: Mapping[str, nn.Parameter], settings: Any) -> None:
+    """Refuse weights, a scope or a density that cannot be trained, before hours are spent on latents."""
     for name, param in params.items():
         if param.dtype != torch.float32:
             raise ErasureError(
                 f"{name} is {param.dtype}, but training needs float32 weights; load the model in float32, and use "
                 "train.mixed_precision instead"
             )
-    select_trainable(params, scope)
+    chosen = select_trainable(params, getattr(settings, "scope", "full"))
+    kept_count(getattr(settings, "density", 1.0), sum(param.numel() for param in chosen.values()))
 
 
-def describe(model: DiffusionModel, concepts: list[ConceptSpec], config: EraseConfig, settings: Any) -> dict[str, str]:
-    """Everything that fixes the result, as a delta's metadata."""
+def describe(concepts: list[ConceptSpec], config: EraseConfig, settings: Any) -> dict[str, str]:
+    """Everything that fixes the result but the base, as a delta's metadata."""
     return {
-        "base_fingerprint": model.fingerprint,
-        "base_id": model.name,
         "method": config.method,
         "config": json.dumps({"erase": asdict(config), "method": asdict(settings)}, sort_keys=True),
         "concepts": json.dumps([asdict(concept) for concept in concepts]),
         "created_with": f"concept-erasure-toolkit {VERSION}, torch {torch.__version__}",
     }
-
-
-def _claim(folder: Path, metadata: dict[str, str]) -> None:
-    """Mark the folder as this erasure's, or refuse one that holds another: resuming must never mix two."""
-    path = folder / "run.json"
-    if found(path):
-        other = json.loads(path.read_text())
-        differing = [key for key in metadata if other.get(key) != metadata[key]]
-        if differing:
-            raise ErasureError(
-                f"{folder} holds another run (its {', '.join(differing)} differ); choose another folder or delete it"
-            )
-    elif processes().is_main_process:
-        with written_whole(path) as aside:
-            aside.write_text(json.dumps(metadata, indent=1))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
-from prompts.errors import COUNT, FRACTION, ErasureError, check_ranges
+from prompts.errors import BELOW_ONE, COUNT, POSITIVE, ErasureError, check_ranges
+
+MOST_STEPS, MOST_ROWS = 10**7, 2**16
+"""bounds against slips of the keyboard: what a run could never finish, and what no memory holds"""
 
 
 @dataclass
@@ -24,7 +26,7 @@ class TrainConfig:
     accumulation: int = 1
     """parts into which each batch is split to save memory; the result is the same to rounding"""
     optimizer: str = "Adam"
-    """a class of torch.optim by name (but LBFGS, SparseAdam); or one of bitsandbytes.optim, where installed: AdamW8bit takes a quarter of the state"""
+    """a class of torch.optim by name (but LBFGS, Muon, SparseAdam); or one of bitsandbytes.optim, where installed: AdamW8bit takes a quarter of the state"""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of the optimizer, e.g. {weight_decay: 0.01, momentum: 0.9}"""
     max_grad_norm: float | None = None
@@ -53,7 +55,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "batch_size", "accumulation", "checkpoint_every"), COUNT)
-        check_ranges(self, {**counts, "lr": (0, inf), "max_grad_norm": (0, inf), "ema": FRACTION})
+        check_ranges(self, {**counts, "lr": POSITIVE, "max_grad_norm": POSITIVE, "ema": BELOW_ONE})
+        check_ranges(self, {"steps": (1, MOST_STEPS), "batch_size": (1, MOST_ROWS)})
+        if not isinstance(self.optimizer_args, dict) or not all(isinstance(name, str) for name in self.optimizer_args):
+            raise ErasureError(
+                f"optimizer_args is {self.optimizer_args!r}; it must be names with values, e.g. {{weight_decay: 0.01}}"
+            )
         for other in ("gradient_checkpointing", "compile"):
             if self.selective_recompute and getattr(self, other):
                 raise ErasureError(f"selective_recompute and {other} both decide what is recomputed; choose one")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
+from erase.checkpoint import RESTART, Checkpoint
 from erase.execution import ATTENTION, running
-from erase.files import damage_named, written_whole
+from erase.files import damage_named
 from erase.fsdp import check_sharded
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, autocast
-from erase.optimizers import make_optimizer
+from erase.optimizers import make_optimizer, try_optimizer
 from erase.processes import found, processes
 from erase.sharding import gathered, piece_of_state, whole_state
 from erase.train_config import TrainConfig
@@ -34,11 +36,14 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
 }
 """name -> fraction of the learning rate at this fraction of the steps; a function of the step alone, so a resumed run goes on with it"""
+SHARE_STRIDE = 1_000_003
+"""between the seeds of a step's shares; of a seed torch takes the lower 32 bits alone"""
 Batch = Any
 LossFn = Callable[[Batch, Frozen], Tensor]
 """(batch or part of one, the base weights as a context) -> a scalar with graph, a mean over its rows"""
 Batches = Callable[[int, int], Batch]
 """(step, part) -> what the loss function takes. A function of nothing else: so a resumed run sees what it would have seen."""
+log = logging.getLogger("erase")
 
 
 @dataclass
@@ -68,7 +73,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"{processes().num_processes} processes"
         )
     check_names(config, {"schedule": SCHEDULES, "attention": ATTENTION})
-    make_optimizer([nn.Parameter(torch.zeros(1))], config.optimizer, config.lr, config.optimizer_args, fuse=False)
+    try_optimizer(config.optimizer, config.lr, config.optimizer_args, config.mixed_precision != "fp16", processes().device)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
         AcceleratorState._reset_state()
@@ -85,12 +90,13 @@ def fit(
     *,
     accelerator: Accelerator | None = None,
     checkpoint: Path | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Fitted:
     """Take `config.steps` optimizer steps on `params` and leave the model as it was found.
 
     The mask acts on the update: the optimizer sees compact copies of the weights inside it and nothing else (`Trainable`), so weight
     decay and momentum cannot move the others. A loss function gets the base weights as a context, `with frozen():`, for its teacher.
-    An optimizer that works on whole matrices (Muon, Adafactor) sees flat values under a mask.
+    An optimizer that looks at whole matrices (Adafactor) sees flat values under a mask.
 
     Args:
         model: whose weights `params` are.
@@ -101,18 +107,21 @@ def fit(
         mask: where weights may change; None: everywhere.
         accelerator: made from `config` where none is given.
         checkpoint: file of the training state; found, it is resumed from; the caller removes it.
+        about: the run that it belongs to (`erase.claims`): a state of another one is refused.
 
     Raises:
-        ErasureError: a loss that is not finite, an unknown optimizer or argument, a mask of another base.
+        ErasureError: a loss that is not finite, an unknown optimizer or argument, a mask of another base, a training state that is
+            damaged or of another run.
     """
     processes()  # refuses a launch that this loop does not fit
     check_names(config, {"schedule": SCHEDULES})
     accelerator = accelerator or make_accelerator(config)
     if mask is not None:
         mask.check(params, model.fingerprint)
+    kept = Checkpoint(checkpoint, {"base_fingerprint": model.fingerprint, **(about or {})}) if checkpoint else None
     with running(model, params, config) as standing:
         try:
-            return _fitted(Trainable(params, mask, standing), batches, loss_fn, config, accelerator, checkpoint)
+            return _fitted(Trainable(params, mask, standing), batches, loss_fn, config, accelerator, kept)
         finally:
             accelerator.free_memory()  # it keeps the optimizer: room that the model's own weights may need to come back
 
@@ -123,7 +132,7 @@ def _fitted(
     loss_fn: LossFn,
     config: TrainConfig,
     accelerator: Accelerator,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
 ) -> Fitted:
     """All of the training that happens while the model is run as asked."""
     try:
@@ -158,7 +167,8 @@ def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, acc
         group["lr"] = config.lr * SCHEDULES[config.schedule](run.step / config.steps)
     total = torch.zeros((), device=accelerator.device)
     for part in range(config.accumulation):
-        torch.manual_seed(run.step)  # whatever draws from the global stream draws the same after a resume
+        # whatever draws from the global stream draws the same after a resume, and something else in every part and process
+        torch.manual_seed(run.step + SHARE_STRIDE * (accelerator.process_index * config.accumulation + part))
         with accelerator.autocast():
             loss = loss_fn(batches(run.step, part), run.trainable.frozen) / config.accumulation
         accelerator.backward(loss)
@@ -196,15 +206,15 @@ def gradients_on(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
 class _Run:
     """A training in progress, and everything that a resumed one needs: values, optimizer and loss-scaler state, average, losses."""
 
-    def __init__(self, trainable: Trainable, optimizer: Any, scaler: Any, ema: float | None, path: Path | None) -> None:
+    def __init__(self, trainable: Trainable, optimizer: Any, scaler: Any, ema: float | None, kept: Checkpoint | None) -> None:
         self.trainable, self.optimizer = trainable, optimizer
-        self._scaler, self._ema, self._path = scaler, ema, path
+        self._scaler, self._ema, self._kept = scaler, ema, kept
         self.average = {} if ema is None else {name: value.detach().clone() for name, value in trainable.values.items()}
         self.losses: list[float] = []
 
     @classmethod
-    def start(cls, trainable: Trainable, config: TrainConfig, accelerator: Accelerator, path: Path | None) -> _Run:
-        """A new run, or the one that `path` holds."""
+    def start(cls, trainable: Trainable, config: TrainConfig, accelerator: Accelerator, kept: Checkpoint | None) -> _Run:
+        """A new run, or the one that was kept."""
         fuse = config.mixed_precision != "fp16"  # its loss scaler has a way of its own through fused steps
         optimizer = make_optimizer(
             list(trainable.values.values()),
@@ -216,9 +226,10 @@ class _Run:
         )
         # its state is still empty, and its values are where they belong
         optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-        run = cls(trainable, optimizer, accelerator.scaler, config.ema, path)
-        if path and found(path):
-            run._load(path)
+        run = cls(trainable, optimizer, accelerator.scaler, config.ema, kept)
+        if kept and found(kept.path):
+            run._take(kept)
+            log.info("going on from step %d of %d, which %s holds", run.step, config.steps, kept.path)
         return run
 
     @property
@@ -232,8 +243,8 @@ class _Run:
         self.losses.append(loss)
 
     def save(self) -> None:
-        """Write the training state, where a file for it was given: gathered from all processes, which must all ask, by the main one."""
-        if not self._path:
+        """Keep the training state, where a file for it was given: gathered from all processes, which must all ask, by the main one."""
+        if not self._kept:
             return
         main, gather = processes().is_main_process, self.trainable.layout.gather
         state = {
@@ -245,19 +256,13 @@ class _Run:
             "losses": self.losses,
         }
         if main:
-            with written_whole(self._path) as aside:
-                torch.save(state, aside)
+            self._kept.write(state)
 
     @torch.no_grad()
-    def _load(self, path: Path) -> None:
-        """Go on from a saved state of the same mask; torch's weights-only reader runs no pickled code."""
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-        except Exception as error:
-            raise ErasureError(f"cannot read the training state {path}: {error}; delete it to start again") from error
-        with damage_named(path, "delete it to start again"):
-            if state["mask"] != self.trainable.mask_sha256:
-                raise ErasureError(f"the training state {path} is of another mask; go on with that, or delete it to start again")
+    def _take(self, kept: Checkpoint) -> None:
+        """Go on from a saved state of the same run and mask."""
+        state = kept.read(self.trainable.mask_sha256)
+        with damage_named(kept.path, RESTART):
             for name, value in self.trainable.values.items():
                 value.copy_(self.trainable.piece(name, state["values"][name]))
             self.trainable.put()

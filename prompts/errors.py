@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
-from math import inf
+from math import inf, nextafter
+from numbers import Integral, Real
 from sys import float_info
 
 FINITE = -float_info.max, float_info.max
+POSITIVE = float_info.min, float_info.max
 COUNT = 1, inf
 FRACTION = 0, 1
+BELOW_ONE = 0, nextafter(1, 0)
+WORDS = {FINITE: "a finite number", POSITIVE: "a finite number above 0", BELOW_ONE: "between 0 and 1, but not 1"}
+"""range -> how a sentence says it, where its ends would not read well"""
 
 
 class ErasureError(ValueError):
@@ -40,20 +45,38 @@ def check_names(settings: object, options: Mapping[str, Collection[str]]) -> Non
 
 
 def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse numbers outside of what makes sense, before anything is made of them; None stands for a default and is let pass.
+    """Refuse numbers outside of what makes sense, before anything is made of them.
 
     Args:
-        settings: what has the fields.
+        settings: what has the fields; a dataclass's annotations say which must hold whole numbers, and which may be None.
         ranges: field -> least and greatest value.
 
     Raises:
-        ErasureError: a number outside of its range, or none at all (NaN).
+        ErasureError: a number outside of its range, or no such number at all (NaN, text, 1.5 of something countable).
     """
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
-        if value is not None and not low <= value <= high:
-            between = "a finite number" if (low, high) == FINITE else f"between {low:g} and {high:g}"
-            raise ErasureError(f"{name} is {value}; it must be {f'{low:g} or more' if high == inf else between}")
+        kind = _annotated(settings, name)
+        if value is None and (not kind or "None" in kind):
+            continue
+        if not is_number(value):
+            raise ErasureError(f"{name} is {value!r}, which is not a number")
+        if not low <= value <= high:
+            ends = f"{low:g} or more" if high == inf else f"between {low:g} and {high:g}"
+            raise ErasureError(f"{name} is {value}; it must be {WORDS.get((low, high), ends)}")
+        if kind.startswith("int") and not isinstance(value, Integral):
+            raise ErasureError(f"{name} is {value}; it must be a whole number")
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a number, and not true or false."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _annotated(settings: object, name: str) -> str:
+    """A dataclass's annotation of a field, as text; empty where there is none."""
+    field = getattr(settings, "__dataclass_fields__", {}).get(name)
+    return "" if field is None else getattr(field.type, "__name__", str(field.type))
 
 
 def reason(error: BaseException) -> str:

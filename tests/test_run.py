@@ -300,7 +300,7 @@ BAD = [
     (["--concept", "heart", "--train.optimizer", "Adm"], "did you mean 'Adam'"),
     (["--concept", "heart", "--train.attention", "spda"], "did you mean 'sdpa'"),
     (["--concept", "heart", "--latents.mixed_precision", "bf61"], "did you mean 'bf16'"),
-    (["--concept", "heart", "--train.lr", ".nan"], "lr is nan; it must be 0 or more"),
+    (["--concept", "heart", "--train.lr", ".nan"], "lr is nan; it must be a finite number above 0"),
     (["--concept", "heart", "--saliency_guidance", ".inf"], "saliency_guidance is inf; it must be a finite number"),
     *(
         (["--concept", "heart", f"--{option}", value], f"{option.split('.')[-1]} is {value}; it must be {bounds}")

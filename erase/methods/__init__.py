@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from erase.mask import SaliencyMask
-from prompts.errors import unknown
+from prompts.errors import ErasureError, unknown
 
 METHODS = {
     "salun": "erase.methods.salun",
@@ -26,9 +26,25 @@ class Method:
     name: str
     paper: str
     config: Any
-    """a dataclass instance with the defaults"""
+    """a dataclass instance with the defaults; its type is this method's alone"""
     compute: Callable[..., Edit]
     """(model, concepts, forget, retain, config, *, seed, accelerator, folder) -> Edit; leaves the model as it was found"""
+
+    def settings(self, given: Any = None) -> Any:
+        """The settings to run with: those that are given, or the defaults.
+
+        Raises:
+            ErasureError: they are another method's, whose results this one's name must not sign.
+        """
+        if given is None:
+            return self.config
+        if type(given) is not type(self.config):
+            fitting = [name for name in METHODS if type(get_method(name).config) is type(given)]
+            remedy = f'name method="{fitting[0]}"' if fitting else "give those"
+            raise ErasureError(
+                f"method {self.name} takes a {type(self.config).__name__}, not a {type(given).__name__}; {remedy}, or leave them out"
+            )
+        return given
 
 
 @dataclass

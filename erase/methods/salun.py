@@ -6,13 +6,15 @@ forget prompt's prediction becomes the anchor prompt's, while retained prompts k
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from erase.claims import check_artifact
 from erase.execution import running
 from erase.latents import LatentSet
 from erase.losses import forgetting, guided
@@ -50,6 +52,7 @@ class SalUnConfig(RemapConfig):
         super().__post_init__()
         check_names(self, {"mask": CONTROLS})
         check_ranges(self, {"saliency_batch_size": COUNT, "saliency_guidance": FINITE})
+        check_ranges(self, {"saliency_guidance": (-1, 1000)})  # -1: the unconditional branch alone
         check_density(self.density)
         if self.mask_file and (self.saliency_file or self.mask != "saliency"):
             idle = "saliency_file" if self.saliency_file else f"mask {self.mask}"
@@ -59,6 +62,20 @@ class SalUnConfig(RemapConfig):
         for given in ("mask_file", "saliency_file"):
             if (file := getattr(self, given)) and not Path(file).is_file():
                 raise ErasureError(f"{given} {file} is not there")
+
+
+@dataclass
+class SalUnPaperConfig(SalUnConfig):
+    """Settings of SalUn as they were published; a type of their own, so that nothing else goes by their name."""
+
+    alpha: float = 0.1
+    anchor_from: str = "current"
+    retain_target: str = "noise"
+    share_latents: bool = False
+    anchor_latents: float = 0.0
+    retain_dropout: float = 0.0
+    shuffle: bool = False
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, lr=1e-5, batch_size=8))
 
 
 def compute(
@@ -77,7 +94,7 @@ def compute(
     Raises:
         ErasureError: an unknown option, a mask of another base, a loss that is not finite.
     """
-    job = make_job(model, forget, retain, config, seed, accelerator)
+    job = make_job(model, forget, retain, config, seed, accelerator, concepts)
     mask = choose_mask(job, folder)
     job = replace(job, targets=frozen_targets(job))
     fitted = fit(
@@ -89,6 +106,7 @@ def compute(
         mask,
         accelerator=accelerator,
         checkpoint=folder / "training.pt" if folder else None,
+        about=job.about,
     )
     return Edit(fitted.values, fitted.losses, mask)
 
@@ -101,26 +119,54 @@ def choose_mask(job: Job[SalUnConfig], folder: Path | None = None) -> SaliencyMa
     """
     config = job.config
     if config.mask_file:
-        return SaliencyMask.load(config.mask_file)
+        mask = SaliencyMask.load(config.mask_file)
+        _check_given(job, Path(config.mask_file), mask.metadata)
+        return mask
     if config.mask == "none":
         return None
     if config.mask == "random":
-        provenance = {"base_fingerprint": job.model.fingerprint}
+        provenance = {key: job.about[key] for key in ("base_fingerprint", "concepts")}
         return SaliencyMask.random(job.params, config.density, job.seed, provenance)
     mask = find_saliency(job, folder).cut(config.density)
     return mask.inverted() if config.mask == "inverted" else mask
 
 
 def find_saliency(job: Job[SalUnConfig], folder: Path | None) -> Saliency:
-    """The saliency of `saliency_file`, of an earlier start of this run, or computed."""
+    """The saliency of `saliency_file`, of an earlier start of this run, or computed.
+
+    Raises:
+        ErasureError: a saliency of another base or concept; in `folder`, also one that this run would not compute itself.
+    """
+    if given := job.config.saliency_file:
+        saliency = Saliency.load(given)
+        _check_given(job, Path(given), saliency.metadata)
+        return saliency
     kept = folder / "saliency.safetensors" if folder else None
-    known = job.config.saliency_file or (kept if kept and found(kept) else None)
-    if known:
-        return Saliency.load(known)
+    if kept and found(kept):
+        saliency = Saliency.load(kept)
+        check_artifact(kept, saliency.metadata, _provenance(job), "delete it to compute it again")
+        return saliency
     saliency = compute_saliency(job)
     if kept and job.accelerator.is_main_process:
         saliency.save(kept)
     return saliency
+
+
+def _check_given(job: Job[SalUnConfig], path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse a file that the user names if it is of another base or concept; of what it does not say, it may be."""
+    description = {key: job.about[key] for key in ("base_fingerprint", "concepts") if key in metadata}
+    check_artifact(path, metadata, description, "compute one for this erasure")
+
+
+def _provenance(job: Job[SalUnConfig]) -> dict[str, str]:
+    """Everything that a saliency depends on."""
+    config = job.config
+    return {
+        **{key: job.about[key] for key in ("base_fingerprint", "seed", "concepts", "forget")},
+        "loss": f"forgetting, guidance {config.saliency_guidance:g}",
+        "scope": config.scope,
+        "saliency_batch_size": str(config.saliency_batch_size),
+    }
 
 
 def compute_saliency(job: Job[SalUnConfig]) -> Saliency:
@@ -128,7 +174,6 @@ def compute_saliency(job: Job[SalUnConfig]) -> Saliency:
     rows, size = job.forget.concept_rows(), job.config.saliency_batch_size
     # in float32 whatever the training's precision: small gradients decide the ranking
     config = replace(job.config.train, mixed_precision="no", compile=False)  # a few batches do not repay compiling
-    about = f"forgetting, guidance {job.config.saliency_guidance:g}"
     with running(job.model, job.params, config) as standing:
         accumulator = SaliencyAccumulator(standing.params, standing.layout)
         mine = turns(range(0, len(rows), size), standing.layout.in_step)
@@ -138,9 +183,7 @@ def compute_saliency(job: Job[SalUnConfig]) -> Saliency:
                 (loss if counts else 0 * loss).backward()
                 bar.update()
         standing.layout.add_up(accumulator.sums.values())  # signed, before the absolute value
-        return accumulator.saliency(
-            {"base_fingerprint": job.model.fingerprint, "loss": about, "scope": job.config.scope, "seed": str(job.seed)}
-        )
+        return accumulator.saliency(_provenance(job))
 
 
 def forget_loss(job: Job[SalUnConfig], rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -158,19 +201,5 @@ def forget_loss(job: Job[SalUnConfig], rows: Tensor, generator: torch.Generator)
 PAPER = "https://arxiv.org/abs/2310.12508"
 METHODS = {
     "salun": Method("salun", PAPER, SalUnConfig(), compute),
-    "salun-paper": Method(
-        "salun-paper",
-        PAPER,
-        SalUnConfig(
-            alpha=0.1,
-            anchor_from="current",
-            retain_target="noise",
-            share_latents=False,
-            anchor_latents=0.0,
-            retain_dropout=0.0,
-            shuffle=False,
-            train=TrainConfig(steps=100, lr=1e-5, batch_size=8),
-        ),
-        compute,
-    ),
+    "salun-paper": Method("salun-paper", PAPER, SalUnPaperConfig(), compute),
 }

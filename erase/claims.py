@@ -1,0 +1,176 @@
+"""Whose a folder and the files in it are: a run goes on only with what it began itself, or names what differs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from erase.files import damage_named, written_whole
+from erase.processes import found, processes
+from prompts.errors import ErasureError
+
+SAME_BITS = {"train.checkpoint_every", "train.selective_recompute", "train.offload", "train.shard_optimizer"}
+"""settings that leave the result as it is, to the bit"""
+TO_ROUNDING = {
+    "made with", "threads", "processes",
+    "train.accumulation", "train.attention", "train.channels_last", "train.compile", "train.gradient_checkpointing",
+}  # fmt: skip
+"""what changes the result by rounding alone: a run goes on under another, and says so"""
+PATHS = {
+    "model",
+    "base",
+    "mask_file",
+    "saliency_file",
+    "latents.forget_images",
+    "latents.retain_images",
+    "load.config",
+    "load.vae",
+}
+"""settings that name files: one file under two names is the same"""
+NAMES = {
+    "base_fingerprint": "fingerprint of the base", "base_id": "base", "created_with": "made with",
+    "forget": "digest of the forget latents", "retain": "digest of the retain latents", "loss": "loss of the saliency",
+}  # fmt: skip
+"""key of a description -> how errors call it"""
+SHOWN = 3
+"""differences that an error names; of more it says how many"""
+Difference = tuple[str, Any, Any]
+"""(what differs, what it was, what it is now)"""
+log = logging.getLogger("erase")
+
+
+def claim(folder: Path, description: Mapping[str, str], defaults: Mapping[str, Any], finished: bool = False) -> None:
+    """Mark a folder as this run's with run.json, or go on in one that is its own.
+
+    Args:
+        folder: of the run.
+        description: everything that fixes its result (`erase.run.describe`).
+        defaults: what stands for a setting that an older or newer run.json lacks.
+        finished: the run has its result already, so nothing of it goes on.
+
+    Raises:
+        ErasureError: the folder holds another run, of which what differs is named, or its run.json is damaged.
+    """
+    path = folder / "run.json"
+    machine = {"threads": str(torch.get_num_threads()), "processes": str(processes().num_processes)}
+    written = {**description, **machine}
+    if found(path):
+        changes = _changes(path, _read(path), written, defaults)
+        _refuse(f"{folder} holds another run", changes, "choose another folder or delete it")
+        if finished or not changes:
+            return
+        log.warning("%s goes on, but %s: its result is the same to rounding, not to the bit", folder, _told(changes))
+    if processes().is_main_process:
+        with written_whole(path) as aside:
+            aside.write_text(json.dumps(written, indent=1))
+
+
+def check_settings(folder: Path, description: Mapping[str, str], defaults: Mapping[str, Any]) -> None:
+    """Refuse the folder of a run with other settings, before the base is loaded; `description` has no base yet."""
+    path = folder / "run.json"
+    if found(path):
+        old = {key: value for key, value in _read(path).items() if key in description}
+        _refuse(f"{folder} holds another run", _changes(path, old, description, defaults), "choose another folder or delete it")
+
+
+def check_artifact(
+    path: Path, own: Mapping[str, str], description: Mapping[str, str], remedy: str, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse a file that another run made.
+
+    Args:
+        path: of the file.
+        own: its metadata.
+        description: of the run that takes it; what the file does not say of it, it is refused for.
+        remedy: what to do then.
+        defaults: what stands for a setting that the file lacks.
+
+    Raises:
+        ErasureError: it is of another run; what differs is named.
+    """
+    if absent := sorted(description.keys() - own.keys()):
+        raise ErasureError(f"{path} does not say which run it is of (it lacks {', '.join(absent)}); {remedy}")
+    known = {key: own[key] for key in description}
+    _refuse(f"{path} is of another run", _changes(path, known, description, defaults or {}), remedy)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by the names of their options: `train.lr`."""
+    rows: dict[str, Any] = {}
+    for key, value in settings.items():
+        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return rows
+
+
+def _read(path: Path) -> dict[str, str]:
+    remedy = "delete the folder or choose another"
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ErasureError(f"cannot read {path}: {error.strerror}; {remedy}") from error
+    with damage_named(path, remedy):
+        return dict(json.loads(text))
+
+
+def _changes(path: Path, old: Mapping[str, str], new: Mapping[str, str], defaults: Mapping[str, Any]) -> list[Difference]:
+    """What differs between two descriptions, but for what leaves the result as it is."""
+    with damage_named(path, "delete it or choose another folder"):
+        was, was_said = _facts(old), _concept_facts(old)
+    now, now_said = _facts(new), _concept_facts(new)
+    if was.get("concepts") == now.get("concepts"):  # of other concepts, all would differ
+        was, now = was | was_said, now | now_said
+    rows = []
+    for name in dict.fromkeys([*now, *was]):
+        before, after = was.get(name, defaults.get(name)), now.get(name, defaults.get(name))
+        same = before == after or (name in PATHS and _same_path(before, after))
+        if not same and name not in SAME_BITS:
+            rows.append((name, before, after))
+    return rows
+
+
+def _facts(description: Mapping[str, str]) -> dict[str, Any]:
+    """A description as single facts, by the names that a user knows."""
+    facts: dict[str, Any] = {}
+    for key, value in description.items():
+        if key == "config":
+            for part in json.loads(value).values():
+                facts |= flat(part)
+        elif key == "concepts":
+            facts["concepts"] = [concept["target"] for concept in json.loads(value)]
+        else:
+            facts[NAMES.get(key, key)] = value
+    return facts
+
+
+def _concept_facts(description: Mapping[str, str]) -> dict[str, Any]:
+    concepts = json.loads(description.get("concepts", "[]"))
+    return {f"{name} of {each['target']}": told for each in concepts for name, told in each.items()}
+
+
+def _same_path(one: Any, other: Any) -> bool:
+    try:
+        return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
+    except (OSError, ValueError, RuntimeError):  # too long, with a NUL, a circle of links
+        return False
+
+
+def _refuse(what: str, changes: list[Difference], remedy: str) -> None:
+    grave = [change for change in changes if change[0] not in TO_ROUNDING]
+    if grave:
+        raise ErasureError(f"{what}: {_told(grave)}; {remedy}")
+
+
+def _told(changes: list[Difference]) -> str:
+    told = [f"{name} was {_short(was)} and is now {_short(now)}" for name, was, now in changes[:SHOWN]]
+    more = len(changes) - SHOWN
+    return ", ".join(told) + (f", and {more} more differ" if more > 0 else "")
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else str(value) if isinstance(value, int | float) else repr(value)
+    return text if len(text) <= 80 else f"{text[:30]}...{text[-47:]}"  # of a path, the end tells most
