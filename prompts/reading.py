@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import os
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from prompts.errors import ErasureError, unknown
 DATA = Path(__file__).parent / "data"
 """The folder of the shipped sets."""
 MOST_VALUES = 1_000_000  # in one YAML file
+MOST_BYTES = 256 << 20  # of one text file
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -37,18 +41,65 @@ def _unfolded(node: yaml.Node, seen: dict[int, int]) -> int:
     return seen[id(node)]
 
 
-def read_text(path: str | Path) -> str:
-    """The whole of a UTF-8 file, without its byte-order mark.
+READING, WRITING = "check the path", "free some space or choose another output folder"
+WAYS_OUT = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose a folder on a disk that can be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "name a file in it",
+    errno.ENOTDIR: "a file stands where a folder should be; check the path",
+    errno.EEXIST: "a file stands where a folder should be; check the path",
+}
+
+
+def why(error: BaseException, otherwise: str = READING) -> str:
+    """What the system says of a file that cannot be read or written, and the way out: `Permission denied; check its permissions`."""
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return f"{said}; {WAYS_OUT.get(getattr(error, 'errno', None) or 0, otherwise)}"
+
+
+def as_path(path: str | Path) -> Path:
+    """`path`, if a file can have that name at all.
 
     Raises:
-        ErasureError: the file is missing, unreadable or not UTF-8.
+        ErasureError: it is empty, or holds a NUL or half a character.
+    """
+    text = os.fspath(path)
+    if not text or "\0" in text:
+        raise ErasureError(f"{text!r} is no path: it {'holds a NUL character' if text else 'is empty'}; write another one")
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError as error:  # a lone surrogate, which YAML and JSON escapes can write
+        raise ErasureError(f"{text!r} is no path: it holds half a character; write another one") from error
+    return Path(path)
+
+
+def read_text(path: str | Path, utf16: bool = False) -> str:
+    """The whole of a UTF-8 file, without its byte-order mark.
+
+    Args:
+        path: of the file.
+        utf16: take UTF-16 too, where a byte-order mark says so, as spreadsheets write it.
+
+    Raises:
+        ErasureError: the file is missing, unreadable, too large for a text, or in another encoding.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        with as_path(path).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ErasureError(f"cannot read {path}: {why(error)}") from error
+    if len(data) > MOST_BYTES:
+        raise ErasureError(f"{path} has more than {MOST_BYTES >> 20} MiB, which is no text to read whole; split it")
+    wide = utf16 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise ErasureError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
-        raise ErasureError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the path") from error
+        found = "UTF-16" if wide else "UTF-8"
+        raise ErasureError(
+            f"{path} is not {found} text (byte {error.start}); save it as UTF-8 (in a spreadsheet: as `CSV UTF-8`)"
+        ) from error
 
 
 def read_yaml(path: str | Path) -> object:
