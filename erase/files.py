@@ -218,9 +218,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     except (SafetensorError, AttributeError, TypeError, ValueError, RuntimeError) as error:  # the last: dtypes that torch lacks
         if isinstance(error, ErasureError):
             raise
-        raise ErasureError(
-            f"cannot read {path} as safetensors: {why(error, 'if it was cut short, make it again')}"
-        ) from error
+        raise ErasureError(f"cannot read {path} as safetensors: {why(error, 'if it was cut short, make it again')}") from error
 
 
 KINDS = {

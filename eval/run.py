@@ -99,7 +99,8 @@ def evaluate(
     Raises:
         ErasureError: an unknown evaluator, a delta of another base, prompts that the evaluators cannot judge.
     """
-    concepts = [ConceptSpec(**concept) for concept in delta.concepts]  # type: ignore[arg-type]
+    origin = delta.origin  # before anything is drawn
+    concepts = origin.concepts
     config, evidence, out = (config or EvaluateConfig()).for_prompts(prompts, concepts), evidence or Evidence(), Path(out)
     _check_judges(planned(prompts, out / "erased", config.generate), concepts, config)
     model = load_model(model) if isinstance(model, str) else model
@@ -112,7 +113,7 @@ def evaluate(
         prompts,
         out / "erased",
         config.generate,
-        base | {"delta": delta.metadata["method"], "fingerprint": model.fingerprint},
+        base | {"delta": origin.method, "fingerprint": model.fingerprint},
     )
     images = {BASE: before, ERASED: after}
     report = _report(images, concepts, delta, config, commands or [])
@@ -154,7 +155,7 @@ def _report(
         rows={row: score(found, concepts, names, config, seen.get(row)) for row, found in images.items()},
         provenance={
             **{key: value for key, value in sorted(delta.metadata.items()) if key not in ("config", "concepts", "format")},
-            "config": json.loads(delta.metadata["config"]),
+            "config": delta.origin.config,
             "evaluation": asdict(config),
             "changed_weights": delta.count,
             "nudenet": version("nudenet"),

@@ -17,6 +17,7 @@ DATA = Path(__file__).parent / "data"
 """The folder of the shipped sets."""
 MOST_VALUES = 1_000_000  # in one YAML file
 MOST_BYTES = 256 << 20  # of one text file
+MOST_NAME, MOST_PATH = 255, 4095  # bytes of one file's name, characters of a path: what Linux and macOS take
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -63,15 +64,18 @@ def as_path(path: str | Path) -> Path:
     """`path`, if a file can have that name at all.
 
     Raises:
-        ErasureError: it is empty, or holds a NUL or half a character.
+        ErasureError: it is empty, longer than any disk takes, or holds a NUL or half a character.
     """
     text = os.fspath(path)
-    if not text or "\0" in text:
-        raise ErasureError(f"{text!r} is no path: it {'holds a NUL character' if text else 'is empty'}; write another one")
     try:
-        os.fsencode(text)
-    except UnicodeEncodeError as error:  # a lone surrogate, which YAML and JSON escapes can write
-        raise ErasureError(f"{text!r} is no path: it holds half a character; write another one") from error
+        longest = max(map(len, os.fsencode(text).split(os.fsencode(os.sep))))
+    except UnicodeEncodeError:  # a lone surrogate, which YAML and JSON escapes can write
+        raise ErasureError(f"{text[:80]!r} is no path: it holds half a character; write another one") from None
+    faults = {"is empty": not text, "holds a NUL character": "\0" in text}
+    faults |= {"is too long": longest > MOST_NAME or len(text) > MOST_PATH}
+    for fault, there in faults.items():
+        if there:
+            raise ErasureError(f"{text[:80]!r} is no path: it {fault}; write another one")
     return Path(path)
 
 

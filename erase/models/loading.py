@@ -17,6 +17,7 @@ from erase.models.config import LoadConfig
 from erase.models.pipelines import Pipeline, modules
 from erase.models.tensor_file import SINGLE_FILES
 from prompts.errors import ErasureError, reason
+from prompts.reading import as_path
 
 FAMILIES = {
     "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),
@@ -38,7 +39,7 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     Raises:
         ErasureError: nothing there, another family, or weights that are missing, surplus, misshapen or not finite.
     """
-    path = Path(name)
+    path = as_path(name)
     if path.is_file() or path.suffix in SINGLE_FILES:
         from erase.models.single_file import load_single_file
 
