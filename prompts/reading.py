@@ -79,12 +79,8 @@ def as_path(path: str | Path) -> Path:
     return Path(path)
 
 
-def read_text(path: str | Path, utf16: bool = False) -> str:
+def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 file, without its byte-order mark.
-
-    Args:
-        path: of the file.
-        utf16: take UTF-16 too, where a byte-order mark says so, as spreadsheets write it.
 
     Raises:
         ErasureError: the file is missing, unreadable, too large for a text, or in another encoding.
@@ -96,13 +92,12 @@ def read_text(path: str | Path, utf16: bool = False) -> str:
         raise ErasureError(f"cannot read {path}: {why(error)}") from error
     if len(data) > MOST_BYTES:
         raise ErasureError(f"{path} has more than {MOST_BYTES >> 20} MiB, which is no text to read whole; split it")
-    wide = utf16 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        return data.decode("utf-16" if wide else "utf-8-sig").removeprefix("\ufeff")
+        return data.decode("utf-8-sig").removeprefix("\ufeff")  # some programs set the mark twice
     except UnicodeDecodeError as error:
-        found = "UTF-16" if wide else "UTF-8"
+        wide = "but UTF-16 " if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
         raise ErasureError(
-            f"{path} is not {found} text (byte {error.start}); save it as UTF-8 (in a spreadsheet: as `CSV UTF-8`)"
+            f"{path} is not UTF-8 text {wide}(byte {error.start}); save it as UTF-8 (in a spreadsheet: as `CSV UTF-8`)"
         ) from error
 
 
@@ -114,6 +109,21 @@ def read_yaml(path: str | Path) -> object:
     """
     text = read_text(path)
     try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ErasureError(f"{path}{line} is not valid YAML: {problem}") from error
+
+
+def parse_yaml(text: str) -> object:
+    """A YAML text as dicts, lists and strings.
+
+    Raises:
+        yaml.YAMLError: a syntax error, a key that stands twice in one mapping, aliases or a nesting without end.
+    """
+    try:
         loader = _TextLoader(text)
         node = loader.get_single_node()
         if node is None:
@@ -121,11 +131,8 @@ def read_yaml(path: str | Path) -> object:
         if _unfolded(node, {}) > MOST_VALUES:
             raise yaml.YAMLError(f"its aliases unfold to more than {MOST_VALUES:,} values")
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ErasureError(f"{path}{line} is not valid YAML: {problem}") from error
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise yaml.YAMLError(str(error) or "it is nested too deep") from error
 
 
 def as_mapping(value: object, keys: Iterable[str], where: str | Path) -> dict[str, object]:
