@@ -49,6 +49,10 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     for field in ("config", "ema"):
         if getattr(options, field):
             raise ErasureError(f"load.{field} is for single files; {name} is none")
+    if (path / "delta.safetensors").is_file() and not (path / INDEX).exists():
+        raise ErasureError(
+            f"{name} is the folder of a run, and no checkpoint; give it as --delta, and as --model the base that it erased from"
+        )
     folder = path if path.exists() else _download(str(name), options)
     pipeline = _from_folder(folder, str(name), options)
     check_finite(modules(pipeline), str(name))
