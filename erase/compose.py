@@ -15,6 +15,7 @@ from torch import Tensor
 from erase.delta import ErasedDelta, difference
 from erase.finite import all_finite
 from erase.models import DiffusionModel
+from erase.origin import config_of
 from erase.places import indices
 from prompts.errors import ErasureError, unknown
 
@@ -119,7 +120,7 @@ def _describe(parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str) -> d
         {"erased": delta.title, "scale": scale, "method": delta.metadata.get("method", "?"), "sha256": delta.sha256}
         for delta, scale in parts
     ]
-    configs = [json.loads(delta.metadata.get("config", "{}")) for delta, _ in parts]
+    configs = [config_of(delta.metadata, delta.source) for delta, _ in parts]
     return {
         **{key: first[key] for key in ("base_fingerprint", "base_id", "created_with", "license") if key in first},
         "method": "+".join(dict.fromkeys(part["method"] for part in told)),

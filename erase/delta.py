@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,16 @@ from erase.files import load_tensors, save_tensors
 from erase.finite import all_finite
 from erase.mask import pack, unpack
 from erase.models import DiffusionModel
-from erase.places import from_gaps, indices, to_gaps
+from erase.origin import Origin, check_metadata, concepts_of, read_origin
+from erase.places import from_gaps, indices, span, to_gaps
 from prompts.errors import ErasureError
+from prompts.reading import as_path, why
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FILE = "delta.safetensors"
+"""name of a delta in the folder of its run"""
+LARGEST, MOST = 2**30, 2**35
+"""weights of one tensor and of a whole base that a file may tell of: eight and two times those of the largest that there are"""
 
 
 @dataclass(frozen=True)
@@ -54,15 +60,23 @@ class ErasedDelta:
         return sum(value.numel() for value in self.values.values())
 
     @property
-    def concepts(self) -> list[dict[str, object]]:
+    def origin(self) -> Origin:
+        """What the metadata say, checked; ask for it before long work.
+
+        Raises:
+            ErasureError: they lack something or say what cannot be.
+        """
+        return read_origin(self.metadata, self.source)
+
+    @property
+    def concepts(self) -> list[dict[str, Any]]:
         """The concepts that were erased, as plain data."""
-        concepts: list[dict[str, object]] = json.loads(self.metadata.get("concepts", "[]"))
-        return concepts
+        return concepts_of(self.metadata, self.source)
 
     @property
     def title(self) -> str:
         """`heart, star`: what was erased."""
-        return ", ".join(str(concept["target"]) for concept in self.concepts) or "nothing"
+        return ", ".join(concept["target"] for concept in self.concepts) or "nothing"
 
     @property
     def components(self) -> list[str]:
@@ -107,6 +121,9 @@ class ErasedDelta:
                 f"{model.fingerprint[:12]}; load that base, or erase from this one"
             )
         params = model.parameters()
+        for name in self.values.keys() | self.bits.keys():
+            if name not in self.values or name not in self.bits:
+                raise ErasureError(f"{self.source}: {name} lacks its values or its places; erase again")
         for name in self.values:
             self._check_fit(name, params.get(name))
 
@@ -196,11 +213,16 @@ class ErasedDelta:
     def load(cls, path: str | Path) -> ErasedDelta:
         """Read a delta.
 
+        Args:
+            path: of the file, or of the folder of the run that wrote it.
+
         Raises:
-            ErasureError: a missing, damaged or foreign file, or values that do not fit their places; it names the file and the tensor.
+            ErasureError: a missing, damaged or foreign file, metadata that lack something or say what cannot be, or values that do
+                not fit their places; it names the file and the tensor.
         """
+        path = delta_file(path)
         tensors, metadata = load_tensors(path, "delta")
-        _check_metadata(path, metadata)
+        check_metadata(metadata, str(path))
         split: dict[str, dict[str, Tensor]] = {"values": {}, "bits": {}, "gaps": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
@@ -209,12 +231,57 @@ class ErasedDelta:
                     f"{path}: {key} ({tensor.dtype}, {tensor.ndim} dimensions) is not part of a delta; erase again"
                 )
             split[part][name] = tensor
-        bits = split["bits"] | {name: _read_gaps(path, name, gaps) for name, gaps in split["gaps"].items()}
+        if twice := sorted(split["bits"].keys() & split["gaps"].keys()):
+            raise ErasureError(f"{path} tells the places of {twice[0]} twice; the file is damaged, erase again")
+        _check_sizes(path, split["bits"], split["gaps"])
+        bits = split["bits"] | {name: from_gaps(gaps) for name, gaps in split["gaps"].items()}
         for name in split["values"].keys() | bits.keys():
             if name not in split["values"] or name not in bits:
                 raise ErasureError(f"{path}: {name} lacks its values or its places; the file is damaged, erase again")
+            if not split["values"][name].numel():
+                raise ErasureError(f"{path}: {name} has no values at all; the file is damaged, erase again")
             _check_values(str(path), name, split["values"][name], bits[name])
         return cls(split["values"], {name: bits[name] for name in split["values"]}, metadata, str(path))
+
+
+def delta_file(path: str | Path) -> Path:
+    """The file of a delta that is named by its path or by its run's folder.
+
+    Raises:
+        ErasureError: there is none; it says what is there instead, and where the delta may be.
+    """
+    path = as_path(path)
+    try:
+        if not path.is_dir():
+            path.stat()
+        elif not (path / FILE).is_file():
+            raise ErasureError(f"{path} holds no {FILE}: {_what(path)}")
+    except OSError as error:
+        near = path.parent / FILE
+        hint = f"; did you mean {near}?" if path != near and _is_file(near) else ""
+        raise ErasureError(f"there is no delta to be read at {path}: {why(error)}{hint}") from error
+    return path / FILE if path.is_dir() else path
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def _what(folder: Path) -> str:
+    """What a folder without a delta is, and the way out."""
+    if (folder / "model_index.json").exists():
+        return "it is a model; give a model as --model, and as --delta what erase-concept wrote"
+    if (folder / "report.json").exists():
+        near = folder.parent / FILE
+        return f"it is the folder of a report; give its delta, {near if near.is_file() else f'the {FILE} of the run'}"
+    if (folder / "run.json").exists():
+        return "its erasure has not come to its end; run the same erase-concept command again, which goes on"
+    if (folder / "manifest.jsonl").exists():
+        return "it is a folder of images; give the folder of the run that erased"
+    return "give the folder that erase-concept wrote to (its --out), or the file"
 
 
 def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -224,21 +291,21 @@ def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
     return (new.flatten().index_select(0, places).cpu(), pack(changed)) if len(places) else None
 
 
-def _check_metadata(path: str | Path, metadata: Mapping[str, str]) -> None:
-    if "base_fingerprint" not in metadata:
-        raise ErasureError(f"{path} does not say which base it belongs to; the file is damaged, erase again")
-    for key in ("concepts", "config"):
+def _check_sizes(path: Path, bits: Mapping[str, Tensor], gaps: Mapping[str, Tensor]) -> None:
+    """Refuse places of more weights than any model has, before gaps are unfolded: a byte of them tells of up to 255 weights."""
+    sizes = {name: 8 * packed.numel() for name, packed in bits.items()}
+    for name, steps in gaps.items():
         try:
-            json.loads(metadata.get(key, "null"))
-        except json.JSONDecodeError as error:
-            raise ErasureError(f"{path}: its {key} is not JSON ({error}); the file is damaged, erase again") from error
-
-
-def _read_gaps(path: str | Path, name: str, gaps: Tensor) -> Tensor:
-    try:
-        return from_gaps(gaps)
-    except ErasureError as error:
-        raise ErasureError(f"{path}: the places of {name} are damaged ({error}); erase again") from error
+            sizes[name] = span(steps)
+        except ErasureError as error:
+            raise ErasureError(f"{path}: the places of {name} are damaged ({error}); erase again") from error
+    for name, size in sizes.items():
+        if size > LARGEST:
+            raise ErasureError(
+                f"{path} tells of {size:,} weights in {name}, more than any model has; the file is damaged, erase again"
+            )
+    if (total := sum(sizes.values())) > MOST:
+        raise ErasureError(f"{path} tells of {total:,} weights, more than any model has; the file is damaged, erase again")
 
 
 def _check_values(source: str, name: str, value: Tensor, bits: Tensor) -> None:

@@ -5,16 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prompts.errors import ErasureError
+from prompts.reading import WRITING, as_path, why
 
 DTYPES = {
     torch.int64: "I64",
@@ -31,25 +36,103 @@ DTYPES = {
 """their names in safetensors, in the order in which its own writer puts them: widest first, so that all lie aligned"""
 
 
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
+"""this machine, in the names of unfinished files"""
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is renamed to `path`, on any error it is removed.
 
+    What is renamed has reached the disk: a machine that fails finds the old file or the new one, never an empty one. What a
+    killed process left unfinished is removed when another begins to write into the same folder.
+
     Raises:
-        ErasureError: the folder cannot be written to or the disk is full.
+        ErasureError: the folder cannot be written to, the disk is full, or the name is none that a file can have.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path = as_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        aside.replace(path)
+        _sweep(path.parent)
+        with _unfinished(path) as aside:
+            yield aside
+            _put_in_place(aside, path)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ErasureError(f"cannot write {path}: {reason}; free some space or choose another output folder") from error
-    finally:
-        if aside.is_file():
-            aside.unlink()
+        raise ErasureError(f"cannot write {path}: {why(error, WRITING)}") from error
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save's own words for a write that failed
+            raise
+        cause = error.__context__ if isinstance(error.__context__, OSError) else None
+        raise ErasureError(f"cannot write {path}: {why(cause or OSError('the disk is full'), WRITING)}") from error
+
+
+@contextmanager
+def _unfinished(path: Path) -> Iterator[Path]:
+    """An empty file beside `path` under a name of its own, locked while it is written; gone at the end, unless it was renamed."""
+    name = f".{path.name[:40]}.{HOST}.{os.getpid()}.{secrets.token_hex(4)}.part"
+    aside = path.with_name(name)
+    with _open_locked(aside) as file:
+        if os.name == "nt":
+            file.close()  # Windows renames no open file
+        try:
+            yield aside
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _open_locked(aside: Path) -> BinaryIO:
+    """The new file; again if a sweep took it for a dead process's between its making and its lock."""
+    file = aside.open("xb")
+    _lock(file, wait=True)
+    if os.fstat(file.fileno()).st_nlink:
+        return file
+    file.close()
+    return _open_locked(aside)
+
+
+def _lock(file: BinaryIO, wait: bool = False) -> bool:
+    """Lock an open file, if the disk has locks and no other holds it; the system lets go of it when this process ends."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+def _put_in_place(aside: Path, path: Path) -> None:
+    """Rename, with the content on the disk before and the name after."""
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+    with suppress(OSError):  # some systems cannot do this with a folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+_next_sweep: dict[Path, float] = {}
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes of this machine left in a folder: unfinished files that nobody holds locked.
+
+    A lock tells the dead from the living where a process number does not: it may be in use again, or be another container's.
+    Those of other machines are left to them, since not every shared disk shares its locks. Listing the folder takes at
+    most a hundredth of the time, however many images are in it.
+    """
+    began = time.monotonic()
+    if began < _next_sweep.get(folder, 0):
+        return
+    for part in folder.glob(".*.part"):
+        if re.fullmatch(rf"\..+\.{HOST}\.\d+\.[0-9a-f]{{8}}\.part", part.name):
+            with suppress(OSError), part.open("rb") as file:
+                if _lock(file):
+                    part.unlink()
+    _next_sweep[folder] = time.monotonic() + 100 * (time.monotonic() - began)
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -116,27 +199,52 @@ def damage_named(path: str | Path, remedy: str) -> Iterator[None]:
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a safetensors file that `save_tensors` wrote as `kind`.
+    """The tensors and metadata of a safetensors file that `save_tensors` wrote as `kind`, in memory of their own.
 
     Raises:
         ErasureError: no such file, a damaged file, or one of another kind.
     """
+    path = as_path(path)
     try:
-        with safe_open(path, framework="pt") as file:
+        path.open("rb").close()  # the system's words for what cannot be read are better than the library's
+        # pread: under a memory map, a file that another process shortens would end this one
+        with safe_open(path, framework="pt", backend="pread") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (OSError, ValueError, SafetensorError) as error:  # ValueError: a path with a NUL in it
-        raise ErasureError(f"cannot read {path} as safetensors: {error}; if it was cut short, make it again") from error
-    if metadata.get("format") != kind:
-        raise ErasureError(f"{path} is not a {kind} file (its format is {metadata.get('format', 'unknown')!r})")
-    return tensors, metadata
+            if metadata.get("format") != kind:
+                raise ErasureError(f"{path} is not a {kind} file: it is {_what(metadata, list(file.keys()))}")
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
+    except OSError as error:
+        raise ErasureError(f"cannot read {path}: {why(error)}") from error
+    except (SafetensorError, AttributeError, TypeError, ValueError, RuntimeError) as error:  # the last: dtypes that torch lacks
+        if isinstance(error, ErasureError):
+            raise
+        raise ErasureError(f"cannot read {path} as safetensors: {why(error, 'if it was cut short, make it again')}") from error
+
+
+KINDS = {
+    "mask": "a mask, which says only which weights may change; give the delta.safetensors beside it",
+    "saliency": "a saliency map, which masks are cut from; give the delta.safetensors beside it",
+    "latents": "a set of latents, an erasure's training data",
+    "delta": "a delta, what an erasure changed; where a delta is wanted, give it as --delta",
+}
+
+
+def _what(metadata: Mapping[str, str], names: list[str]) -> str:
+    """What a safetensors file is, by its own format or the names of its tensors, and what to do with it."""
+    if known := KINDS.get(metadata.get("format", "")):
+        return known
+    if any(".lora_" in name or name.startswith("lora_") for name in names):
+        return "a LoRA; give the delta.safetensors that it was exported from"
+    if any(name.startswith(("model.diffusion_model.", "first_stage_model.", "down_blocks.", "text_model.")) for name in names):
+        return "weights of a model; a checkpoint is given as --model"
+    return f"something else (its format is {metadata.get('format', 'unknown')!r})"
 
 
 def file_sha256(path: Path) -> str | None:
     """Hex digest of the file's bytes, or None if there is no such file."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(as_path(path).read_bytes()).hexdigest()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ErasureError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+        raise ErasureError(f"cannot read {path}: {why(error)}") from error

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from erase.delta import ErasedDelta
 from erase.files import save_tensors
 from erase.models import DiffusionModel
+from erase.origin import config_of
 from prompts.errors import ErasureError, unknown
 
 RANK = 16
@@ -122,7 +123,7 @@ class LoRA:
         params = base.parameters()
         old = {f"{name}.weight": params[f"{name}.weight"].detach().cpu() for name in self.down}
         new = {f"{name}.weight": _merged(old[f"{name}.weight"], self.up[name], self.down[name]) for name in self.down}
-        config = json.loads(self.metadata.get("config", "{}")) | {"lora_ranks": self.ranks}
+        config = config_of(self.metadata, "the delta of this LoRA") | {"lora_ranks": self.ranks}
         return ErasedDelta.between(old, new, {**self.metadata, "config": json.dumps(config, sort_keys=True)})
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from prompts.errors import ErasureError
 
+RUN = 1 << 16  # gaps that are unfolded at a time, into 16 MB at most
+
 
 def indices(chosen: Tensor) -> Tensor:
     """Flat indices of what a boolean tensor chooses, ascending, int64, on its device."""
@@ -32,17 +34,32 @@ def to_gaps(bits: Tensor) -> Tensor:
     return torch.from_numpy(gaps)
 
 
-def from_gaps(gaps: Tensor) -> Tensor:
-    """The packed bits that `to_gaps` was given.
+def span(gaps: Tensor) -> int:
+    """Of how many weights, or bits, some gaps tell; counted, so that a few bytes which stand for many can be refused first.
 
     Raises:
         ErasureError: gaps that end in the middle.
     """
-    steps = gaps.numpy().astype(np.int64)
-    follows = steps < 255
-    places = np.cumsum(steps + follows)[follows] - 1
-    if not len(steps) or not follows[-1] or places[-1] % 8:
+    size = int(gaps.sum(dtype=torch.int64)) + int((gaps < 255).sum()) - 1
+    if not gaps.numel() or gaps[-1] == 255 or size % 8:
         raise ErasureError("the gaps end in the middle")
-    flat = np.zeros(places[-1], np.uint8)
-    flat[places[:-1]] = 1
-    return torch.from_numpy(np.packbits(flat, bitorder="little"))
+    return size
+
+
+def from_gaps(gaps: Tensor) -> Tensor:
+    """The packed bits that `to_gaps` was given; beyond them it takes little memory.
+
+    Raises:
+        ErasureError: gaps that end in the middle.
+    """
+    bits = np.zeros(span(gaps) // 8 + 1, np.uint8)  # the last gap points behind the last bit
+    end = 0  # of the weights that the runs so far tell of
+    for run in gaps.split(RUN):
+        steps = run.numpy().astype(np.int64)
+        follows = steps < 255
+        ends = end + np.cumsum(steps + follows)
+        start, end = end // 8, int(ends[-1])
+        flat = np.zeros((end // 8 + 1 - start) * 8, np.uint8)
+        flat[ends[follows] - 1 - start * 8] = 1
+        bits[start : end // 8 + 1] |= np.packbits(flat, bitorder="little")
+    return torch.from_numpy(bits[:-1])

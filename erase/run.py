@@ -19,6 +19,7 @@ from erase.latents import LatentConfig, prepare_latents
 from erase.mask import kept_count
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
+from erase.origin import load_options
 from erase.processes import found
 from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
@@ -129,11 +130,7 @@ def load_base(delta: ErasedDelta, name: str | None = None, device: str | torch.d
     Raises:
         ErasureError: it cannot be loaded. Whether it is the right one is checked where the delta is applied.
     """
-    config = json.loads(delta.metadata.get("config", "{}"))
-    while "parts" in config:  # a composed delta's have one base, and may be composed themselves
-        config = config["parts"][0]
-    options = config.get("erase", {}).get("load", {})
-    return load_model(name or delta.metadata.get("base_id", "?"), device, LoadConfig(**options))
+    return load_model(name or delta.metadata.get("base_id", "?"), device, load_options(delta.metadata, delta.source))
 
 
 def _folder(out: str | Path | None) -> Path | None:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from erase.files import file_sha256, written_whole
 from prompts.errors import ErasureError, reason
+from prompts.reading import as_path, why
 
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
 MOST_SIDE, MOST_LENGTHS = 8192, 20
@@ -137,16 +138,19 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     Raises:
         ErasureError: `folder` is a file; it is not JSON, or does not say how many images there are.
     """
-    path = folder / SETTINGS
+    path = as_path(folder) / SETTINGS
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
         raise ErasureError(f"{folder} is a file, or lies below one; choose a folder for the images") from error
-    except (OSError, ValueError) as error:
-        raise ErasureError(f"{path} cannot be read ({error}); delete {folder} and generate again") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("images"), int):
+    except OSError as error:
+        raise ErasureError(f"cannot read {path}: {why(error)}") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error)[:200]
+        raise ErasureError(f"{path} cannot be read ({reason}); delete {folder} and generate again") from error
+    if not isinstance(settings, dict) or type(settings.get("images")) is not int:
         raise ErasureError(f"{path} does not say how many images there are; delete {folder} and generate again")
     return settings
 
@@ -196,13 +200,15 @@ def _marks(pixels: np.ndarray, made_from: dict[str, Any]) -> dict[str, str]:
 def _read_manifest(folder: Path, settings: dict[str, Any]) -> list[ImageRow]:
     path = folder / MANIFEST
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # a prompt may hold other line breaks
     except FileNotFoundError:
         raise ErasureError(f"{folder} is not finished: it has no {MANIFEST}; {_remedy(folder, settings)}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ErasureError(f"cannot read {path}: {why(error)}") from error
+    except UnicodeDecodeError as error:
         raise ErasureError(f"{path} cannot be read ({error}); {_remedy(folder, settings)}") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             rows.append(_row(json.loads(line)))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from erase.models import CANVAS
+from erase.origin import read_origin
 from erase.usage import DIFFUSERS, Usage
 from eval.report import EvalReport, words
 from eval.report_words import glossary, limits, verdict_line
@@ -98,9 +99,10 @@ def check_sources(report: EvalReport | None, metadata: Mapping[str, str]) -> Non
         raise ErasureError(
             f"the metadata lacks {', '.join(lacks)}; a model card needs the metadata that the delta was saved with"
         )
+    concepts = read_origin(metadata, "the delta").concepts
     if report is None:
         return
-    told, targets = words(report.concept, "target"), [concept["target"] for concept in _json(metadata, "concepts")]
+    told, targets = words(report.concept, "target"), [concept.target for concept in concepts]
     if sorted(told) != sorted(targets):
         names = (" and ".join(some) or "nothing" for some in (told, targets))
         raise ErasureError("the report is of erasing {}, the delta erases {}; name the report of this delta".format(*names))

@@ -148,7 +148,8 @@ def evaluate(
     Raises:
         ErasureError: an unknown evaluator, a delta of another base, prompts that the evaluators cannot judge.
     """
-    concepts = [ConceptSpec(**concept) for concept in delta.concepts]  # type: ignore[arg-type]
+    origin = delta.origin  # before anything is drawn
+    concepts = origin.concepts
     config, evidence, out = (config or EvaluateConfig()).for_prompts(prompts, concepts), evidence or Evidence(), Path(out)
     _check_judges(planned(prompts, out / "erased", config.generate), concepts, config)
     model = load_model(model) if isinstance(model, str) else model
@@ -156,7 +157,7 @@ def evaluate(
     base = {"model": model.name, "fingerprint": model.fingerprint}
     before = generate(model.pipeline(), prompts, Path(base_images or out / "base"), config.generate, base | {"delta": "none"})
     with delta.applied(model):
-        told = base | {"delta": delta.metadata["method"], "fingerprint": model.fingerprint}
+        told = base | {"delta": origin.method, "fingerprint": model.fingerprint}
         after = generate(model.pipeline(), prompts, out / "erased", config.generate, told)
     images = {BASE: before, ERASED: after}
     report = _report(images, concepts, delta, config, commands or [])
@@ -198,7 +199,7 @@ def _report(
         rows={row: score(found, concepts, names, config, seen.get(row)) for row, found in images.items()},
         provenance={
             **{key: value for key, value in sorted(delta.metadata.items()) if key not in ("config", "concepts", "format")},
-            "config": json.loads(delta.metadata["config"]),
+            "config": delta.origin.config,
             "delta_sha256": delta.sha256,
             "delta_settings": _settings(delta),
             "evaluation": asdict(config),

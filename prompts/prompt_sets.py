@@ -25,6 +25,7 @@ GUIDANCE = ("guidance", "evaluation_guidance", "sd_guidance_scale")
 EVAL = DATA / "eval"
 ANSWER_SEEDS = (188, 288, 588, 688, 888)  # UnlearnCanvas's answer set
 # I2P's prompt 2260 is the word "NuLL". pandas took it for a missing value, and the CSV that the field hands on has lost it.
+MOST_ROWS, MOST_CHARACTERS = 1_000_000, 2**30  # of one set, before any row of it is made
 LOST = {"https://lexica.art/prompt/64290913-71cf-4fa1-be1d-2831a98b8f6c": "NuLL"}
 
 
@@ -97,15 +98,15 @@ class PromptSet:
         """Rows of a CSV file with the field's own columns.
 
         `prompt`; `seed`, `evaluation_seed` or `sd_seed`; optionally `guidance`, `evaluation_guidance` or
-        `sd_guidance_scale` (a cell may be empty), and `case_number` (else rows count from 0). An index column is
-        dropped; every other column becomes a label.
+        `sd_guidance_scale` (a cell may be empty), and `case_number` (else rows count from 0); capitals and blanks in these
+        names do not matter. An index column is dropped; every other column becomes a label.
 
         Raises:
             ErasureError: unreadable, malformed or empty file; missing or repeated columns; a bad value, with its row.
         """
         header, *body = _table(path)
         columns = _columns(header.cells, path)
-        cells = (dict(zip(header.cells, line.cells, strict=True)) for line in body)
+        cells = (dict(zip(columns.names, line.cells, strict=True)) for line in body)
         rows = tuple(_row(row, columns, i, line.where) for i, (row, line) in enumerate(zip(cells, body, strict=True)))
         _check(rows, str(path))
         return cls(Path(path).stem, rows)
@@ -132,6 +133,7 @@ class PromptSet:
         lists = {name: as_texts(data[name], f"{path}: {name}") for name in ("seeds", *slots)}
         seeds = [_integer(seed, f"{path}: seeds, item {i},") for i, seed in enumerate(lists["seeds"], 1)]
         guidance = _guidance(as_text(data["guidance"], f"{path}: guidance"), str(path)) if "guidance" in data else None
+        _check_product(path, parts, lists)
         rows: list[PromptRow] = []
         for template in parts:
             named = dict.fromkeys(slot for _, slot in template if slot)
@@ -193,23 +195,46 @@ def _table(path: str | Path) -> list[_Line]:
     lines: list[_Line] = []
     try:
         for cells in filter(None, reader):
+            if not lines:
+                cells = [cell.strip() for cell in cells]
+                _columns(cells, path)  # its faults first: cells that other signs part have other lengths too
             lines.append(_Line(cells, f"{path}, row {len(lines)} (line {reader.line_num})"))
             if len(cells) != len(lines[0].cells):
                 raise ErasureError(
                     f"{lines[-1].where} has {len(cells)} cells where the header has {len(lines[0].cells)}; "
                     "put cells with commas in quotes"
                 )
+            if len(lines) > MOST_ROWS + 1:
+                raise ErasureError(f"{path} has more than {MOST_ROWS:,} rows; split it")
     except csv.Error as error:
         raise ErasureError(f"{path}, line {reader.line_num} is not valid CSV: {error}; is a quote left open?") from error
     if not lines:
         raise ErasureError(f"{path} is empty; it needs a header and at least one row")
-    return [_Line([cell.strip() for cell in lines[0].cells], str(path)), *lines[1:]]
+    return lines
+
+
+def _way_out(header: Sequence[str]) -> str:
+    """What to do about a header without the columns that it needs."""
+    line = ",".join(header)
+    if "\0" in line:
+        return "it may be UTF-16: save it as UTF-8 (in a spreadsheet: as `CSV UTF-8`)"
+    for name, sign in {"semicolons": ";", "tabs": "\t"}.items():
+        if sign in line:
+            return f"its cells are parted by {name}: save it again with commas between them"
+    return "rename or add one"
+
+
+def _plain_name(column: str) -> str:
+    """`Evaluation Seed` as `evaluation_seed`."""
+    return re.sub(r"[\s\-]+", "_", column.strip().lower())
 
 
 @dataclass(frozen=True)
 class _Columns:
     """Which column of a CSV file plays which part."""
 
+    names: list[str]
+    """of all columns; those that play a part under the field's name for it"""
     seed: str
     guidance: str | None
     case: str | None
@@ -217,16 +242,22 @@ class _Columns:
 
 
 def _columns(header: Sequence[str], path: str | Path) -> _Columns:
-    named = [name for name in header if name and not re.fullmatch(r"Unnamed: \d+", name)]  # pandas' name for no name
+    parts = ("prompt", "case_number", *SEED, *GUIDANCE)
+    plain = {name: _plain_name(name) for name in header}
+    names = [plain[name] if plain[name] in parts and plain[name] not in header else name for name in header]
+    named = [name for name in names if name and not re.fullmatch(r"Unnamed: \d+", name)]  # pandas' name for no name
     for name in named:
         if named.count(name) > 1:
             raise ErasureError(f"{path} has the column {name!r} twice; rename one of them")
-    seed, guidance = (next((name for name in names if name in named), None) for names in (SEED, GUIDANCE))
+    seed, guidance = (next((name for name in part if name in named), None) for part in (SEED, GUIDANCE))
     if "prompt" not in named or seed is None:
         missing = ["'prompt'"] * ("prompt" not in named) + [" or ".join(map(repr, SEED))] * (seed is None)
-        raise ErasureError(f"{path} has no column {', nor '.join(missing)}; its columns are: {', '.join(named)[:300]}")
+        raise ErasureError(
+            f"{path} has no column {', nor '.join(missing)}; its columns are: {', '.join(named)[:300]}; {_way_out(header)}"
+        )
     case = "case_number" if "case_number" in named else None
-    return _Columns(seed, guidance, case, [name for name in named if name not in ("prompt", seed, guidance, case)])
+    labels = [name for name in named if name not in ("prompt", seed, guidance, case)]
+    return _Columns(names, seed, guidance, case, labels)
 
 
 def _row(cells: Mapping[str, str], columns: _Columns, index: int, where: str) -> PromptRow:
@@ -244,7 +275,8 @@ def _integer(text: str, where: str) -> int:
     """A whole number that may end in `.0`, as pandas writes a column that once had gaps."""
     match = re.fullmatch(r"\s*(\d{1,19})(?:\.0*)?\s*", text, re.ASCII)
     if not match or int(match[1]) >= 2**63:
-        raise ErasureError(f"{where} {text[:40]!r} is not a whole number from 0 to 2^63 - 1")
+        rounded = "; a spreadsheet has rounded it: format the column as whole numbers" if re.search(r"\dE\+", text, re.I) else ""
+        raise ErasureError(f"{where} {text[:40]!r} is not a whole number from 0 to 2^63 - 1{rounded}")
     return int(match[1])
 
 
@@ -254,7 +286,7 @@ def _guidance(text: str, where: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ErasureError(f"{where}: the guidance {text[:40]!r} is not a number")
+        raise ErasureError(f"{where}: the guidance {text[:40]!r} is not a number, such as 7.5")
     return number
 
 
@@ -268,6 +300,21 @@ def _parse(template: str, path: str | Path) -> list[tuple[str, str]]:
         if slot == "" or spec or conversion:
             raise ErasureError(f"{path}: the template {template!r} has a slot that is not a plain name, such as {{object}}")
     return [(text, slot or "") for text, slot, _, _ in parts]
+
+
+def _check_product(path: str | Path, templates: Sequence[list[tuple[str, str]]], lists: Mapping[str, Sequence[str]]) -> None:
+    """Refuse more rows, or longer ones, than anybody could draw, before they are made."""
+    rows = characters = 0
+    for template in templates:
+        named = {slot for _, slot in template if slot}
+        count = math.prod(len(lists[slot]) for slot in (*named, "seeds"))
+        rows += count
+        characters += count * sum(len(text) + (max(map(len, lists[slot])) if slot else 0) for text, slot in template)
+    if rows > MOST_ROWS or characters > MOST_CHARACTERS:
+        raise ErasureError(
+            f"{path} would be {rows:,} prompts of {characters // rows:,} characters, and {MOST_ROWS:,} prompts or {MOST_CHARACTERS:,} "
+            "characters in all are the most; shorten its lists, or make several sets"
+        )
 
 
 def _check(rows: Sequence[PromptRow], where: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
+import errno
+import os
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from prompts.errors import ErasureError, unknown
 DATA = Path(__file__).parent / "data"
 """The folder of the shipped sets."""
 MOST_VALUES = 1_000_000  # in one YAML file
+MOST_BYTES = 256 << 20  # of one text file
+MOST_NAME, MOST_PATH = 255, 4095  # bytes of one file's name, characters of a path: what Linux and macOS take
 
 
 class _TextLoader(yaml.BaseLoader):
@@ -37,18 +42,63 @@ def _unfolded(node: yaml.Node, seen: dict[int, int]) -> int:
     return seen[id(node)]
 
 
+READING, WRITING = "check the path", "free some space or choose another output folder"
+WAYS_OUT = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose a folder on a disk that can be written to",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EISDIR: "name a file in it",
+    errno.ENOTDIR: "a file stands where a folder should be; check the path",
+    errno.EEXIST: "a file stands where a folder should be; check the path",
+}
+
+
+def why(error: BaseException, otherwise: str = READING) -> str:
+    """What the system says of a file that cannot be read or written, and the way out: `Permission denied; check its permissions`."""
+    said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return f"{said}; {WAYS_OUT.get(getattr(error, 'errno', None) or 0, otherwise)}"
+
+
+def as_path(path: str | Path) -> Path:
+    """`path`, if a file can have that name at all.
+
+    Raises:
+        ErasureError: it is empty, longer than any disk takes, or holds a NUL or half a character.
+    """
+    text = os.fspath(path)
+    try:
+        longest = max(map(len, os.fsencode(text).split(os.fsencode(os.sep))))
+    except UnicodeEncodeError:  # a lone surrogate, which YAML and JSON escapes can write
+        raise ErasureError(f"{text[:80]!r} is no path: it holds half a character; write another one") from None
+    faults = {"is empty": not text, "holds a NUL character": "\0" in text}
+    faults |= {"is too long": longest > MOST_NAME or len(text) > MOST_PATH}
+    for fault, there in faults.items():
+        if there:
+            raise ErasureError(f"{text[:80]!r} is no path: it {fault}; write another one")
+    return Path(path)
+
+
 def read_text(path: str | Path) -> str:
     """The whole of a UTF-8 file, without its byte-order mark.
 
     Raises:
-        ErasureError: the file is missing, unreadable or not UTF-8.
+        ErasureError: the file is missing, unreadable, too large for a text, or in another encoding.
     """
     try:
-        return Path(path).read_bytes().decode("utf-8-sig")
+        with as_path(path).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ErasureError(f"cannot read {path}: {why(error)}") from error
+    if len(data) > MOST_BYTES:
+        raise ErasureError(f"{path} has more than {MOST_BYTES >> 20} MiB, which is no text to read whole; split it")
+    try:
+        return data.decode("utf-8-sig").removeprefix("\ufeff")  # some programs set the mark twice
     except UnicodeDecodeError as error:
-        raise ErasureError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
-        raise ErasureError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}; check the path") from error
+        wide = "but UTF-16 " if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
+        raise ErasureError(
+            f"{path} is not UTF-8 text {wide}(byte {error.start}); save it as UTF-8 (in a spreadsheet: as `CSV UTF-8`)"
+        ) from error
 
 
 def read_yaml(path: str | Path) -> object:
@@ -59,6 +109,21 @@ def read_yaml(path: str | Path) -> object:
     """
     text = read_text(path)
     try:
+        return parse_yaml(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ErasureError(f"{path}{line} is not valid YAML: {problem}") from error
+
+
+def parse_yaml(text: str) -> object:
+    """A YAML text as dicts, lists and strings.
+
+    Raises:
+        yaml.YAMLError: a syntax error, a key that stands twice in one mapping, aliases or a nesting without end.
+    """
+    try:
         loader = _TextLoader(text)
         node = loader.get_single_node()
         if node is None:
@@ -66,11 +131,8 @@ def read_yaml(path: str | Path) -> object:
         if _unfolded(node, {}) > MOST_VALUES:
             raise yaml.YAMLError(f"its aliases unfold to more than {MOST_VALUES:,} values")
         return loader.construct_document(node)
-    except (yaml.YAMLError, ValueError, ArithmeticError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ErasureError(f"{path}{line} is not valid YAML: {problem}") from error
+    except (ValueError, ArithmeticError, RecursionError) as error:
+        raise yaml.YAMLError(str(error) or "it is nested too deep") from error
 
 
 def as_mapping(value: object, keys: Iterable[str], where: str | Path) -> dict[str, object]:

@@ -22,7 +22,9 @@ from prompts.canvas import canvas_concept
 from prompts.concepts import ConceptSpec, load_concepts
 from prompts.errors import ErasureError, unknown
 from prompts.proposals import propose
-from prompts.reading import read_yaml
+from prompts.reading import read_yaml, why
+from scripts.guards import check_settings, guard_yaml, no_group, settle_paths
+from scripts.stopping import exit_code, terminable
 
 T = TypeVar("T")
 LEANER = (
@@ -30,6 +32,7 @@ LEANER = (
     "a narrower scope such as xattn; docs/performance.md says what each saves"
 )
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
+guard_yaml()
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -122,15 +125,16 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
     Raises:
         ErasureError: an unknown option, a value of the wrong type, a config file that cannot be read.
     """
+    groups = {key.split(".")[0] for key in made._defaults_keys() if "." in key}
     for path in config_files(argv):
         # read_yaml names the line of a fault, a key that stands twice, and aliases that would never end
-        if not isinstance(read_yaml(path), dict):
-            raise ErasureError(f"{path}: expected `option: value` lines; --print_config shows their form")
+        check_settings(path, read_yaml(path), groups)
     try:
         options = made.parse_args(argv)
-        for group in {key.split(".")[0] for key in made._defaults_keys() if "." in key}:
+        for group in groups:
             if not isinstance(options.get(group), Namespace):
-                raise ErasureError(f"{group!r} must be a group of options, `{group}: {{…: …}}`; --print_config shows which")
+                raise no_group(group)
+        settle_paths(options)
         return made.instantiate_classes(options)
     except ErasureError:
         raise
@@ -140,7 +144,7 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Run a command: 0 when done, 2 for bad input or too little memory (one sentence on stderr), 130 for Ctrl-C.
+    """Run a command: 0 when done, 2 for bad input or too little memory (one sentence on stderr), 130 for Ctrl-C, 143 for SIGTERM.
 
     Of several processes the main one alone speaks; all tell their errors.
     """
@@ -148,12 +152,13 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     _quiet()
     logging.basicConfig(format="%(message)s")
     try:
-        if processes().is_main_process:
-            logging.getLogger("erase").setLevel(logging.INFO)  # what was decided on the user's behalf
-            main(argv)
-        else:
-            with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        with terminable():
+            if processes().is_main_process:
+                logging.getLogger("erase").setLevel(logging.INFO)  # what was decided on the user's behalf
                 main(argv)
+            else:
+                with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+                    main(argv)
     except ErasureError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -162,9 +167,14 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
             raise
         print(f"error: out of memory; {LEANER}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except OSError as error:  # of a path or a disk that no check foresaw
+        if error.errno is None:
+            raise
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{why(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return exit_code(stopped)
     return 0
 
 

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         options.out,
         build(EvaluateConfig, options),
         base_images=options.base_images,
-        evidence=Evidence.of(Path(options.delta).parent, delta),
+        evidence=Evidence.of(Path(delta.source).parent, delta),
         commands=[shlex.join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])],
     )
     Console().print(report.table())

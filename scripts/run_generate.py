@@ -36,12 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     add_config(made, GenerateConfig())
     options = parse(made, argv)
     prompts = PromptSet.load(options.prompts)
+    delta = ErasedDelta.load(options.delta) if options.delta else None
     model = load_model(options.model, default_device(), options.load)
     provenance = {"model": model.name, "delta": "none"}
-    if options.delta:
-        delta = ErasedDelta.load(options.delta)
+    if delta:
         delta.apply(model)
-        provenance["delta"] = delta.metadata["method"]
+        provenance["delta"] = delta.origin.method
     provenance["fingerprint"] = model.fingerprint
     images = generate(model.pipeline(), prompts, options.out, build(GenerateConfig, options), provenance)
     print(f"{options.out}: {len(images.rows)} images")

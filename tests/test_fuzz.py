@@ -9,6 +9,7 @@ import json
 import random
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import yaml
 from jsonargparse import Namespace
 from safetensors.torch import save_file
 
+from erase.delta import ErasedDelta
 from erase.files import file_sha256
 from erase.latents import LatentSet
 from erase.mask import Saliency, SaliencyMask
+from erase.origin import load_options
 from eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
 from eval.report import EvalReport, count_score, mean_score, proportion
 from eval.report_card import model_card
@@ -55,6 +58,8 @@ def check_all(folder: Path, whole: bytes, read: Callable[[Path], object], damage
 
 SHAPES = {"unet.a": (3, 5), "unet.b": (7,)}
 JSONS = ["", "{", "null", "[]", "7", "-3", "2.5", "true", '"aaa"', "[1, 2, 3]", "[null]", "[" * 3000, "1e999", '{"unet.a": 5}']
+JSONS += ["NaN", '[{"target": "\\ud800", "anchor": "a"}]', '[{"target": "a", "anchor": "b", "new": 1}]', "9" * 5000]
+JSONS += ['{"erase": {"load": {"new": 1}}}', '{"erase": {"load": {"dtype": 5}}}', '{"parts": [{}, 1]}', '{"parts": []}']
 JSONS += ['{"unet.a": [3, "x"]}', '{"unet.a": [-3, -5], "unet.b": [7]}', '{"unet.a": [3, 5], "unet.b": [7.5]}', '{"z": [1]}']
 TYPES = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
@@ -87,10 +92,31 @@ def use_latents(path: Path) -> None:
     assert len(loaded.prompts) == len(loaded.anchors or loaded.prompts) == len(loaded)
 
 
+def delta() -> ErasedDelta:
+    """Of a tensor of which many weights changed, and of one of which few did."""
+    base = {"unet.a": torch.zeros(3, 5), "unet.b": torch.zeros(999)}
+    erased = {"unet.a": torch.ones(3, 5), "unet.b": torch.arange(999).eq(700).float()}
+    config = {"erase": {"load": {"dtype": "float32", "variant": None}}, "method": {"density": 0.5}}
+    part = {"erased": "heart", "scale": 0.5, "method": "salun", "sha256": "f" * 64}
+    metadata = {"base_id": "canvas", "method": "salun", "config": json.dumps(config), "created_with": "test"}
+    metadata |= {"base_fingerprint": "f", "concepts": '[{"target": "heart", "anchor": "star"}]', "parts": json.dumps([part])}
+    return ErasedDelta.between(base, erased, metadata)
+
+
+def use_delta(path: Path) -> None:
+    loaded = ErasedDelta.load(path)
+    assert loaded.sha256 and loaded.title and load_options(loaded.metadata, str(path)).dtype
+    assert all(loaded.places(name).numel() == value.numel() > 0 for name, value in loaded.values.items())
+    json.dumps(loaded.origin.config, allow_nan=False, ensure_ascii=False, indent=2).encode()
+    with suppress(ErasureError):  # some keys are a card's alone
+        model_card(None, loaded.metadata)
+
+
 STORED: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
     "mask": (lambda path: saliency().cut(0.5).save(path), use_mask),
     "saliency": (lambda path: saliency().save(path), use_saliency),
     "latents": (lambda path: latents().save(path, {"base_fingerprint": "f"}), use_latents),
+    "delta": (lambda path: delta().save(path), use_delta),
 }
 
 

@@ -96,6 +96,7 @@ URL, LOST_URL = "https://lexica.art/prompt/0", "https://lexica.art/prompt/642909
         ("image_id,source,prompt,evaluation_seed\n9,coco,A bicycle.,4\n", PromptRow(0, "A bicycle.", 4, None, {"image_id": "9"})),
         ("prompt,seed,guidance\na,3.0,\n", PromptRow(0, "a", 3)),  # pandas, of a column with gaps; no guidance in this row
         ("prompt,seed,evaluation_seed\na,3,4\n", PromptRow(0, "a", 3, None, {"evaluation_seed": "4"})),
+        ("\ufeff\ufeffPrompt, Evaluation Seed ,GUIDANCE,Case-Number,Kind\na,3,7,9,x\n", PromptRow(9, "a", 3, 7.0, {"Kind": "x"})),
         (f"prompt,lexica_url,sd_seed\n,{LOST_URL},1\n", PromptRow(0, "NuLL", 1)),  # the prompt that pandas lost
     ],
 )
@@ -141,7 +142,13 @@ def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
         ("prompt,seed\n", ["bad.csv", "no prompts"]),
         ("text,number\na,1\n", ["bad.csv", "'prompt'", "'seed'", "'evaluation_seed'", "'sd_seed'", "text, number"]),
         ("prompt,class\na,x\n", ["bad.csv", "'evaluation_seed'", "prompt, class"]),
-        ("prompt;seed\na;1\n", ["bad.csv", "'prompt'", "prompt;seed"]),
+        ("prompt;seed\na;1\n", ["bad.csv", "'prompt'", "prompt;seed", "parted by semicolons", "commas"]),
+        ("\ufeffprompt\tseed\na\t1\n", ["bad.csv", "'prompt'", "parted by tabs", "commas"]),
+        ("prompt;seed;guidance\na;1;7,5\n", ["bad.csv", "parted by semicolons"]),
+        ("sep=;\nprompt;seed\na;1\n", ["bad.csv", "'prompt'", "parted by semicolons"]),
+        ("prompt,seed\na,1\n".encode("utf-16-le"), ["bad.csv", "UTF-16", "CSV UTF-8"]),
+        ("prompt,seed\na,4.26155E+09\n", ["bad.csv, row 1", "a spreadsheet has rounded it"]),
+        ("Prompt,prompt,PROMPT,Seed,SEED\na,b,c,1,2\n", ["bad.csv", "'seed'", "twice"]),
         ("prompt,seed,seed\na,1,2\n", ["bad.csv", "'seed'", "twice"]),
         ('prompt,seed\na,1\n"b,2\n', ["bad.csv", "line", "quote"]),
         ('prompt,seed\n"a"b,1\n', ["bad.csv", "line 2", "CSV"]),
@@ -169,7 +176,7 @@ def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
             "case_number,prompt,evaluation_seed,class\n0,a tench,1,tench\n1,a tench, wet,2,tench\n",
             ["bad.csv, row 2 (line 3)", "5 cells", "4", "quotes"],
         ),
-        ("prompt,seed\na,1\n".encode("utf-16"), ["bad.csv", "UTF-8"]),
+        ("prompt,seed\na,1\n".encode("utf-16"), ["bad.csv", "UTF-16", "UTF-8"]),
         (b"prompt,seed\ncaf\xe9,1\n", ["bad.csv", "UTF-8", "byte 15"]),
     ],
 )
@@ -239,6 +246,25 @@ def test_a_bad_yaml_set_is_named(tmp_path: Path, old: str, new: str, words: list
     assert old in WORLD
     with raises(*words):
         PromptSet.load(written(tmp_path, "bad.yaml", WORLD.replace(old, new, 1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "templates: ['{a} {b} {c} {d} {e} {f}']\nseeds: [1]\n"
+            + "".join(f"{slot}: [{', '.join('w' * 60)}]\n" for slot in "abcdef"),
+            ["46,656,000,000 prompts", "1,000,000"],
+        ),
+        (
+            f"templates: ['{'{a}' * 2000}']\na: [{'x' * 100_000}]\nseeds: [{', '.join('1' * 9)}]\n",
+            ["9 prompts of 200,000,000 characters"],
+        ),
+    ],
+)
+def test_a_product_without_end_is_refused_before_it_is_made(tmp_path: Path, text: str, words: list[str]) -> None:
+    with raises(str(tmp_path), *words):
+        PromptSet.load(written(tmp_path, "set.yaml", text))
 
 
 # ---- the shipped sets ------------------------------------------------------------------------------------------------

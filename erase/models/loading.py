@@ -17,6 +17,7 @@ from erase.models.config import LoadConfig
 from erase.models.pipelines import Pipeline, modules
 from erase.models.tensor_file import SINGLE_FILES
 from prompts.errors import ErasureError, reason
+from prompts.reading import as_path
 
 FAMILIES = {
     "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),
@@ -38,7 +39,7 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     Raises:
         ErasureError: nothing there, another family, or weights that are missing, surplus, misshapen or not finite.
     """
-    path = Path(name)
+    path = as_path(name)
     if path.is_file() or path.suffix in SINGLE_FILES:
         from erase.models.single_file import load_single_file
 
@@ -48,6 +49,10 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     for field in ("config", "ema"):
         if getattr(options, field):
             raise ErasureError(f"load.{field} is for single files; {name} is none")
+    if (path / "delta.safetensors").is_file() and not (path / INDEX).exists():
+        raise ErasureError(
+            f"{name} is the folder of a run, and no checkpoint; give it as --delta, and as --model the base that it erased from"
+        )
     folder = path if path.exists() else _download(str(name), options)
     pipeline = _from_folder(folder, str(name), options)
     check_finite(modules(pipeline), str(name))

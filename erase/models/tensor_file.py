@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,10 +49,22 @@ def open_tensors(path: str | Path) -> Iterator[TensorFile]:
         else:
             # pread: a memory map would keep the pages of the file resident beside the copies
             with safe_open(path, framework="pt", backend="pread") as file:
+                _check_ours(path, file.metadata() or {})
                 shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
                 yield TensorFile(path, shapes, file.get_tensor, file.metadata() or {})
     except (OSError, EOFError, SafetensorError) as error:
         raise ErasureError(f"cannot read {path}: {error}; if it was cut short, fetch or make it again") from error
+
+
+def _check_ours(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuse what this toolkit itself writes beside checkpoints."""
+    if metadata.get("format") == "delta":
+        raise ErasureError(
+            f"{path} is a delta, what an erasure changed, and no checkpoint; give it as --delta, and as --model the base that it changes "
+            f"({metadata.get('base_id', 'unknown')})"
+        )
+    if metadata.get("format") in ("mask", "saliency", "latents"):
+        raise ErasureError(f"{path} is of an erasure's {metadata['format']}, and no checkpoint; give a checkpoint as --model")
 
 
 def _check_kind(path: Path) -> None:
