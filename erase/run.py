@@ -20,6 +20,7 @@ from erase.processes import found, processes
 from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.training import make_accelerator
+from prompts.canvas import check_canvas
 from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError, check_ranges
 
@@ -70,6 +71,12 @@ def erase_concept(
     config = config or EraseConfig()
     concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
     _check_concepts(concepts)
+    if (model.name if model else config.model) == "canvas":
+        check_canvas(concepts)
+    if out is not None and not str(out).strip():
+        raise ErasureError(
+            "out is empty, so nothing would be written; name a folder, or leave it out to keep the delta in memory"
+        )
     method = get_method(config.method)
     settings = method.config if method_config is None else method_config
     accelerator = make_accelerator(getattr(settings, "train", TrainConfig()))

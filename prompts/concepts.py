@@ -151,8 +151,32 @@ def load_concepts(source: str | Path) -> list[ConceptSpec]:
     if not data:
         raise ErasureError(f"{path} holds no concept; write at least a target and an anchor")
     concepts = [ConceptSpec.from_dict(item, f"{path}, concept {i}") for i, item in enumerate(data, 1)]
-    targets = [concept.target for concept in concepts]
-    for i, target in enumerate(targets):
-        if target in targets[:i]:
-            raise ErasureError(f"{path} names the target {target!r} twice; write its templates and synonyms in one concept")
+    targets = [plain(concept.target) for concept in concepts]
+    for i, concept in enumerate(concepts):
+        if targets[i] in targets[:i]:
+            raise ErasureError(
+                f"{path} names the target {concept.target!r} twice; write its templates and synonyms in one concept"
+            )
     return concepts
+
+
+def plain(name: str) -> str:
+    """`name` for telling whether two are the same: without case, and with single blanks."""
+    return " ".join(name.split()).casefold()
+
+
+def merged(concepts: Sequence[ConceptSpec]) -> list[ConceptSpec]:
+    """The concepts, each once: of several that differ in the case and the blanks of their names alone, the first.
+
+    Raises:
+        ErasureError: two concepts of one target that differ in more.
+    """
+    first: dict[str, ConceptSpec] = {}
+    for concept in concepts:
+        kept = first.setdefault(plain(concept.target), concept)
+        if replace(concept, target=kept.target, anchor=kept.anchor) != kept or plain(concept.anchor) != plain(kept.anchor):
+            raise ErasureError(
+                f"the concept {concept.target!r} is given twice, and not in the same way (its anchors are {kept.anchor!r} and "
+                f"{concept.anchor!r}); leave one of them out"
+            )
+    return list(first.values())

@@ -95,7 +95,7 @@ def erase(density: float, scope: str) -> ErasedDelta:
 
 def main() -> None:
     """Measure, print, write."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--delta", action="append", help="a delta to measure; may be given several times")
     made.add_argument("--json", type=Path, help="write the numbers to this file")
     options = made.parse_args()

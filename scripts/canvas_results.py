@@ -118,7 +118,9 @@ def _cell(values: list[float], base: float) -> str:
 
 def main() -> None:
     """Measure what is asked for and not yet there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all")
     parser.add_argument("--variants", nargs="+", default=["salun"], help="names or groups of scripts/canvas_variants.py")
     parser.add_argument(
