@@ -101,7 +101,7 @@ def erase_concept(
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")
         with written_whole(folder / "training.json") as aside:
-            aside.write_text(json.dumps({"losses": edit.losses}))
+            aside.write_text(json.dumps({"losses": edit.losses}), encoding="utf-8")
         delta.save(folder / "delta.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()  # who goes on finds the files
@@ -165,7 +165,7 @@ def _claim(folder: Path, metadata: dict[str, str]) -> None:
     """Mark the folder as this erasure's, or refuse one that holds another: resuming must never mix two."""
     path = folder / "run.json"
     if found(path):
-        other = json.loads(path.read_text())
+        other = json.loads(path.read_text(encoding="utf-8"))
         differing = [key for key in metadata if other.get(key) != metadata[key]]
         if differing:
             raise ErasureError(
@@ -173,4 +173,4 @@ def _claim(folder: Path, metadata: dict[str, str]) -> None:
             )
     elif processes().is_main_process:
         with written_whole(path) as aside:
-            aside.write_text(json.dumps(metadata, indent=1))
+            aside.write_text(json.dumps(metadata, indent=1), encoding="utf-8")

@@ -67,7 +67,7 @@ class Evidence:
         """Losses and mask of an erasure's folder, as far as they are there; damaged ones are an `ErasureError`."""
         training, mask = folder / "training.json", folder / "mask.safetensors"
         with damage_named(training, "delete it to report without the losses, or erase again"):
-            losses = list(map(float, json.loads(training.read_text())["losses"])) if training.exists() else []
+            losses = list(map(float, json.loads(training.read_text(encoding="utf-8"))["losses"])) if training.exists() else []
         return cls(losses, SaliencyMask.load(mask) if mask.exists() else None)
 
 

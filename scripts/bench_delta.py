@@ -109,7 +109,7 @@ def main() -> None:
         table.add_row(form, *(f"{numbers[form]:,}" for numbers in measured.values()))
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps(measured, indent=1))
+        options.json.write_text(json.dumps(measured, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

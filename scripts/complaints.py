@@ -58,7 +58,7 @@ def complaint(message: str, options: Iterable[str]) -> ErasureError:
             return unknown_option(".".join(match.groups()), options)
     if match := re.search(r'Parser key "([\w.]+)".*Expected a <class \'list\'>.*value: ([\w.,-]+)\s*$', message, re.S):
         return ErasureError(f"{match[1]} is a list, also where it holds one thing: --{match[1]} '[{match[2]}]'")
-    if match := re.search(r'^Parser key "(\w+)": Unable to load config', message):
+    if match := re.search(r'Parser key "(\w+)":\s+Unable to load config', message):
         inside = [option for option in sorted(set(options)) if option.startswith(f"{match[1]}.")]
         return ErasureError(f"{match[1]} is a group of options; set one of its own, such as --{(inside or [match[1]])[0]}")
     if match := re.search(r"[Uu]nrecognized arguments: (\S+)", message):

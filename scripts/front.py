@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser as JsonArgumentParser
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from prompts.errors import ErasureError, near_name
-from prompts.reading import read_yaml
+from prompts.reading import read_text, read_yaml
 from scripts.complaints import complaint
 from scripts.light import only_describes, stood_in
 from scripts.naming import read_concepts
@@ -81,6 +81,10 @@ class Parser(JsonArgumentParser):
         """Raise instead of leaving the program, so that commands can be called from Python and from each other."""
         options = {option.lstrip("-") for action in self._actions for option in action.option_strings}
         raise complaint(message, options | set(self._defaults_keys())) from ex
+
+    def parse_path(self, path: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """A config file as UTF-8; the library would take the locale's encoding."""
+        return self.parse_string(read_text(path), path=os.path.basename(path), **options)
 
     def _defaults_keys(self) -> list[str]:
         return [key for key in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118 (a Namespace)
@@ -164,7 +168,7 @@ def recipe(name: str) -> str:
         return name
     if stem in recipes():
         return str(RECIPES / f"{stem}.yaml")
-    if Path(name).suffix:
+    if Path(name).suffix in (".yaml", ".yml", ".json"):
         return name  # a file that is not there, as its reader says
     near = near_name(name, recipes())
     hint = f"did you mean {near!r}? " if near else ""

@@ -177,7 +177,9 @@ def main() -> None:
         base = next(path for path in (folder / "base.safetensors", folder / "base") if path.exists())
         rows = measure(args, folder, base)
     if args.json:
-        args.json.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "stages": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "stages": rows}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class _Named:
 def read_concepts(
     names: Sequence[str],
     anchors: Sequence[str],
-    files: str | Sequence[str] | None,
+    file: str | Sequence[str] | None,
     model: str,
     retain: Sequence[str],
     kind: str | None = None,
@@ -41,7 +41,7 @@ def read_concepts(
         ErasureError: no concept; a file or name that is not known; anchors that do not pair; one concept in two ways; or, on canvas,
             one that it does not know.
     """
-    files = [files] if isinstance(files, str) else list(files or ())
+    files = [file] if isinstance(file, str) else list(file or ())
     found, left = _from_files(files, names, model)
     if files and not left and (anchors or retain or kind):
         raise ErasureError(f"--anchor, --retain and --kind do not go with --concepts; write them into a copy of {files[0]}")

@@ -251,7 +251,7 @@ def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, repor
     from erase.usage import usage
     from eval.report_card import model_card
 
-    notes = []
+    notes = ["The concept was put back: these are the weights of the base before it was erased."] if options.undo else []
     if options.dtype != "float32":
         notes.append(f"The weights are rounded to {options.dtype}; scores are those of the float32 weights.")
     if lora:
