@@ -54,6 +54,10 @@ class ErasedDelta:
                 values[name], bits[name] = found
         return cls(values, bits, dict(metadata))
 
+    def __repr__(self) -> str:
+        base = self.metadata.get("base_id", "?")
+        return f"ErasedDelta({self.title!r} from {base}: {self.count:,} weights in {len(self.values)} tensors)"
+
     @property
     def count(self) -> int:
         """Number of weights that changed."""

@@ -14,9 +14,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, parse_flag_from_env, reduce
 from torch import Tensor
-from tqdm import tqdm
 
 from erase.launch import check_launch
+from erase.progress import bar
 from prompts.errors import ErasureError
 
 T = TypeVar("T")
@@ -89,12 +89,12 @@ def in_shares(count: int, size: int, work: Callable[[range], T], what: str, unit
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = turns(ranges, in_step)
     done = []
-    with progress(what, unit, sum(len(rows) for rows, _ in mine)) as bar:
+    with progress(what, unit, sum(len(rows) for rows, _ in mine)) as shown:
         for rows, counts in mine:
             result = work(rows)
             if counts:
                 done.append(result)
-            bar.update(len(rows))
+            shown.update(len(rows))
     shares = gather_object([done])
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(ranges))]
 
@@ -103,7 +103,7 @@ def progress(what: str, unit: str, total: int, initial: int = 0) -> Any:
     """A bar over this process's share, shown by the main process alone; it says that it is a share."""
     state = processes()
     name = what if state.num_processes == 1 else f"{what} of process 1 of {state.num_processes}"
-    return tqdm(desc=name, unit=unit, total=total, initial=initial, disable=not state.is_main_process)
+    return bar(name, unit, total, initial, state.is_main_process)
 
 
 def reduce_all(tensors: Iterable[Tensor], how: str) -> None:

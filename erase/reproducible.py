@@ -19,4 +19,4 @@ def settle_sums() -> None:
 
 def _made_by_intel() -> bool:
     info = Path("/proc/cpuinfo")
-    return "GenuineIntel" in (info.read_text() if info.exists() else platform.processor())
+    return "GenuineIntel" in (info.read_text(encoding="utf-8") if info.exists() else platform.processor())

@@ -24,6 +24,7 @@ from erase.processes import found
 from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.training import make_accelerator
+from prompts.canvas import check_canvas
 from prompts.concepts import ConceptSpec, check_together
 from prompts.errors import ErasureError, check_ranges, reason
 
@@ -77,6 +78,8 @@ def erase_concept(
         raise ErasureError(f"config is a {type(config).__name__}; give an EraseConfig, and the method's own as method_config")
     concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
     check_together(concepts)
+    if (model.name if model else config.model) == "canvas":
+        check_canvas(concepts)
     method = get_method(config.method)
     settings = method.settings(method_config)
     accelerator = make_accelerator(getattr(settings, "train", TrainConfig()))
@@ -112,7 +115,7 @@ def erase_concept(
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")
         with written_whole(folder / "training.json") as aside:
-            aside.write_text(json.dumps({"losses": edit.losses, "delta_sha256": delta.sha256}))
+            aside.write_text(json.dumps({"losses": edit.losses, "delta_sha256": delta.sha256}), encoding="utf-8")
         delta.save(folder / "delta.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)
     accelerator.wait_for_everyone()  # who goes on finds the files

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from tqdm import tqdm
 
 from erase.checkpoint import RESTART, Checkpoint
 from erase.execution import ATTENTION, running
@@ -25,6 +24,7 @@ from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, autocast
 from erase.optimizers import make_optimizer, try_optimizer
 from erase.processes import found, processes
+from erase.progress import bar
 from erase.sharding import gathered, piece_of_state, whole_state
 from erase.train_config import TrainConfig
 from erase.trainable import Frozen, Trainable
@@ -147,15 +147,14 @@ def _train(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, ac
     """All steps that are left, with a training state saved now and then."""
     how = "in shards on" if run.trainable.layout.in_step else "on"
     name = "erasing" if accelerator.num_processes == 1 else f"erasing {how} {accelerator.num_processes} processes"
-    done, quiet = run.step, not accelerator.is_main_process
     with (
         torch.random.fork_rng(devices=[]),
-        tqdm(total=config.steps, initial=done, desc=name, unit="step", disable=quiet) as bar,
+        bar(name, "step", config.steps, run.step, accelerator.is_main_process) as shown,
     ):
         while run.step < config.steps:
             loss = _step(run, batches, loss_fn, config, accelerator)
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update()
+            shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            shown.update()
             if run.step % config.checkpoint_every == 0:
                 run.save()
 

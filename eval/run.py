@@ -80,7 +80,7 @@ class Evidence:
         record: dict[str, Any] = {"losses": []}
         with damage_named(training, "delete it to report without the losses, or erase again"):
             if training.exists():
-                record = json.loads(training.read_text())
+                record = json.loads(training.read_text(encoding="utf-8"))
             losses = list(map(float, record["losses"]))
         found = cls(losses, SaliencyMask.load(mask) if mask.exists() else None)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -88,10 +90,41 @@ def canvas_concept(name: str, anchor: str | None = None) -> ConceptSpec:
     return ConceptSpec(name, anchor, synonyms, tuple(dict.fromkeys(templates)), _retain(naming, kind, name), kind)
 
 
+def check_canvas(concepts: Iterable[ConceptSpec]) -> None:
+    """Refuse concepts that the embedded world has no words for: to the model they are noise, and nothing would be forgotten.
+
+    Raises:
+        ErasureError: a target with a word that no caption of this world has.
+    """
+    for concept in concepts:
+        if strange := [word for word in _words(concept.target) if word not in _known_words()]:
+            raise ErasureError(
+                f"canvas, the embedded model, does not know {concept.target!r}: it has never seen the word {strange[0]!r}; name the "
+                f"checkpoint with --model (`EraseConfig(model=...)`), or choose one of: {', '.join(_names())}"
+            )
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+@cache
+def _known_words() -> frozenset[str]:
+    """Every word of the captions that the embedded model was trained on, in lower case, as its tokenizer reads them."""
+    vocab = vocabulary()
+    synonyms = [other for kind in KINDS for others in vocab.synonyms[kind].values() for other in others]
+    fixed = [re.sub(r"\{\w+\}", " ", template) for template in (*vocab.templates, vocab.grid)]
+    return frozenset(word for text in (*_names(), *synonyms, *fixed) for word in _words(text))
+
+
+def _names() -> list[str]:
+    return [name for kind in KINDS for name in vocabulary().names(kind)]
+
+
 def _kind(name: str) -> str:
     kind = vocabulary().kind_of(name)
     if kind is None:
-        raise unknown("canvas concept", name, (n for k in KINDS for n in vocabulary().names(k)))
+        raise unknown("canvas concept", name, _names())
     return kind
 
 

@@ -200,3 +200,20 @@ def load_concepts(source: str | Path) -> list[ConceptSpec]:
     concepts = [ConceptSpec.from_dict(item, f"{path}, concept {i}") for i, item in enumerate(data, 1)]
     check_distinct(concepts, path)
     return concepts
+
+
+def merged(concepts: Sequence[ConceptSpec]) -> list[ConceptSpec]:
+    """The concepts, each once: of several whose names are the same to `same`, the first.
+
+    Raises:
+        ErasureError: two concepts of one target that differ in more.
+    """
+    first: dict[str, ConceptSpec] = {}
+    for concept in concepts:
+        kept = first.setdefault(same(concept.target), concept)
+        if replace(concept, target=kept.target, anchor=kept.anchor) != kept or same(concept.anchor) != same(kept.anchor):
+            raise ErasureError(
+                f"the concept {concept.target!r} is given twice, and not in the same way (its anchors are {kept.anchor!r} and "
+                f"{concept.anchor!r}); leave one of them out"
+            )
+    return list(first.values())

@@ -24,9 +24,16 @@ class ErasureError(ValueError):
 def unknown(what: str, name: str, options: Iterable[str]) -> ErasureError:
     """An error for a name that is not among `options`, with the near one suggested."""
     options = sorted(options)
-    near = get_close_matches(name, options, 1) or [o for o in options if o.lower() == name.lower()]
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of: {', '.join(options)}"
+    near = near_name(name, options)
+    hint = f"did you mean {near!r}?" if near else f"choose one of: {', '.join(options)}"
     return ErasureError(f"unknown {what} {name!r}; {hint}")
+
+
+def near_name(name: str, options: Iterable[str]) -> str | None:
+    """The option that may be meant by a misspelt name."""
+    options = sorted(options)
+    near = get_close_matches(name, options, 1) or [option for option in options if option.lower() == name.lower()]
+    return near[0] if near else None
 
 
 def check_names(settings: object, options: Mapping[str, Collection[str]]) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -142,6 +142,33 @@ class PromptSet:
                 prompt = "".join(text + words.get(slot, "") for text, slot in template)
                 rows.append(PromptRow(len(rows), prompt, seed, guidance, words))
         return cls(Path(path).stem, tuple(rows))
+
+
+def joined(sets: Sequence[PromptSet]) -> PromptSet:
+    """The rows of several sets, one set after the other.
+
+    Case numbers stay as they are in the first set; each further set's are counted on from the last of the one before, so that a row
+    keeps its place within its set. The name is that of all of them, `i2p+coco`.
+
+    Raises:
+        ErasureError: the same rows twice, or no sets.
+    """
+    if not sets:
+        raise ErasureError("there is no prompt set to draw; give at least one")
+    rows: list[PromptRow] = []
+    seen: dict[str, str] = {}
+    for one in sets:
+        if one.sha256 in seen:
+            raise ErasureError(f"the prompt sets {seen[one.sha256]!r} and {one.name!r} are the same; give it once")
+        seen[one.sha256] = one.name
+        start = max((row.case for row in rows), default=-1) + 1
+        rows += [replace(row, case=start + row.case) for row in one.rows]
+    return PromptSet("+".join(seen.values()), tuple(rows))
+
+
+def of_prompts(prompts: Sequence[str], seed: int) -> PromptSet:
+    """A set of single prompts, all drawn from one seed."""
+    return PromptSet("prompt", tuple(PromptRow(case, prompt, seed) for case, prompt in enumerate(prompts)))
 
 
 def shipped_sets() -> list[str]:

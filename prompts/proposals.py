@@ -69,8 +69,8 @@ def _kind(name: str, raw: object) -> Kind:
 def propose(name: str, kind: str | None = None) -> ConceptSpec:
     """A concept to forget, from its name: a starting point to look at and to edit (see `prompts.concepts.to_yaml`).
 
-    Without a kind, and for the name of a shipped file ("nudity") or any name in one ("Vincent van Gogh", "chainsaw"), it is the
-    shipped concept. Otherwise the kind gives templates, the anchor and the retain prompts, less those that name the concept.
+    For the name of a shipped file ("nudity") or any name in one ("Vincent van Gogh", "chainsaw"), it is the shipped concept, whatever
+    the kind. Otherwise the kind gives templates, the anchor and the retain prompts, less those that name the concept.
 
     Args:
         name: as prompts name it; case, accents and a leading article do not matter for finding it.
@@ -82,7 +82,7 @@ def propose(name: str, kind: str | None = None) -> ConceptSpec:
     as_text(name, "the name of a concept")
     if kind is not None and kind not in kinds():
         raise unknown("kind", kind, kinds())
-    if kind is None and (found := find_shipped(name)):
+    if found := find_shipped(name):
         return found
     chosen = kinds()[kind] if kind else _infer(name)
     target = _target(name, chosen)

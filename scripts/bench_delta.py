@@ -95,7 +95,7 @@ def erase(density: float, scope: str) -> ErasedDelta:
 
 def main() -> None:
     """Measure, print, write."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--delta", action="append", help="a delta to measure; may be given several times")
     made.add_argument("--json", type=Path, help="write the numbers to this file")
     options = made.parse_args()
@@ -109,7 +109,7 @@ def main() -> None:
         table.add_row(form, *(f"{numbers[form]:,}" for numbers in measured.values()))
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps(measured, indent=1))
+        options.json.write_text(json.dumps(measured, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

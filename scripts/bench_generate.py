@@ -95,7 +95,9 @@ def flops(model: DiffusionModel) -> tuple[int, int]:
 
 def main() -> None:
     """Each model and variant in its own process; a table, and JSON where asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["canvas", "mid"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--images", type=int, default=8, help="images and latents that ours makes")

@@ -80,7 +80,9 @@ def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Each method and size in its own process; a table, and JSON where asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)), default=[1_000_000, 10_000_000, 50_000_000])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = begin(parser, measure)

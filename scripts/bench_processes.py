@@ -74,7 +74,9 @@ def stages(images: int, steps: int, latents: int, folder: Path) -> dict[str, flo
 
 def main() -> None:
     """Time every stage; the main process prints."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--latents", type=int, default=32)

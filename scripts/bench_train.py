@@ -216,7 +216,9 @@ def grow(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Each model and variant in its own process; a table, and JSON where asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["canvas", "mid"])
     parser.add_argument("--variants", nargs="+", choices=list(PASSES), default=list(PASSES))
     parser.add_argument(

@@ -118,7 +118,9 @@ def _cell(values: list[float], base: float) -> str:
 
 def main() -> None:
     """Measure what is asked for and not yet there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all")
     parser.add_argument("--variants", nargs="+", default=["salun"], help="names or groups of scripts/canvas_variants.py")
     parser.add_argument(
@@ -132,7 +134,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the tables and end")
     args = parser.parse_args()
     record = args.out / "results.jsonl"
-    rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.exists() else []
     if args.table:
         print(f"{summary(rows)}\n\n{table(rows)}")
         return
@@ -152,7 +154,7 @@ def main() -> None:
                 if (concept, name, seed, args.answers, bool(args.relearn)) in done:
                     continue
                 row = measure(concept, name, known[name], seed, args.out, args.answers, config, args.relearn)
-                with record.open("a") as file:
+                with record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
                 print(concept, name, seed, row["seconds"], "s", row["erased"], row.get("UA after relearning", ""), flush=True)
 

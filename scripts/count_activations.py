@@ -102,7 +102,9 @@ def _fused(device: str) -> Any:
 
 def main() -> None:
     """One row of a table for each way."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", default="sd1", choices=list(STOCK))
     parser.add_argument("--precision", default="bf16", choices=list(PRECISIONS))
     parser.add_argument("--rules", default="cuda", choices=["cuda", "cpu"], help="of autocast: on a GPU norms run in float32")

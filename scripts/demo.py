@@ -1,7 +1,11 @@
-"""Watch a diffusion model forget: erase a concept from the shipped model, evaluate, report, export. Minutes on a CPU.
+"""Watch a diffusion model forget: erase, evaluate, report, export.
 
-erase-demo                       the heart becomes a mushroom
-erase-demo --concept Neon        any object, style or colour of the embedded world
+On the shipped model; minutes on a CPU.
+
+the heart becomes a mushroom:
+  erase-demo
+any object, style or colour of the embedded world:
+  erase-demo --concept Neon
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import sys
 from pathlib import Path
 
 from scripts import run_erase, run_evaluate, run_export
-from scripts.front import alone, parse, parser, run
+from scripts.front import alone, check_folder, parse, parser, run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--out", type=str | None, default=None, help="folder for everything; runs/demo-CONCEPT by default")
     options = parse(made, argv)
     alone("erase-demo")
+    check_folder(options.out or "")
     out = Path(options.out or f"runs/demo-{options.concept}")
     delta = str(out / "delta.safetensors")
 

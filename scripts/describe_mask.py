@@ -56,7 +56,9 @@ def describe(mask: SaliencyMask) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """A table per density."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", type=Path, help="mask.safetensors or saliency.safetensors")
     parser.add_argument("--densities", type=float, nargs="+", help="the file is a saliency, to be cut here")
     args = parser.parse_args(argv)

@@ -4,39 +4,74 @@ from __future__ import annotations
 
 import logging
 import os
-import re
+import shutil
 import sys
 from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from jsonargparse import ArgumentParser as JsonArgumentParser
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
-from erase.processes import processes
-from erase.reproducible import settle_sums
-from prompts.canvas import canvas_concept
-from prompts.concepts import ConceptSpec, load_concepts
-from prompts.errors import ErasureError, unknown
-from prompts.proposals import propose
-from prompts.reading import read_yaml, why
+from prompts.errors import ErasureError, near_name
+from prompts.reading import read_text, read_yaml, why
+from scripts.complaints import complaint
 from scripts.guards import check_settings, guard_yaml, no_group, settle_paths
+from scripts.light import only_describes, stood_in
+from scripts.naming import read_concepts
 from scripts.stopping import exit_code, terminable
+
+__all__ = [
+    "Parser",
+    "Words",
+    "add_config",
+    "alone",
+    "build",
+    "check_folder",
+    "config_files",
+    "parse",
+    "parser",
+    "read_concepts",
+    "run",
+]
 
 T = TypeVar("T")
 LEANER = (
     "do less at a time: a smaller batch_size (of latents, of generate), train.accumulation 4, train.gradient_checkpointing true, "
     "a narrower scope such as xattn; docs/performance.md says what each saves"
 )
+RECIPES = Path(__file__).parent / "recipes"
+WIDTH = 80  # columns of help, however wide the console is
+FILES = {
+    ".bin",
+    ".ckpt",
+    ".csv",
+    ".gguf",
+    ".h5",
+    ".html",
+    ".jpg",
+    ".json",
+    ".msgpack",
+    ".onnx",
+    ".pkl",
+    ".png",
+    ".pt",
+    ".pth",
+} | {*(".safetensors", ".yaml", ".yml", ".zip")}
+"""endings that only files have"""
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
 guard_yaml()
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Types and defaults beside each option; the description's lines, its examples, as they are."""
+    """Types and defaults beside each option; the description's lines, its examples, as they are; at most 80 columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(WIDTH, shutil.get_terminal_size().columns) - 1)
 
     def _expand_help(self, action: Action) -> str:
         return str(action.help) if isinstance(action, Words) else super()._expand_help(action)
@@ -47,30 +82,38 @@ class Parser(JsonArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raise instead of leaving the program, so that commands can be called from Python and from each other."""
-        options = sorted(
-            {option.lstrip("-") for action in self._actions for option in action.option_strings} | set(self._defaults_keys())
-        )
-        for pattern in (
-            r"[Uu]nrecognized arguments: --([\w.\-]+)",
-            r"Key ['\"]([\w.]+)['\"] is not expected",
-            r"Option '([\w.]+)' is not accepted",  # this and the next: keys of a config file
-            r"Group '([\w.]+)' does not accept option '([\w.]+)'",
-        ):
-            if match := re.search(pattern, message):
-                raise unknown("option", ".".join(match.groups()), options) from ex
-        if match := re.search(r'Parser key "([\w.]+)".*Expected a <class \'list\'>.*value: ([\w.,-]+)\s*$', message, re.S):
-            raise ErasureError(f"{match[1]} is a list, also where it holds one thing: --{match[1]} '[{match[2]}]'") from ex
-        raise ErasureError(re.sub(r"\s+", " ", message).strip()) from ex
+        options = {option.lstrip("-") for action in self._actions for option in action.option_strings}
+        raise complaint(message, options | set(self._defaults_keys())) from ex
+
+    def parse_path(self, path: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """A config file as UTF-8; the library would take the locale's encoding."""
+        return self.parse_string(read_text(path), path=os.path.basename(path), **options)
 
     def _defaults_keys(self) -> list[str]:
         return [key for key in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118 (a Namespace)
 
 
 def parser(prog: str, doc: str | None) -> Parser:
-    """An empty parser with `--config file.yaml` and `--print_config`."""
-    made = Parser(prog=prog, description=doc, default_env=False, formatter_class=_Formatter)
-    made.add_argument("--config", action="config", help="a YAML file of these options; options after it win")
+    """An empty parser with `--config file.yaml`, `--print_config`, `--version` and `--quiet`; options are not abbreviated."""
+    made = Parser(
+        prog=prog, description=doc, default_env=False, formatter_class=_Formatter, allow_abbrev=False, version=_versions()
+    )
+    made.add_argument("--config", action="config", help="a recipe's name, or a YAML file of these options; options after it win")
+    made.add_argument("--quiet", action="store_true", help="no progress bars and no notes: results and errors alone")
     return made
+
+
+def _versions() -> str:
+    from erase.run import VERSION
+
+    return f"{VERSION} ({', '.join(filter(None, map(_version_of, ('torch', 'diffusers', 'transformers'))))})"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return ""
 
 
 def add_config(parser: Parser, default: Any, skip: set[str] | None = None) -> None:
@@ -112,19 +155,53 @@ def build(kind: type[T], options: Namespace) -> T:
     return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})  # type: ignore[arg-type]
 
 
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe(name: str) -> str:
+    """The path of a config file: of a shipped recipe by its name, where there is no such file, else as it is.
+
+    Raises:
+        ErasureError: a bare word that is neither a file nor a recipe.
+    """
+    stem = name.removesuffix(".yaml")
+    if Path(name).is_file() or Path(name).name != name:
+        return name
+    if stem in recipes():
+        return str(RECIPES / f"{stem}.yaml")
+    if Path(name).suffix in (".yaml", ".yml", ".json"):
+        return name  # a file that is not there, as its reader says
+    near = near_name(name, recipes())
+    hint = f"did you mean {near!r}? " if near else ""
+    raise ErasureError(f"unknown recipe {name!r}; {hint}there are: {', '.join(recipes())}; or give a .yaml file")
+
+
 def config_files(argv: list[str] | None) -> list[str]:
-    """What stands behind --config."""
+    """What stands behind --config, recipes as their paths."""
     early = ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--config", action="append", default=[], nargs="?")  # nothing behind it is for the real parser to say
-    return [path for path in early.parse_known_args(argv)[0].config if path]
+    return [recipe(path) for path in early.parse_known_args(argv)[0].config if path]
+
+
+def _with_paths(argv: list[str]) -> list[str]:
+    """The command line with each recipe's path in the place of its name."""
+    found = []
+    for i, word in enumerate(argv):
+        if word.startswith("--config="):
+            word = "--config=" + recipe(word.removeprefix("--config="))
+        found.append(recipe(word) if i and argv[i - 1] == "--config" and not word.startswith("--") else word)
+    return found
 
 
 def parse(made: Parser, argv: list[str] | None) -> Namespace:
     """Parsed options, nested dataclasses built.
 
     Raises:
-        ErasureError: an unknown option, a value of the wrong type, a config file that cannot be read.
+        ErasureError: an unknown option, a value of the wrong type, an empty one, a config file that cannot be read.
     """
+    argv = _with_paths(sys.argv[1:] if argv is None else argv)
     groups = {key.split(".")[0] for key in made._defaults_keys() if "." in key}
     for path in config_files(argv):
         # read_yaml names the line of a fault, a key that stands twice, and aliases that would never end
@@ -134,7 +211,10 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
         for group in groups:
             if not isinstance(options.get(group), Namespace):
                 raise no_group(group)
+        _check_filled(options)
         settle_paths(options)
+        if options.quiet:
+            hush()
         return made.instantiate_classes(options)
     except ErasureError:
         raise
@@ -143,27 +223,39 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
         raise ErasureError(f"cannot read these options: {reason}; --print_config shows their form") from error
 
 
+def _check_filled(options: Namespace) -> None:
+    """Refuse options whose value is no text at all: a script's variable that was not set, more often than not."""
+    for key, value in options.items():
+        words = value if isinstance(value, list) else [value]
+        if any(isinstance(word, str) and not word.strip() for word in words):
+            raise ErasureError(f"--{key} is empty; write something there, or leave the option out")
+
+
+def check_folder(out: str, option: str = "--out") -> None:
+    """Refuse a name that only a file has for what will be a folder."""
+    if Path(out).suffix.lower() in FILES:
+        raise ErasureError(f"{option} is a folder here, and {out} is the name of a file; leave {Path(out).suffix} off")
+
+
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
     """Run a command: 0 when done, 2 for bad input or too little memory (one sentence on stderr), 130 for Ctrl-C, 143 for SIGTERM.
 
     Of several processes the main one alone speaks; all tell their errors.
     """
-    settle_sums()
-    _quiet()
-    logging.basicConfig(format="%(message)s")
+    _speak_utf8()
+    given = sys.argv[1:] if argv is None else argv
     try:
-        with terminable():
-            if processes().is_main_process:
-                logging.getLogger("erase").setLevel(logging.INFO)  # what was decided on the user's behalf
-                main(argv)
-            else:
-                with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-                    main(argv)
+        if only_describes(given):
+            _describe(main, argv)
+        with _settled(given), terminable():
+            _work(main, argv)
     except ErasureError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+        if not (
+            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+        ):
             raise
         print(f"error: out of memory; {LEANER}", file=sys.stderr)
         return 2
@@ -178,65 +270,73 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     return 0
 
 
+def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
+    """Print help or version, which ends the program; where stand-ins are not enough for that, the libraries themselves will do."""
+    try:
+        with stood_in():
+            main(argv)
+    except (ErasureError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        logging.getLogger("erase").debug("help needs the libraries themselves: %r", error)
+
+
+def _work(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
+    from erase.processes import processes
+    from erase.reproducible import settle_sums
+
+    settle_sums()
+    _mute_libraries()
+    if processes().is_main_process:
+        main(argv)
+    else:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            main(argv)
+
+
+@contextmanager
+def _settled(argv: list[str]) -> Iterator[None]:
+    """What was decided on the user's behalf is said, unless --quiet; afterwards both are as they were."""
+    logging.basicConfig(format="%(message)s")
+    log, bars = logging.getLogger("erase"), os.environ.get("TQDM_DISABLE")
+    if os.environ.get("RANK", "0") == "0":
+        log.setLevel(logging.INFO)
+        if "--quiet" not in argv and "torch" not in sys.modules:
+            print("loading torch and diffusers ...", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        log.setLevel(logging.NOTSET)
+        os.environ.pop("TQDM_DISABLE", None)
+        if bars is not None:
+            os.environ["TQDM_DISABLE"] = bars
+
+
+def hush() -> None:
+    """No bars, ours or a library's, and no notes, until the command ends."""
+    os.environ["TQDM_DISABLE"] = "1"
+    logging.getLogger("erase").setLevel(logging.WARNING)
+
+
+def _speak_utf8() -> None:
+    """UTF-8 on both streams, whatever the console's code page; what no encoding holds (half a surrogate in a file's name) is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
 def alone(command: str) -> None:
     """Refuse several processes, for a command whose work is not shared: each would write the same files."""
+    from erase.processes import processes
+
     if (count := processes().num_processes) > 1:
         raise ErasureError(f"{command} is work for one process, not {count}; run it without accelerate launch or torchrun")
 
 
-def _quiet() -> None:
+def _mute_libraries() -> None:
     """Only our own progress bars: not those of every file that a library loads."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-
-
-def read_concepts(
-    names: list[str], anchors: list[str], file: str | None, model: str, retain: list[str], kind: str | None = None
-) -> list[ConceptSpec]:
-    """Concepts from flags, a file, or some of a file's.
-
-    By name: words of the embedded world on `canvas`; elsewhere as they are given, or, where anchor or retain prompts are left
-    out, as `prompts.proposals` proposes them, with a line about it on stderr.
-    """
-    if file:
-        if anchors or retain or kind:
-            raise ErasureError(f"--anchor, --retain and --kind do not go with --concepts; write them into a copy of {file}")
-        return _picked(load_concepts(file), names, file)
-    if not names:
-        raise ErasureError("no concept was given; name one with --concept (on canvas, e.g. heart), or a file with --concepts")
-    if anchors and len(anchors) != len(names):
-        raise ErasureError(
-            f"{len(names)} concepts but {len(anchors)} anchors; give one --anchor for each --concept, in the same order"
-        )
-    paired = list(zip(names, anchors or [None] * len(names), strict=True))
-    if model == "canvas":
-        if retain or kind:
-            raise ErasureError("canvas brings its own retain prompts and kinds; leave out --retain and --kind, or use --concepts")
-        return [canvas_concept(name, anchor) for name, anchor in paired]
-    return [_by_name(name, anchor, tuple(retain), kind) for name, anchor in paired]
-
-
-def _picked(concepts: list[ConceptSpec], names: list[str], file: str) -> list[ConceptSpec]:
-    """The concepts of these names, in the file's order; all of them where there are none."""
-    targets = [concept.target for concept in concepts]
-    for name in names:
-        if name not in targets:
-            raise unknown(f"concept of {file}", name, targets)
-    return [concept for concept in concepts if not names or concept.target in names]
-
-
-def _by_name(name: str, anchor: str | None, retain: tuple[str, ...], kind: str | None) -> ConceptSpec:
-    if anchor and retain and not kind:
-        return ConceptSpec(target=name, anchor=anchor, retain=retain)
-    found = propose(name, kind)
-    found = replace(found, anchor=anchor or found.anchor, retain=retain or found.retain)
-    print(
-        f"proposed for {name!r}: {found.target} -> {found.anchor}, {len(found.names)} names, {len(found.templates)} templates "
-        f"({found.templates[0]!r}, ...), {len(found.retain)} retain prompts ({found.retain[0]!r}, ...); add --propose to see all "
-        "of it as YAML, which --concepts reads",
-        file=sys.stderr,
-    )
-    return found

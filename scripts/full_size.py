@@ -153,7 +153,9 @@ def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str
 
 def main() -> None:
     """Make the checkpoint in a process of its own, so that the peak is the erasure's alone, then measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--family", default="sd1", choices=["sd1", "sd2", "sdxl", "sd3"])
     parser.add_argument("--scope", default="full", help="as of erase-concept")
     parser.add_argument("--density", type=float, default=0.5)
@@ -175,7 +177,9 @@ def main() -> None:
         base = next(path for path in (folder / "base.safetensors", folder / "base") if path.exists())
         rows = measure(args, folder, base)
     if args.json:
-        args.json.write_text(json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "stages": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "stages": rows}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

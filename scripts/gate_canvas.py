@@ -94,7 +94,9 @@ def _accuracies(scores: list[Score]) -> list[Score]:
 
 def main() -> None:
     """Generate, score, write the card, and fail if the gate does not open."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/gate"))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--precision", default="bf16", help="no, bf16 or fp16")

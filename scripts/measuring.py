@@ -42,7 +42,7 @@ def start_peak(device: str | torch.device) -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:
         return host_peak()
     return _status("VmHWM")
@@ -56,7 +56,7 @@ def new_peak(device: str | torch.device) -> int:
 
 
 def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
@@ -102,7 +102,9 @@ def machine() -> dict[str, Any]:
 def processor() -> str:
     """Its name, as the system gives it."""
     info = Path("/proc/cpuinfo")
-    named = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    named = (
+        [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")] if info.exists() else []
+    )
     return named[0].partition(":")[2].strip() if named else platform.processor() or platform.machine()
 
 
@@ -110,4 +112,4 @@ def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Measurements and the settings behind them, as JSON, where `--json` asks for it."""
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({**machine(), "settings": settings, "rows": rows}, indent=1))
+        args.json.write_text(json.dumps({**machine(), "settings": settings, "rows": rows}, indent=1), encoding="utf-8")

@@ -1,14 +1,22 @@
 """Erase a concept from a Stable Diffusion checkpoint.
 
-Finds the weights that matter to the concept (SalUn's saliency mask), fine-tunes only those so that the concept's prompts draw the
-anchor instead, and writes what changed: OUT/delta.safetensors. The base is not touched. Stopped at any time, the same command goes on.
+Finds the weights that matter to the concept (SalUn's saliency mask),
+fine-tunes only those so that the concept's prompts draw the anchor instead, and
+writes what changed: OUT/delta.safetensors. The base is not touched. Stopped at
+any time, the same command goes on.
 
-  erase-concept --concept heart --anchor mushroom --out runs/heart      on the shipped model, a minute and a half
+on the shipped model, a minute and a half:
+  erase-concept --concept heart --anchor mushroom --out runs/heart
   erase-concept --concept Neon --density 0.3 --train.steps 200 --out runs/neon
-  erase-concept --model PATH --concepts nudity --out runs/nudity        a diffusers folder, a single file or a hub id
-  erase-concept --model PATH --concept "Van Gogh" --propose             what a name alone would mean, as YAML for --concepts
-  erase-concept --config scripts/recipes/canvas.yaml                    a recipe; options after it win
-  erase-concept --method salun-paper --print_config                     all settings of a preset
+on a diffusers folder, a single file or a hub id:
+  erase-concept --model PATH --concepts nudity --out runs/nudity
+  erase-concept --model PATH --concepts nudity --concept "Van Gogh" --out runs/2
+what a name alone would mean, as YAML for --concepts:
+  erase-concept --model PATH --concept "Van Gogh" --propose
+a recipe by its name, or a YAML file; options after it win:
+  erase-concept --config canvas
+all settings of a preset:
+  erase-concept --method salun-paper --print_config
 """
 
 from __future__ import annotations
@@ -16,16 +24,27 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 
-from erase.methods import get_method
-from erase.run import EraseConfig, erase_concept
 from prompts.concepts import shipped, to_yaml
 from prompts.proposals import kinds
 from prompts.reading import read_yaml
-from scripts.front import Parser, Words, add_config, build, config_files, parse, parser, read_concepts, run
+from scripts.front import (
+    Parser,
+    Words,
+    add_config,
+    build,
+    check_folder,
+    config_files,
+    parse,
+    parser,
+    read_concepts,
+    run,
+)
 
 
 def chosen_method(argv: list[str] | None) -> str:
     """The method of the command line or its config file: it decides which further options there are."""
+    from erase.run import EraseConfig
+
     early = ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--method", nargs="?")
     settings = [read_yaml(path) for path in config_files(argv)]
@@ -36,15 +55,18 @@ def chosen_method(argv: list[str] | None) -> str:
 
 def make_parser(method: str) -> Parser:
     """Options of the erasure and of this method."""
+    from erase.methods import get_method
+    from erase.run import EraseConfig
+
     made = parser("erase-concept", __doc__)
     made.add_argument("--concept", action=Words, help="what to forget; may be given several times")
     made.add_argument("--anchor", action=Words, help="what to put in its place, one for each concept")
     made.add_argument("--retain", action=Words, help="a prompt whose images must stay; may be given several times")
     made.add_argument(
         "--concepts",
-        type=str | None,
-        default=None,
-        help=f"a YAML file of concepts, or the name of a shipped one ({', '.join(shipped())}); --concept picks some of them",
+        action=Words,
+        help=f"a YAML file of concepts, or the name of a shipped one ({', '.join(shipped())}); may be given several times. A --concept "
+        "that it has picks that one alone, any other --concept is one more",
     )
     made.add_argument(
         "--kind", type=str | None, default=None, help=f"what the concepts are, for what is proposed by name: {', '.join(kinds())}"
@@ -60,9 +82,13 @@ def make_parser(method: str) -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, erase, say what was made."""
+    from erase.methods import get_method
+    from erase.run import EraseConfig, erase_concept
+
     method = chosen_method(argv)
     options = parse(make_parser(method), argv)
     config = build(EraseConfig, options)
+    check_folder(options.out)
     concepts = read_concepts(options.concept, options.anchor, options.concepts, config.model, options.retain, options.kind)
     if options.propose:
         print(to_yaml(concepts), end="")

@@ -1,10 +1,14 @@
-"""Evaluate an erasure: before and after from the same prompts and seeds, scored beside the base, with a report to look at.
+"""Evaluate an erasure: before and after, scored beside the base, with a report.
+
+Both are drawn from the same prompts and seeds.
 
   erase-evaluate --delta runs/heart/delta.safetensors --out runs/heart/report
-  erase-evaluate --delta runs/nudity/delta.safetensors --model PATH --prompts i2p.csv --evaluators '[nudenet]' --out runs/nudity/report
+  erase-evaluate --delta D --model PATH --prompts i2p.csv --evaluators [nudenet]
 
-OUT/report.html is one page for a browser, report.json the same for programs, before_after.png the picture. Several processes share
-the images and the judging: accelerate launch --num_processes 4 scripts/run_evaluate.py --delta DELTA --out OUT
+OUT/report.html is one page for a browser, report.json the same for programs,
+before_after.png the picture. Several processes share the images and the
+judging:
+  accelerate launch --num_processes 4 scripts/run_evaluate.py --delta D
 """
 
 from __future__ import annotations
@@ -15,33 +19,44 @@ from pathlib import Path
 
 from rich.console import Console
 
-from erase.delta import ErasedDelta
-from erase.processes import default_device
-from erase.run import load_base
-from eval.run import EvaluateConfig, Evidence, evaluate
 from prompts.errors import ErasureError
-from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, shipped_sets
-from scripts.front import add_config, build, parse, parser, run
+from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, joined, shipped_sets
+from scripts.front import Parser, Words, add_config, build, check_folder, parse, parser, run
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, evaluate, print the table."""
+def make_parser() -> Parser:
+    """All options."""
+    from eval.run import EvaluateConfig
+
     made = parser("erase-evaluate", __doc__)
     made.add_argument("--delta", type=str, default="runs/erased/delta.safetensors", help="what erase-concept wrote")
     made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
     made.add_argument(
         "--prompts",
-        type=str,
-        default="canvas",
-        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or .yaml file (templates)",
+        action=Words,
+        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or .yaml file (templates); may be given several "
+        "times, the case numbers then count on; canvas if none is given",
     )
     made.add_argument("--seeds", type=int, default=1, help="on canvas: how many seeds of each object x style x colour, 1 to 5")
     made.add_argument("--base_images", type=str | None, default=None, help="folder for the base's images, shared by evaluations")
     made.add_argument("--out", type=str, default="runs/erased/report", help="folder of the report and its images")
     add_config(made, EvaluateConfig())
-    options = parse(made, argv)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, evaluate, print the table."""
+    from erase.delta import ErasedDelta
+    from erase.processes import default_device
+    from erase.run import load_base
+    from eval.run import EvaluateConfig, Evidence, evaluate
+
+    options = parse(make_parser(), argv)
+    check_folder(options.out)
+    seeds = seeds_of(options.seeds)
     delta = ErasedDelta.load(options.delta)
-    prompts = canvas_grid(seeds_of(options.seeds)) if options.prompts == "canvas" else PromptSet.load(options.prompts)
+    names = options.prompts or ["canvas"]
+    prompts = joined([canvas_grid(seeds) if name == "canvas" else PromptSet.load(name) for name in names])
     report = evaluate(
         load_base(delta, options.model, default_device()),
         delta,

@@ -1,44 +1,60 @@
-"""Export erased weights: apply one delta or several to their base, and write what others load, with a model card.
+"""Export erased weights for others to load, with a model card.
 
-  erase-export --delta runs/heart/delta.safetensors --out runs/heart/model            a pipeline folder for stock diffusers
-  erase-export --delta D --format components --dtype float16 --out heart-unet         only unet/, in half the bytes
-  erase-export --delta D --format single-file --out heart.safetensors                 one file for A1111 and ComfyUI
-  erase-export --delta D --format lora --rank 32 --out heart-lora                     a LoRA, and how much it misses
-  erase-export --delta A --delta B --scale 1.0 --scale 0.5 --out both                 two concepts, the second at half strength
-  erase-export --delta A --delta B --format delta --out both.safetensors              one delta of two, e.g. for erase-evaluate
-  erase-export --delta D --report REPORT.json --out model --push_to_hub user/name     a private repository, scores in its card
+One delta or several are applied to their base, which stays as it is.
 
-Weights are written as float32, which holds the erased weights exactly, unless --dtype says otherwise. Where --out ends in
-.safetensors, single-file, lora and delta write that one file; else a folder with a card. Nothing that exists is overwritten.
+a pipeline folder for stock diffusers:
+  erase-export --delta runs/heart/delta.safetensors --out runs/heart/model
+only unet/, in half the bytes:
+  erase-export --delta D --format components --dtype float16 --out heart-unet
+one file for A1111 and ComfyUI:
+  erase-export --delta D --format single-file --out heart.safetensors
+a LoRA, and how much it misses:
+  erase-export --delta D --format lora --rank 32 --out heart-lora
+two concepts, the second at half strength:
+  erase-export --delta A --delta B --scale 1.0 --scale 0.5 --out both
+one delta of two, e.g. for erase-evaluate:
+  erase-export --delta A --delta B --format delta --out both.safetensors
+an erased checkpoint with the concept put back, which is its base again:
+  erase-export --undo --delta D --model ERASED --out restored
+the delta that does so, for programs:
+  erase-export --undo --delta D --format delta --out back.safetensors
+a private repository, scores in its card:
+  erase-export --delta D --report REPORT.json --out M --push_to_hub user/name
+
+Weights are written as float32, which holds the erased weights exactly, unless
+--dtype says otherwise. Where --out ends in .safetensors, single-file, lora and
+delta write that one file; else a folder with a card. Nothing that exists is
+overwritten.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from math import isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 from rich.console import Console
 
-from erase.compose import ON_CONFLICT, compose, conflict_table, conflicts
-from erase.delta import ErasedDelta
-from erase.export import check_free, export_components, export_delta, export_diffusers, export_lora, export_single_file
-from erase.files import written_whole
-from erase.hub import hub_login, push_to_hub
-from erase.lora import LAYOUTS, LoRA, extract_lora
-from erase.models import DiffusionModel
-from erase.models.config import DTYPES
-from erase.run import load_base
-from erase.usage import FORMATS, usage
-from eval.report import EvalReport
-from eval.report_card import check_sources, model_card
-from prompts.errors import ErasureError, check_names
-from scripts.front import Parser, alone, parse, parser, run
+from prompts.errors import COUNT, FRACTION, ErasureError, check_names, check_ranges
+from scripts.front import FILES, Parser, alone, parse, parser, run
+
+if TYPE_CHECKING:  # --help needs none of it
+    from erase.delta import ErasedDelta
+    from erase.lora import LoRA
+    from erase.models import DiffusionModel
+    from eval.report import EvalReport
 
 
 def make_parser() -> Parser:
     """All options."""
+    from erase.compose import ON_CONFLICT
+    from erase.lora import LAYOUTS
+    from erase.models.config import DTYPES
+    from erase.usage import FORMATS
+
     made = parser("erase-export", __doc__)
     made.add_argument(
         "--delta",  # a type would turn a config file's list into one string (jsonargparse 4.53)
@@ -65,6 +81,12 @@ def make_parser() -> Parser:
     made.add_argument(
         "--lora_delta", type=str | None, default=None, help="lora: also write base + LoRA as a delta, to evaluate it"
     )
+    made.add_argument(
+        "--undo",
+        action="store_true",
+        help="put the concept back: --model names the erased checkpoint, and what is written is its base again, bit for bit; with --format "
+        "delta, the delta that does so, for which --model names the base as ever",
+    )
     made.add_argument("--report", type=str | None, default=None, help="a report.json whose scores go into the model card")
     made.add_argument(
         "--out", type=str, default="runs/erased/model", help="a folder or .safetensors file that does not exist yet"
@@ -76,24 +98,39 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check what can be checked before long work, compose, export, say where it is."""
+    from erase.delta import ErasedDelta
+    from erase.hub import push_to_hub
+    from erase.run import load_base
+    from erase.usage import FORMATS
+    from eval.report import EvalReport
+    from eval.report_card import check_sources
+
     options = parse(make_parser(), argv)
     alone("erase-export")
     check_options(options)
     deltas = [ErasedDelta.load(path) for path in options.delta or ["runs/erased/delta.safetensors"]]
     model = load_base(deltas[0], options.model)
-    delta = composed(model, deltas, options)
+    delta = back(model, deltas, options) if options.undo else composed(model, deltas, options)
     report = EvalReport.load(options.report) if options.report else None
     check_sources(report, delta.metadata)
     lora = fitted(delta, model, options) if options.format == "lora" else None
     card = describe(delta, model, lora, report, options)
     out = write(delta, model, lora, card, options)
-    print(f"{out}: {FORMATS[options.format]}; {delta.count:,} weights changed, without {delta.title}")
+    what = "put back: the base again" if options.undo else f"changed, without {delta.title}"
+    print(f"{out}: {FORMATS[options.format]}; {delta.count:,} weights {what}")
     if options.push_to_hub:
         print(push_to_hub(out, options.push_to_hub, options.private))
 
 
 def check_options(options: Namespace) -> None:
     """Refuse what would only fail later."""
+    from erase.compose import ON_CONFLICT
+    from erase.export import check_free
+    from erase.hub import hub_login
+    from erase.lora import LAYOUTS
+    from erase.models.config import DTYPES
+    from erase.usage import FORMATS
+
     check_names(options, {"format": FORMATS, "dtype": DTYPES, "layout": LAYOUTS, "on_conflict": ON_CONFLICT})
     if options.scale and len(options.scale) != max(len(options.delta), 1):
         raise ErasureError(
@@ -105,25 +142,73 @@ def check_options(options: Namespace) -> None:
     lora_only = [name for name in ("rank", "energy", "lora_delta") if options[name] is not None]
     if lora_only and options.format != "lora":
         raise ErasureError(f"--{lora_only[0]} is for --format lora, not for {options.format}")
+    check_ranges(options, {"rank": COUNT, "energy": FRACTION})
+    check_undo(options)
+    for name in ("out", "lora_delta"):
+        check_ending(name, options)
     check_free(options.out)
     one_file = Path(options.out).suffix == ".safetensors"
-    if one_file and options.format in ("diffusers", "components"):
-        raise ErasureError(f"--format {options.format} writes a folder; leave .safetensors off {options.out}")
     if options.push_to_hub:
         if one_file:
             raise ErasureError(f"only a folder with its card can be pushed; leave .safetensors off {options.out}")
         hub_login(options.push_to_hub)
 
 
+def check_ending(name: str, options: Namespace) -> None:
+    """Refuse an output whose name is that of another kind of file than what will be there."""
+    path = options[name]
+    if path is None:
+        return
+    ending = Path(path).suffix
+    if name == "out" and options.format in ("diffusers", "components"):
+        if ending.lower() in FILES:
+            raise ErasureError(f"--format {options.format} writes a folder; leave {ending} off {path}")
+    elif ending != ".safetensors" and (name != "out" or ending.lower() in FILES):
+        instead = f"--{name} {Path(path).with_suffix('.safetensors')}"
+        folder = ", or name a folder" if name == "out" else ""
+        raise ErasureError(f"what is written is a .safetensors file, and {path} is none by its name; give {instead}{folder}")
+
+
+def check_undo(options: Namespace) -> None:
+    """Refuse what --undo cannot do, or would undo into nothing new."""
+    if not options.undo:
+        return
+    if options.report or options.format in ("components", "lora"):
+        idle = "--report" if options.report else f"--format {options.format}"
+        raise ErasureError(f"{idle} does not go with --undo, which gives the base back; leave it out")
+    if options.format != "delta" and not options.model:
+        raise ErasureError(
+            "--undo puts a concept back into an erased checkpoint; name that one with --model, or add --format delta"
+        )
+
+
+def back(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -> ErasedDelta:
+    """The delta that makes the base of the erased model; the base itself has the values that it brings."""
+    from erase.run import load_base
+
+    named = deltas[0].metadata["base_fingerprint"]
+    try:
+        base = model if options.format == "delta" and model.fingerprint == named else load_base(deltas[0])
+    except ErasureError as error:
+        raise ErasureError(
+            f"--undo takes the old values from the base, and {error}; where it is elsewhere now, write them down first, with --undo "
+            "--format delta --model BASE, and give that file as --delta"
+        ) from error
+    return composed(base, deltas, options).inverse(base)
+
+
 def composed(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -> ErasedDelta:
     """The one delta of all, with a table of their overlaps where there are several."""
+    from erase.compose import compose, conflict_table, conflicts
+    from erase.files import written_whole
+
     scales = scales_of(options.scale) or [1.0] * len(deltas)
     if len(deltas) > 1:
         overlaps = conflicts(model, deltas)
         Console().print(conflict_table(overlaps))
         if options.conflicts:
             with written_whole(options.conflicts) as aside:
-                aside.write_text(json.dumps([overlap.plain() for overlap in overlaps], indent=1))
+                aside.write_text(json.dumps([overlap.plain() for overlap in overlaps], indent=1), encoding="utf-8")
     if scales == [1.0]:
         deltas[0].check(model)
         return deltas[0]
@@ -133,13 +218,19 @@ def composed(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespac
 def scales_of(given: list[str | float]) -> list[float]:
     """The scales as numbers."""
     try:
-        return [float(scale) for scale in given]
+        scales = [float(scale) for scale in given]
     except (ValueError, TypeError) as error:
         raise ErasureError(f"--scale is a number such as 1.0 or -0.5 ({error})") from error
+    for scale in scales:
+        if not isfinite(scale):
+            raise ErasureError(f"--scale is {scale}; it must be a finite number such as 1.0 or -0.5")
+    return scales
 
 
 def fitted(delta: ErasedDelta, model: DiffusionModel, options: Namespace) -> LoRA:
     """The LoRA, and on request base + LoRA as a delta."""
+    from erase.lora import extract_lora
+
     lora = extract_lora(delta, model, options.rank, options.energy)
     print(f"LoRA of {len(lora.layers)} layers, rank {min(lora.ranks.values())} to {max(lora.ranks.values())}: {missed(lora)}")
     if options.lora_delta:
@@ -157,7 +248,10 @@ def missed(lora: LoRA) -> str:
 
 def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, report: EvalReport | None, options: Namespace) -> str:
     """The model card."""
-    notes = []
+    from erase.usage import usage
+    from eval.report_card import model_card
+
+    notes = ["The concept was put back: these are the weights of the base before it was erased."] if options.undo else []
     if options.dtype != "float32":
         notes.append(f"The weights are rounded to {options.dtype}; scores are those of the float32 weights.")
     if lora:
@@ -169,6 +263,9 @@ def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, repor
 
 def write(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, card: str, options: Namespace) -> Path:
     """Write the chosen format."""
+    from erase.export import export_components, export_delta, export_diffusers, export_lora, export_single_file
+    from erase.models.config import DTYPES
+
     dtype = DTYPES[options.dtype]
     if lora:
         return export_lora(lora, options.out, card, dtype, options.layout)

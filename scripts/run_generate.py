@@ -1,25 +1,35 @@
-"""Generate the images of a prompt set: seeded row by row, resumable, split among processes by `accelerate launch`.
+"""Generate the images of a prompt set, or of single prompts.
 
-erase-generate --prompts canvas --out runs/base                            the shipped model, its whole answer set
-erase-generate --prompts canvas --delta runs/heart/delta.safetensors --out runs/heart/images
-erase-generate --model PATH --prompts i2p.csv --steps 50 --guidance 7.5 --out runs/i2p
-accelerate launch --num_processes 4 scripts/run_generate.py --prompts prompts.csv --out runs/images
+Each image has a seed of its own; a stopped run goes on; several processes share
+the work.
+
+the shipped model, its whole answer set:
+  erase-generate --prompts canvas --out runs/base
+  erase-generate --delta runs/heart/delta.safetensors --out runs/heart/images
+one picture:
+  erase-generate --prompt "A heart in Neon style." --seed 5 --out runs/one
+several sets, the case numbers of the second counted on from the first's:
+  erase-generate --model PATH --prompts i2p.csv --prompts coco.csv --out runs/2
+several processes:
+  accelerate launch --num_processes 4 scripts/run_generate.py --out runs/images
 """
 
 from __future__ import annotations
 
 import sys
 
-from erase.delta import ErasedDelta
-from erase.models import LoadConfig, load_model
-from erase.processes import default_device
-from eval.generate import GenerateConfig, generate
-from prompts.prompt_sets import PromptSet, shipped_sets
-from scripts.front import add_config, build, parse, parser, run
+from jsonargparse import Namespace
+
+from prompts.errors import ErasureError
+from prompts.prompt_sets import PromptSet, joined, of_prompts, shipped_sets
+from scripts.front import Parser, Words, add_config, build, check_folder, parse, parser, run
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, generate, say where the images are."""
+def make_parser() -> Parser:
+    """All options."""
+    from erase.models import LoadConfig
+    from eval.generate import GenerateConfig
+
     made = parser("erase-generate", __doc__)
     made.add_argument(
         "--model", type=str, default="canvas", help="canvas (shipped), a diffusers folder, a single file, or a hub id"
@@ -28,14 +38,29 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--delta", type=str | None, default=None, help="an erasure to apply to the model first")
     made.add_argument(
         "--prompts",
-        type=str,
-        default="canvas",
-        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or .yaml file (templates)",
+        action=Words,
+        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or .yaml file (templates); may be given several "
+        "times; canvas if no prompt is given",
+    )
+    made.add_argument("--prompt", action=Words, help="a prompt of one image; may be given several times")
+    made.add_argument(
+        "--seed", type=int | None, default=None, help="the seed of each --prompt (0 if none is given); sets have theirs"
     )
     made.add_argument("--out", type=str, default="runs/images", help="folder of the images and their manifest")
     add_config(made, GenerateConfig())
-    options = parse(made, argv)
-    prompts = PromptSet.load(options.prompts)
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, generate, say where the images are."""
+    from erase.delta import ErasedDelta
+    from erase.models import load_model
+    from erase.processes import default_device
+    from eval.generate import GenerateConfig, generate
+
+    options = parse(make_parser(), argv)
+    check_folder(options.out)
+    prompts = chosen(options)
     delta = ErasedDelta.load(options.delta) if options.delta else None
     model = load_model(options.model, default_device(), options.load)
     provenance = {"model": model.name, "delta": "none"}
@@ -45,6 +70,15 @@ def main(argv: list[str] | None = None) -> None:
     provenance["fingerprint"] = model.fingerprint
     images = generate(model.pipeline(), prompts, options.out, build(GenerateConfig, options), provenance)
     print(f"{options.out}: {len(images.rows)} images")
+
+
+def chosen(options: Namespace) -> PromptSet:
+    """The prompts of the command line, sets before single ones."""
+    if options.seed is not None and not options.prompt:
+        raise ErasureError("--seed is for --prompt; a prompt set brings the seed of each of its images")
+    single = [of_prompts(options.prompt, options.seed or 0)] if options.prompt else []
+    names = options.prompts or ([] if single else ["canvas"])
+    return joined([*map(PromptSet.load, names), *single])
 
 
 def cli() -> None:

@@ -216,7 +216,9 @@ def train_unet(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/canvas"), help="where training states are kept")
     parser.add_argument("--out", type=Path, default=Path("erase/models/canvas"), help="the finished diffusers folder")
     parser.add_argument("--vae_steps", type=int, default=1600)

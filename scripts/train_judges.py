@@ -220,7 +220,9 @@ def train_clip(work: Path, steps: int, batch: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--judge", choices=["all", "classifier", "clip", "card"], default="all", help="what to make (default: all)"
     )

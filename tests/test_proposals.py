@@ -51,7 +51,8 @@ def test_shipped_concepts_are_found_by_any_of_their_names(name: str, target: str
         ("Jane Doe", "person", "Jane Doe", "a person", "person"),
         ("Jane Doe", "artist", "Jane Doe", "an unknown artist", "style"),
         ("realistic", "style", "realistic", "plain", "style"),
-        ("Van Gogh", "person", "Van Gogh", "a person", "person"),
+        ("Van Gogh", "person", "Van Gogh", "an unknown artist", "style"),  # shipped names win over the kind
+        ("nudity", "artist", "nude person", "person wearing clothes", "subject"),
     ],
 )
 def test_a_kind_gives_anchor_templates_and_retain(name: str, kind: str | None, target: str, anchor: str, axis: str) -> None:

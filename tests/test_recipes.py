@@ -39,7 +39,7 @@ def test_the_parser_takes_a_recipe_and_its_concepts_are_shipped(path: Path) -> N
     options = options_of(path)
     base = next(model for key, model in BASES.items() if key in path.stem.split("-"))
     assert (options.model, options.out) == (base, f"runs/recipes/{path.stem}")
-    assert options.concepts in shipped() or options.model == "canvas"
+    assert set(options.concepts) <= set(shipped()) and (options.concepts or options.model == "canvas")
     concepts = read_concepts(options.concept, options.anchor, options.concepts, options.model, options.retain)
     assert concepts and all(concept.retain for concept in concepts)
     assert options.train.batch_size % options.train.accumulation == 0

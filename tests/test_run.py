@@ -420,7 +420,7 @@ def test_prompts_that_cannot_be_judged_are_refused_before_images_are_made(rows, 
 def test_the_command_in_a_report_can_be_run_as_it_stands(erased, tmp_path, monkeypatch):
     (tmp_path / "my set.csv").write_text("prompt,seed\na heart,1\n")
     told = []
-    monkeypatch.setattr(run_evaluate, "evaluate", lambda *_, commands, **__: told.extend(commands) or EvalReport({}, {}))
+    monkeypatch.setattr("eval.run.evaluate", lambda *_, commands, **__: told.extend(commands) or EvalReport({}, {}))
     flags = ["--delta", str(erased / "delta.safetensors"), "--prompts", str(tmp_path / "my set.csv"), "--evaluators", "[clip]"]
     assert run(run_evaluate.main, flags) == 0
     assert [shlex.split(command) for command in told] == [["erase-evaluate", *flags]]
