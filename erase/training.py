@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-from erase.execution import ATTENTION, running
+from erase.execution import check_attention, running
 from erase.files import damage_named, written_whole
 from erase.fsdp import check_sharded
 from erase.mask import SaliencyMask
@@ -67,7 +67,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"batch_size {config.batch_size} cannot be split evenly into {config.accumulation} accumulated parts on "
             f"{processes().num_processes} processes"
         )
-    check_names(config, {"schedule": SCHEDULES, "attention": ATTENTION})
+    check_names(config, {"schedule": SCHEDULES})
+    check_attention(config.attention, processes().device)
     make_optimizer([nn.Parameter(torch.zeros(1))], config.optimizer, config.lr, config.optimizer_args, fuse=False)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
