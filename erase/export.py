@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from erase.delta import ErasedDelta
 from erase.finite import all_finite
+from erase.folders import save_part, save_pipeline
 from erase.lora import LoRA
 from erase.models import DiffusionModel
 from erase.models.pipelines import modules
@@ -30,7 +31,7 @@ def export_diffusers(
 
     Args:
         delta: what changed.
-        base: the checkpoint that it was made from, as for `load_model`; or that model, loaded, which then holds the erased weights.
+        base: the checkpoint that it was made from, as for `load_model`; or that model, loaded, which stays as it is.
         out: a folder that does not exist yet; it appears whole or not at all.
         card: text of its README.md, the model card.
         dtype: of the weights in the files. float32 holds the erased weights exactly, whatever the base was stored as.
@@ -38,8 +39,8 @@ def export_diffusers(
     Raises:
         ErasureError: another base, an existing folder, or one that cannot be written to.
     """
-    with _folder(out, card) as aside:
-        _erased(delta, base, dtype).save_pretrained(aside, safe_serialization=True)
+    with _folder(out, card) as aside, _erased(delta, base, dtype) as pipeline:
+        save_pipeline(pipeline, aside)
     return Path(out)
 
 
@@ -47,10 +48,9 @@ def export_components(
     delta: ErasedDelta, base: str | DiffusionModel, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32
 ) -> Path:
     """Write only the components that changed, each a folder (`unet/`) that its own class loads. Arguments as `export_diffusers`."""
-    with _folder(out, card) as aside:
-        pipeline = _erased(delta, base, dtype)
+    with _folder(out, card) as aside, _erased(delta, base, dtype) as pipeline:
         for component in delta.components:
-            getattr(pipeline, component).save_pretrained(aside / component, safe_serialization=True)
+            save_part(getattr(pipeline, component), aside / component)
     return Path(out)
 
 
@@ -64,7 +64,8 @@ def export_single_file(
     from erase.models.single_file import write_single_file
 
     with _file(out, card, FILES["single-file"]) as aside:
-        write_single_file(_erased(delta, base, dtype), aside, dtype, {"concepts": delta.metadata.get("concepts", "[]")})
+        with _erased(delta, base, dtype) as pipeline:
+            write_single_file(pipeline, aside, dtype, {"concepts": delta.metadata.get("concepts", "[]")})
     return Path(out)
 
 
@@ -86,18 +87,45 @@ def export_delta(delta: ErasedDelta, out: str | Path, card: str = "", dtype: tor
     return Path(out)
 
 
-def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) -> Any:
-    """The stock pipeline of base + delta.
+@contextmanager
+def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) -> Iterator[Any]:
+    """The stock pipeline of base + delta. A base that the caller holds is afterwards as it was found.
 
     Raises:
         ErasureError: another base, or a weight beyond the dtype's range.
     """
-    pipeline = delta.apply(load_base(delta, base) if isinstance(base, str) else base).pipeline()
-    for name, part in modules(pipeline).items():
-        nn.Module.to(part, dtype)  # not diffusers' own `to`, which warns of each cast
-        if beyond := [key for key, weight in part.named_parameters() if not all_finite(weight)]:
-            raise ErasureError(f"{name}.{beyond[0]} has values beyond the range of {dtype}; use bfloat16 or float32")
-    return pipeline
+    model = load_base(delta, base) if isinstance(base, str) else base
+    with nullcontext() if isinstance(base, str) else _as_found(model, delta):
+        pipeline = delta.apply(model).pipeline()
+        for name, part in modules(pipeline).items():
+            for tensor in (*part.parameters(), *part.buffers()):
+                tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+            if beyond := [key for key, weight in part.named_parameters() if not all_finite(weight)]:
+                raise ErasureError(f"{name}.{beyond[0]} has values beyond the range of {dtype}; use bfloat16 or float32")
+        yield pipeline
+
+
+@contextmanager
+def _as_found(model: DiffusionModel, delta: ErasedDelta) -> Iterator[None]:
+    """Give a model its weights back, and what saving writes into its configurations.
+
+    Only the weights that the delta changes are copied, since they are changed in place; the others are only exchanged for their casts.
+    """
+    parts, fingerprint = modules(model.pipeline()), model.fingerprint
+    tensors = [(tensor, tensor.data) for part in parts.values() for tensor in (*part.parameters(), *part.buffers())]
+    configs = [(vars(part.config), dict(vars(part.config))) for part in parts.values() if hasattr(part.config, "dtype")]
+    params = model.parameters()
+    try:
+        for name in delta.values.keys() & params.keys():
+            params[name].data = params[name].data.clone()
+        yield
+    finally:
+        for tensor, data in tensors:
+            tensor.data = data
+        for config, found in configs:
+            config.clear()
+            config.update(found)
+        model.fingerprint = fingerprint
 
 
 def _is_file(out: str | Path) -> bool:
@@ -128,17 +156,27 @@ def _file(out: str | Path, card: str, name: str) -> Iterator[Path]:
 @contextmanager
 def _folder(out: str | Path, card: str) -> Iterator[Path]:
     """A new folder beside `out` to write to; with its card it is renamed to `out`, on any error it is removed."""
-    out = check_free(out)
-    aside = out.with_name(f".{out.name}.part")
+    out, aside = check_free(out), None
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        aside = _new_aside(out)
         yield aside
         if card:
             (aside / "README.md").write_text(card, encoding="utf-8")
+        check_free(out)  # another export may have been quicker; what is renamed over a folder that is not empty, fails
         aside.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ErasureError(f"cannot write {out}: {reason}; free some space or choose another folder") from error
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if aside:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _new_aside(out: Path) -> Path:
+    """A folder beside `out` that is this export's alone, also where two machines give their processes the same number."""
+    own = f"{os.getpid()}.part"
+    for name in (f".{out.name}.{own}", *(f".{out.name}.{i}.{own}" for i in range(1, 1000))):
+        with suppress(FileExistsError):
+            out.with_name(name).mkdir(parents=True)
+            return out.with_name(name)
+    raise ErasureError(f"{out.parent} holds a thousand unfinished exports of {out.name} (*.part); delete them")
