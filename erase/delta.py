@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -62,6 +63,12 @@ class ErasedDelta:
     def title(self) -> str:
         """`heart, star`: what was erased."""
         return ", ".join(str(concept["target"]) for concept in self.concepts) or "nothing"
+
+    @property
+    def name(self) -> str:
+        """`canvas without heart`: what the erased weights are called, without where the base lay on somebody's disk."""
+        base = re.split(r"[\\/]", self.metadata.get("base_id", "?").rstrip("\\/"))[-1]
+        return f"{base} without {self.title}" if self.concepts else f"{base}, changed"
 
     @property
     def components(self) -> list[str]:

@@ -65,12 +65,13 @@ def export_single_file(
 
     with _file(out, card, FILES["single-file"]) as aside:
         with _erased(delta, base, dtype) as pipeline:
-            write_single_file(pipeline, aside, dtype, {"concepts": delta.metadata.get("concepts", "[]")})
+            words = {"concepts": delta.metadata.get("concepts", "[]"), "modelspec.title": delta.name}
+            write_single_file(pipeline, aside, dtype, words)
     return Path(out)
 
 
 def export_lora(
-    lora: LoRA, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32, layout: str = "diffusers"
+    lora: LoRA, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32, layout: str | None = None
 ) -> Path:
     """Write a LoRA, as a file or (with `lora.json`, what it misses layer by layer) as a folder. Arguments as `export_single_file`."""
     with _file(out, card, FILES["lora"]) as aside:
