@@ -68,7 +68,7 @@ class ErasedDelta:
     def name(self) -> str:
         """`canvas without heart`: what the erased weights are called, without where the base lay on somebody's disk."""
         base = re.split(r"[\\/]", self.metadata.get("base_id", "?").rstrip("\\/"))[-1]
-        return f"{base} without {self.title}" if self.concepts else f"{base}, changed"
+        return f"{base} without {', '.join(gone(self.metadata))}" if self.concepts else f"{base}, changed"
 
     @property
     def components(self) -> list[str]:
@@ -208,6 +208,14 @@ class ErasedDelta:
                 raise ErasureError(f"{path}: {name} lacks its values or its places; the file is damaged, erase again")
             _check_values(str(path), name, split["values"][name], bits[name])
         return cls(split["values"], {name: bits[name] for name in split["values"]}, metadata, str(path))
+
+
+def gone(metadata: Mapping[str, str]) -> list[str]:
+    """What a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its strength)` where it was scaled."""
+    if "parts" not in metadata:
+        return [str(concept["target"]) for concept in json.loads(metadata.get("concepts", "[]"))]
+    parts = [(str(part["erased"]), float(part["scale"])) for part in json.loads(metadata["parts"])]
+    return [erased if scale == 1 else f"{erased} (at {scale:g} of its strength)" for erased, scale in parts if scale > 0]
 
 
 def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +27,17 @@ from erase.run import load_base
 from erase.usage import FILES
 from prompts.errors import ErasureError
 
+HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
+"""this machine, in the names of unfinished folders: one whose process is dead is told by its lock, which another machine may not see"""
+
 
 def export_diffusers(
-    delta: ErasedDelta, base: str | DiffusionModel, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32
+    delta: ErasedDelta,
+    base: str | DiffusionModel,
+    out: str | Path,
+    card: str = "",
+    dtype: torch.dtype = torch.float32,
+    picture: str | Path | None = None,
 ) -> Path:
     """Write base + delta as a diffusers folder that stock `DiffusionPipeline.from_pretrained` loads.
 
@@ -35,27 +47,38 @@ def export_diffusers(
         out: a folder that does not exist yet; it appears whole or not at all.
         card: text of its README.md, the model card.
         dtype: of the weights in the files. float32 holds the erased weights exactly, whatever the base was stored as.
+        picture: before_after.png of an evaluation, to lie beside the card.
 
     Raises:
         ErasureError: another base, an existing folder, or one that cannot be written to.
     """
-    with _folder(out, card) as aside, _erased(delta, base, dtype) as pipeline:
+    with _folder(out, card, picture) as aside, _erased(delta, base, dtype) as pipeline:
         save_pipeline(pipeline, aside)
     return Path(out)
 
 
 def export_components(
-    delta: ErasedDelta, base: str | DiffusionModel, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32
+    delta: ErasedDelta,
+    base: str | DiffusionModel,
+    out: str | Path,
+    card: str = "",
+    dtype: torch.dtype = torch.float32,
+    picture: str | Path | None = None,
 ) -> Path:
     """Write only the components that changed, each a folder (`unet/`) that its own class loads. Arguments as `export_diffusers`."""
-    with _folder(out, card) as aside, _erased(delta, base, dtype) as pipeline:
+    with _folder(out, card, picture) as aside, _erased(delta, base, dtype) as pipeline:
         for component in delta.components:
             save_part(getattr(pipeline, component), aside / component)
     return Path(out)
 
 
 def export_single_file(
-    delta: ErasedDelta, base: str | DiffusionModel, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32
+    delta: ErasedDelta,
+    base: str | DiffusionModel,
+    out: str | Path,
+    card: str = "",
+    dtype: torch.dtype = torch.float32,
+    picture: str | Path | None = None,
 ) -> Path:
     """Write one checkpoint file in the layout that Stable Diffusion was published in. Arguments as `export_diffusers`.
 
@@ -63,7 +86,7 @@ def export_single_file(
     """
     from erase.models.single_file import write_single_file
 
-    with _file(out, card, FILES["single-file"]) as aside:
+    with _file(out, card, picture, FILES["single-file"]) as aside:
         with _erased(delta, base, dtype) as pipeline:
             words = {"concepts": delta.metadata.get("concepts", "[]"), "modelspec.title": delta.name}
             write_single_file(pipeline, aside, dtype, words)
@@ -71,19 +94,33 @@ def export_single_file(
 
 
 def export_lora(
-    lora: LoRA, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32, layout: str | None = None
+    lora: LoRA,
+    out: str | Path,
+    card: str = "",
+    dtype: torch.dtype = torch.float32,
+    layout: str | None = None,
+    picture: str | Path | None = None,
 ) -> Path:
-    """Write a LoRA, as a file or (with `lora.json`, what it misses layer by layer) as a folder. Arguments as `export_single_file`."""
-    with _file(out, card, FILES["lora"]) as aside:
+    """Write a LoRA, as a file or (with `lora.json`, what it misses layer by layer) as a folder.
+
+    `layout` is one of `erase.lora.LAYOUTS`, by default the one that most programs read; the other arguments as `export_single_file`.
+    """
+    with _file(out, card, picture, FILES["lora"]) as aside:
         lora.save(aside, dtype, layout)
         if not _is_file(out):
             (aside.parent / "lora.json").write_text(json.dumps(lora.plain(), indent=1), encoding="utf-8")
     return Path(out)
 
 
-def export_delta(delta: ErasedDelta, out: str | Path, card: str = "", dtype: torch.dtype = torch.float32) -> Path:
+def export_delta(
+    delta: ErasedDelta,
+    out: str | Path,
+    card: str = "",
+    dtype: torch.dtype = torch.float32,
+    picture: str | Path | None = None,
+) -> Path:
     """Write the delta, as a file or as a folder with a card. Arguments as `export_single_file`."""
-    with _file(out, card, FILES["delta"]) as aside:
+    with _file(out, card, picture, FILES["delta"]) as aside:
         (delta if dtype == torch.float32 else delta.rounded(dtype)).save(aside)
     return Path(out)
 
@@ -145,39 +182,65 @@ def check_free(out: str | Path) -> Path:
 
 
 @contextmanager
-def _file(out: str | Path, card: str, name: str) -> Iterator[Path]:
+def _file(out: str | Path, card: str, picture: str | Path | None, name: str) -> Iterator[Path]:
     """Where to write the one file of a format: `out` itself (its writer writes it whole), or `name` in a new folder."""
     if _is_file(out):
         yield check_free(out)
     else:
-        with _folder(out, card) as aside:
+        with _folder(out, card, picture) as aside:
             yield aside / name
 
 
 @contextmanager
-def _folder(out: str | Path, card: str) -> Iterator[Path]:
+def _folder(out: str | Path, card: str, picture: str | Path | None) -> Iterator[Path]:
     """A new folder beside `out` to write to; with its card it is renamed to `out`, on any error it is removed."""
-    out, aside = check_free(out), None
+    out = check_free(out)
     try:
-        aside = _new_aside(out)
-        yield aside
-        if card:
-            (aside / "README.md").write_text(card, encoding="utf-8")
-        check_free(out)  # another export may have been quicker; what is renamed over a folder that is not empty, fails
-        aside.rename(out)
+        with _unfinished(out) as aside:
+            yield aside
+            if card:
+                (aside / "README.md").write_text(card, encoding="utf-8")
+            if picture:
+                shutil.copyfile(picture, aside / "before_after.png")
+            check_free(out)  # another export may have been quicker; over a folder that is not empty no rename succeeds
+            aside.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ErasureError(f"cannot write {out}: {reason}; free some space or choose another folder") from error
-    finally:
-        if aside:
+
+
+@contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """A new folder beside `out` that is this export's alone and locked; what killed exports to `out` left there is removed first."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{escape(out.name)}.{HOST}.*.part"):
+        with _locked(left) as dead:
+            if dead:
+                shutil.rmtree(left, ignore_errors=True)
+
+    aside = out.with_name(f".{out.name}.{HOST}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    aside.mkdir()
+    with _locked(aside):
+        try:
+            yield aside
+        finally:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _new_aside(out: Path) -> Path:
-    """A folder beside `out` that is this export's alone, also where two machines give their processes the same number."""
-    own = f"{os.getpid()}.part"
-    for name in (f".{out.name}.{own}", *(f".{out.name}.{i}.{own}" for i in range(1, 1000))):
-        with suppress(FileExistsError):
-            out.with_name(name).mkdir(parents=True)
-            return out.with_name(name)
-    raise ErasureError(f"{out.parent} holds a thousand unfinished exports of {out.name} (*.part); delete them")
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder, if the disk has locks and no living process holds it; the system frees a dead one's."""
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = folder.exists()
+    except (ImportError, OSError):
+        held = False
+    try:
+        yield held
+    finally:
+        if handle is not None:
+            os.close(handle)

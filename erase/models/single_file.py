@@ -21,6 +21,7 @@ from erase.models.spec import ORIGINAL, model_spec
 from erase.models.tensor_file import TensorFile, open_tensors
 from prompts.errors import ErasureError
 
+
 def load_single_file(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
