@@ -161,6 +161,15 @@ def unet_places(config: Mapping[str, Any]) -> dict[str, str]:
     return places
 
 
+def unet_module(config: Mapping[str, Any], name: str) -> str:
+    """The place of one module of the UNet under `model.diffusion_model.`.
+
+    Raises:
+        ErasureError: the layout has none for it.
+    """
+    return _place("unet", name, unet_places(config))
+
+
 def vae_places(config: Mapping[str, Any]) -> dict[str, str]:
     """Module of the VAE -> its place under `first_stage_model.`; the decoder's levels are counted from the finest."""
     levels, layers = len(config["up_block_types"]), config["layers_per_block"]

@@ -16,17 +16,10 @@ from erase.finite import all_finite
 from erase.models import ldm
 from erase.models.architectures import Architecture, from_folder, sd_family, shipped
 from erase.models.pipelines import Pipeline
-from erase.models.recognise import NAMES, PREDICTIONS, decide_prediction, modern, recognise
+from erase.models.recognise import NAMES, decide_prediction, modern, recognise
+from erase.models.spec import ORIGINAL, model_spec
 from erase.models.tensor_file import TensorFile, open_tensors
-from prompts.errors import ErasureError, unknown
-
-SPEC = {
-    "sd1": "stable-diffusion-v1",
-    "sd2-epsilon": "stable-diffusion-v2-512",
-    "sd2-v_prediction": "stable-diffusion-v2-768-v",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-"""family -> its name in ModelSpec metadata"""
+from prompts.errors import ErasureError
 
 
 def load_single_file(
@@ -154,14 +147,14 @@ def write_single_file(
 ) -> Path:
     """Write a pipeline as one safetensors file in the LDM layout, which A1111, ComfyUI and diffusers load.
 
-    It holds what the originals hold, except what no program needs: the noise schedule, the moving average, OpenCLIP's temperature,
-    and the last layer and projection of SD 2's text encoder, which are not used and which a diffusers pipeline does not have.
+    It holds what the originals hold, except what no program needs: the noise schedule and the moving average. The last layer,
+    projection and temperature of SD 2's text encoder, which nothing uses and a diffusers pipeline does not have, are stand-ins.
 
     Args:
         pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
         path: a `.safetensors` file that does not exist yet; it appears whole or not at all.
         dtype: of the file; each weight's own by default.
-        metadata: further text for the header; ModelSpec's architecture and prediction type are there already.
+        metadata: further text for the header, e.g. `modelspec.title`; ModelSpec's other keys are there already.
 
     Raises:
         ErasureError: another pipeline, suffix, an existing file, a weight without a key in the layout or without a finite value in `dtype`.
@@ -178,16 +171,21 @@ def write_single_file(
     states = {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.state_dict().items()}
     entries, schedule = {entry.key: entry for entry in ldm.table(family, modules)}, pipeline.scheduler.config
     beside = _beside(family, modules, schedule)
+    twins = _last_layer(entries) if family == "sd2" else {}
+    beside |= _head(modules["text_encoder"], dtype) if twins else {}
 
     def made(key: str) -> Tensor:
         if key in beside:
             return beside[key]
+        key = twins.get(key, key)
         names = entries[key].names
         weight = entries[key].pack([states[name] for name in names])
         return _converted(weight, dtype or weight.dtype, f"{names[0]} of the pipeline")
 
     layout = {key: entry.pack([states[name].to("meta", dtype) for name in entry.names]) for key, entry in entries.items()}
-    stream_tensors(path, layout | beside, made, {**_metadata(family, schedule), **(metadata or {})})
+    layout |= {new: layout[old] for new, old in twins.items()}
+    header = {"format": "pt", **model_spec(pipeline, path.stem, ORIGINAL), **(metadata or {})}
+    stream_tensors(path, layout | beside, made, header)
     return path
 
 
@@ -213,11 +211,22 @@ def _beside(family: str, modules: Mapping[str, ldm.Network], schedule: Mapping[s
     return tensors
 
 
-def _metadata(family: str, schedule: Mapping[str, Any]) -> dict[str, str]:
-    """ModelSpec's words for what the weights do not tell."""
-    prediction = schedule.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise unknown("prediction type", prediction, PREDICTIONS)
-    architecture = SPEC[family if family != "sd2" else f"sd2-{prediction}"]
-    spec = {"sai_model_spec": "1.0.0", "architecture": architecture, "prediction_type": PREDICTIONS[prediction]}
-    return {"format": "pt", **{f"modelspec.{key}": value for key, value in spec.items()}}
+def _last_layer(entries: Mapping[str, ldm.Entry]) -> dict[str, str]:
+    """Keys of the 24th layer of SD 2's text encoder -> those of the 23rd, where the pipeline has no more, as diffusers' has.
+
+    Its output is never used, but ComfyUI and A1111 build the layer, and warn where it has no weights. sd-scripts fills it likewise.
+    """
+    last, missing = (f"{ldm.TEXTS['sd2']['text_encoder'][1]}transformer.resblocks.{i}." for i in (22, 23))
+    if any(key.startswith(missing) for key in entries):
+        return {}
+    return {missing + key.removeprefix(last): key for key in entries if key.startswith(last)}
+
+
+def _head(text_encoder: ldm.Network, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Stand-ins of sd-scripts for the projection and temperature of OpenCLIP, which programs build and do not use."""
+    prefix, width = ldm.TEXTS["sd2"]["text_encoder"][1], text_encoder.config.hidden_size
+    dtype = dtype or text_encoder.dtype
+    return {
+        f"{prefix}text_projection": torch.ones(width, width, dtype=dtype),
+        f"{prefix}logit_scale": torch.ones((), dtype=dtype),
+    }
