@@ -67,11 +67,15 @@ def _standing(model: DiffusionModel, params: Mapping[str, nn.Parameter], config:
 
 @contextmanager
 def checkpointed(module: Any, on: bool) -> Iterator[None]:
-    """Gradient checkpointing where asked for; diffusers wants train mode for it."""
+    """Gradient checkpointing where asked for.
+
+    transformers checkpoints only in train mode, so the modules that checkpoint are put there, and they alone: a dropout stays off.
+    """
     if not on:
         yield
         return
-    module.train()
+    for layer in module.modules():
+        layer.training = hasattr(layer, "gradient_checkpointing")
     _method(module, "enable_gradient_checkpointing", "gradient_checkpointing_enable")()
     try:
         yield

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from erase.files import written_whole
 from erase.latents import LatentConfig, prepare_latents
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
+from erase.models.loading import is_here, kind_of
 from erase.processes import found, processes
+from erase.prompt_checks import check_prompts, cut_prompts
 from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.training import make_accelerator
@@ -24,6 +27,7 @@ from prompts.concepts import ConceptSpec
 from prompts.errors import ErasureError, check_ranges
 
 VERSION = "0.1.0"
+log = logging.getLogger("erase")
 
 
 @dataclass
@@ -80,6 +84,7 @@ def erase_concept(
     model = model or load_model(config.model, accelerator.device, config.load)
     base = model.parameters()
     _check_base(base, getattr(settings, "scope", "full"))
+    check_prompts(model, concepts)
     metadata = describe(model, concepts, config, settings)
     folder = Path(out) if out else None
     if folder:
@@ -101,22 +106,51 @@ def erase_concept(
     return delta
 
 
-def load_base(delta: ErasedDelta, name: str | None = None, device: str | torch.device = "cpu") -> DiffusionModel:
+def load_base(
+    delta: ErasedDelta, name: str | None = None, device: str | torch.device = "cpu", options: LoadConfig | None = None
+) -> DiffusionModel:
     """The base that a delta was made from, read as it was then.
 
     Args:
         delta: names its base and how it was read.
-        name: where the base is now; by default where it was.
+        name: where the base is now; by default where it was. A hub id is fetched only if it is given here: a delta may come from
+            anybody, and name anything.
         device: where it goes.
+        options: how it is read now; what is not the default wins over the delta's.
 
     Raises:
-        ErasureError: it cannot be loaded. Whether it is the right one is checked where the delta is applied.
+        ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one is checked where the delta is applied.
     """
-    config = json.loads(delta.metadata.get("config", "{}"))
-    while "parts" in config:  # a composed delta's have one base, and may be composed themselves
-        config = config["parts"][0]
-    options = config.get("erase", {}).get("load", {})
-    return load_model(name or delta.metadata.get("base_id", "?"), device, LoadConfig(**options))
+    base, given = name or delta.metadata.get("base_id") or "", options or LoadConfig()
+    if not base:
+        raise ErasureError(f"{delta.source} does not say which base it was made from; give the base with --model")
+    chosen = _stored_options(delta).meant_for("folder" if base == "canvas" else kind_of(base)).updated(given)
+    if name is None and base != "canvas":
+        if not is_here(base, chosen):
+            revision = f" --load.revision {chosen.revision}" if chosen.revision else ""
+            raise ErasureError(
+                f"{delta.source} names {base!r} as its base, which is not on this machine; to fetch it from the hub, say so with --model "
+                f"{base}{revision}, or give with --model where it is"
+            )
+        chosen = replace(chosen, offline=True)
+    return load_model(base, device, chosen)
+
+
+def _stored_options(delta: ErasedDelta) -> LoadConfig:
+    """How a delta's base was read; options of newer versions are left out, and said."""
+    try:
+        config = json.loads(delta.metadata.get("config", "{}"))
+        while "parts" in config:  # a composed delta's have one base, and may be composed themselves
+            config = config["parts"][0]
+        stored = dict(config.get("erase", {}).get("load", {}))
+        known = {field.name for field in fields(LoadConfig)}
+        if newer := sorted(stored.keys() - known):
+            log.warning("%s: its option load.%s is not known to this version, and left out", delta.source, ", load.".join(newer))
+        return LoadConfig(**{key: value for key, value in stored.items() if key in known})
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        raise ErasureError(
+            f"{delta.source} does not say how its base was read ({error}); the file is damaged, erase again"
+        ) from error
 
 
 def _check_concepts(concepts: list[ConceptSpec]) -> None:
@@ -144,6 +178,8 @@ def _check_base(params: Mapping[str, nn.Parameter], scope: str) -> None:
 
 def describe(model: DiffusionModel, concepts: list[ConceptSpec], config: EraseConfig, settings: Any) -> dict[str, str]:
     """Everything that fixes the result, as a delta's metadata."""
+    prompts = [prompt for concept in concepts for pair in concept.pairs() for prompt in pair]
+    cut = cut_prompts([*prompts, *(prompt for concept in concepts for prompt in concept.retain)], model.tokens)
     return {
         "base_fingerprint": model.fingerprint,
         "base_id": model.name,
@@ -151,6 +187,7 @@ def describe(model: DiffusionModel, concepts: list[ConceptSpec], config: EraseCo
         "config": json.dumps({"erase": asdict(config), "method": asdict(settings)}, sort_keys=True),
         "concepts": json.dumps([asdict(concept) for concept in concepts]),
         "created_with": f"concept-erasure-toolkit {VERSION}, torch {torch.__version__}",
+        **({"cut_prompts": json.dumps(cut, ensure_ascii=False)} if cut else {}),
     }
 
 

@@ -157,12 +157,19 @@ def _report(
             "config": json.loads(delta.metadata["config"]),
             "evaluation": asdict(config),
             "changed_weights": delta.count,
+            **_cut(images),
             "nudenet": version("nudenet"),
             "open_clip": version("open_clip_torch"),
             "commands": commands,
         },
         extras=_confusion(seen, concepts[0].kind),
     )
+
+
+def _cut(images: Mapping[str, ImageSet]) -> dict[str, Any]:
+    """The evaluation's prompts whose ends no text encoder saw, as their image sets say."""
+    found = next((one.settings["cut_prompts"] for one in images.values() if "cut_prompts" in one.settings), None)
+    return {"cut_evaluation_prompts": found} if found else {}
 
 
 def score(

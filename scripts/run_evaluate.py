@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from erase.delta import ErasedDelta
+from erase.models import LoadConfig
 from erase.processes import default_device
 from erase.run import load_base
 from eval.run import EvaluateConfig, Evidence, evaluate
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     made = parser("erase-evaluate", __doc__)
     made.add_argument("--delta", type=str, default="runs/erased/delta.safetensors", help="what erase-concept wrote")
     made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
+    made.add_argument("--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta")
     made.add_argument(
         "--prompts",
         type=str,
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     delta = ErasedDelta.load(options.delta)
     prompts = canvas_grid(seeds_of(options.seeds)) if options.prompts == "canvas" else PromptSet.load(options.prompts)
     report = evaluate(
-        load_base(delta, options.model, default_device()),
+        load_base(delta, options.model, default_device(), options.load),
         delta,
         prompts,
         options.out,

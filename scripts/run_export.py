@@ -27,7 +27,7 @@ from erase.export import check_free, export_components, export_delta, export_dif
 from erase.files import written_whole
 from erase.hub import hub_login, push_to_hub
 from erase.lora import LAYOUTS, LoRA, extract_lora
-from erase.models import DiffusionModel
+from erase.models import DiffusionModel, LoadConfig
 from erase.models.config import DTYPES
 from erase.run import load_base
 from erase.usage import FORMATS, usage
@@ -57,6 +57,7 @@ def make_parser() -> Parser:
     )
     made.add_argument("--conflicts", type=str | None, default=None, help="write the table of overlaps to this JSON file")
     made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
+    made.add_argument("--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta")
     made.add_argument("--format", type=str, default="diffusers", help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()))
     made.add_argument("--dtype", type=str, default="float32", help=f"of the weights in the files: {', '.join(DTYPES)}")
     made.add_argument("--rank", type=int | None, default=None, help="lora: rank of every layer (16 without --energy), or its cap")
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     alone("erase-export")
     check_options(options)
     deltas = [ErasedDelta.load(path) for path in options.delta or ["runs/erased/delta.safetensors"]]
-    model = load_base(deltas[0], options.model)
+    model = load_base(deltas[0], options.model, options=options.load)
     delta = composed(model, deltas, options)
     report = EvalReport.load(options.report) if options.report else None
     check_sources(report, delta.metadata)
