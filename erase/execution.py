@@ -69,13 +69,15 @@ def _standing(model: DiffusionModel, params: Mapping[str, nn.Parameter], config:
 def checkpointed(module: Any, on: bool) -> Iterator[None]:
     """Gradient checkpointing where asked for.
 
-    transformers checkpoints only in train mode, so the modules that checkpoint are put there, and they alone: a dropout stays off.
+    transformers checkpoints only in train mode, so the layers that it checkpoints are put there, and they alone: dropouts stay off.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     if not on:
         yield
         return
     for layer in module.modules():
-        layer.training = hasattr(layer, "gradient_checkpointing")
+        layer.training = isinstance(layer, GradientCheckpointingLayer)
     _method(module, "enable_gradient_checkpointing", "gradient_checkpointing_enable")()
     try:
         yield

@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     made = parser("erase-evaluate", __doc__)
     made.add_argument("--delta", type=str, default="runs/erased/delta.safetensors", help="what erase-concept wrote")
     made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
-    made.add_argument("--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta")
+    made.add_argument(
+        "--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta"
+    )
     made.add_argument(
         "--prompts",
         type=str,

@@ -57,7 +57,9 @@ def make_parser() -> Parser:
     )
     made.add_argument("--conflicts", type=str | None, default=None, help="write the table of overlaps to this JSON file")
     made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
-    made.add_argument("--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta")
+    made.add_argument(
+        "--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta"
+    )
     made.add_argument("--format", type=str, default="diffusers", help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()))
     made.add_argument("--dtype", type=str, default="float32", help=f"of the weights in the files: {', '.join(DTYPES)}")
     made.add_argument("--rank", type=int | None, default=None, help="lora: rank of every layer (16 without --energy), or its cap")

@@ -122,7 +122,9 @@ def _parts(folder: Path, index: Mapping[str, Any], has_vae: bool) -> dict[str, P
             raise ErasureError(f"{folder / INDEX} lists no {part}, which a {kind} needs; fetch the checkpoint again, whole")
         if part in parts and not _is(parts[part], known):
             found = ".".join(parts[part])
-            raise ErasureError(f"{folder / INDEX}: its {part} is a {found}, not a {known}; code and classes of others are not run")
+            raise ErasureError(
+                f"{folder / INDEX}: its {part} is a {found}, not a {known}; code and classes of others are not run"
+            )
     for part in parts.keys() - expected.keys() - LEFT_OUT.keys():
         raise ErasureError(
             f"{folder / INDEX} lists {part} ({'.'.join(parts[part])}), which a {kind} does not have; take the line out"

@@ -131,7 +131,7 @@ def _lacking(where: Path, named: list[str]) -> str:
     return (
         f"has its weights only as a pickle ({pickles[0]}), which is not opened; convert the checkpoint to safetensors, in a container "
         f"without network: python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('{where.parent}'{variant})"
-        '.save_pretrained(\'converted\')"'
+        ".save_pretrained('converted')\""
     )
 
 

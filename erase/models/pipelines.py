@@ -37,9 +37,8 @@ def latent_side(pipeline: Pipeline) -> int:
         ErasureError: the denoiser's configuration does not say, or its latents are not square.
     """
     size = denoiser(pipeline).config.sample_size
-    sides = set(size) if isinstance(size, list | tuple) and size else {size}
-    side = sides.pop()
-    if sides or not isinstance(side, int) or isinstance(side, bool) or side < 1:
+    side, *others = size if isinstance(size, list | tuple) and size else [size]
+    if any(other != side for other in others) or not isinstance(side, int) or isinstance(side, bool) or side < 1:
         raise ErasureError(
             f"the {type(denoiser(pipeline)).__name__}'s configuration has the sample_size {size!r}; a number is needed, of latents that "
             "are square"

@@ -37,13 +37,17 @@ def check_diffusion(own: Any, name: str) -> None:
         raise ErasureError(f"{name}: its scheduler ({kind}) is one of flow matching, which only Stable Diffusion 3 is trained by")
     alphas = getattr(own, "alphas_cumprod", None)
     if kind.startswith("EDM") or not torch.is_tensor(alphas):
-        raise ErasureError(f"{name}: its scheduler ({kind}) has another noise schedule than Stable Diffusion's, and is not supported")
+        raise ErasureError(
+            f"{name}: its scheduler ({kind}) has another noise schedule than Stable Diffusion's, and is not supported"
+        )
     if config.get("trained_betas") is None and config.get("beta_schedule") not in BETAS:
         raise ErasureError(
             f"{name}: its noise schedule (beta_schedule {config.get('beta_schedule')!r}) is not supported; supported: {', '.join(BETAS)}"
         )
     if len(alphas) != config.num_train_timesteps or not bool(((alphas >= 0) & (alphas <= 1)).all()):
-        raise ErasureError(f"{name}: its scheduler gives {len(alphas)} noise levels, not {config.num_train_timesteps} between 0 and 1")
+        raise ErasureError(
+            f"{name}: its scheduler gives {len(alphas)} noise levels, not {config.num_train_timesteps} between 0 and 1"
+        )
     if config.get("rescale_betas_zero_snr") and not knows_zero_snr(type(own)):
         raise ErasureError(
             f"{name}: a {kind} does not know rescale_betas_zero_snr, which its configuration asks for; name DDIMScheduler in "

@@ -24,6 +24,7 @@ class StableDiffusion(PipelineModel):
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         schedule, channels = pipeline.scheduler, pipeline.unet.config.in_channels
+        check_diffusion(schedule, name)
         if schedule.config.prediction_type not in PREDICTIONS:
             raise ErasureError(
                 f"{name}: prediction type {schedule.config.prediction_type!r} is not supported; use epsilon or v_prediction"
@@ -33,7 +34,6 @@ class StableDiffusion(PipelineModel):
                 f"{name}: its UNet takes {channels} channels where latents have {pipeline.vae.config.latent_channels}, so it is an inpainting, "
                 "depth or editing model; give its text-to-image sibling"
             )
-        check_diffusion(schedule, name)
         _check_unet(pipeline.unet.config, self.addition, name)
         super().__init__(pipeline, name)
         self.sampler()  # refuses a schedule that cannot be sampled, before hours are spent

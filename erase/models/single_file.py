@@ -149,7 +149,9 @@ def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         ErasureError: it is not of floating point, or holds values that are not finite there.
     """
     if tensor.is_floating_point() and tensor.element_size() == 1:
-        raise ErasureError(f"{name} holds {tensor.dtype}, which is too coarse to train or to compare; fetch it in float16 or float32")
+        raise ErasureError(
+            f"{name} holds {tensor.dtype}, which is too coarse to train or to compare; fetch it in float16 or float32"
+        )
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise ErasureError(
