@@ -70,11 +70,17 @@ def _standing(model: DiffusionModel, params: Mapping[str, nn.Parameter], config:
 
 @contextmanager
 def checkpointed(module: Any, on: bool) -> Iterator[None]:
-    """Gradient checkpointing where asked for; diffusers wants train mode for it."""
+    """Gradient checkpointing where asked for.
+
+    transformers checkpoints only in train mode, so the layers that it checkpoints are put there, and they alone: dropouts stay off.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     if not on:
         yield
         return
-    module.train()
+    for layer in module.modules():
+        layer.training = isinstance(layer, GradientCheckpointingLayer)
     _method(module, "enable_gradient_checkpointing", "gradient_checkpointing_enable")()
     try:
         yield

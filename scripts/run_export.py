@@ -52,7 +52,7 @@ def make_parser() -> Parser:
     """All options."""
     from erase.compose import ON_CONFLICT
     from erase.lora import LAYOUTS
-    from erase.models.config import DTYPES
+    from erase.models.config import DTYPES, LoadConfig
     from erase.usage import FORMATS
 
     made = parser("erase-export", __doc__)
@@ -73,6 +73,9 @@ def make_parser() -> Parser:
     )
     made.add_argument("--conflicts", type=str | None, default=None, help="write the table of overlaps to this JSON file")
     made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
+    made.add_argument(
+        "--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta"
+    )
     made.add_argument("--format", type=str, default="diffusers", help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()))
     made.add_argument("--dtype", type=str, default="float32", help=f"of the weights in the files: {', '.join(DTYPES)}")
     made.add_argument("--rank", type=int | None, default=None, help="lora: rank of every layer (16 without --energy), or its cap")
@@ -114,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     alone("erase-export")
     check_options(options)
     deltas = [ErasedDelta.load(path) for path in options.delta or ["runs/erased/delta.safetensors"]]
-    model = load_base(deltas[0], options.model)
+    model = load_base(deltas[0], options.model, options=options.load)
     delta = back(model, deltas, options) if options.undo else composed(model, deltas, options)
     report = EvalReport.load(options.report) if options.report else None
     check_sources(report, delta.metadata, () if options.format == "lora" else delta.sha256)  # a LoRA may be measured itself

@@ -136,7 +136,9 @@ def test_a_folder_has_the_names_and_vocabularies_that_older_versions_read(family
         kind = json.loads((path.parent / "config.json").read_text())["architectures"]
         if kind != ["T5EncoderModel"]:
             assert all(name.startswith("text_model.") for name in names - {"text_projection.weight"})
-    clips = [path.parent for path in (tmp_path / "out").glob("tokenizer*/tokenizer_config.json") if path.parent.name != "tokenizer_3"]
+    clips = [
+        path.parent for path in (tmp_path / "out").glob("tokenizer*/tokenizer_config.json") if path.parent.name != "tokenizer_3"
+    ]
     for folder in clips:
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         assert vocabulary["<|startoftext|>"] == 721 and (folder / "merges.txt").is_file()
@@ -238,7 +240,10 @@ def test_an_sdxl_lora_has_the_names_of_the_original_in_every_layer(tmp_path, mon
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         names, header = {key.split(".")[0] for key in file.keys()}, file.metadata()
     ours = {name.removeprefix("lora_unet_") for name in names if name.startswith("lora_unet_")}
-    assert ours <= original_layers(model.pipeline()) and {"label_emb_0_0", "input_blocks_4_1_transformer_blocks_0_attn2_to_k"} <= ours
+    assert (
+        ours <= original_layers(model.pipeline())
+        and {"label_emb_0_0", "input_blocks_4_1_transformer_blocks_0_attn2_to_k"} <= ours
+    )
     texts = names - {f"lora_unet_{name}" for name in ours}
     layer = r"text_model_encoder_layers_\d+_(self_attn_(q|k|v|out)_proj|mlp_fc[12])"
     assert texts and all(re.fullmatch(rf"lora_te[12]_{layer}", name) for name in texts)
@@ -281,12 +286,17 @@ def test_what_some_programs_pass_over_is_counted_and_said(base, tmp_path, capsys
     model = load_model(str(base))
     delta = moved(model, "weight")
     delta.save(tmp_path / "delta.safetensors")
-    assert run(run_export.main, ["--delta", str(tmp_path / "delta.safetensors"), "--format", "lora", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        run(run_export.main, ["--delta", str(tmp_path / "delta.safetensors"), "--format", "lora", "--out", str(tmp_path / "out")])
+        == 0
+    )
     said, card = capsys.readouterr().out, (tmp_path / "out/README.md").read_text()
     for text in (said, card):
         assert "sd-scripts and stable-diffusion.cpp pass over conv_in, time_embedding.linear_1" in text and "ComfyUI" in text
     told = json.loads((tmp_path / "out/lora.json").read_text())
-    assert set(told["outside"]) == {f"unet.{n}" for n in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")}
+    assert set(told["outside"]) == {
+        f"unet.{n}" for n in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+    }
     squares = {n: delta.change(f"{n}.weight", model.parameters()[f"{n}.weight"]).square().sum().item() for n in told["outside"]}
     whole = sum(delta.change(n, model.parameters()[n]).square().sum().item() for n in delta.values)
     assert told["outside_share"] == pytest.approx(sum(squares.values()) / whole)
@@ -352,7 +362,16 @@ def test_the_report_of_a_delta_of_other_settings_is_refused(named, heart, base, 
     if not named:
         del report.provenance["delta_sha256"]
     report.save(tmp_path / "report.json")
-    flags = ["--delta", str(heart), "--format", "delta", "--report", str(tmp_path / "report.json"), "--out", str(tmp_path / "out")]
+    flags = [
+        "--delta",
+        str(heart),
+        "--format",
+        "delta",
+        "--report",
+        str(tmp_path / "report.json"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert run(run_export.main, flags) == 2
     assert "name the report of this delta" in capsys.readouterr().err
 

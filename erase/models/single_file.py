@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
@@ -16,9 +17,11 @@ from erase.finite import all_finite
 from erase.models import ldm
 from erase.models.architectures import Architecture, from_folder, sd_family, shipped
 from erase.models.pipelines import Pipeline
-from erase.models.recognise import NAMES, decide_prediction, modern, recognise
+from erase.models.recognise import NAMES, decide_prediction, modern, recognise, without
+from erase.models.schedules import knows_zero_snr
 from erase.models.spec import ORIGINAL, model_spec
 from erase.models.tensor_file import TensorFile, open_tensors
+from erase.models.vae import load_vae
 from prompts.errors import ErasureError
 
 
@@ -29,6 +32,8 @@ def load_single_file(
     config: str | Path | None = None,
     prediction: str | None = None,
     ema: bool = False,
+    vae: str | Path | None = None,
+    ignore: str | None = None,
 ) -> Pipeline:
     """Load SD 1.x, SD 2.x or SDXL base from one file, without network; the safety checker is left out.
 
@@ -40,25 +45,32 @@ def load_single_file(
         config: a diffusers folder whose configurations and tokenizers hold instead of the shipped ones.
         prediction: `epsilon` or `v_prediction`; needed for SD 2 if neither the file nor `config` says.
         ema: take the moving average of the UNet (`model_ema.*`), not the weights that A1111 and ComfyUI use.
+        vae: a folder or file whose VAE takes the place of the file's own, or the one that it lacks.
+        ignore: a regular expression; tensors whose names begin with it are not looked at.
 
     Raises:
         ErasureError: another kind of file, a damaged one, one that does not fit the architecture, or an SD 2 of unknown prediction.
     """
     given = from_folder(config) if config is not None else None
     with open_tensors(path) as opened:
-        file = modern(opened)
-        family = recognise(file, given.family if given else None)
+        file = modern(without(opened, ignore) if ignore else opened)
+        family = recognise(file, given.family if given else None, vae is not None)
         architecture = _architecture(file, family, given, prediction)
         modules = architecture.modules()
+        if vae is not None:
+            del modules["vae"]
+            file = replace(file, shapes={key: shape for key, shape in file.shapes.items() if not key.startswith(ldm.VAE)})
         table = ldm.table(family, modules)
-        _check_weights(file, table, modules)
+        check_weights(file, table, modules)
         _check_rest(file, table, family, modules)
         if ema:
             if not any(key.startswith("model_ema.diffusion_model") for key in file.shapes):
                 raise ErasureError(f"{path} holds no moving average of the UNet (model_ema.*); load it without ema")
             table = ldm.ema_table(table)
-            _check_weights(file, table, modules)
-        _fill(file, table, modules, dtype)
+            check_weights(file, table, modules)
+        fill(file, table, modules, dtype)
+    if vae is not None:
+        modules["vae"] = load_vae(vae, architecture.configs["vae"], dtype)
     return architecture.pipeline(modules)
 
 
@@ -70,10 +82,12 @@ def _architecture(file: TensorFile, family: str, given: Architecture | None, ask
     schedule = {**architecture.configs["scheduler"], "prediction_type": prediction}
     if "ztsnr" in file.shapes:  # the flag of ComfyUI and A1111 for a schedule that ends in pure noise
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if not knows_zero_snr(getattr(diffusers, schedule["_class_name"])):
+            schedule["_class_name"] = "DDIMScheduler"
     return replace(architecture, configs={**architecture.configs, "scheduler": schedule})
 
 
-def _check_weights(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network]) -> None:
+def check_weights(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network]) -> None:
     """Every weight is there, in its shape; told from the header, before any is read."""
     expected = {entry.key: entry.shape(_shape(modules, entry.names[0])) for entry in table}
     missing = [key for key in expected if key not in file.shapes]
@@ -98,7 +112,8 @@ def _check_rest(file: TensorFile, table: Sequence[ldm.Entry], family: str, modul
     if surplus:
         raise ErasureError(
             f"{file.path} holds {len(surplus)} tensors for which {NAMES[family]} has no place, the first is {surplus[0]} "
-            f"{list(file.shapes[surplus[0]])}; if it is of another size, give its configuration (load.config)"
+            f"{list(file.shapes[surplus[0]])}; if it is of another size, give its configuration (load.config); if they do no harm, leave them out (load.ignore, a "
+            "regular expression of how their names begin)"
         )
 
 
@@ -107,7 +122,7 @@ def _shape(modules: Mapping[str, ldm.Network], name: str) -> tuple[int, ...]:
     return tuple(modules[component].get_parameter(parameter).shape)
 
 
-def _fill(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network], dtype: torch.dtype) -> None:
+def fill(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network], dtype: torch.dtype) -> None:
     """Read the weights one by one into the modules."""
     states: dict[str, dict[str, Tensor]] = {component: {} for component in modules}
     for entry in table:
@@ -126,6 +141,10 @@ def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     Raises:
         ErasureError: it is not of floating point, or holds values that are not finite there.
     """
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        raise ErasureError(
+            f"{name} holds {tensor.dtype}, which is too coarse to train or to compare; fetch it in float16 or float32"
+        )
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise ErasureError(
