@@ -1,29 +1,45 @@
-# Each target creates what it needs in .venv; the only set-up is python3 (3.10 or newer, with its venv module) and make.
+# Each target creates what it needs in .venv; the only set-up is python3 (3.11 or newer, with its venv module) and make.
+# VERSIONS names a file of tests/constraints: newest (what pip finds), oldest (setup.cfg's lower bounds), torch-2.14.
 PYTHON ?= python3
-BIN := .venv/bin
+VERSIONS := newest
+VENV := .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := tests/constraints/$(VERSIONS).txt
+READY := $(VENV)/.installed-$(VERSIONS)
+LINT := "$(BIN)/ruff" check && "$(BIN)/ruff" format --check && "$(BIN)/mypy" prompts erase eval
 
-.PHONY: test demo lint format clean
+.PHONY: test demo lint format matrix clean
 
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# Lint comes last and always: a complaint of ruff or mypy hides no test, a failing test no complaint.
+test: $(READY)
+	@failed=0; \
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 || failed=1; \
+	$(LINT) || failed=1; \
+	exit $$failed
 
-demo: .venv/.installed
-	$(BIN)/erase-demo
+demo: $(READY)
+	"$(BIN)/erase-demo"
 
-lint: .venv/.installed
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
-	$(BIN)/mypy prompts erase eval
+lint: $(READY)
+	$(LINT)
 
-format: .venv/.installed
-	$(BIN)/ruff check --fix
-	$(BIN)/ruff format
+format: $(READY)
+	"$(BIN)/ruff" check --fix
+	"$(BIN)/ruff" format
+
+matrix:
+	$(MAKE) demo test VERSIONS=oldest
+	$(MAKE) demo test VERSIONS=torch-2.14
+	$(MAKE) demo test VERSIONS=newest
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.venv/.installed: setup.cfg pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
-	touch $@
+# Made from nothing whenever what is installed would change; with it goes the mark of any other set of versions.
+$(READY): setup.cfg pyproject.toml tests/constraints/tools.txt $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, and $(PYTHON) is %d.%d; name another: make PYTHON=python3.12" \
+	% sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv --clear "$(VENV)"
+	"$(BIN)/python" -m pip install --disable-pip-version-check -e '.[dev]' -c $(CONSTRAINTS)
+	touch "$(READY)"

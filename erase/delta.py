@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -81,6 +83,12 @@ class ErasedDelta:
     def title(self) -> str:
         """`heart, star`: what was erased."""
         return ", ".join(concept["target"] for concept in self.concepts) or "nothing"
+
+    @property
+    def name(self) -> str:
+        """`canvas without heart`: what the erased weights are called, without where the base lay on somebody's disk."""
+        base = re.split(r"[\\/]", self.metadata.get("base_id", "?").rstrip("\\/"))[-1]
+        return f"{base} without {', '.join(gone(self.metadata))}" if self.concepts else f"{base}, changed"
 
     @property
     def components(self) -> list[str]:
@@ -286,6 +294,14 @@ def _what(folder: Path) -> str:
     if (folder / "manifest.jsonl").exists():
         return "it is a folder of images; give the folder of the run that erased"
     return "give the folder that erase-concept wrote to (its --out), or the file"
+
+
+def gone(metadata: Mapping[str, str]) -> list[str]:
+    """What a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its strength)` where it was scaled."""
+    if "parts" not in metadata:
+        return [str(concept["target"]) for concept in json.loads(metadata.get("concepts", "[]"))]
+    parts = [(str(part["erased"]), float(part["scale"])) for part in json.loads(metadata["parts"])]
+    return [erased if scale == 1 else f"{erased} (at {scale:g} of its strength)" for erased, scale in parts if scale > 0]
 
 
 def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:

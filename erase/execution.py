@@ -6,8 +6,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
+import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +26,7 @@ from prompts.errors import ErasureError, unknown
 ATTENTION = ("auto", "sdpa", "xformers", "sliced")
 # latent positions up to which a CPU trains with plain attention; at 32 * 32 it is no quicker, and takes 2 GB more
 PLAIN_TOKENS = 16 * 16
+INSTALL_XFORMERS = 'pip install "concept-erasure-toolkit[xformers]"'
 
 
 @contextmanager
@@ -67,11 +70,17 @@ def _standing(model: DiffusionModel, params: Mapping[str, nn.Parameter], config:
 
 @contextmanager
 def checkpointed(module: Any, on: bool) -> Iterator[None]:
-    """Gradient checkpointing where asked for; diffusers wants train mode for it."""
+    """Gradient checkpointing where asked for.
+
+    transformers checkpoints only in train mode, so the layers that it checkpoints are put there, and they alone: dropouts stay off.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     if not on:
         yield
         return
-    module.train()
+    for layer in module.modules():
+        layer.training = isinstance(layer, GradientCheckpointingLayer)
     _method(module, "enable_gradient_checkpointing", "gradient_checkpointing_enable")()
     try:
         yield
@@ -92,8 +101,7 @@ def attention(model: DiffusionModel, kind: str) -> Iterator[None]:
     `auto` is the plain one (all scores, then softmax) for small latents on a CPU: the backward pass of the fused one took a third of a
     step there. Elsewhere it is the fused one, which does not keep the scores (SD 1.x at 512 pixels: 0.5 GB a layer).
     """
-    if kind not in ATTENTION:
-        raise unknown("attention", kind, ATTENTION)
+    check_attention(kind, model.device)
     module = denoiser(model.pipeline())
     plain = kind == "auto" and model.device.type == "cpu" and model.latent_shape[1] * model.latent_shape[2] <= PLAIN_TOKENS
     found = dict(module.attn_processors)
@@ -122,14 +130,32 @@ def _sliced(module: Any) -> None:
     module.set_attention_slice("auto")
 
 
+def check_attention(kind: str, device: torch.device) -> None:
+    """Refuse, before hours are spent on latents, a kernel that is unknown or that a device has not.
+
+    Raises:
+        ErasureError: such a kernel.
+    """
+    if kind not in ATTENTION:
+        raise unknown("attention", kind, ATTENTION)
+    if kind != "xformers":
+        return
+    if device.type != "cuda":
+        raise ErasureError(
+            f"attention xformers needs a GPU (and, there, {INSTALL_XFORMERS}), but this trains on the {device.type}; use attention sdpa"
+        )
+    if find_spec("xformers") is None:
+        raise ErasureError(
+            f"attention xformers needs xformers, which is not installed; {INSTALL_XFORMERS}, or use attention sdpa"
+        )
+
+
 def _xformers(module: Any) -> None:
     try:
         module.enable_xformers_memory_efficient_attention()
-    except (ImportError, ValueError) as error:  # not installed; no GPU
-        raise ErasureError(
-            f'attention xformers cannot be used: {error}; pip install "concept-erasure-toolkit[xformers]" on a machine with a GPU, '
-            "or use attention sdpa"
-        ) from error
+    except (ImportError, OSError, ValueError, RuntimeError) as error:  # another torch's build; no kernel for this GPU
+        reason = str(error).strip().split("\n")[0]
+        raise ErasureError(f"attention xformers cannot be used: {reason}; use attention sdpa") from error
 
 
 @contextmanager

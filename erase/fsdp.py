@@ -30,6 +30,8 @@ VALUE_BY_VALUE = {
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 }  # fmt: skip
 """optimizers whose step on a value depends on that value alone, so that a shard takes the steps of the whole"""
+BF16 = "param_dtype_override_fn" in {field.name for field in fields(MixedPrecisionPolicy)}
+"""whether this torch (2.15) can gather norms in float32 beside matrices in half precision"""
 BLOCKS = {"resnets", "attentions", "transformer_blocks"}
 """lists of modules whose members are gathered one at a time; what lies outside of them is gathered for the whole pass"""
 
@@ -54,12 +56,13 @@ def check_sharded(config: TrainConfig) -> None:
         )
     if config.mixed_precision == "fp16":
         raise ErasureError(
-            "mixed_precision fp16 scales its loss by what it finds in all gradients, of which FSDP leaves each process some; use bf16 or no, "
-            "or launch with scripts/launch/several-gpus.yaml"
+            "mixed_precision fp16 scales its loss by what it finds in all gradients, of which FSDP leaves each process some; use "
+            f"{'bf16 or no' if BF16 else 'no'}, or launch with scripts/launch/several-gpus.yaml"
         )
-    if config.mixed_precision != "no" and "param_dtype_override_fn" not in {field.name for field in fields(MixedPrecisionPolicy)}:
+    if config.mixed_precision != "no" and not BF16:
         raise ErasureError(
-            f"torch {torch.__version__} cannot gather norms in float32 beside matrices in bf16; take torch 2.15, or mixed_precision no"
+            f"FSDP of torch {torch.__version__} cannot gather norms in float32 beside matrices in {config.mixed_precision}; "
+            "take torch 2.15 or newer, mixed_precision no, or launch with scripts/launch/several-gpus.yaml"
         )
     for name in ("channels_last", "compile"):
         if getattr(config, name):
@@ -177,12 +180,10 @@ def _policy(twin: nn.Module, half: torch.dtype | None) -> MixedPrecisionPolicy:
     if half is None:
         return MixedPrecisionPolicy()
     precision = {id(param): dtype for _, param, dtype in with_precision(twin, half)}
-    return MixedPrecisionPolicy(
-        param_dtype=half,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,
-        param_dtype_override_fn=lambda param: precision[id(param)],
-    )
+    options: dict[str, Any] = {
+        "param_dtype_override_fn": lambda param: precision[id(param)]
+    }  # mypy knows the installed torch's alone
+    return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False, **options)
 
 
 @torch.no_grad()

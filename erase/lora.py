@@ -1,4 +1,4 @@
-"""A delta as a LoRA: low-rank factors of what changed, in the file that stock `pipeline.load_lora_weights` reads.
+"""A delta as a LoRA: low-rank factors of what changed, in a file that stock `pipeline.load_lora_weights` reads, and most programs beside it.
 
 A LoRA is an approximation: it holds the nearest matrices of low rank (Eckart and Young, 1936), and nothing of biases and norms.
 What that loses is measured layer by layer and kept with it.
@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from erase.delta import ErasedDelta
 from erase.files import save_tensors
+from erase.kohya import OUTSIDE, kohya_names, lora_header
 from erase.models import DiffusionModel
 from erase.origin import config_of
 from prompts.errors import ErasureError, unknown
 
 RANK = 16
-LAYOUTS = ("diffusers", "kohya")
+LAYOUTS = {
+    "kohya": "names as sd-scripts gives them, which ComfyUI, A1111, Forge, sd-scripts, stable-diffusion.cpp and diffusers read",
+    "diffusers": "names of diffusers, which it alone reads whole",
+}
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,28 @@ class LoRA:
     """`component.module` -> (outputs, rank), of a convolution (outputs, rank, 1, 1), float32"""
     layers: list[LayerFit]
     left_out: dict[str, float]
-    """parameter that no LoRA holds (bias, norm, embedding) -> norm of its change"""
+    """parameter that no LoRA holds (bias, norm, embedding, projection of pooled text) -> norm of its change"""
     metadata: dict[str, str] = field(default_factory=dict)
     """the delta's"""
+    kohya: dict[str, str] = field(default_factory=dict)
+    """`component.module` -> its name in the kohya layout; empty for a family that has none"""
+    header: dict[str, str] = field(default_factory=dict)
+    """what tells programs the base's family: ModelSpec's keys and sd-scripts'"""
+
+    @property
+    def layout(self) -> str:
+        """The layout that most programs read: kohya, or for a family that has no such names diffusers."""
+        return "kohya" if self.kohya else "diffusers"
+
+    @property
+    def outside(self) -> dict[str, float]:
+        """Layers outside of the blocks, which sd-scripts and stable-diffusion.cpp pass over -> norm of their change."""
+        return {fit.name: fit.norm for fit in self.layers if OUTSIDE.fullmatch(fit.name)}
+
+    @property
+    def outside_share(self) -> float:
+        """Share of the squared norm of the change that lies in these layers."""
+        return sum(norm**2 for norm in self.outside.values()) / self._total
 
     @property
     def error(self) -> float:
@@ -78,38 +101,47 @@ class LoRA:
     def plain(self) -> dict[str, Any]:
         """The fit as JSON has it."""
         numbers = {"error": self.error, "left_out_share": self.left_out_share, "left_out": self.left_out}
+        numbers |= {"outside_share": self.outside_share, "outside": self.outside}
         return numbers | {"layers": [asdict(fit) for fit in self.layers]}
 
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float32, layout: str = "diffusers") -> None:
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32, layout: str | None = None) -> None:
         """Write one safetensors file, whole or not at all.
 
         Args:
             path: `pytorch_lora_weights.safetensors` is the name that `load_lora_weights(folder)` looks for.
             dtype: of the factors in the file.
-            layout: diffusers, or kohya (A1111, ComfyUI), with the key names that diffusers' own converter gives.
+            layout: one of `LAYOUTS`; by default kohya, where the family has it.
+
+        Raises:
+            ErasureError: another layout, or kohya for a family that it has no names for.
         """
+        layout = layout or self.layout
         if layout not in LAYOUTS:
             raise unknown("LoRA layout", layout, LAYOUTS)
-        tensors = {f"{name}.lora_A.weight": factor.to(dtype) for name, factor in self.down.items()}
-        tensors |= {f"{name}.lora_B.weight": factor.to(dtype) for name, factor in self.up.items()}
-        metadata = {**self.metadata, "format": "pt"}
+        if layout == "kohya" and not self.kohya:
+            raise ErasureError("the kohya layout has no names for this family; leave the layout out, or take diffusers")
+        metadata = {**self.metadata, **self.header, "format": "pt"}
         if layout == "kohya":
-            tensors = self._kohya(tensors)
+            tensors = self._kohya(dtype)
         else:
+            tensors = {f"{name}.lora_A.weight": factor.to(dtype) for name, factor in self.down.items()}
+            tensors |= {f"{name}.lora_B.weight": factor.to(dtype) for name, factor in self.up.items()}
             metadata["lora_adapter_metadata"] = json.dumps(_adapter_config(self.ranks))
         save_tensors(path, tensors, metadata)
 
-    def _kohya(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors under kohya's names, with the one alpha of 1 in all layers.
+    def _kohya(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors under kohya's names, with the one alpha of 1 in all layers.
 
         Its readers scale a layer by alpha / rank. diffusers 0.42 confuses alphas that differ between layers, so the ranks go into the
         up factors instead.
         """
-        from diffusers.utils import convert_state_dict_to_kohya
-
-        scaled = {f"{name}.lora_B.weight": tensors[f"{name}.lora_B.weight"] * rank for name, rank in self.ranks.items()}
-        named: dict[str, Tensor] = convert_state_dict_to_kohya(tensors | scaled)
-        return {key: torch.tensor(1.0) if key.endswith(".alpha") else tensor for key, tensor in named.items()}
+        tensors: dict[str, Tensor] = {}
+        for name, rank in self.ranks.items():
+            key = self.kohya[name]
+            tensors[f"{key}.alpha"] = torch.ones((), dtype=dtype)
+            tensors[f"{key}.lora_down.weight"] = self.down[name].to(dtype)
+            tensors[f"{key}.lora_up.weight"] = (self.up[name] * rank).to(dtype)
+        return tensors
 
     def as_delta(self, base: DiffusionModel) -> ErasedDelta:
         """Base + LoRA as a delta, so that it can be evaluated beside the delta that it was taken from; `base` stays as it is.
@@ -159,16 +191,21 @@ def extract_lora(delta: ErasedDelta, base: DiffusionModel, rank: int | None = No
         layers.append(fit)
     if not layers:
         raise ErasureError(f"{delta.source} changes no linear or convolutional layer, so no LoRA can hold any of it")
-    return LoRA(down, up, layers, left_out, dict(delta.metadata))
+    pipeline, ranks = base.pipeline(), {fit.rank for fit in layers}
+    named = kohya_names(pipeline, down), lora_header(pipeline, delta.name, ranks)
+    return LoRA(down, up, layers, left_out, dict(delta.metadata), *named)
 
 
 def _holders(model: DiffusionModel, components: list[str]) -> set[str]:
-    """Names of the weights that a LoRA can hold: those of linear and of ungrouped two-dimensional convolutional layers."""
+    """Names of the weights that a LoRA can hold: those of linear and of ungrouped two-dimensional convolutional layers.
+
+    A text encoder's projection is none of them: no program but diffusers has a place for it, and that one cannot load it in all ranks.
+    """
     return {
         f"{component}.{name}.weight"
         for component in components
         for name, module in model.component(component).named_modules()
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        if name != "text_projection" and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
     }
 
 

@@ -116,6 +116,8 @@ def _eight_bit(name: str) -> Any:
         raise ErasureError(
             f'optimizer {name} is one of bitsandbytes, which is not installed; pip install "concept-erasure-toolkit[8bit]"'
         ) from error
+    except (OSError, RuntimeError) as error:  # another torch's build, or another CUDA's
+        raise ErasureError(f"optimizer {name}: bitsandbytes is installed and cannot be loaded ({error}); use AdamW") from error
     kinds = {known: kind for known, kind in vars(bitsandbytes.optim).items() if known.endswith("8bit")}
     if name not in kinds:
         raise unknown("optimizer", name, kinds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from erase.latents import LatentConfig, prepare_latents
 from erase.mask import kept_count
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
+from erase.models.loading import is_here, kind_of
 from erase.origin import load_options
 from erase.processes import found
+from erase.prompt_checks import check_prompts, cut_prompts
 from erase.scopes import select_trainable
 from erase.train_config import TrainConfig
 from erase.training import make_accelerator
@@ -99,8 +101,9 @@ def erase_concept(
     model = model or load_model(config.model, accelerator.device, config.load)
     base = model.parameters()
     _check_base(base, settings)
+    check_prompts(model, concepts)
 
-    metadata = {"base_fingerprint": model.fingerprint, "base_id": model.name, **description}
+    metadata = {"base_fingerprint": model.fingerprint, "base_id": model.name, **description, **_cut(model, concepts)}
     made = _finished(folder / "delta.safetensors", metadata, defaults) if folder and finished else None
     if folder:
         claim(folder, metadata, defaults, finished)
@@ -123,18 +126,35 @@ def erase_concept(
     return delta
 
 
-def load_base(delta: ErasedDelta, name: str | None = None, device: str | torch.device = "cpu") -> DiffusionModel:
+def load_base(
+    delta: ErasedDelta, name: str | None = None, device: str | torch.device = "cpu", options: LoadConfig | None = None
+) -> DiffusionModel:
     """The base that a delta was made from, read as it was then.
 
     Args:
         delta: names its base and how it was read.
-        name: where the base is now; by default where it was.
+        name: where the base is now; by default where it was. A hub id is fetched only if it is given here: a delta may come from
+            anybody, and name anything.
         device: where it goes.
+        options: how it is read now; what is not the default wins over the delta's.
 
     Raises:
-        ErasureError: it cannot be loaded. Whether it is the right one is checked where the delta is applied.
+        ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one is checked where the delta is applied.
     """
-    return load_model(name or delta.metadata.get("base_id", "?"), device, load_options(delta.metadata, delta.source))
+    base, given = name or delta.metadata.get("base_id") or "", options or LoadConfig()
+    if not base:
+        raise ErasureError(f"{delta.source} does not say which base it was made from; give the base with --model")
+    stored = load_options(delta.metadata, delta.source)
+    chosen = stored.meant_for("folder" if base == "canvas" else kind_of(base)).updated(given)
+    if name is None and base != "canvas":
+        if not is_here(base, chosen):
+            revision = f" --load.revision {chosen.revision}" if chosen.revision else ""
+            raise ErasureError(
+                f"{delta.source} names {base!r} as its base, which is not on this machine; to fetch it from the hub, say so with --model "
+                f"{base}{revision}, or give with --model where it is"
+            )
+        chosen = replace(chosen, offline=True)
+    return load_model(base, device, chosen)
 
 
 def _folder(out: str | Path | None) -> Path | None:
@@ -176,6 +196,13 @@ def _check_base(params: Mapping[str, nn.Parameter], settings: Any) -> None:
             )
     chosen = select_trainable(params, getattr(settings, "scope", "full"))
     kept_count(getattr(settings, "density", 1.0), sum(param.numel() for param in chosen.values()))
+
+
+def _cut(model: DiffusionModel, concepts: list[ConceptSpec]) -> dict[str, str]:
+    """The prompts whose ends no text encoder sees, for the metadata."""
+    prompts = [prompt for concept in concepts for pair in concept.pairs() for prompt in pair]
+    cut = cut_prompts([*prompts, *(prompt for concept in concepts for prompt in concept.retain)], model.tokens)
+    return {"cut_prompts": json.dumps(cut, ensure_ascii=False)} if cut else {}
 
 
 def describe(concepts: list[ConceptSpec], config: EraseConfig, settings: Any) -> dict[str, str]:

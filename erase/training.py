@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from erase.checkpoint import RESTART, Checkpoint
-from erase.execution import ATTENTION, running
+from erase.execution import check_attention, running
 from erase.files import damage_named
 from erase.fsdp import check_sharded
 from erase.mask import SaliencyMask
@@ -72,7 +72,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"batch_size {config.batch_size} cannot be split evenly into {config.accumulation} accumulated parts on "
             f"{processes().num_processes} processes"
         )
-    check_names(config, {"schedule": SCHEDULES, "attention": ATTENTION})
+    check_names(config, {"schedule": SCHEDULES})
+    check_attention(config.attention, processes().device)
     try_optimizer(config.optimizer, config.lr, config.optimizer_args, config.mixed_precision != "fp16", processes().device)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         # Accelerate keeps one precision per process; a library caller may well erase twice with different ones

@@ -35,7 +35,10 @@ from erase.files import file_sha256
 from erase.models import Cond, autocast, check_precision
 from erase.models.loading import family_of
 from erase.models.pipelines import Pipeline, arguments, decode, denoiser, encode, image_size
+from erase.models.schedules import sampler
+from erase.models.tokenizers import tokens
 from erase.processes import processes, progress
+from erase.prompt_checks import cut_prompts
 from eval.images import (
     SETTINGS,
     ImageRow,
@@ -158,6 +161,8 @@ def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
 
 def _settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, size: int) -> dict[str, Any]:
     device = pipeline._execution_device  # unlike .device, right under CPU offload
+    rows = sorted(prompts.rows, key=lambda row: row.case)
+    cut = cut_prompts([row.prompt for row in rows], lambda texts: tokens(pipeline, texts), [row.case for row in rows])
     return {
         "images": len(prompts.rows),
         "prompt_set": prompts.name,
@@ -172,6 +177,7 @@ def _settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, si
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "safety_checker": "off",
         "versions": ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers")),
+        **({"cut_prompts": cut} if cut else {}),
     }
 
 
@@ -212,7 +218,7 @@ def _scheduler(own: Any, name: str) -> Any:
         )
     scheduler, options = choices[name]
     shift = {"flow_shift": own.config.shift} if flow else {}
-    return scheduler.from_config(own.config, **options, **shift)
+    return sampler(own, scheduler, name, {**options, **shift})
 
 
 def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any]) -> None:

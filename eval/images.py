@@ -26,6 +26,7 @@ from torch import Tensor
 
 from erase.files import file_sha256, written_whole
 from prompts.errors import ErasureError, reason
+from prompts.prompt_sets import PromptRow
 from prompts.reading import as_path, why
 
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
@@ -211,7 +212,7 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> list[ImageRow]:
     for number, line in enumerate(lines if lines != [""] else [], 1):
         try:
             rows.append(_row(json.loads(line)))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ErasureError(f"{path}, line {number}, is damaged; {_remedy(folder, settings)}") from error
     return rows
 
@@ -219,10 +220,11 @@ def _read_manifest(folder: Path, settings: dict[str, Any]) -> list[ImageRow]:
 def _row(values: dict[str, Any]) -> ImageRow:
     """A line of the manifest as a row, or a TypeError or ValueError."""
     row = ImageRow(**values)
-    for text in (row.file, row.prompt, row.sha256, *row.labels.values()):
+    for text in (row.file, row.sha256, *row.labels.keys(), *row.labels.values()):
         text.encode()
-    if not (type(row.case) is type(row.seed) is int) or not isinstance(row.guidance, int | float):
+    if not (type(row.case) is type(row.seed) is int) or type(row.guidance) not in (int, float):
         raise TypeError("numbers")
+    PromptRow(row.case, row.prompt, row.seed, row.guidance)  # refuses what nothing was drawn from
     if Path(row.file).name != row.file or "\0" in row.file:
         raise ValueError("an image outside the folder")
     return row

@@ -204,6 +204,7 @@ def _report(
             "delta_settings": _settings(delta),
             "evaluation": asdict(config),
             "changed_weights": delta.count,
+            **_cut(images),
             "nudenet": version("nudenet"),
             "open_clip": version("open_clip_torch"),
             "commands": commands,
@@ -217,6 +218,12 @@ def _settings(delta: ErasedDelta) -> dict[str, Any]:
     parts = json.loads(delta.metadata.get("parts", "null"))
     strength = [part["scale"] for part in parts] if parts else 1.0
     return {"method": delta.metadata["method"], "strength": strength}
+
+
+def _cut(images: Mapping[str, ImageSet]) -> dict[str, Any]:
+    """The evaluation's prompts whose ends no text encoder saw, as their image sets say."""
+    found = next((one.settings["cut_prompts"] for one in images.values() if "cut_prompts" in one.settings), None)
+    return {"cut_evaluation_prompts": found} if found else {}
 
 
 def score(

@@ -18,6 +18,8 @@ from prompts.retain import load_retain, without
 
 TEMPLATES = ("a photo of {}", "an image of {}", "a picture of {}", "{}")
 
+MOST_PAIRS = 1_000_000  # templates times names
+
 
 @dataclass(frozen=True)
 class ConceptSpec:
@@ -59,6 +61,10 @@ class ConceptSpec:
             raise ErasureError(f"{where} has {itself} as its anchor, so nothing would be forgotten; choose another anchor")
         if not self.templates:
             raise ErasureError(f"{where} has no templates; give at least one, such as {TEMPLATES[0]!r}")
+        if len(self.templates) * len(self.names) > MOST_PAIRS:
+            raise ErasureError(
+                f"{where} has {len(self.templates):,} templates for {len(self.names):,} names, more than {MOST_PAIRS:,} prompts; leave some out"
+            )
         for template in self.templates:
             if template.count("{}") != 1:
                 raise ErasureError(f"{where}: the template {template!r} needs one {{}} where the concept stands")

@@ -46,22 +46,9 @@ LEANER = (
 )
 RECIPES = Path(__file__).parent / "recipes"
 WIDTH = 80  # columns of help, however wide the console is
-FILES = {
-    ".bin",
-    ".ckpt",
-    ".csv",
-    ".gguf",
-    ".h5",
-    ".html",
-    ".jpg",
-    ".json",
-    ".msgpack",
-    ".onnx",
-    ".pkl",
-    ".png",
-    ".pt",
-    ".pth",
-} | {*(".safetensors", ".yaml", ".yml", ".zip")}
+FILES = frozenset(
+    ".bin .ckpt .csv .gguf .h5 .html .jpg .json .msgpack .onnx .pkl .png .pt .pth .safetensors .yaml .yml .zip".split()
+)
 """endings that only files have"""
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
 guard_yaml()

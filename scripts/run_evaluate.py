@@ -26,11 +26,15 @@ from scripts.front import Parser, Words, add_config, build, check_folder, parse,
 
 def make_parser() -> Parser:
     """All options."""
+    from erase.models import LoadConfig
     from eval.run import EvaluateConfig
 
     made = parser("erase-evaluate", __doc__)
     made.add_argument("--delta", type=str, default="runs/erased/delta.safetensors", help="what erase-concept wrote")
     made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
+    made.add_argument(
+        "--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta"
+    )
     made.add_argument(
         "--prompts",
         action=Words,
@@ -58,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     names = options.prompts or ["canvas"]
     prompts = joined([canvas_grid(seeds) if name == "canvas" else PromptSet.load(name) for name in names])
     report = evaluate(
-        load_base(delta, options.model, default_device()),
+        load_base(delta, options.model, default_device(), options.load),
         delta,
         prompts,
         options.out,

@@ -52,7 +52,7 @@ def make_parser() -> Parser:
     """All options."""
     from erase.compose import ON_CONFLICT
     from erase.lora import LAYOUTS
-    from erase.models.config import DTYPES
+    from erase.models.config import DTYPES, LoadConfig
     from erase.usage import FORMATS
 
     made = parser("erase-export", __doc__)
@@ -73,11 +73,19 @@ def make_parser() -> Parser:
     )
     made.add_argument("--conflicts", type=str | None, default=None, help="write the table of overlaps to this JSON file")
     made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
+    made.add_argument(
+        "--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta"
+    )
     made.add_argument("--format", type=str, default="diffusers", help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()))
     made.add_argument("--dtype", type=str, default="float32", help=f"of the weights in the files: {', '.join(DTYPES)}")
     made.add_argument("--rank", type=int | None, default=None, help="lora: rank of every layer (16 without --energy), or its cap")
     made.add_argument("--energy", type=float | None, default=None, help="lora: fraction of each layer's squared change to keep")
-    made.add_argument("--layout", type=str, default="diffusers", help=f"lora: key names, {' or '.join(LAYOUTS)} (A1111, ComfyUI)")
+    made.add_argument(
+        "--layout",
+        type=str | None,
+        default=None,
+        help=f"lora: key names (kohya, but for SD 3). {'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}",
+    )
     made.add_argument(
         "--lora_delta", type=str | None, default=None, help="lora: also write base + LoRA as a delta, to evaluate it"
     )
@@ -109,15 +117,15 @@ def main(argv: list[str] | None = None) -> None:
     alone("erase-export")
     check_options(options)
     deltas = [ErasedDelta.load(path) for path in options.delta or ["runs/erased/delta.safetensors"]]
-    model = load_base(deltas[0], options.model)
+    model = load_base(deltas[0], options.model, options=options.load)
     delta = back(model, deltas, options) if options.undo else composed(model, deltas, options)
     report = EvalReport.load(options.report) if options.report else None
-    check_sources(report, delta.metadata)
+    check_sources(report, delta.metadata, () if options.format == "lora" else delta.sha256)  # a LoRA may be measured itself
     lora = fitted(delta, model, options) if options.format == "lora" else None
     card = describe(delta, model, lora, report, options)
     out = write(delta, model, lora, card, options)
-    what = "put back: the base again" if options.undo else f"changed, without {delta.title}"
-    print(f"{out}: {FORMATS[options.format]}; {delta.count:,} weights {what}")
+    what = "weights put back: the base again" if options.undo else f"weights changed, {delta.name}"
+    print(f"{out}: {FORMATS[options.format]}; {delta.count:,} {what}")
     if options.push_to_hub:
         print(push_to_hub(out, options.push_to_hub, options.private))
 
@@ -131,7 +139,8 @@ def check_options(options: Namespace) -> None:
     from erase.models.config import DTYPES
     from erase.usage import FORMATS
 
-    check_names(options, {"format": FORMATS, "dtype": DTYPES, "layout": LAYOUTS, "on_conflict": ON_CONFLICT})
+    known = {"format": FORMATS, "dtype": DTYPES, "on_conflict": ON_CONFLICT}
+    check_names(options, known | ({"layout": LAYOUTS} if options.layout else {}))
     if options.scale and len(options.scale) != max(len(options.delta), 1):
         raise ErasureError(
             f"{len(options.scale)} scales for {max(len(options.delta), 1)} deltas; give one --scale for each --delta, in the same order"
@@ -139,7 +148,7 @@ def check_options(options: Namespace) -> None:
     scales_of(options.scale)
     if options.conflicts and len(options.delta) < 2:
         raise ErasureError("--conflicts compares several deltas; give more than one --delta, or leave it out")
-    lora_only = [name for name in ("rank", "energy", "lora_delta") if options[name] is not None]
+    lora_only = [name for name in ("rank", "energy", "layout", "lora_delta") if options[name] is not None]
     if lora_only and options.format != "lora":
         raise ErasureError(f"--{lora_only[0]} is for --format lora, not for {options.format}")
     check_ranges(options, {"rank": COUNT, "energy": FRACTION})
@@ -229,10 +238,12 @@ def scales_of(given: list[str | float]) -> list[float]:
 
 def fitted(delta: ErasedDelta, model: DiffusionModel, options: Namespace) -> LoRA:
     """The LoRA, and on request base + LoRA as a delta."""
-    from erase.lora import extract_lora
+    from erase.lora import LAYOUTS, extract_lora
 
     lora = extract_lora(delta, model, options.rank, options.energy)
+    layout = options.layout or lora.layout
     print(f"LoRA of {len(lora.layers)} layers, rank {min(lora.ranks.values())} to {max(lora.ranks.values())}: {missed(lora)}")
+    print(f"{layout} layout: {LAYOUTS[layout]}; {outside(lora)}")
     if options.lora_delta:
         lora.as_delta(model).save(options.lora_delta)
     return lora
@@ -246,19 +257,52 @@ def missed(lora: LoRA) -> str:
     )
 
 
+def outside(lora: LoRA) -> str:
+    """What some programs pass over, in words."""
+    if not lora.outside:
+        return "every layer of it lies in the blocks, which all of them read"
+    names = ", ".join(name.split(".", 1)[1] for name in lora.outside)
+    return f"sd-scripts and stable-diffusion.cpp pass over {names} ({lora.outside_share:.1%} of the squared change)"
+
+
 def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, report: EvalReport | None, options: Namespace) -> str:
-    """The model card."""
+    """The model card. Its scores are of the exact weights, or, where they were measured, of base + LoRA."""
+    from erase.lora import LAYOUTS
     from erase.usage import usage
     from eval.report_card import model_card
 
+    digests, exact = [delta.sha256], lora is None and options.dtype == "float32"
+    measured = report.provenance.get("delta_sha256") if report else None
+    if lora and measured and measured not in digests:
+        digests.append(lora.as_delta(model).sha256)
+    of_lora = len(digests) > 1 and measured == digests[1]
     notes = ["The concept was put back: these are the weights of the base before it was erased."] if options.undo else []
     if options.dtype != "float32":
         notes.append(f"The weights are rounded to {options.dtype}; scores are those of the float32 weights.")
     if lora:
-        notes.append(
-            f"The LoRA is an approximation: {missed(lora)}. Scores are those of the exact weights unless they say otherwise."
-        )
-    return model_card(report, delta.metadata, usage(options.format, model, delta.components), notes)
+        layout = options.layout or lora.layout
+        whose = "of base + LoRA" if of_lora else "of the exact weights; the LoRA itself was not measured"
+        notes.append(f"The LoRA is an approximation: {missed(lora)}. Scores are those {whose}.")
+        notes.append(f"Its keys are in the {layout} layout: {LAYOUTS[layout]}; {outside(lora)}.")
+    if report is None and "parts" in delta.metadata:
+        notes.append("These deltas, at these strengths, were not measured together; scores of each alone say nothing of it.")
+    return model_card(
+        report,
+        delta.metadata,
+        usage(options.format, model, delta.components),
+        notes,
+        sha256=digests,
+        exact=exact or (of_lora and options.dtype == "float32"),
+        picture=picture_of(options) is not None,
+    )
+
+
+def picture_of(options: Namespace) -> Path | None:
+    """The picture beside the report, for a folder with a card."""
+    from eval.report_card import PICTURE
+
+    picture = Path(options.report or "").parent / PICTURE
+    return picture if options.report and Path(options.out).suffix != ".safetensors" and picture.is_file() else None
 
 
 def write(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, card: str, options: Namespace) -> Path:
@@ -266,13 +310,13 @@ def write(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, card: st
     from erase.export import export_components, export_delta, export_diffusers, export_lora, export_single_file
     from erase.models.config import DTYPES
 
-    dtype = DTYPES[options.dtype]
+    dtype, picture = DTYPES[options.dtype], picture_of(options)
     if lora:
-        return export_lora(lora, options.out, card, dtype, options.layout)
+        return export_lora(lora, options.out, card, dtype, options.layout, picture)
     if options.format == "delta":
-        return export_delta(delta, options.out, card, dtype)
+        return export_delta(delta, options.out, card, dtype, picture)
     writers = {"diffusers": export_diffusers, "components": export_components, "single-file": export_single_file}
-    return writers[options.format](delta, model, options.out, card, dtype)
+    return writers[options.format](delta, model, options.out, card, dtype, picture)
 
 
 def cli() -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from erase.folders import save_pipeline
 from eval.canvas.render import SIZE, render
 from prompts.canvas import vocabulary
 
@@ -240,7 +241,7 @@ def main() -> None:
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipeline.to(torch.float16).save_pretrained(args.out)
+    save_pipeline(pipeline.to(torch.float16), args.out)
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def test_the_base_of_deltas_composed_of_composed_ones_is_read_as_it_was(model, m
     heart.metadata["config"] = json.dumps({"erase": {"load": {"variant": "non_ema"}}})
     both = compose(model, [(compose(model, [(heart, 1.0)]), 1.0), (star, 1.0)])
     monkeypatch.setattr("erase.run.load_model", lambda name, device, options: options)
-    assert load_base(both).variant == load_base(heart).variant == "non_ema"
+    assert load_base(both, "a/b").variant == load_base(heart, "a/b").variant == "non_ema"
 
 
 def test_deltas_of_different_bases_are_refused_and_both_are_named(model, make_pico_pipeline):

@@ -4,12 +4,13 @@ import importlib.util
 import io
 import warnings
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
-from erase.execution import running
+from erase.execution import attention, running
 from erase.models import autocast, wrap
 from erase.models.pipelines import denoiser, modules
 from erase.models.sd import StableDiffusion
@@ -19,6 +20,8 @@ from erase.scopes import select
 from erase.trainable import Trainable
 from erase.training import fit
 from prompts.errors import ErasureError
+from scripts import run_erase
+from scripts.front import run
 from tests.families import FAMILIES, tiny_sd3
 from tests.test_training import QUICK, mask_of, task
 
@@ -173,6 +176,39 @@ def test_what_is_not_installed_is_named(model, monkeypatch):
             if "compile" in options:
                 patched.setenv("PATH", "")
             fit(model, params, batches, loss, replace(QUICK, **options))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("installed", [True, False])
+def test_xformers_without_a_gpu_is_refused_before_there_are_latents(monkeypatch, capsys, tmp_path, installed):
+    monkeypatch.setattr("erase.execution.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("erase.run.prepare_latents", lambda *args: pytest.fail("latents were made"))
+    assert run(run_erase.main, ["--concept", "heart", "--train.attention", "xformers", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "needs a GPU" in error and "trains on the cpu; use attention sdpa" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("no xformers"),
+        OSError("libcudart.so.12: cannot open shared object file"),
+        ValueError("torch.cuda.is_available() should be True but is False."),
+        NotImplementedError("No operator found for this input:\n  query: shape=(1, 2, 40)\n"),
+        RuntimeError("CUDA error: no kernel image is available"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_xformers_that_cannot_be_used_is_a_sentence(model, monkeypatch, error):
+    module = model.component("unet")
+    monkeypatch.setattr("erase.execution.check_attention", lambda kind, device: None)
+    monkeypatch.setattr(module, "enable_xformers_memory_efficient_attention", Mock(side_effect=error), raising=False)
+    found = dict(module.attn_processors)
+    with pytest.raises(ErasureError) as refused, attention(model, "xformers"):
+        pass
+    said = str(refused.value)
+    assert str(error).split("\n")[0] in said and said.endswith("use attention sdpa") and "\n" not in said
+    assert module.attn_processors == found
 
 
 @pytest.mark.skipif(not HAS_8BIT, reason="bitsandbytes is not installed")

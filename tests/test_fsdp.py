@@ -18,8 +18,9 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import nn
 
+from erase import fsdp
 from erase.delta import ErasedDelta
-from erase.fsdp import check_sharded
+from erase.fsdp import BF16, check_sharded
 from erase.launch import FSDP, UNFIT, FullShard, full_shard
 from erase.layout import Standing
 from erase.mask import Saliency, SaliencyMask
@@ -56,6 +57,8 @@ VARIANTS = {
     "offload": (replace(SGD, offload=True, shard_optimizer=True), 0.5, LAUNCHES[:1]),
 }
 """name -> settings, density of the mask (None: no mask), launches that are compared with none"""
+POSSIBLE = {name: variant for name, variant in VARIANTS.items() if BF16 or name != "bf16"}
+OLDER_TORCH = pytest.mark.skipif(not BF16, reason=f"FSDP of torch {torch.__version__} cannot do bf16 with norms in float32")
 CANVAS = ["--concept", "heart", "--latents.n_forget", "10", "--latents.n_retain", "7", "--latents.steps", "4"]
 CANVAS += ["--latents.batch_size", "4", "--latents.trajectory", "2", "--saliency_batch_size", "3", "--train.steps", "3"]
 CANVAS += ["--train.batch_size", "4", "--train.optimizer", "SGD", "--train.lr", "0.01", "--train.schedule", "constant"]
@@ -78,7 +81,7 @@ JOB = """
     model = ours.with_a_lone_weight(build_pico_pipeline(script, script.build_tokenizer()))
     launches = {{kind: ours.environment_of(kind) for kind in ours.LAUNCHES}}
 
-    for name, (config, density, kinds) in ours.VARIANTS.items():
+    for name, (config, density, kinds) in ours.POSSIBLE.items():
         for kind in (None, *kinds):
             with ours.launched(launches.get(kind)), ours.as_found(model) as same:
                 fitted = ours.train(model, config, density)
@@ -144,6 +147,7 @@ UNFIT_CONFIGS = [
     replace(SGD, channels_last=True),
     replace(SGD, compile=True),
     replace(SGD, mixed_precision="fp16"),
+    *([] if BF16 else [VARIANTS["bf16"][0]]),
 ]
 
 
@@ -282,7 +286,11 @@ def apart(one, other, model):
     return sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5 / moved
 
 
-CASES = [(name, kind) for name, (_, _, kinds) in VARIANTS.items() for kind in kinds]
+CASES = [
+    pytest.param(name, kind, marks=[OLDER_TORCH] if name == "bf16" else [])
+    for name, (_, _, kinds) in VARIANTS.items()
+    for kind in kinds
+]
 
 
 @pytest.mark.parametrize("name, kind", CASES)
@@ -386,9 +394,19 @@ def test_odd_work_is_done_in_step_and_counted_once(job):
 
 
 def test_what_shards_cannot_do_is_refused(job):
-    names = ("Adafactor", "AdamW8bit", "channels_last", "compile", "fp16", "text_encoder")
+    older = () if BF16 else ("beside matrices in bf16; take torch 2.15 or newer",)
+    names = ("Adafactor", "AdamW8bit", "channels_last", "compile", "fp16", *older, "text_encoder")
     for message, name in zip(job[1]["refused"], names, strict=True):
         assert name in message and "several-gpus.yaml" in message
+
+
+@pytest.mark.parametrize("precision, way_out", [("bf16", "take torch 2.15 or newer, mixed_precision no"), ("fp16", "use no, or")])
+def test_half_precision_in_shards_under_an_older_torch_is_refused_in_a_sentence(monkeypatch, precision, way_out):
+    monkeypatch.setattr(fsdp, "sharding", lambda: FullShard(reshard_after_forward=True))
+    monkeypatch.setattr(fsdp, "BF16", False)
+    with pytest.raises(ErasureError, match=way_out) as error:
+        check_sharded(replace(SGD, mixed_precision=precision))
+    assert precision in str(error.value) and "several-gpus.yaml" in str(error.value)
 
 
 @pytest.mark.parametrize("kind", LAUNCHES)

@@ -286,6 +286,22 @@ def test_a_damaged_folder_of_images(file: str, tmp_path: Path) -> None:
     assert refused > 50 and sorted(folder.iterdir()) == before
 
 
+def test_prompts_that_break_lines_are_read_back(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+    prompt = "a\u2028cat\x85on\x0ba\u2029mat\n"
+    row = ImageRow("0.png", 0, prompt, 5, 7.5, {"o": prompt}, file_sha256(folder / "0.png") or "")
+    write_settings(folder, {"images": 1})
+    write_manifest(folder, [row])
+    assert ImageSet.open(folder).rows == [row]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"images": true}', '{"images": 2.0}', "null", '{"images": ' + "9" * 5000 + "}"])
+def test_odd_settings_of_images_are_one_sentence(text: str, tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "images")
+    with raises(str(written(folder, "settings.json", text)), "generate again"):
+        ImageSet.open(folder)
+
+
 def use_report(path: Path) -> None:
     report = EvalReport.load(path)
     model_card(report, CARD)

@@ -303,3 +303,8 @@ def test_the_grid_refuses(seeds: tuple[int, ...], where: dict[str, str], words: 
 def test_the_reason_of_anothers_error_is_one_line_and_never_empty() -> None:
     assert reason(OSError("\n no space left\non device")) == "no space left"
     assert reason(ValueError(" \n")) == "ValueError"
+
+
+def test_more_prompts_than_anybody_could_draw_are_refused_before_they_are_made() -> None:
+    with raises("'cat'", "2,000 templates for 1,001 names", "1,000,000"):
+        ConceptSpec("cat", "dog", tuple(f"cat {i}" for i in range(1000)), tuple(f"{i} {{}}" for i in range(2000)))

@@ -44,6 +44,24 @@ class Cond:
         return Cond(change(self.embeddings), {name: change(tensor) for name, tensor in self.extras.items()})
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A prompt as one text encoder takes it."""
+
+    ids: tuple[int, ...]
+    """of the whole prompt, without begin and end"""
+    room: int
+    """how many of them the encoder sees"""
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        return self.ids[: self.room]
+
+    @property
+    def cut(self) -> bool:
+        return len(self.ids) > self.room
+
+
 class DiffusionModel(Protocol):
     """All that a method sees. A new family is one file that provides this."""
 
@@ -63,6 +81,9 @@ class DiffusionModel(Protocol):
 
     def encode(self, prompts: list[str]) -> Cond:
         """Text states of the prompts, without gradient."""
+
+    def tokens(self, prompts: list[str]) -> Mapping[str, list[Tokens]]:
+        """Prompts as each text encoder takes them, by the encoder's name."""
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latent posterior, scaled, of images (n, 3, H, W) in [-1, 1]."""

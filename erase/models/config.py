@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields, replace
 
 import torch
 
-from prompts.errors import unknown
+from prompts.errors import ErasureError, unknown
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PREDICTIONS = ("epsilon", "v_prediction")
+MEANT_FOR = {
+    "variant": ("folder", "hub id"),
+    "revision": ("hub id",),
+    "config": ("single file",),
+    "ema": ("single file",),
+}
+"""option -> the kinds of checkpoint that it says something about; the others, about all"""
 
 
 @dataclass(frozen=True)
@@ -28,10 +36,22 @@ class LoadConfig:
     """of a single file that holds both: the averaged weights (true) or the last ones (false, as A1111 and ComfyUI take)"""
     config: str | None = None
     """for a single file: a diffusers folder whose configs and tokenizers fit it, where the shipped ones do not"""
+    vae: str | None = None
+    """a VAE folder or file, in the place of the checkpoint's own or where it has none"""
+    ignore: str | None = None
+    """a regular expression: surplus tensors whose names begin with it are not read"""
     offline: bool = False
     """of a hub id: only what is in the local cache"""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, flag = getattr(self, field.name), isinstance(field.default, bool)
+            if not (isinstance(value, bool) if flag else isinstance(value, str) or (value is None and field.name != "dtype")):
+                raise ErasureError(f"load.{field.name} is {value!r}; it must be {'true or false' if flag else 'text'}")
+        try:
+            re.compile(self.ignore or "")
+        except re.error as error:
+            raise ErasureError(f"load.ignore {self.ignore!r} is no regular expression ({error})") from error
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.prediction is not None and self.prediction not in PREDICTIONS:
@@ -40,3 +60,30 @@ class LoadConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    def ignores(self, key: str) -> bool:
+        """Whether a surplus tensor of this name is not to be read."""
+        return self.ignore is not None and re.match(self.ignore, key) is not None
+
+    def check_meant_for(self, kind: str, name: str) -> None:
+        """Refuse options that say nothing about this kind of checkpoint.
+
+        Raises:
+            ErasureError: names the option.
+        """
+        for option, kinds in MEANT_FOR.items():
+            if kind not in kinds and getattr(self, option):
+                raise ErasureError(f"load.{option} is for a {' or a '.join(kinds)}; {name} is a {kind}, so leave it out")
+
+    def meant_for(self, kind: str) -> LoadConfig:
+        """Only what says something about this kind of checkpoint; the rest as it is by default.
+
+        A diffusers checkpoint states its prediction itself, so a single file's is dropped for it.
+        """
+        dropped = {option for option, kinds in MEANT_FOR.items() if kind not in kinds}
+        dropped |= set() if kind == "single file" else {"prediction"}
+        return replace(self, **{field.name: field.default for field in fields(self) if field.name in dropped})
+
+    def updated(self, given: LoadConfig) -> LoadConfig:
+        """These options, with those of `given` that are not the defaults in their place."""
+        return replace(self, **{f.name: value for f in fields(given) if (value := getattr(given, f.name)) != f.default})

@@ -117,14 +117,19 @@ def table(family: str, modules: Mapping[str, Network]) -> list[Entry]:
     Raises:
         ErasureError: a weight for which the layout has no key, or two for one key.
     """
-    unet, vae = modules["unet"], modules["vae"]
+    unet = modules["unet"]
     entries = list(_renamed("unet", unet, UNET, unet_places(unet.config)))
-    entries += [_as_convolution(entry) for entry in _renamed("vae", vae, VAE, vae_places(vae.config))]
+    entries += vae_table(modules["vae"]) if "vae" in modules else []
     for component, (layout, prefix) in TEXTS[family].items():
         entries += (_clip if layout == "clip" else _open_clip)(component, modules[component], prefix)
     if len({entry.key for entry in entries}) != len(entries):
         raise ErasureError("this architecture gives two weights the same key in the single-file layout; export a folder instead")
     return entries
+
+
+def vae_table(vae: Network) -> list[Entry]:
+    """Every weight of a VAE, in its order."""
+    return [_as_convolution(entry) for entry in _renamed("vae", vae, VAE, vae_places(vae.config))]
 
 
 def ema_table(entries: Iterable[Entry]) -> list[Entry]:
@@ -159,6 +164,15 @@ def unet_places(config: Mapping[str, Any]) -> dict[str, str]:
             places[f"up_blocks.{level}.attentions.{i}"] = f"{place}.1"
         places[f"up_blocks.{level}.upsamplers.0.conv"] = f"{place}.{2 if 'Attn' in kind else 1}.conv"
     return places
+
+
+def unet_module(config: Mapping[str, Any], name: str) -> str:
+    """The place of one module of the UNet under `model.diffusion_model.`.
+
+    Raises:
+        ErasureError: the layout has none for it.
+    """
+    return _place("unet", name, unet_places(config))
 
 
 def vae_places(config: Mapping[str, Any]) -> dict[str, str]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from erase.models.config import LoadConfig
 from erase.models.pipelines import Pipeline, modules
 from erase.models.tensor_file import SINGLE_FILES
 from prompts.errors import ErasureError, reason
-from prompts.reading import as_path
 
 FAMILIES = {
     "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),
@@ -25,12 +23,6 @@ FAMILIES = {
     "StableDiffusion3Pipeline": ("erase.models.sd3", "StableDiffusion3"),
 }
 """pipeline class in model_index.json -> where its `DiffusionModel` is"""
-INDEX = "model_index.json"
-LEFT_OUT = {
-    "safety_checker": "it hides images, and would hide what is left of a concept",
-    "image_encoder": "only IP-Adapters use it",
-}
-log = logging.getLogger("erase")
 
 
 def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
@@ -39,25 +31,62 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     Raises:
         ErasureError: nothing there, another family, or weights that are missing, surplus, misshapen or not finite.
     """
-    path = as_path(name)
-    if path.is_file() or path.suffix in SINGLE_FILES:
+    kind = kind_of(name)
+    options.check_meant_for(kind, str(name))
+    if kind == "single file":
         from erase.models.single_file import load_single_file
 
-        if not path.is_file():
-            raise ErasureError(f"there is no file {path}")
-        return load_single_file(path, options.torch_dtype, config=options.config, prediction=options.prediction, ema=options.ema)
-    for field in ("config", "ema"):
-        if getattr(options, field):
-            raise ErasureError(f"load.{field} is for single files; {name} is none")
-    if (path / "delta.safetensors").is_file() and not (path / INDEX).exists():
+        return load_single_file(
+            name,
+            options.torch_dtype,
+            config=options.config,
+            prediction=options.prediction,
+            ema=options.ema,
+            vae=options.vae,
+            ignore=options.ignore,
+        )
+    from erase.models.folder import load_folder
+
+    path = Path(name)
+    if (path / "delta.safetensors").is_file() and not (path / "model_index.json").exists():
         raise ErasureError(
             f"{name} is the folder of a run, and no checkpoint; give it as --delta, and as --model the base that it erased from"
         )
-    folder = path if path.exists() else _download(str(name), options)
-    pipeline = _from_folder(folder, str(name), options)
+    folder = path if kind == "folder" else _download(str(name), options)
+    pipeline = load_folder(folder, str(name), options)
     check_finite(modules(pipeline), str(name))
     _own(modules(pipeline))
     return pipeline
+
+
+def kind_of(name: str | Path) -> str:
+    """What a checkpoint's name stands for: `single file`, `folder`, or else `hub id`.
+
+    Raises:
+        ErasureError: a single file that is not there, or a path that cannot be looked at.
+    """
+    path = Path(name)
+    try:
+        if path.is_file():
+            return "single file"
+        if path.exists():
+            return "folder"
+    except (OSError, ValueError) as error:  # no permission on the way there, a name that is too long, a NUL in it
+        raise ErasureError(f"cannot look at {str(name)[:200]!r}: {reason(error)}; give another path") from error
+    if path.suffix.lower() in SINGLE_FILES:
+        raise ErasureError(f"there is no file {path}")
+    return "hub id"
+
+
+def is_here(name: str, options: LoadConfig) -> bool:
+    """Whether a checkpoint is on this disk, at its path or in the hub's cache, so that loading it asks nothing of the network."""
+    if kind_of(name) != "hub id":
+        return True
+    try:
+        _download(name, replace(options, offline=True))
+    except ErasureError:
+        return False
+    return True
 
 
 def family_of(pipeline: Pipeline, name: str) -> Any:
@@ -95,77 +124,6 @@ def _download(name: str, options: LoadConfig) -> Path:
             f"{name!r} is no file or folder here, and cannot be fetched from the hub as a diffusers checkpoint with safetensors weights "
             f"({reason(error)}); check the name, the network and your access to it, or give a local path"
         ) from error
-
-
-def _from_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
-    index = _index(folder)
-    kind = index["_class_name"]
-    if kind not in FAMILIES:
-        raise ErasureError(f"{folder / INDEX} says {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
-    import diffusers
-
-    parts = {part: entry for part, entry in index.items() if isinstance(entry, list) and entry[0]}
-    for part in LEFT_OUT.keys() & parts.keys():
-        log.info("%s: its %s is left out (%s)", name, part, LEFT_OUT[part])
-    # what the folder says it has not (SD 3 without its T5), diffusers wants to be told again
-    given: dict[str, Any] = dict.fromkeys(part for part, entry in index.items() if isinstance(entry, list) and entry[0] is None)
-    given |= dict.fromkeys(LEFT_OUT.keys() & index.keys())
-    for part, (library, cls) in parts.items():
-        if part not in LEFT_OUT and (kind_of := _module_class(library, cls)):
-            given[part] = _load_part(kind_of, folder, part, options)
-    extra = {"requires_safety_checker": False} if "safety_checker" in index else {}
-    extra |= {"add_watermarker": False} if kind == "StableDiffusionXLPipeline" else {}
-    try:
-        pipeline = getattr(diffusers, kind).from_pretrained(folder, **given, **extra)
-    except Exception as error:
-        raise ErasureError(f"cannot load the {kind} in {folder}: {reason(error)}") from error
-    if options.prediction and (own := pipeline.scheduler.config.get("prediction_type")) != options.prediction:
-        raise ErasureError(
-            f"{name} says of itself that its prediction is {own!r}, not {options.prediction!r}; leave load.prediction out"
-        )
-    return pipeline
-
-
-def _index(folder: Path) -> Mapping[str, Any]:
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ErasureError(
-            f"{folder} is not a diffusers folder: it has no {INDEX}; give a folder that has one, or a single .safetensors file"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ErasureError(f"cannot read {folder / INDEX}: {error}") from error
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ErasureError(f"{folder / INDEX} names no pipeline class (_class_name)")
-    return index
-
-
-def _module_class(library: str, cls: str) -> Any:
-    """The class of a part, if it holds weights."""
-    if library not in ("diffusers", "transformers"):
-        return None
-    found = getattr(import_module(library), cls, None)
-    return found if isinstance(found, type) and issubclass(found, nn.Module) else None
-
-
-def _load_part(kind: Any, folder: Path, part: str, options: LoadConfig) -> nn.Module:
-    """One part of a pipeline, with every one of its weights from the file and none left over."""
-    where = folder / part
-    try:
-        module, found = kind.from_pretrained(
-            where,
-            dtype=options.torch_dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **({"variant": options.variant} if options.variant and any(where.glob(f"*.{options.variant}*")) else {}),
-        )
-    except Exception as error:
-        raise ErasureError(f"cannot load {where}: {reason(error)}") from error
-    for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if keys := [key for key in found.get(problem, ()) if "position_ids" not in str(key)]:
-            what = {"missing_keys": "lacks", "mismatched_keys": "holds with another shape", "unexpected_keys": "holds in surplus"}
-            raise ErasureError(f"{where} {what[problem]} {keys[0]} ({len(keys)} such keys); it does not fit its config.json")
-    return module  # type: ignore[no-any-return]
 
 
 def check_finite(parts: Mapping[str, nn.Module], name: str) -> None:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from erase.models.base import Cond, fingerprint
-from erase.models.pipelines import Pipeline, arguments, denoiser, encode, image_size, modules
+from erase.models.base import Cond, Tokens, fingerprint
+from erase.models.pipelines import Pipeline, arguments, denoiser, encode, image_size, latent_side, modules
+from erase.models.tokenizers import check_tokenizers, tokens
 
 
 class PipelineModel:
@@ -24,8 +25,9 @@ class PipelineModel:
         pipeline.set_progress_bar_config(disable=True)
         for part in modules(pipeline).values():
             part.requires_grad_(False).eval()
-        config = denoiser(pipeline).config
-        self.latent_shape = (config.in_channels, config.sample_size, config.sample_size)
+        check_tokenizers(pipeline, name)
+        side = latent_side(pipeline)
+        self.latent_shape = (denoiser(pipeline).config.in_channels, side, side)
         self.image_size = image_size(pipeline)
         self.timesteps: int = pipeline.scheduler.config.num_train_timesteps
         self.refresh_fingerprint()
@@ -50,6 +52,9 @@ class PipelineModel:
 
     def encode(self, prompts: list[str]) -> Cond:
         return encode(self._pipeline, prompts)
+
+    def tokens(self, prompts: list[str]) -> dict[str, list[Tokens]]:
+        return tokens(self._pipeline, prompts)
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,7 +95,8 @@ class PipelineModel:
         cond, null = self.encode(prompts), self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)]  # null encoded once
         pipe = copy(self._pipeline)  # the same parts behind another scheduler; the caller's pipeline stays as it is
         pipe.scheduler = self.sampler()
-        side = [size // pipe.vae_scale_factor] * 2 if size else self.latent_shape[1:]
+        size = size or self.image_size  # said, since XL and 3 stumble over a sample_size that is a pair
+        side = [size // pipe.vae_scale_factor] * 2
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # drawn from as the pipeline itself would
         shape, dtype = (1, self.latent_shape[0], *side), cond.embeddings.dtype
         states = [torch.cat([torch.randn(shape, generator=each, dtype=dtype) for each in generators]).to(self.device)]

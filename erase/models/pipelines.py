@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from erase.models.base import Cond
 from erase.models.precision import autocast
+from prompts.errors import ErasureError
 
 Pipeline = Any  # a diffusers pipeline: its parts are attributes made at run time, which no type checker sees
 POOLED = "pooled"
@@ -25,8 +26,24 @@ def denoiser(pipeline: Pipeline) -> Any:
 
 def image_size(pipeline: Pipeline) -> int:
     """Side of an image at the model's own resolution, in pixels."""
-    size: int = denoiser(pipeline).config.sample_size * pipeline.vae_scale_factor
+    size: int = latent_side(pipeline) * pipeline.vae_scale_factor
     return size
+
+
+def latent_side(pipeline: Pipeline) -> int:
+    """Side of a latent at the model's own resolution.
+
+    Raises:
+        ErasureError: the denoiser's configuration does not say, or its latents are not square.
+    """
+    size = denoiser(pipeline).config.sample_size
+    side, *others = size if isinstance(size, list | tuple) and size else [size]
+    if any(other != side for other in others) or not isinstance(side, int) or isinstance(side, bool) or side < 1:
+        raise ErasureError(
+            f"the {type(denoiser(pipeline)).__name__}'s configuration has the sample_size {size!r}; a number is needed, of latents that "
+            "are square"
+        )
+    return side
 
 
 def modules(pipeline: Pipeline) -> dict[str, nn.Module]:

@@ -16,6 +16,14 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 FOREIGN = (
     (
+        r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale(_2)?|input_scale)$|(^|\.)comfy_quant$",
+        "a checkpoint in scaled float8, whose weights mean nothing without their scales (fetch it in float16 or float32)",
+    ),
+    (
+        r"\.(absmax|quant_map|qweight|qzeros|weight_packed)$|\.quant_state\.",
+        "a quantised checkpoint (fetch it in float16 or float32)",
+    ),
+    (
         r"lora_(unet|te\d?)_|\.lora(_down|_up|_A|_B|\.down|\.up)\b|\.hada_w|\.lokr_w",
         "a LoRA, which changes a checkpoint but is none",
     ),
@@ -39,25 +47,44 @@ CHANNELS = {
     8: "an image-editing model (such as InstructPix2Pix)",
     9: "an inpainting model",
 }
+WRAPPERS = ("module.", "_orig_mod.")
 STEPS = {875_000: "epsilon", 110_000: "v_prediction"}
 """`global_step` of the official SD 2.0-base and 2.1 files, as diffusers' `convert_from_ckpt` tells them"""
 
 
 def modern(file: TensorFile) -> TensorFile:
-    """The file with `text_model.` in its CLIP keys, which some early SD 1 files lack (A1111 and ComfyUI add it too)."""
+    """The file in the names of today.
+
+    Its CLIP keys have `text_model.`, which some early SD 1 files lack (A1111 and ComfyUI add it too); what torch's wrappers put
+    before every name (`module.`, `_orig_mod.`) is gone.
+    """
     old = re.compile(r"(cond_stage_model\.transformer\.)((?:embeddings|encoder|final_layer_norm)\..*)")
-    renamed = {key: old.sub(r"\1text_model.\2", key) for key in file.shapes}
+    wrapper = next((one for one in WRAPPERS if file.shapes and all(key.startswith(one) for key in file.shapes)), "")
+    renamed = {key: old.sub(r"\1text_model.\2", key.removeprefix(wrapper)) for key in file.shapes}
     names = {key if new in file.shapes else new: key for key, new in renamed.items()}
     shapes = {name: file.shapes[key] for name, key in names.items()}
     return replace(file, shapes=shapes, read=lambda name: file.read(names[name]))
 
 
-def recognise(file: TensorFile, expected: str | None) -> str:
+def without(file: TensorFile, pattern: str) -> TensorFile:
+    """The file without the tensors whose names begin with a regular expression.
+
+    Raises:
+        ErasureError: none does.
+    """
+    kept = {key: shape for key, shape in file.shapes.items() if not re.match(pattern, key)}
+    if len(kept) == len(file.shapes):
+        raise ErasureError(f"{file.path} holds no tensor whose name begins with {pattern!r} (load.ignore); leave it out")
+    return replace(file, shapes=kept)
+
+
+def recognise(file: TensorFile, expected: str | None, has_vae: bool = False) -> str:
     """The family of a file: `sd1`, `sd2` or `sdxl`.
 
     Args:
         file: an open checkpoint.
         expected: the family of the configuration that the user gave, if any; without one the widths must be the stock ones.
+        has_vae: the VAE comes from elsewhere, so the file needs none.
 
     Raises:
         ErasureError: the file is something else, in a sentence that says what.
@@ -68,7 +95,7 @@ def recognise(file: TensorFile, expected: str | None) -> str:
     for pattern, what in FOREIGN:
         if any(re.search(pattern, key) for key in keys):
             raise _refused(file, what)
-    family = _family(file)
+    family = _family(file, has_vae)
     channels = file.shapes.get(UNET + "input_blocks.0.0.weight", (0, 4))[1]
     if channels != 4:
         raise _refused(file, CHANNELS.get(channels, f"a model of {channels} latent channels"))
@@ -78,7 +105,7 @@ def recognise(file: TensorFile, expected: str | None) -> str:
     return family
 
 
-def _family(file: TensorFile) -> str:
+def _family(file: TensorFile, has_vae: bool) -> str:
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in file.shapes)
 
@@ -86,10 +113,12 @@ def _family(file: TensorFile) -> str:
     family = next((name for prefix, name in texts.items() if has(prefix)), None)
     if family is None and has("conditioner.embedders.0.model."):
         raise _refused(file, "the SDXL refiner (or another model with OpenCLIP alone)")
-    parts = {"UNet": has(UNET), "VAE": has(VAE), "text encoder": family is not None}
+    parts = {"UNet": has(UNET), "VAE": has_vae or has(VAE), "text encoder": family is not None}
     lacking = [name for name, found in parts.items() if not found]
-    if len(lacking) == 2:
+    if len(lacking) == 2 and any(map(has, (UNET, VAE, *texts))):
         raise _refused(file, "a bare " + next(name for name, found in parts.items() if found))
+    if lacking == ["VAE"]:
+        raise ErasureError(f"{file.path} has no VAE; give one, a folder or a file, with --load.vae")
     if lacking or family is None:
         what = f"has no {lacking[0]}" if len(lacking) == 1 else f"has no key of Stable Diffusion, but {next(iter(file.shapes))!r}"
         raise ErasureError(f"{file.path} {what}; a whole checkpoint with UNet, VAE and text encoder is needed")
@@ -126,22 +155,44 @@ def decide_prediction(file: TensorFile, family: str, stated: str | None, asked: 
     """
     if asked is not None and asked not in PREDICTIONS:
         raise unknown("prediction type", asked, PREDICTIONS)
-    sign = _sign(file, family)
-    if asked is None and sign and stated and sign != stated:
-        raise ErasureError(f"{file.path} says {sign}, but its configuration {stated}; say which is right with load.prediction")
-    if asked is None and family == "sd2" and sign is None and stated is None:
+    if asked is not None:
+        return asked
+    if stated is not None and stated not in PREDICTIONS:
+        raise unknown("prediction type of the configuration", stated, PREDICTIONS)
+    signs = _signs(file, family) | ({"its configuration": stated} if stated else {})
+    if len(set(signs.values())) > 1:
+        told = ", but ".join(f"{place} {kind}" for place, kind in signs.items())
+        raise ErasureError(f"{file.path}: {told}; say which is right with load.prediction")
+    if "ztsnr" in file.shapes and "v_prediction" not in signs.values():
+        raise ErasureError(
+            f"{file.path} has the key ztsnr, a schedule for v prediction, but nothing says that it predicts v; say what it predicts "
+            "with load.prediction"
+        )
+    if not signs and family == "sd2":
         raise ErasureError(
             f"{file.path} is SD 2, and nothing in it tells whether it predicts epsilon (512-base) or v (768-v); say which with "
             "load.prediction=epsilon or load.prediction=v_prediction"
         )
-    return asked or sign or stated or "epsilon"
+    return next(iter(signs.values()), "epsilon")
 
 
-def _sign(file: TensorFile, family: str) -> str | None:
-    """ModelSpec metadata, the `v_pred` key that ComfyUI and A1111 read, or the step of the official SD 2 files."""
-    said = {name: kind for kind, name in PREDICTIONS.items()}.get(file.metadata.get("modelspec.prediction_type", ""))
-    if said is None and "v_pred" in file.shapes:
-        return "v_prediction"
-    if said is None and family == "sd2" and file.step is not None:
-        return STEPS.get(file.step)
-    return said
+def _signs(file: TensorFile, family: str) -> dict[str, str]:
+    """What the file says: ModelSpec's metadata, the `v_pred` key of ComfyUI and A1111, the step of the official SD 2 files.
+
+    Raises:
+        ErasureError: a word that ModelSpec does not have.
+    """
+    signs = {}
+    if word := file.metadata.get("modelspec.prediction_type", "").strip():
+        kinds = {name: kind for kind, name in PREDICTIONS.items()} | {kind: kind for kind in PREDICTIONS}
+        if word not in kinds:
+            raise ErasureError(
+                f"{file.path}: its metadata says prediction type {word!r}; supported are {', '.join(PREDICTIONS.values())}; if it is "
+                "wrong, say which is right with load.prediction"
+            )
+        signs["its metadata says"] = kinds[word]
+    if "v_pred" in file.shapes:
+        signs["its key v_pred says"] = "v_prediction"
+    if not signs and family == "sd2" and file.step in STEPS:
+        signs["its step says"] = STEPS[file.step]
+    return signs

@@ -11,6 +11,7 @@ from erase.models.base import Cond
 from erase.models.config import PREDICTIONS
 from erase.models.pipeline_model import PipelineModel
 from erase.models.pipelines import Pipeline
+from erase.models.schedules import check_diffusion, sampler
 from prompts.errors import ErasureError
 
 
@@ -18,9 +19,12 @@ class StableDiffusion(PipelineModel):
     """A `DiffusionModel` over a stock `StableDiffusionPipeline`."""
 
     components: ClassVar[tuple[str, ...]] = ("unet", "text_encoder")
+    addition: ClassVar[str | None] = None
+    """the UNet's embedding beside that of the timestep (`addition_embed_type`)"""
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         schedule, channels = pipeline.scheduler, pipeline.unet.config.in_channels
+        check_diffusion(schedule, name)
         if schedule.config.prediction_type not in PREDICTIONS:
             raise ErasureError(
                 f"{name}: prediction type {schedule.config.prediction_type!r} is not supported; use epsilon or v_prediction"
@@ -30,7 +34,9 @@ class StableDiffusion(PipelineModel):
                 f"{name}: its UNet takes {channels} channels where latents have {pipeline.vae.config.latent_channels}, so it is an inpainting, "
                 "depth or editing model; give its text-to-image sibling"
             )
+        _check_unet(pipeline.unet.config, self.addition, name)
         super().__init__(pipeline, name)
+        self.sampler()  # refuses a schedule that cannot be sampled, before hours are spent
         self._v = schedule.config.prediction_type == "v_prediction"
         self._alphas: Tensor = schedule.alphas_cumprod.float()
 
@@ -55,4 +61,24 @@ class StableDiffusion(PipelineModel):
         return None
 
     def sampler(self) -> Any:
-        return DPMSolverMultistepScheduler.from_config(self._pipeline.scheduler.config)
+        return sampler(self._pipeline.scheduler, DPMSolverMultistepScheduler, "dpm++")
+
+
+def _check_unet(config: Any, addition: str | None, name: str) -> None:
+    """Refuse a UNet that wants conditions which are not given here.
+
+    Raises:
+        ErasureError: says what it is.
+    """
+    if config.get("time_cond_proj_dim") is not None:
+        raise ErasureError(
+            f"{name}: its UNet is distilled by guidance (an LCM: time_cond_proj_dim {config.time_cond_proj_dim}) and wants the guidance "
+            "scale as an embedding, which is not supported; erase from the model that it was distilled from"
+        )
+    for option in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if config.get(option) is not None:
+            raise ErasureError(f"{name}: its UNet wants more than text ({option} {config[option]!r}), which is not supported")
+    if config.get("addition_embed_type") != addition:
+        raise ErasureError(
+            f"{name}: its UNet has the added embedding {config.get('addition_embed_type')!r}, not {addition!r}, so it is of another family"
+        )

@@ -12,7 +12,7 @@ from torch import Tensor
 from erase.models.base import Cond
 from erase.models.pipeline_model import PipelineModel
 from erase.models.pipelines import POOLED, Pipeline
-from prompts.errors import ErasureError
+from erase.models.schedules import check_flow
 
 
 class StableDiffusion3(PipelineModel):
@@ -25,8 +25,7 @@ class StableDiffusion3(PipelineModel):
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         schedule = pipeline.scheduler
-        if schedule.config.get("use_dynamic_shifting"):
-            raise ErasureError(f"{name}: a schedule whose shift depends on the image's size is not supported")
+        check_flow(schedule, name)
         super().__init__(pipeline, name)
         self._shift: float = schedule.config.shift
 

@@ -17,6 +17,7 @@ class StableDiffusionXL(StableDiffusion):
     """A `DiffusionModel` over a stock `StableDiffusionXLPipeline`."""
 
     components: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "text_encoder_2")
+    addition: ClassVar[str | None] = "text_time"
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         if pipeline.text_encoder is None:

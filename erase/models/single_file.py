@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
@@ -16,17 +17,12 @@ from erase.finite import all_finite
 from erase.models import ldm
 from erase.models.architectures import Architecture, from_folder, sd_family, shipped
 from erase.models.pipelines import Pipeline
-from erase.models.recognise import NAMES, PREDICTIONS, decide_prediction, modern, recognise
+from erase.models.recognise import NAMES, decide_prediction, modern, recognise, without
+from erase.models.schedules import knows_zero_snr
+from erase.models.spec import ORIGINAL, model_spec
 from erase.models.tensor_file import TensorFile, open_tensors
-from prompts.errors import ErasureError, unknown
-
-SPEC = {
-    "sd1": "stable-diffusion-v1",
-    "sd2-epsilon": "stable-diffusion-v2-512",
-    "sd2-v_prediction": "stable-diffusion-v2-768-v",
-    "sdxl": "stable-diffusion-xl-v1-base",
-}
-"""family -> its name in ModelSpec metadata"""
+from erase.models.vae import load_vae
+from prompts.errors import ErasureError
 
 
 def load_single_file(
@@ -36,6 +32,8 @@ def load_single_file(
     config: str | Path | None = None,
     prediction: str | None = None,
     ema: bool = False,
+    vae: str | Path | None = None,
+    ignore: str | None = None,
 ) -> Pipeline:
     """Load SD 1.x, SD 2.x or SDXL base from one file, without network; the safety checker is left out.
 
@@ -47,25 +45,32 @@ def load_single_file(
         config: a diffusers folder whose configurations and tokenizers hold instead of the shipped ones.
         prediction: `epsilon` or `v_prediction`; needed for SD 2 if neither the file nor `config` says.
         ema: take the moving average of the UNet (`model_ema.*`), not the weights that A1111 and ComfyUI use.
+        vae: a folder or file whose VAE takes the place of the file's own, or the one that it lacks.
+        ignore: a regular expression; tensors whose names begin with it are not looked at.
 
     Raises:
         ErasureError: another kind of file, a damaged one, one that does not fit the architecture, or an SD 2 of unknown prediction.
     """
     given = from_folder(config) if config is not None else None
     with open_tensors(path) as opened:
-        file = modern(opened)
-        family = recognise(file, given.family if given else None)
+        file = modern(without(opened, ignore) if ignore else opened)
+        family = recognise(file, given.family if given else None, vae is not None)
         architecture = _architecture(file, family, given, prediction)
         modules = architecture.modules()
+        if vae is not None:
+            del modules["vae"]
+            file = replace(file, shapes={key: shape for key, shape in file.shapes.items() if not key.startswith(ldm.VAE)})
         table = ldm.table(family, modules)
-        _check_weights(file, table, modules)
+        check_weights(file, table, modules)
         _check_rest(file, table, family, modules)
         if ema:
             if not any(key.startswith("model_ema.diffusion_model") for key in file.shapes):
                 raise ErasureError(f"{path} holds no moving average of the UNet (model_ema.*); load it without ema")
             table = ldm.ema_table(table)
-            _check_weights(file, table, modules)
-        _fill(file, table, modules, dtype)
+            check_weights(file, table, modules)
+        fill(file, table, modules, dtype)
+    if vae is not None:
+        modules["vae"] = load_vae(vae, architecture.configs["vae"], dtype)
     return architecture.pipeline(modules)
 
 
@@ -77,10 +82,12 @@ def _architecture(file: TensorFile, family: str, given: Architecture | None, ask
     schedule = {**architecture.configs["scheduler"], "prediction_type": prediction}
     if "ztsnr" in file.shapes:  # the flag of ComfyUI and A1111 for a schedule that ends in pure noise
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if not knows_zero_snr(getattr(diffusers, schedule["_class_name"])):
+            schedule["_class_name"] = "DDIMScheduler"
     return replace(architecture, configs={**architecture.configs, "scheduler": schedule})
 
 
-def _check_weights(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network]) -> None:
+def check_weights(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network]) -> None:
     """Every weight is there, in its shape; told from the header, before any is read."""
     expected = {entry.key: entry.shape(_shape(modules, entry.names[0])) for entry in table}
     missing = [key for key in expected if key not in file.shapes]
@@ -105,7 +112,8 @@ def _check_rest(file: TensorFile, table: Sequence[ldm.Entry], family: str, modul
     if surplus:
         raise ErasureError(
             f"{file.path} holds {len(surplus)} tensors for which {NAMES[family]} has no place, the first is {surplus[0]} "
-            f"{list(file.shapes[surplus[0]])}; if it is of another size, give its configuration (load.config)"
+            f"{list(file.shapes[surplus[0]])}; if it is of another size, give its configuration (load.config); if they do no harm, leave them out (load.ignore, a "
+            "regular expression of how their names begin)"
         )
 
 
@@ -114,7 +122,7 @@ def _shape(modules: Mapping[str, ldm.Network], name: str) -> tuple[int, ...]:
     return tuple(modules[component].get_parameter(parameter).shape)
 
 
-def _fill(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network], dtype: torch.dtype) -> None:
+def fill(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network], dtype: torch.dtype) -> None:
     """Read the weights one by one into the modules."""
     states: dict[str, dict[str, Tensor]] = {component: {} for component in modules}
     for entry in table:
@@ -133,6 +141,10 @@ def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     Raises:
         ErasureError: it is not of floating point, or holds values that are not finite there.
     """
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        raise ErasureError(
+            f"{name} holds {tensor.dtype}, which is too coarse to train or to compare; fetch it in float16 or float32"
+        )
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise ErasureError(
@@ -154,14 +166,14 @@ def write_single_file(
 ) -> Path:
     """Write a pipeline as one safetensors file in the LDM layout, which A1111, ComfyUI and diffusers load.
 
-    It holds what the originals hold, except what no program needs: the noise schedule, the moving average, OpenCLIP's temperature,
-    and the last layer and projection of SD 2's text encoder, which are not used and which a diffusers pipeline does not have.
+    It holds what the originals hold, except what no program needs: the noise schedule and the moving average. The last layer,
+    projection and temperature of SD 2's text encoder, which nothing uses and a diffusers pipeline does not have, are stand-ins.
 
     Args:
         pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
         path: a `.safetensors` file that does not exist yet; it appears whole or not at all.
         dtype: of the file; each weight's own by default.
-        metadata: further text for the header; ModelSpec's architecture and prediction type are there already.
+        metadata: further text for the header, e.g. `modelspec.title`; ModelSpec's other keys are there already.
 
     Raises:
         ErasureError: another pipeline, suffix, an existing file, a weight without a key in the layout or without a finite value in `dtype`.
@@ -178,16 +190,21 @@ def write_single_file(
     states = {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.state_dict().items()}
     entries, schedule = {entry.key: entry for entry in ldm.table(family, modules)}, pipeline.scheduler.config
     beside = _beside(family, modules, schedule)
+    twins = _last_layer(entries) if family == "sd2" else {}
+    beside |= _head(modules["text_encoder"], dtype) if twins else {}
 
     def made(key: str) -> Tensor:
         if key in beside:
             return beside[key]
+        key = twins.get(key, key)
         names = entries[key].names
         weight = entries[key].pack([states[name] for name in names])
         return _converted(weight, dtype or weight.dtype, f"{names[0]} of the pipeline")
 
     layout = {key: entry.pack([states[name].to("meta", dtype) for name in entry.names]) for key, entry in entries.items()}
-    stream_tensors(path, layout | beside, made, {**_metadata(family, schedule), **(metadata or {})})
+    layout |= {new: layout[old] for new, old in twins.items()}
+    header = {"format": "pt", **model_spec(pipeline, path.stem, ORIGINAL), **(metadata or {})}
+    stream_tensors(path, layout | beside, made, header)
     return path
 
 
@@ -213,11 +230,22 @@ def _beside(family: str, modules: Mapping[str, ldm.Network], schedule: Mapping[s
     return tensors
 
 
-def _metadata(family: str, schedule: Mapping[str, Any]) -> dict[str, str]:
-    """ModelSpec's words for what the weights do not tell."""
-    prediction = schedule.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
-        raise unknown("prediction type", prediction, PREDICTIONS)
-    architecture = SPEC[family if family != "sd2" else f"sd2-{prediction}"]
-    spec = {"sai_model_spec": "1.0.0", "architecture": architecture, "prediction_type": PREDICTIONS[prediction]}
-    return {"format": "pt", **{f"modelspec.{key}": value for key, value in spec.items()}}
+def _last_layer(entries: Mapping[str, ldm.Entry]) -> dict[str, str]:
+    """Keys of the 24th layer of SD 2's text encoder -> those of the 23rd, where the pipeline has no more, as diffusers' has.
+
+    Its output is never used, but ComfyUI and A1111 build the layer, and warn where it has no weights. sd-scripts fills it likewise.
+    """
+    last, missing = (f"{ldm.TEXTS['sd2']['text_encoder'][1]}transformer.resblocks.{i}." for i in (22, 23))
+    if any(key.startswith(missing) for key in entries):
+        return {}
+    return {missing + key.removeprefix(last): key for key in entries if key.startswith(last)}
+
+
+def _head(text_encoder: ldm.Network, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Stand-ins of sd-scripts for the projection and temperature of OpenCLIP, which programs build and do not use."""
+    prefix, width = ldm.TEXTS["sd2"]["text_encoder"][1], text_encoder.config.hidden_size
+    dtype = dtype or text_encoder.dtype
+    return {
+        f"{prefix}text_projection": torch.ones(width, width, dtype=dtype),
+        f"{prefix}logit_scale": torch.ones((), dtype=dtype),
+    }

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,8 @@ from prompts.errors import ErasureError
 
 PICKLES = (".ckpt", ".pt", ".pth")
 SINGLE_FILES = (".safetensors", *PICKLES)
+BESIDE = ("optimizer", "optimizers", "optimizer_states", "optimizer_state_dict", "lr_schedulers", "scheduler", "scaler", "loops")
+"""what training programs keep beside the weights"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def open_tensors(path: str | Path) -> Iterator[TensorFile]:
             holds more than tensors and plain data.
     """
     path = Path(path)
-    _check_kind(path)
+    check_kind(path)
     try:
         if path.suffix.lower() in PICKLES:
             yield _pickled(path)
@@ -67,8 +70,12 @@ def _check_ours(path: Path, metadata: Mapping[str, str]) -> None:
         raise ErasureError(f"{path} is of an erasure's {metadata['format']}, and no checkpoint; give a checkpoint as --model")
 
 
-def _check_kind(path: Path) -> None:
-    """Compare what the name promises with the first bytes."""
+def check_kind(path: Path) -> None:
+    """Compare what the name promises with the first bytes.
+
+    Raises:
+        ErasureError: they differ, or the file cannot be read.
+    """
     if not path.is_file():
         raise ErasureError(f"{path} is not a file")
     suffix = path.suffix.lower()
@@ -76,8 +83,13 @@ def _check_kind(path: Path) -> None:
         raise ErasureError(
             f"{path} has the suffix {path.suffix!r}; a single-file checkpoint is .safetensors, {', '.join(PICKLES)}"
         )
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except PermissionError as error:
+        raise ErasureError(f"cannot read {path}: permission denied; make it readable (chmod +r)") from error
+    except OSError as error:
+        raise ErasureError(f"cannot read {path}: {error}") from error
     if head.startswith(b"version https://git-lfs"):
         raise ErasureError(f"{path} is the placeholder that git leaves for a large file; run `git lfs pull` in its repository")
     # safetensors begins with the length of its header, which may well begin like a pickle (0x80) or an archive (PK)
@@ -97,12 +109,39 @@ def _pickled(path: Path) -> TensorFile:
     for _ in range(4):  # deeper than any program nests, and an end for a pickle that holds itself
         if isinstance(content, dict):
             step = content["global_step"] if isinstance(content.get("global_step"), int) else step
-            content = content["state_dict"] if isinstance(content.get("state_dict"), dict) else content
+            content = _unwrapped(path, content)
     if not isinstance(content, dict):
         raise ErasureError(f"{path} holds a {type(content).__name__}, not named weights; it is no checkpoint of Stable Diffusion")
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     return TensorFile(path, shapes, lambda key: tensors[key].clone(), step=step)
+
+
+def _unwrapped(path: Path, content: dict[Any, Any]) -> dict[Any, Any]:
+    """The weights that a training program put into `state_dict`, `model`, `params`, ...; the content itself, where it holds tensors.
+
+    Raises:
+        ErasureError: several things hold weights, and none is called `state_dict`.
+    """
+    inner = {key: value for key, value in content.items() if isinstance(value, Mapping) and value}
+    if "state_dict" in inner:
+        return dict(inner["state_dict"])
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return content
+    weights = [key for key, value in inner.items() if str(key) not in BESIDE and _holds_tensors(value)]
+    if len(weights) > 1:
+        raise ErasureError(
+            f"{path} holds several sets of weights ({', '.join(map(str, weights[:5]))}); save the one that is meant alone: "
+            f"torch.save(torch.load(FILE)[{weights[0]!r}], NEW)"
+        )
+    return dict(inner[weights[0]]) if weights else content
+
+
+def _holds_tensors(content: Mapping[Any, Any], depth: int = 4) -> bool:
+    inner = [value for value in content.values() if isinstance(value, Mapping)]
+    return any(isinstance(value, Tensor) for value in content.values()) or (
+        depth > 0 and any(_holds_tensors(value, depth - 1) for value in inner)
+    )
 
 
 def _load_plain(path: Path) -> object:

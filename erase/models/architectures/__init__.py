@@ -22,8 +22,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from erase.models.part_files import read_config
 from erase.models.pipelines import Pipeline
-from prompts.errors import ErasureError, reason
+from erase.models.schedules import scheduler_class
+from erase.models.tokenizers import read_tokenizer
+from prompts.errors import ErasureError
 
 HERE = Path(__file__).parent
 STOCK = {"sd1": 768, "sd2": 1024, "sdxl": 2048}
@@ -85,43 +88,27 @@ def from_folder(folder: str | Path) -> Architecture:
         ErasureError: no such folder, another kind of pipeline, or a configuration that cannot be read.
     """
     folder = Path(folder)
-    index = _read(folder / "model_index.json")
+    index = read_config(folder / "model_index.json")
     families = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
-    family = families.get(index.get("_class_name", ""))
+    family = families.get(str(index.get("_class_name")))
     if family is None:
         raise ErasureError(f"{folder} describes a {index.get('_class_name')}; a StableDiffusion(XL)Pipeline is needed")
     second = ("_2",) if family == "sdxl" else ()
     texts = [f"text_encoder{n}" for n in ("", *second)]
-    configs = {part: _read(folder / part / "config.json") for part in ("unet", "vae", *texts)}
-    configs["scheduler"] = _read(folder / "scheduler/scheduler_config.json")
-    if not hasattr(diffusers, configs["scheduler"].get("_class_name", "")):
+    configs = {part: read_config(folder / part / "config.json") for part in ("unet", "vae", *texts)}
+    configs["scheduler"] = read_config(folder / "scheduler/scheduler_config.json")
+    if scheduler_class(configs["scheduler"].get("_class_name")) is None:
         raise ErasureError(f"{folder} has no scheduler that diffusers knows; scheduler_config.json names none of its classes")
     if family == "sd":
         family = sd_family(configs["unet"])
     names = [f"tokenizer{n}" for n in ("", *second)]
     options = {"force_zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True)} if family == "sdxl" else {}
-    return Architecture(family, configs, {name: _tokenizer(folder / name) for name in names}, options)
+    return Architecture(family, configs, {name: read_tokenizer(folder / name) for name in names}, options)
 
 
 def sd_family(unet_config: Mapping[str, Any]) -> str:
     """SD 2 or SD 1: SD 2 came with linear layers around the attention, and with OpenCLIP for its text."""
     return "sd2" if unet_config.get("use_linear_projection") else "sd1"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ErasureError(f"cannot read {path}: {error}; load.config must name a diffusers folder") from error
-    return config
-
-
-def _tokenizer(folder: Path) -> CLIPTokenizer:
-    try:
-        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers raises kinds of its own
-        raise ErasureError(f"cannot read the tokenizer in {folder}: {reason(error)}") from error
-    return tokenizer
 
 
 def clip_tokenizer(pad_token: str, model_max_length: int) -> CLIPTokenizer:

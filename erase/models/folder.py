@@ -1,0 +1,199 @@
+"""Diffusers folders: every part is of a class that is known, and is read here, from this disk, without running code of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import transformers
+from torch import nn
+
+from erase.models.config import LoadConfig
+from erase.models.part_files import check_part, check_variant, read_config, weight_variant
+from erase.models.pipelines import Pipeline
+from erase.models.schedules import scheduler_class
+from erase.models.tokenizers import read_tokenizer
+from erase.models.vae import load_vae
+from prompts.errors import ErasureError, reason
+
+INDEX = "model_index.json"
+CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+WORDS = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5Tokenizer"}
+PARTS: dict[str, dict[str, str]] = {
+    "StableDiffusionPipeline": {"unet": "UNet2DConditionModel", "text_encoder": CLIP},
+    "StableDiffusionXLPipeline": {"unet": "UNet2DConditionModel", "text_encoder": CLIP, "text_encoder_2": PROJECTED},
+    "StableDiffusion3Pipeline": {
+        "transformer": "SD3Transformer2DModel",
+        "text_encoder": PROJECTED,
+        "text_encoder_2": PROJECTED,
+        "text_encoder_3": T5,
+    },
+}
+"""pipeline class -> its denoiser and text encoders, and their classes; a VAE, a scheduler and a tokenizer for each encoder come to it"""
+ABSENT = {
+    "StableDiffusionXLPipeline": ("text_encoder", "tokenizer"),
+    "StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3"),
+}
+"""what a pipeline may say that it has not: an SDXL refiner (which is refused by its name later), SD 3 without its T5"""
+LEFT_OUT = {
+    "safety_checker": "it hides images, and would hide what is left of a concept",
+    "image_encoder": "only IP-Adapters use it",
+    "feature_extractor": "only the safety checker and IP-Adapters use it",
+}
+log = logging.getLogger("erase")
+
+
+class Part(NamedTuple):
+    """What the index says of a part."""
+
+    library: str
+    kind: str
+
+
+def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
+    """The stock pipeline of a diffusers folder, without network.
+
+    Raises:
+        ErasureError: another family, a part that is missing, damaged, quantised or of another class.
+    """
+    index = read_index(folder)
+    kind = index["_class_name"]
+    parts = _parts(folder, index, options.vae is not None)
+    for part in LEFT_OUT.keys() & parts.keys():
+        log.info("%s: its %s is left out (%s)", name, part, LEFT_OUT[part])
+    wanted = {part: entry for part, entry in parts.items() if part not in LEFT_OUT and not (part == "vae" and options.vae)}
+    folders = {part: check_part(folder, part) for part in wanted}
+    check_variant([where for part, where in folders.items() if _holds_weights(part)], options.variant)
+
+    # what the folder says it has not (SD 3 without its T5), diffusers wants to be told again
+    given: dict[str, Any] = dict.fromkeys(part for part, entry in index.items() if isinstance(entry, list) and part not in wanted)
+    given |= {part: _load(wanted[part], where, options) for part, where in folders.items()}
+    if options.vae:
+        given["vae"] = load_vae(options.vae, _vae_config(folder), options.torch_dtype)
+    extra = {"requires_safety_checker": False} if "safety_checker" in index else {}
+    extra |= {"add_watermarker": False} if kind == "StableDiffusionXLPipeline" else {}
+    try:
+        pipeline = getattr(diffusers, kind).from_pretrained(folder, **given, **extra, local_files_only=True)
+    except Exception as error:
+        raise ErasureError(f"cannot load the {kind} in {folder}: {reason(error)}") from error
+    if options.prediction and (own := pipeline.scheduler.config.get("prediction_type")) != options.prediction:
+        raise ErasureError(
+            f"{name} says of itself that its prediction is {own!r}, not {options.prediction!r}; leave load.prediction out"
+        )
+    return pipeline
+
+
+def read_index(folder: Path) -> Mapping[str, Any]:
+    """What `model_index.json` says; its class is one of `PARTS`.
+
+    Raises:
+        ErasureError: no index, a malformed one, or another class.
+    """
+    if not (folder / INDEX).is_file():
+        raise ErasureError(
+            f"{folder} is not a diffusers folder: it has no {INDEX}; give a folder that has one, or a single .safetensors file"
+        )
+    index = read_config(folder / INDEX)
+    kind = index.get("_class_name")
+    if not isinstance(kind, str):
+        raise ErasureError(f"{folder / INDEX} names no pipeline class (_class_name)")
+    if kind not in PARTS:
+        raise ErasureError(f"{folder / INDEX} says {kind}, which is not supported; supported: {', '.join(PARTS)}")
+    return index
+
+
+def _parts(folder: Path, index: Mapping[str, Any], has_vae: bool) -> dict[str, Part]:
+    """The parts that the index lists, each of its expected class; `has_vae`: one comes from elsewhere."""
+    kind = index["_class_name"]
+    parts = {}
+    for part, entry in index.items():
+        if not isinstance(entry, list | dict) or entry == [None, None]:
+            continue
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
+            raise ErasureError(f"{folder / INDEX}: {part} is {str(entry)[:80]}, not [library, class]; fetch it again, or mend it")
+        parts[part] = Part(*entry)
+
+    expected = _expected(kind)
+    for part, known in expected.items():
+        if part not in parts and part not in ABSENT.get(kind, ()) and not (part == "vae" and has_vae):
+            raise ErasureError(f"{folder / INDEX} lists no {part}, which a {kind} needs; fetch the checkpoint again, whole")
+        if part in parts and not _is(parts[part], known):
+            found = ".".join(parts[part])
+            raise ErasureError(
+                f"{folder / INDEX}: its {part} is a {found}, not a {known}; code and classes of others are not run"
+            )
+    for part in parts.keys() - expected.keys() - LEFT_OUT.keys():
+        raise ErasureError(
+            f"{folder / INDEX} lists {part} ({'.'.join(parts[part])}), which a {kind} does not have; take the line out"
+        )
+    return parts
+
+
+def _expected(kind: str) -> dict[str, str]:
+    """part -> its class; a scheduler may be any that diffusers has."""
+    encoders = [part for part in PARTS[kind] if part.startswith("text_encoder")]
+    tokenizers = {part: WORDS[part] for part in (encoder.replace("text_encoder", "tokenizer") for encoder in encoders)}
+    return {**PARTS[kind], **tokenizers, "vae": "AutoencoderKL", "scheduler": "scheduler of diffusers"}
+
+
+def _is(part: Part, known: str) -> bool:
+    if known == "scheduler of diffusers":
+        return part.library == "diffusers" and scheduler_class(part.kind) is not None
+    library = "transformers" if known in (CLIP, PROJECTED, T5, *WORDS.values()) else "diffusers"
+    return part.library == library and part.kind in (known, f"{known}Fast" if known in WORDS.values() else known)
+
+
+def _holds_weights(part: str) -> bool:
+    return part != "scheduler" and not part.startswith("tokenizer")
+
+
+def _load(part: Part, where: Path, options: LoadConfig) -> Any:
+    if where.name == "scheduler":
+        return _load_scheduler(part, where)
+    if where.name.startswith("tokenizer"):
+        return read_tokenizer(where, getattr(transformers, part.kind.removesuffix("Fast")))
+    library = transformers if part.library == "transformers" else diffusers
+    return load_part(getattr(library, part.kind), where, options)
+
+
+def _load_scheduler(part: Part, where: Path) -> Any:
+    try:
+        return scheduler_class(part.kind).from_pretrained(where, local_files_only=True)
+    except Exception as error:  # a value in its configuration can upset it anywhere
+        raise ErasureError(f"cannot build the {part.kind} of {where}: {reason(error)}; mend its configuration") from error
+
+
+def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
+    """One part of a pipeline, with every one of its weights from the file and none left over.
+
+    Raises:
+        ErasureError: see `weight_variant`; or weights that do not fit the part's configuration.
+    """
+    variant = weight_variant(where, options.variant)
+    try:
+        module, found = kind.from_pretrained(
+            where,
+            dtype=options.torch_dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            **({"variant": variant} if variant else {}),
+        )
+    except Exception as error:
+        raise ErasureError(f"cannot load {where}: {reason(error)}") from error
+    what = {"missing_keys": "lacks", "mismatched_keys": "holds with another shape", "unexpected_keys": "holds in surplus"}
+    for problem, words in what.items():
+        keys = [str(key) for key in found.get(problem, ()) if "position_ids" not in str(key)]
+        if problem == "unexpected_keys":
+            keys = [key for key in keys if not options.ignores(key)]
+        if keys:
+            raise ErasureError(f"{where} {words} {keys[0]} ({len(keys)} such keys); it does not fit its config.json")
+    return module  # type: ignore[no-any-return]
+
+
+def _vae_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "vae" / "config.json"
+    return read_config(path) if path.is_file() else None
