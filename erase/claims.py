@@ -67,7 +67,7 @@ def claim(folder: Path, description: Mapping[str, str], defaults: Mapping[str, A
         log.warning("%s goes on, but %s: its result is the same to rounding, not to the bit", folder, _told(changes))
     if processes().is_main_process:
         with written_whole(path) as aside:
-            aside.write_text(json.dumps(written, indent=1))
+            aside.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
 def check_settings(folder: Path, description: Mapping[str, str], defaults: Mapping[str, Any]) -> None:

@@ -82,9 +82,9 @@ def _check_kinds(kind: Any, name: str, args: dict[str, Any]) -> None:
     for arg, value in args.items():
         usual = known[arg].default if arg in known else None  # of an unknown one the optimizer itself says more
         wanted = None
-        if isinstance(usual, bool) and not isinstance(value, bool):
-            wanted = "true or false"
-        elif isinstance(usual, float) and not is_number(value):
+        if isinstance(usual, bool):
+            wanted = None if isinstance(value, bool) else "true or false"
+        elif isinstance(usual, int | float) and not is_number(value):
             wanted = "a number"
         elif isinstance(usual, tuple) and not (isinstance(value, list | tuple) and len(value) == len(usual)):
             wanted = f"a list of {len(usual)} numbers"

@@ -28,7 +28,8 @@ from erase.train_config import TrainConfig
 from erase.training import make_accelerator
 from prompts.canvas import check_canvas
 from prompts.concepts import ConceptSpec, check_together
-from prompts.errors import ErasureError, check_ranges, reason
+from prompts.errors import ErasureError, check_ranges
+from prompts.reading import as_path
 
 VERSION = "0.1.0"
 log = logging.getLogger("erase")
@@ -159,16 +160,9 @@ def load_base(
 def _folder(out: str | Path | None) -> Path | None:
     if out is None:
         return None
-    if not str(out):
-        raise ErasureError("the output folder has an empty name; give one, or none at all to keep the delta in memory alone")
-    folder = Path(out)
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise ErasureError(f"{folder} is a file, not a folder; choose another output folder")
-    except (OSError, ValueError) as error:
-        if isinstance(error, ErasureError):
-            raise
-        raise ErasureError(f"{str(out)[:80]!r} cannot be a folder's name: {reason(error)}; choose another") from error
+    folder = as_path(out)
+    if folder.is_file():
+        raise ErasureError(f"{folder} is a file, not a folder; choose another output folder")
     return folder
 
 
