@@ -149,9 +149,12 @@ def _as_found(model: DiffusionModel, delta: ErasedDelta) -> Iterator[None]:
 
     Only the weights that the delta changes are copied, since they are changed in place; the others are only exchanged for their casts.
     """
-    parts, fingerprint = modules(model.pipeline()), model.fingerprint
+    pipeline, fingerprint = model.pipeline(), model.fingerprint
+    parts = modules(pipeline)
     tensors = [(tensor, tensor.data) for part in parts.values() for tensor in (*part.parameters(), *part.buffers())]
     configs = [(vars(part.config), dict(vars(part.config))) for part in parts.values() if hasattr(part.config, "dtype")]
+    holders = [one for one in (pipeline, *pipeline.components.values()) if hasattr(one, "_internal_dict")]
+    frozen = [(one, type(one._internal_dict)(one._internal_dict)) for one in holders]  # diffusers' own configurations
     params = model.parameters()
     try:
         for name in delta.values.keys() & params.keys():
@@ -163,6 +166,8 @@ def _as_found(model: DiffusionModel, delta: ErasedDelta) -> Iterator[None]:
         for config, found in configs:
             config.clear()
             config.update(found)
+        for one, found in frozen:
+            one._internal_dict = found
         model.fingerprint = fingerprint
 
 

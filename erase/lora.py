@@ -22,6 +22,7 @@ from erase.files import save_tensors
 from erase.kohya import OUTSIDE, kohya_names, lora_header
 from erase.models import DiffusionModel
 from erase.origin import config_of
+from erase.published import without_folders, without_paths
 from prompts.errors import ErasureError, unknown
 
 RANK = 16
@@ -120,7 +121,7 @@ class LoRA:
             raise unknown("LoRA layout", layout, LAYOUTS)
         if layout == "kohya" and not self.kohya:
             raise ErasureError("the kohya layout has no names for this family; leave the layout out, or take diffusers")
-        metadata = {**self.metadata, **self.header, "format": "pt"}
+        metadata = {**_without_paths(self.metadata), **self.header, "format": "pt"}
         if layout == "kohya":
             tensors = self._kohya(dtype)
         else:
@@ -239,6 +240,12 @@ def _factors(change: Tensor, rank: int | None, energy: float | None) -> tuple[Te
 def _merged(base: Tensor, up: Tensor, down: Tensor) -> Tensor:
     change = up.flatten(1).double() @ down.flatten(1).double()
     return (base.double() + change.reshape(base.shape)).to(base.dtype)
+
+
+def _without_paths(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The delta's metadata without where files lie on this disk, as others get it."""
+    config = json.dumps(without_paths(json.loads(metadata.get("config", "{}"))), sort_keys=True)
+    return {**metadata, "base_id": without_folders(metadata.get("base_id", "?")), "config": config}
 
 
 def _adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
