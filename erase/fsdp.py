@@ -32,6 +32,8 @@ VALUE_BY_VALUE = {
 """optimizers whose step on a value depends on that value alone, so that a shard takes the steps of the whole"""
 BF16 = "param_dtype_override_fn" in {field.name for field in fields(MixedPrecisionPolicy)}
 """whether this torch (2.15) can gather norms in float32 beside matrices in half precision"""
+ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
+"""whether this torch can shard on a CPU: 2.6 asks its streams for what they do not have"""
 BLOCKS = {"resnets", "attentions", "transformer_blocks"}
 """lists of modules whose members are gathered one at a time; what lies outside of them is gathered for the whole pass"""
 
@@ -49,6 +51,11 @@ def check_sharded(config: TrainConfig) -> None:
     """
     if sharding() is None:
         return
+    if processes().device.type == "cpu" and not ON_CPUS:
+        raise ErasureError(
+            f"FSDP of torch {torch.__version__} cannot shard on a CPU; take a newer torch (2.14 can), or launch with "
+            "scripts/launch/several-gpus.yaml"
+        )
     if config.optimizer not in VALUE_BY_VALUE:
         raise ErasureError(
             f"optimizer {config.optimizer} looks at more than one value at a time, of which FSDP leaves each process some; choose one of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 
 from erase import fsdp
 from erase.delta import ErasedDelta
-from erase.fsdp import BF16, check_sharded
+from erase.fsdp import BF16, ON_CPUS, check_sharded
 from erase.launch import FSDP, UNFIT, FullShard, full_shard
 from erase.layout import Standing
 from erase.mask import Saliency, SaliencyMask
@@ -58,6 +60,7 @@ VARIANTS = {
 }
 """name -> settings, density of the mask (None: no mask), launches that are compared with none"""
 POSSIBLE = {name: variant for name, variant in VARIANTS.items() if BF16 or name != "bf16"}
+NO_SHARDS = f"FSDP of torch {torch.__version__} cannot shard on a CPU"
 OLDER_TORCH = pytest.mark.skipif(not BF16, reason=f"FSDP of torch {torch.__version__} cannot do bf16 with norms in float32")
 CANVAS = ["--concept", "heart", "--latents.n_forget", "10", "--latents.n_retain", "7", "--latents.steps", "4"]
 CANVAS += ["--latents.batch_size", "4", "--latents.trajectory", "2", "--saliency_batch_size", "3", "--train.steps", "3"]
@@ -263,6 +266,8 @@ def bytes_held(model):
 @pytest.fixture(scope="module")
 def job(make_pico_pipeline, tmp_path_factory):
     """(folder, facts) of two processes that train with and without shards."""
+    if not ON_CPUS:
+        pytest.skip(NO_SHARDS)
     folder = tmp_path_factory.mktemp("fsdp")
     make_pico_pipeline().save_pretrained(folder / "base")
     (folder / "job.py").write_text(textwrap.dedent(JOB.format(tests=str(ROOT / "tests"))))
@@ -403,10 +408,19 @@ def test_what_shards_cannot_do_is_refused(job):
 @pytest.mark.parametrize("precision, way_out", [("bf16", "take torch 2.15 or newer, mixed_precision no"), ("fp16", "use no, or")])
 def test_half_precision_in_shards_under_an_older_torch_is_refused_in_a_sentence(monkeypatch, precision, way_out):
     monkeypatch.setattr(fsdp, "sharding", lambda: FullShard(reshard_after_forward=True))
+    monkeypatch.setattr(fsdp, "ON_CPUS", True)
     monkeypatch.setattr(fsdp, "BF16", False)
     with pytest.raises(ErasureError, match=way_out) as error:
         check_sharded(replace(SGD, mixed_precision=precision))
     assert precision in str(error.value) and "several-gpus.yaml" in str(error.value)
+
+
+def test_shards_on_a_cpu_under_an_older_torch_are_refused_in_a_sentence(monkeypatch):
+    monkeypatch.setattr(fsdp, "sharding", lambda: FullShard(reshard_after_forward=True))
+    monkeypatch.setattr(fsdp, "processes", lambda: SimpleNamespace(device=torch.device("cpu")))
+    monkeypatch.setattr(fsdp, "ON_CPUS", False)
+    with pytest.raises(ErasureError, match=f"torch {re.escape(torch.__version__)} cannot shard on a CPU; take a newer torch"):
+        check_sharded(SGD)
 
 
 @pytest.mark.parametrize("kind", LAUNCHES)
@@ -450,6 +464,9 @@ def test_a_whole_erasure_by_accelerate_launch(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(ROOT / "scripts" / "run_erase.py"), *CANVAS, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    if not ON_CPUS:
+        assert done.returncode and f"error: {NO_SHARDS}; take a newer torch" in done.stderr, done.stderr
+        pytest.skip(NO_SHARDS)
     assert done.returncode == 0 and "erasing in shards on 2 processes" in done.stderr, done.stderr
     assert run(run_erase.main, [*CANVAS, "--out", str(tmp_path / "one")]) == 0
     base = load_model("canvas")
