@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -82,8 +83,10 @@ class LoadConfig:
         """
         dropped = {option for option, kinds in MEANT_FOR.items() if kind not in kinds}
         dropped |= set() if kind == "single file" else {"prediction"}
-        return replace(self, **{field.name: field.default for field in fields(self) if field.name in dropped})
+        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in dropped}
+        return replace(self, **defaults)
 
     def updated(self, given: LoadConfig) -> LoadConfig:
         """These options, with those of `given` that are not the defaults in their place."""
-        return replace(self, **{f.name: value for f in fields(given) if (value := getattr(given, f.name)) != f.default})
+        changed = {field.name: getattr(given, field.name) for field in fields(given)}
+        return replace(self, **{f.name: changed[f.name] for f in fields(given) if changed[f.name] != f.default})

@@ -63,10 +63,11 @@ def check_flow(own: Any, name: str) -> None:
     """
     if not isinstance(own, FlowMatchEulerDiscreteScheduler):
         raise ErasureError(f"{name}: its scheduler is a {type(own).__name__}; a FlowMatchEulerDiscreteScheduler is needed")
-    if own.config.get("use_dynamic_shifting"):
+    config: Any = own.config  # type: ignore[attr-defined]  # made at run time
+    if config.get("use_dynamic_shifting"):
         raise ErasureError(f"{name}: a schedule whose shift depends on the image's size is not supported")
     for option in ("shift_terminal", "invert_sigmas"):
-        if own.config.get(option):
+        if config.get(option):
             raise ErasureError(f"{name}: a schedule with {option} is not supported")
 
 

@@ -88,6 +88,8 @@ def from_folder(folder: str | Path) -> Architecture:
         ErasureError: no such folder, another kind of pipeline, or a configuration that cannot be read.
     """
     folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise ErasureError(f"{folder} has no model_index.json; load.config must name a diffusers folder")
     index = read_config(folder / "model_index.json")
     families = {"StableDiffusionPipeline": "sd", "StableDiffusionXLPipeline": "sdxl"}
     family = families.get(str(index.get("_class_name")))
