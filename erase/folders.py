@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from tokenizers.models import BPE
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, PreTrainedModel, PreTrainedTokenizerBase
 
 from erase.files import stream_tensors
@@ -34,6 +35,7 @@ def save_pipeline(pipeline: Pipeline, folder: str | Path) -> None:
             _settle(part, folder / name)
         elif isinstance(part, PreTrainedTokenizerBase):
             _save_vocabulary(part, folder / name)
+            _edit(folder / name / "tokenizer_config.json", _with_additional_tokens)
     _edit(folder / "model_index.json", _with_fast_t5)
     _forget_paths(folder)
 
@@ -64,9 +66,16 @@ def _name_as_before(path: Path) -> None:
 
 def _save_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """The vocab.json and merges.txt of a byte pair encoding, which is all that the tokenizers of transformers 4 read."""
-    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if type(model).__name__ == "BPE":
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if isinstance(model, BPE):
         model.save(str(folder))
+
+
+def _with_additional_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    """T5's further tokens under the key that both read: where transformers 5 writes a list, 4.57 expects a mapping."""
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
 
 
 def _with_fast_t5(index: dict[str, Any]) -> dict[str, Any]:

@@ -142,6 +142,8 @@ def test_a_folder_has_the_names_and_vocabularies_that_older_versions_read(family
     for folder in clips:
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         assert vocabulary["<|startoftext|>"] == 721 and (folder / "merges.txt").is_file()
+    for path in (tmp_path / "out").glob("tokenizer*/tokenizer_config.json"):
+        assert not isinstance(json.loads(path.read_text()).get("extra_special_tokens"), list)
     index = json.loads((tmp_path / "out/model_index.json").read_text())
     assert index.get("tokenizer_3", ["", "T5TokenizerFast"])[1] == "T5TokenizerFast"
 
