@@ -411,7 +411,7 @@ EVIL = [
 @pytest.mark.parametrize("name", EVIL)
 def test_a_concepts_name_writes_no_markdown_and_no_front_matter(name, heart):
     delta = ErasedDelta.load(heart)
-    concept = {"target": name, "anchor": name, "synonyms": [name], "templates": ["a {}"]}
+    concept = {"target": name, "anchor": f"{name} too", "synonyms": [f"{name} 2"], "templates": ["a {}"]}
     report = replace(report_of(delta), concept=concept, provenance={"commands": [f"erase --concept '{name}'"]})
     card = model_card(report, {**delta.metadata, "concepts": json.dumps([concept]), "created_with": name, "method": name})
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
