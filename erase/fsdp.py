@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ VALUE_BY_VALUE = {
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
 }  # fmt: skip
 """optimizers whose step on a value depends on that value alone, so that a shard takes the steps of the whole"""
-BF16 = "param_dtype_override_fn" in {field.name for field in fields(MixedPrecisionPolicy)}
+BF16 = "param_dtype_override_fn" in getattr(MixedPrecisionPolicy, "__dataclass_fields__", ())
 """whether this torch (2.15) can gather norms in float32 beside matrices in half precision"""
 ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
 """whether this torch can shard on a CPU: 2.6 asks its streams for what they do not have"""

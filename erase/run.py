@@ -160,6 +160,10 @@ def load_base(
 def _folder(out: str | Path | None) -> Path | None:
     if out is None:
         return None
+    if not str(out).strip():
+        raise ErasureError(
+            "out is empty, so nothing would be written; name a folder, or leave it out to keep the delta in memory"
+        )
     folder = as_path(out)
     if folder.is_file():
         raise ErasureError(f"{folder} is a file, not a folder; choose another output folder")

@@ -68,7 +68,7 @@ def as_path(path: str | Path) -> Path:
     """
     text = os.fspath(path)
     try:
-        longest = max(map(len, os.fsencode(text).split(os.fsencode(os.sep))))
+        longest = max(map(len, text.encode("utf-8", "surrogateescape").split(os.sep.encode())))  # whatever the locale
     except UnicodeEncodeError:  # a lone surrogate, which YAML and JSON escapes can write
         raise ErasureError(f"{text[:80]!r} is no path: it holds half a character; write another one") from None
     faults = {"is empty": not text, "holds a NUL character": "\0" in text}

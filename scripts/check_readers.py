@@ -37,7 +37,9 @@ def compare(one: str, other: str) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     jobs = parser.add_subparsers(dest="job", required=True)
     drawing = jobs.add_parser("draw")
     drawing.add_argument("folder")

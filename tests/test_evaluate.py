@@ -11,7 +11,6 @@ import torch
 from erase.delta import ErasedDelta
 from erase.mask import SaliencyMask
 from erase.models import load_model
-from eval import run as evaluation
 from eval.generate import GenerateConfig
 from eval.report import EvalReport
 from eval.run import EvaluateConfig, Evidence, evaluate
@@ -76,7 +75,7 @@ def test_a_loaded_model_is_as_it_was_after_an_evaluation_that_failed(model, tmp_
         if len(made) == 2:
             raise ErasureError("the disk is full")
 
-    monkeypatch.setattr(evaluation, "generate", full)
+    monkeypatch.setattr("eval.run.generate", full)
     with pytest.raises(ErasureError, match="the disk is full"):
         evaluate(model, delta_of(model), PROMPTS, tmp_path / "report", CONFIG)
     assert not same(before, made[1])
