@@ -298,6 +298,7 @@ def _what(folder: Path) -> str:
 
 def gone(metadata: Mapping[str, str]) -> list[str]:
     """What a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its strength)` where it was scaled."""
+    check_metadata(metadata, "this delta")
     if "parts" not in metadata:
         return [str(concept["target"]) for concept in json.loads(metadata.get("concepts", "[]"))]
     parts = [(str(part["erased"]), float(part["scale"])) for part in json.loads(metadata["parts"])]

@@ -132,6 +132,7 @@ def undrawn(model, monkeypatch):
         raise Drawn
 
     monkeypatch.setattr("eval.run.generate", draw)
+    monkeypatch.setattr("erase.run.is_here", lambda name, options: True)
     monkeypatch.setattr("erase.run.load_model", lambda name, *rest: model if name == "pico" else load_model(name, *rest))
 
 

@@ -372,8 +372,8 @@ def test_an_odd_report_is_refused_in_a_sentence_that_names_it(spoil: Callable[[s
 CSV = ',prompt,evaluation_seed,guidance,case_number,class\n0,"a cat, ""asleep""\n",12,7.5,4,cat\n1,a dog,13.0,,5,dog\n'
 SET = "templates: ['A {o} in {s} style.', 'a {o}', 'plain {{}}']\no: [cat, dog]\ns: [Neon, Flat]\nseeds: [1, 2]\n"
 CONCEPTS = (
-    "- target: heart\n  anchor: star\n  synonyms: &s [valentine]\n  templates: ['a {}', \"{} \\u00e9\"]\n"
-    "- {target: a, anchor: b, synonyms: *s, retain: objects}\n"
+    "- target: heart\n  anchor: star\n  synonyms: [valentine]\n  templates: &s ['a {}', \"{} \\u00e9\"]\n"
+    "- {target: a, anchor: b, templates: *s, retain: objects}\n"
 )
 CONFIG = "method: salun\nmodel: canvas\nconcept: [heart]\nlatents: {n_forget: 4, steps: 2}\ntrain:\n  lr: 1.0e-05\n  steps: 3\n"
 SPLICES = [b"", b'"', b"'", b"\n", b"\r", b",", b"{", b"}", b"{}", b"[", b"]", b": ", b"- ", b"&a ", b"*a", b"<<: ", b"? ", b"\t"]

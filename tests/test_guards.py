@@ -192,7 +192,7 @@ def test_a_home_folder_is_written_out_where_no_shell_does_it(tmp_path: Path, mon
     monkeypatch.setenv("HOME", str(tmp_path))
     file = written(tmp_path, "c.yaml", "out: ~/runs/a\nlatents: {forget_images: ~/pictures}\nconcept: [~/not a path]\n")
     options = parse(run_erase.make_parser("salun"), ["--config", str(file), "--concepts=~/c.yaml"])
-    assert (options.out, options.concepts) == (f"{tmp_path}/runs/a", f"{tmp_path}/c.yaml")
+    assert (options.out, options.concepts) == (f"{tmp_path}/runs/a", [f"{tmp_path}/c.yaml"])
     assert options.latents.forget_images == f"{tmp_path}/pictures" and options.concept == ["~/not a path"]
 
 

@@ -58,6 +58,8 @@ def read_tokenizer(folder: Path, kind: Any = CLIPTokenizer) -> Any:
             every word is the same unknown token.
     """
     known = FILES[kind.__name__.removesuffix("Fast")]
+    if not (folder / "tokenizer_config.json").is_file():
+        raise ErasureError(f"cannot read the tokenizer in {folder}: it has no tokenizer_config.json; fetch it again, whole")
     read_config(folder / "tokenizer_config.json")
     if not any(all((folder / file).is_file() for file in files) for files in known):
         needed = " or ".join(" with ".join(files) for files in known)
