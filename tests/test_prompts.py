@@ -196,7 +196,7 @@ def test_a_bad_concept_file_is_named(tmp_path: Path, text: str | bytes, words: l
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for read in (load_concepts, PromptSet.from_csv, PromptSet.from_yaml):
         for path in (tmp_path / "absent.yaml", tmp_path, tmp_path / "nul\0.yaml", tmp_path / ("long" * 100 + ".yaml")):
-            with raises(str(path)):
+            with raises(str(path)[:60]):
                 read(path)
     with raises("'nudty'", "did you mean 'nudity'"):
         load_concepts("nudty")
