@@ -136,12 +136,12 @@ def make_job(
 def _describe(
     model: DiffusionModel, forget: LatentSet, retain: LatentSet, config: C, seed: int, concepts: Sequence[ConceptSpec]
 ) -> dict[str, str]:
-    """What a job's artifacts are compared by (`erase.claims`); of the configuration, what departs from its defaults."""
+    """What a job's artifacts are compared by (`erase.claims`): departures from the defaults; concepts only where they are known."""
     usual = flat(asdict(type(config)()))
     departures = {name: value for name, value in flat(asdict(config)).items() if usual.get(name) != value}
     return {
         "base_fingerprint": model.fingerprint,
-        "concepts": json.dumps([{"target": concept.target} for concept in concepts]),
+        **({"concepts": json.dumps([{"target": concept.target} for concept in concepts])} if concepts else {}),
         "seed": str(seed),
         "settings": type(config).__name__,
         "config": json.dumps({"method": departures}),

@@ -280,6 +280,12 @@ def test_a_file_of_another_concept_given_by_name_is_refused(kind, made, config):
         again(None, config, replace(METHOD, **given))
 
 
+def test_a_mask_that_does_not_say_its_concepts_may_be_of_any(made, config, tmp_path):
+    mask = SaliencyMask.load(made / "star" / "mask.safetensors")
+    replace(mask, metadata={"base_fingerprint": mask.metadata["base_fingerprint"]}).save(tmp_path / "m.safetensors")
+    assert again(None, config, replace(METHOD, mask_file=str(tmp_path / "m.safetensors"))).count
+
+
 @pytest.mark.parametrize("kind", ["saliency", "mask"])
 def test_a_file_of_another_base_given_by_name_is_refused(kind, made, config, make_pico_pipeline, tmp_path):
     make_pico_pipeline(seed=1).save_pretrained(tmp_path / "other")

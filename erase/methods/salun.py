@@ -125,7 +125,7 @@ def choose_mask(job: Job[SalUnConfig], folder: Path | None = None) -> SaliencyMa
     if config.mask == "none":
         return None
     if config.mask == "random":
-        provenance = {key: job.about[key] for key in ("base_fingerprint", "concepts")}
+        provenance = {key: job.about[key] for key in ("base_fingerprint", "concepts") if key in job.about}
         return SaliencyMask.random(job.params, config.density, job.seed, provenance)
     mask = find_saliency(job, folder).cut(config.density)
     return mask.inverted() if config.mask == "inverted" else mask
@@ -154,7 +154,7 @@ def find_saliency(job: Job[SalUnConfig], folder: Path | None) -> Saliency:
 
 def _check_given(job: Job[SalUnConfig], path: Path, metadata: Mapping[str, str]) -> None:
     """Refuse a file that the user names if it is of another base or concept; of what it does not say, it may be."""
-    description = {key: job.about[key] for key in ("base_fingerprint", "concepts") if key in metadata}
+    description = {key: job.about[key] for key in ("base_fingerprint", "concepts") if key in metadata and key in job.about}
     check_artifact(path, metadata, description, "compute one for this erasure")
 
 
@@ -162,7 +162,7 @@ def _provenance(job: Job[SalUnConfig]) -> dict[str, str]:
     """Everything that a saliency depends on."""
     config = job.config
     return {
-        **{key: job.about[key] for key in ("base_fingerprint", "seed", "concepts", "forget")},
+        **{key: job.about[key] for key in ("base_fingerprint", "seed", "concepts", "forget") if key in job.about},
         "loss": f"forgetting, guidance {config.saliency_guidance:g}",
         "scope": config.scope,
         "saliency_batch_size": str(config.saliency_batch_size),
