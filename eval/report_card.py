@@ -167,7 +167,7 @@ def _front(metadata: Mapping[str, str], usage: Usage, title: str, report: EvalRe
 
     base_id = metadata["base_id"]
     license, on_hub = metadata.get("license") or _license_of(base_id), _on_hub(base_id)
-    relation = {"base_model_relation": usage.relation} if on_hub else {}
+    relation: dict[str, Any] = {"base_model_relation": usage.relation} if on_hub else {}  # a key that the class does not know
     return ModelCardData(
         license=license or "other",
         license_name=None if license else "as-the-base",
