@@ -74,7 +74,7 @@ class Parser(JsonArgumentParser):
 
     def parse_path(self, path: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """A config file as UTF-8; the library would take the locale's encoding."""
-        return self.parse_string(read_text(path), path=os.path.basename(path), **options)
+        return self.parse_string(read_text(path), os.path.basename(path), **options)  # its name differs between versions
 
     def _defaults_keys(self) -> list[str]:
         return [key for key in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118 (a Namespace)

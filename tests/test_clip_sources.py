@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -266,7 +267,9 @@ def test_a_clip_of_the_hub_does_not_run_its_own_python(way: str, evil: Path, mon
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetched)
     monkeypatch.setattr("open_clip.pretrained.hf_hub_download", fetched)
-    with pytest.raises(ErasureError):
+    # transformers 5.0 leaves the code out and goes on
+    refusal = pytest.raises(ErasureError) if way == "trusted tokenizer" else suppress(ErasureError)
+    with refusal:
         clip.load_clip(clip.Config(model="hf-hub:evil/clip", device="cpu"))
     assert not (evil.parent / "ran").exists()
 
