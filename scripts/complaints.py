@@ -47,7 +47,7 @@ UNKNOWN = (
     r"[Uu]nrecognized arguments: --([\w.\-]+)",
     r"Key ['\"]([\w.\-]+)['\"] is not expected",
     r"Option '([\w.\-]+)' is not accepted",  # this and the next: keys of a config file
-    r"Group '([\w.]+)' does not accept option '([\w.\-]+)'",
+    r"Group '([\w.]+)' does not accept (?:option|nested key) '([\w.\-]+)'",
 )
 
 

@@ -151,8 +151,8 @@ def test_each_scheduler_starts_afresh_with_every_batch(pipe, tmp_path: Path, sch
 
 
 def test_schedulers_differ_and_a_longer_run_does_too(pipe, whole: ImageSet, tmp_path: Path):
-    made = [generate(pipe, PROMPTS, tmp_path / name, GenerateConfig(name, 2), {}) for name in sorted(SCHEDULERS)]
-    made.append(generate(pipe, PROMPTS, tmp_path / "long", GenerateConfig("ddim", 3), {}))
+    made = [generate(pipe, PROMPTS, tmp_path / name, GenerateConfig(name, 5), {}) for name in sorted(SCHEDULERS)]
+    made.append(generate(pipe, PROMPTS, tmp_path / "long", GenerateConfig("ddim", 6), {}))
     assert len({images.tensor().numpy().tobytes() for images in made}) == len(SCHEDULERS) + 1
 
 
