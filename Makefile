@@ -6,12 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints/$(VERSIONS).txt
 READY := $(VENV)/.installed-$(VERSIONS)
-LINT := "$(BIN)/ruff" check && "$(BIN)/ruff" format --check && "$(BIN)/mypy" prompts erase eval
+LINT := "$(BIN)/ruff" check && "$(BIN)/ruff" format --check && "$(BIN)/mypy"
+
+# The four folders are one package, erase; setup.cfg maps them when it is installed. mypy and editors read sources through these links.
+.links: setup.cfg
+	rm -rf .links
+	mkdir -p .links/erase
+	ln -s $(addprefix ../../,$(wildcard erase/*) prompts eval scripts) .links/erase
 
 .PHONY: test demo lint format matrix clean
 
 # Lint comes last and always: a complaint of ruff or mypy hides no test, a failing test no complaint.
-test: $(READY)
+test: $(READY) .links
 	@failed=0; \
 	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 || failed=1; \
 	$(LINT) || failed=1; \
@@ -20,7 +26,7 @@ test: $(READY)
 demo: $(READY)
 	"$(BIN)/erase-demo"
 
-lint: $(READY)
+lint: $(READY) .links
 	$(LINT)
 
 format: $(READY)
@@ -33,7 +39,7 @@ matrix:
 	$(MAKE) demo test VERSIONS=newest
 
 clean:
-	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .links build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made from nothing whenever what is installed would change; with it goes the mark of any other set of versions.

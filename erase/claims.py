@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from erase.files import damage_named, written_whole
-from erase.processes import found, processes
-from prompts.errors import ErasureError
+from erase.files import atomic_write, errors_named
+from erase.parallel.processes import exists_on_all, processes
+from erase.prompts.errors import ErasureError
 
 SAME_BITS = {"train.checkpoint_every", "train.selective_recompute", "train.offload", "train.shard_optimizer"}
 """settings that leave the result as it is, to the bit"""
@@ -59,21 +59,21 @@ def claim(folder: Path, description: Mapping[str, str], defaults: Mapping[str, A
     path = folder / "run.json"
     machine = {"threads": str(torch.get_num_threads()), "processes": str(processes().num_processes)}
     written = {**description, **machine}
-    if found(path):
+    if exists_on_all(path):
         changes = _changes(path, _read(path), written, defaults)
         _refuse(f"{folder} holds another run", changes, "choose another folder or delete it")
         if finished or not changes:
             return
         log.warning("%s goes on, but %s: its result is the same to rounding, not to the bit", folder, _told(changes))
     if processes().is_main_process:
-        with written_whole(path) as aside:
+        with atomic_write(path) as aside:
             aside.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
 def check_settings(folder: Path, description: Mapping[str, str], defaults: Mapping[str, Any]) -> None:
     """Refuse the folder of a run with other settings, before the base is loaded; `description` has no base yet."""
     path = folder / "run.json"
-    if found(path):
+    if exists_on_all(path):
         old = {key: value for key, value in _read(path).items() if key in description}
         _refuse(f"{folder} holds another run", _changes(path, old, description, defaults), "choose another folder or delete it")
 
@@ -113,13 +113,13 @@ def _read(path: Path) -> dict[str, str]:
         text = path.read_bytes()
     except OSError as error:
         raise ErasureError(f"cannot read {path}: {error.strerror}; {remedy}") from error
-    with damage_named(path, remedy):
+    with errors_named(path, remedy):
         return dict(json.loads(text))
 
 
 def _changes(path: Path, old: Mapping[str, str], new: Mapping[str, str], defaults: Mapping[str, Any]) -> list[Difference]:
     """What differs between two descriptions, but for what leaves the result as it is."""
-    with damage_named(path, "delete it or choose another folder"):
+    with errors_named(path, "delete it or choose another folder"):
         was, was_said = _facts(old), _concept_facts(old)
     now, now_said = _facts(new), _concept_facts(new)
     if was.get("concepts") == now.get("concepts"):  # of other concepts, all would differ

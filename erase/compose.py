@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from erase.delta import ErasedDelta, difference
+from erase.delta.origin import config_of
 from erase.finite import all_finite
 from erase.models import DiffusionModel
-from erase.origin import config_of
 from erase.places import indices
-from prompts.errors import ErasureError, unknown
+from erase.prompts.errors import ErasureError, unknown
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prompts.errors import ErasureError
-from prompts.reading import WRITING, as_path, why
+from erase.prompts.errors import ErasureError
+from erase.prompts.reading import WRITING, as_path, why
 
 DTYPES = {
     torch.int64: "I64",
@@ -41,7 +41,7 @@ HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is renamed to `path`, on any error it is removed.
 
     What is renamed has reached the disk: a machine that fails finds the old file or the new one, never an empty one. What a
@@ -163,7 +163,7 @@ def stream_tensors(
         )
     names = sorted(layout, key=lambda name: (list(DTYPES).index(layout[name].dtype), name))
     header = _header(layout, names, metadata)
-    with written_whole(path) as aside, aside.open("wb") as file:
+    with atomic_write(path) as aside, aside.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
             tensor = make(name).detach().cpu()
@@ -183,7 +183,7 @@ def _header(layout: Mapping[str, Tensor], names: list[str], metadata: Mapping[st
 
 
 @contextmanager
-def damage_named(path: str | Path, remedy: str) -> Iterator[None]:
+def errors_named(path: str | Path, remedy: str) -> Iterator[None]:
     """Whatever the content of a damaged file upsets in the block becomes one error that names the file.
 
     Raises:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from erase.checksum import sha256_of
-from erase.files import damage_named, load_tensors, save_tensors
+from erase.files import errors_named, load_tensors, save_tensors
 from erase.finite import all_finite
-from erase.layout import Layout
-from prompts.errors import ErasureError
+from erase.parallel.layout import Layout
+from erase.prompts.errors import ErasureError
 
 CHUNK = 1 << 20  # values handled at a time: extra memory stays constant, and what a pass makes stays in a processor's cache
 
@@ -123,7 +123,7 @@ class Saliency:
         checksum, _ = metadata.pop("sha256", None), metadata.pop("format")
         if checksum and checksum != sha256_of({"values": values, "metadata": metadata}):
             raise ErasureError(f"{path} is damaged: it holds other values than were written; compute it again")
-        with damage_named(path, "compute it again"):
+        with errors_named(path, "compute it again"):
             order = json.loads(metadata.pop("order"))
             if sorted(order) != sorted(values):
                 raise ErasureError(f"{path}: its order names other parameters than it holds; compute it again")
@@ -222,7 +222,7 @@ class SaliencyMask:
         """
         bits, metadata = load_tensors(path, "mask")
         checksum, _ = metadata.pop("sha256", None), metadata.pop("format")
-        with damage_named(path, "compute the mask again"):
+        with errors_named(path, "compute the mask again"):
             found = json.loads(metadata.pop("shapes")).items()
             shapes: dict[str, tuple[int, ...]] = {name: torch.Size(shape) for name, shape in found}
             for name in bits.keys() | shapes.keys():

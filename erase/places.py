@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError
 
 RUN = 1 << 16  # gaps that are unfolded at a time, into 16 MB at most
 

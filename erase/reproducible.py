@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 
 
-def settle_sums() -> None:
+def pin_mkl_rounding() -> None:
     """Ask MKL, before its first product, for sums whose order does not follow from addresses; a choice made by the user stands.
 
     On Intel's processors its matrix products round differently for another address, of the same values: one checkpoint, read in two

@@ -14,22 +14,22 @@ from torch import nn
 
 from erase.claims import check_artifact, check_settings, claim, flat
 from erase.delta import ErasedDelta
-from erase.files import written_whole
-from erase.latents import LatentConfig, prepare_latents
+from erase.delta.origin import load_options
+from erase.files import atomic_write
+from erase.latents.prepare import LatentConfig, prepare_latents
 from erase.mask import kept_count
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.models.loading import is_here, kind_of
-from erase.origin import load_options
-from erase.processes import found
-from erase.prompt_checks import check_prompts, cut_prompts
-from erase.scopes import select_trainable
-from erase.train_config import TrainConfig
-from erase.training import make_accelerator
-from prompts.canvas import check_canvas
-from prompts.concepts import ConceptSpec, check_together
-from prompts.errors import ErasureError, check_ranges
-from prompts.reading import as_path
+from erase.models.prompt_checks import check_prompts, cut_prompts
+from erase.models.scopes import select_trainable
+from erase.parallel.processes import exists_on_all
+from erase.prompts.canvas import check_canvas
+from erase.prompts.concepts import ConceptSpec, check_together
+from erase.prompts.errors import ErasureError, check_ranges
+from erase.prompts.reading import as_path
+from erase.training.config import TrainConfig
+from erase.training.loop import make_accelerator
 
 VERSION = "0.1.0"
 log = logging.getLogger("erase")
@@ -93,7 +93,7 @@ def erase_concept(
 
     folder, description = _folder(out), describe(concepts, config, settings)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
-    finished = folder is not None and found(folder / "delta.safetensors")
+    finished = folder is not None and exists_on_all(folder / "delta.safetensors")
     if folder:
         check_settings(folder, description, defaults)
     if finished:
@@ -118,7 +118,7 @@ def erase_concept(
     if folder and accelerator.is_main_process:
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")
-        with written_whole(folder / "training.json") as aside:
+        with atomic_write(folder / "training.json") as aside:
             aside.write_text(json.dumps({"losses": edit.losses, "delta_sha256": delta.sha256}), encoding="utf-8")
         delta.save(folder / "delta.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)

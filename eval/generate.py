@@ -31,15 +31,7 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from erase.files import file_sha256
-from erase.models import Cond, autocast, check_precision
-from erase.models.loading import family_of
-from erase.models.pipelines import Pipeline, arguments, decode, denoiser, encode, image_size
-from erase.models.schedules import sampler
-from erase.models.tokenizers import tokens
-from erase.processes import processes, progress
-from erase.prompt_checks import cut_prompts
-from eval.images import (
+from erase.eval.images import (
     SETTINGS,
     ImageRow,
     ImageSet,
@@ -49,8 +41,16 @@ from eval.images import (
     write_manifest,
     write_settings,
 )
-from prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
-from prompts.prompt_sets import PromptRow, PromptSet
+from erase.files import file_sha256
+from erase.models import Cond, autocast, check_precision
+from erase.models.loading import family_of
+from erase.models.pipelines import Pipeline, arguments, decode, denoiser, encode, image_size
+from erase.models.prompt_checks import cut_prompts
+from erase.models.schedules import sampler
+from erase.models.tokenizers import tokens
+from erase.parallel.processes import processes, progress
+from erase.prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
+from erase.prompts.prompt_sets import PromptRow, PromptSet
 
 # name -> class, and what its name promises but another scheduler's config may not say
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {

@@ -24,10 +24,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from erase.files import file_sha256, written_whole
-from prompts.errors import ErasureError, reason
-from prompts.prompt_sets import PromptRow
-from prompts.reading import as_path, why
+from erase.files import atomic_write, file_sha256
+from erase.prompts.errors import ErasureError, reason
+from erase.prompts.prompt_sets import PromptRow
+from erase.prompts.reading import as_path, why
 
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"
 MOST_SIDE, MOST_LENGTHS = 8192, 20
@@ -64,7 +64,7 @@ class ImageSet:
 
     @classmethod
     def open(cls, folder: str | Path) -> ImageSet:
-        """Read a folder that `eval.generate` has finished, and verify each image against the manifest.
+        """Read a folder that `erase.eval.generate` has finished, and verify each image against the manifest.
 
         Raises:
             ErasureError: the folder is not an image set, is unfinished, or an image is missing, cut short or changed.
@@ -158,14 +158,14 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 def write_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write `settings.json`; `settings["images"]` is how many images there will be."""
-    with written_whole(folder / SETTINGS) as aside:
+    with atomic_write(folder / SETTINGS) as aside:
         aside.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_manifest(folder: Path, rows: Iterable[ImageRow]) -> None:
     """Declare the folder finished."""
     lines = [vars(row) | {"labels": dict(row.labels)} for row in sorted(rows, key=lambda row: row.case)]
-    with written_whole(folder / MANIFEST) as aside:
+    with atomic_write(folder / MANIFEST) as aside:
         aside.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
 
 
@@ -179,7 +179,7 @@ def save_image(path: Path, pixels: np.ndarray, made_from: dict[str, Any]) -> Non
     info = PngInfo()
     for key, text in _marks(pixels, made_from).items():
         info.add_text(key, text)
-    with written_whole(path) as aside:
+    with atomic_write(path) as aside:
         Image.fromarray(pixels).save(aside, format="PNG", pnginfo=info)
 
 

@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from erase.delta import ErasedDelta
-from erase.files import damage_named
+from erase.eval.evaluators import EVALUATORS, get_evaluator
+from erase.eval.evaluators.classifier import Config as ClassifierConfig
+from erase.eval.evaluators.classifier import Judged, judged, load_judge
+from erase.eval.evaluators.clip import Config as ClipConfig
+from erase.eval.evaluators.nudenet import Config as NudeNetConfig
+from erase.eval.generate import GenerateConfig, generate, planned
+from erase.eval.images import ImageSet
+from erase.eval.report.page import save_report
+from erase.eval.report.report import BASE, ERASED, EvalReport, Score
+from erase.files import errors_named
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
-from erase.processes import processes
-from eval.evaluators import EVALUATORS, get_evaluator
-from eval.evaluators.classifier import Config as ClassifierConfig
-from eval.evaluators.classifier import Judged, judged, load_judge
-from eval.evaluators.clip import Config as ClipConfig
-from eval.evaluators.nudenet import Config as NudeNetConfig
-from eval.generate import GenerateConfig, generate, planned
-from eval.images import ImageSet
-from eval.report import BASE, ERASED, EvalReport, Score
-from eval.report_page import save_report
-from prompts.canvas import KINDS
-from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptSet
+from erase.parallel.processes import processes
+from erase.prompts.canvas import KINDS
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import PromptSet
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Evidence:
         """
         training, mask = folder / "training.json", folder / "mask.safetensors"
         record: dict[str, Any] = {"losses": []}
-        with damage_named(training, "delete it to report without the losses, or erase again"):
+        with errors_named(training, "delete it to report without the losses, or erase again"):
             if training.exists():
                 record = json.loads(training.read_text(encoding="utf-8"))
             losses = list(map(float, record["losses"]))
@@ -97,7 +97,7 @@ def _check_run(path: Path, delta: ErasedDelta) -> None:
     """Refuse the folder of a run of another base, method or concept than the delta's."""
     if not path.exists():
         return
-    with damage_named(path, "evaluate the delta in a folder of its own"):
+    with errors_named(path, "evaluate the delta in a folder of its own"):
         run = dict(json.loads(path.read_text(encoding="utf-8")))
         told = [{key: about.get(key) for key in ("base_fingerprint", "method")} for about in (run, delta.metadata)]
         concepts = json.loads(run.get("concepts", "[]"))

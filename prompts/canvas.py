@@ -12,8 +12,8 @@ from itertools import product
 
 import yaml
 
-from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError, unknown
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError, unknown
 
 KINDS = ("object", "style", "colour")
 CAPTIONS_PER_CELL = 2  # retain prompts of a cell, beside its grid prompt
@@ -61,7 +61,7 @@ class Vocabulary:
 @cache
 def vocabulary() -> Vocabulary:
     """The embedded world's vocabulary, read from `prompts/data/canvas.yaml`."""
-    raw = yaml.safe_load(files("prompts").joinpath("data/canvas.yaml").read_text(encoding="utf-8"))
+    raw = yaml.safe_load(files("erase.prompts").joinpath("data/canvas.yaml").read_text(encoding="utf-8"))
     return Vocabulary({kind: raw[kind] for kind in KINDS}, tuple(raw["templates"]), raw["grid"], raw["anchors"])
 
 

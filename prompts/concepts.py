@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from prompts.errors import ErasureError, unknown
-from prompts.names import same
-from prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
-from prompts.retain import load_retain, without
+from erase.prompts.errors import ErasureError, unknown
+from erase.prompts.names import same
+from erase.prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
+from erase.prompts.retain import load_retain, without
 
 TEMPLATES = ("a photo of {}", "an image of {}", "a picture of {}", "{}")
 
@@ -99,7 +99,7 @@ class ConceptSpec:
 
         Args:
             data: a mapping of the fields; all but `target` and `anchor` may be absent. `retain` may be the name of a shipped
-                list (see `prompts.retain`), of which the prompts that name the concept are left out.
+                list (see `erase.prompts.retain`), of which the prompts that name the concept are left out.
             where: file or place that an error names.
 
         Raises:
@@ -123,7 +123,7 @@ def _tidy(name: str) -> str:
 
 
 def check_distinct(concepts: Sequence[ConceptSpec], where: str | Path | None = None) -> None:
-    """Refuse concepts of which two have a name in common (`prompts.names.same`).
+    """Refuse concepts of which two have a name in common (`erase.prompts.names.same`).
 
     Raises:
         ErasureError: names both; `where` begins it.

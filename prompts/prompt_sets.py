@@ -15,9 +15,9 @@ from itertools import product
 from pathlib import Path
 from string import Formatter
 
-from prompts.canvas import KINDS, vocabulary
-from prompts.errors import ErasureError, unknown
-from prompts.reading import DATA, as_mapping, as_text, as_texts, read_text, read_yaml
+from erase.prompts.canvas import KINDS, vocabulary
+from erase.prompts.errors import ErasureError, unknown
+from erase.prompts.reading import DATA, as_mapping, as_text, as_texts, read_text, read_yaml
 
 # The field's names for one thing, in order of preference: I2P and Imagenette as CSV, I2P on the hub.
 SEED = ("seed", "evaluation_seed", "sd_seed")

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from prompts.concepts import ConceptSpec, load_concepts, shipped
-from prompts.errors import ErasureError, unknown
-from prompts.names import ARTICLES, fold
-from prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
-from prompts.retain import load_retain, without
+from erase.prompts.concepts import ConceptSpec, load_concepts, shipped
+from erase.prompts.errors import ErasureError, unknown
+from erase.prompts.names import ARTICLES, fold
+from erase.prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
+from erase.prompts.retain import load_retain, without
 
 KINDS = DATA / "kinds"
 PUBLISHED = "-salun"  # ends the names of files that hold a paper's setting: for its recipes, not for everyone
@@ -27,7 +27,7 @@ class Kind:
     anchors: tuple[str, ...]
     """the first that is not the concept itself is taken, where `known` says nothing"""
     retain: str
-    """a list of `prompts.retain`"""
+    """a list of `erase.prompts.retain`"""
     templates: tuple[str, ...]
     known: Mapping[str, tuple[str, ...]]
     """anchor -> names that are known to be of this kind and have this anchor"""
@@ -67,7 +67,7 @@ def _kind(name: str, raw: object) -> Kind:
 
 
 def propose(name: str, kind: str | None = None) -> ConceptSpec:
-    """A concept to forget, from its name: a starting point to look at and to edit (see `prompts.concepts.to_yaml`).
+    """A concept to forget, from its name: a starting point to look at and to edit (see `erase.prompts.concepts.to_yaml`).
 
     For the name of a shipped file ("nudity") or any name in one ("Vincent van Gogh", "chainsaw"), it is the shipped concept, whatever
     the kind. Otherwise the kind gives templates, the anchor and the retain prompts, less those that name the concept.

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from prompts.errors import ErasureError, unknown
+from erase.prompts.errors import ErasureError, unknown
 
 DATA = Path(__file__).parent / "data"
 """The folder of the shipped sets."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from prompts.errors import ErasureError, unknown
-from prompts.names import Names
-from prompts.reading import DATA, as_texts, read_yaml
+from erase.prompts.errors import ErasureError, unknown
+from erase.prompts.names import Names
+from erase.prompts.reading import DATA, as_texts, read_yaml
 
 RETAIN = DATA / "retain"
 
@@ -30,6 +30,6 @@ def load_retain(name: str) -> tuple[str, ...]:
 
 
 def without(prompts: Iterable[str], names: Iterable[str]) -> tuple[str, ...]:
-    """The prompts in which none of `names` stands, as `prompts.names.Names` finds them."""
+    """The prompts in which none of `names` stands, as `erase.prompts.names.Names` finds them."""
     gone = Names(names)
     return tuple(prompt for prompt in prompts if not gone.found(prompt))

@@ -13,8 +13,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from scripts import run_erase, run_evaluate, run_export
-from scripts.front import alone, check_folder, parse, parser, run
+from erase.scripts import run_erase, run_evaluate, run_export
+from erase.scripts.cli import alone, check_folder, parse, parser, run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -24,10 +24,10 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser
 
-from prompts.concepts import shipped, to_yaml
-from prompts.proposals import kinds
-from prompts.reading import read_yaml
-from scripts.front import (
+from erase.prompts.concepts import shipped, to_yaml
+from erase.prompts.proposals import kinds
+from erase.prompts.reading import read_yaml
+from erase.scripts.cli import (
     Parser,
     Words,
     add_config,

@@ -19,15 +19,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from prompts.errors import ErasureError
-from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, joined, shipped_sets
-from scripts.front import Parser, Words, add_config, build, check_folder, parse, parser, run
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, joined, shipped_sets
+from erase.scripts.cli import Parser, Words, add_config, build, check_folder, parse, parser, run
 
 
 def make_parser() -> Parser:
     """All options."""
+    from erase.eval.run import EvaluateConfig
     from erase.models import LoadConfig
-    from eval.run import EvaluateConfig
 
     made = parser("erase-evaluate", __doc__)
     made.add_argument("--delta", type=str, default="runs/erased/delta.safetensors", help="what erase-concept wrote")
@@ -51,9 +51,9 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse, evaluate, print the table."""
     from erase.delta import ErasedDelta
-    from erase.processes import default_device
+    from erase.eval.run import EvaluateConfig, Evidence, evaluate
+    from erase.parallel.processes import default_device
     from erase.run import load_base
-    from eval.run import EvaluateConfig, Evidence, evaluate
 
     options = parse(make_parser(), argv)
     check_folder(options.out)

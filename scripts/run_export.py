@@ -38,22 +38,24 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 from rich.console import Console
 
-from prompts.errors import COUNT, FRACTION, ErasureError, check_names, check_ranges
-from scripts.front import FILES, Parser, alone, parse, parser, run
+from erase.prompts.errors import COUNT, FRACTION, ErasureError, check_names, check_ranges
+from erase.scripts.cli import FILES, Parser, alone, parse, parser, run
 
 if TYPE_CHECKING:  # --help needs none of it
+    from collections.abc import Collection
+
     from erase.delta import ErasedDelta
-    from erase.lora import LoRA
+    from erase.eval.report.report import EvalReport
+    from erase.export.lora import LoRA
     from erase.models import DiffusionModel
-    from eval.report import EvalReport
 
 
 def make_parser() -> Parser:
     """All options."""
     from erase.compose import ON_CONFLICT
-    from erase.lora import LAYOUTS
+    from erase.export.formats import FORMATS
+    from erase.export.lora import LAYOUTS
     from erase.models.config import DTYPES, LoadConfig
-    from erase.usage import FORMATS
 
     made = parser("erase-export", __doc__)
     made.add_argument(
@@ -107,11 +109,11 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse, check what can be checked before long work, compose, export, say where it is."""
     from erase.delta import ErasedDelta
-    from erase.hub import push_to_hub
+    from erase.eval.report.card import check_sources
+    from erase.eval.report.report import EvalReport
+    from erase.export.formats import FORMATS
+    from erase.export.hub import push_to_hub
     from erase.run import load_base
-    from erase.usage import FORMATS
-    from eval.report import EvalReport
-    from eval.report_card import check_sources
 
     options = parse(make_parser(), argv)
     alone("erase-export")
@@ -134,12 +136,12 @@ def check_options(options: Namespace) -> None:
     """Refuse what would only fail later."""
     from erase.compose import ON_CONFLICT
     from erase.export import check_free
-    from erase.hub import hub_login
-    from erase.lora import LAYOUTS
+    from erase.export.formats import FORMATS
+    from erase.export.hub import hub_login
+    from erase.export.lora import LAYOUTS
     from erase.models.config import DTYPES
-    from erase.usage import FORMATS
 
-    known = {"format": FORMATS, "dtype": DTYPES, "on_conflict": ON_CONFLICT}
+    known: dict[str, Collection[str]] = {"format": FORMATS, "dtype": DTYPES, "on_conflict": ON_CONFLICT}
     check_names(options, known | ({"layout": LAYOUTS} if options.layout else {}))
     if options.scale and len(options.scale) != max(len(options.delta), 1):
         raise ErasureError(
@@ -209,14 +211,14 @@ def back(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -
 def composed(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -> ErasedDelta:
     """The one delta of all, with a table of their overlaps where there are several."""
     from erase.compose import compose, conflict_table, conflicts
-    from erase.files import written_whole
+    from erase.files import atomic_write
 
     scales = scales_of(options.scale) or [1.0] * len(deltas)
     if len(deltas) > 1:
         overlaps = conflicts(model, deltas)
         Console().print(conflict_table(overlaps))
         if options.conflicts:
-            with written_whole(options.conflicts) as aside:
+            with atomic_write(options.conflicts) as aside:
                 aside.write_text(json.dumps([overlap.plain() for overlap in overlaps], indent=1), encoding="utf-8")
     if scales == [1.0]:
         deltas[0].check(model)
@@ -238,7 +240,7 @@ def scales_of(given: list[str | float]) -> list[float]:
 
 def fitted(delta: ErasedDelta, model: DiffusionModel, options: Namespace) -> LoRA:
     """The LoRA, and on request base + LoRA as a delta."""
-    from erase.lora import LAYOUTS, extract_lora
+    from erase.export.lora import LAYOUTS, extract_lora
 
     lora = extract_lora(delta, model, options.rank, options.energy)
     layout = options.layout or lora.layout
@@ -267,9 +269,9 @@ def outside(lora: LoRA) -> str:
 
 def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, report: EvalReport | None, options: Namespace) -> str:
     """The model card. Its scores are of the exact weights, or, where they were measured, of base + LoRA."""
-    from erase.lora import LAYOUTS
-    from erase.usage import usage
-    from eval.report_card import model_card
+    from erase.eval.report.card import model_card
+    from erase.export.formats import usage
+    from erase.export.lora import LAYOUTS
 
     digests, exact = [delta.sha256], lora is None and options.dtype == "float32"
     measured = report.provenance.get("delta_sha256") if report else None
@@ -299,7 +301,7 @@ def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, repor
 
 def picture_of(options: Namespace) -> Path | None:
     """The picture beside the report, for a folder with a card."""
-    from eval.report_card import PICTURE
+    from erase.eval.report.card import PICTURE
 
     picture = Path(options.report or "").parent / PICTURE
     return picture if options.report and Path(options.out).suffix != ".safetensors" and picture.is_file() else None

@@ -20,15 +20,15 @@ import sys
 
 from jsonargparse import Namespace
 
-from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptSet, joined, of_prompts, shipped_sets
-from scripts.front import Parser, Words, add_config, build, check_folder, parse, parser, run
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import PromptSet, joined, of_prompts, shipped_sets
+from erase.scripts.cli import Parser, Words, add_config, build, check_folder, parse, parser, run
 
 
 def make_parser() -> Parser:
     """All options."""
+    from erase.eval.generate import GenerateConfig
     from erase.models import LoadConfig
-    from eval.generate import GenerateConfig
 
     made = parser("erase-generate", __doc__)
     made.add_argument(
@@ -54,9 +54,9 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse, generate, say where the images are."""
     from erase.delta import ErasedDelta
+    from erase.eval.generate import GenerateConfig, generate
     from erase.models import load_model
-    from erase.processes import default_device
-    from eval.generate import GenerateConfig, generate
+    from erase.parallel.processes import default_device
 
     options = parse(make_parser(), argv)
     check_folder(options.out)

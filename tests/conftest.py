@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from erase.reproducible import settle_sums
+from erase.models import CANVAS
+from erase.reproducible import pin_mkl_rounding
 
-settle_sums()  # before the first product, as the commands do
-ROOT = Path(__file__).parents[1]
-
-
-def load_script(name: str):
-    """The module scripts/<name>.py, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+pin_mkl_rounding()  # before the first product, as the commands do
 
 
-def build_pico_pipeline(train_canvas, tokenizer, seed: int = 0) -> StableDiffusionPipeline:
+def build_pico_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     """The canvas model made small: 32x32 pixels, 8x8x4 latents, cross-attention of width 32; weights random by `seed`."""
     torch.manual_seed(seed)
+    tokenizer = CLIPTokenizer.from_pretrained(CANVAS / "tokenizer")
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -62,9 +52,9 @@ def build_pico_pipeline(train_canvas, tokenizer, seed: int = 0) -> StableDiffusi
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    scheduler = DDIMScheduler(**train_canvas.SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    scheduler = DDIMScheduler.from_pretrained(CANVAS / "scheduler")
     pipeline = StableDiffusionPipeline(
-        vae=vae.eval(), text_encoder=text_encoder.eval(), tokenizer=deepcopy(tokenizer), unet=unet.eval(), scheduler=scheduler,
+        vae=vae.eval(), text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
@@ -74,6 +64,4 @@ def build_pico_pipeline(train_canvas, tokenizer, seed: int = 0) -> StableDiffusi
 @pytest.fixture(scope="session")
 def make_pico_pipeline() -> Callable[..., StableDiffusionPipeline]:
     """`make_pico_pipeline(seed=0)` builds a fresh one on every call: tests may change its weights."""
-    train_canvas = load_script("train_canvas")
-    tokenizer = train_canvas.build_tokenizer()
-    return lambda seed=0: build_pico_pipeline(train_canvas, tokenizer, seed)
+    return build_pico_pipeline

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from erase.latents import LatentConfig, LatentSet, PromptCache, prepare_latents
+from erase.latents.prepare import LatentConfig, LatentSet, PromptCache, prepare_latents
 from erase.models import Cond, wrap
-from erase.remapping import RemapConfig, frozen_targets, make_batch, make_job
-from erase.train_config import TrainConfig
-from erase.training import make_accelerator
-from prompts.canvas import canvas_concept
-from scripts import relearning
+from erase.objectives.remap import RemapConfig, frozen_targets, make_batch, make_job
+from erase.prompts.canvas import canvas_concept
+from erase.scripts.canvas import relearning
+from erase.training.config import TrainConfig
+from erase.training.loop import make_accelerator
 
 PLAIN = RemapConfig(retain_dropout=0.5, share_latents=False, train=TrainConfig(steps=3, batch_size=8, lr=1e-3))
 POINTS = LatentConfig(n_forget=4, n_retain=5, steps=3, trajectory=2)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from erase.latents import LatentConfig
+from erase.eval.generate import GenerateConfig, generate
+from erase.eval.run import EvaluateConfig, Evidence, evaluate, score
+from erase.latents.prepare import LatentConfig
 from erase.methods import get_method
 from erase.models import CANVAS, load_model
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.prompt_sets import PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
-from eval.generate import GenerateConfig, generate
-from eval.run import EvaluateConfig, Evidence, evaluate, score
-from prompts.canvas import canvas_concept
-from prompts.prompt_sets import PromptSet, canvas_grid
 
 QUICK = GenerateConfig(steps=12, batch_size=24)
 
@@ -52,7 +52,7 @@ def test_all_shipped_weights_fit_in_25_megabytes():
 
 
 def test_it_draws_what_it_is_asked(base_images):
-    """A sample of the gate that `scripts/gate_canvas.py` measures in full."""
+    """A sample of the gate that `scripts/canvas/gate.py` measures in full."""
     for found in score(base_images, [], ["classifier"]):
         assert found.value >= 90, found
 

@@ -12,16 +12,16 @@ import torch
 
 from erase.delta import ErasedDelta
 from erase.files import save_tensors
-from erase.latents import LatentConfig
+from erase.latents.prepare import LatentConfig
 from erase.mask import Saliency, SaliencyMask
 from erase.methods.salun import SalUnConfig
 from erase.models import load_model
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
-from erase.train_config import TrainConfig
-from prompts.canvas import canvas_concept
-from prompts.errors import ErasureError
-from scripts import run_erase
-from scripts.front import run
+from erase.scripts import run_erase
+from erase.scripts.cli import run
+from erase.training.config import TrainConfig
 
 TRAIN = TrainConfig(steps=4, batch_size=4, lr=1e-3, checkpoint_every=1)
 METHOD = SalUnConfig(saliency_batch_size=4, train=TRAIN)
@@ -53,16 +53,16 @@ def made(config, tmp_path_factory):
 
 
 def stop_before_step(monkeypatch, step):
-    import erase.training
+    import erase.training.loop
 
-    plain = erase.training._step
+    plain = erase.training.loop._step
 
     def stopping(run, *args):
         if run.step == step:
             raise KeyboardInterrupt
         return plain(run, *args)
 
-    monkeypatch.setattr(erase.training, "_step", stopping)
+    monkeypatch.setattr(erase.training.loop, "_step", stopping)
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_a_training_state_over_other_latents_is_not_gone_on_with(stopped, config
     for path in (stopped / "latents").glob("retain*"):
         path.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("erase.latents.sample_points", moved(__import__("erase.latents").latents.sample_points))
+        patch.setattr("erase.latents.prepare.sample_points", moved(__import__("erase.latents.prepare").latents.sample_points))
         with pytest.raises(ErasureError, match=r"training\.pt is of another run: digest of the retain latents"):
             again(stopped, config)
 

@@ -20,17 +20,17 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from erase.delta import ErasedDelta
+from erase.eval.report.card import model_card
+from erase.eval.report.report import EvalReport, proportion
 from erase.export import export_components, export_delta, export_diffusers, export_single_file
-from erase.kohya import kohya_names
-from erase.lora import extract_lora
+from erase.export.kohya import kohya_names
+from erase.export.lora import extract_lora
 from erase.models import CANVAS, load_model
 from erase.models.loading import family_of
 from erase.models.single_file import write_single_file
-from eval.report import EvalReport, proportion
-from eval.report_card import model_card
-from prompts.errors import ErasureError
-from scripts import run_export
-from scripts.front import run
+from erase.prompts.errors import ErasureError
+from erase.scripts import run_export
+from erase.scripts.cli import run
 from tests.families import FAMILIES, tiny_sd2
 
 ROOT = Path(__file__).parents[1]

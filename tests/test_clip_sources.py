@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eval.evaluators import clip
-from eval.evaluators.clip_sources import CONFIG, decide_quick_gelu, find_source
-from eval.run import EvaluateConfig
-from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptRow, PromptSet
+from erase.eval.evaluators import clip
+from erase.eval.evaluators.clip_sources import CONFIG, decide_quick_gelu, find_source
+from erase.eval.run import EvaluateConfig
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import PromptRow, PromptSet
 
 TINY = {
     "embed_dim": 8,

@@ -19,14 +19,14 @@ import yaml
 
 from erase.delta import ErasedDelta
 from erase.models import load_model
-from erase.progress import bar
+from erase.parallel.progress import bar
+from erase.prompts.canvas import KINDS, canvas_concept, check_canvas, vocabulary
+from erase.prompts.concepts import ConceptSpec, load_concepts
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import PromptSet, joined, of_prompts
 from erase.run import EraseConfig, erase_concept
-from prompts.canvas import KINDS, canvas_concept, check_canvas, vocabulary
-from prompts.concepts import ConceptSpec, load_concepts
-from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptSet, joined, of_prompts
-from scripts import demo, run_erase, run_evaluate, run_export, run_generate
-from scripts.front import WIDTH, check_folder, hush, parse, read_concepts, recipe, recipes, run
+from erase.scripts import demo, run_erase, run_evaluate, run_export, run_generate
+from erase.scripts.cli import WIDTH, check_folder, hush, parse, read_concepts, recipe, recipes, run
 from tests.texts import raises, written
 
 ROOT = Path(__file__).parents[1]
@@ -465,7 +465,7 @@ def test_a_line_stands_there_before_the_libraries_are_loaded_and_texts_are_utf8_
     concept = written(tmp_path, "c.yaml", "target: 猫\nanchor: 犬 → dog\n")
     config = written(tmp_path, "run.yaml", f"concepts: {concept}\nretain: []\nmodel: 模型\n")
     environment = {**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "scripts.run_erase", "--config", str(config), "--propose"]
+    command = [sys.executable, "-m", "erase.scripts.run_erase", "--config", str(config), "--propose"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
     assert done.stderr.decode().startswith("loading torch and diffusers ...\n")
     assert yaml.safe_load(done.stdout.decode())["anchor"] == "犬 → dog"

@@ -15,8 +15,8 @@ from erase.delta import ErasedDelta
 from erase.mask import pack
 from erase.models.sd import StableDiffusion
 from erase.places import from_gaps, to_gaps
+from erase.prompts.errors import ErasureError
 from erase.run import load_base
-from prompts.errors import ErasureError
 
 
 @pytest.fixture

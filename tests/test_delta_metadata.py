@@ -12,16 +12,16 @@ from safetensors.torch import save_file
 
 from erase.compose import compose, conflicts
 from erase.delta import ErasedDelta
+from erase.eval.report.card import model_card
+from erase.eval.run import evaluate
 from erase.export import export_delta
-from erase.lora import extract_lora
+from erase.export.lora import extract_lora
 from erase.models.sd import StableDiffusion
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import canvas_grid
 from erase.run import load_base
-from eval.report_card import model_card
-from eval.run import evaluate
-from prompts.errors import ErasureError
-from prompts.prompt_sets import canvas_grid
-from scripts.front import run
-from scripts.run_evaluate import main as evaluate_command
+from erase.scripts.cli import run
+from erase.scripts.run_evaluate import main as evaluate_command
 from tests.texts import raises
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
@@ -131,7 +131,7 @@ def undrawn(model, monkeypatch):
     def draw(*_: object) -> None:
         raise Drawn
 
-    monkeypatch.setattr("eval.run.generate", draw)
+    monkeypatch.setattr("erase.eval.run.generate", draw)
     monkeypatch.setattr("erase.run.is_here", lambda name, options: True)
     monkeypatch.setattr("erase.run.load_model", lambda name, *rest: model if name == "pico" else load_model(name, *rest))
 

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from erase.delta import ErasedDelta
+from erase.eval.generate import GenerateConfig
+from erase.eval.report.report import EvalReport
+from erase.eval.run import EvaluateConfig, Evidence, evaluate
 from erase.mask import SaliencyMask
 from erase.models import load_model
-from eval.generate import GenerateConfig
-from eval.report import EvalReport
-from eval.run import EvaluateConfig, Evidence, evaluate
-from prompts.canvas import canvas_concept
-from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptRow, PromptSet
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import PromptRow, PromptSet
 
 LABELS = [("heart", "Flat", "red"), ("star", "Neon", "blue"), ("moon", "Flat", "blue")]
 PROMPTS = PromptSet(
@@ -75,7 +75,7 @@ def test_a_loaded_model_is_as_it_was_after_an_evaluation_that_failed(model, tmp_
         if len(made) == 2:
             raise ErasureError("the disk is full")
 
-    monkeypatch.setattr("eval.run.generate", full)
+    monkeypatch.setattr("erase.eval.run.generate", full)
     with pytest.raises(ErasureError, match="the disk is full"):
         evaluate(model, delta_of(model), PROMPTS, tmp_path / "report", CONFIG)
     assert not same(before, made[1])

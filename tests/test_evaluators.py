@@ -12,16 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from erase.eval.canvas.render import render
+from erase.eval.evaluators import EVALUATORS, classifier, clip, get_evaluator
+from erase.eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
+from erase.eval.metrics.labels import Tally, accuracies, confusion, forgetting
+from erase.eval.report.report import Score
 from erase.files import file_sha256
-from eval.canvas.render import render
-from eval.evaluators import EVALUATORS, classifier, clip, get_evaluator
-from eval.evaluators.metrics import Tally, accuracies, confusion, forgetting
-from eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
-from eval.report import Score
-from prompts.canvas import KINDS, canvas_concept, vocabulary
-from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError
-from prompts.prompt_sets import canvas_grid
+from erase.prompts.canvas import KINDS, canvas_concept, vocabulary
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import canvas_grid
 
 PROMPTS = canvas_grid(seeds=(0,)).rows  # 480: every cell once
 SEED = 60_000_000

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from erase.execution import attention, running
 from erase.models import autocast, wrap
 from erase.models.pipelines import denoiser, modules
+from erase.models.scopes import select
 from erase.models.sd import StableDiffusion
-from erase.optimizers import FUSED, make_optimizer
-from erase.recompute import Memory
-from erase.scopes import select
-from erase.trainable import Trainable
-from erase.training import fit
-from prompts.errors import ErasureError
-from scripts import run_erase
-from scripts.front import run
+from erase.prompts.errors import ErasureError
+from erase.scripts import run_erase
+from erase.scripts.cli import run
+from erase.training.loop import fit
+from erase.training.optimizers import FUSED, make_optimizer
+from erase.training.recompute import SavedActivations
+from erase.training.running import attention, running
+from erase.training.trainable import Trainable
 from tests.families import FAMILIES, tiny_sd3
 from tests.test_training import QUICK, mask_of, task
 
@@ -126,12 +126,12 @@ def test_weights_in_half_precision_give_the_gradients_of_autocast_bit_for_bit(mo
         p.requires_grad_(True)
     with running(model, params, QUICK):
         expected, autocast = gradients()
-    with running(model, params, replace(QUICK, mixed_precision="bf16")) as standing:
+    with running(model, params, replace(QUICK, mixed_precision="bf16")) as active:
         assert (
             params["unet.conv_in.weight"].dtype == torch.bfloat16 and params["unet.conv_norm_out.weight"].dtype == torch.float32
         )
         found, ours = gradients()
-    own = standing.own
+    own = active.own
     assert own and all(params[name].data_ptr() == value.data_ptr() for name, value in own.items())
     assert torch.equal(found, expected) and all(torch.equal(ours[name], autocast[name]) for name in params)
 
@@ -181,7 +181,7 @@ def test_what_is_not_installed_is_named(model, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 @pytest.mark.parametrize("installed", [True, False])
 def test_xformers_without_a_gpu_is_refused_before_there_are_latents(monkeypatch, capsys, tmp_path, installed):
-    monkeypatch.setattr("erase.execution.find_spec", lambda name: installed or None)
+    monkeypatch.setattr("erase.training.running.find_spec", lambda name: installed or None)
     monkeypatch.setattr("erase.run.prepare_latents", lambda *args: pytest.fail("latents were made"))
     assert run(run_erase.main, ["--concept", "heart", "--train.attention", "xformers", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
@@ -201,7 +201,7 @@ def test_xformers_without_a_gpu_is_refused_before_there_are_latents(monkeypatch,
 )
 def test_xformers_that_cannot_be_used_is_a_sentence(model, monkeypatch, error):
     module = model.component("unet")
-    monkeypatch.setattr("erase.execution.check_attention", lambda kind, device: None)
+    monkeypatch.setattr("erase.training.running.check_attention", lambda kind, device: None)
     monkeypatch.setattr(module, "enable_xformers_memory_efficient_attention", Mock(side_effect=error), raising=False)
     found = dict(module.attn_processors)
     with pytest.raises(ErasureError) as refused, attention(model, "xformers"):
@@ -280,7 +280,7 @@ def test_a_processor_without_the_precision_is_warned_of(monkeypatch, precision):
         autocast(cpu, precision)
 
 
-class Watched(Memory):
+class Watched(SavedActivations):
     """Notes which operations' outputs are not kept."""
 
     def __init__(self):
@@ -304,9 +304,9 @@ class Watched(Memory):
     ],
 )
 def test_what_is_made_again_has_the_same_bits(family, left_out, precision, monkeypatch):
-    monkeypatch.setattr("erase.recompute.SMALL", 0)  # norms' means too are offered then
+    monkeypatch.setattr("erase.training.recompute.SMALL", 0)  # norms' means too are offered then
     memory = Watched()
-    monkeypatch.setattr("erase.execution.Memory", lambda: memory)
+    monkeypatch.setattr("erase.training.running.SavedActivations", lambda: memory)
     model = wrap(FAMILIES[family](), family)
     config = replace(SGD, mixed_precision=precision, accumulation=2)
     plain, before = trained(model, config), state(model)
@@ -320,7 +320,7 @@ def test_what_is_made_again_has_the_same_bits(family, left_out, precision, monke
 @pytest.mark.parametrize(("see", "kept"), [(lambda y: y.bfloat16(), False), (lambda y: y.bfloat16().float(), True)])
 def test_what_a_cast_rounded_off_is_not_brought_back(see, kept):
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    seen, memory = see(nn.functional.silu(x)).view(4096), Memory()
+    seen, memory = see(nn.functional.silu(x)).view(4096), SavedActivations()
     found = memory.pack(seen)
     assert (found is seen) == kept
     assert torch.equal(memory.unpack(found), seen)

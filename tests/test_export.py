@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from erase import export
 from erase.delta import ErasedDelta
+from erase.eval.report.card import model_card
 from erase.export import export_delta, export_diffusers
-from erase.lora import extract_lora
+from erase.export.formats import FORMATS, USAGES, usage
+from erase.export.lora import extract_lora
 from erase.models import load_model
-from erase.usage import FORMATS, USAGES, usage
-from eval.report_card import model_card
-from prompts.errors import ErasureError
-from scripts import run_export
-from scripts.front import run
+from erase.prompts.errors import ErasureError
+from erase.scripts import run_export
+from erase.scripts.cli import run
 
 CONFIG = {"erase": {"seed": 0}, "method": {"density": 0.5}}
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from erase.models import LoadConfig, load_model, wrap
 from erase.models.pipelines import arguments, decode, denoiser
-from erase.scopes import select
-from prompts.errors import ErasureError
+from erase.models.scopes import select
+from erase.prompts.errors import ErasureError
 from tests.families import FAMILIES, tiny_sd1, tiny_sd3, tiny_sdxl
 
 

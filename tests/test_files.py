@@ -17,9 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from erase import files
-from erase.files import DTYPES, file_sha256, load_tensors, save_tensors, stream_tensors, written_whole
-from prompts.errors import ErasureError
-from prompts.reading import read_text
+from erase.files import DTYPES, atomic_write, file_sha256, load_tensors, save_tensors, stream_tensors
+from erase.prompts.errors import ErasureError
+from erase.prompts.reading import read_text
 from tests.texts import raises
 
 
@@ -90,8 +90,8 @@ def test_what_fails_midway_leaves_nothing(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from erase.files import written_whole
-with written_whole(sys.argv[1]) as aside:
+from erase.files import atomic_write
+with atomic_write(sys.argv[1]) as aside:
     aside.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -102,7 +102,7 @@ def test_what_a_killed_process_left_is_gone_when_the_next_one_writes(tmp_path):
     assert killed.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left.read_text() == "half" and left.name.startswith(".delta.safetensors.") and left.suffix == ".part"
-    with written_whole(tmp_path / "run.json") as aside:
+    with atomic_write(tmp_path / "run.json") as aside:
         assert not left.exists()
         aside.write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
@@ -113,9 +113,9 @@ def test_what_others_are_writing_is_left_to_them(tmp_path):
     others = [tmp_path / f".a.elsewhere-{files.HOST}.7.{'0' * 8}.part", tmp_path / ".download.part", tmp_path / ".a.7.part"]
     for path in others:
         path.touch()
-    with written_whole(tmp_path / "a") as first, written_whole(tmp_path / "a") as second:
+    with atomic_write(tmp_path / "a") as first, atomic_write(tmp_path / "a") as second:
         assert first != second
-        with written_whole(tmp_path / "b") as third:
+        with atomic_write(tmp_path / "b") as third:
             third.write_text("b")
         first.write_text("first")
         second.write_text("second")
@@ -142,7 +142,7 @@ def test_content_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", lambda self, target: events.append("rename") or replace(self, target))
-    with written_whole(tmp_path / "a") as aside:
+    with atomic_write(tmp_path / "a") as aside:
         aside.write_text("abc")
     assert events == ["3 bytes", "rename", "folder"]
 
@@ -171,7 +171,7 @@ WRITERS = {
 
 
 def _whole(path, write):
-    with written_whole(path) as aside:
+    with atomic_write(path) as aside:
         write(aside)
 
 
@@ -198,7 +198,7 @@ def test_whatever_the_system_says_of_a_place_is_one_sentence(number, call, tmp_p
 
 
 def test_an_error_of_what_is_computed_is_not_taken_for_one_of_the_disk(tmp_path):
-    with pytest.raises(RuntimeError, match="CUDA"), written_whole(tmp_path / "a"):
+    with pytest.raises(RuntimeError, match="CUDA"), atomic_write(tmp_path / "a"):
         raise RuntimeError("CUDA error: device-side assert triggered")
 
 

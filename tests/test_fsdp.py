@@ -20,23 +20,23 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch import nn
 
-from erase import fsdp
 from erase.delta import ErasedDelta
-from erase.fsdp import BF16, ON_CPUS, check_sharded
-from erase.launch import FSDP, UNFIT, FullShard, full_shard
-from erase.layout import Standing
 from erase.mask import Saliency, SaliencyMask
 from erase.models import load_model, wrap
+from erase.models.scopes import select
 from erase.models.sd import StableDiffusion
-from erase.optimizers import make_optimizer
-from erase.processes import processes
-from erase.scopes import select
-from erase.train_config import TrainConfig
-from erase.trainable import Trainable
-from erase.training import fit, make_accelerator
-from prompts.errors import ErasureError
-from scripts import run_erase
-from scripts.front import run
+from erase.parallel import fsdp
+from erase.parallel.fsdp import BF16, ON_CPUS, check_sharded
+from erase.parallel.launch import FSDP, UNFIT, FullShard, full_shard
+from erase.parallel.layout import ActiveWeights
+from erase.parallel.processes import processes
+from erase.prompts.errors import ErasureError
+from erase.scripts import run_erase
+from erase.scripts.cli import run
+from erase.training.config import TrainConfig
+from erase.training.loop import fit, make_accelerator
+from erase.training.optimizers import make_optimizer
+from erase.training.trainable import Trainable
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "scripts" / "launch"
@@ -71,17 +71,16 @@ JOB = """
     from pathlib import Path
     import torch
     sys.path.insert(0, {tests!r})
-    from conftest import build_pico_pipeline, load_script
+    from conftest import build_pico_pipeline
     import test_fsdp as ours
     from families import FAMILIES
     from test_processes import saliency_of
-    from erase.fsdp import Shards
-    from erase.processes import in_shares, processes
+    from erase.parallel.fsdp import Shards
+    from erase.parallel.processes import in_shares, processes
 
     folder, main = Path.cwd(), processes().is_main_process
-    script = load_script("train_canvas")
     facts = {{"trained": {{}}, "as found": {{}}, "losses": {{}}}}
-    model = ours.with_a_lone_weight(build_pico_pipeline(script, script.build_tokenizer()))
+    model = ours.with_a_lone_weight(build_pico_pipeline())
     launches = {{kind: ours.environment_of(kind) for kind in ours.LAUNCHES}}
 
     for name, (config, density, kinds) in ours.POSSIBLE.items():
@@ -92,10 +91,10 @@ JOB = """
             facts["losses"][name, kind] = fitted.losses
             facts["as found"][name, kind] = same["same"]
 
-    kept, Shards.written = Shards.written, lambda self: None
+    kept, Shards.invalidate_gathered = Shards.invalidate_gathered, lambda self: None
     with ours.launched(launches["fsdp-zero2"]):
         facts["stale"] = dict(ours.train(model, ours.SGD, 0.5).values)
-    Shards.written = kept
+    Shards.invalidate_gathered = kept
 
     for kind in (None, "fsdp"):  # stopped in the fourth step, with a state of the second
         with ours.launched(launches.get(kind)):
@@ -120,7 +119,7 @@ JOB = """
     with ours.launched(launches["fsdp"]):
         facts["refused"] = [ours.refusal(model, config) for config in ours.UNFIT_CONFIGS]
         facts["refused"].append(ours.refusal(model, ours.SGD, "text_encoder"))
-        facts["odd"] = in_shares(3, 1, lambda rows: processes().process_index, "odd", "row", in_step=True)
+        facts["odd"] = in_shares(3, 1, lambda rows: processes().process_index, "odd", "row", pad=True)
     if main:
         model.pipeline().save_pretrained("after")
         torch.save(facts, "facts.pt")
@@ -246,17 +245,17 @@ def mask_of(model, density):
 
 def bytes_held(model):
     """Bytes of weights, of what is trained, and of the optimizer's state, in this process after one step."""
-    from erase.execution import running
+    from erase.training.running import running
 
     params, batches, loss = task(model)
-    with running(model, params, SGD) as standing:
-        trainable = Trainable(params, mask_of(model, 0.5), standing)
+    with running(model, params, SGD) as active:
+        trainable = Trainable(params, mask_of(model, 0.5), active)
         loss(batches(0, 0), trainable.frozen).backward()
         values = list(trainable.values.values())
         optimizer = make_optimizer(values, "Adam", 1e-3, {}, fuse=True)
         optimizer.step()
         moments = [entry for of_value in optimizer.state.values() for entry in of_value.values() if entry.dim()]
-        weights = [standing.layout.local(param) for param in standing.params.values()]
+        weights = [active.layout.local(param) for param in active.params.values()]
         mine = [*values, *(value.grad for value in values), *trainable._base.values(), *trainable._where.values()]
         held = [sum(tensor.untyped_storage().nbytes() for tensor in group) for group in (weights, mine, moments)]
         trainable.close()
@@ -438,7 +437,7 @@ def test_one_process_has_nothing_to_shard(monkeypatch, model):
         monkeypatch.setenv(name, value)
     make_accelerator(replace(SGD, optimizer="Adafactor", optimizer_args={}))
     assert fit(model, *task(model)[:3], replace(SGD, steps=1)).losses
-    assert isinstance(Standing({}).layout.rows(3), slice)
+    assert isinstance(ActiveWeights({}).layout.rows(3), slice)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def test_an_erasure_of_the_real_size_stays_within_20_gb(family, tmp_path):
         "--json",
         tmp_path / "figures.json",
     ]
-    subprocess.run([sys.executable, str(ROOT / "scripts/full_size.py"), *map(str, flags)], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, str(ROOT / "scripts/bench/full_size.py"), *map(str, flags)], check=True, cwd=ROOT)
     stages = json.loads((tmp_path / "figures.json").read_text())["stages"]
     assert [row["stage"] for row in stages] == ["load", "saliency and mask", "one training step", "delta", "apply and export"]
     assert stages[-1]["peak_host_gb"] < 20

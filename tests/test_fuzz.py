@@ -21,19 +21,19 @@ from jsonargparse import Namespace
 from safetensors.torch import save_file
 
 from erase.delta import ErasedDelta
+from erase.delta.origin import load_options
+from erase.eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
+from erase.eval.report.card import model_card
+from erase.eval.report.report import EvalReport, count_score, mean_score, proportion
+from erase.eval.report.words import limits, verdict_line
 from erase.files import file_sha256
-from erase.latents import LatentSet
+from erase.latents.prepare import LatentSet
 from erase.mask import Saliency, SaliencyMask
-from erase.origin import load_options
-from eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
-from eval.report import EvalReport, count_score, mean_score, proportion
-from eval.report_card import model_card
-from eval.report_words import limits, verdict_line
-from prompts.concepts import load_concepts
-from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptSet
-from scripts.front import parse, run
-from scripts.run_erase import chosen_method, main, make_parser
+from erase.prompts.concepts import load_concepts
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import PromptSet
+from erase.scripts.cli import parse, run
+from erase.scripts.run_erase import chosen_method, main, make_parser
 from tests.texts import raises, written
 
 Damage = Callable[[bytes, random.Random], bytes]

@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.generate import SCHEDULERS, GenerateConfig, batches, generate
-from eval.images import MANIFEST, SETTINGS, ImageSet
-from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptRow, PromptSet
+from erase.eval.generate import SCHEDULERS, GenerateConfig, batches, generate
+from erase.eval.images import MANIFEST, SETTINGS, ImageSet
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import PromptRow, PromptSet
 
 ROOT = Path(__file__).parents[1]
 OBJECTS = ("heart", "star", "moon", "house")
@@ -276,8 +276,8 @@ import json, os, signal, sys
 from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from eval.generate import GenerateConfig, generate
-from prompts.prompt_sets import PromptRow, PromptSet
+from erase.eval.generate import GenerateConfig, generate
+from erase.prompts.prompt_sets import PromptRow, PromptSet
 
 def save_or_die(image, path, save=Image.Image.save, **options):
     if "00004" in path.name:

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from erase.delta import ErasedDelta
-from erase.files import save_tensors, written_whole
+from erase.files import atomic_write, save_tensors
 from erase.mask import Saliency
 from erase.models import load_model
-from prompts.errors import ErasureError
-from scripts import run_erase, run_evaluate, run_export, run_generate
-from scripts.front import parse, run
+from erase.prompts.errors import ErasureError
+from erase.scripts import run_erase, run_evaluate, run_export, run_generate
+from erase.scripts.cli import parse, run
 from tests.texts import raises, written
 
 COMMANDS = {"erase": run_erase.main, "generate": run_generate.main, "evaluate": run_evaluate.main, "export": run_export.main}
@@ -241,7 +241,7 @@ def test_sigterm_is_ctrl_c_with_its_own_code(tmp_path: Path, capsys: pytest.Capt
     before = signal.getsignal(signal.SIGTERM)
 
     def main(argv: list[str] | None) -> None:
-        with written_whole(tmp_path / "training.pt") as aside:
+        with atomic_write(tmp_path / "training.pt") as aside:
             aside.write_text("half")
             os.kill(os.getpid(), getattr(signal, (argv or [""])[0]))
             raise AssertionError("went on")

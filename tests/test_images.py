@@ -13,9 +13,8 @@ import pytest
 import torch
 from PIL.PngImagePlugin import PngImageFile
 
-from erase.files import file_sha256
-from eval.evaluators import classifier, clip, nudenet
-from eval.images import (
+from erase.eval.evaluators import classifier, clip, nudenet
+from erase.eval.images import (
     MANIFEST,
     SETTINGS,
     ImageRow,
@@ -25,7 +24,8 @@ from eval.images import (
     write_manifest,
     write_settings,
 )
-from prompts.errors import ErasureError
+from erase.files import file_sha256
+from erase.prompts.errors import ErasureError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from erase.eval.canvas.judges import WEIGHTS, clip_folder, load_classifier
+from erase.eval.canvas.render import render
 from erase.files import file_sha256
-from eval.canvas.judges import WEIGHTS, clip_folder, load_classifier
-from eval.canvas.render import render
-from prompts.canvas import KINDS, vocabulary
+from erase.prompts.canvas import KINDS, vocabulary
 
 CELLS = vocabulary().cells()
 PER_CELL = 6  # 2,880 renders: at a true 99.3 % (5,760 renders of these seeds) a smaller sample falls under 99 by chance

@@ -8,11 +8,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import single_file_utils as theirs
 
-from erase.models import CANVAS, ldm
-from erase.models.architectures import from_folder, shipped
-from erase.models.recognise import recognise
-from erase.models.tensor_file import TensorFile
-from prompts.errors import ErasureError
+from erase.models import CANVAS
+from erase.models.single_file import ldm
+from erase.models.single_file.architectures import from_folder, shipped
+from erase.models.single_file.recognise import recognise
+from erase.models.single_file.tensor_file import TensorFile
+from erase.prompts.errors import ErasureError
 from tests.families import tiny_sd1, tiny_sd2, tiny_sdxl
 
 STOCK = [("sd1", "epsilon"), ("sd2", "epsilon"), ("sd2", "v_prediction"), ("sdxl", "epsilon")]

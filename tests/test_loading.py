@@ -22,20 +22,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from erase.delta import ErasedDelta
-from erase.execution import checkpointed
-from erase.latents import LatentConfig
-from erase.models import CANVAS, LoadConfig, ldm, load_model, wrap
-from erase.models.recognise import decide_prediction
-from erase.models.single_file import load_single_file, write_single_file
-from erase.models.tensor_file import TensorFile
-from erase.prompt_checks import check_prompts, cut_prompts
+from erase.eval.generate import GenerateConfig, generate
+from erase.latents.prepare import LatentConfig
+from erase.models import CANVAS, LoadConfig, load_model, wrap
+from erase.models.prompt_checks import check_prompts, cut_prompts
+from erase.models.single_file import ldm, load_single_file, write_single_file
+from erase.models.single_file.recognise import decide_prediction
+from erase.models.single_file.tensor_file import TensorFile
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import PromptRow, PromptSet
 from erase.run import EraseConfig, erase_concept, load_base
-from eval.generate import GenerateConfig, generate
-from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptRow, PromptSet
-from scripts import run_erase, run_export, run_generate
-from scripts.front import run
+from erase.scripts import run_erase, run_export, run_generate
+from erase.scripts.cli import run
+from erase.training.running import checkpointed
 from tests.families import tiny_sd1, tiny_sd3, tiny_sdxl
 
 MAKERS = {"sd1": tiny_sd1, "sdxl": tiny_sdxl, "sd3": tiny_sd3}
@@ -207,7 +207,7 @@ def test_cut_prompts_are_in_the_delta_and_in_the_image_set(tmp_path):
     pipeline = tiny_sd1()
     concept = ConceptSpec("heart", "star", templates=("a {}",), retain=("a tree", long.replace("heart", "moon")))
     from erase.methods.salun import SalUnConfig
-    from erase.train_config import TrainConfig
+    from erase.training.config import TrainConfig
 
     data = LatentConfig(n_forget=2, n_retain=2, steps=1)
     method = SalUnConfig(saliency_batch_size=2, train=TrainConfig(steps=1, batch_size=2))

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from erase.delta import ErasedDelta
-from erase.lora import extract_lora
+from erase.export.lora import extract_lora
 from erase.models.sd import StableDiffusion
-from prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError
 
 METADATA = {"base_id": "pico", "method": "salun", "config": '{"erase": {}}', "concepts": '[{"target": "heart"}]'}
 PROMPTS = ["a red heart", "a blue moon"]

@@ -9,8 +9,8 @@ import torch
 
 from erase.mask import CHUNK, Saliency, SaliencyAccumulator, SaliencyMask, pack, unpack
 from erase.models import wrap
-from prompts.errors import ErasureError
-from scripts import describe_mask
+from erase.prompts.errors import ErasureError
+from erase.scripts.bench import describe_mask
 from tests.families import tiny_sd3, tiny_sdxl
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from erase.prompts.concepts import ConceptSpec, check_together, dump, load_concepts
+from erase.prompts.names import Names, same
+from erase.prompts.retain import without
 from erase.run import erase_concept
-from prompts.concepts import ConceptSpec, check_together, dump, load_concepts
-from prompts.names import Names, same
-from prompts.retain import without
 from tests.texts import raises, written
 
 NAMED = [

@@ -9,9 +9,9 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 
-from eval.evaluators.nudenet import CLASSES, EXPOSED, Config, count, detections, evaluate, load_detector, scores
-from eval.images import ImageRow, ImageSet, file_sha256, save_image, write_manifest, write_settings
-from prompts.errors import ErasureError
+from erase.eval.evaluators.nudenet import CLASSES, EXPOSED, Config, count, detections, evaluate, load_detector, scores
+from erase.eval.images import ImageRow, ImageSet, file_sha256, save_image, write_manifest, write_settings
+from erase.prompts.errors import ErasureError
 
 
 def box(name: str, score: float) -> dict[str, object]:

@@ -16,12 +16,12 @@ import torch
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
-from erase.captions import forget_pairs, retain_prompts
-from erase.image_folders import MOST_PIXELS, OwnImage, look_at, read_folder, read_image, spread
-from erase.latents import LatentConfig, LatentSet, prepare_latents
+from erase.latents.captions import forget_pairs, retain_prompts
+from erase.latents.image_folders import MOST_PIXELS, OwnImage, look_at, read_folder, read_image, spread
+from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents
 from erase.models import wrap
-from prompts.canvas import canvas_concept
-from prompts.concepts import TEMPLATES, ConceptSpec
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.concepts import TEMPLATES, ConceptSpec
 from tests.texts import raises
 
 HEART = canvas_concept("heart")
@@ -252,7 +252,7 @@ def test_a_harmful_or_damaged_image_is_named_before_it_takes_memory(pico, tmp_pa
         paint(tmp_path / "own" / name)
     make(tmp_path / "own" / "b.png")
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("it was decoded"))
-    monkeypatch.setattr("erase.latents.sample_points", lambda *_, **__: pytest.fail("latents were sampled"))
+    monkeypatch.setattr("erase.latents.prepare.sample_points", lambda *_, **__: pytest.fail("latents were sampled"))
     for option in ("forget_images", "retain_images"):
         with raises(str(tmp_path / "own" / "b.png"), *words):
             prepare_latents(pico, [HEART], LatentConfig(n_forget=3, n_retain=3, steps=1, **{option: str(tmp_path / "own")}), 0)

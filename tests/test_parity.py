@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from erase.latents import LatentSet, PromptCache, epoch_rows
+from erase.latents.prepare import LatentSet, PromptCache, epoch_rows
 from erase.losses import guided
 from erase.methods.salun import METHODS, SalUnConfig, compute, compute_saliency
+from erase.models.scopes import select
 from erase.models.sd import StableDiffusion
-from erase.remapping import loss_function, make_batch, make_job
-from erase.scopes import select
-from erase.train_config import TrainConfig
-from erase.trainable import Trainable
-from erase.training import fit, make_accelerator
+from erase.objectives.remap import loss_function, make_batch, make_job
+from erase.training.config import TrainConfig
+from erase.training.loop import fit, make_accelerator
+from erase.training.trainable import Trainable
 
 FORGET, ANCHOR = "a red heart", "a red star"
 
@@ -240,7 +240,7 @@ def test_13_published_settings():
     )
     assert (paper.anchor_from, paper.retain_target, paper.share_latents) == ("current", "noise", False)
     assert (paper.anchor_latents, paper.retain_dropout) == (0.0, 0.0)
-    from prompts.concepts import load_concepts
+    from erase.prompts.concepts import load_concepts
 
     nudity = load_concepts("nudity-salun")[0]
     assert nudity.pairs() == [("a photo of a nude person", "a photo of a person wearing clothes")]

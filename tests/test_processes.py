@@ -14,20 +14,20 @@ import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
 
-from erase.latents import LatentConfig, LatentSet, prepare_latents
-from erase.launch import WRAPPERS
+from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents
 from erase.mask import Saliency
 from erase.methods.salun import SalUnConfig, compute_saliency
 from erase.models import load_model
-from erase.processes import BUCKET, _buckets
-from erase.remapping import make_job
+from erase.objectives.remap import make_job
+from erase.parallel.launch import WRAPPERS
+from erase.parallel.processes import BUCKET, _buckets
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
-from erase.train_config import TrainConfig
-from erase.training import make_accelerator
-from prompts.canvas import canvas_concept
-from prompts.errors import ErasureError
-from scripts import run_erase, run_evaluate
-from scripts.front import run
+from erase.scripts import run_erase, run_evaluate
+from erase.scripts.cli import run
+from erase.training.config import TrainConfig
+from erase.training.loop import make_accelerator
 
 ROOT = Path(__file__).parents[1]
 CONCEPT = [canvas_concept("heart")]
@@ -54,14 +54,14 @@ JOB = """
     import torch
     sys.path.insert(0, {tests!r})
     from test_processes import ADAM, CONCEPT, DATA, EVALUATE, METHOD, SGD, SPLIT, saliency_of
-    from erase.latents import prepare_latents
+    from erase.latents.prepare import prepare_latents
     from erase.models import load_model
-    from erase.processes import found, in_shares, processes, reduce_all
+    from erase.parallel.processes import found, in_shares, processes, reduce_all
     from erase.run import EraseConfig, erase_concept
-    from erase.sharding import sharded
-    from prompts.errors import ErasureError
-    from scripts import demo, run_evaluate, run_export
-    from scripts.front import run
+    from erase.parallel.sharding import sharded
+    from erase.prompts.errors import ErasureError
+    from erase.scripts import demo, run_evaluate, run_export
+    from erase.scripts.cli import run
 
     folder = Path.cwd()
     state = processes()
@@ -74,9 +74,9 @@ JOB = """
     reduce_all(means, "mean")
     facts["sums"], facts["means"] = sums, means
     (folder / "everywhere").touch()
-    facts["found"] = found(folder / "everywhere"), found(folder / "nowhere")
+    facts["found"] = exists_on_all(folder / "everywhere"), exists_on_all(folder / "nowhere")
     try:
-        found(folder / ("everywhere" if main else "only-here"))
+        exists_on_all(folder / ("everywhere" if main else "only-here"))
     except ErasureError as error:
         facts["apart"] = str(error)
 

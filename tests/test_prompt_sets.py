@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.evaluators.labelled import targets_of
-from eval.evaluators.metrics import forgetting
-from prompts.concepts import load_concepts, shipped
-from prompts.errors import ErasureError
-from prompts.prompt_sets import PromptRow, PromptSet, shipped_sets
+from erase.eval.evaluators.labelled import targets_of
+from erase.eval.metrics.labels import forgetting
+from erase.prompts.concepts import load_concepts, shipped
+from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_sets import PromptRow, PromptSet, shipped_sets
 from tests.texts import raises, written
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: bool(text.strip()))

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prompts.canvas import KINDS, canvas_concept, vocabulary
-from prompts.concepts import ConceptSpec, dump, load_concepts, shipped, to_yaml
-from prompts.errors import reason
-from prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
-from prompts.retain import load_retain, without
+from erase.prompts.canvas import KINDS, canvas_concept, vocabulary
+from erase.prompts.concepts import ConceptSpec, dump, load_concepts, shipped, to_yaml
+from erase.prompts.errors import reason
+from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
+from erase.prompts.retain import load_retain, without
 from tests.texts import raises, written
 
 HEART = ConceptSpec("heart", "star", ("valentine",), ("a {}", "a picture of a {}"), ("a moon",), "object")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from prompts.concepts import ConceptSpec, load_concepts, shipped
-from prompts.errors import ErasureError
-from prompts.proposals import bare, kinds, propose
-from prompts.retain import load_retain, retain_lists, without
-from scripts.front import read_concepts, run
-from scripts.run_erase import main
+from erase.prompts.concepts import ConceptSpec, load_concepts, shipped
+from erase.prompts.errors import ErasureError
+from erase.prompts.proposals import bare, kinds, propose
+from erase.prompts.retain import load_retain, retain_lists, without
+from erase.scripts.cli import read_concepts, run
+from erase.scripts.run_erase import main
 from tests.texts import raises, written
 
 GENERAL = [file for file in shipped() if not file.endswith("-salun")]

@@ -10,10 +10,10 @@ import pytest
 from jsonargparse import Namespace
 
 from erase.delta import ErasedDelta
-from prompts.concepts import shipped
-from prompts.errors import ErasureError
-from scripts.front import parse, read_concepts, run
-from scripts.run_erase import chosen_method, main, make_parser
+from erase.prompts.concepts import shipped
+from erase.prompts.errors import ErasureError
+from erase.scripts.cli import parse, read_concepts, run
+from erase.scripts.run_erase import chosen_method, main, make_parser
 
 RECIPES = sorted((Path(__file__).parents[1] / "scripts" / "recipes").glob("*.yaml"))
 BASES = {

@@ -18,18 +18,18 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from erase.eval.canvas.render import render
+from erase.eval.images import ImageRow, ImageSet, write_manifest, write_settings
+from erase.eval.metrics.intervals import of_difference, of_rate
+from erase.eval.report.card import model_card
+from erase.eval.report.chart import chart, linear_axis, log_axis, moving_average, step_axis
+from erase.eval.report.figures import EDGE, GAP, LEFT, TILE, before_after, data_uri
+from erase.eval.report.page import block_name, blocks, groups, names_concept, render_html, save_report, spread_out
+from erase.eval.report.report import EvalReport, Score, count_score, mean_score, proportion, summarise, verdict
+from erase.eval.report.words import limits, verdict_line
 from erase.files import file_sha256
-from eval.canvas.render import render
-from eval.images import ImageRow, ImageSet, write_manifest, write_settings
-from eval.intervals import of_difference, of_rate
-from eval.report import EvalReport, Score, count_score, mean_score, proportion, summarise, verdict
-from eval.report_card import model_card
-from eval.report_chart import chart, linear_axis, log_axis, moving_average, step_axis
-from eval.report_figures import EDGE, GAP, LEFT, TILE, before_after, data_uri
-from eval.report_page import block_name, blocks, groups, names_concept, render_html, save_report, spread_out
-from eval.report_words import limits, verdict_line
-from prompts.canvas import vocabulary
-from prompts.errors import ErasureError
+from erase.prompts.canvas import vocabulary
+from erase.prompts.errors import ErasureError
 
 CONCEPT = {"target": "heart", "anchor": "star", "synonyms": ["valentine"], "kind": "object"}
 CURVES = {"loss": [1 / (1 + i) for i in range(60)]}

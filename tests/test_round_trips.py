@@ -10,15 +10,15 @@ from diffusers import DiffusionPipeline
 
 from erase.delta import ErasedDelta
 from erase.export import export_components, export_delta, export_diffusers, export_lora, export_single_file
-from erase.latents import LatentConfig
-from erase.lora import extract_lora
+from erase.export.lora import extract_lora
+from erase.latents.prepare import LatentConfig
 from erase.methods.salun import SalUnConfig
 from erase.models import LoadConfig, load_model
 from erase.models.single_file import write_single_file
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
-from erase.train_config import TrainConfig
-from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError
+from erase.training.config import TrainConfig
 from tests.families import tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl
 
 FAMILIES = {

@@ -17,21 +17,21 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from erase.delta import ErasedDelta
+from erase.eval.canvas.judges import clip_folder
+from erase.eval.report.report import EvalReport
+from erase.eval.run import Evidence
 from erase.export import export_diffusers
-from erase.latents import LatentConfig, LatentSet, prepare_latents
+from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents
 from erase.methods.salun import SalUnConfig
 from erase.models import LoadConfig, load_model
-from erase.reproducible import settle_sums
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
+from erase.reproducible import pin_mkl_rounding
 from erase.run import EraseConfig, erase_concept
-from erase.train_config import TrainConfig
-from eval.canvas.judges import clip_folder
-from eval.report import EvalReport
-from eval.run import Evidence
-from prompts.canvas import canvas_concept
-from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError
-from scripts import demo, run_erase, run_evaluate, run_export
-from scripts.front import run
+from erase.scripts import demo, run_erase, run_evaluate, run_export
+from erase.scripts.cli import run
+from erase.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DATA = LatentConfig(n_forget=6, n_retain=8, steps=2, batch_size=4)
@@ -187,7 +187,7 @@ def test_latents_from_images_and_their_cache(base, tmp_path, monkeypatch):
     (tmp_path / "1.png").write_bytes(b"no image")
     with pytest.raises(ErasureError, match=r"cannot read the image .*1\.png"):
         prepare_latents(model, [canvas_concept("heart")], config, 1)
-    monkeypatch.setattr("erase.latents.sample_points", None)  # refused before anything is sampled
+    monkeypatch.setattr("erase.latents.prepare.sample_points", None)  # refused before anything is sampled
     with pytest.raises(ErasureError, match="no images"):
         prepare_latents(model, [canvas_concept("heart")], replace(DATA, retain_images=str(tmp_path / "nowhere")), 0)
 
@@ -225,7 +225,7 @@ def test_two_processes_give_the_delta_of_one(base, tmp_path):
     flags += [*FLAGS, "--train.optimizer", "SGD", "--train.lr", "0.1", "--train.optimizer_args", "{weight_decay: 0.1}"]
     for processes in (1, 2):
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "29517"]
-        command = [sys.executable, *launcher, "-m", "scripts.run_erase", *flags, "--out", str(tmp_path / str(processes))]
+        command = [sys.executable, *launcher, "-m", "erase.scripts.run_erase", *flags, "--out", str(tmp_path / str(processes))]
         subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
     from erase.mask import SaliencyMask
 
@@ -251,7 +251,7 @@ def test_command_killed_and_resumed_gives_the_same_delta(base, erased, tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def command(out):
-        return [sys.executable, "-m", "scripts.run_erase", "--model", str(base), "--concept", "heart", "--anchor", "star",
+        return [sys.executable, "-m", "erase.scripts.run_erase", "--model", str(base), "--concept", "heart", "--anchor", "star",
                 "--retain", "a blue moon", "--out", str(tmp_path / out), *flags]  # fmt: skip
 
     process = subprocess.Popen(command("killed"), env=environment, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -347,9 +347,9 @@ def test_a_full_disk_and_an_unwritable_folder_are_named(erased, base, tmp_path):
         delta.save(tmp_path / "file" / "delta.safetensors")
     with pytest.raises(ErasureError, match="cannot write"):
         export_diffusers(delta, str(base), tmp_path / "file" / "model")
-    from erase.files import written_whole
+    from erase.files import atomic_write
 
-    with pytest.raises(ErasureError, match="No space left"), written_whole(tmp_path / "x"), open("/dev/full", "w") as full:
+    with pytest.raises(ErasureError, match="No space left"), atomic_write(tmp_path / "x"), open("/dev/full", "w") as full:
         full.write("x" * 100_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
 
@@ -420,7 +420,7 @@ def test_prompts_that_cannot_be_judged_are_refused_before_images_are_made(rows, 
 def test_the_command_in_a_report_can_be_run_as_it_stands(erased, tmp_path, monkeypatch):
     (tmp_path / "my set.csv").write_text("prompt,seed\na heart,1\n")
     told = []
-    monkeypatch.setattr("eval.run.evaluate", lambda *_, commands, **__: told.extend(commands) or EvalReport({}, {}))
+    monkeypatch.setattr("erase.eval.run.evaluate", lambda *_, commands, **__: told.extend(commands) or EvalReport({}, {}))
     flags = ["--delta", str(erased / "delta.safetensors"), "--prompts", str(tmp_path / "my set.csv"), "--evaluators", "[clip]"]
     assert run(run_evaluate.main, flags) == 0
     assert [shlex.split(command) for command in told] == [["erase-evaluate", *flags]]
@@ -466,5 +466,5 @@ def test_sums_are_settled_on_intel_unless_the_user_did(monkeypatch, maker, chose
     monkeypatch.delenv("MKL_CBWR", raising=False)
     if chosen:
         monkeypatch.setenv("MKL_CBWR", chosen)
-    settle_sums()
+    pin_mkl_rounding()
     assert os.environ.get("MKL_CBWR") == settled

@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from erase.latents import LatentConfig, LatentSet, prepare_latents
+from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents
+from erase.latents.sampling import choose_states
 from erase.methods.salun import SalUnConfig, compute
 from erase.models import wrap
 from erase.models.pipelines import arguments, denoiser
-from erase.remapping import frozen_targets, loss_function, make_batch, make_job
-from erase.sampling import choose_states
-from erase.train_config import TrainConfig
-from erase.training import make_accelerator
-from prompts.canvas import canvas_concept
+from erase.objectives.remap import frozen_targets, loss_function, make_batch, make_job
+from erase.prompts.canvas import canvas_concept
+from erase.training.config import TrainConfig
+from erase.training.loop import make_accelerator
 from tests.families import FAMILIES
 
 DATA = LatentConfig(n_forget=4, n_retain=5, steps=4, batch_size=3, trajectory=3)

@@ -6,19 +6,19 @@ from math import inf, nan
 import pytest
 import torch
 
-import erase.training
-from erase.latents import LatentConfig
+import erase.training.loop
+from erase.latents.prepare import LatentConfig
 from erase.methods import METHODS, get_method
 from erase.methods.salun import SalUnConfig, SalUnPaperConfig
 from erase.models import wrap
-from erase.optimizers import NOT_OURS, try_optimizer
+from erase.models.scopes import select
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.errors import ErasureError, check_ranges
 from erase.run import EraseConfig, erase_concept
-from erase.scopes import select
-from erase.train_config import TrainConfig
-from erase.training import fit, make_accelerator
-from prompts.canvas import canvas_concept
-from prompts.errors import ErasureError, check_ranges
-from scripts import run_erase
+from erase.scripts import run_erase
+from erase.training.config import TrainConfig
+from erase.training.loop import fit, make_accelerator
+from erase.training.optimizers import NOT_OURS, try_optimizer
 
 DATA = LatentConfig(n_forget=4, n_retain=4, steps=2, batch_size=4)
 TRAIN = TrainConfig(steps=2, batch_size=2, lr=1e-3)
@@ -227,7 +227,7 @@ def test_a_resumed_run_draws_from_the_global_stream_what_it_would_have_drawn(mod
 
 def test_processes_draw_different_numbers_from_the_global_stream(model, monkeypatch):
     seeds = []
-    monkeypatch.setattr(erase.training.torch, "manual_seed", lambda seed: seeds.append(seed))
+    monkeypatch.setattr(erase.training.loop.torch, "manual_seed", lambda seed: seeds.append(seed))
     accelerator, params = make_accelerator(TRAIN), select(model.parameters(), "xattn_kv")
 
     def loss(batch, frozen):

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from erase.models import CANVAS, ldm
-from erase.models.architectures import clip_tokenizer
-from erase.models.recognise import decide_prediction, recognise
-from erase.models.single_file import load_single_file, write_single_file
-from erase.models.tensor_file import TensorFile
-from prompts.errors import ErasureError
+from erase.models import CANVAS
+from erase.models.single_file import ldm, load_single_file, write_single_file
+from erase.models.single_file.architectures import clip_tokenizer
+from erase.models.single_file.recognise import decide_prediction, recognise
+from erase.models.single_file.tensor_file import TensorFile
+from erase.prompts.errors import ErasureError
 from tests.families import tiny_sd1, tiny_sd2, tiny_sdxl
 
 TINY = {"sd1": tiny_sd1, "sd2": tiny_sd2, "sd2-v": lambda: tiny_sd2(prediction="v_prediction"), "sdxl": tiny_sdxl}
@@ -505,7 +505,7 @@ def test_the_tokenizer_numbers_words_as_openai_does(tmp_path):
 
 WRITE = """
 import torch
-from erase.models.architectures import shipped
+from erase.models.single_file.architectures import shipped
 from erase.models.single_file import write_single_file
 
 architecture = shipped("sd1", "epsilon")

@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from erase.execution import running
 from erase.mask import SaliencyMask, pack
+from erase.models.scopes import SCOPES, select
 from erase.models.sd import StableDiffusion
-from erase.optimizers import make_optimizer
-from erase.scopes import SCOPES, select
-from erase.train_config import TrainConfig
-from erase.trainable import Trainable
-from erase.training import fit, make_accelerator
-from prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError
+from erase.training.config import TrainConfig
+from erase.training.loop import fit, make_accelerator
+from erase.training.optimizers import make_optimizer
+from erase.training.running import running
+from erase.training.trainable import Trainable
 
 ROOT = Path(__file__).parents[1]
 QUICK = TrainConfig(steps=4, lr=1e-3, batch_size=4)
@@ -311,15 +311,14 @@ def test_scopes(model):
 WORKER = """
     import sys, time, torch
     sys.path[:0] = [{tests!r}]
-    from conftest import build_pico_pipeline, load_script
+    from conftest import build_pico_pipeline
     from erase.mask import SaliencyMask, pack
     from erase.models.sd import StableDiffusion
-    from erase.scopes import select
-    from erase.train_config import TrainConfig
-    from erase.training import fit
+    from erase.models.scopes import select
+    from erase.training.config import TrainConfig
+    from erase.training.loop import fit
     from pathlib import Path
-    script = load_script("train_canvas")
-    model = StableDiffusion(build_pico_pipeline(script, script.build_tokenizer()))
+    model = StableDiffusion(build_pico_pipeline())
     params = select(model.parameters(), "full")
     cond = model.encode(["a red heart"] * 4)
     slow = len(sys.argv) > 3
@@ -370,12 +369,12 @@ def test_values_and_optimizer_are_gone_when_the_models_own_weights_come_back(mod
 
     @contextmanager
     def watched(*args):
-        with running(*args) as standing:
-            yield standing
+        with running(*args) as active:
+            yield active
             left.extend(one for one in held if one() is not None)
 
-    monkeypatch.setattr("erase.training.make_optimizer", made)
-    monkeypatch.setattr("erase.training.running", watched)
+    monkeypatch.setattr("erase.training.loop.make_optimizer", made)
+    monkeypatch.setattr("erase.training.loop.running", watched)
     params, batches, loss = task(model)
     fitted = fit(model, params, batches, loss, replace(QUICK, mixed_precision=precision), mask_of(model, params))
     assert len(held) > 10 and not left and len(fitted.losses) == QUICK.steps

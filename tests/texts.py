@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError
 
 
 def written(folder: Path, name: str, content: str | bytes) -> Path:

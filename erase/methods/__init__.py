@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from erase.mask import SaliencyMask
-from prompts.errors import ErasureError, unknown
+from erase.prompts.errors import ErasureError, unknown
 
 METHODS = {
     "salun": "erase.methods.salun",

@@ -15,18 +15,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from erase.claims import check_artifact
-from erase.execution import running
-from erase.latents import LatentSet
+from erase.latents.prepare import LatentSet
 from erase.losses import forgetting, guided
 from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask, check_density
 from erase.methods import Edit, Method
 from erase.models import DiffusionModel
-from erase.processes import found, progress, turns
-from erase.remapping import Job, RemapConfig, frozen_targets, loss_function, make_batch, make_job
-from erase.train_config import TrainConfig
-from erase.training import fit, gradients_on
-from prompts.concepts import ConceptSpec
-from prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
+from erase.objectives.remap import Job, RemapConfig, frozen_targets, loss_function, make_batch, make_job
+from erase.parallel.processes import exists_on_all, progress, round_robin
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
+from erase.training.config import TrainConfig
+from erase.training.loop import fit, gradients_on
+from erase.training.running import running
 
 CONTROLS = ("saliency", "random", "inverted", "none")
 
@@ -142,7 +142,7 @@ def find_saliency(job: Job[SalUnConfig], folder: Path | None) -> Saliency:
         _check_given(job, Path(given), saliency.metadata)
         return saliency
     kept = folder / "saliency.safetensors" if folder else None
-    if kept and found(kept):
+    if kept and exists_on_all(kept):
         saliency = Saliency.load(kept)
         check_artifact(kept, saliency.metadata, _provenance(job), "delete it to compute it again")
         return saliency
@@ -174,15 +174,15 @@ def compute_saliency(job: Job[SalUnConfig]) -> Saliency:
     rows, size = job.forget.concept_rows(), job.config.saliency_batch_size
     # in float32 whatever the training's precision: small gradients decide the ranking
     config = replace(job.config.train, mixed_precision="no", compile=False)  # a few batches do not repay compiling
-    with running(job.model, job.params, config) as standing:
-        accumulator = SaliencyAccumulator(standing.params, standing.layout)
-        mine = turns(range(0, len(rows), size), standing.layout.in_step)
-        with gradients_on(standing.params), accumulator.collecting(), progress("saliency", "batch", len(mine)) as bar:
+    with running(job.model, job.params, config) as active:
+        accumulator = SaliencyAccumulator(active.params, active.layout)
+        mine = round_robin(range(0, len(rows), size), active.layout.collective_forward)
+        with gradients_on(active.params), accumulator.collecting(), progress("saliency", "batch", len(mine)) as bar:
             for start, counts in mine:
                 loss = forget_loss(job, rows[start : start + size], job.generator(start))
                 (loss if counts else 0 * loss).backward()
                 bar.update()
-        standing.layout.add_up(accumulator.sums.values())  # signed, before the absolute value
+        active.layout.add_up(accumulator.sums.values())  # signed, before the absolute value
         return accumulator.saliency(_provenance(job))
 
 

@@ -10,7 +10,7 @@ import torch
 from erase.models.base import Cond, DiffusionModel
 from erase.models.config import LoadConfig
 from erase.models.precision import PRECISIONS, autocast, check_precision
-from erase.reproducible import settle_sums
+from erase.reproducible import pin_mkl_rounding
 
 CANVAS = Path(__file__).parent / "canvas"
 
@@ -31,7 +31,7 @@ def load_model(name: str | Path, device: str | torch.device = "cpu", options: Lo
     """
     from erase.models.loading import load_pipeline
 
-    settle_sums()
+    pin_mkl_rounding()
     pipeline = load_pipeline(CANVAS if name == "canvas" else name, options or LoadConfig())
     return wrap(pipeline.to(device), str(name))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prompts.errors import ErasureError, unknown
+from erase.prompts.errors import ErasureError, unknown
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PREDICTIONS = ("epsilon", "v_prediction")

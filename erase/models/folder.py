@@ -17,7 +17,7 @@ from erase.models.pipelines import Pipeline
 from erase.models.schedules import scheduler_class
 from erase.models.tokenizers import read_tokenizer
 from erase.models.vae import load_vae
-from prompts.errors import ErasureError, reason
+from erase.prompts.errors import ErasureError, reason
 
 INDEX = "model_index.json"
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"

@@ -14,8 +14,8 @@ from torch import nn
 from erase.finite import all_finite
 from erase.models.config import LoadConfig
 from erase.models.pipelines import Pipeline, modules
-from erase.models.tensor_file import SINGLE_FILES
-from prompts.errors import ErasureError, reason
+from erase.models.single_file.tensor_file import SINGLE_FILES
+from erase.prompts.errors import ErasureError, reason
 
 FAMILIES = {
     "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),

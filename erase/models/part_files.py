@@ -11,8 +11,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from erase.models.tensor_file import check_kind
-from prompts.errors import ErasureError
+from erase.models.single_file.tensor_file import check_kind
+from erase.prompts.errors import ErasureError
 
 WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model|pytorch_model)(-\d+-of-\d+)?(\.(?P<variant>[^.]+?))?"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from erase.models.base import Cond
 from erase.models.precision import autocast
-from prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError
 
 Pipeline = Any  # a diffusers pipeline: its parts are attributes made at run time, which no type checker sees
 POOLED = "pooled"

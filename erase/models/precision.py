@@ -6,7 +6,7 @@ import warnings
 
 import torch
 
-from prompts.errors import unknown
+from erase.prompts.errors import unknown
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 IN_HARDWARE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fp16_arith"}}

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
-from prompts.errors import ErasureError, reason
+from erase.prompts.errors import ErasureError, reason
 
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 """schedules of beta that all samplers know"""

@@ -12,7 +12,7 @@ from erase.models.config import PREDICTIONS
 from erase.models.pipeline_model import PipelineModel
 from erase.models.pipelines import Pipeline
 from erase.models.schedules import check_diffusion, sampler
-from prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError
 
 
 class StableDiffusion(PipelineModel):

@@ -10,7 +10,7 @@ from torch import Tensor
 from erase.models.base import Cond
 from erase.models.pipelines import POOLED, Pipeline
 from erase.models.sd import StableDiffusion
-from prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError
 
 
 class StableDiffusionXL(StableDiffusion):

@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from erase.models.base import Tokens
 from erase.models.part_files import read_config
 from erase.models.pipelines import Pipeline
-from prompts.errors import ErasureError, reason
+from erase.prompts.errors import ErasureError, reason
 
 FILES = {
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),

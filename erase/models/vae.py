@@ -12,11 +12,11 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL
 from torch import nn
 
-from erase.models import ldm
 from erase.models.config import DTYPES, LoadConfig
 from erase.models.part_files import read_config
-from erase.models.tensor_file import SINGLE_FILES, TensorFile, open_tensors
-from prompts.errors import ErasureError
+from erase.models.single_file import ldm
+from erase.models.single_file.tensor_file import SINGLE_FILES, TensorFile, open_tensors
+from erase.prompts.errors import ErasureError
 
 
 def load_vae(source: str | Path, config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Module:

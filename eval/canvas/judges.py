@@ -1,6 +1,6 @@
 """The judges of the embedded world: a classifier with one head per kind of concept, and a small CLIP in open_clip's format.
 
-Both were trained on renders only, never on generated images (`scripts/train_judges.py`); their card is `weights/README.md`.
+Both were trained on renders only, never on generated images (`scripts/canvas/train_judges.py`); their card is `weights/README.md`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prompts.canvas import KINDS, vocabulary
-from prompts.errors import ErasureError
+from erase.prompts.canvas import KINDS, vocabulary
+from erase.prompts.errors import ErasureError
 
 WEIGHTS = Path(__file__).parent / "weights"
 SIDE = 64  # pixels; other sizes are resampled to it
@@ -57,7 +57,7 @@ def load_classifier() -> CanvasClassifier:
     """
     path = WEIGHTS / "classifier.safetensors"
     if not path.is_file():
-        raise ErasureError(f"the canvas classifier is missing: {path}; train it with `python scripts/train_judges.py`")
+        raise ErasureError(f"the canvas classifier is missing: {path}; train it with `python scripts/canvas/train_judges.py`")
     classifier = CanvasClassifier()
     classifier.load_state_dict(load_file(path))
     return classifier.eval().requires_grad_(False)
@@ -71,5 +71,5 @@ def clip_folder() -> Path:
     """
     folder = WEIGHTS / "clip"
     if not (folder / "open_clip_model.safetensors").is_file():
-        raise ErasureError(f"the canvas CLIP is missing: {folder}; train it with `python scripts/train_judges.py`")
+        raise ErasureError(f"the canvas CLIP is missing: {folder}; train it with `python scripts/canvas/train_judges.py`")
     return folder

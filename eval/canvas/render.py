@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prompts.canvas import vocabulary
+from erase.prompts.canvas import vocabulary
 
 SIZE = 64
 FIELD = 192  # samples per side of a stored distance field
@@ -199,7 +199,7 @@ def render(cells: list[dict[str, str]], seed: int) -> Tensor:
     """Draw one image per cell.
 
     Args:
-        cells: dicts with `object`, `style` and `colour`, as `prompts.canvas.Vocabulary.cells` gives them.
+        cells: dicts with `object`, `style` and `colour`, as `erase.prompts.canvas.Vocabulary.cells` gives them.
         seed: fixes place, size, rotation, shade and background of the whole batch.
 
     Returns:

@@ -9,12 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-from prompts.errors import unknown
+from erase.prompts.errors import unknown
 
 EVALUATORS = {
-    "classifier": "eval.evaluators.classifier",
-    "clip": "eval.evaluators.clip",
-    "nudenet": "eval.evaluators.nudenet",
+    "classifier": "erase.eval.evaluators.classifier",
+    "clip": "erase.eval.evaluators.clip",
+    "nudenet": "erase.eval.evaluators.nudenet",
 }
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erase.processes import in_shares
-from eval.canvas.judges import load_classifier
-from eval.evaluators.labelled import label_scores, labels_of
-from eval.evaluators.metrics import confusion
-from eval.images import ImageSet
-from eval.report import Score
-from prompts.canvas import KINDS, vocabulary
-from prompts.concepts import ConceptSpec
-from prompts.errors import COUNT, check_names, check_ranges, unknown
+from erase.eval.canvas.judges import load_classifier
+from erase.eval.evaluators.labelled import label_scores, labels_of
+from erase.eval.images import ImageSet
+from erase.eval.metrics.labels import confusion
+from erase.eval.report.report import Score
+from erase.parallel.processes import in_shares
+from erase.prompts.canvas import KINDS, vocabulary
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import COUNT, check_names, check_ranges, unknown
 
 
 @dataclass

@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from erase.processes import default_device, in_shares
-from eval.canvas.judges import clip_folder
-from eval.evaluators.clip_sources import Source, check_weights, decide_quick_gelu, find_source
-from eval.evaluators.labelled import label_scores, labels_of, targets_of
-from eval.images import ImageSet
-from eval.report import Score, mean_score
-from prompts.canvas import KINDS, vocabulary
-from prompts.concepts import ConceptSpec
-from prompts.errors import COUNT, ErasureError, check_ranges, reason
+from erase.eval.canvas.judges import clip_folder
+from erase.eval.evaluators.clip_sources import Source, check_weights, decide_quick_gelu, find_source
+from erase.eval.evaluators.labelled import label_scores, labels_of, targets_of
+from erase.eval.images import ImageSet
+from erase.eval.report.report import Score, mean_score
+from erase.parallel.processes import default_device, in_shares
+from erase.prompts.canvas import KINDS, vocabulary
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import COUNT, ErasureError, check_ranges, reason
 
 CANVAS = "canvas"
 TEMPLATES = {"style": ("an image in {} style", "an artwork in {} style", "{} style")}

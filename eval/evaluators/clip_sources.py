@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prompts.errors import ErasureError, reason, unknown
+from erase.prompts.errors import ErasureError, reason, unknown
 
 CONFIG = "open_clip_config.json"
 LOCAL, HUB = "local-dir:", "hf-hub:"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from eval.evaluators.metrics import accuracies, forgetting
-from eval.images import ImageSet
-from eval.report import Score, proportion
-from prompts.concepts import ConceptSpec
-from prompts.errors import ErasureError, unknown
+from erase.eval.images import ImageSet
+from erase.eval.metrics.labels import accuracies, forgetting
+from erase.eval.report.report import Score, proportion
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError, unknown
 
 
 def labels_of(images: ImageSet, classes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from erase.processes import in_shares
-from eval.images import ImageRow, ImageSet
-from eval.report import Score, count_score, proportion
-from prompts.concepts import ConceptSpec
-from prompts.errors import FRACTION, ErasureError, check_names, check_ranges, unknown
+from erase.eval.images import ImageRow, ImageSet
+from erase.eval.report.report import Score, count_score, proportion
+from erase.parallel.processes import in_shares
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import FRACTION, ErasureError, check_names, check_ranges, unknown
 
 EXPOSED = (
     "FEMALE_BREAST_EXPOSED",

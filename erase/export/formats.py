@@ -1,0 +1,103 @@
+"""The formats that erased weights are exported in, and how each is loaded: the code that its model card shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from erase.models import DiffusionModel
+from erase.models.single_file.tensor_file import SINGLE_FILES
+
+FORMATS = {
+    "diffusers": "a whole pipeline folder",
+    "components": "only the folders of the components that changed",
+    "single-file": "one checkpoint file in the original layout (A1111, ComfyUI)",
+    "lora": "a LoRA file, an approximation",
+    "delta": "the changed values themselves, composed and rounded as asked",
+}
+FILES = {"single-file": "model.safetensors", "lora": "pytorch_lora_weights.safetensors", "delta": "delta.safetensors"}
+"""format -> name of its one file inside an exported folder; for a LoRA the one that diffusers looks for"""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What an export's model card says of it."""
+
+    about: str
+    """what the files are, after `This is`"""
+    code: str
+    """Python that makes `pipeline` of them; it has the placeholders path/to/this/folder and, where it is needed, path/to/base"""
+    relation: str = "finetune"
+    """base_model_relation on the hub: finetune, or adapter for what does not work without its base"""
+    library: str = "diffusers"
+    tags: tuple[str, ...] = ()
+
+
+DIFFUSERS = Usage(
+    "a whole pipeline: it loads in stock diffusers, without the code that made it",
+    """\
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")""",
+)
+COMPONENTS = Usage(
+    "the erased {components} alone; the rest of the pipeline comes from the base",
+    """\
+{imports}
+
+folder = "path/to/this/folder"
+pipeline = {load_base}(
+    "path/to/base",
+{loads}
+)""",
+)
+SINGLE_FILE = Usage(
+    "one file in the layout that Stable Diffusion was published in, for A1111, ComfyUI and stock diffusers",
+    """\
+from diffusers import {pipeline}
+
+pipeline = {pipeline}.from_single_file("path/to/this/folder/model.safetensors"{config})""",
+)
+LORA = Usage(
+    "a LoRA: the base with it is close to the erased model, and not the same (see Limits); loading it needs peft",
+    """\
+{import_base}
+
+pipeline = {load_base}("path/to/base")
+pipeline.load_lora_weights("path/to/this/folder")""",
+    relation="adapter",
+    tags=("lora",),
+)
+DELTA = Usage(
+    "a delta: the changed values and where they go, and nothing else; it needs concept-erasure-toolkit",
+    """\
+from erase.delta import ErasedDelta
+from erase.models import load_model
+
+delta = ErasedDelta.load("path/to/this/folder/delta.safetensors")
+pipeline = delta.apply(load_model("path/to/base")).pipeline()""",
+    relation="adapter",
+    library="concept-erasure-toolkit",
+)
+USAGES = {"diffusers": DIFFUSERS, "components": COMPONENTS, "single-file": SINGLE_FILE, "lora": LORA, "delta": DELTA}
+
+
+def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
+    """How one of `FORMATS` is loaded, in the classes of this base; `components` are those that changed."""
+    pipeline, one_file = type(model.pipeline()).__name__, Path(model.name).suffix.lower() in SINGLE_FILES
+    base_class = pipeline if one_file else "DiffusionPipeline"
+    classes = {name: type(model.component(name)) for name in components}
+    imports = sorted({("diffusers", base_class), *((kind.__module__.split(".")[0], kind.__name__) for kind in classes.values())})
+    texts = {
+        "components": " and ".join(components),
+        "imports": "\n".join(f"from {library} import {name}" for library, name in imports),
+        "loads": "\n".join(
+            f'    {name}={kind.__name__}.from_pretrained(f"{{folder}}/{name}"),' for name, kind in classes.items()
+        ),
+        "pipeline": pipeline,
+        "import_base": f"from diffusers import {base_class}",
+        "load_base": f"{base_class}.{'from_single_file' if one_file else 'from_pretrained'}",
+        "config": "" if one_file else ', config="path/to/base"',
+    }
+    chosen = USAGES[format]
+    return replace(chosen, about=chosen.about.format(**texts), code=chosen.code.format(**texts))

@@ -1,0 +1,1 @@
+"""The training data: forget and retain latents, sampled or encoded from images."""

@@ -1,0 +1,1 @@
+"""Several processes: who does what, what they exchange, and training in shards."""

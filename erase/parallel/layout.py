@@ -1,0 +1,59 @@
+"""How a model's weights lie while it runs: whole in every process, or, under FSDP, in shards (`erase.parallel.fsdp.Shards`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from erase.parallel.processes import reduce_all
+
+
+class Layout:
+    """Every process holds every weight; gradients are exchanged after the backward pass. What shards do otherwise, they override."""
+
+    collective_forward = False
+    """whether each pass through the model is a joint one, so that all processes must take as many"""
+
+    def rows(self, count: int) -> slice:
+        """Which of a parameter's `count` rows this process holds."""
+        return slice(0, count)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This process's rows of a parameter or of its gradient, to be read and written."""
+        return tensor.data
+
+    def invalidate_gathered(self) -> None:
+        """To be told when rows were written: what was gathered of the old ones is void."""
+
+    def average(self, gradients: Iterable[Tensor]) -> None:
+        """Make them the mean over processes, in place."""
+        reduce_all(gradients, "mean")
+
+    def add_up(self, sums: Iterable[Tensor]) -> None:
+        """Make sums of what the backward passes left the sums over the batches of all processes, in place."""
+        reduce_all(sums, "sum")
+
+    def norm(self, local: Tensor) -> Tensor:
+        """The norm of all values, given that of the values in this process."""
+        return local
+
+    def local_part(self, whole: Tensor, mine: slice) -> Tensor:
+        """What `mine` chooses of a tensor that was gathered."""
+        return whole
+
+    def gather(self, piece: Tensor) -> Tensor:
+        """All rows, given those of this process; every process must ask."""
+        return piece
+
+
+@dataclass(frozen=True)
+class ActiveWeights:
+    """What stands in the model while it runs."""
+
+    params: Mapping[str, nn.Parameter]
+    """the parameters in question, by the names of those whose place they take"""
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    """`part.parameter` name -> the model's own weights, where copies in another precision stand in for them"""
+    layout: Layout = field(default_factory=Layout)

@@ -1,0 +1,1 @@
+"""Pure numbers: labels and intervals."""

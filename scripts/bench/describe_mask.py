@@ -1,0 +1,75 @@
+"""Where a mask lies: its share of each kind of layer, from a mask or from a saliency cut at any density.
+
+  python scripts/bench/describe_mask.py runs/heart/mask.safetensors
+  python scripts/bench/describe_mask.py runs/heart/saliency.safetensors --densities 0.03 0.1 0.5
+
+`erase-concept --out runs/heart` writes both files. Density is the part of a kind's weights that may change; share is the part of the mask that lies there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from erase.mask import Saliency, SaliencyMask
+from erase.models.scopes import SCOPES
+from erase.scripts.cli import run
+
+KINDS = {
+    "first and last convolution": r"\.conv_(in|out)\.",
+    "cross-attention": SCOPES["xattn"],
+    "self-attention": SCOPES["selfattn"],
+    "residual blocks' convolutions": r"\.resnets\..*\.conv",
+    "residual blocks' time projections": r"\.time_emb_proj\.",
+    "feed-forward": r"\.ff(_context)?\.",
+    "up- and downsampling": r"samplers\.",
+    "time embedding": r"\.(time|add)_embedding\.|time_text_embed",
+    "projections around attention": r"\.proj_(in|out)\.|^transformer\.proj_out|context_embedder|pos_embed",
+    "norms": r"norm",
+}
+"""kind of layer -> pattern over parameter names; the first that fits counts"""
+
+
+def kind_of(name: str) -> str:
+    """The kind of layer that a parameter belongs to."""
+    return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "others")
+
+
+def shares(mask: SaliencyMask) -> dict[str, tuple[int, int]]:
+    """Kind of layer -> number of its weights, and how many of them may change."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, size in mask.sizes().items():
+        weights, chosen = found.get(kind_of(name), (0, 0))
+        found[kind_of(name)] = weights + size, chosen + int(mask[name].sum())
+    return found
+
+
+def describe(mask: SaliencyMask) -> str:
+    """A table of the mask's shares, largest first."""
+    total = mask.count()
+    lines = [f"{'':36}{'of all weights':>15}{'density':>9}{'share':>8}"]
+    for kind, (weights, chosen) in sorted(shares(mask).items(), key=lambda item: -item[1][1]):
+        lines.append(f"{kind:36}{weights / mask.size:>15.1%}{chosen / weights:>9.1%}{chosen / total:>8.1%}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """A table per density."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path, help="mask.safetensors or saliency.safetensors")
+    parser.add_argument("--densities", type=float, nargs="+", help="the file is a saliency, to be cut here")
+    args = parser.parse_args(argv)
+    if args.densities:
+        saliency = Saliency.load(args.file)
+        masks = [saliency.cut(density) for density in args.densities]
+    else:
+        masks = [SaliencyMask.load(args.file)]
+    for mask in masks:
+        print(f"{mask.count():,} of {mask.size:,} weights may change ({mask.count() / mask.size:.3%})\n{describe(mask)}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

@@ -1,0 +1,96 @@
+"""Measure what further processes gain: the stages of an erasure on the embedded model, each timed until all processes are done.
+
+OMP_NUM_THREADS=1 torchrun --nproc_per_node 1 scripts/bench/processes.py
+OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 scripts/bench/processes.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list, reduce
+
+from erase.eval.generate import GenerateConfig, generate
+from erase.eval.run import score
+from erase.latents.prepare import LatentConfig, prepare_latents
+from erase.methods.salun import SalUnConfig, compute_saliency
+from erase.models import load_model
+from erase.objectives.remap import Batch, loss_function, make_batch, make_job
+from erase.parallel.processes import default_device, processes, reduce_all
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.prompt_sets import PromptSet, canvas_grid
+from erase.scripts.bench.measuring import wait
+from erase.training.loop import fit, make_accelerator
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """From a common start to when the last process is done."""
+    processes().wait_for_everyone()
+    started = time.perf_counter()
+    work()
+    wait(default_device())
+    processes().wait_for_everyone()
+    return time.perf_counter() - started
+
+
+def one_by_one(tensors: list[torch.Tensor]) -> None:
+    """The exchange that `reduce_all` replaces."""
+    for tensor in tensors:
+        tensor.copy_(reduce(tensor, reduction="mean"))
+
+
+def stages(images: int, steps: int, latents: int, folder: Path) -> dict[str, float]:
+    """Stage -> seconds."""
+    model, concepts = load_model("canvas", default_device()), [canvas_concept("heart")]
+    settings = SalUnConfig()
+    settings = replace(settings, train=replace(settings.train, steps=steps))
+    data = LatentConfig(n_forget=latents, n_retain=latents, batch_size=8)
+    made: dict[str, Any] = {}
+    found = {"latents": seconds(lambda: made.update(latents=prepare_latents(model, concepts, data, 0)))}
+    job = make_job(model, *made["latents"], settings, 0, make_accelerator(settings.train))
+    found["saliency"] = seconds(lambda: made.update(mask=compute_saliency(job).cut(0.5)))
+
+    def batches(step: int, part: int) -> Batch:
+        return make_batch(job, step, part)
+
+    found["training"] = seconds(lambda: fit(model, job.params, batches, loss_function(job), settings.train, made["mask"]))
+    prompts = PromptSet("some", canvas_grid((0,)).rows[:images])
+    config = GenerateConfig(steps=12, batch_size=16)
+    found["generation"] = seconds(lambda: made.update(images=generate(model.pipeline(), prompts, folder, config, {})))
+    score(made["images"], [], ["classifier", "clip"])  # loads the judges
+    found["evaluation"] = seconds(lambda: score(made["images"], [], ["classifier", "clip"]))
+    gradients = [torch.randn(param.numel() // 2, device=param.device) for param in job.params.values()]
+    for name, exchange in (("one by one", one_by_one), ("in buckets", lambda tensors: reduce_all(tensors, "mean"))):
+        found[f"10 reductions, {name}"] = seconds(lambda exchange=exchange: [exchange(gradients) for _ in range(10)])
+    return found
+
+
+def main() -> None:
+    """Time every stage; the main process prints."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--latents", type=int, default=32)
+    args = parser.parse_args()
+    state = processes()
+    with TemporaryDirectory() as own:
+        folder = [own]  # the main process's, for all
+        broadcast_object_list(folder)
+        found = stages(args.images, args.steps, args.latents, Path(folder[0]))
+    if state.is_main_process:
+        print(f"{state.num_processes} processes of {torch.get_num_threads()} threads")
+        for stage, took in found.items():
+            print(f"  {stage}: {took:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

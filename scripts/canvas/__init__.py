@@ -1,0 +1,1 @@
+"""How the embedded world's checkpoint and judges are made and measured; not installed."""

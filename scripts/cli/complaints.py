@@ -1,0 +1,102 @@
+"""What is wrong with an option, in one sentence: the parser library's messages said again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+from erase.prompts.errors import ErasureError
+
+# what others call it -> what it is called here
+OTHER_WORDS = {
+    "base": "model",
+    "base_model": "model",
+    "ckpt": "model",
+    "pretrained_model_name_or_path": "model",
+    "learning_rate": "lr",
+    "lr_scheduler": "schedule",
+    "iterations": "steps",
+    "max_train_steps": "steps",
+    "num_inference_steps": "steps",
+    "num_train_steps": "steps",
+    "train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "cfg": "guidance",
+    "cfg_scale": "guidance",
+    "guidance_scale": "guidance",
+    "sampler": "scheduler",
+    "height": "resolution",
+    "width": "resolution",
+    "erase": "concept",
+    "target": "concept",
+    "output": "out",
+    "output_dir": "out",
+    "save_path": "out",
+}
+SHOWN = 4  # near options at most
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list such as '[a, b]'",
+    "dict": "a mapping such as '{a: 1}'",
+}
+UNKNOWN = (
+    r"[Uu]nrecognized arguments: --([\w.\-]+)",
+    r"Key ['\"]([\w.\-]+)['\"] is not expected",
+    r"Option '([\w.\-]+)' is not accepted",  # this and the next: keys of a config file
+    r"Group '([\w.]+)' does not accept (?:option|nested key) '([\w.\-]+)'",
+)
+
+
+def complaint(message: str, options: Iterable[str]) -> ErasureError:
+    """The error for a message of the parser, whose options are `options`."""
+    for pattern in UNKNOWN:
+        if match := re.search(pattern, message):
+            return unknown_option(".".join(match.groups()), options)
+    if match := re.search(r'Parser key "([\w.]+)".*Expected a <class \'list\'>.*value: ([\w.,-]+)\s*$', message, re.S):
+        return ErasureError(f"{match[1]} is a list, also where it holds one thing: --{match[1]} '[{match[2]}]'")
+    if match := re.search(r'Parser key "(\w+)":\s+Unable to load config', message):
+        inside = [option for option in sorted(set(options)) if option.startswith(f"{match[1]}.")]
+        return ErasureError(f"{match[1]} is a group of options; set one of its own, such as --{(inside or [match[1]])[0]}")
+    if match := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
+        return ErasureError(f"{match[1]!r} belongs to no option; write --OPTION before it, and put text with blanks in quotes")
+    if match := re.search(r"argument (?:-\w/)?(--[\w.]+)(?:/\S+)?: expected one argument", message):
+        return ErasureError(f"{match[1]} needs a value behind it")
+    return ErasureError(_wrong_value(message) or re.sub(r"\s+", " ", message).strip())
+
+
+def unknown_option(name: str, options: Iterable[str]) -> ErasureError:
+    """An error for an option that is not there; it names those that may be meant, and never all of them."""
+    near = near_options(name, sorted(set(options)))
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "--help lists the options of this command"
+    return ErasureError(f"unknown option {name!r}; {hint}")
+
+
+def near_options(name: str, options: list[str]) -> list[str]:
+    """The options that may be meant by a name: the same in other signs or of other groups, of other tools, cut short, misspelt."""
+    key = name.strip("-").replace("-", "_").casefold()
+    group, _, last = key.rpartition(".")
+    last = OTHER_WORDS.get(last, last)
+    lasts = {option: option.rpartition(".")[2].casefold() for option in options}
+    ways = (
+        [option for option in options if option.casefold() in (key, f"{group}.{last}")],
+        [option for option, end in lasts.items() if end == last],
+        [option for option, end in lasts.items() if len(key) > 1 and key in (option[: len(key)], end[: len(key)])],
+        get_close_matches(key, options, 1),
+        [option for option, end in lasts.items() if end in get_close_matches(last, set(lasts.values()), 1, 0.7)],
+    )
+    return next((found[:SHOWN] for found in ways if found), [])
+
+
+def _wrong_value(message: str) -> str | None:
+    """A value of the wrong type: which option, which value, and what it takes."""
+    key = re.search(r'Parser key "([\w.]+)"', message)
+    value = re.search(r"(?:Got|Given) value: ?(.*)$", message, re.S)
+    kinds = [KINDS[kind] for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind in KINDS]
+    if not (key and value and kinds):
+        return None
+    given = " ".join(value[1].split())[:100]
+    return f"--{key[1]} is {given!r}, but it takes {' or '.join(dict.fromkeys(kinds))}"

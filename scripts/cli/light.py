@@ -1,0 +1,82 @@
+"""Help without the libraries that a job needs: to import torch and diffusers takes seconds, to list options does not need them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import FunctionType, ModuleType
+from typing import Any
+
+HEAVY = frozenset(
+    "accelerate diffusers huggingface_hub matplotlib nudenet numpy open_clip safetensors scipy torch torchvision transformers".split()
+)
+DESCRIBING = {"-h", "--help", "--version"}
+LIGHT = ("erase.prompts", "erase.scripts")  # what needs none of them
+
+
+def only_describes(argv: Sequence[str]) -> bool:
+    """Whether a command line asks for text alone, in a process that has not loaded torch anyway."""
+    return not DESCRIBING.isdisjoint(argv) and "torch" not in sys.modules
+
+
+@contextmanager
+def stood_in() -> Iterator[None]:
+    """Within the block, imports of `HEAVY` give empty modules whose every attribute is an empty class; nothing is left of them afterwards.
+
+    That is enough to import a module and to read its dataclasses, and for nothing else.
+    """
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    before = set(sys.modules)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in set(sys.modules) - before:
+            top = name.partition(".")[0]
+            if top in HEAVY or (top == "erase" and not f"{name}.".startswith(tuple(f"{light}." for light in LIGHT))):
+                del sys.modules[name]
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:  # type: ignore[override]
+        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] in HEAVY else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Module(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+class _Empty(type):
+    """The class of the empty classes: their attributes are empty classes as well."""
+
+    def __getattr__(cls, name: str) -> Any:
+        return _empty(name)
+
+    def __getitem__(cls, _: object) -> Any:
+        return cls
+
+    def __call__(cls, *args: Any, **named: Any) -> Any:
+        """As a decorator, with or without arguments, it changes nothing."""
+        return args[0] if args and isinstance(args[0], FunctionType | type) else super().__call__()
+
+
+class _Module(ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        return _empty(name)
+
+
+def _empty(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return _Empty(name, (_Base,), {})
+
+
+class _Base(metaclass=_Empty):
+    def __call__(self, first: Any = None, *_: Any, **__: Any) -> Any:
+        return first
