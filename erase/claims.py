@@ -14,7 +14,7 @@ from erase.files import atomic_write, errors_named
 from erase.parallel.processes import exists_on_all, processes
 from erase.prompts.errors import ErasureError
 
-SAME_BITS = {"train.checkpoint_every", "train.selective_recompute", "train.offload", "train.shard_optimizer"}
+SAME_BITS = {"train.checkpoint_every", "train.selective_recompute", "train.offload"}
 """settings that leave the result as it is, to the bit"""
 TO_ROUNDING = {
     "made with", "threads", "processes",
@@ -24,8 +24,8 @@ TO_ROUNDING = {
 PATHS = {
     "model",
     "base",
-    "mask_file",
-    "saliency_file",
+    "mask.file",
+    "mask.saliency",
     "latents.forget_images",
     "latents.retain_images",
     "load.config",

@@ -16,20 +16,19 @@ from erase.claims import check_artifact, check_settings, claim, flat
 from erase.delta import ErasedDelta
 from erase.delta.origin import load_options
 from erase.files import atomic_write
-from erase.latents.prepare import LatentConfig, prepare_latents
-from erase.mask import kept_count
+from erase.latents.prepare import LatentConfig
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.models.loading import is_here, kind_of
 from erase.models.prompt_checks import check_prompts, cut_prompts
-from erase.models.scopes import select_trainable
-from erase.parallel.processes import exists_on_all
+from erase.parallel.processes import default_device, exists_on_all, processes
 from erase.prompts.canvas import check_canvas
 from erase.prompts.concepts import ConceptSpec, check_together
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.reading import as_path
-from erase.training.config import TrainConfig
-from erase.training.loop import make_accelerator
+from erase.task import Task
+from erase.training.config import TunedConfig
+from erase.training.fine_tune import check_machine, check_scope
 
 VERSION = "0.1.0"
 log = logging.getLogger("erase")
@@ -85,7 +84,8 @@ def erase_concept(
         check_canvas(concepts)
     method = get_method(config.method)
     settings = method.settings(method_config)
-    accelerator = make_accelerator(getattr(settings, "train", TrainConfig()))
+    if isinstance(settings, TunedConfig):
+        check_machine(settings)
     if config.load.dtype != "float32":
         raise ErasureError(
             f"load.dtype is {config.load.dtype}, but training needs float32 weights; use train.mixed_precision instead"
@@ -98,9 +98,11 @@ def erase_concept(
         check_settings(folder, description, defaults)
     if finished:
         log.info("%s/delta.safetensors is finished, so nothing is computed again; only its base is checked", folder)
-    model = model or load_model(config.model, accelerator.device, config.load)
+    model = model or load_model(config.model, default_device(), config.load)
     base = model.parameters()
-    _check_base(base, settings)
+    _check_base(base)
+    if isinstance(settings, TunedConfig):
+        check_scope(base, settings)
     check_prompts(model, concepts)
 
     metadata = {"base_fingerprint": model.fingerprint, "base_id": model.name, **description, **_cut(model, concepts)}
@@ -110,19 +112,17 @@ def erase_concept(
     if made:
         return made
 
-    share = getattr(settings, "anchor_latents", 0.0)
-    forget, retain = prepare_latents(model, concepts, config.latents, config.seed, folder and folder / "latents", share)
-    edit = method.compute(model, concepts, forget, retain, settings, seed=config.seed, accelerator=accelerator, folder=folder)
+    edit = method.edit(Task(model, concepts, config.latents, config.seed, folder), settings)
     delta = ErasedDelta.between({name: base[name].data for name in edit.values}, edit.values, metadata)
     _check_changed(delta)
-    if folder and accelerator.is_main_process:
+    if folder and processes().is_main_process:
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")
         with atomic_write(folder / "training.json") as aside:
-            aside.write_text(json.dumps({"losses": edit.losses, "delta_sha256": delta.sha256}), encoding="utf-8")
+            aside.write_text(json.dumps({"losses": list(edit.losses), "delta_sha256": delta.sha256}), encoding="utf-8")
         delta.save(folder / "delta.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)
-    accelerator.wait_for_everyone()  # who goes on finds the files
+    processes().wait_for_everyone()  # who goes on finds the files
     return delta
 
 
@@ -190,16 +190,14 @@ def _check_changed(delta: ErasedDelta) -> None:
         )
 
 
-def _check_base(params: Mapping[str, nn.Parameter], settings: Any) -> None:
-    """Refuse weights, a scope or a density that cannot be trained, before hours are spent on latents."""
+def _check_base(params: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that cannot be trained, before hours are spent on latents."""
     for name, param in params.items():
         if param.dtype != torch.float32:
             raise ErasureError(
                 f"{name} is {param.dtype}, but training needs float32 weights; load the model in float32, and use "
                 "train.mixed_precision instead"
             )
-    chosen = select_trainable(params, getattr(settings, "scope", "full"))
-    kept_count(getattr(settings, "density", 1.0), sum(param.numel() for param in chosen.values()))
 
 
 def _cut(model: DiffusionModel, concepts: list[ConceptSpec]) -> dict[str, str]:

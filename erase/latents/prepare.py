@@ -191,6 +191,74 @@ class PromptCache:
         return self._cond[torch.tensor([self._row[prompt] for prompt in prompts])]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """The forget and retain latents of an erasure; each set is made when it is asked for.
+
+    Sets come from the model itself or from folders of images. Where there is a cache, finished ones are found there again.
+    """
+
+    model: DiffusionModel
+    concepts: list[ConceptSpec]
+    """their pairs are used in turn, each concept equally often"""
+    config: LatentConfig
+    seed: int
+    """picks the prompts and seeds the images"""
+    cache: Path | None = None
+
+    def forget(self, anchor_share: float = 0.0) -> LatentSet:
+        """Forget latents.
+
+        Args:
+            anchor_share: fraction that is sampled from the anchor prompts instead (none, where images are given).
+
+        Raises:
+            ErasureError: more steps than timesteps, images or captions that cannot be taken, or a concept of which no forget latent is left.
+        """
+        pairs, images = self._forget_rows(random.Random(self.seed))
+        own = len(pairs) if images else len(pairs) - round(anchor_share * len(pairs))
+        if own < len(self.concepts):
+            raise ErasureError(
+                f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is {len(self.concepts)} concepts; "
+                "raise latents.n_forget or lower anchor_latents"
+            )
+        prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
+        return self._made("forget", prompts, anchors, own, images, self._first)
+
+    def retain(self) -> LatentSet:
+        """Retain latents.
+
+        Raises:
+            ErasureError: more steps than timesteps, no retain prompts, or images or captions that cannot be taken.
+        """
+        rng = random.Random(self.seed)
+        self._forget_rows(rng)  # whose draws come first
+        seed = self._first + 500_000
+        prompts, images = _retain_rows(self.concepts, self.config, seed, rng)
+        return self._made("retain", tuple(prompts), None, None, images, seed)
+
+    @property
+    def _first(self) -> int:
+        return self.seed * 1_000_003
+
+    def _forget_rows(self, rng: random.Random) -> tuple[list[tuple[str, str]], list[OwnImage]]:
+        return _forget_rows(self.concepts, self.config, self._first, rng)
+
+    def _made(
+        self,
+        what: str,
+        prompts: tuple[str, ...],
+        anchors: tuple[str, ...] | None,
+        own: int | None,
+        images: list[OwnImage],
+        seed: int,
+    ) -> LatentSet:
+        check_ranges(self.config, {"steps": (1, self.model.timesteps)})  # no more than there are noise levels
+        look_at(images, self.model.image_size, f"latents.{what}_images")
+        files = [image.path for image in images]
+        return _cached(self.model, self.config, self.cache, what, prompts, anchors, own, files, seed)
+
+
 def prepare_latents(
     model: DiffusionModel,
     concepts: list[ConceptSpec],
@@ -199,38 +267,9 @@ def prepare_latents(
     cache: Path | None = None,
     anchor_share: float = 0.0,
 ) -> tuple[LatentSet, LatentSet]:
-    """Forget and retain latents of an erasure, sampled from the model itself or encoded from folders.
-
-    Args:
-        model: the base.
-        concepts: their pairs are used in turn, each concept equally often.
-        config: how many and from where.
-        seed: picks the prompts and seeds the images.
-        cache: a folder in which finished sets are kept; the same inputs find them again.
-        anchor_share: fraction of the forget latents that are sampled from their anchor prompts instead (none, where images are given).
-
-    Raises:
-        ErasureError: more steps than timesteps, no retain prompts, images or captions that cannot be taken, or a concept of which
-            no forget latent is left.
-    """
-    check_ranges(config, {"steps": (1, model.timesteps)})  # no more than there are noise levels
-    rng, first = random.Random(seed), seed * 1_000_003
-    pairs, gone = _forget_rows(concepts, config, first, rng)
-    retained, kept = _retain_rows(concepts, config, first + 500_000, rng)
-    for images, what in ((gone, "latents.forget_images"), (kept, "latents.retain_images")):
-        look_at(images, model.image_size, what)
-    forget_prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
-    own = len(pairs) if gone else len(pairs) - round(anchor_share * len(pairs))
-    if own < len(concepts):
-        raise ErasureError(
-            f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is {len(concepts)} concepts; raise latents.n_forget or "
-            "lower anchor_latents"
-        )
-    jobs = [
-        ("forget", forget_prompts, anchors, own, [image.path for image in gone], first),
-        ("retain", tuple(retained), None, None, [image.path for image in kept], first + 500_000),
-    ]
-    return tuple(_cached(model, config, cache, *job) for job in jobs)  # type: ignore[return-value]
+    """Forget and retain latents of an erasure; see `Plan`."""
+    plan = Plan(model, concepts, config, seed, cache)
+    return plan.forget(anchor_share), plan.retain()
 
 
 def _forget_rows(

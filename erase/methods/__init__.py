@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from torch import Tensor
-
-from erase.mask import SaliencyMask
 from erase.prompts.errors import ErasureError, unknown
+from erase.task import Edit, Task
 
+C = TypeVar("C")
 METHODS = {
     "salun": "erase.methods.salun",
     "salun-paper": "erase.methods.salun",
+    "esd": "erase.methods.esd",
+    "uce": "erase.methods.uce",
 }
 """method -> the module whose `METHODS` holds it"""
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Generic[C]):
     """A way to erase: its function, its configuration with defaults, and where it comes from."""
 
     name: str
     paper: str
-    config: Any
+    config: C
     """a dataclass instance with the defaults; its type is this method's alone"""
-    compute: Callable[..., Edit]
-    """(model, concepts, forget, retain, config, *, seed, accelerator, folder) -> Edit; leaves the model as it was found"""
+    edit: Callable[[Task, C], Edit]
+    """leaves the task's model as it was found"""
 
     def settings(self, given: Any = None) -> Any:
         """The settings to run with: those that are given, or the defaults.
@@ -47,18 +48,7 @@ class Method:
         return given
 
 
-@dataclass
-class Edit:
-    """What a method computes: new values, and the evidence of how it came to them."""
-
-    values: Mapping[str, Tensor]
-    """parameter name -> new values"""
-    losses: list[float]
-    """one per optimizer step; empty for a closed form"""
-    mask: SaliencyMask | None = None
-
-
-def get_method(name: str) -> Method:
+def get_method(name: str) -> Method[Any]:
     """The method or preset of this name.
 
     Raises:
@@ -66,5 +56,5 @@ def get_method(name: str) -> Method:
     """
     if name not in METHODS:
         raise unknown("method", name, METHODS)
-    method: Method = import_module(METHODS[name]).METHODS[name]
+    method: Method[Any] = import_module(METHODS[name]).METHODS[name]
     return method

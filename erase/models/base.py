@@ -79,8 +79,9 @@ class DiffusionModel(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def encode(self, prompts: list[str]) -> Cond:
-        """Text states of the prompts, without gradient."""
+    def encode(self, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None) -> Cond:
+        """Text states of the prompts: each by itself, or, where gradients are enabled and an encoder's weights or `prefix` take part, in
+        one pass with gradient. `prefix`: embeddings behind the start token, shape (k, dim); by encoder where there are several."""
 
     def tokens(self, prompts: list[str]) -> Mapping[str, list[Tokens]]:
         """Prompts as each text encoder takes them, by the encoder's name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from typing import Any, ClassVar
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from erase.models.base import Cond, Tokens, fingerprint
-from erase.models.pipelines import Pipeline, arguments, denoiser, encode, image_size, latent_side, modules
+from erase.models.pipelines import Pipeline, arguments, denoiser, encode, image_size, latent_side, modules, text_encoders
+from erase.models.prefix import encode_live
 from erase.models.tokenizers import check_tokenizers, tokens
 
 
@@ -50,8 +52,14 @@ class PipelineModel:
         chosen = [part for part in self.components if part in parts] if component is None else [component]
         return {f"{part}.{name}": p for part in chosen for name, p in parts[part].named_parameters()}
 
-    def encode(self, prompts: list[str]) -> Cond:
+    def encode(self, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None) -> Cond:
+        if prefix is not None or (torch.is_grad_enabled() and self._texts_trained()):
+            return encode_live(self._pipeline, prompts, prefix)
         return encode(self._pipeline, prompts)
+
+    def _texts_trained(self) -> bool:
+        encoders = text_encoders(self._pipeline).values()
+        return any(param.requires_grad for encoder in encoders for param in encoder.parameters())
 
     def tokens(self, prompts: list[str]) -> dict[str, list[Tokens]]:
         return tokens(self._pipeline, prompts)

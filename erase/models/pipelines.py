@@ -51,6 +51,11 @@ def modules(pipeline: Pipeline) -> dict[str, nn.Module]:
     return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
 
 
+def text_encoders(pipeline: Pipeline) -> dict[str, Any]:
+    """The text encoders of a pipeline, by name."""
+    return {name: part for name, part in modules(pipeline).items() if name.startswith("text_encoder")}
+
+
 @torch.no_grad()
 def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None = None) -> Cond:
     """Text states of the prompts, each encoded alone, so that its bits do not depend on the others.

@@ -107,9 +107,12 @@ class Shards(Layout):
             total.mul_(self._count)  # of means
 
     def norm(self, local: Tensor) -> Tensor:
-        squared = local.square()
-        distributed.all_reduce(squared)
-        return squared.sqrt()
+        return self.total(local.square()).sqrt()
+
+    def total(self, local: Tensor) -> Tensor:
+        total = local.clone()
+        distributed.all_reduce(total)
+        return total
 
     def local_part(self, whole: Tensor, mine: slice) -> Tensor:
         return whole[mine].clone() if whole.dim() else whole  # a single number, as an optimizer's count of steps, is everyone's

@@ -39,6 +39,10 @@ class Layout:
         """The norm of all values, given that of the values in this process."""
         return local
 
+    def total(self, local: Tensor) -> Tensor:
+        """The sum over all values, given that over the values in this process."""
+        return local
+
     def local_part(self, whole: Tensor, mine: slice) -> Tensor:
         """What `mine` chooses of a tensor that was gathered."""
         return whole

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
+from pathlib import Path
 from typing import Any
 
-from erase.prompts.errors import BELOW_ONE, COUNT, POSITIVE, ErasureError, check_ranges
+from erase.mask import check_density
+from erase.prompts.errors import BELOW_ONE, COUNT, POSITIVE, ErasureError, check_names, check_ranges
 
 MOST_STEPS, MOST_ROWS = 10**7, 2**16
 """bounds against slips of the keyboard: what a run could never finish, and what no memory holds"""
@@ -45,9 +48,6 @@ class TrainConfig:
     """torch.compile the denoiser: needs a C++ compiler and minutes before the first step"""
     offload: bool = False
     """keep on the CPU what the steps do not use: VAE, text encoders, and with mixed precision the float32 weights of the base"""
-    shard_optimizer: bool = False
-    """split the optimizer's state among the processes (ZeRO stage 1): the same result, with less memory on each; stages 2 and 3
-    are launches: scripts/launch/fsdp-zero2.yaml, fsdp.yaml"""
     ema: float | None = None
     """decay of an exponential moving average that the result is taken from; None: the last weights"""
     checkpoint_every: int = 50
@@ -64,3 +64,70 @@ class TrainConfig:
         for other in ("gradient_checkpointing", "compile"):
             if self.selective_recompute and getattr(self, other):
                 raise ErasureError(f"selective_recompute and {other} both decide what is recomputed; choose one")
+
+
+RULES = ("forget", "random", "inverted", "none")
+COMBINE = ("sum", "surgery")
+
+
+@dataclass
+class MaskConfig:
+    """Which weights of the scope may change."""
+
+    rule: str = "forget"
+    """forget (most salient to the forget loss, SalUn's); or a control: random, inverted, none (all of the scope)"""
+    density: float = 0.5
+    """fraction of the scope's weights that may change"""
+    file: str | None = None
+    """a saved mask to use instead of computing one"""
+    saliency: str | None = None
+    """a saved saliency to cut at `density` instead of computing it again"""
+    guidance: float = 7.5
+    """g of (1 + g) eps_c - g eps_null in the forget loss; 7.5 is diffusers' guidance_scale 8.5"""
+    batch_size: int = 8
+    """forget latents per gradient; the gradients of all batches are summed"""
+
+    def __post_init__(self) -> None:
+        check_names(self, {"rule": RULES})
+        check_ranges(self, {"batch_size": COUNT, "guidance": (-1, 1000)})  # -1: the unconditional branch alone
+        check_density(self.density)
+        if self.file and (self.saliency or self.rule != "forget"):
+            idle = "mask.saliency" if self.saliency else f"mask.rule {self.rule}"
+            raise ErasureError(f"mask.file is taken as it is, so {idle} would do nothing; leave one of them out")
+        if self.saliency and self.rule in ("random", "none"):
+            raise ErasureError(f"mask.rule {self.rule} needs no saliency, so mask.saliency would do nothing; leave one of them out")
+        for option in ("file", "saliency"):
+            path = getattr(self, option)
+            if path and not Path(path).is_file():
+                raise ErasureError(f"mask.{option} {path} is not there")
+
+
+@dataclass
+class TunedConfig:
+    """Options of every method that takes gradient steps; they compose, and no method sees them."""
+
+    scope: str = "full"
+    """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, noxattn, text_encoder, or a pattern of names"""
+    mask: MaskConfig = field(default_factory=lambda: MaskConfig(rule="none", density=1.0))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    combine: str = "sum"
+    """of forgetting and retaining: sum, or surgery (what conflicts with retaining is removed from the forget gradient)"""
+    sam: float = 0.0
+    """radius of sharpness-aware minimisation: the forget gradient is taken this far uphill (L2 norm over all trained values); 0: off"""
+    smoothing: float = 0.0
+    """standard deviation of random displacements over which the forget gradient is averaged; 0: off"""
+    smoothing_draws: int = 3
+    """displacements per step"""
+    prox_l1: float = 0.0
+    """weight of |change|_1, by a proximal step: small changes go back to the base's bits (SalUn-soft); 0: off"""
+    lora_rank: int = 0
+    """train the change of each matrix as a product of this rank; vectors keep their values; 0: the change itself"""
+
+    def __post_init__(self) -> None:
+        check_names(self, {"combine": COMBINE})
+        small = dict.fromkeys(("sam", "smoothing", "prox_l1"), (0, inf))
+        check_ranges(self, {**small, "smoothing_draws": COUNT, "lora_rank": (0, inf)})
+        if self.sam and self.smoothing:
+            raise ErasureError("sam and smoothing both say where the forget gradient is taken; choose one")
+        if self.prox_l1 and self.lora_rank:
+            raise ErasureError("prox_l1 makes single weights stay, which lora_rank does not train by themselves; choose one")

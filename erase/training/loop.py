@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,19 +13,21 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from erase.files import errors_named
 from erase.mask import SaliencyMask
-from erase.models import DiffusionModel, autocast
+from erase.models import autocast
 from erase.parallel.fsdp import check_sharded
-from erase.parallel.processes import exists_on_all, processes
+from erase.parallel.layout import ActiveWeights
+from erase.parallel.processes import processes
 from erase.parallel.progress import bar
-from erase.parallel.sharding import gather_state, gathered, scatter_state
 from erase.prompts.errors import ErasureError, check_names
-from erase.training.checkpoint import RESTART, Checkpoint
-from erase.training.config import TrainConfig
-from erase.training.optimizers import make_optimizer, try_optimizer
-from erase.training.running import check_attention, running
-from erase.training.trainable import Frozen, Trainable
+from erase.training.checkpoint import Checkpoint
+from erase.training.config import TrainConfig, TunedConfig
+from erase.training.gradients import Gradients, soften, step_gradients
+from erase.training.low_rank import LowRank
+from erase.training.optimizers import try_optimizer
+from erase.training.running import check_attention
+from erase.training.state import Run
+from erase.training.trainable import Base, Trainable
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -39,11 +38,11 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 SHARE_STRIDE = 1_000_003
 """between the seeds of a step's shares; of a seed torch takes the lower 32 bits alone"""
 Batch = Any
-LossFn = Callable[[Batch, Frozen], Tensor]
-"""(batch or part of one, the base weights as a context) -> a scalar with graph, a mean over its rows"""
-Batches = Callable[[int, int], Batch]
-"""(step, part) -> what the loss function takes. A function of nothing else: so a resumed run sees what it would have seen."""
-log = logging.getLogger("erase")
+LossFn = Callable[[Batch, Base], Mapping[str, Tensor]]
+"""(batch or part of one, the base weights as a context) -> terms by name, `forget` and `retain`, whose sum is minimised: scalars with
+graph, means over their rows"""
+Batches = Callable[[int], Batch]
+"""step -> the whole batch of that step. A function of nothing else: so a resumed run sees what it would have seen."""
 
 
 @dataclass
@@ -82,195 +81,182 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def fit(
-    model: DiffusionModel,
     params: Mapping[str, nn.Parameter],
+    loss: LossFn,
     batches: Batches,
-    loss_fn: LossFn,
-    config: TrainConfig,
+    config: TunedConfig,
     mask: SaliencyMask | None = None,
     *,
+    active: ActiveWeights | None = None,
+    seed: int = 0,
+    start: Mapping[str, Tensor] | None = None,
     accelerator: Accelerator | None = None,
-    checkpoint: Path | None = None,
-    about: Mapping[str, str] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Fitted:
-    """Take `config.steps` optimizer steps on `params` and leave the model as it was found.
+    """Take `config.train.steps` optimizer steps on parameters of any module, and leave them as they were found.
 
     The mask acts on the update: the optimizer sees compact copies of the weights inside it and nothing else (`Trainable`), so weight
-    decay and momentum cannot move the others. A loss function gets the base weights as a context, `with frozen():`, for its teacher.
-    An optimizer that looks at whole matrices (Adafactor) sees flat values under a mask.
+    decay and momentum cannot move the others. An optimizer that looks at whole matrices (Adafactor) sees flat values under a mask.
 
     Args:
-        model: whose weights `params` are.
         params: what may change, before the mask.
-        batches: batch of a step and part; every process asks for the same and takes its own share within the loss function's data.
-        loss_fn: scalar loss of one batch, given the batch and `frozen`.
-        config: steps, optimizer, precision.
+        loss: terms of one batch, given the batch and `base`.
+        batches: step -> the whole batch: tensors, lists of texts, and tuples or dataclasses of those, which the loop cuts by rows to
+            process and part.
+        config: steps, optimizer, precision, options.
         mask: where weights may change; None: everywhere.
-        accelerator: made from `config` where none is given.
-        checkpoint: file of the training state; found, it is resumed from; the caller removes it.
-        about: the run that it belongs to (`erase.claims`): a state of another one is refused.
+        active: what stands in the place of `params` while the model runs (`running`); None: they themselves.
+        seed: of what the options draw.
+        start: values to begin at instead of the base's, as whole parameters by name.
+        accelerator: made from `config.train` where none is given.
+        checkpoint: where the training state is kept, and whose it is; found, it is resumed from; the caller removes it.
 
     Raises:
-        ErasureError: a loss that is not finite, an unknown optimizer or argument, a mask of another base, a training state that is
-            damaged or of another run.
+        ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that do not split evenly.
     """
     processes()  # refuses a launch that this loop does not fit
-    check_names(config, {"schedule": SCHEDULES})
-    accelerator = accelerator or make_accelerator(config)
-    if mask is not None:
-        mask.check(params, model.fingerprint)
-    kept = Checkpoint(checkpoint, {"base_fingerprint": model.fingerprint, **(about or {})}) if checkpoint else None
-    with running(model, params, config) as active:
-        try:
-            return _fitted(Trainable(params, mask, active), batches, loss_fn, config, accelerator, kept)
-        finally:
-            accelerator.free_memory()  # it keeps the optimizer: room that the model's own weights may need to come back
-
-
-def _fitted(
-    trainable: Trainable,
-    batches: Batches,
-    loss_fn: LossFn,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    checkpoint: Checkpoint | None,
-) -> Fitted:
-    """All of the training that happens while the model is run as asked."""
+    accelerator = accelerator or make_accelerator(config.train)
+    active = active or ActiveWeights(params)
+    if config.lora_rank:
+        trainable: Trainable = LowRank(params, mask, active, config.lora_rank, seed)
+    else:
+        trainable = Trainable(params, mask, active)
     try:
-        run = _Run.start(trainable, config, accelerator, checkpoint)
-        _train(run, batches, loss_fn, config, accelerator)
+        if start:
+            trainable.start_from(start)
+        run = Run.start(trainable, config.train, accelerator, checkpoint)
+        _train(run, _Steps(run, loss, batches, config, accelerator, seed))
         return Fitted(trainable.result(run.average or trainable.values), run.losses)
     finally:
         trainable.close()
+        accelerator.free_memory()  # it keeps the optimizer: room that the model's own weights may need to come back
 
 
-def _train(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> None:
+@dataclass(frozen=True)
+class _Steps:
+    """What every step of a training takes."""
+
+    run: Run
+    loss: LossFn
+    batches: Batches
+    config: TunedConfig
+    accelerator: Accelerator
+    seed: int
+
+    def take(self) -> float:
+        """One optimizer step over all parts of one batch; returns its loss."""
+        run, train = self.run, self.config.train
+        lr = train.lr * SCHEDULES[train.schedule](run.step / train.steps)
+        for group in run.optimizer.param_groups:
+            group["lr"] = lr
+
+        total, gradients = self._gradients()
+        if not math.isfinite(total):
+            raise ErasureError(
+                f"the loss is {total} at step {run.step}; lower the learning rate ({train.lr:g}), set max_grad_norm, or train in float32"
+            )
+        for name, value in run.trainable.values.items():
+            value.grad = gradients.get(name)
+        if train.max_grad_norm is not None:
+            self._clip(train.max_grad_norm)
+        run.optimizer.step()
+        soften(run.trainable, lr * self.config.prox_l1)
+        run.trainable.put()
+        run.advance(total)
+        return total
+
+    def _gradients(self) -> tuple[float, Gradients]:
+        """The step's loss at the values as they are, and its gradient."""
+        losses: dict[str, Tensor] = {}
+        batch = self.batches(self.run.step)
+
+        def take(names: tuple[str, ...] | None) -> Gradients:
+            gradients, found = self._take(batch, names)
+            for name, term in found.items():
+                losses.setdefault(name, term)  # the first look is at the values themselves
+            return gradients
+
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.run.step)
+        gradients = step_gradients(self.run.trainable, take, self.config, generator)
+        total = self.accelerator.reduce(sum(losses.values()), reduction="mean")
+        return float(total), gradients
+
+    def _take(self, batch: Batch, names: tuple[str, ...] | None) -> tuple[Gradients, dict[str, Tensor]]:
+        """Gradient and value of some terms, over all parts of a batch."""
+        trainable, parts = self.run.trainable, self.config.train.accumulation
+        losses: dict[str, Tensor] = {}
+        self.run.optimizer.zero_grad()
+        for part in range(parts):
+            # whatever draws from the global stream draws the same after a resume, and something else in every part and process
+            place = self.accelerator.process_index * parts + part
+            torch.manual_seed(self.run.step + SHARE_STRIDE * place)
+            share = cut(batch, part, parts, self.accelerator)
+            with self.accelerator.autocast():
+                terms = self.loss(share, trainable.base)
+                chosen = {name: term / parts for name, term in terms.items() if names is None or name in names}
+                whole = sum(chosen.values())
+            if torch.is_tensor(whole):
+                self.accelerator.backward(whole)
+            for name, term in chosen.items():
+                losses[name] = losses.get(name, 0) + term.detach().float()
+        gradients = {name: value.grad for name, value in trainable.values.items() if value.grad is not None}
+        trainable.layout.average(gradients.values())
+        return gradients, losses
+
+    def _clip(self, limit: float) -> None:
+        self.accelerator.unscale_gradients()
+        values = self.run.trainable.values.values()
+        local = get_total_norm([value.grad for value in values if value.grad is not None])
+        clip_grads_with_norm_(values, limit, self.run.trainable.layout.norm(local))
+
+
+def _train(run: Run, steps: _Steps) -> None:
     """All steps that are left, with a training state saved now and then."""
+    accelerator, train = steps.accelerator, steps.config.train
     how = "in shards on" if run.trainable.layout.collective_forward else "on"
     name = "erasing" if accelerator.num_processes == 1 else f"erasing {how} {accelerator.num_processes} processes"
     with (
         torch.random.fork_rng(devices=[]),
-        bar(name, "step", config.steps, run.step, accelerator.is_main_process) as shown,
+        bar(name, "step", train.steps, run.step, accelerator.is_main_process) as shown,
     ):
-        while run.step < config.steps:
-            loss = _step(run, batches, loss_fn, config, accelerator)
+        while run.step < train.steps:
+            loss = steps.take()
             shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
             shown.update()
-            if run.step % config.checkpoint_every == 0:
+            if run.step % train.checkpoint_every == 0:
                 run.save()
 
 
-def _step(run: _Run, batches: Batches, loss_fn: LossFn, config: TrainConfig, accelerator: Accelerator) -> float:
-    """One optimizer step over all parts of one batch; returns its loss."""
-    run.optimizer.zero_grad()
-    for group in run.optimizer.param_groups:
-        group["lr"] = config.lr * SCHEDULES[config.schedule](run.step / config.steps)
-    total = torch.zeros((), device=accelerator.device)
-    for part in range(config.accumulation):
-        # whatever draws from the global stream draws the same after a resume, and something else in every part and process
-        torch.manual_seed(run.step + SHARE_STRIDE * (accelerator.process_index * config.accumulation + part))
-        with accelerator.autocast():
-            loss = loss_fn(batches(run.step, part), run.trainable.frozen) / config.accumulation
-        accelerator.backward(loss)
-        total += loss.detach().float()
-    total = accelerator.reduce(total, reduction="mean")
-    if not total.isfinite():
-        raise ErasureError(
-            f"the loss is {total.item()} at step {run.step}; lower the learning rate ({config.lr:g}), set max_grad_norm, or train in float32"
-        )
-    gradients = [value.grad for value in run.trainable.values.values() if value.grad is not None]
-    run.trainable.layout.average(gradients)
-    if config.max_grad_norm is not None:
-        accelerator.unscale_gradients()
-        norm = run.trainable.layout.norm(get_total_norm(gradients))
-        clip_grads_with_norm_(run.trainable.values.values(), config.max_grad_norm, norm)
-    run.optimizer.step()
-    run.trainable.put()
-    run.advance(total.item())
-    return total.item()
+def cut(batch: Batch, part: int, parts: int, accelerator: Accelerator) -> Batch:
+    """This process's rows of one part of a batch, on its device.
+
+    Every share is equally long, so that means of shares average to the mean of all.
+
+    Args:
+        batch: a tensor or a list of texts, with an entry per row; or a tuple, mapping or dataclass of those. None stays.
+
+    Raises:
+        ErasureError: rows that do not split evenly.
+    """
+    match batch:
+        case None:
+            return None
+        case Tensor():
+            return batch[_share(len(batch), part, parts, accelerator)].to(accelerator.device)
+        case list():
+            return batch[_share(len(batch), part, parts, accelerator)]
+        case tuple():
+            return tuple(cut(column, part, parts, accelerator) for column in batch)
+        case dict():
+            return {name: cut(column, part, parts, accelerator) for name, column in batch.items()}
+    columns = {field.name: cut(getattr(batch, field.name), part, parts, accelerator) for field in fields(batch)}
+    return replace(batch, **columns)
 
 
-@contextmanager
-def gradients_on(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Gradients on for these parameters alone; afterwards off and cleared."""
-    for param in params.values():
-        param.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for param in params.values():
-            param.requires_grad_(False)
-            param.grad = None
-
-
-class _Run:
-    """A training in progress, and everything that a resumed one needs: values, optimizer and loss-scaler state, average, losses."""
-
-    def __init__(self, trainable: Trainable, optimizer: Any, scaler: Any, ema: float | None, kept: Checkpoint | None) -> None:
-        self.trainable, self.optimizer = trainable, optimizer
-        self._scaler, self._ema, self._kept = scaler, ema, kept
-        self.average = {} if ema is None else {name: value.detach().clone() for name, value in trainable.values.items()}
-        self.losses: list[float] = []
-
-    @classmethod
-    def start(cls, trainable: Trainable, config: TrainConfig, accelerator: Accelerator, kept: Checkpoint | None) -> _Run:
-        """A new run, or the one that was kept."""
-        fuse = config.mixed_precision != "fp16"  # its loss scaler has a way of its own through fused steps
-        optimizer = make_optimizer(
-            list(trainable.values.values()),
-            config.optimizer,
-            config.lr,
-            config.optimizer_args,
-            fuse,
-            shard=config.shard_optimizer and not trainable.layout.collective_forward,  # of shards there is nothing left to split
-        )
-        # its state is still empty, and its values are where they belong
-        optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-        run = cls(trainable, optimizer, accelerator.scaler, config.ema, kept)
-        if kept and exists_on_all(kept.path):
-            run._take(kept)
-            log.info("going on from step %d of %d, which %s holds", run.step, config.steps, kept.path)
-        return run
-
-    @property
-    def step(self) -> int:
-        return len(self.losses)
-
-    @torch.no_grad()
-    def advance(self, loss: float) -> None:
-        for name, value in self.average.items():
-            value.lerp_(self.trainable.values[name], 1 - (self._ema or 0))
-        self.losses.append(loss)
-
-    def save(self) -> None:
-        """Keep the training state, where a file for it was given: gathered from all processes, which must all ask, by the main one."""
-        if not self._kept:
-            return
-        main, gather = processes().is_main_process, self.trainable.layout.gather
-        state = {
-            "mask": self.trainable.mask_sha256,
-            "values": gathered({name: value.detach() for name, value in self.trainable.values.items()}, gather, main),
-            "optimizer": gather_state(self.optimizer, gather, main),
-            "scaler": self._scaler.state_dict() if self._scaler else {},
-            "average": gathered(self.average, gather, main),
-            "losses": self.losses,
-        }
-        if main:
-            self._kept.write(state)
-
-    @torch.no_grad()
-    def _take(self, kept: Checkpoint) -> None:
-        """Go on from a saved state of the same run and mask."""
-        state = kept.read(self.trainable.mask_sha256)
-        with errors_named(kept.path, RESTART):
-            for name, value in self.trainable.values.items():
-                value.copy_(self.trainable.local_part(name, state["values"][name]))
-            self.trainable.put()
-            self.optimizer.load_state_dict(
-                scatter_state(state["optimizer"], list(self.trainable.values), self.trainable.local_part)
-            )
-            if self._scaler:
-                self._scaler.load_state_dict(state["scaler"])
-            for name, mean in self.average.items():
-                mean.copy_(self.trainable.local_part(name, state["average"][name]))
-            self.losses = list(state["losses"])
+def _share(size: int, part: int, parts: int, accelerator: Accelerator) -> slice:
+    shares = parts * accelerator.num_processes
+    if size % shares:
+        raise ErasureError(f"a batch of {size} rows cannot be split evenly into {parts} parts on {accelerator.num_processes} processes")
+    width = size // shares
+    start = (accelerator.process_index * parts + part) * width
+    return slice(start, start + width)

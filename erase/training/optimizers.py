@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from erase.parallel.sharding import sharded
 from erase.prompts.errors import ErasureError, is_number, reason, unknown
 
 NOT_OURS = {
@@ -24,7 +23,7 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def make_optimizer(
-    values: list[torch.nn.Parameter], name: str, lr: float, args: dict[str, Any], fuse: bool, shard: bool = False
+    values: list[torch.nn.Parameter], name: str, lr: float, args: dict[str, Any], fuse: bool
 ) -> torch.optim.Optimizer:
     """An optimizer of these values.
 
@@ -34,7 +33,6 @@ def make_optimizer(
         lr: learning rate.
         args: its further arguments.
         fuse: take the fused kernel where there is one and `args` do not say otherwise: one pass over each tensor, and no copies.
-        shard: split its state among the processes.
 
     Raises:
         ErasureError: an unknown name or argument, a second learning rate, or bitsandbytes is not installed.
@@ -49,7 +47,7 @@ def make_optimizer(
         args = {"fused": True} | args
     try:
         options = {"lr": lr, **args}
-        optimizer: torch.optim.Optimizer = sharded(kind, values, options) if shard else kind(values, **options)
+        optimizer: torch.optim.Optimizer = kind(values, **options)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise ErasureError(f"optimizer {name}: {reason(error)}") from error
     return optimizer

@@ -20,8 +20,8 @@ from erase.parallel.layout import ActiveWeights
 from erase.places import indices
 from erase.prompts.errors import ErasureError
 
-Frozen = Callable[[], AbstractContextManager[None]]
-"""within its block, the model holds its base weights"""
+Base = Callable[[], AbstractContextManager[None]]
+"""within its block, the model holds its base weights, and no gradient is recorded"""
 
 
 class Trainable:
@@ -34,7 +34,7 @@ class Trainable:
     def __init__(
         self, params: Mapping[str, nn.Parameter], mask: SaliencyMask | None = None, active: ActiveWeights | None = None
     ) -> None:
-        """`standing`: what stands in the place of `params` meanwhile; None: they themselves."""
+        """`active`: what stands in the place of `params` meanwhile; None: they themselves."""
         active = active or ActiveWeights(params)
         self._base_params, self._mask, self.layout = params, mask, active.layout
         self._params = {name: active.params[name] for name in params}
@@ -43,11 +43,14 @@ class Trainable:
         self._where: dict[str, Tensor] = {}
         """parameter name -> flat places, int32; a parameter that may change as a whole has none, one that may not at all is left out.
         Boolean masks would be smaller, but selecting by them takes 30 times as long (2.7 M weights on a CPU: 21 ms against 0.7)"""
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        """parameter name -> shape of its compact values in all processes together"""
         self._own = active.own
         self._base: dict[str, Tensor] = {}
         """base values as the parameter holds them, flat where masked; of a parameter that stands in for another, once they are asked for"""
         self.values: dict[str, nn.Parameter] = {}
         """trained values in full precision, likewise: what the optimizer steps on"""
+        self._taken: list[str] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         try:
             for name, param in self._params.items():
@@ -69,6 +72,7 @@ class Trainable:
             self._base[name] = self._read(name, held)
         self.values[name] = nn.Parameter(self._read(name, self._own.get(name, held)).to(param.device))
         param.requires_grad_(True)
+        self._taken.append(name)
         # the dense gradient of one parameter at a time: the next is not yet there when it is dropped
         self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
 
@@ -82,6 +86,7 @@ class Trainable:
             start, stop = (int(i) for i in torch.searchsorted(where, torch.tensor([rows.start * width, rows.stop * width])))
             self._mine[name] = slice(start, stop)
             self._where[name] = (where[start:stop] - rows.start * width).to(param.device, torch.int32)
+        self._shapes[name] = tuple(param.shape) if where is None else (len(where),)
         return where is None or len(where) > 0
 
     def _read(self, name: str, dense: Tensor) -> Tensor:
@@ -95,15 +100,19 @@ class Trainable:
         def collect(param: Tensor) -> None:
             if param.grad is None:
                 return
-            value, grad = self.values[name], self.layout.local(param.grad)
+            grad = self.layout.local(param.grad)
             # no copy of what is taken whole, unless a block's gradients would live on behind it; and always in the order of the values,
             # for fused optimizers walk through both side by side
             part = name in self._where or grad.untyped_storage().nbytes() > grad.nbytes
-            found = self._read(name, grad) if part else grad.contiguous()
-            value.grad = found.to(value.dtype) if value.grad is None else value.grad.add_(found)
+            self._add(name, self._read(name, grad) if part else grad.contiguous())
             param.grad = None
 
         return collect
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        """Add the gradient of a parameter's compact values to what earlier parts of the batch left."""
+        value = self.values[name]
+        value.grad = gradient.to(value.dtype) if value.grad is None else value.grad.add_(gradient)
 
     @torch.no_grad()
     def _write(self, values: Mapping[str, Tensor]) -> None:
@@ -113,29 +122,57 @@ class Trainable:
         torch.clear_autocast_cache()
         self.layout.invalidate_gathered()
 
+    def compact(self, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Compact values by parameter, of what is trained: here the same."""
+        return values
+
     def put(self) -> None:
         """Write the trained values into the model, after an optimizer step."""
-        self._write(self.values)
+        self._write(self.compact(self.values))
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Within the block the model holds its base weights: a frozen teacher that costs no second model."""
-        for name in self.values.keys() - self._base.keys():
+    def base(self) -> Iterator[None]:
+        """Within the block the model holds its base weights, without gradient: a frozen teacher that costs no second model."""
+        for name in set(self._taken) - self._base.keys():
             param = self._params[name]
             self._base[name] = self._read(name, self._own[name]).to(param.device, param.dtype)
         self._write(self._base)
         try:
-            yield
+            with torch.no_grad():
+                yield
         finally:
-            self._write(self.values)
+            self.put()
+
+    def base_values(self, name: str) -> Tensor:
+        """The base's compact values of a parameter, in the precision of the trained ones."""
+        value = self.values[name]
+        kept = self._read(name, self._own[name]) if name in self._own else self._base[name]
+        return kept.to(value)
+
+    @torch.no_grad()
+    def start_from(self, values: Mapping[str, Tensor]) -> None:
+        """Begin at other values than the base's, given as whole parameters; what lies outside the mask stays the base's."""
+        for name in self._taken:
+            if name in values:
+                whole = values[name]
+                held = whole[self.layout.rows(len(whole))] if whole.dim() else whole
+                self._begin(name, self._read(name, held.to(self._params[name].device)))
+        self.put()
+
+    def _begin(self, name: str, value: Tensor) -> None:
+        self.values[name].copy_(value)
 
     def close(self) -> None:
         """Give the model its base weights back, bit for bit; what stands in for others is left as it is, to be thrown away."""
         for hook in self._hooks:
             hook.remove()
-        for name in self.values:
+        for name in self._taken:
             self._params[name].requires_grad_(False).grad = None
         self._write(self._base)
+
+    def whole_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a trained value in all processes together."""
+        return self._shapes[name]
 
     def local_part(self, name: str, whole: Tensor) -> Tensor:
         """This process's part of something that has an entry for each compact value of a parameter; the inverse of `layout.gather`."""
@@ -147,7 +184,7 @@ class Trainable:
         Raises:
             ErasureError: a value is not finite, which no loss has told yet: of the last step.
         """
-        whole = {name: self.layout.gather(value.detach()) for name, value in values.items()}
+        whole = {name: self.layout.gather(value.detach()) for name, value in self.compact(values).items()}
         if bad := [name for name, value in whole.items() if not all_finite(value)]:
             raise ErasureError(
                 f"the trained values of {bad[0]} are not finite; lower the learning rate, set max_grad_norm, or train in float32"
@@ -191,3 +228,16 @@ def _fill(dense: Tensor, where: Tensor | None, values: Tensor) -> Tensor:
         flat, values = flat.view(torch.int16), values.view(torch.int16)
     flat.scatter_(0, where, values)
     return dense
+
+
+@contextmanager
+def gradients_on(params: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Gradients on for these parameters alone; afterwards off and cleared."""
+    for param in params.values():
+        param.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for param in params.values():
+            param.requires_grad_(False)
+            param.grad = None

@@ -1,0 +1,36 @@
+"""Rows of latents as the denoiser sees them: noised, with their timesteps and what it is trained to answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from erase.models import DiffusionModel
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Noisy latents of some rows; without prompts, for the same rows may be asked under several."""
+
+    noisy: Tensor
+    """x_t, shape (n, c, h, w)"""
+    t: Tensor
+    """training timesteps, shape (n,), int64"""
+    target: Tensor
+    """what the denoiser is trained to predict there (noise, velocity or flow), shape (n, c, h, w)"""
+
+    def __len__(self) -> int:
+        return len(self.noisy)
+
+    def cat(self, other: Rows) -> Rows:
+        """The rows of both, in order."""
+        pairs = ((self.noisy, other.noisy), (self.t, other.t), (self.target, other.target))
+        return Rows(*(torch.cat(pair) for pair in pairs))
+
+
+def noised(model: DiffusionModel, latents: Tensor, noise: Tensor, t: Tensor) -> Rows:
+    """Rows of clean latents under this noise at these timesteps, on the model's device."""
+    latents, noise, t = (tensor.to(model.device) for tensor in (latents, noise, t))
+    return Rows(model.add_noise(latents, noise, t), t, model.target(latents, noise, t))

@@ -1,0 +1,58 @@
+"""ESD: erased Stable Diffusion (Gandikota et al., ICCV 2023, https://arxiv.org/abs/2303.07345).
+
+The concept's prediction is trained to what negative guidance of the frozen base would give: away from the concept. Needs no anchor.
+Take it for a concept that has no natural substitute; where there is one, salun keeps more of the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from erase.latents.batches import Rows, noised
+from erase.latents.latent_set import epoch_rows
+from erase.losses import denoising
+from erase.methods import Method
+from erase.prompts.errors import FINITE, check_ranges
+from erase.task import Edit, Task
+from erase.training.config import TrainConfig, TunedConfig
+from erase.training.fine_tune import fine_tune
+from erase.training.trainable import Base
+
+
+@dataclass
+class ESDConfig(TunedConfig):
+    """Settings of ESD; scope xattn is ESD-x, noxattn ESD-u, full ESD-all."""
+
+    scope: str = "xattn"
+    guidance: float = 1.0
+    """eta: how far beyond the unconditional prediction, away from the concept"""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, lr=5e-5, batch_size=1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"guidance": FINITE})
+
+
+def edit(task: Task, config: ESDConfig) -> Edit:
+    """Minimise |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 (eq. 5) on the concept's own latents."""
+    forget, size = task.forget(), config.train.batch_size
+
+    def batches(step: int) -> tuple[Rows, list[str]]:
+        rows, generator = epoch_rows(len(forget), step * size, size, task.seed), task.generator(step)
+        latents = forget.draw(rows, generator)
+        t, noise = forget.draw_noise(rows, task.model.timesteps, generator)
+        return noised(task.model, latents, noise, t), [forget.prompts[row] for row in rows.tolist()]
+
+    def loss(batch: tuple[Rows, list[str]], base: Base) -> dict[str, Tensor]:
+        rows, prompts = batch
+        with base():
+            null, concept = task.predict(rows.cat(rows), [""] * len(rows) + prompts).chunk(2)
+        target = null - config.guidance * (concept - null)
+        return {"forget": denoising(task.predict(rows, prompts), target)}
+
+    return fine_tune(task, loss, batches, config)
+
+
+METHODS = {"esd": Method("esd", "https://arxiv.org/abs/2303.07345", ESDConfig(), edit)}

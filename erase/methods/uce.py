@@ -1,0 +1,51 @@
+"""UCE: unified concept editing (Gandikota et al., WACV 2024, https://arxiv.org/abs/2308.14761).
+
+The cross-attention's keys and values of the concept's text states become those of the anchor's, in closed form; those of retained
+prompts stay. Takes seconds and no images. Attacks by a free pseudo-token undo it: when that matters, train (salun).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+import torch
+
+from erase.methods import Method
+from erase.objectives.closed_form import ridge_edit, seen_states, subject_states, text_projections
+from erase.prompts.errors import check_ranges
+from erase.task import Edit, Task
+
+
+@dataclass
+class UCEConfig:
+    """Settings of UCE."""
+
+    scope: str = "xattn_kv"
+    """the projections of text states that are edited"""
+    erase_scale: float = 1.0
+    """weight of the concept's states"""
+    retain_scale: float = 1.0
+    """weight of the retained prompts' states"""
+    ridge: float = 0.5
+    """weight of staying near the base (the paper's lambda)"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, {"erase_scale": (0, inf), "retain_scale": (0, inf), "ridge": (1e-12, inf)})
+
+
+def edit(task: Task, config: UCEConfig) -> Edit:
+    """Solve for each projection (eq. 7)."""
+    pairs = [subject_states(task, concept) for concept in task.concepts]
+    concepts, anchors = (torch.cat(states) for states in zip(*pairs, strict=True))
+    kept = seen_states(task, [prompt for concept in task.concepts for prompt in concept.retain])
+
+    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * kept
+    values = {}
+    for name, weight in text_projections(task, config.scope).items():
+        outputs = anchors @ weight.detach().T
+        values[name] = ridge_edit(weight, scale * concepts, scale * outputs, keep, config.ridge)
+    return Edit(values)
+
+
+METHODS = {"uce": Method("uce", "https://arxiv.org/abs/2308.14761", UCEConfig(), edit)}

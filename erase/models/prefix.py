@@ -1,0 +1,95 @@
+"""Text states of whole batches, with gradient where enabled, and with embeddings of no word standing before the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from erase.models.base import Cond
+from erase.models.pipelines import POOLED, Pipeline, text_encoders
+from erase.prompts.errors import ErasureError
+
+HOLDER = "a"
+"""a word of one token in every vocabulary: it holds the places that the embeddings take"""
+
+
+def encode_live(pipeline: Pipeline, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None) -> Cond:
+    """Text states of the prompts in one pass.
+
+    Args:
+        pipeline: whose text encoders run.
+        prompts: n texts.
+        prefix: embeddings behind the start token, shape (k, dim) or (n, k, dim); by encoder where there are several, the same k for each.
+
+    Raises:
+        ErasureError: a prefix for an encoder that is not there or of a width that is not its own, or different k.
+    """
+    encoders = text_encoders(pipeline)
+    if prefix is not None and not isinstance(prefix, Mapping):
+        prefix = dict.fromkeys(encoders, prefix)
+    places = _places(prefix or {}, encoders)
+    with ExitStack() as stack:
+        for name, embeddings in (prefix or {}).items():
+            holder = _holder_id(getattr(pipeline, name.replace("text_encoder", "tokenizer")), name)
+            stack.enter_context(_standing_before(encoders[name], embeddings, holder))
+        texts = [f"{HOLDER} " * places + prompt for prompt in prompts]
+        further = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
+        found = pipeline.encode_prompt(
+            prompt=texts,
+            device=pipeline._execution_device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            **further,
+        )
+    cond = Cond(found[0], {POOLED: found[2]} if len(found) == 4 else {})
+    return _zeros_for_empty(pipeline, texts, cond)
+
+
+def _places(prefix: Mapping[str, Tensor], encoders: Mapping[str, nn.Module]) -> int:
+    counts = set()
+    for name, embeddings in prefix.items():
+        if name not in encoders:
+            raise ErasureError(f"a prefix for {name!r}, but the model's text encoders are {', '.join(encoders)}")
+        width = encoders[name].get_input_embeddings().weight.shape[1]
+        if embeddings.shape[-1] != width:
+            raise ErasureError(f"a prefix of width {embeddings.shape[-1]} for {name}, whose embeddings have {width}")
+        counts.add(embeddings.shape[-2])
+    if len(counts) > 1:
+        raise ErasureError(f"the prefixes of several encoders have {' and '.join(map(str, sorted(counts)))} embeddings; give as many for each")
+    return counts.pop() if counts else 0
+
+
+def _holder_id(tokenizer: Any, name: str) -> int:
+    ids = tokenizer(HOLDER, add_special_tokens=False).input_ids
+    if len(ids) != 1:
+        raise ErasureError(f"{HOLDER!r} is {len(ids)} tokens of {name}, so that a prefix has no place")
+    return int(ids[0])
+
+
+@contextmanager
+def _standing_before(encoder: nn.Module, embeddings: Tensor, holder: int) -> Iterator[None]:
+    """Within the block these embeddings stand in the places of the first holders, which every row has in the same places."""
+    count = embeddings.shape[-2]
+
+    def replaced(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        start = int((inputs[0][0] == holder).nonzero()[0])
+        given = embeddings.to(output).expand(len(output), count, -1)
+        return torch.cat([output[:, :start], given, output[:, start + count :]], dim=1)
+
+    hook = encoder.get_input_embeddings().register_forward_hook(replaced)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _zeros_for_empty(pipeline: Pipeline, texts: list[str], cond: Cond) -> Cond:
+    """Zeros for the empty prompt, where the pipeline wants them (SDXL)."""
+    if not pipeline.config.get("force_zeros_for_empty_prompt", False):
+        return cond
+    keep = torch.tensor([bool(text) for text in texts], device=cond.embeddings.device)
+    return cond.each(lambda tensor: tensor * keep.view(-1, *[1] * (tensor.dim() - 1)))

@@ -1,0 +1,79 @@
+"""Closed forms: new values of the projections of text states, without a gradient step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from erase.models import DiffusionModel
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
+from erase.task import Task
+
+
+def ridge_edit(weight: Tensor, inputs: Tensor, outputs: Tensor, keep: Tensor, ridge: float) -> Tensor:
+    """The weight that maps inputs to outputs, keeps what it makes of others, and stays near what it was.
+
+    argmin_W sum |W c_i - v_i|^2 + sum |W p_j - W_0 p_j|^2 + ridge |W - W_0|^2
+           = W_0 + sum (v_i - W_0 c_i) c_i^T (sum c_i c_i^T + sum p_j p_j^T + ridge I)^-1   (UCE, Gandikota et al. 2024, eq. 7)
+
+    Args:
+        weight: W_0, shape (out, in).
+        inputs: c, shape (n, in).
+        outputs: v, shape (n, out).
+        keep: p, shape (m, in), each weighted by its length.
+        ridge: above 0, so that there is one answer.
+
+    Returns:
+        W, shape (out, in), float64 rounded to the weight's dtype.
+    """
+    old, c, v, p = (tensor.detach().double() for tensor in (weight, inputs, outputs, keep))
+    gram = c.T @ c + p.T @ p + ridge * torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
+    error = (v - c @ old.T).T @ c
+    return (old + torch.linalg.solve(gram, error, left=False)).to(weight.dtype)
+
+
+def text_projections(task: Task, scope: str) -> dict[str, nn.Parameter]:
+    """The matrices of a scope that are applied to text states themselves.
+
+    Raises:
+        ErasureError: the scope has others: a closed form over text states cannot answer for them.
+    """
+    chosen = task.weights(scope)
+    others = [name for name in chosen if not (name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")))]
+    if others:
+        raise ErasureError(f"{others[0]} is not applied to text states, so that no closed form over them can edit it; use scope xattn_kv of a UNet")
+    return chosen
+
+
+def subject_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:
+    """Text states at the last token of each name of a concept, and at that of its anchor, in each of its templates.
+
+    Returns:
+        Both of shape (names * templates, dim), in the same order.
+    """
+    filled = [(template, name) for template in concept.templates for name in concept.names]
+    anchors = [(template, concept.anchor) for template, _ in filled]
+    return _at_name(task, filled), _at_name(task, anchors)
+
+
+def seen_states(task: Task, prompts: Sequence[str]) -> Tensor:
+    """Text states at every token of these prompts that the encoder sees, from begin to end, shape (tokens, dim)."""
+    distinct = list(dict.fromkeys(prompts))
+    states, lengths = task.cond(distinct).embeddings, _lengths(task.model, distinct)
+    return torch.cat([row[: length + 2] for row, length in zip(states, lengths, strict=True)])
+
+
+def _at_name(task: Task, filled: Sequence[tuple[str, str]]) -> Tensor:
+    states = task.cond([template.replace("{}", name) for template, name in filled]).embeddings
+    # as many tokens as there are up to the name's end; the begin token before them makes this the last one's place
+    places = _lengths(task.model, [template.split("{}")[0] + name for template, name in filled])
+    return states[torch.arange(len(states)), torch.tensor(places)]
+
+
+def _lengths(model: DiffusionModel, prompts: Sequence[str]) -> list[int]:
+    """Tokens of each prompt that the (first) text encoder sees."""
+    by_encoder: Mapping[str, list] = model.tokens(list(prompts))
+    return [len(tokens.seen) for tokens in next(iter(by_encoder.values()))]

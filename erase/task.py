@@ -1,0 +1,134 @@
+"""Task: one erasure as a method sees it. Everything in it is made when it is first asked for, and kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from erase.checksum import sha256_of
+from erase.latents.batches import Rows
+from erase.latents.latent_set import LatentSet
+from erase.latents.prepare import LatentConfig, Plan
+from erase.mask import SaliencyMask
+from erase.models import Cond, DiffusionModel
+from erase.models.scopes import select
+from erase.prompts.concepts import ConceptSpec
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a method computes: new values, and the evidence of how it came to them."""
+
+    values: Mapping[str, Tensor]
+    """parameter name -> new values"""
+    losses: Sequence[float] = ()
+    """one per optimizer step; none of a closed form"""
+    mask: SaliencyMask | None = None
+
+
+class Task:
+    """A model, what to forget in it, and what a method may ask for on the way."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        concepts: Sequence[ConceptSpec],
+        latents: LatentConfig | None = None,
+        seed: int = 0,
+        folder: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the base; a method leaves it as it was found.
+            concepts: what to forget, and what to put in its place.
+            latents: how training data is made, if a method asks for any.
+            seed: fixes every draw.
+            folder: where long work is kept, so that a stopped run goes on; None: nowhere.
+        """
+        self.model, self.concepts, self.seed, self.folder = model, tuple(concepts), seed, folder
+        self._latents = latents or LatentConfig()
+        self._forget: dict[float, LatentSet] = {}
+        self._states: dict[str, Cond] = {}
+
+    def weights(self, scope: str) -> dict[str, nn.Parameter]:
+        """The parameters of a scope (`erase.scopes`), of the denoiser or of text encoders, by name.
+
+        Raises:
+            ErasureError: an unknown scope, or one that matches nothing.
+        """
+        return select(self.model.parameters(), scope)
+
+    def forget(self, anchor_share: float | None = None) -> LatentSet:
+        """Latents of the concepts, with their prompts and anchor prompts.
+
+        Args:
+            anchor_share: fraction of them that show the anchor instead; None: as they were asked for before, else 0.
+        """
+        if anchor_share is None:
+            anchor_share = next(reversed(self._forget), 0.0)
+        if anchor_share not in self._forget:
+            self._forget[anchor_share] = self._embedded(self._plan.forget(anchor_share))
+        return self._forget[anchor_share]
+
+    def retain(self) -> LatentSet:
+        """Latents of what must stay, with their prompts."""
+        return self._retain
+
+    def cond(self, prompts: Sequence[str], prefix: Tensor | Mapping[str, Tensor] | None = None) -> Cond:
+        """Text states, one row per prompt.
+
+        From memory, each computed once; live and with gradient where a text encoder is being trained or attacked.
+
+        Args:
+            prompts: the texts.
+            prefix: embeddings to stand before each prompt, behind the start token, shape (k, dim); by encoder where there are several.
+        """
+        if prefix is not None or any(param.requires_grad for param in self._encoders):
+            return self.model.encode(list(prompts), prefix)
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._states]
+        if fresh:
+            states = self.model.encode(fresh)
+            self._states |= {prompt: states[row : row + 1] for row, prompt in enumerate(fresh)}
+        return Cond.stack([self._states[prompt] for prompt in prompts])
+
+    def predict(self, rows: Rows, prompts: Sequence[str]) -> Tensor:
+        """The denoiser's prediction of these rows under these prompts, one each; with gradient where enabled."""
+        return self.model.predict(rows.noisy, rows.t, self.cond(prompts))
+
+    def generator(self, step: int) -> torch.Generator:
+        """The random stream of one step: a function of seed and step, so that a resumed run draws the same."""
+        return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return Plan(self.model, list(self.concepts), self._latents, self.seed, self.folder and self.folder / "latents")
+
+    @cached_property
+    def _retain(self) -> LatentSet:
+        return self._embedded(self._plan.retain())
+
+    def _embedded(self, latents: LatentSet) -> LatentSet:
+        """Embed the prompts of a set while the text encoders are at hand: training may move them away and changes kernels."""
+        self.cond(["", *latents.prompts, *(latents.anchors or ())])
+        return latents
+
+    @cached_property
+    def _encoders(self) -> list[nn.Parameter]:
+        return [param for name, param in self.model.parameters().items() if name.startswith("text_encoder")]
+
+
+def describe(task: Task) -> dict[str, str]:
+    """What an erasure's artifacts must agree on (`erase.claims`): base, concepts, seed, and digests of the latents made so far."""
+    sets = {"forget": next(reversed(task._forget.values()), None), "retain": task.__dict__.get("_retain")}
+    return {
+        "base_fingerprint": task.model.fingerprint,
+        "concepts": json.dumps([{"target": concept.target} for concept in task.concepts]),
+        "seed": str(task.seed),
+        **{name: sha256_of(vars(latents)) for name, latents in sets.items() if latents is not None},
+    }

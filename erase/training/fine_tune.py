@@ -1,0 +1,78 @@
+"""The door to gradient steps: every method that takes them comes in here, with a loss and batches of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from torch import Tensor, nn
+
+from erase.claims import flat
+from erase.mask import kept_count
+from erase.models.scopes import select
+from erase.task import Edit, Task, describe
+from erase.training.checkpoint import Checkpoint
+from erase.training.config import TunedConfig
+from erase.training.loop import Batches, LossFn, fit, make_accelerator
+from erase.training.running import running
+from erase.training.saliency import choose_mask
+
+
+def fine_tune(
+    task: Task,
+    loss: LossFn,
+    batches: Batches,
+    config: TunedConfig,
+    *,
+    start: Mapping[str, Tensor] | None = None,
+) -> Edit:
+    """Minimise a loss over the weights of `config.scope`, under its mask and options; the model is left as it was found.
+
+    Args:
+        task: the erasure.
+        loss: (batch, base) -> terms by name, `forget` and `retain`; `with base():` gives the base's weights without gradient.
+        batches: step -> the whole batch; the loop cuts it to process and part.
+        config: the method's configuration.
+        start: values to begin at instead of the base's, as whole parameters by name.
+
+    Raises:
+    """
+    params, accelerator = task.weights(config.scope), make_accelerator(config.train)
+    mask = choose_mask(task, config)
+    if mask is not None:
+        mask.check(params, task.model.fingerprint)
+    kept = Checkpoint(task.folder / "training.pt", {**describe(task), **_settings(config)}) if task.folder else None
+
+    with running(task.model, params, config.train) as active:
+        fitted = fit(
+            params,
+            loss,
+            batches,
+            config,
+            mask,
+            active=active,
+            seed=task.seed,
+            start=start,
+            accelerator=accelerator,
+            checkpoint=kept,
+        )
+    return Edit(fitted.values, fitted.losses, mask)
+
+
+def _settings(config: TunedConfig) -> dict[str, str]:
+    """What a training state must agree on: the kind of configuration, and what departs from its defaults."""
+    usual = flat(asdict(type(config)()))
+    departures = {name: value for name, value in flat(asdict(config)).items() if usual.get(name) != value}
+    return {"settings": type(config).__name__, "config": json.dumps({"method": departures})}
+
+
+def check_machine(config: TunedConfig) -> None:
+    """Refuse settings that this machine or launch cannot train with, before anything is loaded; see `make_accelerator`."""
+    make_accelerator(config.train)
+
+
+def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None:
+    """Refuse a scope or a density that leaves nothing to train, before hours are spent on latents."""
+    chosen = select(params, config.scope)
+    kept_count(config.mask.density, sum(param.numel() for param in chosen.values()))

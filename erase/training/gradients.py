@@ -1,0 +1,140 @@
+"""How a step gets its gradient from the terms of the loss, and what acts on the values after the step.
+
+Every option is off at zero, and then leaves the plain step's bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from erase.training.config import TunedConfig
+from erase.training.trainable import Trainable
+
+FORGET, RETAIN = "forget", "retain"
+Gradients = dict[str, Tensor]
+"""name of a trained value -> its gradient"""
+Take = Callable[[tuple[str, ...] | None], Gradients]
+"""(names of terms; None: all) -> gradient of their sum at the values as they are, averaged over parts and processes"""
+Total = Callable[[Tensor], Tensor]
+"""sums a vector over the shards of all processes"""
+
+
+def step_gradients(
+    trainable: Trainable, take: Take, config: TunedConfig, generator: torch.Generator
+) -> Gradients:
+    """The gradient of one step.
+
+    Without options it is that of the sum of all terms. `sam` and `smoothing` take the forget term's gradient
+    beside the values; `combine: surgery` removes from it what conflicts with the retain term.
+    """
+    surgery = config.combine == "surgery"
+    if config.sam or config.smoothing:
+        retain = take((RETAIN,))
+        whole = _sum(_beside(trainable, take, config, generator), retain)
+    else:
+        whole = take(None)
+        retain = take((RETAIN,)) if surgery else {}
+
+    return without_conflict(whole, retain, trainable.layout.total) if surgery else whole
+
+
+def without_conflict(whole: Gradients, retain: Gradients, total: Total) -> Gradients:
+    """Gradient surgery (Yu et al. 2020, https://arxiv.org/abs/2001.06782), tensor by tensor.
+
+    Where the forget gradient f = whole - retain points against the retain gradient r (f.r < 0), its part along r
+    is removed: whole - (f.r / r.r) r, so that what is left of f is orthogonal to r. Elsewhere `whole` stays, bit for bit.
+
+    Args:
+        whole: gradient of the sum of all terms, by name.
+        retain: gradient of the retain term, by name.
+        total: sums a vector over the shards of all processes.
+    """
+    names = [name for name in whole if name in retain]
+    if not names:
+        return whole
+    dots = total(torch.stack([_dot(whole[name] - retain[name], retain[name]) for name in names]))
+    squares = total(torch.stack([_dot(retain[name], retain[name]) for name in names]))
+
+    kept = dict(whole)
+    for name, dot, square in zip(names, dots.tolist(), squares.tolist(), strict=True):
+        if dot < 0:
+            kept[name] = whole[name] - (dot / square) * retain[name]
+    return kept
+
+
+@torch.no_grad()
+def soften(trainable: Trainable, threshold: float) -> None:
+    """The proximal step of threshold * |value - base|_1: smaller changes go back to the base's bits, larger ones shrink.
+
+    SalUn-soft (Fan et al., ICLR 2024) without a mask computed beforehand.
+    """
+    if not threshold:
+        return
+    for name, value in trainable.values.items():
+        base = trainable.base_values(name)
+        change = value - base
+        value.copy_(torch.where(change.abs() <= threshold, base, value - threshold * change.sign()))
+
+
+@contextmanager
+def moved(trainable: Trainable, by: Mapping[str, Tensor]) -> Iterator[None]:
+    """The trained values displaced within the block; afterwards they are restored to the bit."""
+    kept = {name: trainable.values[name].detach().clone() for name in by}
+    try:
+        _set(trainable, {name: kept[name] + step for name, step in by.items()})
+        yield
+    finally:
+        _set(trainable, kept)
+
+
+@torch.no_grad()
+def _set(trainable: Trainable, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        trainable.values[name].copy_(value)
+    trainable.put()
+
+
+def _beside(trainable: Trainable, take: Take, config: TunedConfig, generator: torch.Generator) -> Gradients:
+    """The forget term's gradient uphill by `sam` (Foret et al. 2021), or its mean over random displacements (`smoothing`)."""
+    if config.sam:
+        uphill = take((FORGET,))
+        norm = _norm(uphill, trainable.layout.total)
+        factor = config.sam / norm if norm else 0.0
+        with moved(trainable, {name: factor * gradient for name, gradient in uphill.items()}):
+            return take((FORGET,))
+
+    mean: Gradients = {}
+    for _ in range(config.smoothing_draws):
+        with moved(trainable, _noise(trainable, config.smoothing, generator)):
+            mean = _sum(mean, take((FORGET,)))
+    return {name: gradient / config.smoothing_draws for name, gradient in mean.items()}
+
+
+def _noise(trainable: Trainable, sigma: float, generator: torch.Generator) -> Gradients:
+    """Normal noise of this standard deviation, drawn for the whole of each value and then cut to this process's part."""
+    noise = {}
+    for name, value in trainable.values.items():
+        whole = sigma * torch.randn(trainable.whole_shape(name), generator=generator)
+        noise[name] = trainable.local_part(name, whole).to(value.device)
+    return noise
+
+
+def _sum(one: Gradients, other: Gradients) -> Gradients:
+    """Of two sparse sums: a name that one of them lacks counts as zero there."""
+    both = dict(one)
+    for name, gradient in other.items():
+        both[name] = both[name] + gradient if name in both else gradient
+    return both
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    return (one.double() * other.double()).sum()
+
+
+def _norm(gradients: Gradients, total: Total) -> float:
+    squares = [_dot(gradient, gradient) for gradient in gradients.values()]
+    return float(total(torch.stack(squares).sum().view(1)).sqrt()) if squares else 0.0

@@ -1,0 +1,123 @@
+"""The state of a training: everything that a resumed one needs, whole on disk, in parts in the processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import Tensor
+
+from erase.files import errors_named
+from erase.parallel.processes import exists_on_all, processes
+from erase.training.checkpoint import RESTART, Checkpoint
+from erase.training.config import TrainConfig
+from erase.training.optimizers import make_optimizer
+from erase.training.trainable import Trainable
+
+Gather = Callable[[Tensor], Tensor]
+log = logging.getLogger("erase")
+
+
+class Run:
+    """A training in progress, and everything that a resumed one needs: values, optimizer and loss-scaler state, average, losses."""
+
+    def __init__(self, trainable: Trainable, optimizer: Any, scaler: Any, ema: float | None, kept: Checkpoint | None) -> None:
+        self.trainable, self.optimizer = trainable, optimizer
+        self._scaler, self._ema, self._kept = scaler, ema, kept
+        self.average = {} if ema is None else {name: value.detach().clone() for name, value in trainable.values.items()}
+        self.losses: list[float] = []
+
+    @classmethod
+    def start(cls, trainable: Trainable, config: TrainConfig, accelerator: Accelerator, kept: Checkpoint | None) -> Run:
+        """A new run, or the one that was kept."""
+        fuse = config.mixed_precision != "fp16"  # its loss scaler has a way of its own through fused steps
+        optimizer = make_optimizer(
+            list(trainable.values.values()),
+            config.optimizer,
+            config.lr,
+            config.optimizer_args,
+            fuse,
+        )
+        # its state is still empty, and its values are where they belong
+        optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
+        run = cls(trainable, optimizer, accelerator.scaler, config.ema, kept)
+        if kept and exists_on_all(kept.path):
+            run._take(kept)
+            log.info("going on from step %d of %d, which %s holds", run.step, config.steps, kept.path)
+        return run
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+    @torch.no_grad()
+    def advance(self, loss: float) -> None:
+        for name, value in self.average.items():
+            value.lerp_(self.trainable.values[name], 1 - (self._ema or 0))
+        self.losses.append(loss)
+
+    def save(self) -> None:
+        """Keep the training state, where a file for it was given: gathered from all processes, which must all ask, by the main one."""
+        if not self._kept:
+            return
+        main, gather = processes().is_main_process, self.trainable.layout.gather
+        state = {
+            "mask": self.trainable.mask_sha256,
+            "values": gathered({name: value.detach() for name, value in self.trainable.values.items()}, gather, main),
+            "optimizer": gather_state(self.optimizer, gather, main),
+            "scaler": self._scaler.state_dict() if self._scaler else {},
+            "average": gathered(self.average, gather, main),
+            "losses": self.losses,
+        }
+        if main:
+            self._kept.write(state)
+
+    @torch.no_grad()
+    def _take(self, kept: Checkpoint) -> None:
+        """Go on from a saved state of the same run and mask."""
+        state = kept.read(self.trainable.mask_sha256)
+        with errors_named(kept.path, RESTART):
+            for name, value in self.trainable.values.items():
+                value.copy_(self.trainable.local_part(name, state["values"][name]))
+            self.trainable.put()
+            self.optimizer.load_state_dict(scatter_state(state["optimizer"], list(self.trainable.values), self.trainable.local_part))
+            if self._scaler:
+                self._scaler.load_state_dict(state["scaler"])
+            for name, mean in self.average.items():
+                mean.copy_(self.trainable.local_part(name, state["average"][name]))
+            self.losses = list(state["losses"])
+
+
+def gathered(pieces: Mapping[Any, Any], gather: Gather, keep: bool) -> dict[Any, Any]:
+    """All pieces put together, one after the other in the same order everywhere; what is no tensor, or a single number, stays as it is."""
+    whole = {}
+    for name, piece in pieces.items():
+        found = gather(piece) if torch.is_tensor(piece) and piece.dim() else piece
+        if keep:
+            whole[name] = found
+    return whole
+
+
+def gather_state(prepared: AcceleratedOptimizer, gather: Gather, keep: bool) -> dict[str, Any]:
+    """The state of all values, as an unsplit optimizer has it; every process must ask.
+
+    Args:
+        prepared: the optimizer.
+        gather: makes a whole of what each process holds of a tensor with an entry per value.
+        keep: whether this process, the main one, is to be told.
+    """
+    found = prepared.state_dict()
+    return found | {"state": {index: gathered(of_value, gather, keep) for index, of_value in found["state"].items()}}  # type: ignore[no-any-return]
+
+
+def scatter_state(whole: Mapping[str, Any], names: list[str], piece: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """This process's part of a whole state, whose values have these names in this order."""
+
+    def each(name: str, of_value: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: piece(name, entry) if torch.is_tensor(entry) else entry for key, entry in of_value.items()}
+
+    return {**whole, "state": {index: each(names[index], of_value) for index, of_value in whole["state"].items()}}
