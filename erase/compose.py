@@ -14,10 +14,9 @@ from torch import Tensor
 
 from erase.delta import ErasedDelta, difference
 from erase.delta.origin import config_of
-from erase.finite import all_finite
 from erase.models import DiffusionModel
-from erase.places import indices
 from erase.prompts.errors import ErasureError, unknown
+from erase.tensors import all_finite, indices
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,24 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from erase.checksum import sha256_of
 from erase.files import errors_named, load_tensors, save_tensors
-from erase.finite import all_finite
 from erase.parallel.layout import Layout
 from erase.prompts.errors import ErasureError
-
-CHUNK = 1 << 20  # values handled at a time: extra memory stays constant, and what a pass makes stays in a processor's cache
+from erase.tensors import all_finite, pack, sha256_of, top_k, unpack
 
 
 class SaliencyAccumulator:
@@ -264,69 +259,3 @@ def kept_count(density: float, total: int) -> int:
     if not count:
         raise ErasureError(f"density {density} of {total} weights leaves none to train; use a higher density or a wider scope")
     return count
-
-
-def pack(mask: Tensor) -> Tensor:
-    """A boolean tensor as bits: uint8, ceil(n / 8) bytes."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))
-
-
-def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The boolean tensor of `shape` that was packed."""
-    flat = np.unpackbits(bits.cpu().numpy(), count=math.prod(shape), bitorder="little")
-    return torch.from_numpy(flat.view(np.bool_).reshape(shape))
-
-
-def top_k(values: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, Tensor]]:
-    """Exactly the `count` largest of all values, as one boolean tensor per name; ties in the order of names, then index.
-
-    Non-negative float32 numbers order as their bit patterns do, so the threshold is found by counting: one histogram of the high
-    16 bits, one of the low 16 bits within the threshold's bin. Two passes, no sort, constant extra memory.
-    """
-    threshold, above = _threshold(values, count)
-    ties = count - above
-    for name, value in values.items():
-        chosen = torch.empty(value.numel(), dtype=torch.bool, device=value.device)
-        for part, kept in zip(_chunks([value]), chosen.split(CHUNK), strict=True):
-            pattern = _pattern(part)
-            torch.gt(pattern, threshold, out=kept)
-            equal = pattern == threshold
-            if ties and (found := int(equal.sum())):
-                if found > ties:
-                    equal &= equal.cumsum(0) <= ties
-                kept |= equal
-                ties -= min(found, ties)
-        yield name, chosen.view(value.shape)
-
-
-def _pattern(value: Tensor) -> Tensor:
-    # adding 0.0 turns -0.0 into 0.0, whose pattern is not negative
-    return (value + 0.0).view(torch.int32)
-
-
-def _threshold(values: Mapping[str, Tensor], count: int) -> tuple[int, int]:
-    """The bit pattern of the count-th largest value, and how many values lie strictly above it."""
-    top, above = _bin_of(_counts(values, lambda pattern: pattern >> 16), count)
-    low = _counts(values, lambda pattern: pattern[(pattern >> 16) == top] & 0xFFFF)
-    bottom, within = _bin_of(low, count - above)
-    return top << 16 | bottom, above + within
-
-
-def _counts(values: Mapping[str, Tensor], digits: Callable[[Tensor], Tensor]) -> Tensor:
-    """How often each 16-bit digit comes; chunk by chunk, on all threads, for counting is not threaded in itself."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        counts = pool.map(lambda part: torch.bincount(digits(_pattern(part)), minlength=1 << 16).cpu(), _chunks(values.values()))
-        return sum(counts, torch.zeros(1 << 16, dtype=torch.int64))
-
-
-def _chunks(values: Iterable[Tensor]) -> Iterator[Tensor]:
-    for value in values:
-        yield from value.reshape(-1).split(CHUNK)
-
-
-def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
-    """The bin that holds the count-th largest value, and the number of values in the bins above it."""
-    from_top = histogram.flip(0).cumsum(0)
-    steps = int((from_top < count).sum())
-    above = int(from_top[steps - 1]) if steps else 0
-    return len(histogram) - 1 - steps, above

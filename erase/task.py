@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from erase.checksum import sha256_of
 from erase.latents.batches import Rows
 from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import LatentConfig, Plan
+from erase.latents.prepare import LatentConfig, Plan, Source
 from erase.mask import SaliencyMask
 from erase.models import Cond, DiffusionModel
 from erase.models.scopes import select
 from erase.prompts.concepts import ConceptSpec
+from erase.tensors import sha256_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Task:
         self,
         model: DiffusionModel,
         concepts: Sequence[ConceptSpec],
-        latents: LatentConfig | None = None,
+        latents: LatentConfig | Source | None = None,
         seed: int = 0,
         folder: Path | None = None,
     ) -> None:
@@ -47,7 +47,7 @@ class Task:
         Args:
             model: the base; a method leaves it as it was found.
             concepts: what to forget, and what to put in its place.
-            latents: how training data is made, if a method asks for any.
+            latents: how training data is made, if a method asks for any; or what gives it.
             seed: fixes every draw.
             folder: where long work is kept, so that a stopped run goes on; None: nowhere.
         """
@@ -73,7 +73,7 @@ class Task:
         if anchor_share is None:
             anchor_share = next(reversed(self._forget), 0.0)
         if anchor_share not in self._forget:
-            self._forget[anchor_share] = self._embedded(self._plan.forget(anchor_share))
+            self._forget[anchor_share] = self._embedded(self._source.forget(anchor_share))
         return self._forget[anchor_share]
 
     def retain(self) -> LatentSet:
@@ -106,12 +106,15 @@ class Task:
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     @cached_property
-    def _plan(self) -> Plan:
-        return Plan(self.model, list(self.concepts), self._latents, self.seed, self.folder and self.folder / "latents")
+    def _source(self) -> Source:
+        if not isinstance(self._latents, LatentConfig):
+            return self._latents
+        cache = self.folder / "latents" if self.folder else None
+        return Plan(self.model, list(self.concepts), self._latents, self.seed, cache)
 
     @cached_property
     def _retain(self) -> LatentSet:
-        return self._embedded(self._plan.retain())
+        return self._embedded(self._source.retain())
 
     def _embedded(self, latents: LatentSet) -> LatentSet:
         """Embed the prompts of a set while the text encoders are at hand: training may move them away and changes kernels."""

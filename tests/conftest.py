@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from erase.models import CANVAS
-from erase.reproducible import pin_mkl_rounding
+from erase.models.precision import pin_mkl_rounding
 
 pin_mkl_rounding()  # before the first product, as the commands do
 

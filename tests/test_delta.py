@@ -12,11 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from erase.compose import compose, conflict_table, conflicts
 from erase.delta import ErasedDelta
-from erase.mask import pack
 from erase.models.sd import StableDiffusion
-from erase.places import from_gaps, to_gaps
 from erase.prompts.errors import ErasureError
 from erase.run import load_base
+from erase.tensors import from_gaps, pack, to_gaps
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from erase.mask import CHUNK, Saliency, SaliencyAccumulator, SaliencyMask, pack, unpack
+from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
 from erase.models import wrap
 from erase.prompts.errors import ErasureError
 from erase.scripts.bench import describe_mask
+from erase.tensors import CHUNK, pack, unpack
 from tests.families import tiny_sd3, tiny_sdxl
 
 

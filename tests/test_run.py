@@ -24,10 +24,10 @@ from erase.export import export_diffusers
 from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents
 from erase.methods.salun import SalUnConfig
 from erase.models import LoadConfig, load_model
+from erase.models.precision import pin_mkl_rounding
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
-from erase.reproducible import pin_mkl_rounding
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import demo, run_erase, run_evaluate, run_export
 from erase.scripts.cli import run
@@ -82,7 +82,8 @@ def test_same_seed_same_delta_and_another_seed_another(base, erased):
 
 
 def test_only_masked_weights_are_in_the_delta(erased, base):
-    from erase.mask import SaliencyMask, unpack
+    from erase.mask import SaliencyMask
+    from erase.tensors import unpack
 
     delta, mask = ErasedDelta.load(erased / "delta.safetensors"), SaliencyMask.load(erased / "mask.safetensors")
     assert 0 < delta.count <= mask.count() == mask.size // 2
@@ -462,7 +463,7 @@ def test_other_runtime_errors_are_not_taken_for_it():
     ("maker", "chosen", "settled"), [(True, None, "AUTO,STRICT"), (True, "AVX2", "AVX2"), (False, None, None)]
 )
 def test_sums_are_settled_on_intel_unless_the_user_did(monkeypatch, maker, chosen, settled):
-    monkeypatch.setattr("erase.reproducible._made_by_intel", lambda: maker)
+    monkeypatch.setattr("erase.models.precision._made_by_intel", lambda: maker)
     monkeypatch.delenv("MKL_CBWR", raising=False)
     if chosen:
         monkeypatch.setenv("MKL_CBWR", chosen)

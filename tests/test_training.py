@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from erase.mask import SaliencyMask, pack
+from erase.mask import SaliencyMask
 from erase.models.scopes import SCOPES, select
 from erase.models.sd import StableDiffusion
 from erase.prompts.errors import ErasureError
+from erase.tensors import pack
 from erase.training.config import TrainConfig
 from erase.training.loop import fit, make_accelerator
 from erase.training.optimizers import make_optimizer
@@ -312,7 +313,8 @@ WORKER = """
     import sys, time, torch
     sys.path[:0] = [{tests!r}]
     from conftest import build_pico_pipeline
-    from erase.mask import SaliencyMask, pack
+    from erase.mask import SaliencyMask
+    from erase.tensors import pack
     from erase.models.sd import StableDiffusion
     from erase.models.scopes import select
     from erase.training.config import TrainConfig

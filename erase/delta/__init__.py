@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from erase.delta.origin import Origin, check_metadata, concepts_of, read_origin
 from erase.files import load_tensors, save_tensors
-from erase.finite import all_finite
-from erase.mask import pack, unpack
 from erase.models import DiffusionModel
-from erase.places import from_gaps, indices, span, to_gaps
 from erase.prompts.errors import ErasureError
 from erase.prompts.reading import as_path, why
+from erase.tensors import all_finite, from_gaps, indices, pack, span, to_gaps, unpack
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FILE = "delta.safetensors"
@@ -212,7 +210,7 @@ class ErasedDelta:
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
 
-        For each changed parameter it holds `values.NAME` and, whichever is smaller, `bits.NAME` or `gaps.NAME` (`erase.places`).
+        For each changed parameter it holds `values.NAME` and, whichever is smaller, `bits.NAME` or `gaps.NAME` (`erase.tensors`).
         """
         tensors = {f"values.{name}": value for name, value in self.values.items()}
         for name, bits in self.bits.items():

@@ -21,11 +21,11 @@ from erase.delta import ErasedDelta
 from erase.export.folders import save_part, save_pipeline
 from erase.export.formats import FILES
 from erase.export.lora import LoRA
-from erase.finite import all_finite
 from erase.models import DiffusionModel
 from erase.models.pipelines import modules
 from erase.prompts.errors import ErasureError
 from erase.run import load_base
+from erase.tensors import all_finite
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
 """this machine, in the names of unfinished folders: one whose process is dead is told by its lock, which another machine may not see"""

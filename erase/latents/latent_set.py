@@ -1,0 +1,151 @@
+"""Latents of an erasure's images, with their prompts: a value, kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from erase.files import errors_named, load_tensors, save_tensors
+from erase.prompts.errors import ErasureError
+
+TENSORS, TEXTS = ("latents", "std", "shows_anchor", "image", "noise", "t"), ("prompts", "anchors")
+"""columns of a set's file: as tensors, and as texts in its metadata"""
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Latents with one prompt each, and for forget latents the anchor prompt beside it."""
+
+    latents: Tensor
+    """posterior means, scaled as the denoiser sees them, shape (n, c, h, w)"""
+    std: Tensor | None
+    """posterior standard deviations, same shape: the latent is drawn anew at each use; None for sampled latents"""
+    prompts: tuple[str, ...]
+    """one prompt per latent"""
+    anchors: tuple[str, ...] | None = None
+    """one anchor prompt per forget latent; None for retain latents"""
+    shows_anchor: Tensor | None = None
+    """whether a latent shows its anchor instead of its prompt, shape (n,), bool; None: none does"""
+    image: Tensor | None = None
+    """number of the image that a latent is a point of, shape (n,), int64, ascending; None: each is an image of its own"""
+    noise: Tensor | None = None
+    """the noise that each latent is to be seen under, shape of the latents; None: drawn anew at each use"""
+    t: Tensor | None = None
+    """training timesteps that go with it, shape (n,), int64"""
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def concept_rows(self) -> Tensor:
+        """One row of each image that shows its prompt; of points, one of every stretch of the trajectories in turn."""
+        rows = torch.arange(len(self))
+        if self.shows_anchor is not None:
+            rows = rows[~self.shows_anchor]
+        if self.image is None:
+            return rows
+
+        first, count = 0, 0
+        chosen = []
+        for points in torch.unique_consecutive(self.image[rows], return_counts=True)[1].tolist():
+            chosen.append(first + count % points)
+            first, count = first + points, count + 1
+        return rows[torch.tensor(chosen, dtype=torch.long)]
+
+    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Latents of these rows: a posterior sample each, where they come from images."""
+        mean = self.latents[rows]
+        if self.std is None:
+            return mean
+        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
+
+    def draw_noise(self, rows: Tensor, timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Timestep and noise for these rows: their own, or drawn from `timesteps` and the normal distribution."""
+        if self.t is not None and self.noise is not None:
+            return self.t[rows], self.noise[rows]
+        shape = (len(rows), *self.latents.shape[1:])
+        return torch.randint(timesteps, (len(rows),), generator=generator), torch.randn(shape, generator=generator)
+
+    def save(self, path: Path, metadata: dict[str, str]) -> None:
+        """Write the set."""
+        tensors = {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
+        texts = {name: json.dumps(getattr(self, name)) for name in TEXTS}
+        save_tensors(path, tensors, {**metadata, **texts, "format": "latents", "sha256": _digest(tensors)})
+
+    @classmethod
+    def load(cls, path: Path, made_from: str | None = None) -> LatentSet:
+        """Read a set.
+
+        Args:
+            path: of the file.
+            made_from: digest of what it must have been made from; None: whatever it was.
+
+        Raises:
+            ErasureError: a missing, damaged or foreign file, texts that do not fit the latents, or a
+                set that was made from something else.
+        """
+        tensors, metadata = load_tensors(path, "latents")
+        if metadata.get("sha256") != _digest(tensors):
+            raise ErasureError(f"{path} is damaged (its checksum differs); delete it to make it again")
+        if made_from is not None and metadata.get("made_from") != made_from:
+            raise ErasureError(f"{path} holds latents that were made from something else; delete it to make them again")
+
+        with errors_named(path, "delete it to make it again"):
+            prompts, anchors = (json.loads(metadata[name]) for name in TEXTS)
+            columns = {name: tensors.get(name) for name in TENSORS}
+            _check(path, columns, prompts, anchors)
+        texts = tuple(prompts), None if anchors is None else tuple(anchors)
+        further = (columns[name] for name in ("shows_anchor", "image", "noise", "t"))
+        return cls(tensors["latents"], columns["std"], *texts, *further)
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor | None], prompts: list[str], anchors: list[str] | None) -> None:
+    """Refuse columns that do not fit each other."""
+    latents = tensors["latents"]
+    assert latents is not None
+    texts = [prompts] if anchors is None else [prompts, anchors]
+    if any(not isinstance(column, list) or len(column) != len(latents) for column in texts):
+        raise ErasureError(f"{path}: {len(prompts)} prompts for {len(latents)} latents; delete it to make it again")
+
+    words = all(isinstance(text, str) for column in texts for text in column)
+    images = [value for name in ("latents", "std", "noise") if (value := tensors[name]) is not None]
+    floats = all(value.is_floating_point() and value.isfinite().all() for value in images)
+    shaped = latents.dim() == 4 and all(value.shape == latents.shape for value in images)
+    kinds = {"shows_anchor": torch.bool, "image": torch.int64, "t": torch.int64}
+    listed = all(
+        value.dtype == kind and value.shape == latents.shape[:1]
+        for name, kind in kinds.items()
+        if (value := tensors[name]) is not None
+    )
+    timed = (tensors["noise"] is None) == (tensors["t"] is None)
+    image = tensors["image"]
+    ascending = image is None or bool((image.diff() >= 0).all())
+    if not (words and floats and shaped and listed and timed and ascending):
+        raise ErasureError(f"{path} does not hold prompts and latents of shape (n, c, h, w); delete it to make it again")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of a set's values: flipped bits may well leave them finite."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:
+    """Rows `start .. start + count` of an endless stream in which every epoch holds each of `n` rows exactly once.
+
+    A function of its arguments alone, so that a resumed run goes on in the same order.
+    """
+    rows = []
+    for epoch in range(start // n, (start + count - 1) // n + 1):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+        rows.append(order[max(start - epoch * n, 0) : start + count - epoch * n])
+    return torch.cat(rows)

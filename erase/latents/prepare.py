@@ -6,20 +6,20 @@ import hashlib
 import json
 import logging
 import random
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from erase.files import errors_named, file_sha256, load_tensors, save_tensors
+from erase.files import file_sha256
 from erase.latents.captions import captioned, check_named, forget_pairs, retain_prompts, that_stay
 from erase.latents.image_folders import OwnImage, look_at, read_folder, read_image, take
+from erase.latents.latent_set import LatentSet
 from erase.latents.sampling import sample_points
-from erase.models import Cond, DiffusionModel, check_precision
+from erase.models import DiffusionModel, check_precision
 from erase.parallel.processes import exists_on_all, in_shares, processes
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
@@ -27,7 +27,6 @@ from erase.prompts.retain import without
 
 T = TypeVar("T")
 log = logging.getLogger("erase")
-TENSORS, TEXTS = ("latents", "std", "noise", "t"), ("prompts", "anchors", "own", "each")  # of a set's file
 CAPTIONS = ("beside", "folder", "none")
 
 
@@ -70,125 +69,28 @@ class LatentConfig:
         check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE})
 
 
+class Source(Protocol):
+    """Where an erasure's latents come from."""
+
+    def forget(self, anchor_share: float = 0.0) -> LatentSet:
+        """Latents of the concepts; so large a fraction of them shows the anchor."""
+
+    def retain(self) -> LatentSet:
+        """Latents of what must stay."""
+
+
 @dataclass(frozen=True)
-class LatentSet:
-    """Latents with one prompt each, and for forget latents the anchor prompt beside it."""
+class Given:
+    """Latents that are at hand already."""
 
-    latents: Tensor
-    """posterior means, scaled as the denoiser sees them, shape (n, c, h, w)"""
-    std: Tensor | None
-    """posterior standard deviations, same shape: the latent is drawn anew at each use; None for sampled latents"""
-    prompts: tuple[str, ...]
-    """one prompt per latent"""
-    anchors: tuple[str, ...] | None = None
-    """one anchor prompt per forget latent; None for retain latents"""
-    own: int | None = None
-    """the first so many latents show what their prompts say, the others their anchors; None: all do"""
-    noise: Tensor | None = None
-    """the noise that each latent is to be seen under, same shape; None: drawn anew at each use"""
-    t: Tensor | None = None
-    """training timesteps that go with it, shape (n,), int64"""
-    each: int = 1
-    """so many rows, one after the other, are points of one image"""
+    forget_set: LatentSet
+    retain_set: LatentSet
 
-    def __len__(self) -> int:
-        return len(self.latents)
+    def forget(self, anchor_share: float = 0.0) -> LatentSet:
+        return self.forget_set
 
-    def concept_rows(self) -> Tensor:
-        """One row of each image that shows what its prompt says; of points, one of every stretch of the trajectories in turn."""
-        images = torch.arange((len(self) if self.own is None else self.own) // self.each)
-        return images * self.each + images % self.each
-
-    def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Latents of these rows: a posterior sample each, where they come from images."""
-        mean = self.latents[rows]
-        if self.std is None:
-            return mean
-        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
-
-    def draw_noise(self, rows: Tensor, timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Timestep and noise for these rows: their own, or drawn from `timesteps` and the normal distribution."""
-        if self.t is not None and self.noise is not None:
-            return self.t[rows], self.noise[rows]
-        shape = (len(rows), *self.latents.shape[1:])
-        return torch.randint(timesteps, (len(rows),), generator=generator), torch.randn(shape, generator=generator)
-
-    def save(self, path: Path, metadata: dict[str, str]) -> None:
-        tensors = {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
-        texts = {name: json.dumps(getattr(self, name)) for name in TEXTS}
-        save_tensors(path, tensors, {**metadata, **texts, "format": "latents", "sha256": _digest(tensors)})
-
-    @classmethod
-    def load(cls, path: Path, made_from: str | None = None) -> LatentSet:
-        """Read a set.
-
-        Args:
-            path: of the file.
-            made_from: digest of what it must have been made from; None: whatever it was.
-
-        Raises:
-            ErasureError: a missing, damaged or foreign file, texts that do not fit the latents, or a
-                set that was made from something else.
-        """
-        tensors, metadata = load_tensors(path, "latents")
-        if metadata.get("sha256") != _digest(tensors):
-            raise ErasureError(f"{path} is damaged (its checksum differs); delete it to make it again")
-        if made_from is not None and metadata.get("made_from") != made_from:
-            raise ErasureError(f"{path} holds latents that were made from something else; delete it to make them again")
-        with errors_named(path, "delete it to make it again"):
-            prompts, anchors, own, each = (json.loads(metadata[key]) for key in TEXTS)
-            latents, t = tensors["latents"], tensors.get("t")
-            texts = [prompts] if anchors is None else [prompts, anchors]
-            if any(not isinstance(column, list) or len(column) != len(latents) for column in texts):
-                raise ErasureError(f"{path}: {len(prompts)} prompts for {len(latents)} latents; delete it to make it again")
-            words = all(isinstance(text, str) for column in texts for text in column)
-            images = [tensor for name, tensor in tensors.items() if name != "t"]
-            floats = all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in images)
-            shaped = latents.dim() == 4 and all(tensor.shape == latents.shape for tensor in images)
-            timed = ("noise" in tensors) == (t is not None) and (
-                t is None or (t.dtype, t.shape) == (torch.int64, latents.shape[:1])
-            )
-            counted = (own is None or own in range(len(latents) + 1)) and each in range(1, len(latents) + 1)
-            if not (words and floats and shaped and timed and counted):
-                raise ErasureError(f"{path} does not hold prompts and latents of shape (n, c, h, w); delete it to make it again")
-        anchors = None if anchors is None else tuple(anchors)
-        return cls(latents, tensors.get("std"), tuple(prompts), anchors, own, tensors.get("noise"), t, each)
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    """Checksum of a set's values: flipped bits may well leave them finite."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:
-    """Rows `start .. start + count` of an endless stream in which every epoch holds each of `n` rows exactly once.
-
-    A function of its arguments alone, so that a resumed run goes on in the same order.
-    """
-    rows = []
-    for epoch in range(start // n, (start + count - 1) // n + 1):
-        order = (
-            torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)) if shuffle else torch.arange(n)
-        )
-        rows.append(order[max(start - epoch * n, 0) : start + count - epoch * n])
-    return torch.cat(rows)
-
-
-class PromptCache:
-    """Embeddings of every distinct prompt, computed once; the text encoder does not run inside the training loop."""
-
-    def __init__(self, model: DiffusionModel, prompts: Sequence[str]) -> None:
-        distinct = list(dict.fromkeys(prompts))
-        self._row = {prompt: i for i, prompt in enumerate(distinct)}
-        self._cond = model.encode(distinct)
-
-    def __call__(self, prompts: Sequence[str]) -> Cond:
-        """Embeddings of these prompts, in order."""
-        return self._cond[torch.tensor([self._row[prompt] for prompt in prompts])]
+    def retain(self) -> LatentSet:
+        return self.retain_set
 
 
 @dataclass(frozen=True)
@@ -216,7 +118,7 @@ class Plan:
             ErasureError: more steps than timesteps, images or captions that cannot be taken, or a concept of which no forget latent is left.
         """
         pairs, images = self._forget_rows(random.Random(self.seed))
-        own = len(pairs) if images else len(pairs) - round(anchor_share * len(pairs))
+        own = len(pairs) - (0 if images else round(anchor_share * len(pairs)))
         if own < len(self.concepts):
             raise ErasureError(
                 f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is {len(self.concepts)} concepts; "
@@ -336,38 +238,62 @@ def _cached(
     files: list[Path],
     seed: int,
 ) -> LatentSet:
-    key = json.dumps([model.fingerprint, prompts, anchors, own, [file_sha256(file) for file in files], seed, asdict(config)])
+    """The set of these prompts, of which the first `own` show what they say, found in the cache or made."""
+    digests = [file_sha256(file) for file in files]
+    key = json.dumps([model.fingerprint, prompts, anchors, own, digests, seed, asdict(config)])
     digest = hashlib.sha256(key.encode()).hexdigest()
     path = cache / f"{what}-{digest[:16]}.safetensors" if cache else None
     if path and exists_on_all(path):
         kept = LatentSet.load(path, digest)
-        if (kept.prompts, kept.anchors) != (_times(prompts, kept.each), anchors and _times(anchors, kept.each)):
+        points = len(kept) // len(prompts)
+        if (kept.prompts, kept.anchors) != (_times(prompts, points), anchors and _times(anchors, points)):
             raise ErasureError(f"{path} holds other prompts than this run's; delete it to make it again")
         return kept
+
     if files:
         mean, std = _encode(model, files, config.batch_size)
         rows = torch.arange(len(prompts)) % len(mean)
-        made = LatentSet(mean[rows], std[rows], prompts, anchors, own)
+        made = LatentSet(mean[rows], std[rows], prompts, anchors)
     else:
-        shown = prompts[:own] + (anchors[own:] if anchors else ())
-        latents, noise, t = sample_points(
-            model,
-            shown,
-            seed,
-            steps=config.steps,
-            guidance=config.guidance,
-            trajectory=config.trajectory,
-            precision=config.mixed_precision,
-            batch_size=config.batch_size,
-            what=what,
-        )
-        each = len(latents) // len(prompts)
-        made = LatentSet(
-            latents, None, _times(prompts, each), anchors and _times(anchors, each), own and own * each, noise, t, each
-        )
+        made = _sampled(model, config, what, prompts, anchors, own, seed)
     if path and processes().is_main_process:
         made.save(path, {"base_fingerprint": model.fingerprint, "made_from": digest})
     return made
+
+
+def _sampled(
+    model: DiffusionModel,
+    config: LatentConfig,
+    what: str,
+    prompts: tuple[str, ...],
+    anchors: tuple[str, ...] | None,
+    own: int | None,
+    seed: int,
+) -> LatentSet:
+    """Latents that the model makes of these prompts, and of the anchors in the place of all but the first `own`."""
+    latents, noise, t = sample_points(
+        model,
+        prompts[:own] + (anchors[own:] if anchors else ()),
+        seed,
+        steps=config.steps,
+        guidance=config.guidance,
+        trajectory=config.trajectory,
+        precision=config.mixed_precision,
+        batch_size=config.batch_size,
+        what=what,
+    )
+    points = len(latents) // len(prompts)
+    image = torch.arange(len(latents)) // points
+    return LatentSet(
+        latents,
+        None,
+        _times(prompts, points),
+        anchors and _times(anchors, points),
+        None if own in (None, len(prompts)) else image >= own,
+        None if t is None else image,
+        noise,
+        t,
+    )
 
 
 def _times(texts: tuple[str, ...], each: int) -> tuple[str, ...]:

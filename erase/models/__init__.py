@@ -9,8 +9,7 @@ import torch
 
 from erase.models.base import Cond, DiffusionModel
 from erase.models.config import LoadConfig
-from erase.models.precision import PRECISIONS, autocast, check_precision
-from erase.reproducible import pin_mkl_rounding
+from erase.models.precision import PRECISIONS, autocast, check_precision, pin_mkl_rounding
 
 CANVAS = Path(__file__).parent / "canvas"
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from erase.finite import all_finite
 from erase.models.config import LoadConfig
 from erase.models.pipelines import Pipeline, modules
 from erase.models.single_file.tensor_file import SINGLE_FILES
 from erase.prompts.errors import ErasureError, reason
+from erase.tensors import all_finite
 
 FAMILIES = {
     "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),

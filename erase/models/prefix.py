@@ -49,7 +49,7 @@ def encode_live(pipeline: Pipeline, prompts: list[str], prefix: Tensor | Mapping
     return _zeros_for_empty(pipeline, texts, cond)
 
 
-def _places(prefix: Mapping[str, Tensor], encoders: Mapping[str, nn.Module]) -> int:
+def _places(prefix: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> int:
     counts = set()
     for name, embeddings in prefix.items():
         if name not in encoders:
@@ -59,7 +59,9 @@ def _places(prefix: Mapping[str, Tensor], encoders: Mapping[str, nn.Module]) -> 
             raise ErasureError(f"a prefix of width {embeddings.shape[-1]} for {name}, whose embeddings have {width}")
         counts.add(embeddings.shape[-2])
     if len(counts) > 1:
-        raise ErasureError(f"the prefixes of several encoders have {' and '.join(map(str, sorted(counts)))} embeddings; give as many for each")
+        raise ErasureError(
+            f"the prefixes of several encoders have {' and '.join(map(str, sorted(counts)))} embeddings; give as many for each"
+        )
     return counts.pop() if counts else 0
 
 
@@ -71,7 +73,7 @@ def _holder_id(tokenizer: Any, name: str) -> int:
 
 
 @contextmanager
-def _standing_before(encoder: nn.Module, embeddings: Tensor, holder: int) -> Iterator[None]:
+def _standing_before(encoder: Any, embeddings: Tensor, holder: int) -> Iterator[None]:
     """Within the block these embeddings stand in the places of the first holders, which every row has in the same places."""
     count = embeddings.shape[-2]
 

@@ -42,9 +42,13 @@ def text_projections(task: Task, scope: str) -> dict[str, nn.Parameter]:
         ErasureError: the scope has others: a closed form over text states cannot answer for them.
     """
     chosen = task.weights(scope)
-    others = [name for name in chosen if not (name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")))]
+    others = [
+        name for name in chosen if not (name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")))
+    ]
     if others:
-        raise ErasureError(f"{others[0]} is not applied to text states, so that no closed form over them can edit it; use scope xattn_kv of a UNet")
+        raise ErasureError(
+            f"{others[0]} is not applied to text states, so that no closed form over them can edit it; use scope xattn_kv of a UNet"
+        )
     return chosen
 
 

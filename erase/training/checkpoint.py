@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from erase.checksum import sha256_of
 from erase.claims import check_artifact
 from erase.files import atomic_write, errors_named
 from erase.prompts.errors import ErasureError, reason
+from erase.tensors import sha256_of
 
 ENTRIES = ("mask", "values", "optimizer", "scaler", "average", "losses", "about", "sha256")
 RESTART = "delete it to start the training again"

@@ -77,7 +77,7 @@ class MaskConfig:
     rule: str = "forget"
     """forget (most salient to the forget loss, SalUn's); or a control: random, inverted, none (all of the scope)"""
     density: float = 0.5
-    """fraction of the scope's weights that may change"""
+    """fraction of the scope's weights that may change; at 1 no mask is needed, and none is computed"""
     file: str | None = None
     """a saved mask to use instead of computing one"""
     saliency: str | None = None
@@ -95,7 +95,9 @@ class MaskConfig:
             idle = "mask.saliency" if self.saliency else f"mask.rule {self.rule}"
             raise ErasureError(f"mask.file is taken as it is, so {idle} would do nothing; leave one of them out")
         if self.saliency and self.rule in ("random", "none"):
-            raise ErasureError(f"mask.rule {self.rule} needs no saliency, so mask.saliency would do nothing; leave one of them out")
+            raise ErasureError(
+                f"mask.rule {self.rule} needs no saliency, so mask.saliency would do nothing; leave one of them out"
+            )
         for option in ("file", "saliency"):
             path = getattr(self, option)
             if path and not Path(path).is_file():
@@ -108,7 +110,7 @@ class TunedConfig:
 
     scope: str = "full"
     """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, noxattn, text_encoder, or a pattern of names"""
-    mask: MaskConfig = field(default_factory=lambda: MaskConfig(rule="none", density=1.0))
+    mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
     train: TrainConfig = field(default_factory=TrainConfig)
     combine: str = "sum"
     """of forgetting and retaining: sum, or surgery (what conflicts with retaining is removed from the forget gradient)"""

@@ -23,9 +23,7 @@ Total = Callable[[Tensor], Tensor]
 """sums a vector over the shards of all processes"""
 
 
-def step_gradients(
-    trainable: Trainable, take: Take, config: TunedConfig, generator: torch.Generator
-) -> Gradients:
+def step_gradients(trainable: Trainable, take: Take, config: TunedConfig, generator: torch.Generator) -> Gradients:
     """The gradient of one step.
 
     Without options it is that of the sum of all terms. `sam` and `smoothing` take the forget term's gradient

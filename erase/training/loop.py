@@ -256,7 +256,9 @@ def cut(batch: Batch, part: int, parts: int, accelerator: Accelerator) -> Batch:
 def _share(size: int, part: int, parts: int, accelerator: Accelerator) -> slice:
     shares = parts * accelerator.num_processes
     if size % shares:
-        raise ErasureError(f"a batch of {size} rows cannot be split evenly into {parts} parts on {accelerator.num_processes} processes")
+        raise ErasureError(
+            f"a batch of {size} rows cannot be split evenly into {parts} parts on {accelerator.num_processes} processes"
+        )
     width = size // shares
     start = (accelerator.process_index * parts + part) * width
     return slice(start, start + width)

@@ -34,7 +34,7 @@ def choose_mask(task: Task, config: TunedConfig) -> SaliencyMask | None:
         given = SaliencyMask.load(mask.file)
         _check_given(task, Path(mask.file), given.metadata)
         return given
-    if mask.rule == "none":
+    if mask.rule == "none" or (mask.density == 1 and mask.rule != "inverted"):
         return None
     if mask.rule == "random":
         about = describe(task)

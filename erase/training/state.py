@@ -84,7 +84,9 @@ class Run:
             for name, value in self.trainable.values.items():
                 value.copy_(self.trainable.local_part(name, state["values"][name]))
             self.trainable.put()
-            self.optimizer.load_state_dict(scatter_state(state["optimizer"], list(self.trainable.values), self.trainable.local_part))
+            self.optimizer.load_state_dict(
+                scatter_state(state["optimizer"], list(self.trainable.values), self.trainable.local_part)
+            )
             if self._scaler:
                 self._scaler.load_state_dict(state["scaler"])
             for name, mean in self.average.items():

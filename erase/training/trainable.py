@@ -14,11 +14,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor, nn
 
-from erase.finite import all_finite
 from erase.mask import SaliencyMask
 from erase.parallel.layout import ActiveWeights
-from erase.places import indices
 from erase.prompts.errors import ErasureError
+from erase.tensors import all_finite, indices
 
 Base = Callable[[], AbstractContextManager[None]]
 """within its block, the model holds its base weights, and no gradient is recorded"""

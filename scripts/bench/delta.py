@@ -28,10 +28,10 @@ from erase.delta import ErasedDelta
 from erase.latents.prepare import LatentConfig
 from erase.methods.salun import SalUnConfig
 from erase.models import DiffusionModel, load_model
-from erase.places import to_gaps
 from erase.prompts.canvas import canvas_concept
 from erase.run import EraseConfig, erase_concept
-from erase.training.config import TrainConfig
+from erase.tensors import to_gaps
+from erase.training.config import MaskConfig, TrainConfig
 
 RUNS = {"density 0.5": (0.5, "full"), "density 0.1": (0.1, "full"), "density 0.01": (0.01, "full"), "xattn 0.5": (0.5, "xattn")}
 
@@ -89,7 +89,7 @@ def file_size(delta: ErasedDelta) -> int:
 def erase(density: float, scope: str) -> ErasedDelta:
     """A short erasure from canvas: enough for every chosen weight to move."""
     config = EraseConfig(latents=LatentConfig(n_forget=16, n_retain=16, steps=4))
-    method = SalUnConfig(density=density, scope=scope, train=TrainConfig(steps=30, lr=2e-4, batch_size=4))
+    method = SalUnConfig(mask=MaskConfig(density=density), scope=scope, train=TrainConfig(steps=30, lr=2e-4, batch_size=4))
     return erase_concept(canvas_concept("heart"), config, method)
 
 

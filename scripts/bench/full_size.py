@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,18 @@ import torch
 from accelerate import init_empty_weights
 
 from erase.delta import ErasedDelta
-from erase.latents.prepare import LatentSet
-from erase.methods.salun import SalUnConfig, choose_mask
+from erase.latents.latent_set import LatentSet
+from erase.latents.prepare import Given
+from erase.methods import get_method
+from erase.methods.salun import SalUnConfig
 from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import modules
-from erase.objectives.remap import loss_function, make_batch, make_job
+from erase.parallel.processes import default_device
 from erase.prompts.concepts import ConceptSpec
 from erase.scripts.bench.measuring import host_peak, peak
-from erase.training.config import TrainConfig
-from erase.training.loop import fit, make_accelerator
+from erase.task import Task
+from erase.training.config import MaskConfig, TrainConfig
+from erase.training.saliency import choose_mask
 
 CONCEPT = ConceptSpec("a heart", "a star", retain=("a photo of a house",))
 GB = 1e9
@@ -113,41 +117,41 @@ def save(pipeline: Any, path: Path) -> Path:
     return path
 
 
-def random_latents(model: DiffusionModel, n: int, size: int | None) -> tuple[LatentSet, LatentSet]:
+def random_latents(model: DiffusionModel, n: int, size: int | None) -> Given:
     """Noise in the place of images, for `n` forget and `n` retain rows."""
     side = size // 8 if size else model.latent_shape[1]
     pairs, shape = CONCEPT.pairs()[:1] * n, (n, model.latent_shape[0], side, side)
     prompts, anchors = zip(*pairs, strict=True)
-    return LatentSet(torch.randn(shape), None, prompts, anchors), LatentSet(torch.randn(shape), None, CONCEPT.retain * n)
+    forget = LatentSet(torch.randn(shape), None, prompts, anchors)
+    return Given(forget, LatentSet(torch.randn(shape), None, CONCEPT.retain * n))
 
 
 def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str, Any]]:
     """The erasure, stage by stage."""
     stage = Stages()
     train = TrainConfig(steps=1, batch_size=args.batch, gradient_checkpointing=args.checkpointing, mixed_precision=args.precision)
-    config = SalUnConfig(density=args.density, scope=args.scope, saliency_batch_size=args.batch, train=train)
-    accelerator = make_accelerator(train)
+    mask = MaskConfig(density=args.density, batch_size=args.batch)
+    config = SalUnConfig(scope=args.scope, mask=mask, train=train)
     with stage("load"):
-        model = load_model(base, accelerator.device)
-    origin = {"base_fingerprint": model.fingerprint}
-    job = make_job(model, *random_latents(model, args.batch, args.size), config, 0, accelerator)
+        model = load_model(base, default_device())
+    task = Task(model, [CONCEPT], random_latents(model, args.batch, args.size), 0, folder)
     with stage("saliency and mask"):
-        mask = choose_mask(job, folder)
-        assert mask is not None
-        mask.save(folder / "mask.safetensors")
+        chosen = choose_mask(task, config)
+        assert chosen is not None
+        chosen.save(folder / "mask.safetensors")
+    config = replace(config, mask=MaskConfig(file=str(folder / "mask.safetensors")))
     with stage("one training step"):
-        fitted = fit(
-            model, job.params, lambda step, part: make_batch(job, step, part), loss_function(job), train, mask, accelerator=accelerator
-        )  # fmt: skip
+        edit = get_method("salun").edit(task, config)
     with stage("delta"):
-        delta = ErasedDelta.between({name: job.params[name].data for name in fitted.values}, fitted.values, origin)
+        base_values = {name: param.data for name, param in task.weights(args.scope).items()}
+        delta = ErasedDelta.between(base_values, edit.values, {"base_fingerprint": model.fingerprint})
         delta.save(folder / "delta.safetensors")
-    del fitted
+    del edit
     with stage("apply and export"):
         save(delta.apply(model).pipeline(), folder / "erased")
-    assert 0 < delta.count <= mask.count()
+    assert 0 < delta.count <= chosen.count()
     sizes = {path.name: round(path.stat().st_size / GB, 3) for path in sorted(folder.glob("*.safetensors"))}
-    print(f"{mask.size:,} weights in scope, {delta.count:,} changed; files in GB: {sizes}")
+    print(f"{chosen.size:,} weights in scope, {delta.count:,} changed; files in GB: {sizes}")
     return stage.rows
 
 

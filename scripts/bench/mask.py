@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erase.mask import pack, top_k
 from erase.scripts.bench.measuring import begin, in_own_process, peak, wait, write_rows
+from erase.tensors import pack, top_k
 
 TENSORS = 50  # the values are spread over this many parameters
 DENSITY = 0.5

@@ -19,15 +19,18 @@ from accelerate.utils import broadcast_object_list, reduce
 
 from erase.eval.generate import GenerateConfig, generate
 from erase.eval.run import score
-from erase.latents.prepare import LatentConfig, prepare_latents
-from erase.methods.salun import SalUnConfig, compute_saliency
+from erase.latents.prepare import LatentConfig
+from erase.methods.salun import SalUnConfig
 from erase.models import load_model
-from erase.objectives.remap import Batch, loss_function, make_batch, make_job
+from erase.objectives.remap import Remap
 from erase.parallel.processes import default_device, processes, reduce_all
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.prompt_sets import PromptSet, canvas_grid
 from erase.scripts.bench.measuring import wait
-from erase.training.loop import fit, make_accelerator
+from erase.task import Task
+from erase.training.loop import fit
+from erase.training.running import running
+from erase.training.saliency import compute_saliency
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -53,20 +56,22 @@ def stages(images: int, steps: int, latents: int, folder: Path) -> dict[str, flo
     settings = replace(settings, train=replace(settings.train, steps=steps))
     data = LatentConfig(n_forget=latents, n_retain=latents, batch_size=8)
     made: dict[str, Any] = {}
-    found = {"latents": seconds(lambda: made.update(latents=prepare_latents(model, concepts, data, 0)))}
-    job = make_job(model, *made["latents"], settings, 0, make_accelerator(settings.train))
-    found["saliency"] = seconds(lambda: made.update(mask=compute_saliency(job).cut(0.5)))
+    task = Task(model, concepts, data)
+    found = {"latents": seconds(lambda: made.update(latents=(task.forget(0.5), task.retain())))}
+    found["saliency"] = seconds(lambda: made.update(mask=compute_saliency(task, settings).cut(0.5)))
+    remap, params = Remap(task, settings), task.weights(settings.scope)
 
-    def batches(step: int, part: int) -> Batch:
-        return make_batch(job, step, part)
+    def train() -> None:
+        with running(model, params, settings.train) as active:
+            fit(params, remap.loss, remap.batches, settings, made["mask"], active=active)
 
-    found["training"] = seconds(lambda: fit(model, job.params, batches, loss_function(job), settings.train, made["mask"]))
+    found["training"] = seconds(train)
     prompts = PromptSet("some", canvas_grid((0,)).rows[:images])
     config = GenerateConfig(steps=12, batch_size=16)
     found["generation"] = seconds(lambda: made.update(images=generate(model.pipeline(), prompts, folder, config, {})))
     score(made["images"], [], ["classifier", "clip"])  # loads the judges
     found["evaluation"] = seconds(lambda: score(made["images"], [], ["classifier", "clip"]))
-    gradients = [torch.randn(param.numel() // 2, device=param.device) for param in job.params.values()]
+    gradients = [torch.randn(param.numel() // 2, device=param.device) for param in params.values()]
     for name, exchange in (("one by one", one_by_one), ("in buckets", lambda tensors: reduce_all(tensors, "mean"))):
         found[f"10 reductions, {name}"] = seconds(lambda exchange=exchange: [exchange(gradients) for _ in range(10)])
     return found

@@ -26,17 +26,21 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from erase.latents.prepare import LatentSet
+from erase.latents.latent_set import LatentSet
+from erase.latents.prepare import Given
 from erase.mask import SaliencyMask
 from erase.methods import get_method
 from erase.models import DiffusionModel, load_model, wrap
 from erase.models.scopes import select
-from erase.objectives.remap import frozen_targets, loss_function, make_batch, make_job
+from erase.objectives.remap import Remap
+from erase.prompts.concepts import ConceptSpec
 from erase.scripts.bench.measuring import begin, in_own_process, new_peak, start_peak, wait, write_rows
-from erase.training.loop import fit, make_accelerator
-from erase.training.running import checkpointed
+from erase.task import Task
+from erase.training.loop import fit
+from erase.training.running import checkpointed, running
 
 FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
+CONCEPT = ConceptSpec("heart", "mushroom", retain=(RETAIN,))
 MODELS = ("canvas", "mid", "sd1", "sdxl")
 PASSES = {"naive": 7, "naive-checkpointed": 9, "salun-paper": 7, "salun": 8, "trajectory": 6}
 """variant -> forward passes' worth of arithmetic per row and step; a backward pass counts twice, or three times where it recomputes"""
@@ -120,18 +124,18 @@ def our_steps(
         offload=args.offload,
     )
     config = replace(config, train=train, scope=args.scope)
-    accelerator = make_accelerator(train)
-    job = make_job(model, forget, retain, config, 0, accelerator)
-    job = replace(job, targets=frozen_targets(job))
+    task = Task(model, [CONCEPT], Given(forget, retain))
+    remap = Remap(task, config)
     seconds, laps = [], [time.perf_counter()]
 
-    def batches(step: int, part: int) -> Any:
-        if part == 0:
-            seconds.append(_lap(laps[-1], model.device))
-            laps.append(time.perf_counter())
-        return make_batch(job, step, part)
+    def batches(step: int) -> Any:
+        seconds.append(_lap(laps[-1], model.device))
+        laps.append(time.perf_counter())
+        return remap.batches(step)
 
-    fit(model, job.params, batches, loss_function(job), train, mask, accelerator=accelerator)
+    params = task.weights(args.scope)
+    with running(model, params, train) as active:
+        fit(params, remap.loss, batches, config, mask, active=active)
     seconds.append(_lap(laps[-1], model.device))
     return seconds[1:]
 

@@ -6,25 +6,28 @@ forgot: its images show the concept at every step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from erase.eval.evaluators.classifier import load_judge, predict
 from erase.eval.generate import GenerateConfig, generate
-from erase.latents.prepare import LatentSet, PromptCache, epoch_rows
+from erase.latents.batches import Rows, noised
+from erase.latents.latent_set import LatentSet, epoch_rows
+from erase.latents.prepare import Given
 from erase.losses import denoising
-from erase.models import Cond, DiffusionModel
+from erase.models import DiffusionModel
 from erase.models.scopes import select
-from erase.objectives.remap import share
-from erase.parallel.processes import processes
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.prompt_sets import PromptSet
-from erase.training.config import TrainConfig
-from erase.training.loop import fit
-from erase.training.trainable import Frozen
+from erase.task import Task
+from erase.training.config import TrainConfig, TunedConfig
+from erase.training.fine_tune import fine_tune
+from erase.training.trainable import Base
 
 
 def curve(
@@ -46,7 +49,7 @@ def curve(
     erased = {name: param.detach().clone() for name, param in params.items()}
     judge, found = load_judge("canvas"), {}
     for count in steps:
-        values = relearn(model, latents, replace(train, steps=count))
+        values = relearn(model, concept, latents, replace(train, steps=count))
         _put(params, values)
         images = generate(model.pipeline(), asked, out / f"relearned-{count}", config, {"relearned": str(count)})
         seen = predict(judge, images)[concept.kind]
@@ -55,33 +58,25 @@ def curve(
     return found
 
 
-def relearn(model: DiffusionModel, latents: LatentSet, train: TrainConfig, seed: int = 0) -> Any:
+def relearn(
+    model: DiffusionModel, concept: ConceptSpec, latents: LatentSet, train: TrainConfig, seed: int = 0
+) -> Mapping[str, Tensor]:
     """Values of all of the denoiser's weights after plain fine-tuning (noise prediction) on these latents and their prompts."""
-    embed = PromptCache(model, latents.prompts)
+    task, size = Task(model, [concept], Given(latents, latents), seed), train.batch_size
 
-    def batches(step: int, part: int) -> Any:
-        return relearning_batch(model, latents, embed, train, seed, step, part)
+    def batches(step: int) -> tuple[Rows, list[str]]:
+        generator = task.generator(step)
+        rows = epoch_rows(len(latents), step * size, size, seed)
+        x0 = latents.draw(rows, generator)
+        t, noise = latents.draw_noise(rows, model.timesteps, generator)
+        return noised(model, x0, noise, t), [latents.prompts[row] for row in rows.tolist()]
 
-    def loss(batch: Any, frozen: Frozen) -> torch.Tensor:
-        xt, t, cond, target = batch
-        return denoising(model.predict(xt, t, cond), target)
+    def loss(batch: tuple[Rows, list[str]], base: Base) -> dict[str, Tensor]:
+        rows, prompts = batch
+        return {"forget": denoising(task.predict(rows, prompts), rows.target)}
 
-    return fit(model, select(model.parameters(), "full"), batches, loss, train).values
-
-
-def relearning_batch(
-    model: DiffusionModel, latents: LatentSet, embed: PromptCache, train: TrainConfig, seed: int, step: int, part: int
-) -> tuple[torch.Tensor, torch.Tensor, Cond, torch.Tensor]:
-    """Noisy latents, timesteps, text states and targets of one part: drawn for the whole step, then cut to process and part."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    rows = epoch_rows(len(latents), step * train.batch_size, train.batch_size, seed)
-    x0 = latents.draw(rows, generator)
-    t, noise = latents.draw_noise(rows, model.timesteps, generator)
-
-    mine = share(train.batch_size, part, train.accumulation, processes())
-    x0, t, noise = (tensor[mine].to(model.device) for tensor in (x0, t, noise))
-    cond = embed([latents.prompts[row] for row in rows[mine]])
-    return model.add_noise(x0, noise, t), t, cond, model.target(x0, noise, t)
+    task.forget()  # embeds its prompts
+    return fine_tune(task, loss, batches, TunedConfig(train=train)).values
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from erase.eval.generate import GenerateConfig, generate
 from erase.eval.images import ImageSet
 from erase.eval.report.report import Score
 from erase.eval.run import score
-from erase.latents.prepare import prepare_latents
+from erase.latents.prepare import Plan
 from erase.models import load_model
 from erase.prompts.canvas import KINDS, canvas_concept, vocabulary
 from erase.prompts.errors import unknown
@@ -56,7 +56,7 @@ def measure(
     delta = erase_concept(spec, erasure, variant.settings, model=model, out=folder)
     seconds = time.monotonic() - started
     few = replace(variant.latents, n_forget=16, n_retain=1, trajectory=0)
-    shown = prepare_latents(model, [spec], few, seed, out / "latents")[0] if relearn else None  # by the base
+    shown = Plan(model, [spec], few, seed, out / "latents").forget() if relearn else None  # by the base
     delta.apply(model)
     after = generate(model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint})
     scores = {"base": _base_scores(out / "base", concept), "erased": score(after, [spec], EVALUATORS)}

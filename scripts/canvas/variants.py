@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,16 +24,16 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     """Group -> name -> variant; each control differs from the preset `salun` in what its name says."""
     ours, paper = (_preset(name, precision) for name in ("salun", "salun-paper"))
     masks: dict[str, dict[str, Any]] = {
-        "no mask": {"mask": "none"},
-        "random mask": {"mask": "random"},
-        "inverted mask": {"mask": "inverted"},
+        "no mask": {"mask.rule": "none"},
+        "random mask": {"mask.rule": "random"},
+        "inverted mask": {"mask.rule": "inverted"},
         "xattn only": {"scope": "xattn"},
-        **{f"density {density}": {"density": density} for density in (0.1, 0.3, 0.7, 0.9)},
+        **{f"density {density}": {"mask.density": density} for density in (0.1, 0.3, 0.7, 0.9)},
     }
     few = {
-        f"density {density}{kind}": {"density": density, "mask": mask}
+        f"density {density}{kind}": {"mask.density": density, "mask.rule": rule}
         for density in (0.03, 0.01)
-        for kind, mask in (("", "saliency"), (", random", "random"))
+        for kind, rule in (("", "forget"), (", random", "random"))
     }
     weights = {
         "": {},
@@ -41,7 +42,7 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
         ", density 0.1": masks["density 0.1"],
         ", density 0.1, random": masks["density 0.1"] | masks["random mask"],
     }
-    fast = _with(ours, train=replace(ours.settings.train, lr=2e-3))
+    fast = _with(ours, {"train": replace(ours.settings.train, lr=2e-3)})
     sampling = {
         "50 sampling steps": {"steps": 50},
         "trajectory 10": {"trajectory": 10},
@@ -49,10 +50,10 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     }
     return {
         "presets": {"salun": ours, "salun-paper": paper},
-        "controls": {name: _with(ours, **change) for name, change in masks.items()},
-        "few weights": {name: _with(ours, **change) for name, change in few.items()},
-        "no retain": {f"no retain{name}": _with(ours, alpha=0.0, **change) for name, change in weights.items()},
-        "large rate": {f"lr 2e-3{name}": _with(fast, **change) for name, change in weights.items()},
+        "controls": {name: _with(ours, change) for name, change in masks.items()},
+        "few weights": {name: _with(ours, change) for name, change in few.items()},
+        "no retain": {f"no retain{name}": _with(ours, {"alpha": 0.0, **change}) for name, change in weights.items()},
+        "large rate": {f"lr 2e-3{name}": _with(fast, change) for name, change in weights.items()},
         "sampling": {name: replace(ours, latents=replace(ours.latents, **change)) for name, change in sampling.items()},
     }
 
@@ -63,5 +64,9 @@ def _preset(name: str, precision: str) -> Variant:
     return Variant(name, settings, LatentConfig(mixed_precision=precision))
 
 
-def _with(variant: Variant, **change: Any) -> Variant:
-    return replace(variant, settings=replace(variant.settings, **change))
+def _with(variant: Variant, change: Mapping[str, Any]) -> Variant:
+    """The variant with other settings; `mask.NAME` is one of the mask's."""
+    settings = variant.settings
+    mask = {name.removeprefix("mask."): value for name, value in change.items() if name.startswith("mask.")}
+    own = {name: value for name, value in change.items() if not name.startswith("mask.")}
+    return replace(variant, settings=replace(settings, **own, mask=replace(settings.mask, **mask)))

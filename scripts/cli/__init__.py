@@ -269,8 +269,8 @@ def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) 
 
 
 def _work(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
+    from erase.models.precision import pin_mkl_rounding
     from erase.parallel.processes import processes
-    from erase.reproducible import pin_mkl_rounding
 
     pin_mkl_rounding()
     _mute_libraries()

@@ -13,7 +13,6 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from erase.files import stream_tensors
-from erase.finite import all_finite
 from erase.models.pipelines import Pipeline
 from erase.models.schedules import knows_zero_snr
 from erase.models.single_file import ldm
@@ -23,6 +22,7 @@ from erase.models.single_file.spec import ORIGINAL, model_spec
 from erase.models.single_file.tensor_file import TensorFile, open_tensors
 from erase.models.vae import load_vae
 from erase.prompts.errors import ErasureError
+from erase.tensors import all_finite
 
 
 def load_single_file(
