@@ -1,19 +1,23 @@
-"""Mixed precision by name, and the rounding of matrix products on Intel's processors."""
+"""Mixed precision by name and by layer, and the rounding of matrix products on Intel's processors."""
 
 from __future__ import annotations
 
 import os
 import platform
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from erase.prompts.errors import unknown
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 IN_HARDWARE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fp16_arith"}}
 """what a processor that multiplies in this precision says of itself, on x86 or Arm"""
+IN_HALF = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""the layers whose weights autocast would round for each use"""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -48,6 +52,21 @@ def in_hardware(precision: str) -> bool:
     if precision not in IN_HARDWARE or ask is None:
         return True
     return any(ask().get(name) for name in IN_HARDWARE[precision])
+
+
+def with_precision(
+    module: nn.Module,
+    half: torch.dtype | None,
+) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
+    """Name, parameter, and the precision in which autocast would use it.
+
+    Args:
+        module: whose parameters they are.
+        half: precision of matrix products; None: float32.
+    """
+    for prefix, layer in module.named_modules():
+        for name, param in layer.named_parameters(prefix, recurse=False):
+            yield name, param, half if half and isinstance(layer, IN_HALF) else param.dtype
 
 
 def pin_mkl_rounding() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -18,12 +18,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from erase.models import DiffusionModel
 from erase.models.pipelines import denoiser
+from erase.models.precision import with_precision
 from erase.parallel.launch import FullShard, full_shard
 from erase.parallel.layout import Layout
 from erase.parallel.processes import processes
 from erase.prompts.errors import ErasureError
-from erase.training.config import TrainConfig
-from erase.training.half_precision import with_precision
+
+if TYPE_CHECKING:
+    from erase.training.config import TrainConfig
 
 VALUE_BY_VALUE = {
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",

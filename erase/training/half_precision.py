@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-IN_HALF = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # the layers whose weights autocast would round for each use
+from erase.models.precision import with_precision
 
 
 @contextmanager
@@ -44,10 +44,3 @@ def stand_ins(
     finally:
         for name, param in params.items():
             param.data = own[name].to(param.device)
-
-
-def with_precision(module: nn.Module, half: torch.dtype | None) -> Iterator[tuple[str, nn.Parameter, torch.dtype]]:
-    """Name, parameter, and the precision in which autocast would use it."""
-    for prefix, layer in module.named_modules():
-        for name, param in layer.named_parameters(prefix, recurse=False):
-            yield name, param, half if half and isinstance(layer, IN_HALF) else param.dtype

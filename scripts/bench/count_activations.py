@@ -24,8 +24,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from erase.models import PRECISIONS
+from erase.models.precision import with_precision
 from erase.models.single_file.architectures import STOCK, shipped
-from erase.training.half_precision import with_precision
 from erase.training.recompute import SavedActivations, recomputing
 from erase.training.running import checkpointed
 
