@@ -35,6 +35,8 @@ BF16 = "param_dtype_override_fn" in getattr(MixedPrecisionPolicy, "__dataclass_f
 """whether this torch (2.15) can gather norms in float32 beside matrices in half precision"""
 ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
 """whether this torch can shard on a CPU: 2.6 asks its streams for what they do not have"""
+WHOLE = "launch with scripts/launch/several-gpus.yaml"
+"""how to go on without shards"""
 BLOCKS = {"resnets", "attentions", "transformer_blocks"}
 """lists of modules whose members are gathered one at a time; what lies outside of them is gathered for the whole pass"""
 
@@ -44,39 +46,64 @@ def sharding() -> FullShard | None:
     return full_shard() if processes().num_processes > 1 else None
 
 
-def check_sharded(config: TrainConfig) -> None:
-    """Refuse, before hours are spent on latents, what shards cannot do; nothing where models stay whole.
+def check_sharded(config: TrainConfig, lora_rank: int = 0) -> FullShard | None:
+    """The FSDP that this launch asks for, after a look at what shards cannot do; None: models stay whole.
 
     Raises:
-        ErasureError: such a setting.
+        ErasureError: a setting that shards cannot follow, said before hours are spent on latents.
+    """
+    asked = sharding()
+    if asked is None:
+        return None
+
+    half, own = config.mixed_precision, f"FSDP of torch {torch.__version__}"
+    if processes().device.type == "cpu" and not ON_CPUS:
+        raise ErasureError(f"{own} cannot shard on a CPU; take a newer torch (2.14 can), or {WHOLE}")
+    if config.optimizer not in VALUE_BY_VALUE:
+        raise ErasureError(
+            f"optimizer {config.optimizer} looks at more than one value at a time, of which FSDP leaves each "
+            f"process some; choose one of {', '.join(sorted(VALUE_BY_VALUE))}, or {WHOLE}"
+        )
+    if half == "fp16":
+        raise ErasureError(
+            "mixed_precision fp16 scales its loss by what it finds in all gradients, of which FSDP leaves each "
+            f"process some; use {'bf16 or no' if BF16 else 'no'}, or {WHOLE}"
+        )
+    if half != "no" and not BF16:
+        raise ErasureError(
+            f"{own} cannot gather norms in float32 beside matrices in {half}; take torch 2.15 or newer, "
+            f"mixed_precision no, or {WHOLE}"
+        )
+
+    whole = {
+        "lora_rank": lora_rank,
+        "train.channels_last": config.channels_last,
+        "train.compile": config.compile,
+    }
+    for name, wanted in whole.items():
+        if wanted:
+            raise ErasureError(f"{name} does not go with FSDP; leave it out, or {WHOLE}")
+    return asked
+
+
+def check_parts(names: Iterable[str]) -> None:
+    """Refuse to shard what is no denoiser, before hours are spent on latents; nothing where models stay whole.
+
+    Args:
+        names: of parameters that are to be trained.
+
+    Raises:
+        ErasureError: one is a text encoder's.
     """
     if sharding() is None:
         return
-    if processes().device.type == "cpu" and not ON_CPUS:
-        raise ErasureError(
-            f"FSDP of torch {torch.__version__} cannot shard on a CPU; take a newer torch (2.14 can), or launch with "
-            "scripts/launch/several-gpus.yaml"
-        )
-    if config.optimizer not in VALUE_BY_VALUE:
-        raise ErasureError(
-            f"optimizer {config.optimizer} looks at more than one value at a time, of which FSDP leaves each process some; choose one of "
-            f"{', '.join(sorted(VALUE_BY_VALUE))}, or launch with scripts/launch/several-gpus.yaml"
-        )
-    if config.mixed_precision == "fp16":
-        raise ErasureError(
-            "mixed_precision fp16 scales its loss by what it finds in all gradients, of which FSDP leaves each process some; use "
-            f"{'bf16 or no' if BF16 else 'no'}, or launch with scripts/launch/several-gpus.yaml"
-        )
-    if config.mixed_precision != "no" and not BF16:
-        raise ErasureError(
-            f"FSDP of torch {torch.__version__} cannot gather norms in float32 beside matrices in {config.mixed_precision}; "
-            "take torch 2.15 or newer, mixed_precision no, or launch with scripts/launch/several-gpus.yaml"
-        )
-    for name in ("channels_last", "compile"):
-        if getattr(config, name):
-            raise ErasureError(
-                f"train.{name} does not go with FSDP; leave it out, or launch with scripts/launch/several-gpus.yaml"
-            )
+    for part in sorted({name.split(".")[0] for name in names}):
+        if part.startswith("text_encoder"):
+            raise _only_the_denoiser(part)
+
+
+def _only_the_denoiser(part: str) -> ErasureError:
+    return ErasureError(f"FSDP shards the denoiser, not the {part}; {WHOLE}")
 
 
 class Shards(Layout):
@@ -151,7 +178,7 @@ def sharded_twins(model: DiffusionModel, parts: Iterable[str], half: torch.dtype
 def _twin_in_place(model: DiffusionModel, part: str, half: torch.dtype | None, asked: FullShard) -> Iterator[nn.Module]:
     pipeline, original = model.pipeline(), model.component(part)
     if original is not denoiser(pipeline):
-        raise ErasureError(f"FSDP shards the denoiser, not the {part}; launch with scripts/launch/several-gpus.yaml")
+        raise _only_the_denoiser(part)
     home = next(original.parameters()).device
     twin = _empty_twin(original)
     _shard(twin, init_device_mesh(home.type, (processes().num_processes,)), half, asked)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from erase.claims import flat
 from erase.mask import kept_count
 from erase.models.scopes import select
+from erase.parallel.fsdp import check_parts, check_sharded
 from erase.task import Edit, Task, describe
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
@@ -70,9 +71,11 @@ def _settings(config: TunedConfig) -> dict[str, str]:
 def check_machine(config: TunedConfig) -> None:
     """Refuse settings that this machine or launch cannot train with, before anything is loaded; see `make_accelerator`."""
     make_accelerator(config.train)
+    check_sharded(config.train, config.lora_rank)
 
 
 def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None:
-    """Refuse a scope or a density that leaves nothing to train, before hours are spent on latents."""
+    """Refuse, before hours are spent on latents, a scope or a density that leaves nothing to train, or nothing that shards can."""
     chosen = select(params, config.scope)
+    check_parts(chosen)
     kept_count(config.mask.density, sum(param.numel() for param in chosen.values()))

@@ -114,7 +114,7 @@ def fit(
     Raises:
         ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that do not split evenly.
     """
-    processes()  # refuses a launch that this loop does not fit
+    check_sharded(config.train, config.lora_rank)  # refuses a launch, too, that this loop does not fit
     accelerator = accelerator or make_accelerator(config.train)
     active = active or ActiveWeights(params)
     if config.lora_rank:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erase.models import PRECISIONS, DiffusionModel
 from erase.models.pipelines import denoiser, modules
-from erase.parallel.fsdp import check_sharded, sharded_twins, sharding
+from erase.parallel.fsdp import check_sharded, sharded_twins
 from erase.parallel.layout import ActiveWeights
 from erase.prompts.errors import ErasureError, unknown
 from erase.training.config import TrainConfig
@@ -58,8 +58,7 @@ def _active(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: T
     """Weights in the layout that the launch asks for, in the precision of the steps."""
     parts = {name: model.component(name) for name in sorted({name.split(".")[0] for name in params})}
     half = PRECISIONS[config.mixed_precision]
-    if asked := sharding():
-        check_sharded(config)
+    if asked := check_sharded(config):
         with sharded_twins(model, parts, half, asked) as layout:
             found = model.parameters()
             yield ActiveWeights({name: found[name] for name in params}, layout=layout)
