@@ -173,10 +173,11 @@ class _Steps:
         def take(names: tuple[str, ...] | None) -> Gradients:
             gradients, found = self._take(batch, names)
             for name, term in found.items():
-                losses.setdefault(name, term)  # the first look is at the values themselves
+                losses.setdefault(name, term)  # the first: at the values themselves, but under smoothing
             return gradients
 
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.run.step)
+        # not the seed of the batch (`Task.generator`): displacements are not to follow its noise
+        generator = torch.Generator().manual_seed(~(self.seed * 1_000_003 + self.run.step))
         gradients = step_gradients(self.run.trainable, take, self.config, generator)
         total = self.accelerator.reduce(sum(losses.values()), reduction="mean")
         return float(total), gradients
