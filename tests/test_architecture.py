@@ -114,7 +114,9 @@ def test_no_file_has_a_name_that_shadows_or_says_nothing() -> None:
     assert not (ROOT / "scripts/erase.py").exists(), "it would shadow the package for every script in the folder"
     assert [path for path in FILES if path.stem == "utils"] == []
     assert [path for path in (ROOT / "tests").rglob("*") if path.name == "__init__.py"] == []
-    assert [path for path in (ROOT / "tests").rglob("*.py") if path.parent != ROOT / "tests"] == []
+    folders = (ROOT / "tests", ROOT / "tests" / "programs")  # what tests start as processes of their own
+    assert [path for path in (ROOT / "tests").rglob("*.py") if path.parent not in folders] == []
+    assert [path for path in (ROOT / "tests" / "programs").iterdir() if path.name.startswith("test_")] == []
 
 
 def test_prompts_load_without_any_heavy_library() -> None:
