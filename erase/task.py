@@ -57,7 +57,7 @@ class Task:
         self._states: dict[str, Cond] = {}
 
     def weights(self, scope: str) -> dict[str, nn.Parameter]:
-        """The parameters of a scope (`erase.scopes`), of the denoiser or of text encoders, by name.
+        """The parameters of a scope (`erase.models.scopes`), of the denoiser or of text encoders, by name.
 
         Raises:
             ErasureError: an unknown scope, or one that matches nothing.

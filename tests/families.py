@@ -112,6 +112,7 @@ def tiny_sd3(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
 
 def _t5_tokenizer() -> T5Tokenizer:
     letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz")]
+    letters += [("▁a", -1.0), ("▁red", -1.0), ("▁blue", -1.0)]  # words of one token, as the real one has them
     return T5Tokenizer(vocab=letters, extra_ids=0, model_max_length=77)
 
 

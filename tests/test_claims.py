@@ -12,6 +12,7 @@ import torch
 
 from erase.delta import ErasedDelta
 from erase.files import save_tensors
+from erase.latents import prepare
 from erase.latents.prepare import LatentConfig
 from erase.mask import Saliency, SaliencyMask
 from erase.methods.salun import SalUnConfig
@@ -21,10 +22,17 @@ from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase
 from erase.scripts.cli import run
-from erase.training.config import TrainConfig
+from erase.training.config import MaskConfig, TrainConfig
 
 TRAIN = TrainConfig(steps=4, batch_size=4, lr=1e-3, checkpoint_every=1)
-METHOD = SalUnConfig(saliency_batch_size=4, train=TRAIN)
+METHOD = SalUnConfig(mask=MaskConfig(batch_size=4), train=TRAIN)
+OPTION = {"mask": "file", "saliency": "saliency"}
+"""kind of a file -> the option of `mask` that names one"""
+
+
+def masked(**change):
+    """The method with other settings of its mask."""
+    return replace(METHOD, mask=replace(METHOD.mask, **change))
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +63,14 @@ def made(config, tmp_path_factory):
 def stop_before_step(monkeypatch, step):
     import erase.training.loop
 
-    plain = erase.training.loop._step
+    plain = erase.training.loop._Steps.take
 
-    def stopping(run, *args):
-        if run.step == step:
+    def stopping(self):
+        if self.run.step == step:
             raise KeyboardInterrupt
-        return plain(run, *args)
+        return plain(self)
 
-    monkeypatch.setattr(erase.training.loop, "_step", stopping)
+    monkeypatch.setattr(erase.training.loop._Steps, "take", stopping)
 
 
 @pytest.fixture
@@ -105,7 +113,7 @@ def test_a_resumed_run_leaves_every_file_as_an_uninterrupted_one_does(stopped, m
     ("change", "message"),
     [
         (lambda c, m: (replace(c, seed=7), m), "seed was 0 and is now 7"),
-        (lambda c, m: (c, replace(m, density=0.25)), "density was 0.5 and is now 0.25"),
+        (lambda c, m: (c, replace(m, mask=replace(m.mask, density=0.25))), "mask.density was 0.5 and is now 0.25"),
         (lambda c, m: (c, replace(m, train=replace(m.train, lr=0.5))), "train.lr was 0.001 and is now 0.5"),
         (lambda c, m: (c, replace(m, train=replace(m.train, ema=0.5))), "train.ema was not set and is now 0.5"),
         (
@@ -139,9 +147,7 @@ def test_resuming_with_another_base_names_it(stopped, config, make_pico_pipeline
         again(stopped, config, model=other)
 
 
-@pytest.mark.parametrize(
-    "change", [{"checkpoint_every": 3}, {"selective_recompute": True}, {"offload": True}, {"shard_optimizer": True}], ids=str
-)
+@pytest.mark.parametrize("change", [{"checkpoint_every": 3}, {"selective_recompute": True}, {"offload": True}], ids=str)
 def test_what_leaves_the_bits_as_they_are_is_no_reason_to_refuse(stopped, made, config, change, caplog):
     delta = again(stopped, config, replace(METHOD, train=replace(TRAIN, **change)))
     assert delta.sha256 == ErasedDelta.load(made / "heart" / "delta.safetensors").sha256
@@ -179,9 +185,9 @@ def test_an_update_of_torch_or_of_this_toolkit_is_said_and_no_reason_to_refuse(s
 
 
 def test_an_option_that_came_later_and_is_not_at_its_default_is_named(stopped, config):
-    edited(stopped, lambda content, inner: inner["method"].pop("density"))
+    edited(stopped, lambda content, inner: inner["method"]["mask"].pop("density"))
     with pytest.raises(ErasureError, match="density was 0.5 and is now 0.25"):
-        again(stopped, config, replace(METHOD, density=0.25))
+        again(stopped, config, masked(density=0.25))
 
 
 def test_another_number_of_threads_is_recorded_and_said_at_resume(stopped, config, caplog):
@@ -207,7 +213,7 @@ def test_a_finished_command_says_at_once_that_it_is_finished(finished, config, c
         return load_model(*args)
 
     monkeypatch.setattr("erase.run.load_model", load)
-    monkeypatch.setattr("erase.run.prepare_latents", None)
+    monkeypatch.setattr("erase.run.Task", None)
     before = files_of(finished)
     again(finished, config)
     assert files_of(finished) == before
@@ -264,7 +270,7 @@ def test_a_delta_that_does_not_say_whose_it_is_is_refused(finished, config):
 
 @pytest.mark.parametrize(
     ("concept", "change", "message"),
-    [("star", {}, "concepts was"), ("heart", {"saliency_guidance": 3.0}, "loss of the saliency"), ("heart", {"scope": "xattn"}, "scope"),
+    [("star", {}, "concepts was"), ("heart", {"mask": replace(METHOD.mask, guidance=3.0)}, "loss of the saliency"), ("heart", {"scope": "xattn"}, "scope"),
      ("heart", {"anchor_latents": 0.0}, "digest of the forget latents")],
 )  # fmt: skip
 def test_a_left_saliency_of_another_run_is_not_used(concept, change, message, made, config, tmp_path):
@@ -275,23 +281,23 @@ def test_a_left_saliency_of_another_run_is_not_used(concept, change, message, ma
 
 @pytest.mark.parametrize("kind", ["saliency", "mask"])
 def test_a_file_of_another_concept_given_by_name_is_refused(kind, made, config):
-    given = {f"{kind}_file": str(made / "star" / f"{kind}.safetensors")}
+    given = {OPTION[kind]: str(made / "star" / f"{kind}.safetensors")}
     with pytest.raises(ErasureError, match=rf"{kind}\.safetensors is of another run: concepts was \['star'\]"):
-        again(None, config, replace(METHOD, **given))
+        again(None, config, masked(**given))
 
 
 def test_a_mask_that_does_not_say_its_concepts_may_be_of_any(made, config, tmp_path):
     mask = SaliencyMask.load(made / "star" / "mask.safetensors")
     replace(mask, metadata={"base_fingerprint": mask.metadata["base_fingerprint"]}).save(tmp_path / "m.safetensors")
-    assert again(None, config, replace(METHOD, mask_file=str(tmp_path / "m.safetensors"))).count
+    assert again(None, config, masked(file=str(tmp_path / "m.safetensors"))).count
 
 
 @pytest.mark.parametrize("kind", ["saliency", "mask"])
 def test_a_file_of_another_base_given_by_name_is_refused(kind, made, config, make_pico_pipeline, tmp_path):
     make_pico_pipeline(seed=1).save_pretrained(tmp_path / "other")
-    given = {f"{kind}_file": str(made / "heart" / f"{kind}.safetensors")}
+    given = {OPTION[kind]: str(made / "heart" / f"{kind}.safetensors")}
     with pytest.raises(ErasureError, match=rf"{kind}\.safetensors is of another run: fingerprint of the base was"):
-        again(None, replace(config, model=str(tmp_path / "other")), replace(METHOD, **given))
+        again(None, replace(config, model=str(tmp_path / "other")), masked(**given))
 
 
 @pytest.mark.parametrize(
@@ -301,12 +307,12 @@ def test_a_file_of_another_base_given_by_name_is_refused(kind, made, config, mak
 )  # fmt: skip
 def test_a_left_training_state_of_another_run_is_not_gone_on_with(concept, change, message, made, config, tmp_path):
     shutil.copy(made / "stopped" / "training.pt", tmp_path)
-    method = replace(METHOD, mask_file=str(made / "heart" / "mask.safetensors"), **change)
+    method = replace(masked(file=str(made / "heart" / "mask.safetensors")), **change)
     if concept == "star":  # the same mask, so that only the state can tell
         mask = SaliencyMask.load(made / "heart" / "mask.safetensors")
         replace(mask, metadata={"base_fingerprint": mask.metadata["base_fingerprint"]}).save(tmp_path / "m.safetensors")
-        method = replace(method, mask_file=str(tmp_path / "m.safetensors"))
-    with pytest.raises(ErasureError, match=rf"training\.pt is of another run: (mask_file .*, )?{message}"):
+        method = masked(file=str(tmp_path / "m.safetensors"))
+    with pytest.raises(ErasureError, match=rf"training\.pt is of another run: (mask.file .*, )?{message}"):
         again(tmp_path, config, method, concept)
 
 
@@ -315,7 +321,7 @@ def test_a_training_state_over_other_latents_is_not_gone_on_with(stopped, config
     for path in (stopped / "latents").glob("retain*"):
         path.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("erase.latents.prepare.sample_points", moved(__import__("erase.latents.prepare").latents.sample_points))
+        patch.setattr(prepare, "sample_points", moved(prepare.sample_points))
         with pytest.raises(ErasureError, match=r"training\.pt is of another run: digest of the retain latents"):
             again(stopped, config)
 

@@ -99,7 +99,7 @@ def test_an_abbreviated_key_of_a_config_file_is_refused(tmp_path, capsys):
     assert "'meth'; did you mean 'method'" in failed(capsys, run_erase.main, "--config", str(path))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").rglob("*.py")), ids=str)
 def test_no_parser_of_any_script_takes_abbreviations(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("argparse.ArgumentParser", "ArgumentParser", "Parser"):
@@ -140,7 +140,7 @@ def test_an_option_like_no_other_does_not_get_a_line_of_sixty_names(name, capsys
     [
         (run_erase.main, ["--train.steps", "many"], ["--train.steps", "'many'", "a whole number"]),
         (run_erase.main, ["--train.lr", "1e-x"], ["--train.lr", "'1e-x'", "a number"]),
-        (run_erase.main, ["--density", "half"], ["--density", "'half'", "a number"]),
+        (run_erase.main, ["--mask.density", "half"], ["--mask.density", "'half'", "a number"]),
         (run_erase.main, ["--seed", "1.5"], ["--seed", "'1.5'", "a whole number"]),
         (run_erase.main, ["--train.offload", "maybe"], ["--train.offload", "'maybe'", "true or false"]),
         (run_erase.main, ["--train.optimizer_args", "[1]"], ["--train.optimizer_args", "'[1]'", "a mapping"]),

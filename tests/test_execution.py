@@ -17,13 +17,12 @@ from erase.models.sd import StableDiffusion
 from erase.prompts.errors import ErasureError
 from erase.scripts import run_erase
 from erase.scripts.cli import run
-from erase.training.loop import fit
 from erase.training.optimizers import FUSED, make_optimizer
 from erase.training.recompute import SavedActivations
 from erase.training.running import attention, running
 from erase.training.trainable import Trainable
 from tests.families import FAMILIES, tiny_sd3
-from tests.test_training import QUICK, mask_of, task
+from tests.test_training import QUICK, mask_of, task, train
 
 SGD = replace(QUICK, optimizer="SGD", lr=0.05, steps=2)  # moves weights in proportion to gradients, which Adam's signs do not
 HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
@@ -44,7 +43,7 @@ def state(model):
 
 def trained(model, config, density=0.5):
     params, batches, loss = task(model)
-    return fit(model, params, batches, loss, config, mask_of(model, params, density))
+    return train(model, params, batches, loss, config, mask_of(model, params, density))
 
 
 def close(a, b, start, tolerance):
@@ -111,11 +110,11 @@ def test_joint_attention_keeps_its_processors():
 def test_weights_in_half_precision_give_the_gradients_of_autocast_bit_for_bit(model):
     """Autocast rounds each weight for its use; stand-ins are rounded once."""
     params, batches, loss = task(model)
-    x, part = batches(0, 0)
+    batch = batches(0)
 
     def gradients():
         with torch.autocast("cpu", torch.bfloat16):
-            value = loss((x, part), None)
+            value = loss(batch, None)["forget"]
         value.backward()
         found = {name: p.grad.float() for name, p in params.items()}
         for p in params.values():
@@ -175,14 +174,14 @@ def test_what_is_not_installed_is_named(model, monkeypatch):
         with monkeypatch.context() as patched, pytest.raises(ErasureError, match=message):
             if "compile" in options:
                 patched.setenv("PATH", "")
-            fit(model, params, batches, loss, replace(QUICK, **options))
+            train(model, params, batches, loss, replace(QUICK, **options))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 @pytest.mark.parametrize("installed", [True, False])
 def test_xformers_without_a_gpu_is_refused_before_there_are_latents(monkeypatch, capsys, tmp_path, installed):
     monkeypatch.setattr("erase.training.running.find_spec", lambda name: installed or None)
-    monkeypatch.setattr("erase.run.prepare_latents", lambda *args: pytest.fail("latents were made"))
+    monkeypatch.setattr("erase.latents.prepare.Plan.forget", lambda *args: pytest.fail("latents were made"))
     assert run(run_erase.main, ["--concept", "heart", "--train.attention", "xformers", "--out", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "needs a GPU" in error and "trains on the cpu; use attention sdpa" in error and "Traceback" not in error
@@ -217,21 +216,21 @@ def test_eight_bit_state_keeps_the_mask_and_resumes(model, tmp_path):
     mask = mask_of(model, params)
     before = {name: p.detach().clone() for name, p in params.items()}
     config = replace(QUICK, optimizer="AdamW8bit", steps=4, checkpoint_every=2)
-    whole = fit(model, params, batches, loss, config, mask)
+    whole = train(model, params, batches, loss, config, mask)
     for name, value in whole.values.items():
         assert torch.equal(value[~mask[name]], before[name][~mask[name]]) and torch.equal(params[name], before[name])
     assert any(not torch.equal(value, before[name]) for name, value in whole.values.items())
     calls = []
 
-    def stop(batch, frozen):
+    def stop(batch, base):
         if len(calls) == 3:
             raise KeyboardInterrupt
         calls.append(1)
-        return loss(batch, frozen)
+        return loss(batch, base)
 
     with pytest.raises(KeyboardInterrupt):
-        fit(model, params, batches, stop, config, mask, checkpoint=tmp_path / "training.pt")
-    resumed = fit(model, params, batches, loss, config, mask, checkpoint=tmp_path / "training.pt")
+        train(model, params, batches, stop, config, mask, checkpoint=tmp_path / "training.pt")
+    resumed = train(model, params, batches, loss, config, mask, checkpoint=tmp_path / "training.pt")
     assert all(torch.equal(resumed.values[name], whole.values[name]) for name in whole.values)
 
 
@@ -253,14 +252,15 @@ def test_compiled_steps_are_the_eager_ones(model):
     """With gradient hooks and weights that are swapped in place for the teacher."""
     params, batches, plain = task(model)
 
-    def loss(batch, frozen):
-        with torch.no_grad(), frozen():
-            target = plain(batch, frozen)
-        return plain(batch, frozen) + (plain(batch, frozen) - target).square()
+    def loss(batch, base):
+        with base():
+            target = plain(batch, base)["forget"]
+        found = plain(batch, base)["forget"]
+        return {"forget": found + (found - target).square()}
 
     mask = mask_of(model, params)
-    eager = fit(model, params, batches, loss, SGD, mask)
-    compiled = fit(model, params, batches, loss, replace(SGD, compile=True), mask)
+    eager = train(model, params, batches, loss, SGD, mask)
+    compiled = train(model, params, batches, loss, replace(SGD, compile=True), mask)
     assert close(eager, compiled, params, 1e-3)
     assert model.component("unet")._compiled_call_impl is None
 

@@ -207,10 +207,10 @@ def test_cut_prompts_are_in_the_delta_and_in_the_image_set(tmp_path):
     pipeline = tiny_sd1()
     concept = ConceptSpec("heart", "star", templates=("a {}",), retain=("a tree", long.replace("heart", "moon")))
     from erase.methods.salun import SalUnConfig
-    from erase.training.config import TrainConfig
+    from erase.training.config import MaskConfig, TrainConfig
 
     data = LatentConfig(n_forget=2, n_retain=2, steps=1)
-    method = SalUnConfig(saliency_batch_size=2, train=TrainConfig(steps=1, batch_size=2))
+    method = SalUnConfig(mask=MaskConfig(batch_size=2), train=TrainConfig(steps=1, batch_size=2))
     delta = erase_concept(concept, EraseConfig(latents=data), method, model=wrap(pipeline))
     told = json.loads(delta.metadata["cut_prompts"])
     assert (told["count"], told["of"], told["room"]) == (1, 4, {"text_encoder": 30})

@@ -27,7 +27,7 @@ def double_argsort(values: dict[str, torch.Tensor], density: float) -> dict[str,
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("chunk", [16, CHUNK])
 def test_cut_is_the_double_argsort_with_stable_ties(monkeypatch, density, ties, chunk):
-    monkeypatch.setattr("erase.mask.CHUNK", chunk)
+    monkeypatch.setattr("erase.tensors.CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     values = {f"p{i}": torch.rand(shape, generator=generator) for i, shape in enumerate([(7, 5), (1,), (300,), (4, 3, 2, 2)])}
     if ties:

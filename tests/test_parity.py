@@ -11,14 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from erase.latents.prepare import LatentSet, PromptCache, epoch_rows
+from erase.latents.latent_set import LatentSet, epoch_rows
+from erase.latents.prepare import Given
 from erase.losses import guided
-from erase.methods.salun import METHODS, SalUnConfig, compute, compute_saliency
+from erase.methods.salun import METHODS, SalUnConfig
 from erase.models.scopes import select
 from erase.models.sd import StableDiffusion
-from erase.objectives.remap import loss_function, make_batch, make_job
-from erase.training.config import TrainConfig
-from erase.training.loop import fit, make_accelerator
+from erase.objectives.remap import Remap
+from erase.prompts.concepts import ConceptSpec
+from erase.task import Task
+from erase.training.config import MaskConfig, TrainConfig
+from erase.training.loop import fit
+from erase.training.saliency import compute_saliency
 from erase.training.trainable import Trainable
 
 FORGET, ANCHOR = "a red heart", "a red star"
@@ -64,10 +68,10 @@ def reference_training(unet, batches, mask, alpha, lr, frozen=None):
     for b in batches:
         teacher = frozen or unet
         with torch.no_grad():
-            target = teacher(b.anchor, b.t, b.anchor_cond.embeddings).sample
-            kept = frozen(b.retain, b.retain_t, b.retain_cond.embeddings).sample if frozen else b.retain_noise_target
-        forgot = unet(b.forget, b.t, b.forget_cond.embeddings).sample
-        retained = unet(b.retain, b.retain_t, b.retain_cond.embeddings).sample
+            target = teacher(b.anchor, b.t, b.anchor_text).sample
+            kept = frozen(b.retain, b.retain_t, b.retain_text).sample if frozen else b.retain_noise
+        forgot = unet(b.forget, b.t, b.forget_text).sample
+        retained = unet(b.retain, b.retain_t, b.retain_text).sample
         loss = ((forgot - target) ** 2).mean() + alpha * ((retained - kept) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -88,18 +92,35 @@ def setting(make_pico_pipeline):
     n = 11
     forget = LatentSet(torch.randn(n, 4, 8, 8), 0.3 * torch.rand(n, 4, 8, 8), (FORGET,) * n, (ANCHOR,) * n)
     retain = LatentSet(torch.randn(7, 4, 8, 8), None, tuple(f"a blue {o}" for o in "moon tree fish ring moon tree fish".split()))
-    embed = PromptCache(model, ["", FORGET, ANCHOR, *retain.prompts])
+    return SimpleNamespace(model=model, unet=pipeline.unet, forget=forget, retain=retain)
+
+
+CONCEPT = [ConceptSpec("heart", "star", retain=("a photo of a moon",))]
+
+
+def task_of(setting):
+    return Task(setting.model, CONCEPT, Given(setting.forget, setting.retain))
+
+
+def remap_of(setting, config):
+    return Remap(task_of(setting), config)
+
+
+def text_of(setting, prompts):
+    """Text states of the bare encoder, one prompt at a time."""
+    return torch.cat([setting.model.pipeline().encode_prompt(p, "cpu", 1, False)[0] for p in prompts])
+
+
+def plain(setting, remap, batch):
+    """What a batch of ours holds, as single tensors."""
+    forget, anchor, retain = batch.forget, batch.anchor, batch.retain
+    n, kept = len(forget), [remap.retain_set.prompts[row] for row in batch.retain_rows]
     return SimpleNamespace(
-        model=model, unet=pipeline.unet, forget=forget, retain=retain, embed=embed, accelerator=make_accelerator(TrainConfig())
-    )
-
-
-def job_of(setting, config):
-    return make_job(setting.model, setting.forget, setting.retain, config, 0, setting.accelerator)
-
-
-def batches_of(setting, config, steps):
-    return [make_batch(job_of(setting, config), step, 0) for step in range(steps)]
+        forget=forget.noisy, anchor=anchor.noisy, t=forget.t,
+        retain=retain.noisy, retain_t=retain.t, retain_noise=retain.target,
+        forget_text=text_of(setting, [FORGET] * n), anchor_text=text_of(setting, [ANCHOR] * n),
+        retain_text=text_of(setting, kept),
+    )  # fmt: skip
 
 
 def saliency_batches(setting, size=4):
@@ -114,7 +135,7 @@ def saliency_batches(setting, size=4):
 
 
 def our_saliency(setting):
-    return compute_saliency(job_of(setting, SalUnConfig(saliency_batch_size=4)))
+    return compute_saliency(task_of(setting), SalUnConfig(mask=MaskConfig(batch_size=4)))
 
 
 # ---- the parity list -------------------------------------------------------------------------------------------------------
@@ -126,7 +147,7 @@ def test_1_noise_schedule_and_forward_process(setting):
 
 
 def test_2_saliency_has_both_guidance_branches_live(setting):
-    text, null = setting.embed([FORGET]).embeddings, setting.embed([""]).embeddings
+    text, null = text_of(setting, [FORGET]), text_of(setting, [""])
     setting.unet.requires_grad_(True)
     expected = reference_saliency(setting.unet, saliency_batches(setting), text, null)
     detached = reference_saliency(setting.unet, saliency_batches(setting), text, null, detach_null=True)
@@ -153,39 +174,39 @@ def test_6_anchor_target_is_from_current_weights_and_takes_no_gradient(setting):
     losses = {}
     for source in ("current", "frozen"):
         config = SalUnConfig(anchor_from=source, retain_target="noise", train=TrainConfig(batch_size=4))
-        loss = loss_function(job_of(setting, config))
-        batch = batches_of(setting, config, 1)[0]
+        remap = remap_of(setting, config)
+        batch = remap.batches(0)
         trainable = Trainable(params)
-        before = loss(batch, trainable.frozen).item()
+        before = sum(remap.loss(batch, trainable.base).values()).item()
         for value in trainable.values.values():
             value.data += 0.02
         trainable.put()
-        losses[source] = (before, loss(batch, trainable.frozen).item())
+        losses[source] = (before, sum(remap.loss(batch, trainable.base).values()).item())
         trainable.close()
     assert losses["current"][0] == losses["frozen"][0]  # at the base, both teachers are the same
     assert losses["current"][1] != losses["frozen"][1]  # one step away, they are not
 
 
 def test_7_forget_and_anchor_latents_are_independent_samples(setting):
-    paper = batches_of(setting, METHODS["salun-paper"].config, 1)[0]
-    shared = batches_of(setting, METHODS["salun"].config, 1)[0]
-    assert not torch.equal(paper.forget, paper.anchor) and torch.equal(shared.forget, shared.anchor)
+    paper = remap_of(setting, METHODS["salun-paper"].config).batches(0)
+    shared = remap_of(setting, METHODS["salun"].config).batches(0)
+    apart = paper.forget.noisy - paper.anchor.noisy
+    assert apart.any() and torch.equal(shared.forget.noisy, shared.anchor.noisy)
     # the same noise and timestep: the difference is the posterior's alone, scaled by the signal
-    signal = reference_alphas()[paper.t].sqrt().view(-1, 1, 1, 1)
-    assert ((paper.forget - paper.anchor) / signal).abs().max() < 0.3 * 8
+    assert torch.equal(paper.forget.t, paper.anchor.t)
+    signal = reference_alphas()[paper.forget.t].sqrt().view(-1, 1, 1, 1)
+    assert (apart / signal).abs().max() < 0.3 * 8
 
 
 def test_8_loss_is_forget_plus_alpha_times_noise_mse(setting):
-    config = METHODS["salun-paper"].config
-    batch = batches_of(setting, config, 1)[0]
-    loss = loss_function(job_of(setting, config))(batch, nullcontext)
-    unet = setting.unet
-    forgot, target = (
-        unet(x, batch.t, c.embeddings).sample for x, c in ((batch.forget, batch.forget_cond), (batch.anchor, batch.anchor_cond))
-    )
-    retained = unet(batch.retain, batch.retain_t, batch.retain_cond.embeddings).sample
-    expected = ((forgot - target) ** 2).mean() + 0.1 * ((retained - batch.retain_noise_target) ** 2).mean()
-    assert torch.allclose(loss, expected, rtol=1e-5)
+    remap = remap_of(setting, METHODS["salun-paper"].config)
+    batch = remap.batches(0)
+    terms = remap.loss(batch, nullcontext)
+    b, unet = plain(setting, remap, batch), setting.unet
+    forgot, target = unet(b.forget, b.t, b.forget_text).sample, unet(b.anchor, b.t, b.anchor_text).sample
+    retained = unet(b.retain, b.retain_t, b.retain_text).sample
+    assert torch.allclose(terms["forget"], ((forgot - target) ** 2).mean(), rtol=1e-5)
+    assert torch.allclose(terms["retain"], 0.1 * ((retained - b.retain_noise) ** 2).mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("preset", ["salun-paper", "salun"])
@@ -195,13 +216,12 @@ def test_9_10_trajectory_of_the_masked_training(setting, make_pico_pipeline, pre
     config = SalUnConfig(**{**vars(config), "train": TrainConfig(steps=10, lr=1e-4, batch_size=4)})
     params = select(setting.model.parameters(), "full")
     mask = our_saliency(setting).cut(0.5)
-    batches = batches_of(setting, config, 10)
+    remap = remap_of(setting, config)
+    batches = [plain(setting, remap, remap.batches(step)) for step in range(10)]
     frozen = make_pico_pipeline().unet if preset == "salun" else None
     expected = reference_training(make_pico_pipeline().unet, batches, mask, config.alpha, 1e-4, frozen)
     base = {name: p.detach().clone() for name, p in params.items()}
-    fitted = fit(
-        setting.model, params, lambda step, part: batches[step], loss_function(job_of(setting, config)), config.train, mask
-    ).values
+    fitted = fit(params, remap.loss, remap.batches, config, mask).values
     for name, value in fitted.items():
         # Adam normalises by |g|: coordinates with gradients at rounding level take steps of either sign, so a few may differ by 2 * lr a step
         assert (value - expected[name]).abs().max() <= 2e-3
@@ -230,7 +250,9 @@ def test_12_xattn_is_attn2_and_a_full_mask_restricted_to_it_has_another_density(
 
 def test_13_published_settings():
     paper = METHODS["salun-paper"].config
-    assert (paper.density, paper.saliency_guidance, paper.saliency_batch_size, paper.scope) == (0.5, 7.5, 8, "full")
+    mask = paper.mask
+    assert (mask.rule, mask.density, mask.guidance, mask.batch_size) == ("forget", 0.5, 7.5, 8)
+    assert paper.scope == "full"
     assert (paper.alpha, paper.train.lr, paper.train.batch_size, paper.train.steps, paper.train.optimizer) == (
         0.1,
         1e-5,
@@ -253,9 +275,9 @@ def test_13_published_settings():
 def test_mask_is_what_keeps_weights_not_luck(setting):
     """Regression for the public code's `n in parameters`: without a mask far more weights move than with one."""
     counts = {}
-    for control in ("saliency", "none"):
-        config = SalUnConfig(mask=control, density=0.1, train=TrainConfig(steps=2, batch_size=4))
-        edit = compute(setting.model, [], setting.forget, setting.retain, config, seed=0, accelerator=setting.accelerator)
+    for rule in ("forget", "none"):
+        config = SalUnConfig(mask=MaskConfig(rule=rule, density=0.1), train=TrainConfig(steps=2, batch_size=4))
+        edit = METHODS["salun"].edit(task_of(setting), config)
         base = setting.model.parameters()
-        counts[control] = sum(int((value != base[name]).sum()) for name, value in edit.values.items())
-    assert counts["saliency"] <= 0.1 * sum(p.numel() for p in setting.unet.parameters()) < counts["none"]
+        counts[rule] = sum(int((value != base[name]).sum()) for name, value in edit.values.items())
+    assert counts["forget"] <= 0.1 * sum(p.numel() for p in setting.unet.parameters()) < counts["none"]

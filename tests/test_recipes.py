@@ -63,7 +63,8 @@ def test_the_published_settings_are_those_of_the_reference() -> None:
     one_class, nudity = (options_of(path) for path in RECIPES if path.stem.endswith("salun-paper"))
     for options in (nudity, one_class):
         assert options.method == "salun-paper"
-        assert (options.density, options.scope, options.saliency_guidance, options.saliency_batch_size) == (0.5, "full", 7.5, 8)
+        assert (options.mask.density, options.mask.guidance, options.mask.batch_size) == (0.5, 7.5, 8)
+        assert options.scope == "full"
         assert (options.train.lr, options.train.batch_size, options.train.optimizer) == (1e-5, 8, "Adam")
         assert (options.anchor_from, options.retain_target) == ("current", "noise")
         assert (options.share_latents, options.anchor_latents) == (False, 0)
@@ -74,7 +75,7 @@ def test_the_published_settings_are_those_of_the_reference() -> None:
 def test_a_misspelt_key_in_a_recipe_is_named(tmp_path: Path) -> None:
     path = tmp_path / "canvas.yaml"
     path.write_text(RECIPES[0].read_text() + "densty: 0.5\n")
-    with pytest.raises(ErasureError, match="did you mean 'density'"):
+    with pytest.raises(ErasureError, match="did you mean 'mask.density'"):
         options_of(path)
 
 

@@ -18,7 +18,7 @@ from erase.models.single_file import write_single_file
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
-from erase.training.config import TrainConfig
+from erase.training.config import MaskConfig, TrainConfig
 from tests.families import tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl
 
 FAMILIES = {
@@ -31,7 +31,7 @@ FAMILIES = {
 SINGLE = [family for family in FAMILIES if family != "sd3"]  # SD 3 is read and written as a folder only
 CONCEPT = ConceptSpec("heart", "star", retain=("a red house", "a blue moon"))
 QUICK = EraseConfig(latents=LatentConfig(n_forget=4, n_retain=4, steps=2))
-METHOD = SalUnConfig(saliency_batch_size=4, train=TrainConfig(steps=2, batch_size=2, lr=1e-3))
+METHOD = SalUnConfig(mask=MaskConfig(batch_size=4), train=TrainConfig(steps=2, batch_size=2, lr=1e-3))
 
 
 def image(pipeline) -> np.ndarray:

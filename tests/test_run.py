@@ -31,11 +31,18 @@ from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import demo, run_erase, run_evaluate, run_export
 from erase.scripts.cli import run
-from erase.training.config import TrainConfig
+from erase.training.config import MaskConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 DATA = LatentConfig(n_forget=6, n_retain=8, steps=2, batch_size=4)
-METHOD = SalUnConfig(saliency_batch_size=4, train=TrainConfig(steps=3, batch_size=4, lr=1e-3))
+METHOD = SalUnConfig(mask=MaskConfig(batch_size=4), train=TrainConfig(steps=3, batch_size=4, lr=1e-3))
+
+
+def masked(**change):
+    """The method with other settings of its mask."""
+    return replace(METHOD, mask=replace(METHOD.mask, **change))
+
+
 FLAGS = "--latents.n_forget 6 --latents.n_retain 8 --latents.steps 2 --latents.batch_size 4 --train.steps 3 --train.batch_size 4".split()
 
 
@@ -95,10 +102,10 @@ def test_only_masked_weights_are_in_the_delta(erased, base):
 
 def test_a_saved_saliency_is_cut_at_another_density(erased, base, tmp_path):
     config = EraseConfig(model=str(base), latents=DATA)
-    computed = erase_concept(canvas_concept("heart"), config, replace(METHOD, density=0.2))
-    saved = replace(METHOD, density=0.2, saliency_file=str(erased / "saliency.safetensors"))
+    computed = erase_concept(canvas_concept("heart"), config, masked(density=0.2))
+    saved = masked(density=0.2, saliency=str(erased / "saliency.safetensors"))
     assert same(computed, erase_concept(canvas_concept("heart"), config, saved))
-    given = replace(METHOD, mask_file=str(erased / "mask.safetensors"))
+    given = masked(file=str(erased / "mask.safetensors"))
     assert same(ErasedDelta.load(erased / "delta.safetensors"), erase_concept(canvas_concept("heart"), config, given))
 
 
@@ -160,7 +167,8 @@ def test_a_share_of_the_forget_latents_shows_the_anchor(base):
     model, spec = load_model(str(base)), [canvas_concept("heart")]
     plain, _ = prepare_latents(model, spec, DATA, 0)
     mixed, _ = prepare_latents(model, spec, DATA, 0, None, 0.5)
-    assert (plain.own, mixed.own) == (6, 3) and mixed.prompts == plain.prompts and mixed.anchors == plain.anchors
+    assert plain.shows_anchor is None and mixed.shows_anchor.tolist() == [False] * 3 + [True] * 3
+    assert mixed.prompts == plain.prompts and mixed.anchors == plain.anchors
     assert torch.allclose(mixed.latents[:3], plain.latents[:3], atol=1e-5)
     shown = model.sample([*mixed.prompts[:3], *mixed.anchors[3:]][:4], [0, 1, 2, 3], DATA.steps, DATA.guidance)
     assert torch.allclose(mixed.latents[3], shown[3], atol=1e-5) and not torch.allclose(plain.latents[3], shown[3], atol=1e-3)
@@ -220,7 +228,7 @@ def test_two_processes_give_the_delta_of_one(base, tmp_path):
         "star",
         "--retain",
         "a blue moon",
-        "--saliency_batch_size",
+        "--mask.batch_size",
         "2",
     ]
     flags += [*FLAGS, "--train.optimizer", "SGD", "--train.lr", "0.1", "--train.optimizer_args", "{weight_decay: 0.1}"]
@@ -247,7 +255,7 @@ def delta_applied(folder, base):
 
 def test_command_killed_and_resumed_gives_the_same_delta(base, erased, tmp_path):
     """kill -9 between two checkpoints of the installed command, then the very same command."""
-    flags = [*FLAGS, "--train.lr", "0.001", "--saliency_batch_size", "4", "--train.checkpoint_every", "1"]
+    flags = [*FLAGS, "--train.lr", "0.001", "--mask.batch_size", "4", "--train.checkpoint_every", "1"]
     flags[flags.index("--train.steps") + 1] = "12"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
@@ -272,13 +280,12 @@ BAD = [
     (["--concept", "hart"], "did you mean 'heart'"),
     (["--concept", "heart", "--anchor", "Neon"], "Neon"),
     (["--concept", "heart", "--method", "salum"], "did you mean 'salun'"),
-    (["--concept", "heart", "--densty", "0.5"], "did you mean 'density'"),
+    (["--concept", "heart", "--mask.densty", "0.5"], "did you mean 'mask.density'"),
     (["--concept", "heart", "--train.lrr", "0.5"], "did you mean 'train.lr'"),
-    (["--concept", "heart", "--density", "lots"], "density"),
-    (["--concept", "heart", "--density", "0"], "density must be in"),
+    (["--concept", "heart", "--mask.density", "lots"], "density"),
+    (["--concept", "heart", "--mask.density", "0"], "density must be in"),
     (["--concept", "heart", "--scope", "xatn"], "did you mean 'xattn'"),
-    (["--concept", "heart", "--scope", "text_encoder"], "cannot change the text encoder"),
-    (["--concept", "heart", "--mask", "inverse"], "did you mean 'inverted'"),
+    (["--concept", "heart", "--mask.rule", "inverse"], "did you mean 'inverted'"),
     (["--concept", "heart", "--anchor", "star", "--retain", "a moon", "--model", "no/such/model"], "there is no file or folder"),
     (["--concept", "heart", "--config", "absent.yaml"], "absent.yaml"),
     (["--concept", "heart", "--concept", "mushroom"], "is to be forgotten as well"),
@@ -287,12 +294,12 @@ BAD = [
         ["--concept", "heart", "--concept", "Neon", "--latents.n_forget", "2"],
         "1 of 2 forget latents show what is to be forgotten",
     ),
-    (["--concept", "heart", "--mask_file", "m", "--mask", "inverted"], "mask inverted would do nothing"),
-    (["--concept", "heart", "--mask_file", "m", "--saliency_file", "s"], "saliency_file would do nothing"),
-    (["--concept", "heart", "--saliency_file", "s", "--mask", "random"], "mask random needs no saliency"),
+    (["--concept", "heart", "--mask.file", "m", "--mask.rule", "inverted"], "mask.rule inverted would do nothing"),
+    (["--concept", "heart", "--mask.file", "m", "--mask.saliency", "s"], "mask.saliency would do nothing"),
+    (["--concept", "heart", "--mask.saliency", "s", "--mask.rule", "random"], "mask.rule random needs no saliency"),
     (["--concept", "heart", "--latents.steps", "1001"], "steps is 1001; it must be between 1 and 1000"),
-    (["--concept", "heart", "--mask_file", "nowhere"], "mask_file nowhere is not there"),
-    (["--concept", "heart", "--saliency_file", "nowhere"], "saliency_file nowhere is not there"),
+    (["--concept", "heart", "--mask.file", "nowhere"], "mask.file nowhere is not there"),
+    (["--concept", "heart", "--mask.saliency", "nowhere"], "mask.saliency nowhere is not there"),
     (["--concept", "heart", "--train.accumulation", "3"], "batch_size 4 cannot be split evenly into 3 accumulated parts"),
     (["--concept", "heart", "--seed", "1000000000000000000"], "seed is 1000000000000000000; it must be between"),
     (["--concepts", "nudty"], "did you mean 'nudity'"),
@@ -302,7 +309,7 @@ BAD = [
     (["--concept", "heart", "--train.attention", "spda"], "did you mean 'sdpa'"),
     (["--concept", "heart", "--latents.mixed_precision", "bf61"], "did you mean 'bf16'"),
     (["--concept", "heart", "--train.lr", ".nan"], "lr is nan; it must be a finite number above 0"),
-    (["--concept", "heart", "--saliency_guidance", ".inf"], "saliency_guidance is inf; it must be a finite number"),
+    (["--concept", "heart", "--mask.guidance", ".inf"], "guidance is inf; it must be a finite number"),
     *(
         (["--concept", "heart", f"--{option}", value], f"{option.split('.')[-1]} is {value}; it must be {bounds}")
         for option, value, bounds in [
@@ -316,7 +323,7 @@ BAD = [
             ("train.accumulation", "0", "1 or more"),
             ("train.checkpoint_every", "0", "1 or more"),
             ("train.ema", "1.5", "between 0 and 1"),
-            ("saliency_batch_size", "0", "1 or more"),
+            ("mask.batch_size", "0", "1 or more"),
             ("anchor_latents", "1.5", "between 0 and 1"),
             ("retain_dropout", "-0.1", "between 0 and 1"),
         ]

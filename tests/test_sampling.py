@@ -5,19 +5,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents
+from erase.latents.latent_set import LatentSet
+from erase.latents.prepare import Given, LatentConfig, prepare_latents
 from erase.latents.sampling import choose_states
-from erase.methods.salun import SalUnConfig, compute
+from erase.methods import get_method
+from erase.methods.salun import SalUnConfig
 from erase.models import wrap
 from erase.models.pipelines import arguments, denoiser
-from erase.objectives.remap import frozen_targets, loss_function, make_batch, make_job
+from erase.objectives.remap import Remap
 from erase.prompts.canvas import canvas_concept
-from erase.training.config import TrainConfig
-from erase.training.loop import make_accelerator
+from erase.task import Task
+from erase.training.config import MaskConfig, TrainConfig
+from erase.training.trainable import Trainable
 from tests.families import FAMILIES
 
 DATA = LatentConfig(n_forget=4, n_retain=5, steps=4, batch_size=3, trajectory=3)
-CONFIG = SalUnConfig(saliency_batch_size=4, train=TrainConfig(steps=3, batch_size=4, lr=1e-3))
+CONFIG = SalUnConfig(mask=MaskConfig(batch_size=4), train=TrainConfig(steps=3, batch_size=4, lr=1e-3))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -73,7 +76,8 @@ def sets(pico):
 
 def test_each_image_gives_its_points(pico, sets, tmp_path):
     forget, retain = sets
-    assert (len(forget), len(retain), forget.own) == (12, 15, 6)
+    assert (len(forget), len(retain)) == (12, 15)
+    assert forget.shows_anchor.tolist() == [False] * 6 + [True] * 6
     assert forget.prompts[:3] == forget.prompts[:1] * 3 and len(forget.anchors) == 12
     assert torch.equal(forget.latents[0], forget.latents[2]) and not torch.equal(forget.latents[0], forget.latents[3])
     plain, _ = prepare_latents(pico, [canvas_concept("heart")], replace(DATA, trajectory=0), 0, anchor_share=0.5)
@@ -84,10 +88,9 @@ def test_each_image_gives_its_points(pico, sets, tmp_path):
     assert torch.equal(t, forget.t[rows]) and torch.equal(noise, forget.noise[rows])
     forget.save(tmp_path / "set.safetensors", {})
     again = LatentSet.load(tmp_path / "set.safetensors")
-    assert all(torch.equal(getattr(again, name), getattr(forget, name)) for name in ("latents", "noise", "t")) and (
-        again.own,
-        again.each,
-    ) == (6, 3)
+    columns = ("latents", "shows_anchor", "image", "noise", "t")
+    assert all(torch.equal(getattr(again, name), getattr(forget, name)) for name in columns)
+    assert again.image.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
 def test_there_are_no_more_points_than_states(pico):
@@ -95,29 +98,37 @@ def test_there_are_no_more_points_than_states(pico):
     assert len(forget) == DATA.n_forget * DATA.steps and len(forget.t[: DATA.steps].unique()) == DATA.steps
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_targets_known_beforehand_are_those_of_the_frozen_base(pico, sets, dropout):
-    from contextlib import nullcontext
+def task_of(pico, sets, config=CONFIG):
+    return Remap(Task(pico, [canvas_concept("heart")], Given(*sets)), config)
 
-    job = make_job(pico, *sets, replace(CONFIG, retain_dropout=dropout), 0, make_accelerator(CONFIG.train))
-    known = replace(job, targets=frozen_targets(job))
-    assert known.targets is not None
-    for step in range(4):
-        asked = loss_function(job)(make_batch(job, step, 0), nullcontext)
-        given = loss_function(known)(make_batch(known, step, 0), nullcontext)
-        assert asked > 0 and torch.allclose(asked, given, rtol=1e-3, atol=1e-9)
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_targets_known_beforehand_are_those_of_the_frozen_base(pico, sets, dropout, monkeypatch):
+    config = replace(CONFIG, retain_dropout=dropout)
+    known, asking = task_of(pico, sets, config), task_of(pico, sets, config)
+    base = Trainable(pico.parameters("unet")).base
+    given = [known.loss(known.batches(step), base) for step in range(4)]
+
+    monkeypatch.setattr("erase.objectives.remap._fixed", lambda points: False)
+    for step, terms in enumerate(given):
+        asked = asking.loss(asking.batches(step), base)
+        assert asked["forget"] > 0
+        for name, term in terms.items():
+            assert torch.allclose(asked[name], term, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize("change", [{"anchor_from": "current"}, {"retain_target": "noise"}])
 def test_targets_that_move_or_are_noise_are_not_computed_beforehand(pico, sets, change):
-    assert frozen_targets(make_job(pico, *sets, replace(CONFIG, **change), 0, make_accelerator(CONFIG.train))) is None
+    remap = task_of(pico, sets, replace(CONFIG, **change))
+    remap.loss(remap.batches(0), Trainable(pico.parameters("unet")).base)
+    assert remap._known is None
 
 
 def test_an_erasure_from_trajectories_asks_the_base_no_more(pico, sets):
     """The denoiser sees forget and retain rows of each step, and nothing else once the targets are there."""
     calls = []
     handle = pico.component("unet").register_forward_hook(lambda _, args, out: calls.append(len(out.sample)))
-    edit = compute(pico, [canvas_concept("heart")], *sets, CONFIG, seed=0, accelerator=make_accelerator(CONFIG.train))
+    edit = get_method("salun").edit(Task(pico, [canvas_concept("heart")], Given(*sets)), CONFIG)
     handle.remove()
     saliency, targets = [4], [8, 4, 8, 7]
     assert calls == [*saliency, *targets, *[8] * CONFIG.train.steps]

@@ -16,7 +16,8 @@ from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase
-from erase.training.config import TrainConfig
+from erase.training.checkpoint import Checkpoint
+from erase.training.config import MaskConfig, TrainConfig, TunedConfig
 from erase.training.loop import fit, make_accelerator
 from erase.training.optimizers import NOT_OURS, try_optimizer
 
@@ -34,9 +35,14 @@ OUT_OF_RANGE = {
     (SalUnConfig, "alpha"): (-1, -1e-9, 1e300),
     (SalUnConfig, "anchor_latents"): (-0.1, 1.1),
     (SalUnConfig, "retain_dropout"): (-0.1, 1.1),
-    (SalUnConfig, "density"): (0, -0.1, 1.1),
-    (SalUnConfig, "saliency_guidance"): (-2, 1e300),
-    (SalUnConfig, "saliency_batch_size"): (0, -1, 1.5),
+    (SalUnConfig, "sam"): (-1,),
+    (SalUnConfig, "smoothing"): (-1,),
+    (SalUnConfig, "smoothing_draws"): (0, -1, 1.5),
+    (SalUnConfig, "prox_l1"): (-1,),
+    (SalUnConfig, "lora_rank"): (-1, 1.5),
+    (MaskConfig, "density"): (0, -0.1, 1.1),
+    (MaskConfig, "guidance"): (-2, 1e300),
+    (MaskConfig, "batch_size"): (0, -1, 1.5),
     (EraseConfig, "seed"): (1.5, 2**60, -(2**60), None),
 }
 
@@ -59,7 +65,7 @@ def test_a_number_out_of_range_is_refused_by_name(kind, name, value):
 
 def test_every_number_of_the_settings_has_a_range():
     named = {key for key in OUT_OF_RANGE}
-    for kind in (TrainConfig, SalUnConfig, EraseConfig):
+    for kind in (TrainConfig, MaskConfig, SalUnConfig, EraseConfig):
         for name, value in vars(kind()).items():
             numeric = isinstance(value, int | float) and not isinstance(value, bool)
             assert not numeric or (kind, name) in named, (kind.__name__, name)
@@ -83,7 +89,7 @@ def test_optimizer_arguments_are_names_with_values(args):
         ("salun-paper", SalUnConfig(), r'takes a SalUnPaperConfig, not a SalUnConfig; name method="salun"'),
         ("salun", SalUnPaperConfig(), r'takes a SalUnConfig, not a SalUnPaperConfig; name method="salun-paper"'),
         ("salun", TrainConfig(), "takes a SalUnConfig, not a TrainConfig"),
-        ("salun", {"density": 0.5}, "takes a SalUnConfig, not a dict"),
+        ("salun", {"alpha": 0.5}, "takes a SalUnConfig, not a dict"),
     ],
 )
 def test_settings_of_another_method_are_not_signed_with_this_one_s_name(method, settings, message, model, tmp_path):
@@ -146,7 +152,7 @@ def test_one_setting_of_a_preset_can_be_changed_on_the_command_line(monkeypatch,
 def test_an_optimizer_that_would_fail_at_the_first_step_is_refused_before_latents_are_made(
     optimizer, args, message, model, monkeypatch
 ):
-    monkeypatch.setattr("erase.run.prepare_latents", None)
+    monkeypatch.setattr("erase.run.Task", None)
     settings = SalUnConfig(train=replace(TRAIN, optimizer=optimizer, optimizer_args=args))
     with pytest.raises(ErasureError, match=message) as refused:
         erase_concept(canvas_concept("heart"), EraseConfig(latents=DATA), settings, model=model)
@@ -173,16 +179,16 @@ def test_a_learning_rate_below_what_float32_can_hold_is_refused():
 
 def test_an_edit_that_changes_nothing_is_an_error_and_leaves_no_delta(model, tmp_path):
     weights = r"to_k\.weight"  # biases begin at zero, where the smallest step is seen
-    settings = SalUnConfig(scope=weights, saliency_batch_size=4, train=replace(TRAIN, lr=1e-30))
+    settings = SalUnConfig(scope=weights, mask=MaskConfig(batch_size=4), train=replace(TRAIN, lr=1e-30))
     with pytest.raises(ErasureError, match="erasing heart changed no weight"):
         erase_concept(canvas_concept("heart"), EraseConfig(latents=DATA), settings, model=model, out=tmp_path)
     assert not (tmp_path / "delta.safetensors").exists()
 
 
 def test_a_density_that_leaves_no_weight_is_refused_before_latents_are_made(model, monkeypatch):
-    monkeypatch.setattr("erase.run.prepare_latents", None)
+    monkeypatch.setattr("erase.run.Task", None)
     with pytest.raises(ErasureError, match="leaves none to train"):
-        erase_concept(canvas_concept("heart"), EraseConfig(latents=DATA), SalUnConfig(density=1e-9), model=model)
+        erase_concept(canvas_concept("heart"), EraseConfig(latents=DATA), SalUnConfig(mask=MaskConfig(density=1e-9)), model=model)
 
 
 @pytest.mark.parametrize(("out", "message"), [("", "is empty"), ("a\0b", "holds a NUL"), ("x" * 5000, "is too long")])
@@ -196,14 +202,19 @@ def drawn(model, accumulation, steps=2, checkpoint=None, stop=None, seen=None):
     """What losses draw from the global stream, by step and part."""
     params, seen = select(model.parameters(), "xattn_kv"), [] if seen is None else seen
 
-    def loss(batch, frozen):
-        if batch == stop:
-            raise KeyboardInterrupt
-        seen.append((*batch, torch.randn(3).tolist()))
-        return sum(p.sum() for p in params.values())
+    def batches(step):
+        return torch.full((accumulation,), step), torch.arange(accumulation)
 
-    config = replace(TRAIN, steps=steps, accumulation=accumulation, checkpoint_every=1)
-    fit(model, params, lambda step, part: (step, part), loss, config, checkpoint=checkpoint)
+    def loss(batch, base):
+        place = tuple(int(column) for column in batch)
+        if place == stop:
+            raise KeyboardInterrupt
+        seen.append((*place, torch.randn(3).tolist()))
+        return {"forget": sum(p.sum() for p in params.values())}
+
+    train = replace(TRAIN, steps=steps, accumulation=accumulation, checkpoint_every=1)
+    kept = Checkpoint(checkpoint, {}) if checkpoint else None
+    fit(params, loss, batches, TunedConfig(train=train), checkpoint=kept)
     return seen
 
 
@@ -230,11 +241,12 @@ def test_processes_draw_different_numbers_from_the_global_stream(model, monkeypa
     monkeypatch.setattr(erase.training.loop.torch, "manual_seed", lambda seed: seeds.append(seed))
     accelerator, params = make_accelerator(TRAIN), select(model.parameters(), "xattn_kv")
 
-    def loss(batch, frozen):
-        return sum(p.sum() for p in params.values())
+    def loss(batch, base):
+        return {"forget": sum(p.sum() for p in params.values())}
 
+    config = TunedConfig(train=replace(TRAIN, accumulation=2))
     for index in range(3):
         monkeypatch.setattr(type(accelerator), "process_index", index)
-        fit(model, params, lambda *_: None, loss, replace(TRAIN, accumulation=2), accelerator=accelerator)
+        fit(params, loss, lambda step: None, config, accelerator=accelerator)
     assert len(set(seeds)) == len(seeds) == 3 * 2 * 2
     assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # a CPU's generator looks at no more of it

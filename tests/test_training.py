@@ -4,10 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import weakref
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,8 @@ from erase.models.scopes import SCOPES, select
 from erase.models.sd import StableDiffusion
 from erase.prompts.errors import ErasureError
 from erase.tensors import pack
-from erase.training.config import TrainConfig
+from erase.training.checkpoint import Checkpoint
+from erase.training.config import TrainConfig, TunedConfig
 from erase.training.loop import fit, make_accelerator
 from erase.training.optimizers import make_optimizer
 from erase.training.running import running
@@ -35,19 +34,27 @@ def model(make_pico_pipeline):
 
 
 def task(model, scope="full"):
-    """Parameters, batches by step and part, and a loss that moves every weight."""
+    """Parameters, whole batches by step, and a loss that moves every weight."""
     params = select(model.parameters(), scope)
-    cond = model.encode(["a red heart"] * 4)
+    cond, t = model.encode(["a red heart"] * 4), torch.tensor([10, 300, 600, 990])
 
-    def batches(step, part):
+    def batches(step):
         generator = torch.Generator().manual_seed(step)
-        return torch.randn(4, *model.latent_shape, generator=generator), part
+        return torch.randn(4, *model.latent_shape, generator=generator), torch.arange(4)
 
-    def loss(batch, frozen):
-        x, _ = batch
-        return model.predict(x, torch.tensor([10, 300, 600, 990]), cond).square().mean()
+    def loss(batch, base):
+        x, rows = batch
+        return {"forget": model.predict(x, t[rows], cond[rows]).square().mean()}
 
     return params, batches, loss
+
+
+def train(model, params, batches, loss, config, mask=None, checkpoint=None):
+    """Gradient steps on the model as its settings want it run; `checkpoint`: the file of a training state."""
+    tuned = config if isinstance(config, TunedConfig) else TunedConfig(train=config)
+    kept = Checkpoint(checkpoint, {}) if checkpoint else None
+    with running(model, params, tuned.train) as active:
+        return fit(params, loss, batches, tuned, mask, active=active, checkpoint=kept)
 
 
 def mask_of(model, params, density=0.5):
@@ -80,7 +87,7 @@ def test_weights_outside_the_mask_are_bit_identical(model, variant):
     before = {name: p.detach().clone() for name, p in params.items()}
     storage = {name: p.data_ptr() for name, p in params.items()}
     mask = mask_of(model, params)
-    fitted = fit(model, params, batches, loss, VARIANTS[variant], mask)
+    fitted = train(model, params, batches, loss, VARIANTS[variant], mask)
     moved = 0
     for name, value in fitted.values.items():
         assert torch.equal(value[~mask[name]], before[name][~mask[name]]), name
@@ -114,10 +121,11 @@ def test_accumulated_parts_give_the_undivided_step(model):
         width = 4 // parts
         config = replace(QUICK, accumulation=parts, optimizer="SGD", steps=2, lr=0.05)
 
-        def loss(rows, frozen):
-            return model.predict(x[rows], t[rows], cond[rows]).square().mean()
+        def loss(rows, base):
+            assert len(rows) == width
+            return {"forget": model.predict(x[rows], t[rows], cond[rows]).square().mean()}
 
-        return fit(model, params, lambda step, part: slice(part * width, (part + 1) * width), loss, config).values
+        return train(model, params, lambda step: torch.arange(4), loss, config).values
 
     whole, split = run(1), run(2)
     assert all(torch.allclose(whole[name], split[name], atol=1e-6) for name in whole)
@@ -128,19 +136,19 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(model, tmp_p
     params, batches, loss = task(model)
     mask = mask_of(model, params)
     config = replace(VARIANTS[variant], steps=6, checkpoint_every=2)
-    whole = fit(model, params, batches, loss, config, mask)
+    whole = train(model, params, batches, loss, config, mask)
 
-    def stop_at_five(batch, frozen):
+    def stop_at_five(batch, base):
         if len(calls) == 4:
             raise KeyboardInterrupt
         calls.append(1)
-        return loss(batch, frozen)
+        return loss(batch, base)
 
     calls, path = [], tmp_path / "training.pt"
     with pytest.raises(KeyboardInterrupt):
-        fit(model, params, batches, stop_at_five, config, mask, checkpoint=path)
+        train(model, params, batches, stop_at_five, config, mask, checkpoint=path)
     assert path.exists()
-    resumed = fit(model, params, batches, loss, config, mask, checkpoint=path)
+    resumed = train(model, params, batches, loss, config, mask, checkpoint=path)
     assert resumed.losses == whole.losses
     assert all(torch.equal(resumed.values[name], whole.values[name]) for name in whole.values)
 
@@ -150,11 +158,11 @@ def test_a_schedule_scales_the_steps(model, schedule, factors):
     """Plain SGD on a linear loss moves a weight by lr times the schedule, and nothing else."""
     params = select(model.parameters(), "xattn_kv")
 
-    def loss(batch, frozen):
-        return sum(p.sum() for p in params.values())
+    def loss(batch, base):
+        return {"forget": sum(p.sum() for p in params.values())}
 
     config = replace(QUICK, optimizer="SGD", lr=0.1, schedule=schedule)
-    fitted = fit(model, params, lambda step, part: None, loss, config)
+    fitted = train(model, params, lambda step: None, loss, config)
     for name, p in params.items():
         assert torch.allclose(fitted.values[name], p - 0.1 * sum(factors), atol=1e-6)
 
@@ -170,21 +178,19 @@ def test_bad_training_input_is_named(model, tmp_path):
         (replace(QUICK, mixed_precision="bf61"), "did you mean 'bf16'"),
     ]:
         with pytest.raises(ErasureError, match=message):
-            fit(model, params, batches, loss, config)
+            train(model, params, batches, loss, config)
     if not torch.cuda.is_available():
         with pytest.raises(ErasureError, match="fp16 needs a GPU"):
             make_accelerator(replace(QUICK, mixed_precision="fp16"))
     before = {name: p.detach().clone() for name, p in params.items()}
     with pytest.raises(ErasureError, match="the loss is nan at step 0"):
-        fit(model, params, batches, lambda batch, frozen: loss(batch, frozen) * float("nan"), QUICK)
+        train(model, params, batches, lambda batch, base: {"forget": loss(batch, base)["forget"] * float("nan")}, QUICK)
     with pytest.raises(ErasureError, match="the trained values of unet.* are not finite; lower the learning rate"):
-        fit(model, params, batches, loss, replace(QUICK, steps=1, lr=1e39))  # its one loss is
+        train(model, params, batches, loss, replace(QUICK, steps=1, lr=1e39))  # its one loss is
     assert all(torch.equal(p, before[name]) for name, p in params.items())
     (tmp_path / "training.pt").write_bytes(b"PK broken")
     with pytest.raises(ErasureError, match="cannot read the training state"):
-        fit(model, params, batches, loss, QUICK, checkpoint=tmp_path / "training.pt")
-    with pytest.raises(ErasureError, match="another base"):
-        fit(model, params, batches, loss, QUICK, SaliencyMask.random(params, 0.5, 0, {"base_fingerprint": "0"}))
+        train(model, params, batches, loss, QUICK, checkpoint=tmp_path / "training.pt")
 
 
 def test_a_training_state_is_gone_on_with_under_its_own_mask_alone(model, tmp_path):
@@ -193,13 +199,13 @@ def test_a_training_state_is_gone_on_with_under_its_own_mask_alone(model, tmp_pa
     path, config = tmp_path / "training.pt", replace(QUICK, steps=1, checkpoint_every=1)
     halves = {name: pack(torch.arange(p.numel()) % 2 == 0) for name, p in params.items()}
     own = SaliencyMask(halves, {name: p.shape for name, p in params.items()}, {"base_fingerprint": model.fingerprint})
-    fit(model, params, batches, loss, config, own, checkpoint=path)
+    train(model, params, batches, loss, config, own, checkpoint=path)
     for other in (own.inverted(), None):
         with pytest.raises(ErasureError, match="training.pt is of another mask"):
-            fit(model, params, batches, loss, config, other, checkpoint=path)
+            train(model, params, batches, loss, config, other, checkpoint=path)
     torch.save({"mask": own.sha256}, path)
     with pytest.raises(ErasureError, match="training.pt is damaged .*'values'"):
-        fit(model, params, batches, loss, config, own, checkpoint=path)
+        train(model, params, batches, loss, config, own, checkpoint=path)
 
 
 def test_a_malicious_training_state_is_not_executed(model, tmp_path):
@@ -210,19 +216,20 @@ def test_a_malicious_training_state_is_not_executed(model, tmp_path):
     torch.save({"weights": Bomb()}, tmp_path / "training.pt")
     params, batches, loss = task(model)
     with pytest.raises(ErasureError, match="cannot read"):
-        fit(model, params, batches, loss, QUICK, checkpoint=tmp_path / "training.pt")
+        train(model, params, batches, loss, QUICK, checkpoint=tmp_path / "training.pt")
     assert not (tmp_path / "executed").exists()
 
 
-def test_frozen_is_the_base_and_close_gives_it_back(model):
+def test_base_is_the_base_without_gradient_and_close_gives_it_back(model):
     params = select(model.parameters(), "xattn")
     before = {name: p.detach().clone() for name, p in params.items()}
     trainable = Trainable(params, mask_of(model, params))
     for value in trainable.values.values():
         value.data += 1
     trainable.put()
-    with pytest.raises(RuntimeError), trainable.frozen():
+    with pytest.raises(RuntimeError), trainable.base():
         assert all(torch.equal(p, before[name]) for name, p in params.items())
+        assert not torch.is_grad_enabled()
         raise RuntimeError
     mask = mask_of(model, params)
     assert all(torch.equal(p, before[name] + mask[name].float()) for name, p in params.items())
@@ -233,7 +240,7 @@ def test_frozen_is_the_base_and_close_gives_it_back(model):
 
 def test_a_setting_up_that_fails_leaves_no_hook_to_take_the_next_one_s_gradients(model, monkeypatch):
     params, batches, loss = task(model, "xattn_kv")
-    whole = fit(model, params, batches, loss, QUICK)
+    whole = train(model, params, batches, loss, QUICK)
     read = Trainable._read
 
     def too_large(self, name, dense):
@@ -243,9 +250,9 @@ def test_a_setting_up_that_fails_leaves_no_hook_to_take_the_next_one_s_gradients
 
     with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
         patch.setattr(Trainable, "_read", too_large)
-        fit(model, params, batches, loss, QUICK)
+        train(model, params, batches, loss, QUICK)
     assert not any(p.requires_grad for p in params.values())
-    again = fit(model, params, batches, loss, QUICK)
+    again = train(model, params, batches, loss, QUICK)
     assert all(torch.equal(again.values[name], whole.values[name]) for name in params)
 
 
@@ -255,19 +262,19 @@ def test_the_optimizer_holds_what_the_mask_lets_change_and_no_dense_gradient_out
     trainable = Trainable(params, mask)
     assert sum(value.numel() for value in trainable.values.values()) == mask.count()
     for _ in range(2):
-        loss(batches(0, 0), trainable.frozen).backward()
+        loss(batches(0), trainable.base)["forget"].backward()
     assert all(p.grad is None for p in params.values())
     compact = {name: value.grad for name, value in trainable.values.items()}
     trainable.close()
     for p in params.values():
         p.requires_grad_(True)
-    (2 * loss(batches(0, 0), None)).backward()
+    (2 * loss(batches(0), None)["forget"]).backward()
     for name, grad in compact.items():
         assert torch.allclose(grad.flatten(), params[name].grad[mask[name]], atol=1e-6)
         params[name].requires_grad_(False).grad = None
 
 
-def test_frozen_holds_under_autocast(model):
+def test_the_base_holds_under_autocast(model):
     """Autocast caches half-precision weights by parameter: a swap within one autocast block must not see the other's."""
     params = {name: p.requires_grad_(True) for name, p in select(model.parameters(), "full").items()}
     x, t, cond = torch.randn(1, 4, 8, 8), torch.tensor([500]), model.encode(["a red heart"])
@@ -281,7 +288,7 @@ def test_frozen_holds_under_autocast(model):
         return model.predict(x, t, cond).detach()
 
     def teacher():
-        with torch.no_grad(), trainable.frozen():
+        with trainable.base():
             return plain()
 
     base = bf16(plain)[0]
@@ -309,38 +316,9 @@ def test_scopes(model):
             select(params, scope)
 
 
-WORKER = """
-    import sys, time, torch
-    sys.path[:0] = [{tests!r}]
-    from conftest import build_pico_pipeline
-    from erase.mask import SaliencyMask
-    from erase.tensors import pack
-    from erase.models.sd import StableDiffusion
-    from erase.models.scopes import select
-    from erase.training.config import TrainConfig
-    from erase.training.loop import fit
-    from pathlib import Path
-    model = StableDiffusion(build_pico_pipeline())
-    params = select(model.parameters(), "full")
-    cond = model.encode(["a red heart"] * 4)
-    slow = len(sys.argv) > 3
-    def batches(step, part):
-        if slow:
-            print(step, flush=True); time.sleep(0.3)
-        return torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(step))
-    config = TrainConfig(steps=8, checkpoint_every=1)
-    mask = SaliencyMask.random(params, 0.5, 0, {{"base_fingerprint": model.fingerprint}})
-    def loss(x, frozen):
-        return model.predict(x, torch.tensor([1, 2, 3, 4]), cond).square().mean()
-    fitted = fit(model, params, batches, loss, config, mask, checkpoint=Path(sys.argv[1]))
-    torch.save(dict(fitted.values), sys.argv[2])
-"""
-
-
 def test_killed_with_no_warning_and_resumed_gives_the_same_weights(tmp_path):
     """kill -9 in the middle of training, then the same command again."""
-    script = tmp_path / "worker.py"
-    script.write_text(textwrap.dedent(WORKER.format(tests=str(ROOT / "tests"))))
+    script = ROOT / "tests" / "programs" / "killed_training.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     def command(state, out, *slow):
@@ -369,14 +347,10 @@ def test_values_and_optimizer_are_gone_when_the_models_own_weights_come_back(mod
         held.extend(weakref.ref(one) for one in (optimizer, *values))
         return optimizer
 
-    @contextmanager
-    def watched(*args):
-        with running(*args) as active:
-            yield active
-            left.extend(one for one in held if one() is not None)
-
-    monkeypatch.setattr("erase.training.loop.make_optimizer", made)
-    monkeypatch.setattr("erase.training.loop.running", watched)
+    monkeypatch.setattr("erase.training.state.make_optimizer", made)
     params, batches, loss = task(model)
-    fitted = fit(model, params, batches, loss, replace(QUICK, mixed_precision=precision), mask_of(model, params))
+    config, mask = TunedConfig(train=replace(QUICK, mixed_precision=precision)), mask_of(model, params)
+    with running(model, params, config.train) as active:
+        fitted = fit(params, loss, batches, config, mask, active=active)
+        left.extend(one for one in held if one() is not None)
     assert len(held) > 10 and not left and len(fitted.losses) == QUICK.steps

@@ -124,6 +124,8 @@ class Plan:
                 f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is {len(self.concepts)} concepts; "
                 "raise latents.n_forget or lower anchor_latents"
             )
+        if self.config.retain_images or any(concept.retain for concept in self.concepts):
+            self._retain_rows()  # what cannot be taken is refused before anything is sampled
         prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
         return self._made("forget", prompts, anchors, own, images, self._first)
 
@@ -133,18 +135,24 @@ class Plan:
         Raises:
             ErasureError: more steps than timesteps, no retain prompts, or images or captions that cannot be taken.
         """
-        rng = random.Random(self.seed)
-        self._forget_rows(rng)  # whose draws come first
-        seed = self._first + 500_000
-        prompts, images = _retain_rows(self.concepts, self.config, seed, rng)
-        return self._made("retain", tuple(prompts), None, None, images, seed)
+        prompts, images = self._retain_rows()
+        return self._made("retain", tuple(prompts), None, None, images, self._first + 500_000)
 
     @property
     def _first(self) -> int:
         return self.seed * 1_000_003
 
     def _forget_rows(self, rng: random.Random) -> tuple[list[tuple[str, str]], list[OwnImage]]:
-        return _forget_rows(self.concepts, self.config, self._first, rng)
+        pairs, images = _forget_rows(self.concepts, self.config, self._first, rng)
+        look_at(images, self.model.image_size, "latents.forget_images")
+        return pairs, images
+
+    def _retain_rows(self) -> tuple[list[str], list[OwnImage]]:
+        rng = random.Random(self.seed)
+        self._forget_rows(rng)  # whose draws come first
+        prompts, images = _retain_rows(self.concepts, self.config, self._first + 500_000, rng)
+        look_at(images, self.model.image_size, "latents.retain_images")
+        return prompts, images
 
     def _made(
         self,
@@ -156,7 +164,6 @@ class Plan:
         seed: int,
     ) -> LatentSet:
         check_ranges(self.config, {"steps": (1, self.model.timesteps)})  # no more than there are noise levels
-        look_at(images, self.model.image_size, f"latents.{what}_images")
         files = [image.path for image in images]
         return _cached(self.model, self.config, self.cache, what, prompts, anchors, own, files, seed)
 

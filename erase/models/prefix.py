@@ -82,11 +82,14 @@ def _standing_before(encoder: Any, embeddings: Tensor, holder: int) -> Iterator[
         given = embeddings.to(output).expand(len(output), count, -1)
         return torch.cat([output[:, :start], given, output[:, start + count :]], dim=1)
 
-    hook = encoder.get_input_embeddings().register_forward_hook(replaced)
+    weight = encoder.get_input_embeddings().weight
+    layers = [layer for layer in encoder.modules() if getattr(layer, "weight", None) is weight]
+    hooks = [layer.register_forward_hook(replaced) for layer in layers]  # T5 has two, with one weight
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _zeros_for_empty(pipeline: Pipeline, texts: list[str], cond: Cond) -> Cond:

@@ -46,16 +46,3 @@ def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Param
         raise ErasureError(f"scope {scope!r} matches none of the {len(params)} parameters, e.g. {next(iter(params), 'none')!r}")
     return chosen
 
-
-def select_trainable(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:
-    """The parameters of a scope that training on cached text embeddings can change.
-
-    Raises:
-        ErasureError: as `select`, or a scope with weights of a text encoder.
-    """
-    chosen = select(params, scope)
-    if any(name.startswith("text_encoder") for name in chosen):
-        raise ErasureError(
-            "training is on cached text embeddings, so it cannot change the text encoder; choose a scope of the UNet"
-        )
-    return chosen

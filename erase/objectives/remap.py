@@ -65,6 +65,8 @@ class Remap:
 
     def __init__(self, task: Task, config: RemapConfig) -> None:
         self.task, self.config = task, config
+        if not any(concept.retain for concept in task.concepts):
+            task.retain()  # refused, unless images bring prompts, before the forget latents are sampled
         self.forget_set = task.forget(config.anchor_latents)
         self.retain_set = _some_dropped(task.retain(), config.retain_dropout, task.seed)
         self._known: tuple[Tensor, Tensor] | None = None

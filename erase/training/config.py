@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import inf
 from pathlib import Path
 from typing import Any
 
 from erase.mask import check_density
-from erase.prompts.errors import BELOW_ONE, COUNT, POSITIVE, ErasureError, check_names, check_ranges
+from erase.prompts.errors import BELOW_ONE, COUNT, FINITE, POSITIVE, ErasureError, check_names, check_ranges
 
 MOST_STEPS, MOST_ROWS = 10**7, 2**16
 """bounds against slips of the keyboard: what a run could never finish, and what no memory holds"""
@@ -89,7 +88,8 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         check_names(self, {"rule": RULES})
-        check_ranges(self, {"batch_size": COUNT, "guidance": (-1, 1000)})  # -1: the unconditional branch alone
+        check_ranges(self, {"batch_size": COUNT, "guidance": FINITE})
+        check_ranges(self, {"guidance": (-1, 1000)})  # -1: the unconditional branch alone
         check_density(self.density)
         if self.file and (self.saliency or self.rule != "forget"):
             idle = "mask.saliency" if self.saliency else f"mask.rule {self.rule}"
@@ -127,8 +127,8 @@ class TunedConfig:
 
     def __post_init__(self) -> None:
         check_names(self, {"combine": COMBINE})
-        small = dict.fromkeys(("sam", "smoothing", "prox_l1"), (0, inf))
-        check_ranges(self, {**small, "smoothing_draws": COUNT, "lora_rank": (0, inf)})
+        small = dict.fromkeys(("sam", "smoothing", "prox_l1"), (0, 1e6))
+        check_ranges(self, {**small, "smoothing_draws": COUNT, "lora_rank": (0, 2**16)})
         if self.sam and self.smoothing:
             raise ErasureError("sam and smoothing both say where the forget gradient is taken; choose one")
         if self.prox_l1 and self.lora_rank:

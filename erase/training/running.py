@@ -14,7 +14,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from erase.models import PRECISIONS, DiffusionModel
+from erase.models import PRECISIONS, DiffusionModel, check_precision
 from erase.models.pipelines import denoiser, modules
 from erase.parallel.fsdp import check_sharded, sharded_twins
 from erase.parallel.layout import ActiveWeights
@@ -39,6 +39,7 @@ def running(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: T
     Raises:
         ErasureError: an unknown attention, a library or a compiler that is not installed, or what FSDP cannot do.
     """
+    check_precision(config.mixed_precision)
     parts = sorted({name.split(".")[0] for name in params})
     with ExitStack() as stack:
         if config.offload:

@@ -1,0 +1,145 @@
+"""The contract of every method, on a random pico pipeline; and that a new one needs a config, a function and an index line."""
+
+import inspect
+from dataclasses import is_dataclass, replace
+
+import pytest
+import torch
+
+from erase.latents.prepare import LatentConfig
+from erase.methods import METHODS, get_method
+from erase.models import wrap
+from erase.models.scopes import select
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
+from erase.run import EraseConfig, erase_concept
+from erase.task import Task
+from erase.training.config import MaskConfig, TrainConfig, TunedConfig
+
+DATA = LatentConfig(n_forget=6, n_retain=6, steps=2)
+CONCEPT = ConceptSpec("heart", "mushroom", synonyms=("valentine",), retain=("a moon", "a photo of a house"))
+QUICK = TrainConfig(steps=3, batch_size=2, lr=1e-3, checkpoint_every=1)
+LINES = 100  # of a method's file
+
+
+def quick(name, **change):
+    """The method's settings, with few and small steps where it takes any."""
+    config = get_method(name).config
+    if isinstance(config, TunedConfig):
+        mask = replace(config.mask, batch_size=2)
+        config = replace(config, train=QUICK, mask=mask)
+    return replace(config, **change)
+
+
+@pytest.fixture
+def model(make_pico_pipeline):
+    return wrap(make_pico_pipeline())
+
+
+def edit(model, name, config=None, seed=0, folder=None):
+    task = Task(model, [CONCEPT], DATA, seed, folder)
+    return get_method(name).edit(task, config or quick(name))
+
+
+def snapshot(model):
+    return {name: param.detach().clone() for name, param in model.parameters().items()}
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestEveryMethod:
+    def test_leaves_the_model_as_it_was_found(self, model, name):
+        before = snapshot(model)
+        found = edit(model, name)
+        assert all(torch.equal(p, before[n]) and not p.requires_grad for n, p in model.parameters().items())
+        assert any(not torch.equal(value, before[n]) for n, value in found.values.items())
+        assert all(value.shape == before[n].shape for n, value in found.values.items())
+
+    def test_changes_its_scope_alone(self, model, name):
+        found = edit(model, name)
+        scope = select(model.parameters(), quick(name).scope)
+        assert set(found.values) <= set(scope)
+
+    def test_gives_the_same_bits_for_the_same_seed(self, model, name):
+        one, other = edit(model, name).values, edit(model, name).values
+        assert all(torch.equal(one[n], other[n]) for n in one)
+
+    def test_has_a_paper_settings_of_its_own_and_a_short_file(self, name):
+        method = get_method(name)
+        assert method.name == name and method.paper.startswith("https://")
+        assert is_dataclass(method.config)
+        assert len(inspect.getsource(inspect.getmodule(method.edit)).splitlines()) <= LINES
+
+    def test_makes_a_delta_through_the_front_door(self, model, name, tmp_path):
+        config = EraseConfig(method=name, latents=DATA)
+        delta = erase_concept(CONCEPT, config, quick(name), model=model, out=tmp_path)
+        assert delta.count and delta.metadata["method"] == name
+        again = erase_concept(CONCEPT, config, quick(name), model=model, out=tmp_path)
+        assert again.sha256 == delta.sha256
+
+
+TUNED = [name for name in METHODS if isinstance(get_method(name).config, TunedConfig)]
+
+
+@pytest.mark.parametrize("name", TUNED)
+class TestEveryMethodThatTakesGradientSteps:
+    def test_can_be_masked(self, model, name):
+        config = quick(name, mask=MaskConfig(density=0.1, batch_size=2))
+        before = snapshot(model)
+        found = edit(model, name, config)
+        count = sum(int((value != before[n]).sum()) for n, value in found.values.items())
+        total = sum(param.numel() for param in select(before, config.scope).values())
+        assert found.mask.count() == int(0.1 * total) and 0 < count <= found.mask.count()
+
+    @pytest.mark.parametrize("option", [{"combine": "surgery"}, {"sam": 0.01}, {"lora_rank": 2}], ids=str)
+    def test_takes_every_option_and_sees_none(self, model, name, option):
+        plain, other = edit(model, name), edit(model, name, quick(name, **option))
+        assert len(other.losses) == QUICK.steps
+        assert option == {"combine": "surgery"} or any(
+            not torch.equal(plain.values[n], value) for n, value in other.values.items()
+        )
+
+    def test_trains_a_text_encoder_with_all_guarantees(self, model, name, tmp_path):
+        """Masked, stopped, resumed: the denoiser stays, the encoder changes inside the mask, the bits are the run's."""
+        config = quick(name, scope="text_encoder", mask=MaskConfig(density=0.5, batch_size=2))
+        before = snapshot(model)
+        whole = edit(model, name, config)
+        changed = {n for n, value in whole.values.items() if not torch.equal(value, before[n])}
+        assert changed and all(n.startswith("text_encoder.") for n in whole.values)
+        for n, value in whole.values.items():
+            assert torch.equal(value[~whole.mask[n]], before[n][~whole.mask[n]])
+        assert all(torch.equal(p, before[n]) for n, p in model.parameters().items())
+
+        with pytest.MonkeyPatch.context() as patch:
+            stop_before_step(patch, 2)
+            with pytest.raises(KeyboardInterrupt):
+                edit(model, name, config, folder=tmp_path)
+        assert (tmp_path / "training.pt").exists()
+        resumed = edit(model, name, config, folder=tmp_path)
+        assert resumed.losses == whole.losses
+        assert all(torch.equal(resumed.values[n], value) for n, value in whole.values.items())
+
+
+def stop_before_step(patch, step):
+    import erase.training.loop
+
+    plain = erase.training.loop._Steps.take
+
+    def stopping(self):
+        if self.run.step == step:
+            raise KeyboardInterrupt
+        return plain(self)
+
+    patch.setattr(erase.training.loop._Steps, "take", stopping)
+
+
+def test_a_mask_of_another_base_is_refused(model, make_pico_pipeline, tmp_path):
+    found = edit(model, "esd", quick("esd", mask=MaskConfig(density=0.5, batch_size=2)))
+    replace(found.mask, metadata={"base_fingerprint": "0"}).save(tmp_path / "mask.safetensors")
+    config = quick("esd", mask=MaskConfig(file=str(tmp_path / "mask.safetensors")))
+    with pytest.raises(ErasureError, match="fingerprint of the base was '0'"):
+        edit(model, "esd", config)
+
+
+def test_a_closed_form_never_makes_a_latent(model, monkeypatch):
+    monkeypatch.setattr("erase.latents.prepare.sample_points", lambda *_, **__: pytest.fail("latents were sampled"))
+    assert edit(model, "uce").values
