@@ -1,4 +1,4 @@
-"""Programs of tests/programs in processes of their own: the command, the environment, and what came of it."""
+"""Programs of tests/programs in processes of their own: their command and environment."""
 
 from __future__ import annotations
 

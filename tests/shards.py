@@ -1,4 +1,4 @@
-"""What tests of shards and their program share: a model, settings, launches, and a training of a few steps."""
+"""What tests of shards and their program share: a model, settings, launches, a few steps."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def loss_of(
     model: DiffusionModel,
     together: bool = True,
 ) -> Callable[[tuple[Tensor, Tensor], Base], dict[str, Tensor]]:
-    """Away from the base's predictions, every weight of it, and towards the noise: in one pass, or in two."""
+    """Away from the base's predictions, and towards the noise: in one pass, or in two."""
     cond = model.encode(["a red heart", "a blue star"] * 4)
     t = torch.tensor([10, 300, 600, 990] * 2)
 
@@ -169,7 +169,7 @@ def environment_of(kind: str) -> dict[str, str]:
     config = ["--config_file", str(LAUNCH / f"{kind}.yaml"), "script.py"]
     args, *_ = _validate_launch_command(launch_command_parser().parse_args(config))
     found = prepare_multi_gpu_env(args)
-    return {name: value for name, value in found.items() if name.split("_")[0] == "FSDP" or name == FSDP}
+    return {name: found[name] for name in found if name == FSDP or name.startswith("FSDP_")}
 
 
 @contextmanager
@@ -183,13 +183,15 @@ def launched(environment: Mapping[str, str] | None) -> Iterator[None]:
 
 @contextmanager
 def as_found(model: DiffusionModel) -> Iterator[dict[str, bool]]:
-    """Yields a dict that says, after the block, under "same" whether the model is as it was before."""
+    """Yields a dict whose "same" says, after the block, whether the model is as it was before."""
     weights, rest = _everything(model)
     facts: dict[str, bool] = {}
     yield facts
     now, rest_now = _everything(model)
-    same = all(torch.equal(now[name][0], was[0]) and now[name][1:] == was[1:] for name, was in weights.items())
-    facts["same"] = same and rest == rest_now
+    facts["same"] = rest == rest_now
+    for name, was in weights.items():
+        same = torch.equal(now[name][0], was[0]) and now[name][1:] == was[1:]
+        facts["same"] = facts["same"] and same
 
 
 def _everything(model: DiffusionModel) -> tuple[dict[str, Any], tuple[Any, ...]]:
@@ -200,5 +202,5 @@ def _everything(model: DiffusionModel) -> tuple[dict[str, Any], tuple[Any, ...]]
         for name, param in model.parameters().items()
     }
     kinds = {name: type(one) for name, one in unet.attn_processors.items()}
-    checkpointed = unet.is_gradient_checkpointing
-    return weights, (id(unet), type(unet), dict(pipeline.config), kinds, unet.training, checkpointed)
+    modes = unet.training, unet.is_gradient_checkpointing
+    return weights, (id(unet), type(unet), dict(pipeline.config), kinds, modes)

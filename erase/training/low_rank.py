@@ -35,6 +35,8 @@ class LowRank(Trainable):
         seed: int,
     ) -> None:
         """Start at the base: `up` is zero, `down` uniform in +-1/sqrt(inputs), by the seed."""
+        if active.layout.collective_forward:
+            raise ErasureError("lora_rank does not go with FSDP; launch with scripts/launch/several-gpus.yaml")
         matrices = {name: param for name, param in params.items() if param.dim() > 1}
         if not matrices:
             raise ErasureError("lora_rank factors matrices, of which the scope has none; widen the scope")

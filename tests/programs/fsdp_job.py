@@ -1,4 +1,4 @@
-"""Two processes train with and without shards; what came of it is left in facts.pt of the working folder."""
+"""Two processes train with and without shards; facts.pt of the working folder tells the tests."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ ENVIRONMENTS = {None: {}, **{kind: environment_of(kind) for kind in LAUNCHES}}
 
 
 def trained(model: DiffusionModel) -> dict[str, Any]:
-    """Values and losses of every variant by every launch, and whether the model is as it was found."""
+    """Values and losses of every variant by every launch, and whether the model is as found."""
     facts: dict[str, Any] = {"trained": {}, "losses": {}, "as found": {}}
     for name, (config, density, kinds) in POSSIBLE.items():
         for kind in (None, *kinds):
             with launched(ENVIRONMENTS[kind]), as_found(model) as same:
                 fitted = train(model, config, density)
-            facts["trained"][name, kind] = {key: value.clone() for key, value in fitted.values.items()}
+            facts["trained"][name, kind] = dict(fitted.values)
             facts["losses"][name, kind] = fitted.losses
             facts["as found"][name, kind] = same["same"]
     return facts
@@ -78,7 +78,7 @@ def stale(model: DiffusionModel) -> dict[str, Tensor]:
 
 
 def resumed(model: DiffusionModel) -> dict[str, Any]:
-    """Trainings that end in the fourth step, with a state of the second, and what becomes of the states."""
+    """Trainings that end in the fourth step, with a state of the second, and what becomes of it."""
     stopped = {}
     for kind in (None, "fsdp"):
         with launched(ENVIRONMENTS[kind]), pytest.raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ def erased() -> dict[str, Any]:
 
 
 def bytes_held(model: DiffusionModel) -> list[int]:
-    """Bytes of weights, of what is trained, and of the optimizer's state, in this process after one step."""
+    """Bytes of weights, of what is trained, and of Adam's moments, here and after one step."""
     params = select(model.parameters(), "full")
     with running(model, params, SGD) as active:
         trainable = Trainable(params, mask_of(model, 0.5), active)
@@ -115,7 +115,8 @@ def bytes_held(model: DiffusionModel) -> list[int]:
         optimizer = make_optimizer(values, "Adam", 1e-3, {}, fuse=True)
         optimizer.step()
 
-        moments = [entry for of_value in optimizer.state.values() for entry in of_value.values() if entry.dim()]
+        entries = [entry for state in optimizer.state.values() for entry in state.values()]
+        moments = [entry for entry in entries if entry.dim()]
         weights = [active.layout.local(param) for param in active.params.values()]
         gradients = [value.grad for value in values]
         mine = [*values, *gradients, *trainable._base.values(), *trainable._where.values()]

@@ -1,4 +1,4 @@
-"""Two processes share an erasure and its evaluation; what each step gave is left in facts.pt of the working folder."""
+"""Two processes share an erasure and its evaluation; facts.pt of their folder tells the tests."""
 
 from __future__ import annotations
 
@@ -67,7 +67,12 @@ def saliency_of_base() -> Saliency:
     return compute_saliency(task, METHOD)
 
 
-def stopped_in_step(step: int, out: str, train: TrainConfig, mask: MaskConfig | None = None) -> bool:
+def stopped_in_step(
+    step: int,
+    out: str,
+    train: TrainConfig,
+    mask: MaskConfig | None = None,
+) -> bool:
     """Whether an erasure that ends in this step leaves a training state."""
     drawn = Remap.batches
 
