@@ -51,9 +51,9 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse, evaluate, print the table."""
     from erase.delta import ErasedDelta
+    from erase.delta.base import load_base
     from erase.eval.run import EvaluateConfig, Evidence, evaluate
     from erase.parallel.processes import default_device
-    from erase.run import load_base
 
     options = parse(make_parser(), argv)
     check_folder(options.out)

@@ -109,11 +109,11 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse, check what can be checked before long work, compose, export, say where it is."""
     from erase.delta import ErasedDelta
+    from erase.delta.base import load_base
     from erase.eval.report.card import check_sources
     from erase.eval.report.report import EvalReport
     from erase.export.formats import FORMATS
     from erase.export.hub import push_to_hub
-    from erase.run import load_base
 
     options = parse(make_parser(), argv)
     alone("erase-export")
@@ -195,7 +195,7 @@ def check_undo(options: Namespace) -> None:
 
 def back(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -> ErasedDelta:
     """The delta that makes the base of the erased model; the base itself has the values that it brings."""
-    from erase.run import load_base
+    from erase.delta.base import load_base
 
     named = deltas[0].metadata["base_fingerprint"]
     try:

@@ -189,3 +189,56 @@ def test_every_installed_package_is_listed() -> None:
     installed = {path for path in made if path.parts[:2] not in {("scripts", "bench"), ("scripts", "canvas")}}
     names = {".".join(path.parts if path.parts[0] == "erase" else ("erase", *path.parts)) for path in installed}
     assert set(config["options"]["packages"].split()) == names
+
+
+ROOMS = (
+    ("files", "losses", "tensors"),
+    ("models", "plugins"),
+    ("parallel",),
+    ("mask", "claims", "delta", "latents"),
+    ("compose", "task"),
+    ("training", "attacks"),
+    ("objectives",),
+    ("methods", "export"),
+    ("run",),
+)
+"""rooms of erase/ by floor: each imports those of lower floors, and its own"""
+MOST_AT_THE_TOP = 9
+
+
+def room_of(name: str) -> str | None:
+    """The room of erase/ that a dotted name lies in."""
+    first, _, rest = name.partition(".")
+    second = rest.partition(".")[0]
+    return second if first == "erase" and second and second not in LAYERS else None
+
+
+def upward(path: str, source: str) -> list[str]:
+    """Imports of a file of erase/ that do not go down."""
+    floors = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
+    own = Path(path).parts[1].removesuffix(".py")
+    broken = []
+    for name in imports(ast.parse(source), "erase"):
+        room = room_of(name)
+        if room and room != own and floors[room] >= floors[own]:
+            broken.append(f"{own} imports {name}")
+    return broken
+
+
+ERASE = [path for path in FILES if path.is_relative_to(ROOT / "erase") and path != ROOT / "erase/__init__.py"]
+
+
+@pytest.mark.parametrize("path", ERASE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_room_imports_upwards(path: Path) -> None:
+    assert upward(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")) == []
+
+
+def test_an_import_upwards_would_be_seen() -> None:
+    assert upward("erase/latents/batches.py", "from erase.task import Task")
+    assert upward("erase/training/loop.py", "def f():\n    import erase.run")
+    assert not upward("erase/methods/esd.py", "from erase.training.fine_tune import fine_tune")
+
+
+def test_few_modules_stand_at_the_top_of_erase() -> None:
+    tops = sorted(path.stem for path in (ROOT / "erase").glob("*.py") if path.stem != "__init__")
+    assert len(tops) <= MOST_AT_THE_TOP, tops

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from erase.compose import compose, conflict_table, conflicts
 from erase.delta import ErasedDelta
+from erase.delta.base import load_base
 from erase.models.sd import StableDiffusion
 from erase.prompts.errors import ErasureError
-from erase.run import load_base
 from erase.tensors import from_gaps, pack, to_gaps
 
 
@@ -275,7 +275,7 @@ def test_the_base_of_deltas_composed_of_composed_ones_is_read_as_it_was(model, m
     heart, star = make(model), make(model, "star", seed=1)
     heart.metadata["config"] = json.dumps({"erase": {"load": {"variant": "non_ema"}}})
     both = compose(model, [(compose(model, [(heart, 1.0)]), 1.0), (star, 1.0)])
-    monkeypatch.setattr("erase.run.load_model", lambda name, device, options: options)
+    monkeypatch.setattr("erase.delta.base.load_model", lambda name, device, options: options)
     assert load_base(both, "a/b").variant == load_base(heart, "a/b").variant == "non_ema"
 
 

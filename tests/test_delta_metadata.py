@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from erase.compose import compose, conflicts
 from erase.delta import ErasedDelta
+from erase.delta.base import load_base
 from erase.eval.report.card import model_card
 from erase.eval.run import evaluate
 from erase.export import export_delta
@@ -19,7 +20,6 @@ from erase.export.lora import extract_lora
 from erase.models.sd import StableDiffusion
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import canvas_grid
-from erase.run import load_base
 from erase.scripts.cli import run
 from erase.scripts.run_evaluate import main as evaluate_command
 from tests.texts import raises
@@ -132,8 +132,8 @@ def undrawn(model, monkeypatch):
         raise Drawn
 
     monkeypatch.setattr("erase.eval.run.generate", draw)
-    monkeypatch.setattr("erase.run.is_here", lambda name, options: True)
-    monkeypatch.setattr("erase.run.load_model", lambda name, *rest: model if name == "pico" else load_model(name, *rest))
+    monkeypatch.setattr("erase.delta.base.is_here", lambda name, options: True)
+    monkeypatch.setattr("erase.delta.base.load_model", lambda name, *rest: model if name == "pico" else load_model(name, *rest))
 
 
 def use_everywhere(delta: ErasedDelta, model: StableDiffusion, folder: Path) -> list[str]:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from erase.delta import ErasedDelta
+from erase.delta.base import load_base
 from erase.eval.generate import GenerateConfig, generate
 from erase.latents.prepare import LatentConfig
 from erase.models import CANVAS, LoadConfig, load_model, wrap
@@ -32,7 +33,7 @@ from erase.models.single_file.tensor_file import TensorFile
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, PromptSet
-from erase.run import EraseConfig, erase_concept, load_base
+from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase, run_export, run_generate
 from erase.scripts.cli import run
 from erase.training.running import checkpointed

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError
 
 from erase.delta import ErasedDelta
+from erase.delta.base import load_base
 from erase.export.folders import save_part, save_pipeline
 from erase.export.formats import FILES
 from erase.export.lora import LoRA
 from erase.models import DiffusionModel
 from erase.models.pipelines import modules
 from erase.prompts.errors import ErasureError
-from erase.run import load_base
 from erase.tensors import all_finite
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
