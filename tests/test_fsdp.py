@@ -88,7 +88,7 @@ def test_weights_outside_the_mask_and_the_base_are_bit_identical(job, model, nam
 def test_a_student_with_the_teacher_s_gathered_weights_would_be_seen(job, model):
     """The control: not told that shards were written, passes use what was gathered before."""
     trained = job[1]["trained"]
-    assert apart(trained["sgd", None], job[1]["stale"], model) > 0.01  # measured: 0.08
+    assert apart(trained["sgd", None], job[1]["stale"], model) > 0.01  # measured: 0.09
 
 
 def test_stopped_and_resumed_is_uninterrupted_bit_for_bit(job):
