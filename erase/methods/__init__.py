@@ -1,22 +1,19 @@
-"""The methods, one file each. A name here may be a preset: the same function with other defaults."""
+"""The methods: one file and one index line each, or an entry point of another package (`concept_erasure.methods`).
+
+A name may be a preset: the same function with other defaults.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 from torch import Tensor
 
 from erase.mask import SaliencyMask
-from erase.prompts.errors import ErasureError, unknown
-
-METHODS = {
-    "salun": "erase.methods.salun",
-    "salun-paper": "erase.methods.salun",
-}
-"""method -> the module whose `METHODS` holds it"""
+from erase.plugins import Index
+from erase.prompts.errors import ErasureError
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Method:
         if given is None:
             return self.config
         if type(given) is not type(self.config):
-            fitting = [name for name in METHODS if type(get_method(name).config) is type(given)]
+            fitting = [name for name in METHODS.ours if type(get_method(name).config) is type(given)]
             remedy = f'name method="{fitting[0]}"' if fitting else "give those"
             raise ErasureError(
                 f"method {self.name} takes a {type(self.config).__name__}, not a {type(given).__name__}; {remedy}, or leave them out"
@@ -58,13 +55,21 @@ class Edit:
     mask: SaliencyMask | None = None
 
 
+METHODS: Index[Method] = Index(
+    "method",
+    {
+        "salun": "erase.methods.salun:METHODS",
+        "salun-paper": "erase.methods.salun:METHODS",
+    },
+    Method,
+)
+"""method -> where it is defined"""
+
+
 def get_method(name: str) -> Method:
-    """The method or preset of this name.
+    """The method or preset of this name, or at this `package.module:NAME`.
 
     Raises:
-        ErasureError: an unknown name; the near one is suggested.
+        ErasureError: an unknown name (the near one is suggested), or a plugin that cannot be used.
     """
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    method: Method = import_module(METHODS[name]).METHODS[name]
-    return method
+    return METHODS.get(name)
