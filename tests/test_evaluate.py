@@ -10,7 +10,7 @@ import torch
 
 from erase.delta import ErasedDelta
 from erase.eval.generate import GenerateConfig
-from erase.eval.report.report import EvalReport
+from erase.eval.report import EvalReport
 from erase.eval.run import EvaluateConfig, Evidence, evaluate
 from erase.mask import SaliencyMask
 from erase.models import load_model
