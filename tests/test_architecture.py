@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("prompts", "erase", "eval", "scripts")  # each imports itself and those before it
+PACKAGES = {layer: layer if layer == "erase" else f"erase.{layer}" for layer in LAYERS}  # by setup.cfg, package_dir
 OUTSIDE = {"prompts", "eval", "scripts"}  # as top-level names these are a user's own
 HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "open_clip", "nudenet"}
 FILES = sorted(path for layer in (*LAYERS, "tests") for path in (ROOT / layer).rglob("*.py"))
@@ -122,6 +123,51 @@ def test_prompts_load_without_any_heavy_library() -> None:
     code = f"import sys, {', '.join(modules)}; print([name for name in {sorted(HEAVY)} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+PUBLIC = {
+    "erase.export": "export_diffusers",
+    "erase.latents": "LatentConfig",
+    "erase.training": "fit",
+    "erase.eval.report": "EvalReport",
+    "erase.models.single_file": "load_single_file",
+}
+"""package -> one of the names that users import from it, whichever of its modules defines them"""
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_a_package_hands_out_what_its_modules_define(package: str) -> None:
+    module, name = importlib.import_module(package), PUBLIC[package]
+    found = getattr(module, name)
+    assert found.__module__.startswith(package)
+    assert found is getattr(importlib.import_module(found.__module__), name)
+    assert not hasattr(module, "absent")
+
+
+FIRST = """
+import importlib, sys
+from erase.scripts.cli.light import stood_in
+
+for name in sys.argv[1:]:
+    with stood_in():  # which also forgets what was imported within
+        importlib.import_module(name)
+"""
+
+
+def test_any_module_may_be_imported_first() -> None:
+    """Else two import each other. The heavy libraries, which are not at issue, are stood in for."""
+    paths = [path.relative_to(ROOT).with_suffix("") for path in FILES]
+    parts = [path.parts for path in paths if path.parts[0] in ("erase", "eval")]
+    first = [".".join((PACKAGES[top], *rest)).removesuffix(".__init__") for top, *rest in parts]
+    command = [sys.executable, "-c", FIRST, *first]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_four_folders_are_those_of_one_checkout() -> None:
+    """An environment that was installed from another one would lend its prompts, eval and scripts; make a .venv in each."""
+    found = {folder: Path(importlib.import_module(name).__path__[0]).resolve() for folder, name in PACKAGES.items()}
+    assert found == {folder: ROOT / folder for folder in LAYERS}
 
 
 SCRIPTS = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "scripts").rglob("*.py") if path.stem != "__init__"]

@@ -12,6 +12,7 @@ import torch
 
 from erase.delta import ErasedDelta
 from erase.files import save_tensors
+from erase.latents import prepare
 from erase.latents.prepare import LatentConfig
 from erase.mask import Saliency, SaliencyMask
 from erase.methods.salun import SalUnConfig
@@ -315,7 +316,7 @@ def test_a_training_state_over_other_latents_is_not_gone_on_with(stopped, config
     for path in (stopped / "latents").glob("retain*"):
         path.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("erase.latents.prepare.sample_points", moved(__import__("erase.latents.prepare").latents.sample_points))
+        patch.setattr(prepare, "sample_points", moved(prepare.sample_points))
         with pytest.raises(ErasureError, match=r"training\.pt is of another run: digest of the retain latents"):
             again(stopped, config)
 

@@ -99,7 +99,7 @@ def test_an_abbreviated_key_of_a_config_file_is_refused(tmp_path, capsys):
     assert "'meth'; did you mean 'method'" in failed(capsys, run_erase.main, "--config", str(path))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "scripts").rglob("*.py")), ids=str)
 def test_no_parser_of_any_script_takes_abbreviations(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("argparse.ArgumentParser", "ArgumentParser", "Parser"):

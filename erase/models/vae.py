@@ -55,7 +55,7 @@ def _from_folder(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _from_file(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    from erase.models.single_file import check_weights, fill  # which asks for VAEs here
+    from erase.models.single_file.conversion import check_weights, fill  # which asks for VAEs here
 
     with init_empty_weights():
         modules = {"vae": AutoencoderKL.from_config(dict(config))}

@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--precision", default="bf16", help="no, bf16 or fp16")
     parser.add_argument("--guidance", type=float, default=GenerateConfig.guidance)
-    parser.add_argument("--unet_steps", type=int, default=5500, help="what train_canvas.py was run with, for the card")
+    parser.add_argument("--unet_steps", type=int, default=5500, help="what train_model.py was run with, for the card")
     args = parser.parse_args()
     config = GenerateConfig(steps=args.steps, guidance=args.guidance, mixed_precision=args.precision)
     model = load_model("canvas", default_device())

@@ -227,7 +227,8 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
         settle_paths(options)
         if options.quiet:
             hush()
-        return made.instantiate_classes(options)
+        instantiate = getattr(made, "instantiate", None) or made.instantiate_classes  # its name before 4.49
+        return instantiate(options)
     except ErasureError:
         raise
     except Exception as error:  # a config file's shape can upset any part of the parser
