@@ -191,7 +191,7 @@ def test_what_check_refuses_is_refused_before_anything_is_drawn(on_path, work, t
 
 @every_way
 def test_settings_of_a_plugin_are_checked_as_ours_are(method, evaluator, on_path, capsys):
-    assert run(run_erase.main, ["--method", method, "--strength", "2"]) == 2
+    assert run(run_erase.main, ["--concept", "heart", "--method", method, "--strength", "2"]) == 2
     assert "strength is 2" in told(capsys)
     assert run(run_evaluate.main, ["--evaluators", f"[{evaluator}]", "--brightness.threshold", "low"]) == 2
     assert "--brightness.threshold is 'low', but it takes a number" in told(capsys)

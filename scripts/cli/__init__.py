@@ -288,8 +288,6 @@ def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) 
     try:
         with stood_in():
             main(argv)
-    except KeyboardInterrupt:
-        raise
     except Exception as error:
         if isinstance(error, ErasureError) and not isinstance(error, PluginError):
             raise
