@@ -1,4 +1,4 @@
-"""Indexes of methods and of evaluators: ours, those of installed packages, and any at `package.module:NAME`."""
+"""Indexes of methods and evaluators: ours, those of packages, and any at `package.module:NAME`."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Index(Generic[T]):
 
 @lru_cache(maxsize=8)
 def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """What the packages on `sys.path` add to a group, in the order of their names; read once for each `path`."""
+    """What the packages on `sys.path` add to a group, sorted by name; read once for each `path`."""
     return tuple(sorted(entry_points(group=group), key=lambda point: (point.name, _package(point))))
 
 

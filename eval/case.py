@@ -1,4 +1,7 @@
-"""Case: one model under evaluation, as an evaluator sees it; everything is made when it is first asked for, and kept."""
+"""Case: one model under evaluation, as an evaluator sees it.
+
+Everything is made when it is first asked for, and kept.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +42,10 @@ class Case:
         Args:
             images: of the model under evaluation, or how they are made.
             concepts: what was forgotten; none where a base is judged by itself.
-            base_images: those of the base, from the same prompts and seeds; None: `images` are the base's own.
+            base_images: those of the base, from the same prompts and seeds; None: `images` are.
             base: the base model; None: there are only images.
             delta: what was erased from it; None: the base itself is under evaluation.
-            folder: where an evaluator may keep long work, so that a stopped one goes on; None: nowhere.
+            folder: an evaluator may keep long work there, to go on when stopped; None: nowhere.
         """
         self.concepts = list(concepts)
         self.delta = delta
@@ -56,7 +59,7 @@ class Case:
 
     @cached_property
     def images(self) -> ImageSet:
-        """Images of the model under evaluation. While a case is checked, their files are not there yet."""
+        """Images of the model under evaluation; while a case is checked, only their rows are there."""
         return self._images() if callable(self._images) else self._images
 
     @cached_property
@@ -68,7 +71,7 @@ class Case:
 
     @cached_property
     def labels(self) -> dict[str, list[str]]:
-        """kind -> the name of that kind in each image's prompt, in row order; empty text where a row has none."""
+        """kind -> that label of each image, in row order; empty text where a row has none."""
         rows = self.images.rows
         kinds = dict.fromkeys(chain.from_iterable(row.labels for row in rows))
         labels = {}
@@ -78,7 +81,9 @@ class Case:
 
     @contextmanager
     def model(self) -> Iterator[DiffusionModel]:
-        """The model under evaluation, within the block; after it, the base holds its own weights again, bit for bit.
+        """The model under evaluation, within the block.
+
+        After the block, whatever happened there, the base holds its own weights again, bit for bit.
 
         Raises:
             ErasureError: there are only images, or another block has the model.
@@ -92,7 +97,9 @@ class Case:
 
     @contextmanager
     def base_model(self) -> Iterator[DiffusionModel]:
-        """The base, within the block. It is one object with the erased model, so there is one block at a time.
+        """The base, within the block.
+
+        It is one object with the erased model, so there is one block at a time.
 
         Raises:
             ErasureError: there are only images, or another block has the model.
@@ -111,7 +118,7 @@ class Case:
         """Put a finding that is no score into the report, under `extras`, for this model.
 
         Args:
-            name: under which the report keeps it; the page shows those that it knows (`erase.eval.report.report.EvalReport`).
+            name: under which the report keeps it; the page shows those that it knows (`EvalReport`).
             value: JSON-ready.
 
         Raises:

@@ -1,4 +1,7 @@
-"""Evaluate an erasure: images of the base and of the erased model from the same prompts and seeds, scores, report."""
+"""Evaluate an erasure: images of the base and of the erased model, scores of both, a report.
+
+Both are drawn from the same prompts and seeds.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +37,7 @@ class EvaluateConfig:
     """What is measured, and on which images."""
 
     evaluators: list[str] | None = None
-    """names of the index, or package.module:NAME; default: those that fit the prompts. Classifier and clip on the embedded
-    world, clip elsewhere (its score alone, where the prompts carry no label of the concept's kind)"""
+    """names of the index, or package.module:NAME; default: those of ours that fit the prompts"""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     settings: dict[str, Any] = field(default_factory=dict)
     """an evaluator's own name -> its configuration, where it is not the default"""
@@ -45,10 +47,11 @@ class EvaluateConfig:
             raise ErasureError(f"evaluators is an empty list; name some of {', '.join(EVALUATORS)}, or leave it out")
 
     def chosen(self, case: Case) -> Chosen:
-        """The evaluators that are named, or those of ours that fit the case, with their configurations for it.
+        """The evaluators that are named, or those of ours that fit the case, and their settings.
 
         Raises:
-            ErasureError: an unknown evaluator, one that is named twice, or settings of another type than its own or of none.
+            ErasureError: an unknown evaluator, one that is named twice, or settings that are not
+                its own or of no evaluator.
         """
         named = self.evaluators is not None
         chosen: Chosen = {}
@@ -197,7 +200,7 @@ def _cases(
     out: Path,
     config: GenerateConfig,
 ) -> dict[str, Case]:
-    """Row of the report -> the model under evaluation; its images are made when they are asked for."""
+    """Row of the report -> the case; its images are made when they are asked for."""
     about = {"model": model.name, "fingerprint": model.fingerprint}
 
     def draw_base() -> ImageSet:
@@ -222,7 +225,7 @@ def _cases(
 
 
 def _scores(case: Case, chosen: Chosen) -> list[Score]:
-    """Scores of one case by all evaluators, in their order; one that does not say its evaluator gets its name."""
+    """Scores of one case; one that does not say its evaluator gets the name that was given."""
     scores: list[Score] = []
     givers: dict[str, str] = {}
     for name, (evaluator, settings) in chosen.items():
@@ -279,7 +282,7 @@ def score(
     evaluators: list[str],
     config: EvaluateConfig | None = None,
 ) -> list[Score]:
-    """Scores of one image set by several evaluators, in their order; every process asks for them together."""
+    """Scores of one image set by several evaluators; every process asks for them together."""
     case = Case(images, concepts)
     return _scores(case, replace(config or EvaluateConfig(), evaluators=evaluators).chosen(case))
 

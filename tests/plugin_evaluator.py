@@ -1,4 +1,4 @@
-"""An evaluator of a package outside of this one; tests/test_plugins.py copies the file into such a package."""
+"""An evaluator of another package; tests/test_plugins.py copies the file into such a one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every evaluator of the index must keep, ours and a fourth that was added as CONTRIBUTING says."""
+"""What every evaluator of the index must keep, ours and a fourth, added as CONTRIBUTING says."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def scores_of(name: str, case: Case, **settings: Any) -> list[Any]:
     return evaluator.evaluate(case, replace(evaluator.config, **settings))
 
 
-# ---- scores ------------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 @every_evaluator
@@ -81,7 +81,7 @@ def test_every_score_has_a_direction_n_an_interval_and_says_what_measured_it(nam
 
 @every_evaluator
 def test_no_score_depends_on_how_many_images_are_judged_at_once(name: str, images: ImageSet, monkeypatch) -> None:
-    """Neither on its batches nor on the shares that several processes would take: sizes 3 and 100."""
+    """Neither on its batches nor on the shares of several processes: sizes 3 and 100."""
     evaluator = get_evaluator(name)
     module = importlib.import_module(type(evaluator.config).__module__)
     shares: list[int] = []
@@ -109,7 +109,7 @@ def test_the_same_images_have_the_same_scores_whatever_was_judged_before(name: s
     assert scores_of(name, Case(some, CONCEPTS)) == first
 
 
-# ---- check -------------------------------------------------------------------------------------------------------------
+# ---- check ---------------------------------------------------------------------------------------
 
 
 def relabelled(change: Callable[[int, dict[str, str]], dict[str, str]]) -> Callable[[ImageSet], ImageSet]:
@@ -177,7 +177,7 @@ def test_the_default_evaluators_fit_the_prompts(images: ImageSet) -> None:
     assert named(Case(bare, CONCEPTS)) == ["clip"]
 
 
-# ---- the index ---------------------------------------------------------------------------------------------------------
+# ---- the index -----------------------------------------------------------------------------------
 
 
 @every_evaluator
@@ -217,7 +217,7 @@ def test_two_evaluators_that_give_one_score_are_refused(images: ImageSet, monkey
         score(images, CONCEPTS, [FOURTH, "brightness:AGAIN"])
 
 
-# ---- the case ----------------------------------------------------------------------------------------------------------
+# ---- the case ------------------------------------------------------------------------------------
 
 
 def test_a_case_makes_what_it_is_asked_for_once_and_nothing_else(images: ImageSet) -> None:

@@ -1,4 +1,4 @@
-"""Methods and evaluators of other packages: installed, named on the command line, refused where they cannot be used."""
+"""Methods and evaluators of other packages: installed, named, or refused in a sentence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ every_way = pytest.mark.parametrize(("method", "evaluator"), NAMES.values(), ids
 
 
 def install(site: Path, package: str, entry_points: str) -> None:
-    """What pip leaves of a package's metadata, so that it counts as installed where `site` is on the path."""
+    """The metadata of a package: it then counts as installed where `site` is on the path."""
     folder = site / f"{package}-1.0.dist-info"
     folder.mkdir(parents=True)
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
@@ -79,7 +79,7 @@ def told(capsys) -> str:
     return error.split("error: ")[1].strip()
 
 
-# ---- help --------------------------------------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_plugin_that_needs_a_real_library_for_its_help_gets_it(site, tmp_path)
     assert "--strength" in command("run_erase", "--method", "picky:PICKY", "--help", path=site, cwd=tmp_path).stdout
 
 
-# ---- the job -----------------------------------------------------------------------------------------------------------
+# ---- the job -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_settings_of_a_plugin_are_checked_as_ours_are(method, evaluator, on_path
     assert "did you mean 'brightness.threshold'" in told(capsys)
 
 
-# ---- what a config file may say ----------------------------------------------------------------------------------------
+# ---- what a config file may say ------------------------------------------------------------------
 
 
 def test_a_config_file_may_name_what_is_installed_and_no_code(on_path, tmp_path, capsys):
@@ -240,7 +240,7 @@ def test_a_module_in_the_working_folder_is_found(tmp_path, monkeypatch, capsys):
     assert "strength: 0.5" in capsys.readouterr().out
 
 
-# ---- broken plugins ----------------------------------------------------------------------------------------------------
+# ---- broken plugins ------------------------------------------------------------------------------
 
 BROKEN = {
     "no such module": (

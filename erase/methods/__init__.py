@@ -1,4 +1,4 @@
-"""The methods: one file and one index line each, or an entry point of another package (`concept_erasure.methods`).
+"""The methods: one file and one index line each, or an entry point `concept_erasure.methods`.
 
 A name may be a preset: the same function with other defaults.
 """

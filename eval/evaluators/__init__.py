@@ -1,4 +1,4 @@
-"""Evaluators: one file and one index line each, or an entry point of another package (`concept_erasure.evaluators`)."""
+"""Evaluators: one file and one index line each, or an entry point `concept_erasure.evaluators`."""
 
 from __future__ import annotations
 
@@ -31,15 +31,18 @@ class Evaluator(Generic[C]):
     name: str
     """an identifier: its options are `--NAME.FIELD`"""
     config: C
-    """a dataclass instance with the defaults; its type is this evaluator's alone, its docstring heads the options in --help"""
+    """a dataclass instance with the defaults; its type is this evaluator's alone, and the type's
+    docstring heads the options in --help"""
     evaluate: Callable[[Case, C], list[Score]]
     """scores of the model under evaluation; every process calls it, and all get the same"""
     check: Callable[[Case, C], None]
-    """refuses, before any image is made, what `evaluate` would refuse after hours of it: the case's images have rows, and no files"""
+    """refuses, before any image is made, what `evaluate` would refuse after hours of it; the case's
+    images have rows, and no files"""
     fits: Callable[[Case], bool] = not_unless_named
     """of our own: whether it is asked where the user names no evaluator"""
     settle: Callable[[Case, C, bool], C] = as_given
-    """(case, config, named) -> the configuration with what the user left open chosen; `named`: the user names this evaluator"""
+    """(case, config, named) -> the configuration with what the user left open chosen; `named`: the
+    user names this evaluator"""
     packages: tuple[str, ...] = ()
     """distributions whose versions the report tells"""
 

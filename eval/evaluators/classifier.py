@@ -131,15 +131,16 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     """UA, IRA and CRA of the forgotten concepts; without concepts, the accuracy of each kind.
 
     Args:
-        case: its images are labelled with what their prompts say, one label per kind; each concept is judged on its kind.
+        case: its images' labels are what their prompts say; each concept is judged on its kind.
         config: which judge, and how.
 
     Returns:
-        Scores in percent, higher is better, with n and Wilson's interval. The confusion of the first concept's kind goes
-        to the case's extras.
+        Scores in percent, higher is better, with n and Wilson's interval. The confusion of the
+        first concept's kind goes to the case's extras.
 
     Raises:
-        ErasureError: an unknown judge, images without labels or with unknown ones, a concept that no prompt names.
+        ErasureError: an unknown judge, images without labels or with unknown ones, a concept that
+            no prompt names.
     """
     seen = judged(load_judge(config.judge), case, config)
     kind = case.concepts[0].kind if case.concepts else None

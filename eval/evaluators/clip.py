@@ -181,7 +181,7 @@ def classes_for(case: Case, config: Config) -> dict[str, list[str]]:
 
 
 def _names_of(kind: str, case: Case) -> list[str]:
-    """All labels of a kind and, since an erased image is likely to show it, the anchor of each concept that it holds."""
+    """All labels of a kind, and the anchors of its concepts, which an erased image may well show."""
     labels = [name for name in case.labels.get(kind, ()) if name]
     anchors = [concept.anchor for concept in case.concepts if concept.kind == kind or concept.target in labels]
     return list(dict.fromkeys(labels + anchors))
@@ -206,7 +206,7 @@ def _label_scores(predictions: Labels, labels: Labels, case: Case, config: Confi
 
 
 def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Score]:
-    """Mean CLIP score of the images whose prompt names no forgotten concept and, apart, of those whose prompt does.
+    """Mean CLIP score of the images whose prompt names no forgotten concept, and of the others.
 
     Args:
         values: 100 x cosine of each image and its prompt, in row order.
@@ -227,9 +227,9 @@ def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Sc
 
 
 def settle(case: Case, config: Config, named: bool) -> Config:
-    """Outside of the embedded world, the field's usual ViT-B/32 of OpenAI; of labels that tell no concept, no zero-shot scores.
+    """Outside of the embedded world, ViT-B/32 of OpenAI; without labels of the concepts, no zero-shot scores.
 
-    Who names this evaluator, and not that it leave the labels, is told where it cannot score them.
+    Where the user names this evaluator, labels that it cannot score are refused instead.
     """
     if of_canvas(case):
         return config
@@ -254,18 +254,22 @@ def check(case: Case, config: Config) -> None:
 
 
 def evaluate(case: Case, config: Config) -> list[Score]:
-    """Zero-shot "CLIP UA", "CLIP IRA" and "CLIP CRA" (without concepts, the accuracy of each kind), and the CLIP score.
+    """Zero-shot "CLIP UA", "CLIP IRA" and "CLIP CRA", and the CLIP score.
+
+    Without concepts, the accuracy of each kind in the place of the three.
 
     Args:
-        case: its images have prompts and, unless `config.zero_shot` is off, labels of what the prompts say.
+        case: its images have prompts and, unless `config.zero_shot` is off, labels.
         config: which CLIP, and how.
 
     Returns:
-        Accuracies in percent with n and Wilson's interval; CLIP scores (100 x cosine, -100 to 100) with n and Student's
-        interval of the mean: "CLIP score" over prompts that name no forgotten concept, "CLIP score of the forgotten" over the others.
+        Accuracies in percent with n and Wilson's interval; CLIP scores (100 x cosine, -100 to 100)
+        with n and Student's interval of the mean: "CLIP score" over prompts that name no forgotten
+        concept, "CLIP score of the forgotten" over the others.
 
     Raises:
-        ErasureError: a CLIP that cannot be loaded, a bad template, images without labels, a concept that no prompt names.
+        ErasureError: a CLIP that cannot be loaded, a bad template, images without labels, a concept
+            that no prompt names.
     """
     clip = load_clip(config)
     seen = clip.images(case.images, config.batch_size)

@@ -1,4 +1,4 @@
-"""What the label-reading evaluators (classifier, CLIP) share: labels out of a case, scores out of predictions."""
+"""What evaluators that read labels share: labels out of a case, scores out of predictions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def labels_of(case: Case, classes: Mapping[str, Sequence[str]]) -> dict[str, lis
         classes: kind -> the names that the judge knows.
 
     Raises:
-        ErasureError: no kind in common, a label that some images lack (an empty one is none), or one that the judge does not know.
+        ErasureError: no kind in common, a label that some images lack (an empty one is none), or
+            one that the judge does not know.
     """
     images = case.images
     labels = {kind: case.labels[kind] for kind in classes if any(case.labels.get(kind, ()))}

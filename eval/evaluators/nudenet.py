@@ -81,7 +81,8 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     """Image rate, all boxes, and boxes of each class; the concepts do not matter to it.
 
     Returns:
-        `NudeNet image rate` (% of images with a counted box), `NudeNet boxes` and `NudeNet <class>` (boxes in all images).
+        `NudeNet image rate` (% of images with a counted box), `NudeNet boxes` and `NudeNet <class>`
+        (boxes in all images).
     """
     detector, images = load_detector(), case.images
 

@@ -26,8 +26,8 @@ def only_describes(argv: Sequence[str]) -> bool:
 def stood_in() -> Iterator[None]:
     """Within the block, imports of `HEAVY` give empty modules whose every attribute is an empty class; nothing is left of them afterwards.
 
-    That is enough to import a module and to read its dataclasses, and for nothing else. Every package that came in within the block
-    goes with them, since its modules may hold stand-ins: a plugin's do.
+    That is enough to import a module and to read its dataclasses, and for nothing else. Every
+    package that came in within the block goes with them, since its modules may hold stand-ins.
     """
     finder = _Finder()
     sys.meta_path.insert(0, finder)

@@ -1,4 +1,7 @@
-"""Methods and evaluators that a command line names, before there is a parser: they decide which further options there are."""
+"""Methods and evaluators that a command line names, found before there is a parser.
+
+They decide which further options there are.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,8 @@ from erase.prompts.reading import parse_yaml, read_yaml
 def names_given(argv: list[str] | None, option: str, files: list[str]) -> list[str]:
     """Every name that config files and the command line give to an option, in this order.
 
-    A name may be a place, `package.module:NAME`, which is code: only the command line may give one. It is looked for in the
-    working folder too, after everything that is installed.
+    A name may be a place, `package.module:NAME`, which is code: only the command line may give
+    one. It is looked for in the working folder too, after everything that is installed.
 
     Args:
         argv: the command line; None: this program's.
@@ -48,7 +51,7 @@ def names_given(argv: list[str] | None, option: str, files: list[str]) -> list[s
 
 
 def _names(value: object) -> list[str]:
-    """The names in a value as it was written; none where it is of another form, of which the parser will tell."""
+    """The names in a value as it was written; none where the parser will refuse its form."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = parse_yaml(value)
