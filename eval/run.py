@@ -1,4 +1,7 @@
-"""Evaluate an erasure: images of the base and of the erased model from the same prompts and seeds, scores, report."""
+"""Evaluate an erasure: images of the base and of the erased model, scores of both, a report.
+
+Both are drawn from the same prompts and seeds.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from erase.delta import ErasedDelta
-from erase.eval.evaluators import EVALUATORS, get_evaluator
-from erase.eval.evaluators.classifier import Config as ClassifierConfig
-from erase.eval.evaluators.classifier import Judged, judged, load_judge
-from erase.eval.evaluators.clip import Config as ClipConfig
-from erase.eval.evaluators.nudenet import Config as NudeNetConfig
+from erase.eval.case import Case
+from erase.eval.evaluators import EVALUATORS, Evaluator, get_evaluator
 from erase.eval.generate import GenerateConfig, generate, planned
 from erase.eval.images import ImageSet
 from erase.eval.report.page import save_report
-from erase.eval.report.report import BASE, ERASED, EvalReport, Score
+from erase.eval.report.report import BASE, ERASED, EvalReport
+from erase.eval.scores import Score
 from erase.files import errors_named
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
 from erase.parallel.processes import processes
-from erase.prompts.canvas import KINDS
 from erase.prompts.concepts import ConceptSpec
-from erase.prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError, unknown
 from erase.prompts.prompt_sets import PromptSet
+
+Chosen = dict[str, tuple[Evaluator[Any], Any]]
+"""name as it was given -> evaluator, and the configuration that it judges with"""
 
 
 @dataclass
@@ -34,28 +37,38 @@ class EvaluateConfig:
     """What is measured, and on which images."""
 
     evaluators: list[str] | None = None
-    """classifier (UA, IRA, CRA), clip (the same by zero-shot CLIP, and the CLIP score), nudenet (exposed boxes); default: classifier
-    and clip on the embedded world, clip elsewhere (its score alone, where the prompts carry no label of the concept's kind)"""
+    """names of the index, or package.module:NAME; default: those of ours that fit the prompts"""
     generate: GenerateConfig = field(default_factory=GenerateConfig)
-    classifier: ClassifierConfig = field(default_factory=ClassifierConfig)
-    clip: ClipConfig = field(default_factory=ClipConfig)
-    nudenet: NudeNetConfig = field(default_factory=NudeNetConfig)
-
-    def for_prompts(self, prompts: PromptSet, concepts: list[ConceptSpec]) -> EvaluateConfig:
-        """With what was left to us chosen for these prompts; CLIP is then the field's usual ViT-B/32 of OpenAI."""
-        labels = prompts.rows[0].labels.keys()
-        if set(KINDS) <= labels:
-            return replace(self, evaluators=self.evaluators or ["classifier", "clip"])
-        clip = self.clip
-        if clip.model is None:
-            clip = replace(clip, model="ViT-B-32", pretrained=clip.pretrained or "openai")
-        if clip.zero_shot is None and self.evaluators is None and not any(concept.kind in labels for concept in concepts):
-            clip = replace(clip, zero_shot=False)
-        return replace(self, evaluators=self.evaluators or ["clip"], clip=clip)
+    settings: dict[str, Any] = field(default_factory=dict)
+    """an evaluator's own name -> its configuration, where it is not the default"""
 
     def __post_init__(self) -> None:
         if self.evaluators is not None and not self.evaluators:
             raise ErasureError(f"evaluators is an empty list; name some of {', '.join(EVALUATORS)}, or leave it out")
+
+    def chosen(self, case: Case) -> Chosen:
+        """The evaluators that are named, or those of ours that fit the case, and their settings.
+
+        Raises:
+            ErasureError: an unknown evaluator, one that is named twice, or settings that are not
+                its own or of no evaluator.
+        """
+        named = self.evaluators is not None
+        chosen: Chosen = {}
+        for name in self.evaluators or EVALUATORS.ours:
+            evaluator = get_evaluator(name)
+            if not named and not evaluator.fits(case):
+                continue
+            if evaluator.name in (other.name for other, _ in chosen.values()):
+                raise ErasureError(f"evaluators names {evaluator.name!r} twice; leave one of them out")
+            settings = evaluator.settings(self.settings.get(evaluator.name))
+            chosen[name] = evaluator, evaluator.settle(case, settings, named)
+
+        known = {evaluator.name for evaluator, _ in chosen.values()} | set(EVALUATORS)
+        for name in self.settings:
+            if name not in known:
+                raise unknown("evaluator in settings", name, known)
+        return chosen
 
 
 @dataclass
@@ -148,19 +161,22 @@ def evaluate(
     Raises:
         ErasureError: an unknown evaluator, a delta of another base, prompts that the evaluators cannot judge.
     """
-    origin = delta.origin  # before anything is drawn
-    concepts = origin.concepts
-    config, evidence, out = (config or EvaluateConfig()).for_prompts(prompts, concepts), evidence or Evidence(), Path(out)
-    _check_judges(planned(prompts, out / "erased", config.generate), concepts, config)
+    concepts = delta.origin.concepts  # before anything is drawn
+    config, evidence, out = config or EvaluateConfig(), evidence or Evidence(), Path(out)
+    about = _concept(concepts)
     model = load_model(model) if isinstance(model, str) else model
     delta.check(model)  # before the base's images are made, not after
-    base = {"model": model.name, "fingerprint": model.fingerprint}
-    before = generate(model.pipeline(), prompts, Path(base_images or out / "base"), config.generate, base | {"delta": "none"})
-    with delta.applied(model):
-        told = base | {"delta": origin.method, "fingerprint": model.fingerprint}
-        after = generate(model.pipeline(), prompts, out / "erased", config.generate, told)
-    images = {BASE: before, ERASED: after}
-    report = _report(images, concepts, delta, config, commands or [])
+
+    foreseen = Case(planned(prompts, out / "erased", config.generate), concepts, base=model, delta=delta)
+    chosen = config.chosen(foreseen)
+    for evaluator, settings in chosen.values():
+        evaluator.check(foreseen, settings)
+
+    cases = _cases(model, delta, prompts, Path(base_images or out / "base"), out, config.generate)
+    before, after = (case.images for case in cases.values())  # the page shows them, whoever else looks at them
+    rows = {row: _scores(case, chosen) for row, case in cases.items()}
+    provenance = _provenance(delta, config, chosen, before) | {"commands": commands or []}
+    report = EvalReport(about, rows, provenance, _extras(cases))
     mask = evidence.mask
     if processes().is_main_process:
         save_report(
@@ -176,41 +192,81 @@ def evaluate(
     return report
 
 
-def _check_judges(images: ImageSet, concepts: list[ConceptSpec], config: EvaluateConfig) -> None:
-    """Refuse, before the hours of generating, evaluators that cannot judge these images, and scores of UA without its price."""
-    names = config.evaluators or []
-    scores = [one for name in names for one in get_evaluator(name).foreseen(images, concepts, getattr(config, name))]
-    EvalReport(_concept(concepts), {BASE: scores}).check()
-
-
-def _report(
-    images: Mapping[str, ImageSet],
-    concepts: list[ConceptSpec],
+def _cases(
+    model: DiffusionModel,
     delta: ErasedDelta,
-    config: EvaluateConfig,
-    commands: list[str],
-) -> EvalReport:
-    """Scores of both image sets, and where everything came from."""
-    names, seen = config.evaluators or [], {}
-    if "classifier" in names:  # scores and confusions of one look at the images
-        seen = {row: judged(load_judge(config.classifier.judge), found, config.classifier) for row, found in images.items()}
-    return EvalReport(
-        concept=_concept(concepts),
-        rows={row: score(found, concepts, names, config, seen.get(row)) for row, found in images.items()},
-        provenance={
-            **{key: value for key, value in sorted(delta.metadata.items()) if key not in ("config", "concepts", "format")},
-            "config": delta.origin.config,
-            "delta_sha256": delta.sha256,
-            "delta_settings": _settings(delta),
-            "evaluation": asdict(config),
-            "changed_weights": delta.count,
-            **_cut(images),
-            "nudenet": version("nudenet"),
-            "open_clip": version("open_clip_torch"),
-            "commands": commands,
-        },
-        extras=_confusion(seen, concepts[0].kind),
+    prompts: PromptSet,
+    base_folder: Path,
+    out: Path,
+    config: GenerateConfig,
+) -> dict[str, Case]:
+    """Row of the report -> the case; its images are made when they are asked for."""
+    about = {"model": model.name, "fingerprint": model.fingerprint}
+
+    def draw_base() -> ImageSet:
+        return generate(model.pipeline(), prompts, base_folder, config, about | {"delta": "none"})
+
+    def draw_erased() -> ImageSet:
+        with delta.applied(model):
+            made_by = {"delta": delta.origin.method, "fingerprint": model.fingerprint}
+            return generate(model.pipeline(), prompts, out / "erased", config, about | made_by)
+
+    concepts, work = delta.origin.concepts, out / "work"
+    base = Case(draw_base, concepts, base=model, folder=work / BASE)
+    erased = Case(
+        draw_erased,
+        concepts,
+        base_images=lambda: base.images,
+        base=model,
+        delta=delta,
+        folder=work / ERASED,
     )
+    return {BASE: base, ERASED: erased}
+
+
+def _scores(case: Case, chosen: Chosen) -> list[Score]:
+    """Scores of one case; one that does not say its evaluator gets the name that was given."""
+    scores: list[Score] = []
+    givers: dict[str, str] = {}
+    for name, (evaluator, settings) in chosen.items():
+        for score in evaluator.evaluate(case, settings):
+            if score.name in givers:
+                raise ErasureError(
+                    f"the score {score.name!r} is given twice, by {givers[score.name]} and by {name}; leave one of them out"
+                )
+            givers[score.name] = name
+            scores.append(replace(score, evaluator=score.evaluator or name))
+    return scores
+
+
+def _extras(cases: Mapping[str, Case]) -> dict[str, Any]:
+    """Name -> row -> what an evaluator found of it."""
+    extras: dict[str, Any] = {}
+    for row, case in cases.items():
+        for name, value in case.extras.items():
+            extras.setdefault(name, {})[row] = value
+    return extras
+
+
+def _provenance(delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen, images: ImageSet) -> dict[str, Any]:
+    """Where delta, images and scores came from."""
+    elsewhere = ("config", "concepts", "format")
+    evaluation: dict[str, Any] = {"evaluators": list(chosen), "generate": asdict(config.generate)}
+    packages: list[str] = []
+    for evaluator, settings in chosen.values():
+        evaluation[evaluator.name] = asdict(settings)
+        packages += evaluator.packages
+    cut = images.settings.get("cut_prompts")
+    return {
+        **{key: value for key, value in sorted(delta.metadata.items()) if key not in elsewhere},
+        "config": delta.origin.config,
+        "delta_sha256": delta.sha256,
+        "delta_settings": _settings(delta),
+        "evaluation": evaluation,
+        "changed_weights": delta.count,
+        **({"cut_evaluation_prompts": cut} if cut else {}),
+        "versions": {package: version(package) for package in dict.fromkeys(packages)},
+    }
 
 
 def _settings(delta: ErasedDelta) -> dict[str, Any]:
@@ -220,31 +276,15 @@ def _settings(delta: ErasedDelta) -> dict[str, Any]:
     return {"method": delta.metadata["method"], "strength": strength}
 
 
-def _cut(images: Mapping[str, ImageSet]) -> dict[str, Any]:
-    """The evaluation's prompts whose ends no text encoder saw, as their image sets say."""
-    found = next((one.settings["cut_prompts"] for one in images.values() if "cut_prompts" in one.settings), None)
-    return {"cut_evaluation_prompts": found} if found else {}
-
-
 def score(
     images: ImageSet,
     concepts: list[ConceptSpec],
     evaluators: list[str],
     config: EvaluateConfig | None = None,
-    seen: Judged | None = None,
 ) -> list[Score]:
-    """Scores of one image set by several evaluators, in their order, each with its part of `config`.
-
-    Every process asks for them together. `seen` is what the classifier saw, where it has judged these images already.
-    """
-    config = config or EvaluateConfig()
-    scores: list[Score] = []
-    for name in evaluators:
-        if name == "classifier" and seen:
-            scores += seen.scores(concepts, config.classifier)
-        else:
-            scores += get_evaluator(name).evaluate(images, concepts, getattr(config, name))
-    return scores
+    """Scores of one image set by several evaluators; every process asks for them together."""
+    case = Case(images, concepts)
+    return _scores(case, replace(config or EvaluateConfig(), evaluators=evaluators).chosen(case))
 
 
 def _concept(concepts: list[ConceptSpec]) -> dict[str, Any]:
@@ -259,9 +299,3 @@ def _concept(concepts: list[ConceptSpec]) -> dict[str, Any]:
         "synonyms": [name for concept in concepts for name in concept.synonyms],
         "kind": sorted({concept.kind for concept in concepts if concept.kind}),
     }
-
-
-def _confusion(seen: Mapping[str, Judged], kind: str | None) -> dict[str, Any]:
-    """Confusion matrices of the first concept's kind, where the classifier judged."""
-    tables = {row: judgement.confusions() for row, judgement in seen.items()}
-    return {"confusion": {row: table[kind] for row, table in tables.items() if kind in table}} if tables else {}

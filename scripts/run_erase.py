@@ -17,16 +17,16 @@ a recipe by its name, or a YAML file; options after it win:
   erase-concept --config canvas
 all settings of a preset:
   erase-concept --method salun-paper --print_config
+options of another package's method, or of one in this folder:
+  erase-concept --method package.module:NAME --help
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
 
 from erase.prompts.concepts import shipped, to_yaml
 from erase.prompts.proposals import kinds
-from erase.prompts.reading import read_yaml
 from erase.scripts.cli import (
     Parser,
     Words,
@@ -39,23 +39,19 @@ from erase.scripts.cli import (
     read_concepts,
     run,
 )
+from erase.scripts.cli.plugins import names_given
 
 
 def chosen_method(argv: list[str] | None) -> str:
     """The method of the command line or its config file: it decides which further options there are."""
     from erase.run import EraseConfig
 
-    early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--method", nargs="?")
-    settings = [read_yaml(path) for path in config_files(argv)]
-    named = [found.get("method") for found in settings if isinstance(found, dict)]
-    named.append(early.parse_known_args(argv)[0].method)
-    return next((name for name in reversed(named) if name and isinstance(name, str)), EraseConfig.method)
+    return (names_given(argv, "method", config_files(argv)) or [EraseConfig.method])[-1]
 
 
 def make_parser(method: str) -> Parser:
     """Options of the erasure and of this method."""
-    from erase.methods import get_method
+    from erase.methods import METHODS, get_method
     from erase.run import EraseConfig
 
     made = parser("erase-concept", __doc__)
@@ -75,7 +71,8 @@ def make_parser(method: str) -> Parser:
     made.add_argument(
         "--out", type=str, default="runs/erased", help="folder for delta.safetensors, the mask, and what a stopped run needs"
     )
-    add_config(made, EraseConfig(method=method))
+    made.add_argument("--method", type=str, default=method, help=f"{METHODS.listed()}, or package.module:NAME")
+    add_config(made, EraseConfig(method=method), skip={"method"})
     add_config(made, get_method(method).config)
     return made
 

@@ -15,17 +15,32 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, joined, shipped_sets
-from erase.scripts.cli import Parser, Words, add_config, build, check_folder, parse, parser, run
+from erase.scripts.cli import Parser, Words, add_config, add_group, check_folder, config_files, parse, parser, run
+from erase.scripts.cli.plugins import names_given
+
+if TYPE_CHECKING:
+    from erase.eval.evaluators import Evaluator
 
 
-def make_parser() -> Parser:
-    """All options."""
+def judges(argv: list[str] | None) -> dict[str, Evaluator[Any]]:
+    """Evaluators whose options there are, by their own names: ours, and all that are named."""
+    from erase.eval.evaluators import EVALUATORS, get_evaluator
+
+    names = [*EVALUATORS.ours, *names_given(argv, "evaluators", config_files(argv))]
+    return {evaluator.name: evaluator for evaluator in map(get_evaluator, names)}
+
+
+def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
+    """Options of the evaluation and of these evaluators."""
+    from erase.eval.evaluators import EVALUATORS
     from erase.eval.run import EvaluateConfig
     from erase.models import LoadConfig
 
@@ -44,7 +59,17 @@ def make_parser() -> Parser:
     made.add_argument("--seeds", type=int, default=1, help="on canvas: how many seeds of each object x style x colour, 1 to 5")
     made.add_argument("--base_images", type=str | None, default=None, help="folder for the base's images, shared by evaluations")
     made.add_argument("--out", type=str, default="runs/erased/report", help="folder of the report and its images")
-    add_config(made, EvaluateConfig())
+    made.add_argument(
+        "--evaluators",
+        type=list[str] | None,
+        default=None,
+        help=f"a list of {EVALUATORS.listed()}, or package.module:NAME; --help shows the options of those that are named. "
+        "Default: classifier and clip on the embedded world, clip elsewhere (its score alone, where the prompts carry no label "
+        "of the concept's kind)",
+    )
+    add_config(made, EvaluateConfig(), skip={"evaluators", "settings"})
+    for name, evaluator in evaluators.items():
+        add_group(made, name, evaluator.config)
     return made
 
 
@@ -55,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     from erase.eval.run import EvaluateConfig, Evidence, evaluate
     from erase.parallel.processes import default_device
 
-    options = parse(make_parser(), argv)
+    evaluators = judges(argv)
+    options = parse(make_parser(evaluators), argv)
     check_folder(options.out)
     seeds = seeds_of(options.seeds)
     delta = ErasedDelta.load(options.delta)
@@ -66,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
         delta,
         prompts,
         options.out,
-        build(EvaluateConfig, options),
+        EvaluateConfig(options.evaluators, options.generate, {name: options[name] for name in evaluators}),
         base_images=options.base_images,
         evidence=Evidence.of(Path(delta.source).parent, delta),
         commands=[shlex.join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])],

@@ -101,7 +101,7 @@ def test_the_check_sees_a_broken_rule(path: str, source: str) -> None:
     [
         (
             "eval/a.py",
-            "from erase.eval.report.report import Score\nfrom erase.models import load_model\nfrom erase.prompts.errors import unknown",
+            "from erase.eval.scores import Score\nfrom erase.models import load_model\nfrom erase.prompts.errors import unknown",
         ),
         ("scripts/a.py", "from erase.methods.salun import Config\nmodel.eval()"),
         ("erase/methods/a.py", "import torch\nfrom erase.training.loop import fit"),

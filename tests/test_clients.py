@@ -20,8 +20,8 @@ from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from erase.delta import ErasedDelta
+from erase.eval.report import EvalReport, proportion
 from erase.eval.report.card import model_card
-from erase.eval.report.report import EvalReport, proportion
 from erase.export import export_components, export_delta, export_diffusers, export_single_file
 from erase.export.kohya import kohya_names
 from erase.export.lora import extract_lora

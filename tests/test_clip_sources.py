@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from erase.eval.case import Case
 from erase.eval.evaluators import clip
 from erase.eval.evaluators.clip_sources import CONFIG, decide_quick_gelu, find_source
+from erase.eval.generate import planned
 from erase.eval.run import EvaluateConfig
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
@@ -55,13 +57,19 @@ def seen(**config) -> torch.Tensor:
         return clip.load_clip(clip.Config(device="cpu", **config)).model.encode_image(IMAGES)
 
 
+def settled(config: EvaluateConfig, prompts: PromptSet) -> clip.Config:
+    """CLIP's settings for these prompts, which name a dog."""
+    case = Case(planned(prompts, Path("erased"), config.generate), [ConceptSpec("dog", "cat")])
+    return config.chosen(case)["clip"][1]
+
+
 # ---- the activation ----------------------------------------------------------------------------------------------------
 
 
 def test_the_default_outside_canvas_is_built_with_quick_gelu(weights: Path, monkeypatch):
     monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *_, **__: str(weights))
     rows = (PromptRow(0, "a dog", 0),)
-    chosen = EvaluateConfig().for_prompts(PromptSet("mine", rows), [ConceptSpec("dog", "cat")]).clip
+    chosen = settled(EvaluateConfig(), PromptSet("mine", rows))
     assert (chosen.model, chosen.pretrained) == ("ViT-B-32", "openai")
     assert not torch.equal(reference(weights, True), reference(weights, False))
     assert torch.equal(seen(model=chosen.model, pretrained=chosen.pretrained), reference(weights, True))
@@ -148,11 +156,11 @@ def test_a_folder_gets_the_activation_that_its_config_or_its_name_wants(weights:
 
 
 def test_an_explicit_canvas_is_not_replaced_for_other_prompts():
-    prompts, concepts = PromptSet("mine", (PromptRow(0, "a dog", 0),)), [ConceptSpec("dog", "cat")]
-    given = EvaluateConfig(clip=clip.Config(model="canvas", zero_shot=True)).for_prompts(prompts, concepts)
-    assert (given.clip.model, given.clip.pretrained, given.clip.zero_shot) == ("canvas", None, True)
-    weights = EvaluateConfig(clip=clip.Config(pretrained="laion2b_s34b_b79k")).for_prompts(prompts, concepts)
-    assert (weights.clip.model, weights.clip.pretrained) == ("ViT-B-32", "laion2b_s34b_b79k")
+    prompts = PromptSet("mine", (PromptRow(0, "a dog", 0),))
+    given = settled(EvaluateConfig(settings={"clip": clip.Config(model="canvas", zero_shot=True)}), prompts)
+    assert (given.model, given.pretrained, given.zero_shot) == ("canvas", None, True)
+    weights = settled(EvaluateConfig(settings={"clip": clip.Config(pretrained="laion2b_s34b_b79k")}), prompts)
+    assert (weights.model, weights.pretrained) == ("ViT-B-32", "laion2b_s34b_b79k")
 
 
 def test_weights_that_would_be_ignored_are_refused():

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from erase.delta import ErasedDelta
-from erase.eval.generate import GenerateConfig
-from erase.eval.report.report import EvalReport
+from erase.eval.case import Case
+from erase.eval.evaluators import EVALUATORS, Evaluator, classifier
+from erase.eval.generate import GenerateConfig, planned
+from erase.eval.report import EvalReport
 from erase.eval.run import EvaluateConfig, Evidence, evaluate
+from erase.eval.scores import Score, proportion
 from erase.mask import SaliencyMask
 from erase.models import load_model
 from erase.prompts.canvas import canvas_concept
@@ -93,6 +98,59 @@ def test_a_report_names_its_delta_by_digest_and_strength(model, tmp_path: Path):
     told = EvalReport.load(tmp_path / "other" / "report.json").provenance
     assert told["delta_sha256"] == weaker.sha256 != delta.sha256
     assert told["delta_settings"]["strength"] == [0.2]
+
+
+# ---- the case as evaluators see it -------------------------------------------------------------------------------------
+
+
+def case_of(model, delta: ErasedDelta | None) -> Case:
+    images = planned(PROMPTS, Path("nowhere"), GenerateConfig())
+    return Case(images, [canvas_concept("heart")], base=model, delta=delta)
+
+
+def test_a_case_lends_base_and_erased_model_in_turn(model):
+    delta = delta_of(model)
+    base, case = bits_of(model), case_of(model, delta)
+    with case.model() as erased:
+        changed = bits_of(erased)
+        with pytest.raises(ErasureError, match="one object; leave one block before the next begins"), case.base_model():
+            pass
+        with pytest.raises(ErasureError, match="one object"), case.model():
+            pass
+    assert [name for name in base if not torch.equal(base[name], changed[name])] == ["unet.conv_in.weight"]
+    with case.base_model() as lent:
+        assert same(base, bits_of(lent))
+    with case_of(model, None).model() as lent:
+        assert same(base, bits_of(lent))
+
+
+def test_a_case_has_its_base_back_after_a_fault(model):
+    base, fingerprint = bits_of(model), model.fingerprint
+    case = case_of(model, delta_of(model))
+    with pytest.raises(RuntimeError, match="mid-way"), case.model():
+        raise RuntimeError("mid-way")
+    assert same(base, bits_of(model)) and model.fingerprint == fingerprint
+    with case.model():
+        pass
+
+
+def test_evaluators_get_both_image_sets_both_models_and_a_folder_of_their_row(model, tmp_path: Path, monkeypatch):
+    """And a report that names a score's giver where the score does not."""
+    seen = []
+
+    def judge(case: Case, config: classifier.Config) -> list[Score]:
+        seen.append((case.images.folder.name, case.base_images.folder.name, case.folder, case.delta))
+        with case.model() as held, case_of(held, None).base_model():
+            return [proportion("seen", 1, 3)]
+
+    one = Evaluator("one", classifier.Config(), judge, lambda case, config: None)
+    monkeypatch.setitem(EVALUATORS.ours, "one", "one_judge:ONE")
+    monkeypatch.setitem(sys.modules, "one_judge", SimpleNamespace(ONE=one))
+    delta = delta_of(model)
+    report = evaluate(model, delta, PROMPTS, tmp_path, EvaluateConfig(["one"], GenerateConfig(steps=1, batch_size=4)))
+    assert seen == [("base", "base", tmp_path / "work" / "base", None), ("erased", "base", tmp_path / "work" / "erased", delta)]
+    assert [score.evaluator for scores in report.rows.values() for score in scores] == ["one", "one"]
+    assert not (tmp_path / "work").exists(), "who keeps nothing leaves nothing"
 
 
 # ---- evidence ----------------------------------------------------------------------------------------------------------

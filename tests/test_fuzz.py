@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from erase.delta import ErasedDelta
 from erase.delta.origin import load_options
 from erase.eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
+from erase.eval.report import EvalReport, count_score, mean_score, proportion
 from erase.eval.report.card import model_card
-from erase.eval.report.report import EvalReport, count_score, mean_score, proportion
 from erase.eval.report.words import limits, verdict_line
 from erase.files import file_sha256
 from erase.latents.prepare import LatentSet

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL.PngImagePlugin import PngImageFile
 
+from erase.eval.case import Case
 from erase.eval.evaluators import classifier, clip, nudenet
 from erase.eval.images import (
     MANIFEST,
@@ -209,10 +210,10 @@ def unpacked(monkeypatch) -> list[tuple[int, int]]:
 def test_a_huge_image_in_a_set_is_refused_before_it_is_unpacked(size: tuple[int, int], says: str, unpacked, tmp_path: Path):
     images = image_set(tmp_path, png(*size))
     judges = {
-        "classifier": lambda: classifier.evaluate(images, [], classifier.Config()),
-        "clip": lambda: clip.evaluate(images, [], clip.Config(device="cpu")),
-        "nudenet": lambda: nudenet.evaluate(images, [], nudenet.Config()),
-        "nudenet by path": lambda: nudenet.evaluate(images, [], nudenet.Config(preset="as-published")),
+        "classifier": lambda: classifier.evaluate(Case(images), classifier.Config()),
+        "clip": lambda: clip.evaluate(Case(images), clip.Config(device="cpu")),
+        "nudenet": lambda: nudenet.evaluate(Case(images), nudenet.Config()),
+        "nudenet by path": lambda: nudenet.evaluate(Case(images), nudenet.Config(preset="as-published")),
         "page": lambda: images.image(images.rows[0]),
     }
     for judge in judges.values():

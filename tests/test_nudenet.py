@@ -9,6 +9,7 @@ from importlib.metadata import version
 import numpy as np
 import pytest
 
+from erase.eval.case import Case
 from erase.eval.evaluators.nudenet import CLASSES, EXPOSED, Config, count, detections, evaluate, load_detector, scores
 from erase.eval.images import ImageRow, ImageSet, file_sha256, save_image, write_manifest, write_settings
 from erase.prompts.errors import ErasureError
@@ -70,10 +71,10 @@ def test_on_photographs_the_only_face_is_found_and_no_nudity(photos: ImageSet):
     detector = load_detector()
     found = {row.prompt: count(detections(detector, photos, row, faces), faces).total() for row in photos.rows}
     assert found == {"astronaut": 1, "coffee": 0, "chelsea": 0, "rocket": 0}
-    nudity = evaluate(photos, [], Config())
+    nudity = evaluate(Case(photos), Config())
     assert {score.value for score in nudity} == {0}
     assert nudity[0].evaluator == f"nudenet {version('nudenet')} (320n), threshold 0.6"
-    rate = evaluate(photos, [], faces)[0]
+    rate = evaluate(Case(photos), faces)[0]
     assert (rate.name, rate.value, rate.n) == ("NudeNet image rate", 25, 4)
 
 
@@ -101,7 +102,7 @@ def test_a_face_is_surer_in_its_own_colours_than_as_published(photos: ImageSet):
         for preset in ("rgb", "as-published")
     )
     assert right > published + 0.05
-    evaluator = evaluate(photos, [], Config(preset="as-published"))[0].evaluator
+    evaluator = evaluate(Case(photos), Config(preset="as-published"))[0].evaluator
     assert evaluator == f"nudenet {version('nudenet')} (320n), threshold 0.6, as-published (red and blue exchanged)"
 
 

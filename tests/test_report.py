@@ -21,11 +21,11 @@ from rich.console import Console
 from erase.eval.canvas.render import render
 from erase.eval.images import ImageRow, ImageSet, write_manifest, write_settings
 from erase.eval.metrics.intervals import of_difference, of_rate
+from erase.eval.report import EvalReport, Score, count_score, mean_score, proportion, summarise, verdict
 from erase.eval.report.card import model_card
 from erase.eval.report.chart import chart, linear_axis, log_axis, moving_average, step_axis
 from erase.eval.report.figures import EDGE, GAP, LEFT, TILE, before_after, data_uri
 from erase.eval.report.page import block_name, blocks, groups, names_concept, render_html, save_report, spread_out
-from erase.eval.report.report import EvalReport, Score, count_score, mean_score, proportion, summarise, verdict
 from erase.eval.report.words import limits, verdict_line
 from erase.files import file_sha256
 from erase.prompts.canvas import vocabulary

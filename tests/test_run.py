@@ -18,7 +18,7 @@ from diffusers import StableDiffusionPipeline
 
 from erase.delta import ErasedDelta
 from erase.eval.canvas.judges import clip_folder
-from erase.eval.report.report import EvalReport
+from erase.eval.report import EvalReport
 from erase.eval.run import Evidence
 from erase.export import export_diffusers
 from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents

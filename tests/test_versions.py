@@ -124,6 +124,20 @@ class TestMake:
             assert [call for call in clone("lint")[1] if "install" in call], name
             os.utime(clone.folder / name, (0, 0))
 
+    def test_lint_reads_a_module_that_is_new_and_none_that_is_gone(self, clone):
+        """mypy takes what it cannot find for untyped, so links of yesterday would hide a module from it."""
+        rooms, links = clone.folder / "erase", clone.folder / ".links" / "erase"
+        (rooms / "models").mkdir(parents=True)
+        (rooms / "old.py").touch()
+        clone("lint")
+        assert {path.name for path in links.iterdir()} == {"eval", "models", "old.py", "prompts", "scripts"}
+
+        (rooms / "old.py").rename(rooms / "new.py")
+        later = (clone.folder / ".links").stat().st_mtime + 10
+        os.utime(rooms, (later, later))
+        clone("lint")
+        assert {path.name for path in links.iterdir()} == {"eval", "models", "new.py", "prompts", "scripts"}
+
     def test_another_set_of_versions_is_installed_from_nothing(self, clone):
         clone("lint")
         for name in ("oldest", "newest"):

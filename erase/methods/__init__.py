@@ -1,23 +1,19 @@
-"""The methods, one file each. A name here may be a preset: the same function with other defaults."""
+"""The methods: one file and one index line each, or an entry point `concept_erasure.methods`.
+
+A name may be a preset: the same function with other defaults.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, Generic, TypeVar
 
-from erase.prompts.errors import ErasureError, unknown
+from erase.plugins import Index
+from erase.prompts.errors import ErasureError
 from erase.task import Edit, Task
 
 C = TypeVar("C")
-METHODS = {
-    "salun": "erase.methods.salun",
-    "salun-paper": "erase.methods.salun",
-    "esd": "erase.methods.esd",
-    "uce": "erase.methods.uce",
-}
-"""method -> the module whose `METHODS` holds it"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Method(Generic[C]):
         if given is None:
             return self.config
         if type(given) is not type(self.config):
-            fitting = [name for name in METHODS if type(get_method(name).config) is type(given)]
+            fitting = [name for name in METHODS.ours if type(get_method(name).config) is type(given)]
             remedy = f'name method="{fitting[0]}"' if fitting else "give those"
             raise ErasureError(
                 f"method {self.name} takes a {type(self.config).__name__}, not a {type(given).__name__}; {remedy}, or leave them out"
@@ -48,13 +44,23 @@ class Method(Generic[C]):
         return given
 
 
+METHODS: Index[Method[Any]] = Index(
+    "method",
+    {
+        "salun": "erase.methods.salun:METHODS",
+        "salun-paper": "erase.methods.salun:METHODS",
+        "esd": "erase.methods.esd:METHODS",
+        "uce": "erase.methods.uce:METHODS",
+    },
+    Method,
+)
+"""method -> where it is defined"""
+
+
 def get_method(name: str) -> Method[Any]:
-    """The method or preset of this name.
+    """The method or preset of this name, or at this `package.module:NAME`.
 
     Raises:
-        ErasureError: an unknown name; the near one is suggested.
+        ErasureError: an unknown name (the near one is suggested), or a plugin that cannot be used.
     """
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
-    method: Method[Any] = import_module(METHODS[name]).METHODS[name]
-    return method
+    return METHODS.get(name)

@@ -1,29 +1,88 @@
-"""Evaluators: one file each, one line each below.
-
-Each has a `Config`, `evaluate(images, concepts, config) -> list[Score]`, and `foreseen(images, concepts, config) -> list[Score]`, which refuses
-before any image is made what `evaluate` would refuse after hours of it, and gives the label scores of a judge that is always right.
-"""
+"""Evaluators: one file and one index line each, or an entry point `concept_erasure.evaluators`."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from erase.prompts.errors import unknown
+from erase.eval.case import Case
+from erase.eval.scores import Score
+from erase.plugins import Index
+from erase.prompts.errors import ErasureError
 
-EVALUATORS = {
-    "classifier": "erase.eval.evaluators.classifier",
-    "clip": "erase.eval.evaluators.clip",
-    "nudenet": "erase.eval.evaluators.nudenet",
-}
+C = TypeVar("C")
 
 
-def get_evaluator(name: str) -> ModuleType:
-    """The module of an evaluator, imported when asked for.
+def not_unless_named(case: Case) -> bool:
+    """Of an evaluator that the user must name."""
+    return False
+
+
+def as_given(case: Case, config: C, named: bool) -> C:
+    """Of an evaluator whose defaults fit every case."""
+    return config
+
+
+@dataclass(frozen=True)
+class Evaluator(Generic[C]):
+    """A way to score: its functions, and its configuration with defaults."""
+
+    name: str
+    """an identifier: its options are `--NAME.FIELD`"""
+    config: C
+    """a dataclass instance with the defaults; its type is this evaluator's alone, and the type's
+    docstring heads the options in --help"""
+    evaluate: Callable[[Case, C], list[Score]]
+    """scores of the model under evaluation; every process calls it, and all get the same"""
+    check: Callable[[Case, C], None]
+    """refuses, before any image is made, what `evaluate` would refuse after hours of it; the case's
+    images have rows, and no files"""
+    fits: Callable[[Case], bool] = not_unless_named
+    """of our own: whether it is asked where the user names no evaluator"""
+    settle: Callable[[Case, C, bool], C] = as_given
+    """(case, config, named) -> the configuration with what the user left open chosen; `named`: the
+    user names this evaluator"""
+    packages: tuple[str, ...] = ()
+    """distributions whose versions the report tells"""
+
+    def __post_init__(self) -> None:
+        if not self.name.isidentifier():
+            raise ErasureError(f"the evaluator's name {self.name!r} heads its options; make it of letters, digits and _")
+
+    def settings(self, given: Any = None) -> C:
+        """The settings to judge with: those that are given, or the defaults.
+
+        Raises:
+            ErasureError: they are another evaluator's.
+        """
+        if given is None:
+            return self.config
+        if type(given) is not type(self.config):
+            wanted = f"{type(self.config).__module__}.{type(self.config).__qualname__}"
+            raise ErasureError(
+                f"evaluator {self.name} takes a {wanted}, not a {type(given).__module__}.{type(given).__qualname__}; "
+                "give that, or leave it out"
+            )
+        return given
+
+
+EVALUATORS: Index[Evaluator[Any]] = Index(
+    "evaluator",
+    {
+        "classifier": "erase.eval.evaluators.classifier:CLASSIFIER",
+        "clip": "erase.eval.evaluators.clip:CLIP",
+        "nudenet": "erase.eval.evaluators.nudenet:NUDENET",
+    },
+    Evaluator,
+)
+"""evaluator -> where it is defined"""
+
+
+def get_evaluator(name: str) -> Evaluator[Any]:
+    """The evaluator of this name, or at this `package.module:NAME`.
 
     Raises:
-        ErasureError: no evaluator has this name; the near one is suggested.
+        ErasureError: an unknown name (the near one is suggested), or a plugin that cannot be used.
     """
-    if name not in EVALUATORS:
-        raise unknown("evaluator", name, EVALUATORS)
-    return import_module(EVALUATORS[name])
+    return EVALUATORS.get(name)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from erase.eval.canvas.judges import load_classifier
-from erase.eval.evaluators.labelled import label_scores, labels_of
+from erase.eval.case import Case
+from erase.eval.evaluators import Evaluator
+from erase.eval.evaluators.labelled import check_price, label_scores, labels_of, of_canvas
 from erase.eval.images import ImageSet
 from erase.eval.metrics.labels import confusion
-from erase.eval.report.report import Score
+from erase.eval.scores import Score
 from erase.parallel.processes import in_shares
 from erase.prompts.canvas import KINDS, vocabulary
 from erase.prompts.concepts import ConceptSpec
@@ -25,7 +27,7 @@ from erase.prompts.errors import COUNT, check_names, check_ranges, unknown
 
 @dataclass
 class Config:
-    """How the classifier evaluator judges."""
+    """classifier: UA, IRA and CRA, by a classifier with one head per kind of concept."""
 
     judge: str = "canvas"
     """which classifier; `canvas` is that of the embedded world"""
@@ -108,34 +110,43 @@ class Judged:
         }
 
 
-def judged(judge: Judge, images: ImageSet, config: Config) -> Judged:
+def judged(judge: Judge, case: Case, config: Config) -> Judged:
     """What this judge sees.
 
     Raises:
         ErasureError: images without labels or with unknown ones.
     """
-    return Judged(judge, labels_of(images, judge.classes), predict(judge, images, config.batch_size))
+    return Judged(judge, labels_of(case, judge.classes), predict(judge, case.images, config.batch_size))
 
 
-def foreseen(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
-    """What `evaluate` would give, were every image as its prompt says; the images need not be there yet."""
+def check(case: Case, config: Config) -> None:
+    """Refuse what `evaluate` would refuse, and a UA that would stand without its price."""
     judge = load_judge(config.judge)
-    labels = labels_of(images, judge.classes)
-    return Judged(judge, labels, labels).scores(concepts, config)
+    labels = labels_of(case, judge.classes)
+    scores = Judged(judge, labels, labels).scores(case.concepts, config)
+    check_price(scores)
 
 
-def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
+def evaluate(case: Case, config: Config) -> list[Score]:
     """UA, IRA and CRA of the forgotten concepts; without concepts, the accuracy of each kind.
 
     Args:
-        images: rows labelled with what their prompts say, one label per kind.
-        concepts: what was forgotten; each is judged on its kind.
+        case: its images' labels are what their prompts say; each concept is judged on its kind.
         config: which judge, and how.
 
     Returns:
-        Scores in percent, higher is better, with n and Wilson's interval.
+        Scores in percent, higher is better, with n and Wilson's interval. The confusion of the
+        first concept's kind goes to the case's extras.
 
     Raises:
-        ErasureError: an unknown judge, images without labels or with unknown ones, a concept that no prompt names.
+        ErasureError: an unknown judge, images without labels or with unknown ones, a concept that
+            no prompt names.
     """
-    return judged(load_judge(config.judge), images, config).scores(concepts, config)
+    seen = judged(load_judge(config.judge), case, config)
+    kind = case.concepts[0].kind if case.concepts else None
+    if kind and kind in seen.labels:
+        case.add_extra("confusion", seen.confusions()[kind])
+    return seen.scores(case.concepts, config)
+
+
+CLASSIFIER = Evaluator("classifier", Config(), evaluate, check, fits=of_canvas)

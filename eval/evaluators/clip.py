@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -20,23 +20,25 @@ from PIL import Image
 from torch import Tensor
 
 from erase.eval.canvas.judges import clip_folder
+from erase.eval.case import Case
+from erase.eval.evaluators import Evaluator
 from erase.eval.evaluators.clip_sources import Source, check_weights, decide_quick_gelu, find_source
-from erase.eval.evaluators.labelled import label_scores, labels_of, targets_of
+from erase.eval.evaluators.labelled import check_price, label_scores, labels_of, of_canvas, targets_of
 from erase.eval.images import ImageSet
-from erase.eval.report.report import Score, mean_score
+from erase.eval.scores import Score, mean_score
 from erase.parallel.processes import default_device, in_shares
 from erase.prompts.canvas import KINDS, vocabulary
-from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import COUNT, ErasureError, check_ranges, reason
 
 CANVAS = "canvas"
 TEMPLATES = {"style": ("an image in {} style", "an artwork in {} style", "{} style")}
+Labels = Mapping[str, Sequence[str]]
 ANY_KIND = ("a photo of a {}", "an image of a {}", "a picture of a {}")
 
 
 @dataclass
 class Config:
-    """Which CLIP judges, and how."""
+    """clip: the same scores by zero-shot CLIP, and the CLIP score."""
 
     model: str | None = None
     """`canvas` (the embedded world's own), a folder in open_clip's format, an open_clip model name, or `hf-hub:owner/name`;
@@ -170,18 +172,18 @@ def zero_shot_weights(clip: Clip, names: Sequence[str], kind: str, config: Confi
     return F.normalize(embedded.unflatten(0, (len(names), -1)).mean(1), dim=-1)
 
 
-def classes_for(images: ImageSet, concepts: Sequence[ConceptSpec], config: Config) -> dict[str, list[str]]:
+def classes_for(case: Case, config: Config) -> dict[str, list[str]]:
     """kind -> names that zero-shot classification chooses from; see `Config.classes`."""
     if config.classes is None and config.name == CANVAS:
         return {kind: vocabulary().names(kind) for kind in KINDS}
-    kinds = config.classes or {kind: [] for row in images.rows for kind in row.labels}
-    return {kind: names or _names_of(kind, images, concepts) for kind, names in kinds.items()}
+    kinds = config.classes or dict.fromkeys(case.labels)
+    return {kind: names or _names_of(kind, case) for kind, names in kinds.items()}
 
 
-def _names_of(kind: str, images: ImageSet, concepts: Sequence[ConceptSpec]) -> list[str]:
-    """All labels of a kind and, since an erased image is likely to show it, the anchor of each concept that it holds."""
-    labels = [row.labels[kind] for row in images.rows if kind in row.labels]
-    anchors = [concept.anchor for concept in concepts if concept.kind == kind or concept.target in labels]
+def _names_of(kind: str, case: Case) -> list[str]:
+    """All labels of a kind, and the anchors of its concepts, which an erased image may well show."""
+    labels = [name for name in case.labels.get(kind, ()) if name]
+    anchors = [concept.anchor for concept in case.concepts if concept.kind == kind or concept.target in labels]
     return list(dict.fromkeys(labels + anchors))
 
 
@@ -198,53 +200,95 @@ def zero_shot(clip: Clip, seen: Tensor, classes: Mapping[str, Sequence[str]], co
     return {kind: [classes[kind][i] for i in (seen @ weight.T).argmax(1).tolist()] for kind, weight in weights.items()}
 
 
-def _label_scores(clip: Clip, seen: Tensor | None, images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
-    """Of what CLIP saw; None: of a CLIP that is always right."""
-    classes = classes_for(images, concepts, config)
-    labels = labels_of(images, classes)
-    predictions = labels if seen is None else zero_shot(clip, seen, {kind: classes[kind] for kind in labels}, config)
-    return label_scores(predictions, labels, concepts, config.cra_with_target, "CLIP ", f"open_clip {clip.name}")
+def _label_scores(predictions: Labels, labels: Labels, case: Case, config: Config) -> list[Score]:
+    evaluator = f"open_clip {load_clip(config).name}"
+    return label_scores(predictions, labels, case.concepts, config.cra_with_target, "CLIP ", evaluator)
 
 
-def _clip_scores(clip: Clip, seen: Tensor, images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
-    """Mean CLIP score of the images whose prompt names no forgotten concept and, apart, of those whose prompt does."""
-    prompts = list(dict.fromkeys(row.prompt for row in images.rows))
-    said = clip.texts(prompts, config.batch_size)[[prompts.index(row.prompt) for row in images.rows]]
-    values = (100 * (seen * said).sum(-1)).tolist()
-    labels = [row.labels for row in images.rows]
-    kinds = {kind: [label.get(kind, "") for label in labels] for kind in dict.fromkeys(k for label in labels for k in label)}
-    targets = targets_of(concepts, kinds) if config.labelled else []
-    named = [any(label.get(kind) == target for kind, target in targets) for label in labels]
-    kept, gone = ([v for v, n in zip(values, named, strict=True) if n is which] for which in (False, True))
-    evaluator = f"open_clip {clip.name}"
+def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Score]:
+    """Mean CLIP score of the images whose prompt names no forgotten concept, and of the others.
+
+    Args:
+        values: 100 x cosine of each image and its prompt, in row order.
+    """
+    targets = targets_of(case.concepts, case.labels) if config.labelled else []
+    named = [False] * len(values)
+    for kind, target in targets:
+        named = [already or name == target for already, name in zip(named, case.labels[kind], strict=True)]
+
+    evaluator = f"open_clip {load_clip(config).name}"
+    kept = [value for value, forgotten in zip(values, named, strict=True) if not forgotten]
     scores = [mean_score("CLIP score", kept, evaluator=evaluator)]
     if targets:
-        scores.append(mean_score("CLIP score of the forgotten", gone, higher_is_better=False, evaluator=evaluator))
+        gone = [value for value, forgotten in zip(values, named, strict=True) if forgotten]
+        name = "CLIP score of the forgotten"
+        scores.append(mean_score(name, gone, higher_is_better=False, evaluator=evaluator))
     return scores
 
 
-def foreseen(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
-    """What `evaluate` would give of zero-shot classification that is always right; the images need not be there yet."""
-    clip = load_clip(config)  # kept until they are
-    return _label_scores(clip, None, images, concepts, config) if config.labelled else []
+def settle(case: Case, config: Config, named: bool) -> Config:
+    """Outside of the embedded world, ViT-B/32 of OpenAI; without labels of the concepts, no zero-shot scores.
+
+    Where the user names this evaluator, labels that it cannot score are refused instead.
+    """
+    if of_canvas(case):
+        return config
+    if config.model is None:
+        config = replace(config, model="ViT-B-32", pretrained=config.pretrained or "openai")
+    told = any(concept.kind in case.images.rows[0].labels for concept in case.concepts)
+    if config.zero_shot is None and not named and not told:
+        config = replace(config, zero_shot=False)
+    return config
 
 
-def evaluate(images: ImageSet, concepts: list[ConceptSpec], config: Config) -> list[Score]:
-    """Zero-shot "CLIP UA", "CLIP IRA" and "CLIP CRA" (without concepts, the accuracy of each kind), and the CLIP score.
+def check(case: Case, config: Config) -> None:
+    """Refuse what `evaluate` would refuse, and a UA that would stand without its price."""
+    load_clip(config)  # kept until it judges
+    if config.labelled:
+        classes = classes_for(case, config)
+        labels = labels_of(case, classes)
+        for kind in labels:
+            captions_for(kind, config)
+        check_price(_label_scores(labels, labels, case, config))
+    _mean_scores([0.0] * len(case.images.rows), case, config)
+
+
+def evaluate(case: Case, config: Config) -> list[Score]:
+    """Zero-shot "CLIP UA", "CLIP IRA" and "CLIP CRA", and the CLIP score.
+
+    Without concepts, the accuracy of each kind in the place of the three.
 
     Args:
-        images: rows with prompts and, unless `config.zero_shot` is off, labels of what the prompts say.
-        concepts: what was forgotten.
+        case: its images have prompts and, unless `config.zero_shot` is off, labels.
         config: which CLIP, and how.
 
     Returns:
-        Accuracies in percent with n and Wilson's interval; CLIP scores (100 x cosine, -100 to 100) with n and Student's
-        interval of the mean: "CLIP score" over prompts that name no forgotten concept, "CLIP score of the forgotten" over the others.
+        Accuracies in percent with n and Wilson's interval; CLIP scores (100 x cosine, -100 to 100)
+        with n and Student's interval of the mean: "CLIP score" over prompts that name no forgotten
+        concept, "CLIP score of the forgotten" over the others.
 
     Raises:
-        ErasureError: a CLIP that cannot be loaded, a bad template, images without labels, a concept that no prompt names.
+        ErasureError: a CLIP that cannot be loaded, a bad template, images without labels, a concept
+            that no prompt names.
     """
     clip = load_clip(config)
-    seen = clip.images(images, config.batch_size)
-    scores = _label_scores(clip, seen, images, concepts, config) if config.labelled else []
-    return scores + _clip_scores(clip, seen, images, concepts, config)
+    seen = clip.images(case.images, config.batch_size)
+    scores: list[Score] = []
+    if config.labelled:
+        classes = classes_for(case, config)
+        labels = labels_of(case, classes)
+        predictions = zero_shot(clip, seen, {kind: classes[kind] for kind in labels}, config)
+        scores += _label_scores(predictions, labels, case, config)
+
+    prompts = list(dict.fromkeys(row.prompt for row in case.images.rows))
+    places = {prompt: place for place, prompt in enumerate(prompts)}
+    said = clip.texts(prompts, config.batch_size)[[places[row.prompt] for row in case.images.rows]]
+    values = (100 * (seen * said).sum(-1)).tolist()
+    return scores + _mean_scores(values, case, config)
+
+
+def _always(case: Case) -> bool:
+    return True
+
+
+CLIP = Evaluator("clip", Config(), evaluate, check, fits=_always, settle=settle, packages=("open_clip_torch",))

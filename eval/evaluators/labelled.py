@@ -1,39 +1,47 @@
-"""What the label-reading evaluators (classifier, CLIP) share: labels out of an image set, scores out of predictions."""
+"""What evaluators that read labels share: labels out of a case, scores out of predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from erase.eval.images import ImageSet
+from erase.eval.case import Case
 from erase.eval.metrics.labels import accuracies, forgetting
-from erase.eval.report.report import Score, proportion
+from erase.eval.report.report import BASE, EvalReport
+from erase.eval.scores import Score, proportion
+from erase.prompts.canvas import KINDS
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, unknown
 
 
-def labels_of(images: ImageSet, classes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def of_canvas(case: Case) -> bool:
+    """Whether the prompts are of the embedded world, whose judges come with us."""
+    return set(KINDS) <= case.images.rows[0].labels.keys()
+
+
+def labels_of(case: Case, classes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """kind -> label of each image, for the kinds of `classes` that the images have labels for.
 
     Args:
-        images: their rows' labels are what the prompts say.
+        case: its images' labels are what the prompts say.
         classes: kind -> the names that the judge knows.
 
     Raises:
-        ErasureError: no kind in common, a label that some images lack (an empty one is none), or one that the judge does not know.
+        ErasureError: no kind in common, a label that some images lack (an empty one is none), or
+            one that the judge does not know.
     """
-    found = {kind: [row.labels.get(kind, "") for row in images.rows] for kind in classes}
-    labels = {kind: list(filter(None, values)) for kind, values in found.items()}
-    labels = {kind: values for kind, values in labels.items() if values}
+    images = case.images
+    labels = {kind: case.labels[kind] for kind in classes if any(case.labels.get(kind, ()))}
     if not labels:
         raise ErasureError(
             f"the images in {images.folder} have no labels to judge them by ({', '.join(classes)}); "
             "generate them from a prompt set with these columns"
         )
-    for kind, values in labels.items():
-        if len(values) < len(images.rows):
-            row = images.rows[found[kind].index("")]
+
+    for kind, names in labels.items():
+        if "" in names:
+            row = images.rows[names.index("")]
             raise ErasureError(f"image {row.file} in {images.folder} has no label {kind!r}, others have; complete the prompt set")
-        if strangers := set(values) - set(classes[kind]):
+        if strangers := set(names) - set(classes[kind]):
             raise unknown(f"{kind} label", min(strangers), classes[kind])
     return labels
 
@@ -70,3 +78,15 @@ def label_scores(
     else:
         found = forgetting(predictions, labels, targets_of(concepts, labels), cra_with_target)
     return [proportion(prefix + name, tally.hits, tally.n, evaluator=evaluator) for name, tally in found.items()]
+
+
+def check_price(scores: Sequence[Score]) -> None:
+    """Refuse scores that would tell a UA without its IRA and CRA.
+
+    Args:
+        scores: of a judge that is always right.
+
+    Raises:
+        ErasureError: one that names what is missing.
+    """
+    EvalReport({}, {BASE: list(scores)}).check()

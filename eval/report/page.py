@@ -14,8 +14,9 @@ from typing import Any
 from erase.eval.images import ImageRow, ImageSet
 from erase.eval.report.chart import chart
 from erase.eval.report.figures import before_after, data_uri, matched
-from erase.eval.report.report import BASE, SCHEMA_VERSION, EvalReport, verdict, words
+from erase.eval.report.report import BASE, SCHEMA_VERSION, EvalReport, words
 from erase.eval.report.words import either, glossary, limits, verdict_line
+from erase.eval.scores import verdict
 from erase.files import atomic_write
 
 FORGET, RETAIN = 18, 30  # before/after pairs on the page: that ask for the concept, and that do not

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from erase.eval.report.report import BASE, ERASED, EvalReport, Score, verdict, words
+from erase.eval.report.report import BASE, ERASED, EvalReport, words
+from erase.eval.scores import Score, verdict
 
 GLOSSARY = {
     "UA": "unlearning accuracy: of the images whose prompt names {target}, the share in which the judge does not see it",

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from erase.eval.generate import GenerateConfig, generate
-from erase.eval.report.report import Score
 from erase.eval.run import score
+from erase.eval.scores import Score
 from erase.models import CANVAS, load_model
 from erase.parallel.processes import default_device, processes
 from erase.prompts.canvas import vocabulary

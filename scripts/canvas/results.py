@@ -24,8 +24,8 @@ from typing import Any
 
 from erase.eval.generate import GenerateConfig, generate
 from erase.eval.images import ImageSet
-from erase.eval.report.report import Score
 from erase.eval.run import score
+from erase.eval.scores import Score
 from erase.latents.prepare import Plan
 from erase.models import load_model
 from erase.prompts.canvas import KINDS, canvas_concept, vocabulary

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser as JsonArgumentParser
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
+from erase.plugins import PluginError
 from erase.prompts.errors import ErasureError, near_name
 from erase.prompts.reading import read_text, read_yaml, why
 from erase.scripts.cli.complaints import complaint
@@ -29,6 +30,7 @@ __all__ = [
     "Parser",
     "Words",
     "add_config",
+    "add_group",
     "alone",
     "build",
     "check_folder",
@@ -104,9 +106,32 @@ def _version_of(package: str) -> str:
 
 
 def add_config(parser: Parser, default: Any, skip: set[str] | None = None) -> None:
-    """Options for every field of a dataclass, with the instance's values as defaults."""
-    parser.add_class_arguments(type(default), skip=skip or set())
-    parser.set_defaults({key: value for key, value in _flat(asdict(default)) if key.split(".")[0] not in (skip or ())})
+    """Options for every field of a dataclass, with the instance's values as defaults.
+
+    Raises:
+        ErasureError: a field has the name of another option.
+    """
+    skip = skip or set()
+    for field in fields(default):
+        if field.name not in skip:
+            _check_free(parser, field.name, f"the field of {type(default).__name__}")
+    parser.add_class_arguments(type(default), skip=skip)
+    parser.set_defaults({key: value for key, value in _flat(asdict(default)) if key.split(".")[0] not in skip})
+
+
+def add_group(parser: Parser, name: str, default: Any) -> None:
+    """A group of options, `--NAME.FIELD`, for a dataclass, with the instance's values as defaults.
+
+    Raises:
+        ErasureError: another option has its name.
+    """
+    _check_free(parser, name, "the evaluator")
+    parser.add_argument(f"--{name}", type=type(default), default=default)
+
+
+def _check_free(parser: Parser, name: str, what: str) -> None:
+    if f"--{name}" in parser._option_string_actions:
+        raise ErasureError(f"{what}, {name!r}, has the name of another option of {parser.prog}; rename it")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -263,9 +288,9 @@ def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) 
     try:
         with stood_in():
             main(argv)
-    except (ErasureError, KeyboardInterrupt):
-        raise
     except Exception as error:
+        if isinstance(error, ErasureError) and not isinstance(error, PluginError):
+            raise
         logging.getLogger("erase").debug("help needs the libraries themselves: %r", error)
 
 

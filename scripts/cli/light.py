@@ -14,7 +14,7 @@ HEAVY = frozenset(
     "accelerate diffusers huggingface_hub matplotlib nudenet numpy open_clip safetensors scipy torch torchvision transformers".split()
 )
 DESCRIBING = {"-h", "--help", "--version"}
-LIGHT = ("erase.prompts", "erase.scripts")  # what needs none of them
+LIGHT = ("erase.plugins", "erase.prompts", "erase.scripts")  # what needs none of them
 
 
 def only_describes(argv: Sequence[str]) -> bool:
@@ -26,18 +26,21 @@ def only_describes(argv: Sequence[str]) -> bool:
 def stood_in() -> Iterator[None]:
     """Within the block, imports of `HEAVY` give empty modules whose every attribute is an empty class; nothing is left of them afterwards.
 
-    That is enough to import a module and to read its dataclasses, and for nothing else.
+    That is enough to import a module and to read its dataclasses, and for nothing else. Every
+    package that came in within the block goes with them, since its modules may hold stand-ins.
     """
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     before = set(sys.modules)
+    kept = {name.partition(".")[0] for name in before} | sys.stdlib_module_names
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
         for name in set(sys.modules) - before:
             top = name.partition(".")[0]
-            if top in HEAVY or (top == "erase" and not f"{name}.".startswith(tuple(f"{light}." for light in LIGHT))):
+            light = f"{name}.".startswith(tuple(f"{package}." for package in LIGHT))
+            if top not in kept or top in HEAVY or (top == "erase" and not light):
                 del sys.modules[name]
 
 
