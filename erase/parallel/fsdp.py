@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
@@ -23,9 +23,6 @@ from erase.parallel.launch import FullShard, full_shard
 from erase.parallel.layout import Layout
 from erase.parallel.processes import processes
 from erase.prompts.errors import ErasureError
-
-if TYPE_CHECKING:
-    from erase.training.config import TrainConfig
 
 VALUE_BY_VALUE = {
     "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
@@ -41,12 +38,21 @@ BLOCKS = {"resnets", "attentions", "transformer_blocks"}
 """lists of modules whose members are gathered one at a time; what lies outside of them is gathered for the whole pass"""
 
 
+class Settings(Protocol):
+    """What shards look at of a training's settings (`TrainConfig`)."""
+
+    optimizer: str
+    mixed_precision: str
+    channels_last: bool
+    compile: bool
+
+
 def sharding() -> FullShard | None:
     """The FSDP that this launch asks for, where there are several processes; None: models stay whole."""
     return full_shard() if processes().num_processes > 1 else None
 
 
-def check_sharded(config: TrainConfig, lora_rank: int = 0) -> FullShard | None:
+def check_sharded(config: Settings, lora_rank: int = 0) -> FullShard | None:
     """The FSDP that this launch asks for, after a look at what shards cannot do; None: models stay whole.
 
     Raises:
