@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from accelerate import Accelerator
-
-from erase.latents.prepare import LatentSet
-from erase.methods import Edit, Method
-from erase.models import DiffusionModel
-from erase.prompts.concepts import ConceptSpec
+from erase.methods import Method
 from erase.prompts.errors import FRACTION, check_ranges
+from erase.task import Edit, Task
 
 
 @dataclass
@@ -25,21 +20,10 @@ class FadeConfig:
         check_ranges(self, {"strength": FRACTION})
 
 
-def edit(
-    model: DiffusionModel,  # seam
-    concepts: list[ConceptSpec],  # seam
-    forget: LatentSet,  # seam
-    retain: LatentSet,  # seam
-    config: FadeConfig,
-    *,
-    seed: int,  # seam
-    accelerator: Accelerator,  # seam
-    folder: Path | None = None,  # seam
-) -> Edit:
+def edit(task: Task, config: FadeConfig) -> Edit:
     """Make the cross-attention's values smaller, whatever the concept."""
-    params = model.parameters()
-    chosen = [name for name in params if name.endswith("attn2.to_v.weight")]
-    return Edit({name: params[name].detach() * (1 - config.strength) for name in chosen}, [])
+    chosen = task.weights(r"attn2\.to_v\.weight")
+    return Edit({name: param.detach() * (1 - config.strength) for name, param in chosen.items()})
 
 
 FADE = Method("fade", "https://example.org/fade", FadeConfig(), edit)

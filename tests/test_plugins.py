@@ -85,7 +85,7 @@ def told(capsys) -> str:
 @pytest.mark.parametrize(
     ("module", "flags", "shown", "hidden"),
     [
-        ("run_erase", [], ["salun-paper, fade (of outside 1.0), or"], "--strength"),
+        ("run_erase", [], ["uce, fade (of outside 1.0), or"], "--strength"),
         ("run_erase", ["--method", "fade"], ["--strength", "share of the cross-attention's values"], "--saliency_"),
         ("run_erase", ["--method=outside.method:FADE"], ["--strength", "(type: float, default: 0.5)"], "--saliency_"),
         ("run_evaluate", [], ["nudenet, brightness (of outside 1.0), or"], "--brightness"),

@@ -39,10 +39,10 @@ BLOCKS = {"resnets", "attentions", "transformer_blocks"}
 
 
 class Settings(Protocol):
-    """What shards ask of a training's settings."""
+    """What shards look at of a training's settings (`TrainConfig`)."""
 
-    mixed_precision: str
     optimizer: str
+    mixed_precision: str
     channels_last: bool
     compile: bool
 
