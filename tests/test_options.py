@@ -24,10 +24,7 @@ def params():
     """No diffusion model: any parameters train through the same loop."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"a.weight": (6, 5), "a.bias": (6,), "b.weight": (3, 6)}
-    return {
-        name: nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
-        for name, shape in shapes.items()
-    }
+    return {name: nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False) for name, shape in shapes.items()}
 
 
 INPUTS = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
@@ -122,8 +119,7 @@ def test_smoothing_averages_over_displacements_that_the_seed_fixes(params):
 
     generator = torch.Generator().manual_seed(3 * 1_000_003)
     drawn = [
-        {name: param + 0.2 * torch.randn(param.shape, generator=generator) for name, param in params.items()}
-        for _ in range(2)
+        {name: param + 0.2 * torch.randn(param.shape, generator=generator) for name, param in params.items()} for _ in range(2)
     ]
     found, retain = [gradients(params, "forget", at=at) for at in drawn], gradients(params, "retain")
     for name, param in params.items():
@@ -251,9 +247,7 @@ ALL = {
 
 @pytest.mark.parametrize("change", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
-def test_under_any_option_the_mask_holds_the_base_stays_and_a_resumed_run_is_the_run(
-    params, tmp_path, change, optimizer
-):
+def test_under_any_option_the_mask_holds_the_base_stays_and_a_resumed_run_is_the_run(params, tmp_path, change, optimizer):
     mask = SaliencyMask.random(params, 0.6, 0)
     before = {name: param.detach().clone() for name, param in params.items()}
     train_config = replace(SGD, optimizer=optimizer, lr=0.01, steps=6, checkpoint_every=2, accumulation=2)

@@ -45,4 +45,3 @@ def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Param
     if not chosen:
         raise ErasureError(f"scope {scope!r} matches none of the {len(params)} parameters, e.g. {next(iter(params), 'none')!r}")
     return chosen
-
