@@ -146,7 +146,7 @@ def test_a_mask_is_described_by_kind_of_layer(tmp_path, capsys):
         "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.tensor([7.0, 0.3]),
         "unet.down_blocks.0.resnets.0.norm1.weight": torch.tensor([0.4, 0.5]),
     }
-    Saliency(values).save(tmp_path / "saliency.safetensors")
+    Statistics({"forget.sum": values}).save(tmp_path / "saliency.safetensors")
     describe_mask.main([str(tmp_path / "saliency.safetensors"), "--densities", "0.375"])
     first, _, *rows = capsys.readouterr().out.splitlines()
     assert first == "3 of 8 weights may change (37.500%)"
