@@ -1,7 +1,7 @@
 """Saliency and masks: which weights matter to the concept, one bit per weight (SalUn, Fan et al., ICLR 2024, eq. 3-4).
 
-`SaliencyAccumulator` (mutable) sums signed gradients over batches; `Saliency` (frozen) is the absolute value of that sum and
-can be cut at any density; `SaliencyMask` (frozen) is the result, packed, and knows the model it belongs to.
+`Saliency` is a score per weight, which a rule computes from gradients (`erase.training.rules`); cut at a density it is a
+`SaliencyMask`, packed, which knows the model it belongs to.
 """
 
 from __future__ import annotations
@@ -10,123 +10,67 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from erase.files import errors_named, load_tensors, save_tensors
-from erase.parallel.layout import Layout
 from erase.prompts.errors import ErasureError
-from erase.tensors import all_finite, pack, sha256_of, top_k, unpack
-
-
-class SaliencyAccumulator:
-    """Sums the gradients of parameters, signed and in float32; batches may cancel."""
-
-    def __init__(self, params: Mapping[str, nn.Parameter], layout: Layout | None = None) -> None:
-        self._params, self._layout = dict(params), layout or Layout()
-        self._sums = {
-            name: torch.zeros_like(self._layout.local(param), dtype=torch.float32, memory_format=torch.contiguous_format)
-            for name, param in self._params.items()
-        }
-
-    def add_gradients(self) -> None:
-        """Add each parameter's `.grad` to its sum and clear it. A parameter without gradient counts as zero."""
-        for name in self._params:
-            self._add(name)
-
-    def _add(self, name: str) -> None:
-        param = self._params[name]
-        if param.grad is not None:
-            self._sums[name] += self._layout.local(param.grad)
-            param.grad = None
-
-    @contextmanager
-    def collecting(self) -> Iterator[None]:
-        """Within the block, each backward pass adds its gradients as they come, so that never more than one stands beside the sums."""
-        hooks = [
-            param.register_post_accumulate_grad_hook(lambda _, name=name: self._add(name))  # type: ignore[misc]
-            for name, param in self._params.items()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @property
-    def sums(self) -> dict[str, Tensor]:
-        """The signed sums (of this process's rows), which several processes add up before `finish`."""
-        return self._sums
-
-    def saliency(self, metadata: Mapping[str, str] | None = None) -> Saliency:
-        """Freeze the absolute value of the sums, whole in every process; the accumulator has given them away and is spent.
-
-        Raises:
-            ErasureError: a sum is not finite.
-        """
-        values = {}
-        for name in list(self._sums):  # in place: no second copy of the model's size
-            total = self._layout.gather(self._sums.pop(name))
-            if not all_finite(total):
-                raise ErasureError(f"the saliency of {name} is not finite; use float32 and check the forget latents")
-            values[name] = total.abs_().cpu()
-        return Saliency(values, dict(metadata or {}))
-
-    def finish(self, density: float, metadata: Mapping[str, str] | None = None) -> SaliencyMask:
-        """The mask of the `density` most salient weights."""
-        return self.saliency(metadata).cut(density)
+from erase.tensors import pack, top_k, unpack
 
 
 @dataclass(frozen=True)
 class Saliency:
-    """|sum of gradients| of each weight, kept so that any density can be cut without computing it again."""
+    """The score of each weight; cut at a density, it is a mask."""
 
-    values: dict[str, Tensor]
+    values: Mapping[str, Tensor]
     """parameter name -> float32, the parameter's shape, non-negative"""
     metadata: dict[str, str] = field(default_factory=dict)
 
-    def cut(self, density: float) -> SaliencyMask:
-        """The `floor(density * N)` most salient weights over all parameters; ties go to the earlier parameter, then the lower index.
+    def cut(self, density: float, allocation: str = "global") -> SaliencyMask:
+        """The `floor(density * N)` most salient weights; ties go to the earlier parameter, then the lower index.
+
+        Args:
+            density: in (0, 1].
+            allocation: `global`: over all parameters together; `per-tensor`: the same fraction of each, to within one weight.
 
         Raises:
             ErasureError: density outside (0, 1], or so small that no weight is left.
         """
         count = kept_count(density, sum(value.numel() for value in self.values.values()))
-        bits = {name: pack(chosen) for name, chosen in top_k(self.values, count)}
+        chosen: Iterator[tuple[str, Tensor]]
+        if allocation == "per-tensor":
+            counts = shares({name: value.numel() for name, value in self.values.items()}, density, count)
+            chosen = (pair for name, kept in counts.items() for pair in top_k({name: self.values[name]}, kept))
+        else:
+            chosen = top_k(self.values, count)
+        further = {"density": repr(density), "allocation": allocation}
+        return self._mask({name: pack(one) for name, one in chosen}, further)
+
+    def lowest(self, density: float) -> SaliencyMask:
+        """The `floor(density * N)` least salient weights: the control of the other polarity."""
+        total = sum(value.numel() for value in self.values.values())
+        count = total - kept_count(density, total)
+        return self._mask(
+            {name: pack(~one) for name, one in top_k(self.values, count)}, {"density": repr(density), "control": "lowest"}
+        )
+
+    def _mask(self, bits: dict[str, Tensor], further: Mapping[str, str]) -> SaliencyMask:
         shapes = {name: tuple(value.shape) for name, value in self.values.items()}
-        return SaliencyMask(bits, shapes, {**self.metadata, "density": repr(density)})
+        return SaliencyMask(bits, shapes, {**self.metadata, **further})
 
-    def save(self, path: str | Path) -> None:
-        """Write safetensors, with the order of the parameters in the metadata: the file sorts them by name, and ties go by order."""
-        metadata = {**self.metadata, "order": json.dumps(list(self.values))}
-        checksum = sha256_of({"values": self.values, "metadata": metadata})
-        save_tensors(path, self.values, {**_sorted(metadata), "format": "saliency", "sha256": checksum})
 
-    @classmethod
-    def load(cls, path: str | Path) -> Saliency:
-        """Read a saliency.
-
-        Raises:
-            ErasureError: a missing, damaged or foreign file, or values that are no saliency.
-        """
-        values, metadata = load_tensors(path, "saliency")
-        checksum, _ = metadata.pop("sha256", None), metadata.pop("format")
-        if checksum and checksum != sha256_of({"values": values, "metadata": metadata}):
-            raise ErasureError(f"{path} is damaged: it holds other values than were written; compute it again")
-        with errors_named(path, "compute it again"):
-            order = json.loads(metadata.pop("order"))
-            if sorted(order) != sorted(values):
-                raise ErasureError(f"{path}: its order names other parameters than it holds; compute it again")
-        values = {name: values[name] for name in order}
-        for name, value in values.items():
-            if value.dtype != torch.float32 or not (value >= 0).all() or not all_finite(value):
-                raise ErasureError(f"{path}: {name} is no saliency (float32, not negative, finite); compute it again")
-        return cls(values, metadata)
+def shares(sizes: Mapping[str, int], density: float, count: int) -> dict[str, int]:
+    """How many of `count` weights each tensor gets in proportion to its size: largest remainders, ties by order."""
+    kept = {name: math.floor(density * size) for name, size in sizes.items()}
+    left = count - sum(kept.values())
+    remainders = sorted(sizes, key=lambda name: kept[name] - density * sizes[name])  # stable
+    for name in remainders[:left]:
+        kept[name] += 1
+    return kept
 
 
 @dataclass(frozen=True)
@@ -185,6 +129,16 @@ class SaliencyMask:
         generator = torch.Generator().manual_seed(seed)
         noise = {name: torch.rand(param.shape, generator=generator) for name, param in params.items()}
         return Saliency(noise, {**(metadata or {}), "control": "random", "seed": str(seed)}).cut(density)
+
+    def matched_random(self, seed: int) -> SaliencyMask:
+        """Random weights, as many in every tensor as here: the control for which weights, not where."""
+        generator = torch.Generator().manual_seed(seed)
+        bits = {}
+        for name, shape in self.shapes.items():
+            noise = torch.rand(shape, generator=generator)
+            ((_, chosen),) = top_k({name: noise}, int(self[name].sum()))
+            bits[name] = pack(chosen)
+        return SaliencyMask(bits, self.shapes, {**self.metadata, "control": "matched-random", "seed": str(seed)})
 
     def check(self, params: Mapping[str, Tensor], base_fingerprint: str) -> None:
         """Refuse a model that the mask was not made for.

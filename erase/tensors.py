@@ -44,11 +44,14 @@ def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def top_k(values: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, Tensor]]:
-    """Exactly the `count` largest of all values, as one boolean tensor per name; ties in the order of names, then index.
+    """Exactly the `count` largest of all values (0: none), as one boolean tensor per name; ties in the order of names, then index.
 
     Non-negative float32 numbers order as their bit patterns do, so the threshold is found by counting: one histogram of the high
     16 bits, one of the low 16 bits within the threshold's bin. Two passes, no sort, constant extra memory.
     """
+    if not count:
+        yield from ((name, torch.zeros_like(value, dtype=torch.bool)) for name, value in values.items())
+        return
     threshold, above = _threshold(values, count)
     ties = count - above
     for name, value in values.items():
@@ -63,6 +66,12 @@ def top_k(values: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, Tenso
                 kept |= equal
                 ties -= min(found, ties)
         yield name, chosen.view(value.shape)
+
+
+def kth_largest(values: Mapping[str, Tensor], count: int) -> Tensor:
+    """The count-th largest of all values, not negative, exactly; a float32 scalar."""
+    threshold, _ = _threshold(values, count)
+    return torch.tensor(threshold, dtype=torch.int32).view(torch.float32)
 
 
 def _pattern(value: Tensor) -> Tensor:

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from erase.delta import ErasedDelta
-from erase.files import save_tensors
 from erase.latents import prepare
 from erase.latents.prepare import LatentConfig
-from erase.mask import Saliency, SaliencyMask
+from erase.mask import SaliencyMask
 from erase.methods.salun import SalUnConfig
 from erase.models import load_model
 from erase.prompts.canvas import canvas_concept
@@ -23,6 +22,7 @@ from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase
 from erase.scripts.cli import run
 from erase.training.config import MaskConfig, TrainConfig
+from erase.training.statistics import Statistics
 
 TRAIN = TrainConfig(steps=4, batch_size=4, lr=1e-3, checkpoint_every=1)
 METHOD = SalUnConfig(mask=MaskConfig(batch_size=4), train=TRAIN)
@@ -368,9 +368,9 @@ def test_a_training_state_with_another_number_is_noticed(stopped, config, entry)
 
 
 def test_a_bit_that_flipped_in_a_saliency_or_a_mask_is_noticed(made, tmp_path):
-    saliency = Saliency.load(made / "heart" / "saliency.safetensors")
+    saliency = Statistics.load(made / "heart" / "saliency.safetensors")
     mask = SaliencyMask.load(made / "heart" / "mask.safetensors")
-    for kind, found, tensors in ((Saliency, saliency, saliency.values), (SaliencyMask, mask, mask.bits)):
+    for kind, found, tensors in ((Statistics, saliency, saliency.values["forget.sum"]), (SaliencyMask, mask, mask.bits)):
         path = tmp_path / f"{kind.__name__}.safetensors"
         found.save(path)
         largest = max(tensors.values(), key=lambda tensor: tensor.numel())
@@ -380,17 +380,12 @@ def test_a_bit_that_flipped_in_a_saliency_or_a_mask_is_noticed(made, tmp_path):
 
 
 def test_a_saliency_with_other_metadata_than_were_written_is_noticed(made, tmp_path):
-    saliency = Saliency.load(made / "heart" / "saliency.safetensors")
+    saliency = Statistics.load(made / "heart" / "saliency.safetensors")
     saliency.save(tmp_path / "s.safetensors")
     content = (tmp_path / "s.safetensors").read_bytes()
     (tmp_path / "s.safetensors").write_bytes(content.replace(b"guidance 7.5", b"guidance 3.5"))
     with pytest.raises(ErasureError, match="is damaged"):
-        Saliency.load(tmp_path / "s.safetensors")
-
-
-def test_a_saliency_without_a_checksum_is_read(tmp_path):
-    save_tensors(tmp_path / "s.safetensors", {"a": torch.rand(4)}, {"format": "saliency", "order": '["a"]'})
-    assert Saliency.load(tmp_path / "s.safetensors").metadata == {}
+        Statistics.load(tmp_path / "s.safetensors")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK broken", b"x" * 4096])

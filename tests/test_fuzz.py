@@ -34,6 +34,7 @@ from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptSet
 from erase.scripts.cli import parse, run
 from erase.scripts.run_erase import chosen_method, main, make_parser
+from erase.training.statistics import Statistics
 from tests.texts import raises, written
 
 Damage = Callable[[bytes, random.Random], bytes]
@@ -64,9 +65,10 @@ JSONS += ['{"unet.a": [3, "x"]}', '{"unet.a": [-3, -5], "unet.b": [7]}', '{"unet
 TYPES = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
 
 
-def saliency() -> Saliency:
+def statistics() -> Statistics:
     generator = torch.Generator().manual_seed(0)
-    return Saliency({name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}, {"base_fingerprint": "f"})
+    values = {name: torch.rand(shape, generator=generator) for name, shape in SHAPES.items()}
+    return Statistics({"forget.sum": values, "retain.square": values}, {"base_fingerprint": "f"})
 
 
 def latents() -> LatentSet:
@@ -80,9 +82,10 @@ def use_mask(path: Path) -> None:
 
 
 def use_saliency(path: Path) -> None:
-    loaded = Saliency.load(path)
-    if sum(value.numel() for value in loaded.values.values()) > 1:
-        assert loaded.cut(0.5).count() > 0
+    loaded = Statistics.load(path).values["forget.sum"]
+    saliency = Saliency({name: value.abs() for name, value in loaded.items()})
+    if sum(value.numel() for value in loaded.values()) > 1:
+        assert saliency.cut(0.5).count() > 0
 
 
 def use_latents(path: Path) -> None:
@@ -113,8 +116,8 @@ def use_delta(path: Path) -> None:
 
 
 STORED: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
-    "mask": (lambda path: saliency().cut(0.5).save(path), use_mask),
-    "saliency": (lambda path: saliency().save(path), use_saliency),
+    "mask": (lambda path: Saliency(statistics().values["forget.sum"], {"base_fingerprint": "f"}).cut(0.5).save(path), use_mask),
+    "saliency": (lambda path: statistics().save(path), use_saliency),
     "latents": (lambda path: latents().save(path, {"base_fingerprint": "f"}), use_latents),
     "delta": (lambda path: delta().save(path), use_delta),
 }
@@ -191,9 +194,9 @@ def test_a_damaged_file_of_tensors(kind: str, tmp_path: Path, tmp_path_factory: 
 @pytest.mark.parametrize(
     ("kind", "name", "tensor"),
     [
-        ("saliency", "unet.a", torch.rand(3, 5).half()),
-        ("saliency", "unet.a", torch.full((3, 5), torch.nan)),
-        ("saliency", "unet.b", torch.full((7,), -1.0)),
+        ("saliency", "forget.sum/unet.a", torch.rand(3, 5).half()),
+        ("saliency", "forget.sum/unet.a", torch.full((3, 5), torch.nan)),
+        ("saliency", "retain.square/unet.b", torch.full((7,), -1.0)),
         ("mask", "unet.a", torch.zeros(2, dtype=torch.float32)),
         ("mask", "unet.a", torch.zeros(2, 1, dtype=torch.uint8)),
         ("mask", "unet.c", torch.zeros(1, dtype=torch.uint8)),

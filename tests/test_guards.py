@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 from erase.delta import ErasedDelta
 from erase.files import atomic_write, save_tensors
-from erase.mask import Saliency
 from erase.models import load_model
 from erase.prompts.errors import ErasureError
 from erase.scripts import run_erase, run_evaluate, run_export, run_generate
 from erase.scripts.cli import parse, run
+from erase.training.statistics import Statistics
 from tests.texts import raises, written
 
 COMMANDS = {"erase": run_erase.main, "generate": run_generate.main, "evaluate": run_evaluate.main, "export": run_export.main}
@@ -113,7 +113,7 @@ def test_a_delta_or_a_run_folder_given_as_a_model_names_the_way_out(tmp_path: Pa
         load_model(path)
     with raises(str(tmp_path), "folder of a run", "--delta", "--model"):
         load_model(tmp_path)
-    Saliency({"p": torch.rand(9)}, {"base_fingerprint": "f"}).save(tmp_path / "s.safetensors")
+    Statistics({"forget.sum": {"p": torch.rand(9)}}, {"base_fingerprint": "f"}).save(tmp_path / "s.safetensors")
     with raises("saliency", "--model"):
         load_model(tmp_path / "s.safetensors")
 

@@ -1,17 +1,16 @@
 """Saliency and masks: exact count, order, ties, packing, refusal."""
 
 import math
-from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 
-from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
+from erase.mask import Saliency, SaliencyMask
 from erase.models import wrap
 from erase.prompts.errors import ErasureError
 from erase.scripts.bench import describe_mask
 from erase.tensors import CHUNK, pack, unpack
+from erase.training.statistics import Statistics
 from tests.families import tiny_sd3, tiny_sdxl
 
 
@@ -46,30 +45,6 @@ def test_cut_is_exact_for_every_magnitude_of_float32():
         assert set(mask.nonzero()[:, 0].tolist()) == set(order[:kept])
 
 
-@pytest.mark.parametrize("collecting", [False, True], ids=["by hand", "as they come"])
-def test_accumulator_sums_signed_gradients_before_the_absolute_value(collecting):
-    param = torch.nn.Parameter(torch.zeros(3))
-    accumulator = SaliencyAccumulator({"p": param})
-    with accumulator.collecting() if collecting else nullcontext():
-        for grad in ([1.0, 2.0, -1.0], [-1.0, 1.0, -2.0]):
-            (param * torch.tensor(grad)).sum().backward()
-            if not collecting:
-                accumulator.add_gradients()
-            assert param.grad is None
-    saliency = accumulator.saliency()
-    assert saliency.values["p"].tolist() == [0.0, 3.0, 3.0]  # sum of |g| would have given 2 for the first
-    assert saliency.cut(0.67)["p"].tolist() == [False, True, True]
-
-
-def test_accumulator_refuses_what_is_not_finite():
-    param = torch.nn.Parameter(torch.zeros(3))
-    param.grad = torch.tensor([1.0, math.nan, 0.0])
-    accumulator = SaliencyAccumulator({"unet.p": param})
-    accumulator.add_gradients()
-    with pytest.raises(ErasureError, match=r"unet\.p is not finite"):
-        accumulator.saliency()
-
-
 @pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5, 7), ()])
 def test_packing_is_one_bit_per_weight_and_loses_nothing(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.5
@@ -78,34 +53,61 @@ def test_packing_is_one_bit_per_weight_and_loses_nothing(shape):
     assert torch.equal(unpack(bits, tuple(shape)), mask)
 
 
-def test_mask_and_saliency_survive_the_disk_and_can_be_cut_again(tmp_path):
+def test_a_mask_survives_the_disk(tmp_path):
     saliency = Saliency({"a": torch.rand(100, 33), "b": torch.rand(5)}, {"base_fingerprint": "f" * 64})
-    saliency.save(tmp_path / "s.safetensors")
-    again = Saliency.load(tmp_path / "s.safetensors")
     for density in (0.1, 0.5):
-        mask = again.cut(density)
-        mask.save(tmp_path / "m.safetensors")
+        saliency.cut(density).save(tmp_path / "m.safetensors")
         loaded = SaliencyMask.load(tmp_path / "m.safetensors")
         assert all(torch.equal(loaded[name], saliency.cut(density)[name]) for name in saliency.values)
         assert loaded.metadata["density"] == repr(density)
     assert (tmp_path / "m.safetensors").stat().st_size < 3305 / 8 + 1000
 
 
-def test_ties_go_by_the_order_of_the_parameters_after_the_disk_too(tmp_path):
-    saliency = Saliency({"b": torch.ones(4), "a": torch.ones(4)})
-    saliency.save(tmp_path / "s.safetensors")
-    for found in (saliency, Saliency.load(tmp_path / "s.safetensors")):
-        mask = found.cut(0.5)
-        assert mask["b"].all() and not mask["a"].any()
+def test_ties_go_by_the_order_of_the_parameters():
+    mask = Saliency({"b": torch.ones(4), "a": torch.ones(4)}).cut(0.5)
+    assert mask["b"].all() and not mask["a"].any()
 
 
-def test_controls():
-    params = {"a": torch.zeros(64, 10), "b": torch.zeros(7)}
-    mask = SaliencyMask.random(params, 0.3, seed=1)
-    assert mask.count() == math.floor(0.3 * 647)
-    assert not torch.equal(mask["a"], SaliencyMask.random(params, 0.3, seed=2)["a"])
-    assert all(torch.equal(mask.inverted()[name], ~mask[name]) for name in params)
-    assert np.isclose(mask.layer_density()["a"], mask["a"].float().mean().item())
+SIZES = {"a": (7, 11), "b": (3,), "c": (50,), "d": (1,)}
+
+
+def some_saliency(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Saliency({name: torch.rand(shape, generator=generator) for name, shape in SIZES.items()})
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.29, 0.5, 0.999, 1.0])
+def test_the_same_share_of_every_tensor_is_exactly_the_density_in_all(density):
+    saliency = some_saliency()
+    mask = saliency.cut(density, "per-tensor")
+    assert mask.count() == int(density * mask.size)
+    for name, value in saliency.values.items():
+        kept, chosen = int(mask[name].sum()), mask[name]
+        assert abs(kept - density * value.numel()) < 1
+        if 0 < kept < value.numel():
+            assert value[chosen].min() >= value[~chosen].max()
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 1.0])
+def test_the_lowest_are_the_least_salient_and_as_many(density):
+    saliency = some_saliency()
+    lowest = saliency.lowest(density)
+    values = torch.cat([value.flatten() for value in saliency.values.values()])
+    chosen = torch.cat([lowest[name].flatten() for name in saliency.values])
+    assert lowest.count() == int(density * lowest.size)
+    assert density == 1 or values[chosen].max() <= values[~chosen].min()
+
+
+def test_a_matched_random_mask_has_as_many_in_every_tensor_and_by_chance_the_same_ones():
+    generator = torch.Generator().manual_seed(0)
+    mask = Saliency({"a": torch.rand(200, 50, generator=generator), "b": 3 * torch.rand(5000, generator=generator)}).cut(0.3)
+    one, again, other = (mask.matched_random(seed) for seed in (1, 1, 2))
+    for name in mask.bits:
+        assert one[name].sum() == mask[name].sum()
+        share = mask[name].float().mean()
+        assert abs(float((one[name] & mask[name]).float().mean()) - share**2) < 0.02  # independent of the rule's choice
+    assert one.sha256 == again.sha256 != other.sha256
+    assert one.metadata["control"] == "matched-random"
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.1, 0.001])
@@ -131,32 +133,11 @@ def test_damaged_mask_files_are_refused(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ErasureError, match="cannot read"):
             SaliencyMask.load(path)
-    Saliency({"a": torch.rand(400)}).save(path)
+    Statistics({"forget.sum": {"a": torch.rand(400)}}).save(path)
     with pytest.raises(ErasureError, match="not a mask file"):
         SaliencyMask.load(path)
     with pytest.raises(ErasureError, match="cannot read"):
         SaliencyMask.load(tmp_path / "absent.safetensors")
-
-
-def test_processes_share_their_signed_sums():
-    """As `compute_saliency` does: each sums its batches, the sums are added, and only then is the absolute value taken."""
-    generator = torch.Generator().manual_seed(0)
-    batches = torch.randint(-4, 5, (6, 50), generator=generator).float()  # whole numbers: sums do not round
-
-    def accumulated(rows: torch.Tensor) -> SaliencyAccumulator:
-        param = torch.nn.Parameter(torch.zeros(50))
-        accumulator = SaliencyAccumulator({"p": param})
-        for grad in rows:
-            param.grad = grad.clone()
-            accumulator.add_gradients()
-        return accumulator
-
-    whole, *shares = (accumulated(rows) for rows in (batches, batches[::2], batches[1::2]))
-    apart = sum(share.sums["p"].abs() for share in shares)
-    shares[0].sums["p"].add_(shares[1].sums["p"])
-    expected = whole.finish(0.3)
-    assert torch.equal(shares[0].finish(0.3)["p"], expected["p"])
-    assert not torch.equal(Saliency({"p": apart}).cut(0.3)["p"], expected["p"])
 
 
 def test_a_mask_is_described_by_kind_of_layer(tmp_path, capsys):
@@ -165,7 +146,7 @@ def test_a_mask_is_described_by_kind_of_layer(tmp_path, capsys):
         "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.tensor([7.0, 0.3]),
         "unet.down_blocks.0.resnets.0.norm1.weight": torch.tensor([0.4, 0.5]),
     }
-    Saliency(values).save(tmp_path / "saliency.safetensors")
+    Statistics({"forget.sum": values}).save(tmp_path / "saliency.safetensors")
     describe_mask.main([str(tmp_path / "saliency.safetensors"), "--densities", "0.375"])
     first, _, *rows = capsys.readouterr().out.splitlines()
     assert first == "3 of 8 weights may change (37.500%)"

@@ -99,7 +99,7 @@ class Remap:
         """Anchor and retain targets, each by the frozen base or not, as configured."""
         config, anchors = self.config, _chosen(_anchors(self.forget_set), batch.forget_rows)
         if config.anchor_from == config.retain_target == "frozen":
-            if _fixed(self.forget_set) and _fixed(self.retain_set):
+            if base is not torch.no_grad and _fixed(self.forget_set) and _fixed(self.retain_set):
                 return self._known_targets(batch, base)
             with base():
                 return self._together(batch.anchor, anchors, batch)

@@ -65,7 +65,9 @@ class TrainConfig:
                 raise ErasureError(f"selective_recompute and {other} both decide what is recomputed; choose one")
 
 
-RULES = ("forget", "random", "inverted", "none")
+RULES = ("forget", "remap", "benefit", "fisher-ratio", "weight-gradient", "agreement")
+CONTROLS = ("random", "matched-random", "lowest", "inverted", "none")
+ALLOCATIONS = ("global", "per-tensor")
 COMBINE = ("sum", "surgery")
 
 
@@ -74,21 +76,29 @@ class MaskConfig:
     """Which weights of the scope may change."""
 
     rule: str = "forget"
-    """forget (most salient to the forget loss, SalUn's); or a control: random, inverted, none (all of the scope)"""
+    """how weights are ranked, by gradients at the base. forget: of the concept's denoising error (SalUn's). remap: of the loss that training
+    minimises to forget. benefit: the same over the root mean square gradient of the retain latents. fisher-ratio, weight-gradient,
+    agreement: see docs/masks.md. Or a control: random; matched-random (as many in each tensor as `like` has), lowest, inverted; none (all)"""
     density: float = 0.5
     """fraction of the scope's weights that may change; at 1 no mask is needed, and none is computed"""
+    allocation: str = "global"
+    """global: one ranking of all weights; per-tensor: the same fraction of each tensor"""
+    like: str = "benefit"
+    """the rule that the controls matched-random, lowest and inverted go by"""
     file: str | None = None
     """a saved mask to use instead of computing one"""
     saliency: str | None = None
-    """a saved saliency to cut at `density` instead of computing it again"""
+    """saved statistics (saliency.safetensors of a run) to rank by instead of computing them again"""
     guidance: float = 7.5
     """g of (1 + g) eps_c - g eps_null in the forget loss; 7.5 is diffusers' guidance_scale 8.5"""
     batch_size: int = 8
-    """forget latents per gradient; the gradients of all batches are summed"""
+    """forget latents per gradient of the rule forget; the gradients of all batches are summed"""
+    batches: int = 24
+    """batches of training whose gradients the other rules look at"""
 
     def __post_init__(self) -> None:
-        check_names(self, {"rule": RULES})
-        check_ranges(self, {"batch_size": COUNT, "guidance": FINITE})
+        check_names(self, {"rule": (*RULES, *CONTROLS), "like": RULES, "allocation": ALLOCATIONS})
+        check_ranges(self, {"batch_size": COUNT, "batches": COUNT, "guidance": FINITE})
         check_ranges(self, {"guidance": (-1, 1000)})  # -1: the unconditional branch alone
         check_density(self.density)
         if self.file and (self.saliency or self.rule != "forget"):

@@ -17,7 +17,7 @@ from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
 from erase.training.loop import Batches, LossFn, fit, make_accelerator
 from erase.training.running import running
-from erase.training.saliency import choose_mask
+from erase.training.saliency import Objective, choose_mask
 
 
 def fine_tune(
@@ -40,7 +40,7 @@ def fine_tune(
     Raises:
     """
     params, accelerator = task.weights(config.scope), make_accelerator(config.train)
-    mask = choose_mask(task, config)
+    mask = choose_mask(task, config, Objective(loss, batches))
     if mask is not None:
         mask.check(params, task.model.fingerprint)
     kept = Checkpoint(task.folder / "training.pt", {**describe(task), **_settings(config)}) if task.folder else None

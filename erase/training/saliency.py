@@ -1,33 +1,52 @@
-"""The mask of an erasure: computed from the concept's own gradients, read from a file, or a control."""
+"""The mask of an erasure: computed from gradients by a rule, read from a file, or a control."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from erase.claims import check_artifact
-from erase.latents.batches import noised
-from erase.losses import forgetting, guided
-from erase.mask import Saliency, SaliencyAccumulator, SaliencyMask
+from erase.latents.batches import Rows, noised
+from erase.latents.latent_set import epoch_rows
+from erase.losses import denoising, forgetting, guided
+from erase.mask import Saliency, SaliencyMask
+from erase.parallel.layout import ActiveWeights
 from erase.parallel.processes import exists_on_all, processes, progress, round_robin
 from erase.task import Task, describe
-from erase.training.config import TunedConfig
+from erase.training.config import MaskConfig, TunedConfig
+from erase.training.loop import Batches, LossFn, cut
+from erase.training.rules import RULES, scores
 from erase.training.running import running
+from erase.training.statistics import AGAIN, Accumulator, Statistics
 from erase.training.trainable import gradients_on
 
 
-def choose_mask(task: Task, config: TunedConfig) -> SaliencyMask | None:
+@dataclass(frozen=True)
+class Objective:
+    """What a method trains: the gradients of its forget term say what training will ask of each weight."""
+
+    loss: LossFn
+    batches: Batches
+
+
+def choose_mask(task: Task, config: TunedConfig, objective: Objective | None = None) -> SaliencyMask | None:
     """The mask that the configuration asks for; None: every weight of the scope may change.
 
-    A saliency is as large as the weights: it is written to the task's folder as soon as it is there, found again by a
+    Statistics are as large as the weights: they are written to the task's folder as soon as they are there, found again by a
     resumed run, and not kept in memory while training.
 
+    Args:
+        task: the erasure.
+        config: its `mask`.
+        objective: of the method, for the rules that look at it.
+
     Raises:
-        ErasureError: a file of another base or concept.
+        ErasureError: a file of another base or concept, or one that lacks what the rule needs.
     """
     mask = config.mask
     if mask.file:
@@ -36,33 +55,182 @@ def choose_mask(task: Task, config: TunedConfig) -> SaliencyMask | None:
         return given
     if mask.rule == "none" or (mask.density == 1 and mask.rule != "inverted"):
         return None
+
+    weights = task.weights(config.scope)
     if mask.rule == "random":
         about = describe(task)
         provenance = {key: about[key] for key in ("base_fingerprint", "concepts")}
-        return SaliencyMask.random(task.weights(config.scope), mask.density, task.seed, provenance)
-    cut = find_saliency(task, config).cut(mask.density)
-    return cut.inverted() if mask.rule == "inverted" else cut
+        return SaliencyMask.random(weights, mask.density, task.seed, provenance)
+
+    rule = ranking_of(mask)
+    saliency = scores(find_statistics(task, config, RULES[rule].needs, objective), rule, weights)
+    if mask.rule == "lowest":
+        return saliency.lowest(mask.density)
+    chosen = saliency.cut(mask.density, mask.allocation)
+    if mask.rule == "matched-random":
+        return chosen.matched_random(task.seed)
+    return chosen.inverted() if mask.rule == "inverted" else chosen
 
 
-def find_saliency(task: Task, config: TunedConfig) -> Saliency:
-    """The saliency of `mask.saliency`, of an earlier start of this run, or computed.
+def ranking_of(mask: MaskConfig) -> str:
+    """The rule that ranks weights: that of the mask, or the one that a control goes by."""
+    return mask.rule if mask.rule in RULES else mask.like
+
+
+def compute_saliency(task: Task, config: TunedConfig, objective: Objective | None = None) -> Saliency:
+    """The score of every weight of the scope by the mask's rule, computed anew."""
+    rule = ranking_of(config.mask)
+    statistics = compute_statistics(task, config, RULES[rule].needs, objective)
+    return scores(statistics, rule, task.weights(config.scope))
+
+
+def find_statistics(task: Task, config: TunedConfig, names: tuple[str, ...], objective: Objective | None = None) -> Statistics:
+    """The statistics of `mask.saliency`, of an earlier start of this run, or computed.
 
     Raises:
-        ErasureError: a saliency of another base or concept; in the task's folder, also one that this run would not compute itself.
+        ErasureError: those of another base or concept; in the task's folder, also ones that this run would not compute itself.
     """
     if config.mask.saliency:
-        saliency = Saliency.load(config.mask.saliency)
-        _check_given(task, Path(config.mask.saliency), saliency.metadata)
-        return saliency
+        given = Statistics.load(config.mask.saliency)
+        _check_given(task, Path(config.mask.saliency), given.metadata)
+        return given
     kept = task.folder / "saliency.safetensors" if task.folder else None
     if kept and exists_on_all(kept):
-        saliency = Saliency.load(kept)
-        check_artifact(kept, saliency.metadata, _provenance(task, config), "delete it to compute it again")
-        return saliency
-    saliency = compute_saliency(task, config)
+        found = Statistics.load(kept)
+        check_artifact(kept, found.metadata, _provenance(task, config, names), AGAIN)
+        return found
+    computed = compute_statistics(task, config, names, objective)
     if kept and processes().is_main_process:
-        saliency.save(kept)
-    return saliency
+        computed.save(kept)
+    return computed
+
+
+def compute_statistics(task: Task, config: TunedConfig, names: tuple[str, ...], objective: Objective | None = None) -> Statistics:
+    """Statistics of the weights of the scope, at the base.
+
+    In float32 whatever the training's precision, for small gradients decide the ranking.
+
+    Args:
+        task: the erasure.
+        config: scope, batches, and how the model is run.
+        names: the statistics, of those that `erase.training.statistics` lists.
+        objective: for `objective.*`.
+    """
+    params = task.weights(config.scope)
+    provenance = _provenance(task, config, names)  # embeds all prompts, which running() would do in another way
+    plain = replace(config.train, mixed_precision="no", compile=False)  # compiling does not pay for a few batches
+    values: dict[str, Mapping[str, Tensor]] = {}
+    with running(task.model, params, plain) as active:
+        for source in dict.fromkeys(name.partition(".")[0] for name in names):
+            kinds = tuple(kind for kind in ("sum", "square") if f"{source}.{kind}" in names)
+            steps = _steps_of(source, task, config, objective)
+            totals = _accumulate(active, steps, Accumulator(active.params, active.layout, kinds), source)
+            values |= {f"{source}.{kind}": total for kind, total in totals.items()}
+    return Statistics(values, provenance)
+
+
+class _Steps:
+    """Losses of one source, batch by batch, each in parts."""
+
+    parts = 1
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def loss(self, index: int, part: int) -> Tensor:
+        raise NotImplementedError
+
+
+class _Forget(_Steps):
+    """Minus the denoising error of the guided prediction, one pass over the concept's latents, both branches live (SalUn, eq. 3)."""
+
+    def __init__(self, task: Task, config: TunedConfig) -> None:
+        self.task, self.config, self.rows = task, config.mask, task.forget().concept_rows()
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.config.batch_size)
+
+    def loss(self, index: int, part: int) -> Tensor:
+        start = index * self.config.batch_size
+        rows = self.rows[start : start + self.config.batch_size]
+        return forget_loss(self.task, rows, self.config.guidance, self.task.generator(start))
+
+
+class _Trained(_Steps):
+    """The objective's forget term on the first batches of training, or the denoising loss on retain latents drawn likewise."""
+
+    def __init__(self, task: Task, config: TunedConfig, objective: Objective | None) -> None:
+        self.task, self.config, self.objective = task, config, objective
+        self.parts = config.train.accumulation * processes().num_processes  # as few rows at a time as in training
+        self._batch: tuple[int, object] = (-1, None)
+
+    def __len__(self) -> int:
+        return self.config.mask.batches
+
+    def loss(self, index: int, part: int) -> Tensor:
+        if self._batch[0] != index:
+            drawn = self.objective.batches(index) if self.objective else self._retained(index)
+            self._batch = index, drawn
+        share = cut(self._batch[1], part, self.parts, _Alone(self.task.model.device))
+        if self.objective:
+            return self.objective.loss(share, torch.no_grad)["forget"] / self.parts
+        rows, prompts = share
+        return denoising(self.task.predict(rows, prompts), rows.target) / self.parts
+
+    def _retained(self, index: int) -> tuple[Rows, list[str]]:
+        retain, size = self.task.retain(), self.config.train.batch_size
+        rows, generator = epoch_rows(len(retain), index * size, size, self.task.seed + 1), self.task.generator(index)
+        latents = retain.draw(rows, generator)
+        t, noise = retain.draw_noise(rows, self.task.model.timesteps, generator)
+        return noised(self.task.model, latents, noise, t), [retain.prompts[row] for row in rows.tolist()]
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A process that cuts batches for itself."""
+
+    device: torch.device
+    num_processes: int = 1
+    process_index: int = 0
+
+
+def _steps_of(source: str, task: Task, config: TunedConfig, objective: Objective | None) -> _Steps:
+    if source == "forget":
+        return _Forget(task, config)
+    if source == "objective" and objective is None:
+        raise ValueError("statistics of the objective need one")
+    return _Trained(task, config, objective if source == "objective" else None)
+
+
+def _accumulate(active: ActiveWeights, steps: _Steps, totals: Accumulator, source: str) -> dict[str, dict[str, Tensor]]:
+    """Gradients of all batches, shared by the processes."""
+    mine = round_robin(range(len(steps)), active.layout.collective_forward)
+    what = f"{source} saliency" if source != "forget" else "saliency"
+    with (
+        torch.random.fork_rng(devices=[]),
+        gradients_on(active.params),
+        progress(what, "batch", len(mine)) as bar,
+    ):
+        for index, counts in mine:
+            torch.manual_seed(index)
+            _add_batch(steps, index, 1.0 if counts else 0.0, totals)
+            bar.update()
+    return totals.finish()
+
+
+def _add_batch(steps: _Steps, index: int, factor: float, totals: Accumulator) -> None:
+    """One batch's gradient. Of a batch in parts it is summed up before it is squared."""
+    if steps.parts == 1:
+        with totals.collecting():
+            _scaled(steps.loss(index, 0), factor).backward()
+        return
+    for part in range(steps.parts):
+        _scaled(steps.loss(index, part), factor).backward()
+    totals.add()
+
+
+def _scaled(loss: Tensor, factor: float) -> Tensor:
+    return loss if factor == 1 else factor * loss
 
 
 def _check_given(task: Task, path: Path, metadata: Mapping[str, str]) -> None:
@@ -72,33 +240,23 @@ def _check_given(task: Task, path: Path, metadata: Mapping[str, str]) -> None:
     check_artifact(path, metadata, known, "compute one for this erasure")
 
 
-def _provenance(task: Task, config: TunedConfig) -> dict[str, str]:
-    """Everything that a saliency depends on."""
-    task.forget()
-    about = describe(task)
-    return {
-        **{key: about[key] for key in ("base_fingerprint", "seed", "concepts", "forget")},
-        "loss": f"forgetting, guidance {config.mask.guidance:g}",
-        "scope": config.scope,
-        "saliency_batch_size": str(config.mask.batch_size),
-    }
-
-
-def compute_saliency(task: Task, config: TunedConfig) -> Saliency:
-    """|sum over batches of the forget loss's gradient|, one pass over the forget latents, both guidance branches live (eq. 3)."""
-    params, rows, size = task.weights(config.scope), task.forget().concept_rows(), config.mask.batch_size
-    # in float32 whatever the training's precision, for small gradients decide the ranking; and compiling does not pay for a few batches
-    plain = replace(config.train, mixed_precision="no", compile=False)
-    with running(task.model, params, plain) as active:
-        accumulator = SaliencyAccumulator(active.params, active.layout)
-        mine = round_robin(range(0, len(rows), size), active.layout.collective_forward)
-        with gradients_on(active.params), accumulator.collecting(), progress("saliency", "batch", len(mine)) as bar:
-            for start, counts in mine:
-                loss = forget_loss(task, rows[start : start + size], config.mask.guidance, task.generator(start))
-                (loss if counts else 0 * loss).backward()
-                bar.update()
-        active.layout.add_up(accumulator.sums.values())  # signed, before the absolute value
-        return accumulator.saliency(_provenance(task, config))
+def _provenance(task: Task, config: TunedConfig, names: tuple[str, ...]) -> dict[str, str]:
+    """Everything that these statistics depend on."""
+    sources = {name.partition(".")[0] for name in names}
+    if sources & {"forget", "objective"}:
+        task.forget()
+    if "retain" in sources:
+        task.retain()
+    about = {"scope": config.scope, "saliency": ", ".join(names)}
+    if "forget" in sources:
+        about |= {"loss": f"forgetting, guidance {config.mask.guidance:g}", "saliency_batch_size": str(config.mask.batch_size)}
+    if sources & {"objective", "retain"}:
+        about["batches"] = f"{config.mask.batches} of {config.train.batch_size}"
+    if "objective" in sources:
+        settings = asdict(config)
+        del settings["train"], settings["mask"]
+        about["objective"] = json.dumps({"kind": type(config).__name__, **settings}, sort_keys=True)
+    return {**describe(task), **about}
 
 
 def forget_loss(task: Task, rows: Tensor, guidance: float, generator: torch.Generator) -> Tensor:

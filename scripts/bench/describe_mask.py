@@ -12,9 +12,13 @@ import argparse
 import re
 from pathlib import Path
 
-from erase.mask import Saliency, SaliencyMask
+from erase.mask import SaliencyMask
+from erase.models import load_model
 from erase.models.scopes import SCOPES
 from erase.scripts.cli import run
+from erase.training.config import ALLOCATIONS
+from erase.training.rules import RULES, scores
+from erase.training.statistics import Statistics
 
 KINDS = {
     "first and last convolution": r"\.conv_(in|out)\.",
@@ -61,10 +65,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("file", type=Path, help="mask.safetensors or saliency.safetensors")
     parser.add_argument("--densities", type=float, nargs="+", help="the file is a saliency, to be cut here")
+    parser.add_argument("--rule", default="forget", choices=list(RULES), help="the rule that the saliency is ranked by")
+    parser.add_argument("--allocation", default="global", choices=ALLOCATIONS)
+    parser.add_argument("--model", help="the base, for rules that look at its weights")
     args = parser.parse_args(argv)
     if args.densities:
-        saliency = Saliency.load(args.file)
-        masks = [saliency.cut(density) for density in args.densities]
+        statistics = Statistics.load(args.file)
+        weights = load_model(args.model).parameters() if args.model else None
+        masks = [scores(statistics, args.rule, weights).cut(density, args.allocation) for density in args.densities]
     else:
         masks = [SaliencyMask.load(args.file)]
     for mask in masks:
