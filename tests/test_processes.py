@@ -12,7 +12,6 @@ from accelerate.commands.config import load_config_from_file
 from erase.delta import ErasedDelta
 from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import prepare_latents
-from erase.mask import Saliency
 from erase.models import load_model
 from erase.parallel.launch import WRAPPERS
 from erase.parallel.processes import BUCKET, _buckets
@@ -21,8 +20,10 @@ from erase.scripts import run_erase, run_evaluate
 from erase.scripts.cli import run
 from erase.training.config import TrainConfig
 from erase.training.loop import make_accelerator
+from erase.training.rules import scores
+from erase.training.statistics import Statistics
 from tests.launching import ROOT, launch
-from tests.programs.processes_job import CONCEPT, DATA, EVALUATE, OFTEN, erase, saliency_of_base
+from tests.programs.processes_job import CONCEPT, DATA, EVALUATE, OFTEN, STATISTICS, erase, statistics_of_base
 
 CONFIGS = sorted((ROOT / "scripts" / "launch").glob("several-*.yaml"))
 """the others: tests/test_fsdp_launch.py"""
@@ -37,9 +38,9 @@ def one(make_pico_pipeline, tmp_path_factory):
     (folder / "prompts.csv").write_text("\n".join(["prompt,seed,object,style,colour", *rows]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        saliency = saliency_of_base()
-        saliency.save("saliency.safetensors")
-        saliency.cut(0.5).save("mask.safetensors")
+        statistics = statistics_of_base()
+        statistics.save("saliency.safetensors")
+        scores(statistics, "forget").cut(0.5).save("mask.safetensors")
         erase("sgd")
     return folder
 
@@ -86,15 +87,18 @@ def test_latents_are_the_same_bits_and_the_cache_is_written_once(one, two):
     assert len(files) == 2 and torch.equal(LatentSet.load(files[0]).latents, forget.latents)
 
 
-def test_saliency_sums_signed_gradients_over_processes(one, two):
+def test_statistics_are_summed_over_processes_before_anything_is_made_of_them(one, two):
     """To rounding. Absolute values taken in each process would be far off: gradients of different batches cancel."""
-    alone, shared = Saliency.load(one / "saliency.safetensors").values, two[1]["saliency"]
-    total = sum(float(value.sum()) for value in alone.values())
-    missed = sum(float((alone[name] - shared[name]).abs().sum()) for name in alone)
-    assert missed < 1e-6 * total
-    one_mask, two_mask = (Saliency(values).cut(0.5) for values in (alone, shared))
-    differing = sum(int((one_mask[name] != two_mask[name]).sum()) for name in alone)
-    assert differing < 1e-5 * one_mask.size
+    alone, shared = Statistics.load(one / "saliency.safetensors").values, two[1]["statistics"]
+    assert alone.keys() == shared.keys() == set(STATISTICS)
+    for statistic, values in alone.items():
+        total = sum(float(value.abs().sum()) for value in values.values())
+        missed = sum(float((values[name] - shared[statistic][name]).abs().sum()) for name in values)
+        assert missed < 1e-5 * total, statistic
+    for rule in ("forget", "benefit"):
+        masks = [scores(Statistics(each, {}), rule).cut(0.5) for each in (alone, shared)]
+        differing = sum(int((masks[0][name] != masks[1][name]).sum()) for name in masks[0].bits)
+        assert differing < 1e-4 * masks[0].size
 
 
 def weights_of(folder: Path, run: str) -> dict[str, torch.Tensor]:

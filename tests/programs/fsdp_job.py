@@ -25,7 +25,7 @@ from erase.training.running import running
 from erase.training.trainable import Base, Trainable
 from tests.conftest import build_pico_pipeline
 from tests.families import FAMILIES
-from tests.programs.processes_job import METHOD, OFTEN, erase, saliency_of_base, stopped_in_step
+from tests.programs.processes_job import METHOD, OFTEN, erase, plain, statistics_of_base, stopped_in_step
 from tests.shards import (
     HALF,
     LAUNCHES,
@@ -170,7 +170,7 @@ def main() -> None:
         with launched(ENVIRONMENTS[kind]):
             held = bytes_held(model)
             facts["bytes", kind] = in_shares(2, 1, lambda _, held=held: held, "bytes", "process")
-            facts["saliency", kind] = saliency_of_base().values
+            facts["statistics", kind] = plain(statistics_of_base())
             facts["families", kind] = {name: one_step(FAMILIES[name]()) for name in NEWER}
     with launched(ENVIRONMENTS["fsdp"]):
         facts["refused"] = refusals(model)

@@ -12,7 +12,6 @@ import torch
 
 from erase.delta import ErasedDelta
 from erase.latents.prepare import LatentConfig, prepare_latents
-from erase.mask import Saliency
 from erase.methods.salun import SalUnConfig
 from erase.models import load_model
 from erase.objectives.remap import Remap
@@ -24,7 +23,8 @@ from erase.scripts import demo, run_evaluate, run_export
 from erase.scripts.cli import run
 from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig
-from erase.training.saliency import compute_saliency
+from erase.training.saliency import Objective, compute_statistics
+from erase.training.statistics import Statistics
 
 CONCEPT = [canvas_concept("heart")]
 DATA = LatentConfig(n_forget=10, n_retain=7, steps=2, batch_size=3)
@@ -60,11 +60,19 @@ def erase(out: str, train: TrainConfig = SGD, mask: MaskConfig | None = None) ->
     return erase_concept(CONCEPT, config, method, out=out)
 
 
-def saliency_of_base() -> Saliency:
-    """The saliency of the base's own latents, by as many processes as there are."""
-    task = Task(load_model("base"), CONCEPT, DATA)
-    task.forget(METHOD.anchor_latents)
-    return compute_saliency(task, METHOD)
+STATISTICS = ("forget.sum", "objective.sum", "objective.square", "retain.square")
+
+
+def statistics_of_base() -> Statistics:
+    """All statistics of the base, by as many processes as there are: five batches, three in one process."""
+    task, config = Task(load_model("base"), CONCEPT, DATA), replace(METHOD, mask=MaskConfig(batch_size=2, batches=5))
+    remap = Remap(task, config)
+    return compute_statistics(task, config, STATISTICS, Objective(remap.loss, remap.batches))
+
+
+def plain(statistics: Statistics) -> dict[str, dict[str, torch.Tensor]]:
+    """As a file of facts holds them."""
+    return {name: dict(values) for name, values in statistics.values.items()}
 
 
 def stopped_in_step(
@@ -119,7 +127,7 @@ def main() -> None:
     forget, retain = prepare_latents(load_model("base"), CONCEPT, DATA, 0, Path("cache"))
     again, _ = prepare_latents(load_model("base"), CONCEPT, DATA, 0, Path("cache"))
     facts["latents"] = forget.latents, retain.latents, again.latents
-    facts["saliency"] = saliency_of_base().values
+    facts["statistics"] = plain(statistics_of_base())
 
     erase("sgd")
     erase("whole", ADAM)
