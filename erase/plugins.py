@@ -55,6 +55,11 @@ class Index(Generic[T]):
         theirs = {point.name: f"{point.name} (of {_package(point)})" for point in self._points()}
         return ", ".join(theirs.get(name, name) for name in self)
 
+    def package(self, name: str) -> str:
+        """The distribution that brings this name; empty for ours and for a place."""
+        points = [] if name in self.ours else [point for point in self._points() if point.name == name]
+        return points[0].dist.name if points and points[0].dist else ""
+
     def get(self, name: str) -> T:
         """The thing of this name, or at this `package.module:NAME`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -171,11 +171,13 @@ def evaluate(
     chosen = config.chosen(foreseen)
     for evaluator, settings in chosen.values():
         evaluator.check(foreseen, settings)
+    versions = _versions(chosen)
 
     cases = _cases(model, delta, prompts, Path(base_images or out / "base"), out, config.generate)
     before, after = (case.images for case in cases.values())  # the page shows them, whoever else looks at them
     rows = {row: _scores(case, chosen) for row, case in cases.items()}
-    provenance = _provenance(delta, config, chosen, before) | {"commands": commands or []}
+    provenance = _provenance(delta, config, chosen, before)
+    provenance |= {"versions": versions, "commands": commands or []}
     report = EvalReport(about, rows, provenance, _extras(cases))
     mask = evidence.mask
     if processes().is_main_process:
@@ -252,10 +254,8 @@ def _provenance(delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen, imag
     """Where delta, images and scores came from."""
     elsewhere = ("config", "concepts", "format")
     evaluation: dict[str, Any] = {"evaluators": list(chosen), "generate": asdict(config.generate)}
-    packages: list[str] = []
     for evaluator, settings in chosen.values():
         evaluation[evaluator.name] = asdict(settings)
-        packages += evaluator.packages
     cut = images.settings.get("cut_prompts")
     return {
         **{key: value for key, value in sorted(delta.metadata.items()) if key not in elsewhere},
@@ -265,8 +265,23 @@ def _provenance(delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen, imag
         "evaluation": evaluation,
         "changed_weights": delta.count,
         **({"cut_evaluation_prompts": cut} if cut else {}),
-        "versions": {package: version(package) for package in dict.fromkeys(packages)},
     }
+
+
+def _versions(chosen: Chosen) -> dict[str, str]:
+    """Distribution -> version, of those that evaluators come from and of those that they use.
+
+    Raises:
+        ErasureError: one is not installed.
+    """
+    versions: dict[str, str] = {}
+    for name, (evaluator, _) in chosen.items():
+        for package in filter(None, (EVALUATORS.package(name), *evaluator.packages)):
+            try:
+                versions[package] = version(package)
+            except PackageNotFoundError as error:
+                raise ErasureError(f"evaluator {name} needs {package}, which is not installed; install it") from error
+    return versions
 
 
 def _settings(delta: ErasedDelta) -> dict[str, Any]:

@@ -134,6 +134,15 @@ def test_a_case_has_its_base_back_after_a_fault(model):
         pass
 
 
+def test_a_package_that_an_evaluator_lacks_is_named_before_anything_is_drawn(model, tmp_path: Path, monkeypatch):
+    wants = Evaluator("wants", classifier.Config(), classifier.evaluate, classifier.check, packages=("absent-lib",))
+    monkeypatch.setitem(EVALUATORS.ours, "wants", "one_judge:WANTS")
+    monkeypatch.setitem(sys.modules, "one_judge", SimpleNamespace(WANTS=wants))
+    with pytest.raises(ErasureError, match="evaluator wants needs absent-lib, which is not installed; install it"):
+        evaluate(model, delta_of(model), PROMPTS, tmp_path / "report", EvaluateConfig(["wants"]))
+    assert not (tmp_path / "report").exists()
+
+
 def test_evaluators_get_both_image_sets_both_models_and_a_folder_of_their_row(model, tmp_path: Path, monkeypatch):
     """And a report that names a score's giver where the score does not."""
     seen = []

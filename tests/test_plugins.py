@@ -146,6 +146,8 @@ def check_report(folder: Path, evaluator: str) -> EvalReport:
     assert report.extras["brightness"]["base"]["moved"] == 0 < report.extras["brightness"]["erased"]["moved"]
     assert report.provenance["evaluation"]["evaluators"] == [evaluator]
     assert report.provenance["evaluation"]["brightness"] == {"threshold": 0.4, "batch_size": 16}
+    versions = {"outside": "1.0"} if evaluator == "brightness" else {}  # a place has none
+    assert report.provenance["versions"] == versions
     page = (folder / "report.html").read_text()
     assert "bright images" in page and "a light meter" in page
     assert [spread.name for spread in summarise([report, report])] == ["bright images", "brightness gained"] * 2
