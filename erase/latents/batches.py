@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
 
 
@@ -34,3 +35,10 @@ def noised(model: DiffusionModel, latents: Tensor, noise: Tensor, t: Tensor) -> 
     """Rows of clean latents under this noise at these timesteps, on the model's device."""
     latents, noise, t = (tensor.to(model.device) for tensor in (latents, noise, t))
     return Rows(model.add_noise(latents, noise, t), t, model.target(latents, noise, t))
+
+
+def draw_rows(model: DiffusionModel, latents: LatentSet, rows: Tensor, generator: torch.Generator) -> Rows:
+    """These rows of a set: a posterior sample, a timestep and noise each, in this order from the generator."""
+    clean = latents.draw(rows, generator)
+    t, noise = latents.draw_noise(rows, model.timesteps, generator)
+    return noised(model, clean, noise, t)

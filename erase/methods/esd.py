@@ -1,7 +1,6 @@
 """ESD: erased Stable Diffusion (Gandikota et al., ICCV 2023, https://arxiv.org/abs/2303.07345).
 
-The concept's prediction is trained to what negative guidance of the frozen base would give: away from the concept. Needs no anchor.
-Take it for a concept that has no natural substitute; where there is one, salun keeps more of the rest.
+Away from the concept, as negative guidance of the frozen base would lead. For a concept without a substitute.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from erase.latents.batches import Rows, noised
+from erase.latents.batches import Rows, draw_rows
 from erase.latents.latent_set import epoch_rows
 from erase.losses import denoising
 from erase.methods import Method
@@ -23,11 +22,11 @@ from erase.training.trainable import Base
 
 @dataclass
 class ESDConfig(TunedConfig):
-    """Settings of ESD; scope xattn is ESD-x, noxattn ESD-u, full ESD-all."""
+    """Settings of ESD; scope xattn is ESD-x, noxattn ESD-u, full ESD-full."""
 
     scope: str = "xattn"
     guidance: float = 1.0
-    """eta: how far beyond the unconditional prediction, away from the concept"""
+    """eta: how far beyond the unconditional prediction"""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, lr=5e-5, batch_size=1))
 
     def __post_init__(self) -> None:
@@ -40,10 +39,9 @@ def edit(task: Task, config: ESDConfig) -> Edit:
     forget, size = task.forget(), config.train.batch_size
 
     def batches(step: int) -> tuple[Rows, list[str]]:
-        rows, generator = epoch_rows(len(forget), step * size, size, task.seed), task.generator(step)
-        latents = forget.draw(rows, generator)
-        t, noise = forget.draw_noise(rows, task.model.timesteps, generator)
-        return noised(task.model, latents, noise, t), [forget.prompts[row] for row in rows.tolist()]
+        rows = epoch_rows(len(forget), step * size, size, task.seed)
+        seen = draw_rows(task.model, forget, rows, task.generator(step))
+        return seen, [forget.prompts[row] for row in rows]
 
     def loss(batch: tuple[Rows, list[str]], base: Base) -> dict[str, Tensor]:
         rows, prompts = batch

@@ -1,7 +1,7 @@
 """UCE: unified concept editing (Gandikota et al., WACV 2024, https://arxiv.org/abs/2308.14761).
 
-The cross-attention's keys and values of the concept's text states become those of the anchor's, in closed form; those of retained
-prompts stay. Takes seconds and no images. Attacks by a free pseudo-token undo it: when that matters, train (salun).
+The concept's text states get the anchor's keys and values, in closed form: seconds, no images. A free pseudo-token
+undoes it: where that matters, train (salun).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from erase.latents.batches import Rows, noised
+from erase.latents.batches import Rows, draw_rows, noised
 from erase.latents.latent_set import LatentSet, epoch_rows
 from erase.losses import denoising, remap
 from erase.parallel.processes import in_shares
@@ -76,8 +76,7 @@ class Remap:
         model, forget, retain, config = self.task.model, self.forget_set, self.retain_set, self.config
         size, generator = config.train.batch_size, self.task.generator(step)
         kept = epoch_rows(len(retain), step * size, size, self.task.seed + 1)
-        x_retain = retain.draw(kept, generator)
-        t_retain, noise_retain = retain.draw_noise(kept, model.timesteps, generator)
+        retained = draw_rows(model, retain, kept, generator)
 
         gone = epoch_rows(len(forget), step * size, size, self.task.seed, config.shuffle)
         x_forget = forget.draw(gone, generator)
@@ -86,7 +85,7 @@ class Remap:
 
         seen = noised(model, x_forget, noise, t)
         anchor = seen if config.share_latents else noised(model, x_anchor, noise, t)
-        return RemapBatch(seen, anchor, noised(model, x_retain, noise_retain, t_retain), gone, kept)
+        return RemapBatch(seen, anchor, retained, gone, kept)
 
     def loss(self, batch: RemapBatch, base: Base) -> dict[str, Tensor]:
         """Forget and retain rows go through the denoiser together; so do the teacher's."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from erase.claims import check_artifact
-from erase.latents.batches import Rows, noised
+from erase.latents.batches import Rows, draw_rows
 from erase.latents.latent_set import epoch_rows
 from erase.losses import denoising, forgetting, guided
 from erase.mask import Saliency, SaliencyMask
@@ -180,9 +180,7 @@ class _Trained(_Steps):
     def _retained(self, index: int) -> tuple[Rows, list[str]]:
         retain, size = self.task.retain(), self.config.train.batch_size
         rows, generator = epoch_rows(len(retain), index * size, size, self.task.seed + 1), self.task.generator(index)
-        latents = retain.draw(rows, generator)
-        t, noise = retain.draw_noise(rows, self.task.model.timesteps, generator)
-        return noised(self.task.model, latents, noise, t), [retain.prompts[row] for row in rows.tolist()]
+        return draw_rows(self.task.model, retain, rows, generator), [retain.prompts[row] for row in rows.tolist()]
 
 
 @dataclass(frozen=True)
@@ -262,9 +260,7 @@ def _provenance(task: Task, config: TunedConfig, names: tuple[str, ...]) -> dict
 def forget_loss(task: Task, rows: Tensor, guidance: float, generator: torch.Generator) -> Tensor:
     """Minus the denoising error of the guided prediction on these forget rows."""
     forget = task.forget()
-    latents = forget.draw(rows, generator)
-    t, noise = forget.draw_noise(rows, task.model.timesteps, generator)
-    seen = noised(task.model, latents, noise, t)
+    seen = draw_rows(task.model, forget, rows, generator)
     prompts = [forget.prompts[row] for row in rows.tolist()] + [""] * len(rows)
     conditional, unconditional = task.predict(seen.cat(seen), prompts).chunk(2)
     return forgetting(guided(conditional, unconditional, guidance), seen.target)

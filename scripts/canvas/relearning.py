@@ -16,7 +16,7 @@ from torch import Tensor
 
 from erase.eval.evaluators.classifier import load_judge, predict
 from erase.eval.generate import GenerateConfig, generate
-from erase.latents.batches import Rows, noised
+from erase.latents.batches import Rows, draw_rows
 from erase.latents.latent_set import LatentSet, epoch_rows
 from erase.latents.prepare import Given
 from erase.losses import denoising
@@ -65,11 +65,8 @@ def relearn(
     task, size = Task(model, [concept], Given(latents, latents), seed), train.batch_size
 
     def batches(step: int) -> tuple[Rows, list[str]]:
-        generator = task.generator(step)
         rows = epoch_rows(len(latents), step * size, size, seed)
-        x0 = latents.draw(rows, generator)
-        t, noise = latents.draw_noise(rows, model.timesteps, generator)
-        return noised(model, x0, noise, t), [latents.prompts[row] for row in rows.tolist()]
+        return draw_rows(model, latents, rows, task.generator(step)), [latents.prompts[row] for row in rows.tolist()]
 
     def loss(batch: tuple[Rows, list[str]], base: Base) -> dict[str, Tensor]:
         rows, prompts = batch
