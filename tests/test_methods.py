@@ -1,7 +1,11 @@
 """The contract of every method, on a random pico pipeline; and that a new one needs a config, a function and an index line."""
 
 import inspect
+import os
+import subprocess
+import sys
 from dataclasses import is_dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +23,7 @@ from erase.training.config import MaskConfig, TrainConfig, TunedConfig
 DATA = LatentConfig(n_forget=6, n_retain=6, steps=2)
 CONCEPT = ConceptSpec("heart", "mushroom", synonyms=("valentine",), retain=("a moon", "a photo of a house"))
 QUICK = TrainConfig(steps=3, batch_size=2, lr=1e-3, checkpoint_every=1)
+ROOT = Path(__file__).parents[1]
 LINES = 100  # of a method's file
 
 
@@ -143,3 +148,25 @@ def test_a_mask_of_another_base_is_refused(model, make_pico_pipeline, tmp_path):
 def test_a_closed_form_never_makes_a_latent(model, monkeypatch):
     monkeypatch.setattr("erase.latents.prepare.sample_points", lambda *_, **__: pytest.fail("latents were sampled"))
     assert edit(model, "uce").values
+
+
+WRONG = """
+from erase.methods import Method
+from erase.methods.esd import ESDConfig
+from erase.methods.uce import UCEConfig, edit
+
+Method("uce", "https://", UCEConfig(), edit)
+Method("mixed", "https://", ESDConfig(), edit)
+Method("short", "https://", UCEConfig(), lambda task: edit(task, UCEConfig()))
+"""
+
+
+@pytest.mark.slow
+def test_a_wrong_edit_fails_at_lint(tmp_path):
+    """The config and the function of a method belong together, by their types."""
+    subprocess.run(["make", "-s", ".links"], cwd=ROOT, check=True)
+    (tmp_path / "mypy.ini").write_text("[mypy]\ncheck_untyped_defs = True\nignore_missing_imports = True\n")
+    command = [sys.executable, "-m", "mypy", "--config-file", str(tmp_path / "mypy.ini"), "-c", WRONG]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MYPYPATH": ".links"})
+    lines = {line.split(":")[1] for line in done.stdout.splitlines() if "error" in line and line.startswith("<string>")}
+    assert lines == {"7", "8"}, done.stdout + done.stderr
