@@ -56,7 +56,7 @@ JOB = """
     from test_processes import ADAM, CONCEPT, DATA, EVALUATE, METHOD, SGD, SPLIT, saliency_of
     from erase.latents.prepare import prepare_latents
     from erase.models import load_model
-    from erase.parallel.processes import found, in_shares, processes, reduce_all
+    from erase.parallel.processes import exists_on_all, in_shares, processes, reduce_all
     from erase.run import EraseConfig, erase_concept
     from erase.parallel.sharding import sharded
     from erase.prompts.errors import ErasureError
