@@ -9,7 +9,7 @@ READY := $(VENV)/.installed-$(VERSIONS)
 LINT := "$(BIN)/ruff" check && "$(BIN)/ruff" format --check && "$(BIN)/mypy"
 
 # The four folders are one package, erase; setup.cfg maps them when it is installed. mypy and editors read sources through these links.
-.links: setup.cfg erase
+.links: setup.cfg $(wildcard erase)
 	rm -rf .links
 	mkdir -p .links/erase
 	ln -s $(addprefix ../../,$(wildcard erase/*) prompts eval scripts) .links/erase

@@ -7,7 +7,7 @@ any time, the same command goes on.
 
 on the shipped model, a minute and a half:
   erase-concept --concept heart --anchor mushroom --out runs/heart
-  erase-concept --concept Neon --mask.density 0.3 --train.steps 200 --out runs/neon
+  erase-concept --concept Neon --mask.density 0.3 --out runs/neon
 on a diffusers folder, a single file or a hub id:
   erase-concept --model PATH --concepts nudity --out runs/nudity
   erase-concept --model PATH --concepts nudity --concept "Van Gogh" --out runs/2

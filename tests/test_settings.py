@@ -43,6 +43,7 @@ OUT_OF_RANGE = {
     (MaskConfig, "density"): (0, -0.1, 1.1),
     (MaskConfig, "guidance"): (-2, 1e300),
     (MaskConfig, "batch_size"): (0, -1, 1.5),
+    (MaskConfig, "batches"): (0, -1, 1.5),
     (EraseConfig, "seed"): (1.5, 2**60, -(2**60), None),
 }
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,7 +124,7 @@ def compute_statistics(task: Task, config: TunedConfig, names: tuple[str, ...], 
     with running(task.model, params, plain) as active:
         for source in dict.fromkeys(name.partition(".")[0] for name in names):
             kinds = tuple(kind for kind in ("sum", "square") if f"{source}.{kind}" in names)
-            steps = _steps_of(source, task, config, objective)
+            steps = _steps_of(source, task, config, objective, active.layout.collective_forward)
             totals = _accumulate(active, steps, Accumulator(active.params, active.layout, kinds), source)
             values |= {f"{source}.{kind}": total for kind, total in totals.items()}
     return Statistics(values, provenance)
@@ -133,6 +134,8 @@ class _Steps:
     """Losses of one source, batch by batch, each in parts."""
 
     parts = 1
+    joint = False
+    """whether all processes take their rows of every batch, instead of whole batches in turn"""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -159,9 +162,13 @@ class _Forget(_Steps):
 class _Trained(_Steps):
     """The objective's forget term on the first batches of training, or the denoising loss on retain latents drawn likewise."""
 
-    def __init__(self, task: Task, config: TunedConfig, objective: Objective | None) -> None:
-        self.task, self.config, self.objective = task, config, objective
-        self.parts = config.train.accumulation * processes().num_processes  # as few rows at a time as in training
+    def __init__(self, task: Task, config: TunedConfig, objective: Objective | None, joint: bool) -> None:
+        """`joint`: under shards, which average the gradients of all processes before they can be squared."""
+        self.task, self.config, self.objective, self.joint = task, config, objective, joint
+        self._shares: Any = processes() if joint else _Alone(task.model.device)
+        self.parts = config.train.accumulation  # as few rows at a time as in training
+        if not joint:
+            self.parts *= processes().num_processes
         self._batch: tuple[int, object] = (-1, None)
 
     def __len__(self) -> int:
@@ -171,7 +178,7 @@ class _Trained(_Steps):
         if self._batch[0] != index:
             drawn = self.objective.batches(index) if self.objective else self._retained(index)
             self._batch = index, drawn
-        share = cut(self._batch[1], part, self.parts, _Alone(self.task.model.device))
+        share = cut(self._batch[1], part, self.parts, self._shares)
         if self.objective:
             return self.objective.loss(share, torch.no_grad)["forget"] / self.parts
         rows, prompts = share
@@ -192,17 +199,18 @@ class _Alone:
     process_index: int = 0
 
 
-def _steps_of(source: str, task: Task, config: TunedConfig, objective: Objective | None) -> _Steps:
+def _steps_of(source: str, task: Task, config: TunedConfig, objective: Objective | None, joint: bool) -> _Steps:
     if source == "forget":
         return _Forget(task, config)
     if source == "objective" and objective is None:
         raise ValueError("statistics of the objective need one")
-    return _Trained(task, config, objective if source == "objective" else None)
+    return _Trained(task, config, objective if source == "objective" else None, joint)
 
 
 def _accumulate(active: ActiveWeights, steps: _Steps, totals: Accumulator, source: str) -> dict[str, dict[str, Tensor]]:
     """Gradients of all batches, shared by the processes."""
-    mine = round_robin(range(len(steps)), active.layout.collective_forward)
+    every = range(len(steps))
+    mine = [(index, True) for index in every] if steps.joint else round_robin(every, active.layout.collective_forward)
     what = f"{source} saliency" if source != "forget" else "saliency"
     with (
         torch.random.fork_rng(devices=[]),
@@ -213,7 +221,7 @@ def _accumulate(active: ActiveWeights, steps: _Steps, totals: Accumulator, sourc
             torch.manual_seed(index)
             _add_batch(steps, index, 1.0 if counts else 0.0, totals)
             bar.update()
-    return totals.finish()
+    return totals.finish(shared=not steps.joint)
 
 
 def _add_batch(steps: _Steps, index: int, factor: float, totals: Accumulator) -> None:
@@ -254,7 +262,9 @@ def _provenance(task: Task, config: TunedConfig, names: tuple[str, ...]) -> dict
         settings = asdict(config)
         del settings["train"], settings["mask"]
         about["objective"] = json.dumps({"kind": type(config).__name__, **settings}, sort_keys=True)
-    return {**describe(task), **about}
+    known = describe(task)
+    made = {"forget": bool(sources & {"forget", "objective"}), "retain": "retain" in sources}
+    return {key: value for key, value in known.items() if made.get(key, True)} | about
 
 
 def forget_loss(task: Task, rows: Tensor, guidance: float, generator: torch.Generator) -> Tensor:

@@ -108,15 +108,19 @@ class Accumulator:
             for hook in hooks:
                 hook.remove()
 
-    def finish(self) -> dict[str, dict[str, Tensor]]:
+    def finish(self, shared: bool = True) -> dict[str, dict[str, Tensor]]:
         """The totals over all processes, whole in each, on the CPU; the accumulator gives them away and is spent.
+
+        Args:
+            shared: the processes took batches in turn, so that their totals are to be added up.
 
         Raises:
             ErasureError: a total is not finite.
         """
         done: dict[str, dict[str, Tensor]] = {}
         for kind, totals in self._totals.items():
-            self._layout.add_up(totals.values())
+            if shared:
+                self._layout.add_up(totals.values())
             done[kind] = {}
             for name in list(totals):  # one at a time: no second copy of the model's size
                 total = self._layout.gather(totals.pop(name))
