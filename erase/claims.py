@@ -1,4 +1,5 @@
-"""Whose a folder and the files in it are: a run goes on only with what it began itself, or names what differs."""
+"""Whose a folder and the files in it are: a run goes on only with what it began itself, or names
+what differs."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ SAME_BITS = {"train.checkpoint_every", "train.selective_recompute", "train.offlo
 """settings that leave the result as it is, to the bit"""
 TO_ROUNDING = {
     "made with", "threads", "processes",
-    "train.accumulation", "train.attention", "train.channels_last", "train.compile", "train.gradient_checkpointing",
+    "train.accumulation", "train.attention", "train.channels_last", "train.compile",
+    "train.gradient_checkpointing",
 }  # fmt: skip
 """what changes the result by rounding alone: a run goes on under another, and says so"""
 PATHS = {
@@ -34,7 +36,8 @@ PATHS = {
 """settings that name files: one file under two names is the same"""
 NAMES = {
     "base_fingerprint": "fingerprint of the base", "base_id": "base", "created_with": "made with",
-    "forget": "digest of the forget latents", "retain": "digest of the retain latents", "loss": "loss of the saliency",
+    "forget": "digest of the forget latents", "retain": "digest of the retain latents",
+    "loss": "loss of the saliency",
 }  # fmt: skip
 """key of a description -> how errors call it"""
 SHOWN = 3
@@ -44,17 +47,17 @@ Difference = tuple[str, Any, Any]
 log = logging.getLogger("erase")
 
 
-def claim(folder: Path, description: Mapping[str, str], defaults: Mapping[str, Any], finished: bool = False) -> None:
-    """Mark a folder as this run's with run.json, or go on in one that is its own.
-
-    Args:
-        folder: of the run.
-        description: everything that fixes its result (`erase.run.describe`).
-        defaults: what stands for a setting that an older or newer run.json lacks.
-        finished: the run has its result already, so nothing of it goes on.
-
-    Raises:
-        ErasureError: the folder holds another run, of which what differs is named, or its run.json is damaged.
+def claim(
+    folder: Path,
+    description: Mapping[str, str],
+    defaults: Mapping[str, Any],
+    finished: bool = False,
+) -> None:
+    """Mark a folder as this run's with run.json, or go on in one that is its own. Args: folder: of
+    the run. description: everything that fixes its result (`erase.run.describe`). defaults: what
+    stands for a setting that an older or newer run.json lacks. finished: the run has its result
+    already, so nothing of it goes on. Raises: ErasureError: the folder holds another run, of which
+    what differs is named, or its run.json is damaged.
     """
     path = folder / "run.json"
     machine = {"threads": str(torch.get_num_threads()), "processes": str(processes().num_processes)}
@@ -64,22 +67,37 @@ def claim(folder: Path, description: Mapping[str, str], defaults: Mapping[str, A
         _refuse(f"{folder} holds another run", changes, "choose another folder or delete it")
         if finished or not changes:
             return
-        log.warning("%s goes on, but %s: its result is the same to rounding, not to the bit", folder, _told(changes))
+        log.warning(
+            "%s goes on, but %s: its result is the same to rounding, not to the bit",
+            folder,
+            _told(changes),
+        )
     if processes().is_main_process:
         with atomic_write(path) as aside:
             aside.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
 
-def check_settings(folder: Path, description: Mapping[str, str], defaults: Mapping[str, Any]) -> None:
-    """Refuse the folder of a run with other settings, before the base is loaded; `description` has no base yet."""
+def check_settings(
+    folder: Path, description: Mapping[str, str], defaults: Mapping[str, Any]
+) -> None:
+    """Refuse the folder of a run with other settings, before the base is loaded; `description` has
+    no base yet."""
     path = folder / "run.json"
     if exists_on_all(path):
         old = {key: value for key, value in _read(path).items() if key in description}
-        _refuse(f"{folder} holds another run", _changes(path, old, description, defaults), "choose another folder or delete it")
+        _refuse(
+            f"{folder} holds another run",
+            _changes(path, old, description, defaults),
+            "choose another folder or delete it",
+        )
 
 
 def check_artifact(
-    path: Path, own: Mapping[str, str], description: Mapping[str, str], remedy: str, defaults: Mapping[str, Any] | None = None
+    path: Path,
+    own: Mapping[str, str],
+    description: Mapping[str, str],
+    remedy: str,
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse a file that another run made.
 
@@ -94,7 +112,9 @@ def check_artifact(
         ErasureError: it is of another run; what differs is named.
     """
     if absent := sorted(description.keys() - own.keys()):
-        raise ErasureError(f"{path} does not say which run it is of (it lacks {', '.join(absent)}); {remedy}")
+        raise ErasureError(
+            f"{path} does not say which run it is of (it lacks {', '.join(absent)}); {remedy}"
+        )
     known = {key: own[key] for key in description}
     _refuse(f"{path} is of another run", _changes(path, known, description, defaults or {}), remedy)
 
@@ -103,7 +123,9 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by the names of their options: `train.lr`."""
     rows: dict[str, Any] = {}
     for key, value in settings.items():
-        rows |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        rows |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+        )
     return rows
 
 
@@ -117,7 +139,9 @@ def _read(path: Path) -> dict[str, str]:
         return dict(json.loads(text))
 
 
-def _changes(path: Path, old: Mapping[str, str], new: Mapping[str, str], defaults: Mapping[str, Any]) -> list[Difference]:
+def _changes(
+    path: Path, old: Mapping[str, str], new: Mapping[str, str], defaults: Mapping[str, Any]
+) -> list[Difference]:
     """What differs between two descriptions, but for what leaves the result as it is."""
     with errors_named(path, "delete it or choose another folder"):
         was, was_said = _facts(old), _concept_facts(old)
@@ -154,7 +178,11 @@ def _concept_facts(description: Mapping[str, str]) -> dict[str, Any]:
 
 def _same_path(one: Any, other: Any) -> bool:
     try:
-        return isinstance(one, str) and isinstance(other, str) and Path(one).resolve() == Path(other).resolve()
+        return (
+            isinstance(one, str)
+            and isinstance(other, str)
+            and Path(one).resolve() == Path(other).resolve()
+        )
     except (OSError, ValueError, RuntimeError):  # too long, with a NUL, a circle of links
         return False
 
@@ -166,11 +194,20 @@ def _refuse(what: str, changes: list[Difference], remedy: str) -> None:
 
 
 def _told(changes: list[Difference]) -> str:
-    told = [f"{name} was {_short(was)} and is now {_short(now)}" for name, was, now in changes[:SHOWN]]
+    told = [
+        f"{name} was {_short(was)} and is now {_short(now)}" for name, was, now in changes[:SHOWN]
+    ]
     more = len(changes) - SHOWN
     return ", ".join(told) + (f", and {more} more differ" if more > 0 else "")
 
 
 def _short(value: Any) -> str:
-    text = "not set" if value is None else str(value) if isinstance(value, int | float) else repr(value)
-    return text if len(text) <= 80 else f"{text[:30]}...{text[-47:]}"  # of a path, the end tells most
+    text = (
+        "not set"
+        if value is None
+        else str(value)
+        if isinstance(value, int | float)
+        else repr(value)
+    )
+    # of a path, the end tells most
+    return text if len(text) <= 80 else f"{text[:30]}...{text[-47:]}"

@@ -1,4 +1,5 @@
-"""Several deltas of one base: added, scaled, subtracted; and how far they are in each other's way."""
+"""Several deltas of one base: added, scaled, subtracted; and how far they are in each other's
+way."""
 
 from __future__ import annotations
 
@@ -26,19 +27,16 @@ Part = tuple[Tensor, Tensor, float]
 """flat indices of the weights that it changes in one tensor, the values there, its scale"""
 
 
-def compose(base: DiffusionModel, parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str = "sum") -> ErasedDelta:
-    """One delta of several: base + sum of scale * (erased - base), computed in float64 and rounded once.
-
-    Where a single part of scale 1 changes a weight, its own value is taken, bit for bit. Scale 0 leaves a part out, a negative scale
-    adds its concept instead of erasing it.
-
-    Args:
-        base: the model that all of them were made from; it stays as it is.
-        parts: deltas with their scales.
-        on_conflict: for weights that several parts change: sum of the changes; the change of the first or the last part; or error.
-
-    Raises:
-        ErasureError: parts of different bases, a scale or a result that is not finite, or a conflict where `error` was asked for.
+def compose(
+    base: DiffusionModel, parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str = "sum"
+) -> ErasedDelta:
+    """One delta of several: base + sum of scale * (erased - base), computed in float64 and rounded
+    once. Where a single part of scale 1 changes a weight, its own value is taken, bit for bit.
+    Scale 0 leaves a part out, a negative scale adds its concept instead of erasing it. Args:
+    base: the model that all of them were made from; it stays as it is. parts: deltas with their
+    scales. on_conflict: for weights that several parts change: sum of the changes; the change of
+    the first or the last part; or error. Raises: ErasureError: parts of different bases, a scale
+    or a result that is not finite, or a conflict where `error` was asked for.
     """
     if on_conflict not in ON_CONFLICT:
         raise unknown("on_conflict", on_conflict, ON_CONFLICT)
@@ -49,7 +47,11 @@ def compose(base: DiffusionModel, parts: Sequence[tuple[ErasedDelta, float]], on
     live = [(delta, scale) for delta, scale in parts if scale]
     values, bits = {}, {}
     for name, old in _changed_tensors(base, [delta for delta, _ in live]):
-        touching = [(delta.places(name), delta.values[name], scale) for delta, scale in live if name in delta.values]
+        touching = [
+            (delta.places(name), delta.values[name], scale)
+            for delta, scale in live
+            if name in delta.values
+        ]
         new = _combined(name, old.flatten(), touching, on_conflict).reshape(old.shape)
         if found := difference(old, new):
             values[name], bits[name] = found
@@ -64,15 +66,19 @@ def _check_bases(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> None:
         ours, theirs = (d.metadata.get("base_fingerprint", "") for d in (first, delta))
         if ours != theirs:
             raise ErasureError(
-                f"{first.source} ({first.title}) was made from base {first.metadata.get('base_id', '?')} (fingerprint {ours[:12]}), "
-                f"{delta.source} ({delta.title}) from {delta.metadata.get('base_id', '?')} ({theirs[:12]}); only deltas of one base "
+                f"{first.source} ({first.title}) was made from base "
+                f"{first.metadata.get('base_id', '?')} (fingerprint {ours[:12]}), "
+                f"{delta.source} ({delta.title}) from {delta.metadata.get('base_id', '?')} "
+                f"({theirs[:12]}); only deltas of one base "
                 "can be composed"
             )
     for delta in deltas:
         delta.check(base)
 
 
-def _changed_tensors(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> Iterator[tuple[str, Tensor]]:
+def _changed_tensors(
+    base: DiffusionModel, deltas: Sequence[ErasedDelta]
+) -> Iterator[tuple[str, Tensor]]:
     """Name and base value (on the CPU) of every parameter that any of the deltas changes."""
     for name, param in base.parameters().items():
         if any(name in delta.values for delta in deltas):
@@ -87,18 +93,27 @@ def _combined(name: str, base: Tensor, parts: list[Part], on_conflict: str) -> T
     total = base.double()
     for where, values, scale in parts:
         changes.scatter_add_(0, where, torch.ones(where.shape, dtype=torch.int32))
-        total.scatter_add_(0, where, scale * (values.double() - base.index_select(0, where).double()))
+        total.scatter_add_(
+            0, where, scale * (values.double() - base.index_select(0, where).double())
+        )
     if on_conflict == "error" and (changes > 1).any():
         raise ErasureError(
-            f"{int((changes > 1).sum())} weights of {name} are changed by several deltas; sum them, or let the first or the last one win"
+            f"{int((changes > 1).sum())} weights of {name} are changed by several deltas; sum "
+            "them, or let the first or the last one win"
         )
     new = total.to(base.dtype)
     if not all_finite(new):
-        raise ErasureError(f"the composed values of {name} are not finite in {base.dtype}; use smaller scales")
+        raise ErasureError(
+            f"the composed values of {name} are not finite in {base.dtype}; use smaller scales"
+        )
     for where, values, scale in parts:
-        if scale == 1:  # its own value where it is alone: base + (value - base) may round, and loses the sign of zero
+        # its own value where it is alone: base + (value - base) may round, and loses the sign of
+        # zero
+        if scale == 1:
             alone = indices(changes.index_select(0, where) == 1)
-            new.scatter_(0, where.index_select(0, alone), values.index_select(0, alone).to(base.dtype))
+            new.scatter_(
+                0, where.index_select(0, alone), values.index_select(0, alone).to(base.dtype)
+            )
     return new
 
 
@@ -113,25 +128,38 @@ def _disjoint(base: Tensor, parts: list[Part]) -> list[Part]:
 
 
 def _describe(parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str) -> dict[str, str]:
-    """Metadata of a composed delta: `concepts` are those that it erases; `parts` tells of each with its scale."""
+    """Metadata of a composed delta: `concepts` are those that it erases; `parts` tells of each with
+    its scale."""
     first = parts[0][0].metadata
     told: list[dict[str, Any]] = [
-        {"erased": delta.title, "scale": scale, "method": delta.metadata.get("method", "?"), "sha256": delta.sha256}
+        {
+            "erased": delta.title,
+            "scale": scale,
+            "method": delta.metadata.get("method", "?"),
+            "sha256": delta.sha256,
+        }
         for delta, scale in parts
     ]
     configs = [config_of(delta.metadata, delta.source) for delta, _ in parts]
     return {
-        **{key: first[key] for key in ("base_fingerprint", "base_id", "created_with", "license") if key in first},
+        **{
+            key: first[key]
+            for key in ("base_fingerprint", "base_id", "created_with", "license")
+            if key in first
+        },
         "method": "+".join(dict.fromkeys(part["method"] for part in told)),
         "config": json.dumps({"on_conflict": on_conflict, "parts": configs}, sort_keys=True),
-        "concepts": json.dumps([concept for delta, scale in parts if scale > 0 for concept in delta.concepts]),
+        "concepts": json.dumps(
+            [concept for delta, scale in parts if scale > 0 for concept in delta.concepts]
+        ),
         "parts": json.dumps(told),
     }
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far two deltas change the same weights of one component (or of all), and in the same direction."""
+    """How far two deltas change the same weights of one component (or of all), and in the same
+    direction."""
 
     a: str
     b: str
@@ -144,7 +172,8 @@ class Overlap:
     expected: float
     """weights that both would change if each had chosen as many at random, tensor by tensor"""
     cosine: float
-    """of the two changes over the shared weights: 1 same direction, -1 opposite, near 0 unrelated; 0 where none is shared"""
+    """of the two changes over the shared weights: 1 same direction, -1 opposite, near 0 unrelated;
+    0 where none is shared"""
 
     @property
     def jaccard(self) -> float:
@@ -164,7 +193,10 @@ def conflicts(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> list[Overl
     """
     _check_bases(base, deltas)
     titles = [delta.title for delta in deltas]
-    names = [title if titles.count(title) == 1 else f"{title} ({i + 1})" for i, title in enumerate(titles)]
+    names = [
+        title if titles.count(title) == 1 else f"{title} ({i + 1})"
+        for i, title in enumerate(titles)
+    ]
     found: dict[tuple[str, str], dict[str, Tensor]] = {pair: {} for pair in combinations(names, 2)}
     for tensor, old in _changed_tensors(base, deltas):
         changes = dict(zip(names, (_change(tensor, old, delta) for delta in deltas), strict=True))
@@ -174,7 +206,11 @@ def conflicts(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> list[Overl
     for sums in found.values():
         if len(sums) > 1:
             sums["all"] = torch.stack(list(sums.values())).sum(0)
-    return [_overlap(a, b, component, total) for (a, b), sums in found.items() for component, total in sums.items()]
+    return [
+        _overlap(a, b, component, total)
+        for (a, b), sums in found.items()
+        for component, total in sums.items()
+    ]
 
 
 def _change(name: str, base: Tensor, delta: ErasedDelta) -> tuple[Tensor, Tensor]:
@@ -186,10 +222,21 @@ def _change(name: str, base: Tensor, delta: ErasedDelta) -> tuple[Tensor, Tensor
 
 
 def _compare(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
-    """Of one tensor: weights of a, of b, of both, expected of both; dot product and squared norms of the changes over both."""
+    """Of one tensor: weights of a, of b, of both, expected of both; dot product and squared norms
+    of the changes over both."""
     (in_a, x), (in_b, y) = a, b
     count_a, count_b = in_a.sum(), in_b.sum()
-    return torch.stack([count_a, count_b, in_a @ in_b, count_a * count_b / len(x), x @ y, x.square() @ in_b, y.square() @ in_a])
+    return torch.stack(
+        [
+            count_a,
+            count_b,
+            in_a @ in_b,
+            count_a * count_b / len(x),
+            x @ y,
+            x.square() @ in_b,
+            y.square() @ in_a,
+        ]
+    )
 
 
 def _overlap(a: str, b: str, component: str, sums: Tensor) -> Overlap:
@@ -203,10 +250,23 @@ def conflict_table(overlaps: Sequence[Overlap]) -> Table:
     from rich.table import Table
 
     table = Table(title="weights that several deltas change")
-    for heading in ("deltas", "component", "weights of each", "shared", "at random", "Jaccard", "cosine"):
+    for heading in (
+        "deltas",
+        "component",
+        "weights of each",
+        "shared",
+        "at random",
+        "Jaccard",
+        "cosine",
+    ):
         table.add_column(heading, justify="left" if heading in ("deltas", "component") else "right")
     for one in overlaps:
         counts = f"{one.count_a:,} / {one.count_b:,}"
-        numbers = (f"{one.shared:,}", f"{one.expected:,.0f}", f"{one.jaccard:.3f}", f"{one.cosine:+.3f}")
+        numbers = (
+            f"{one.shared:,}",
+            f"{one.expected:,.0f}",
+            f"{one.jaccard:.3f}",
+            f"{one.cosine:+.3f}",
+        )
         table.add_row(f"{one.a} / {one.b}", one.component, counts, *numbers)
     return table

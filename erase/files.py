@@ -1,4 +1,5 @@
-"""Files that are whole or absent: written aside, then renamed; and safetensors with the errors that a user can read."""
+"""Files that are whole or absent: written aside, then renamed; and safetensors with the errors that
+a user can read."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""their names in safetensors, in the order in which its own writer puts them: widest first, so that all lie aligned"""
+"""their names in safetensors, in the order in which its own writer puts them: widest first, so that
+all lie aligned"""
 
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
@@ -42,13 +44,11 @@ HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; on success it is renamed to `path`, on any error it is removed.
-
-    What is renamed has reached the disk: a machine that fails finds the old file or the new one, never an empty one. What a
-    killed process left unfinished is removed when another begins to write into the same folder.
-
-    Raises:
-        ErasureError: the folder cannot be written to, the disk is full, or the name is none that a file can have.
+    """Yield a path beside `path` to write to; on success it is renamed to `path`, on any error it
+    is removed. What is renamed has reached the disk: a machine that fails finds the old file or
+    the new one, never an empty one. What a killed process left unfinished is removed when
+    another begins to write into the same folder. Raises: ErasureError: the folder cannot be
+    written to, the disk is full, or the name is none that a file can have.
     """
     path = as_path(path)
     try:
@@ -63,12 +63,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if "inline_container" not in str(error):  # torch.save's own words for a write that failed
             raise
         cause = error.__context__ if isinstance(error.__context__, OSError) else None
-        raise ErasureError(f"cannot write {path}: {why(cause or OSError('the disk is full'), WRITING)}") from error
+        raise ErasureError(
+            f"cannot write {path}: {why(cause or OSError('the disk is full'), WRITING)}"
+        ) from error
 
 
 @contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` under a name of its own, locked while it is written; gone at the end, unless it was renamed."""
+    """An empty file beside `path` under a name of its own, locked while it is written; gone at the
+    end, unless it was renamed."""
     name = f".{path.name[:40]}.{HOST}.{os.getpid()}.{secrets.token_hex(4)}.part"
     aside = path.with_name(name)
     with _open_locked(aside) as file:
@@ -81,7 +84,8 @@ def _unfinished(path: Path) -> Iterator[Path]:
 
 
 def _open_locked(aside: Path) -> BinaryIO:
-    """The new file; again if a sweep took it for a dead process's between its making and its lock."""
+    """The new file; again if a sweep took it for a dead process's between its making and its
+    lock."""
     file = aside.open("xb")
     _lock(file, wait=True)
     if os.fstat(file.fileno()).st_nlink:
@@ -91,7 +95,8 @@ def _open_locked(aside: Path) -> BinaryIO:
 
 
 def _lock(file: BinaryIO, wait: bool = False) -> bool:
-    """Lock an open file, if the disk has locks and no other holds it; the system lets go of it when this process ends."""
+    """Lock an open file, if the disk has locks and no other holds it; the system lets go of it when
+    this process ends."""
     try:
         import fcntl
 
@@ -118,11 +123,11 @@ _next_sweep: dict[Path, float] = {}
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes of this machine left in a folder: unfinished files that nobody holds locked.
-
-    A lock tells the dead from the living where a process number does not: it may be in use again, or be another container's.
-    Those of other machines are left to them, since not every shared disk shares its locks. Listing the folder takes at
-    most a hundredth of the time, however many images are in it.
+    """Remove what killed processes of this machine left in a folder: unfinished files that nobody
+    holds locked. A lock tells the dead from the living where a process number does not: it may
+    be in use again, or be another container's. Those of other machines are left to them, since
+    not every shared disk shares its locks. Listing the folder takes at most a hundredth of the
+    time, however many images are in it.
     """
     began = time.monotonic()
     if began < _next_sweep.get(folder, 0):
@@ -135,31 +140,31 @@ def _sweep(folder: Path) -> None:
     _next_sweep[folder] = time.monotonic() + 100 * (time.monotonic() - began)
 
 
-def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
     """Write a safetensors file; the metadata's `format` says what it is."""
     stream_tensors(path, tensors, tensors.__getitem__, metadata)
 
 
 def stream_tensors(
-    path: str | Path, layout: Mapping[str, Tensor], make: Callable[[str], Tensor], metadata: Mapping[str, str]
+    path: str | Path,
+    layout: Mapping[str, Tensor],
+    make: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file tensor by tensor, so that those which are converted or fetched from a GPU never stand all in memory.
-
-    safetensors' own writer wants all of them at once. The bytes are the same as its, but for the order of the metadata: there it is
-    by chance, here as given, so that the same content is always the same file.
-
-    Args:
-        path: of the file.
-        layout: shape and dtype of each tensor; the values do not matter, it may be on the meta device.
-        make: the tensor of a name, called once for each.
-        metadata: text for the header.
-
-    Raises:
-        ErasureError: a dtype that is not written, the file cannot be, or `make` raises it; nothing is left then.
+    """Write a safetensors file tensor by tensor, so that those which are converted or fetched from
+    a GPU never stand all in memory. safetensors' own writer wants all of them at once. The bytes
+    are the same as its, but for the order of the metadata: there it is by chance, here as given,
+    so that the same content is always the same file. Args: path: of the file. layout: shape and
+    dtype of each tensor; the values do not matter, it may be on the meta device. make: the
+    tensor of a name, called once for each. metadata: text for the header. Raises: ErasureError:
+    a dtype that is not written, the file cannot be, or `make` raises it; nothing is left then.
     """
     if odd := [name for name, tensor in layout.items() if tensor.dtype not in DTYPES]:
         raise ErasureError(
-            f"{path}: {odd[0]} is of {layout[odd[0]].dtype}, which is not written; convert it to float16 or float32"
+            f"{path}: {odd[0]} is of {layout[odd[0]].dtype}, which is not written; convert it to "
+            "float16 or float32"
         )
     names = sorted(layout, key=lambda name: (list(DTYPES).index(layout[name].dtype), name))
     header = _header(layout, names, metadata)
@@ -177,52 +182,78 @@ def _header(layout: Mapping[str, Tensor], names: list[str], metadata: Mapping[st
     for name in names:
         tensor = layout[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
 
 
 @contextmanager
 def errors_named(path: str | Path, remedy: str) -> Iterator[None]:
-    """Whatever the content of a damaged file upsets in the block becomes one error that names the file.
-
-    Raises:
-        ErasureError: a key is missing, or a value is not of the type, shape or form that it should have.
+    """Whatever the content of a damaged file upsets in the block becomes one error that names the
+    file. Raises: ErasureError: a key is missing, or a value is not of the type, shape or form
+    that it should have.
     """
     try:
         yield
     except ErasureError:
         raise
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # a deep nesting is a RuntimeError
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+    ) as error:  # a deep nesting is a RuntimeError
         reason = " ".join(str(error).split())[:120]
-        raise ErasureError(f"{path} is damaged ({type(error).__name__}: {reason}); {remedy}") from error
+        raise ErasureError(
+            f"{path} is damaged ({type(error).__name__}: {reason}); {remedy}"
+        ) from error
 
 
 def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a safetensors file that `save_tensors` wrote as `kind`, in memory of their own.
+    """The tensors and metadata of a safetensors file that `save_tensors` wrote as `kind`, in memory
+    of their own.
 
     Raises:
         ErasureError: no such file, a damaged file, or one of another kind.
     """
     path = as_path(path)
     try:
-        path.open("rb").close()  # the system's words for what cannot be read are better than the library's
+        path.open(
+            "rb"
+        ).close()  # the system's words for what cannot be read are better than the library's
         # pread: under a memory map, a file that another process shortens would end this one
         with safe_open(path, framework="pt", backend="pread") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
-                raise ErasureError(f"{path} is not a {kind} file: it is {_what(metadata, list(file.keys()))}")
+                raise ErasureError(
+                    f"{path} is not a {kind} file: it is {_what(metadata, list(file.keys()))}"
+                )
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
     except OSError as error:
         raise ErasureError(f"cannot read {path}: {why(error)}") from error
-    except (SafetensorError, AttributeError, TypeError, ValueError, RuntimeError) as error:  # the last: dtypes that torch lacks
+    except (
+        SafetensorError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the last: dtypes that torch lacks
         if isinstance(error, ErasureError):
             raise
-        raise ErasureError(f"cannot read {path} as safetensors: {why(error, 'if it was cut short, make it again')}") from error
+        raise ErasureError(
+            f"cannot read {path} as safetensors: {why(error, 'if it was cut short, make it again')}"
+        ) from error
 
 
 KINDS = {
-    "mask": "a mask, which says only which weights may change; give the delta.safetensors beside it",
+    "mask": (
+        "a mask, which says only which weights may change; give the delta.safetensors beside it"
+    ),
     "saliency": "a saliency map, which masks are cut from; give the delta.safetensors beside it",
     "latents": "a set of latents, an erasure's training data",
     "delta": "a delta, what an erasure changed; where a delta is wanted, give it as --delta",
@@ -230,12 +261,18 @@ KINDS = {
 
 
 def _what(metadata: Mapping[str, str], names: list[str]) -> str:
-    """What a safetensors file is, by its own format or the names of its tensors, and what to do with it."""
+    """What a safetensors file is, by its own format or the names of its tensors, and what to do
+    with it."""
     if known := KINDS.get(metadata.get("format", "")):
         return known
     if any(".lora_" in name or name.startswith("lora_") for name in names):
         return "a LoRA; give the delta.safetensors that it was exported from"
-    if any(name.startswith(("model.diffusion_model.", "first_stage_model.", "down_blocks.", "text_model.")) for name in names):
+    if any(
+        name.startswith(
+            ("model.diffusion_model.", "first_stage_model.", "down_blocks.", "text_model.")
+        )
+        for name in names
+    ):
         return "weights of a model; a checkpoint is given as --model"
     return f"something else (its format is {metadata.get('format', 'unknown')!r})"
 

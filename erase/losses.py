@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-    """`(1 + g) * eps_c - g * eps_null`: classifier-free guidance as SalUn writes it; g = 7.5 is diffusers' guidance_scale 8.5."""
+    """`(1 + g) * eps_c - g * eps_null`: classifier-free guidance as SalUn writes it; g = 7.5 is
+    diffusers' guidance_scale 8.5."""
     return (1 + guidance) * conditional - guidance * unconditional
 
 
@@ -22,5 +23,6 @@ def forgetting(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def remap(prediction: Tensor, anchor: Tensor) -> Tensor:
-    """Pull the forget prompt's prediction to the anchor prompt's, which takes no gradient (SalUn, eq. 6)."""
+    """Pull the forget prompt's prediction to the anchor prompt's, which takes no gradient (SalUn,
+    eq. 6)."""
     return denoising(prediction, anchor.detach())

@@ -1,7 +1,7 @@
-"""Saliency and masks: which weights matter to the concept, one bit per weight (SalUn, Fan et al., ICLR 2024, eq. 3-4).
-
-`Saliency` is a score per weight, which a rule computes from gradients (`erase.training.rules`); cut at a density it is a
-`SaliencyMask`, packed, which knows the model it belongs to.
+"""Saliency and masks: which weights matter to the concept, one bit per weight (SalUn, Fan et al.,
+ICLR 2024, eq. 3-4).
+ `Saliency` is a score per weight, which a rule computes from gradients (`erase.training.rules`);
+cut at a density it is a `SaliencyMask`, packed, which knows the model it belongs to.
 """
 
 from __future__ import annotations
@@ -31,11 +31,9 @@ class Saliency:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def cut(self, density: float, allocation: str = "global") -> SaliencyMask:
-        """The `floor(density * N)` most salient weights; ties go to the earlier parameter, then the lower index.
-
-        Args:
-            density: in (0, 1].
-            allocation: `global`: over all parameters together; `per-tensor`: the same fraction of each, to within one weight.
+        """The `floor(density * N)` most salient weights; ties go to the earlier parameter, then the
+        lower index. Args: density: in (0, 1]. allocation: `global`: over all parameters
+        together; `per-tensor`: the same fraction of each, to within one weight.
 
         Raises:
             ErasureError: density outside (0, 1], or so small that no weight is left.
@@ -43,8 +41,14 @@ class Saliency:
         count = kept_count(density, sum(value.numel() for value in self.values.values()))
         chosen: Iterator[tuple[str, Tensor]]
         if allocation == "per-tensor":
-            counts = shares({name: value.numel() for name, value in self.values.items()}, density, count)
-            chosen = (pair for name, kept in counts.items() for pair in top_k({name: self.values[name]}, kept))
+            counts = shares(
+                {name: value.numel() for name, value in self.values.items()}, density, count
+            )
+            chosen = (
+                pair
+                for name, kept in counts.items()
+                for pair in top_k({name: self.values[name]}, kept)
+            )
         else:
             chosen = top_k(self.values, count)
         further = {"density": repr(density), "allocation": allocation}
@@ -55,7 +59,8 @@ class Saliency:
         total = sum(value.numel() for value in self.values.values())
         count = total - kept_count(density, total)
         return self._mask(
-            {name: pack(~one) for name, one in top_k(self.values, count)}, {"density": repr(density), "control": "lowest"}
+            {name: pack(~one) for name, one in top_k(self.values, count)},
+            {"density": repr(density), "control": "lowest"},
         )
 
     def _mask(self, bits: dict[str, Tensor], further: Mapping[str, str]) -> SaliencyMask:
@@ -64,7 +69,8 @@ class Saliency:
 
 
 def shares(sizes: Mapping[str, int], density: float, count: int) -> dict[str, int]:
-    """How many of `count` weights each tensor gets in proportion to its size: largest remainders, ties by order."""
+    """How many of `count` weights each tensor gets in proportion to its size: largest remainders,
+    ties by order."""
     kept = {name: math.floor(density * size) for name, size in sizes.items()}
     left = count - sum(kept.values())
     remainders = sorted(sizes, key=lambda name: kept[name] - density * sizes[name])  # stable
@@ -78,7 +84,8 @@ class SaliencyMask:
     """One bit per weight: 1 where training may change it."""
 
     bits: dict[str, Tensor]
-    """parameter name -> uint8, ceil(n / 8) bytes, little bit order, rows of the parameter flattened"""
+    """parameter name -> uint8, ceil(n / 8) bytes, little bit order, rows of the parameter
+    flattened"""
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str] = field(default_factory=dict)
     """base_fingerprint, concepts, forget, loss, density, scope, seed, ..."""
@@ -123,22 +130,34 @@ class SaliencyMask:
 
     @classmethod
     def random(
-        cls, params: Mapping[str, Tensor], density: float, seed: int, metadata: Mapping[str, str] | None = None
+        cls,
+        params: Mapping[str, Tensor],
+        density: float,
+        seed: int,
+        metadata: Mapping[str, str] | None = None,
     ) -> SaliencyMask:
-        """A uniformly random mask of exactly `floor(density * N)` ones: the control for saliency."""
+        """A uniformly random mask of exactly `floor(density * N)` ones: the control for
+        saliency."""
         generator = torch.Generator().manual_seed(seed)
-        noise = {name: torch.rand(param.shape, generator=generator) for name, param in params.items()}
-        return Saliency(noise, {**(metadata or {}), "control": "random", "seed": str(seed)}).cut(density)
+        noise = {
+            name: torch.rand(param.shape, generator=generator) for name, param in params.items()
+        }
+        return Saliency(noise, {**(metadata or {}), "control": "random", "seed": str(seed)}).cut(
+            density
+        )
 
     def matched_random(self, seed: int) -> SaliencyMask:
-        """Random weights, as many in every tensor as here: the control for which weights, not where."""
+        """Random weights, as many in every tensor as here: the control for which weights, not
+        where."""
         generator = torch.Generator().manual_seed(seed)
         bits = {}
         for name, shape in self.shapes.items():
             noise = torch.rand(shape, generator=generator)
             ((_, chosen),) = top_k({name: noise}, int(self[name].sum()))
             bits[name] = pack(chosen)
-        return SaliencyMask(bits, self.shapes, {**self.metadata, "control": "matched-random", "seed": str(seed)})
+        return SaliencyMask(
+            bits, self.shapes, {**self.metadata, "control": "matched-random", "seed": str(seed)}
+        )
 
     def check(self, params: Mapping[str, Tensor], base_fingerprint: str) -> None:
         """Refuse a model that the mask was not made for.
@@ -149,16 +168,19 @@ class SaliencyMask:
         own = self.metadata.get("base_fingerprint")
         if own != base_fingerprint:
             raise ErasureError(
-                f"this mask belongs to another base model (fingerprint {str(own)[:12]}, not {base_fingerprint[:12]}); compute one for this base"
+                f"this mask belongs to another base model (fingerprint {str(own)[:12]}, not "
+                f"{base_fingerprint[:12]}); compute one for this base"
             )
         for name, param in params.items():
             if name not in self or self.shapes[name] != tuple(param.shape):
                 raise ErasureError(
-                    f"the mask does not cover {name} {tuple(param.shape)}; compute it over the same scope as the training"
+                    f"the mask does not cover {name} {tuple(param.shape)}; compute it over the "
+                    "same scope as the training"
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors: one uint8 tensor per parameter, shapes and provenance in the metadata."""
+        """Write safetensors: one uint8 tensor per parameter, shapes and provenance in the
+        metadata."""
         further = {"format": "mask", "shapes": json.dumps(self.shapes), "sha256": self.sha256}
         save_tensors(path, self.bits, {**_sorted(self.metadata), **further})
 
@@ -175,7 +197,9 @@ class SaliencyMask:
             found = json.loads(metadata.pop("shapes")).items()
             shapes: dict[str, tuple[int, ...]] = {name: torch.Size(shape) for name, shape in found}
             for name in bits.keys() | shapes.keys():
-                fits = bits[name].dtype == torch.uint8 and bits[name].shape == (-(-math.prod(shapes[name]) // 8),)
+                fits = bits[name].dtype == torch.uint8 and bits[name].shape == (
+                    -(-math.prod(shapes[name]) // 8),
+                )
                 if not fits or min(shapes[name], default=0) < 0:
                     raise ErasureError(
                         f"{path}: the bits of {name} do not fit its shape {tuple(shapes[name])}; "
@@ -183,12 +207,15 @@ class SaliencyMask:
                     )
         mask = cls(bits, shapes, metadata)
         if checksum and checksum != mask.sha256:
-            raise ErasureError(f"{path} is damaged: it holds other bits than were written; compute the mask again")
+            raise ErasureError(
+                f"{path} is damaged: it holds other bits than were written; compute the mask again"
+            )
         return mask
 
 
 def _sorted(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The same metadata in the order of its keys: a file that was read gives them in any, and equal content is to be equal bytes."""
+    """The same metadata in the order of its keys: a file that was read gives them in any, and equal
+    content is to be equal bytes."""
     return dict(sorted(metadata.items()))
 
 
@@ -211,5 +238,8 @@ def kept_count(density: float, total: int) -> int:
     check_density(density)
     count = math.floor(density * total)
     if not count:
-        raise ErasureError(f"density {density} of {total} weights leaves none to train; use a higher density or a wider scope")
+        raise ErasureError(
+            f"density {density} of {total} weights leaves none to train; use a higher density or a "
+            "wider scope"
+        )
     return count

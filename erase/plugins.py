@@ -57,7 +57,9 @@ class Index(Generic[T]):
 
     def package(self, name: str) -> str:
         """The distribution that brings this name; empty for ours and for a place."""
-        points = [] if name in self.ours else [point for point in self._points() if point.name == name]
+        points = (
+            [] if name in self.ours else [point for point in self._points() if point.name == name]
+        )
         return points[0].dist.name if points and points[0].dist else ""
 
     def get(self, name: str) -> T:
@@ -94,7 +96,10 @@ class Index(Generic[T]):
         """The thing at `package.module:NAME`, whose name must be its own."""
         thing = self._load(None, place)
         if thing.name in self and self.get(thing.name) is not thing:
-            raise PluginError(f"the {self.kind} at {place} is called {thing.name!r}, and another one has that name; rename it")
+            raise PluginError(
+                f"the {self.kind} at {place} is called {thing.name!r}, and another one has that "
+                "name; rename it"
+            )
         return thing
 
     def _load(self, name: str | None, place: str, package: str = "") -> T:
@@ -111,9 +116,14 @@ class Index(Generic[T]):
             held = import_module(module)
         except Exception as error:  # a module may raise anything
             said = f"{type(error).__name__}: {reason(error)}"
-            remedy = f"update or uninstall {package}" if package else "check the name, or install its package"
+            remedy = (
+                f"update or uninstall {package}"
+                if package
+                else "check the name, or install its package"
+            )
             raise PluginError(
-                f"{title} cannot be imported ({said}); {remedy}: `python -c 'import {module}'` shows where it fails"
+                f"{title} cannot be imported ({said}); {remedy}: `python -c 'import {module}'` "
+                "shows where it fails"
             ) from error
 
         try:
@@ -129,14 +139,24 @@ class Index(Generic[T]):
         if name is not None and thing.name != name:
             raise PluginError(f"{title} calls itself {thing.name!r}; give both one name")
         if not is_dataclass(thing.config) or isinstance(thing.config, type):
-            raise PluginError(f"{title} has a config that is no dataclass instance; its options come from one")
+            raise PluginError(
+                f"{title} has a config that is no dataclass instance; its options come from one"
+            )
         return thing
 
     def _hint(self, module: str, attribute: str) -> str:
         """What the module has of this type."""
-        things = [key for key, value in vars(import_module(module)).items() if isinstance(value, self.holds)]
+        things = [
+            key
+            for key, value in vars(import_module(module)).items()
+            if isinstance(value, self.holds)
+        ]
         near = near_name(attribute, things) or next(iter(things), None)
-        return f"did you mean {module}:{near}?" if near else f"{module} has no {self.holds.__name__}: define one there"
+        return (
+            f"did you mean {module}:{near}?"
+            if near
+            else f"{module} has no {self.holds.__name__}: define one there"
+        )
 
 
 @lru_cache(maxsize=8)

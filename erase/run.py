@@ -37,16 +37,19 @@ class EraseConfig:
     """What to erase from, and with what data; the method has its own configuration."""
 
     model: str = "canvas"
-    """the base checkpoint: canvas (shipped with this package), a diffusers folder, a single file (.safetensors, .ckpt), or a hub id"""
+    """the base checkpoint: canvas (shipped with this package), a diffusers folder, a single file
+    (.safetensors, .ckpt), or a hub id"""
     method: str = "salun"
     """salun (our default), or salun-paper (the reference to the letter)"""
     seed: int = 0
-    """fixes prompts, latents, noise and order: same seed, same machine, same number of threads, same delta"""
+    """fixes prompts, latents, noise and order: same seed, same machine, same number of threads,
+    same delta"""
     latents: LatentConfig = field(default_factory=LatentConfig)
     load: LoadConfig = field(default_factory=LoadConfig)
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"seed": (-(2**43), 2**43)})  # times a million, and it still seeds a generator
+        # times a million, and it still seeds a generator
+        check_ranges(self, {"seed": (-(2**43), 2**43)})
 
 
 def erase_concept(
@@ -57,25 +60,22 @@ def erase_concept(
     model: DiffusionModel | None = None,
     out: str | Path | None = None,
 ) -> ErasedDelta:
-    """Erase one or several concepts; the base stays as it is.
-
-    Args:
-        concepts: what to forget, and what to put in its place.
-        config: base, method, data; defaults where none is given.
-        method_config: the method's own configuration, e.g. `SalUnConfig(density=0.3)`; the method's defaults where none is given.
-        model: a loaded base, to save loading it again.
-        out: a folder for delta.safetensors, mask.safetensors, saliency.safetensors and training.json, and for what a stopped run
-            needs to go on: the same call with the same folder resumes.
-
-    Returns:
-        The delta, which `delta.apply(model)` puts into a base and `erase.export` writes in the formats of others.
-
-    Raises:
-        ErasureError: bad input, in a sentence that names it; a folder of another run; or no weight changed.
+    """Erase one or several concepts; the base stays as it is. Args: concepts: what to forget, and
+    what to put in its place. config: base, method, data; defaults where none is given.
+    method_config: the method's own configuration, e.g. `SalUnConfig(density=0.3)`; the method's
+    defaults where none is given. model: a loaded base, to save loading it again. out: a folder for
+    delta.safetensors, mask.safetensors, saliency.safetensors and training.json, and for what a
+    stopped run needs to go on: the same call with the same folder resumes. Returns: The delta,
+    which `delta.apply(model)` puts into a base and `erase.export` writes in the formats of others.
+    Raises: ErasureError: bad input, in a sentence that names it; a folder of another run; or no
+    weight changed.
     """
     config = EraseConfig() if config is None else config
     if not isinstance(config, EraseConfig):
-        raise ErasureError(f"config is a {type(config).__name__}; give an EraseConfig, and the method's own as method_config")
+        raise ErasureError(
+            f"config is a {type(config).__name__}; give an EraseConfig, and the method's own as "
+            "method_config"
+        )
     concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
     check_together(concepts)
     if (model.name if model else config.model) == "canvas":
@@ -86,7 +86,8 @@ def erase_concept(
         check_machine(settings)
     if config.load.dtype != "float32":
         raise ErasureError(
-            f"load.dtype is {config.load.dtype}, but training needs float32 weights; use train.mixed_precision instead"
+            f"load.dtype is {config.load.dtype}, but training needs float32 weights; use "
+            "train.mixed_precision instead"
         )
 
     folder, description = _folder(out), describe(concepts, config, settings)
@@ -95,7 +96,11 @@ def erase_concept(
     if folder:
         check_settings(folder, description, defaults)
     if finished:
-        log.info("%s/delta.safetensors is finished, so nothing is computed again; only its base is checked", folder)
+        log.info(
+            "%s/delta.safetensors is finished, so nothing is computed again; only its base is "
+            "checked",
+            folder,
+        )
     model = model or load_model(config.model, default_device(), config.load)
     base = model.parameters()
     _check_base(base)
@@ -103,21 +108,33 @@ def erase_concept(
         check_scope(base, settings)
     check_prompts(model, concepts)
 
-    metadata = {"base_fingerprint": model.fingerprint, "base_id": model.name, **description, **_cut(model, concepts)}
-    made = _finished(folder / "delta.safetensors", metadata, defaults) if folder and finished else None
+    metadata = {
+        "base_fingerprint": model.fingerprint,
+        "base_id": model.name,
+        **description,
+        **_cut(model, concepts),
+    }
+    made = (
+        _finished(folder / "delta.safetensors", metadata, defaults) if folder and finished else None
+    )
     if folder:
         claim(folder, metadata, defaults, finished)
     if made:
         return made
 
     edit = method.edit(Task(model, concepts, config.latents, config.seed, folder), settings)
-    delta = ErasedDelta.between({name: base[name].data for name in edit.values}, edit.values, metadata)
+    delta = ErasedDelta.between(
+        {name: base[name].data for name in edit.values}, edit.values, metadata
+    )
     _check_changed(delta)
     if folder and processes().is_main_process:
         if edit.mask:
             edit.mask.save(folder / "mask.safetensors")
         with atomic_write(folder / "training.json") as aside:
-            aside.write_text(json.dumps({"losses": list(edit.losses), "delta_sha256": delta.sha256}), encoding="utf-8")
+            aside.write_text(
+                json.dumps({"losses": list(edit.losses), "delta_sha256": delta.sha256}),
+                encoding="utf-8",
+            )
         delta.save(folder / "delta.safetensors")
         (folder / "training.pt").unlink(missing_ok=True)
     processes().wait_for_everyone()  # who goes on finds the files
@@ -129,7 +146,8 @@ def _folder(out: str | Path | None) -> Path | None:
         return None
     if not str(out).strip():
         raise ErasureError(
-            "out is empty, so nothing would be written; name a folder, or leave it out to keep the delta in memory"
+            "out is empty, so nothing would be written; name a folder, or leave it out to keep the "
+            "delta in memory"
         )
     folder = as_path(out)
     if folder.is_file():
@@ -152,8 +170,10 @@ def _finished(path: Path, metadata: Mapping[str, str], defaults: Mapping[str, An
 def _check_changed(delta: ErasedDelta) -> None:
     if not delta.count:
         raise ErasureError(
-            f"erasing {delta.title} changed no weight, so there is no delta: either its prompts are to the text encoder what their "
-            "anchors' are, or the steps are too small for float32; choose another name or anchor, or raise train.lr or train.steps"
+            f"erasing {delta.title} changed no weight, so there is no delta: either its prompts "
+            "are to the text encoder what their "
+            "anchors' are, or the steps are too small for float32; choose another name or anchor, "
+            "or raise train.lr or train.steps"
         )
 
 
@@ -162,7 +182,8 @@ def _check_base(params: Mapping[str, nn.Parameter]) -> None:
     for name, param in params.items():
         if param.dtype != torch.float32:
             raise ErasureError(
-                f"{name} is {param.dtype}, but training needs float32 weights; load the model in float32, and use "
+                f"{name} is {param.dtype}, but training needs float32 weights; load the model in "
+                "float32, and use "
                 "train.mixed_precision instead"
             )
 
@@ -170,7 +191,9 @@ def _check_base(params: Mapping[str, nn.Parameter]) -> None:
 def _cut(model: DiffusionModel, concepts: list[ConceptSpec]) -> dict[str, str]:
     """The prompts whose ends no text encoder sees, for the metadata."""
     prompts = [prompt for concept in concepts for pair in concept.pairs() for prompt in pair]
-    cut = cut_prompts([*prompts, *(prompt for concept in concepts for prompt in concept.retain)], model.tokens)
+    cut = cut_prompts(
+        [*prompts, *(prompt for concept in concepts for prompt in concept.retain)], model.tokens
+    )
     return {"cut_prompts": json.dumps(cut, ensure_ascii=False)} if cut else {}
 
 

@@ -1,4 +1,5 @@
-"""Task: one erasure as a method sees it. Everything in it is made when it is first asked for, and kept."""
+"""Task: one erasure as a method sees it. Everything in it is made when it is first asked for, and
+kept."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ class Task:
         self._states: dict[str, Cond] = {}
 
     def weights(self, scope: str) -> dict[str, nn.Parameter]:
-        """The parameters of a scope (`erase.models.scopes`), of the denoiser or of text encoders, by name.
+        """The parameters of a scope (`erase.models.scopes`), of the denoiser or of text encoders,
+        by name.
 
         Raises:
             ErasureError: an unknown scope, or one that matches nothing.
@@ -65,10 +67,8 @@ class Task:
         return select(self.model.parameters(), scope)
 
     def forget(self, anchor_share: float | None = None) -> LatentSet:
-        """Latents of the concepts, with their prompts and anchor prompts.
-
-        Args:
-            anchor_share: fraction of them that show the anchor instead; None: as they were asked for before, else 0.
+        """Latents of the concepts, with their prompts and anchor prompts. Args: anchor_share:
+        fraction of them that show the anchor instead; None: as they were asked for before, else 0.
         """
         if anchor_share is None:
             anchor_share = next(reversed(self._forget), 0.0)
@@ -80,14 +80,13 @@ class Task:
         """Latents of what must stay, with their prompts."""
         return self._retain
 
-    def cond(self, prompts: Sequence[str], prefix: Tensor | Mapping[str, Tensor] | None = None) -> Cond:
-        """Text states, one row per prompt.
-
-        From memory, each computed once; live and with gradient where a text encoder is being trained or attacked.
-
-        Args:
-            prompts: the texts.
-            prefix: embeddings to stand before each prompt, behind the start token, shape (k, dim); by encoder where there are several.
+    def cond(
+        self, prompts: Sequence[str], prefix: Tensor | Mapping[str, Tensor] | None = None
+    ) -> Cond:
+        """Text states, one row per prompt. From memory, each computed once; live and with gradient
+        where a text encoder is being trained or attacked. Args: prompts: the texts. prefix:
+        embeddings to stand before each prompt, behind the start token, shape (k, dim); by encoder
+        where there are several.
         """
         if prefix is not None or any(param.requires_grad for param in self._encoders):
             return self.model.encode(list(prompts), prefix)
@@ -98,11 +97,13 @@ class Task:
         return Cond.stack([self._states[prompt] for prompt in prompts])
 
     def predict(self, rows: Rows, prompts: Sequence[str]) -> Tensor:
-        """The denoiser's prediction of these rows under these prompts, one each; with gradient where enabled."""
+        """The denoiser's prediction of these rows under these prompts, one each; with gradient
+        where enabled."""
         return self.model.predict(rows.noisy, rows.t, self.cond(prompts))
 
     def generator(self, step: int) -> torch.Generator:
-        """The random stream of one step: a function of seed and step, so that a resumed run draws the same."""
+        """The random stream of one step: a function of seed and step, so that a resumed run draws
+        the same."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
 
     @cached_property
@@ -117,18 +118,27 @@ class Task:
         return self._embedded(self._source.retain())
 
     def _embedded(self, latents: LatentSet) -> LatentSet:
-        """Embed the prompts of a set while the text encoders are at hand: training may move them away and changes kernels."""
+        """Embed the prompts of a set while the text encoders are at hand: training may move them
+        away and changes kernels."""
         self.cond(["", *latents.prompts, *(latents.anchors or ())])
         return latents
 
     @cached_property
     def _encoders(self) -> list[nn.Parameter]:
-        return [param for name, param in self.model.parameters().items() if name.startswith("text_encoder")]
+        return [
+            param
+            for name, param in self.model.parameters().items()
+            if name.startswith("text_encoder")
+        ]
 
 
 def describe(task: Task) -> dict[str, str]:
-    """What an erasure's artifacts must agree on (`erase.claims`): base, concepts, seed, and digests of the latents made so far."""
-    sets = {"forget": next(reversed(task._forget.values()), None), "retain": task.__dict__.get("_retain")}
+    """What an erasure's artifacts must agree on (`erase.claims`): base, concepts, seed, and digests
+    of the latents made so far."""
+    sets = {
+        "forget": next(reversed(task._forget.values()), None),
+        "retain": task.__dict__.get("_retain"),
+    }
     return {
         "base_fingerprint": task.model.fingerprint,
         "concepts": json.dumps([{"target": concept.target} for concept in task.concepts]),

@@ -1,6 +1,7 @@
-"""Work on single tensors: bits and gaps of what changed, the exact top k, digests, whether all is finite.
-
-Bits cost n / 8 bytes at any density; gaps about one byte per changed weight, which is less below a density of 1/8. Indices are
+"""Work on single tensors: bits and gaps of what changed, the exact top k, digests, whether all is
+finite.
+ Bits cost n / 8 bytes at any density; gaps about one byte per changed weight, which is less below a
+density of 1/8. Indices are
 for work: selecting by them takes a fraction of the time that a boolean mask takes.
 """
 
@@ -18,16 +19,18 @@ from torch import Tensor
 
 from erase.prompts.errors import ErasureError
 
-CHUNK = 1 << 20  # values handled at a time: extra memory stays constant, and what a pass makes stays in a processor's cache
+# values handled at a time: extra memory stays constant, and what a pass makes stays in a
+# processor's cache
+CHUNK = 1 << 20
 RUN = 1 << 16  # gaps that are unfolded at a time, into 16 MB at most
 WORKERS = 8
 """tensors digested at a time: each is on the CPU meanwhile"""
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a floating point tensor holds neither NaN nor infinity.
-
-    Its extremes tell (NaN is passed on to both): one pass without temporary tensors, a fraction of the time of `isfinite().all()`.
+    """Whether a floating point tensor holds neither NaN nor infinity. Its extremes tell (NaN is
+    passed on to both): one pass without temporary tensors, a fraction of the time of
+    `isfinite().all()`.
     """
     return not tensor.numel() or all(end.isfinite() for end in tensor.aminmax())
 
@@ -44,13 +47,15 @@ def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def top_k(values: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, Tensor]]:
-    """Exactly the `count` largest of all values (0: none), as one boolean tensor per name; ties in the order of names, then index.
-
-    Non-negative float32 numbers order as their bit patterns do, so the threshold is found by counting: one histogram of the high
-    16 bits, one of the low 16 bits within the threshold's bin. Two passes, no sort, constant extra memory.
+    """Exactly the `count` largest of all values (0: none), as one boolean tensor per name; ties in
+    the order of names, then index. Non-negative float32 numbers order as their bit patterns do,
+    so the threshold is found by counting: one histogram of the high 16 bits, one of the low 16
+    bits within the threshold's bin. Two passes, no sort, constant extra memory.
     """
     if not count:
-        yield from ((name, torch.zeros_like(value, dtype=torch.bool)) for name, value in values.items())
+        yield from (
+            (name, torch.zeros_like(value, dtype=torch.bool)) for name, value in values.items()
+        )
         return
     threshold, above = _threshold(values, count)
     ties = count - above
@@ -88,9 +93,13 @@ def _threshold(values: Mapping[str, Tensor], count: int) -> tuple[int, int]:
 
 
 def _counts(values: Mapping[str, Tensor], digits: Callable[[Tensor], Tensor]) -> Tensor:
-    """How often each 16-bit digit comes; chunk by chunk, on all threads, for counting is not threaded in itself."""
+    """How often each 16-bit digit comes; chunk by chunk, on all threads, for counting is not
+    threaded in itself."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        counts = pool.map(lambda part: torch.bincount(digits(_pattern(part)), minlength=1 << 16).cpu(), _chunks(values.values()))
+        counts = pool.map(
+            lambda part: torch.bincount(digits(_pattern(part)), minlength=1 << 16).cpu(),
+            _chunks(values.values()),
+        )
         return sum(counts, torch.zeros(1 << 16, dtype=torch.int64))
 
 
@@ -100,7 +109,8 @@ def _chunks(values: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
-    """The bin that holds the count-th largest value, and the number of values in the bins above it."""
+    """The bin that holds the count-th largest value, and the number of values in the bins above
+    it."""
     from_top = histogram.flip(0).cumsum(0)
     steps = int((from_top < count).sum())
     above = int(from_top[steps - 1]) if steps else 0
@@ -115,9 +125,10 @@ def indices(chosen: Tensor) -> Tensor:
 
 
 def to_gaps(bits: Tensor) -> Tensor:
-    """Packed bits as gaps, shape (m,) uint8: each byte skips so many unchanged weights, then one changed weight follows.
-
-    A byte of 255 skips 255 and none follows. The last one points behind the last bit, so that the length is known.
+    """Packed bits as gaps, shape (m,) uint8: each byte skips so many unchanged weights, then one
+       changed weight follows.
+    A byte of 255 skips 255 and none follows. The last one points behind the last bit, so that the
+       length is known.
     """
     flat = np.unpackbits(bits.numpy(), bitorder="little")
     skipped = np.diff(np.append(np.flatnonzero(flat), flat.size), prepend=-1) - 1
@@ -127,7 +138,8 @@ def to_gaps(bits: Tensor) -> Tensor:
 
 
 def span(gaps: Tensor) -> int:
-    """Of how many weights, or bits, some gaps tell; counted, so that a few bytes which stand for many can be refused first.
+    """Of how many weights, or bits, some gaps tell; counted, so that a few bytes which stand for
+    many can be refused first.
 
     Raises:
         ErasureError: gaps that end in the middle.
@@ -158,10 +170,10 @@ def from_gaps(gaps: Tensor) -> Tensor:
 
 
 def sha256_of(content: Any) -> str:
-    """Digest of nested mappings and lists of tensors, numbers and texts: names, dtypes, shapes and every bit.
-
-    Each tensor is digested on its own, so that several threads work (hashlib lets them): 1.5 GB/s a core.
-    The order of a mapping's keys does not matter.
+    """Digest of nested mappings and lists of tensors, numbers and texts: names, dtypes, shapes and
+       every bit.
+    Each tensor is digested on its own, so that several threads work (hashlib lets them): 1.5 GB/s a
+       core. The order of a mapping's keys does not matter.
     """
     names, leaves = [], []
     for name, leaf in _leaves(content, ""):

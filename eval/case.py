@@ -59,7 +59,8 @@ class Case:
 
     @cached_property
     def images(self) -> ImageSet:
-        """Images of the model under evaluation; while a case is checked, only their rows are there."""
+        """Images of the model under evaluation; while a case is checked, only their rows are
+        there."""
         return self._images() if callable(self._images) else self._images
 
     @cached_property
@@ -105,9 +106,15 @@ class Case:
             ErasureError: there are only images, or another block has the model.
         """
         if self._base is None:
-            raise ErasureError("this evaluator needs the model, and only images were given; evaluate a delta on its base")
+            raise ErasureError(
+                "this evaluator needs the model, and only images were given; evaluate a delta on "
+                "its base"
+            )
         if self._lent:
-            raise ErasureError("the base and the erased model are one object; leave one block before the next begins")
+            raise ErasureError(
+                "the base and the erased model are one object; leave one block before the next "
+                "begins"
+            )
         self._lent = True
         try:
             yield self._base
@@ -115,19 +122,19 @@ class Case:
             self._lent = False
 
     def add_extra(self, name: str, value: Any) -> None:
-        """Put a finding that is no score into the report, under `extras`, for this model.
+        """Put a finding that is no score into the report, under `extras`, for this model. Args:
+        name: under which the report keeps it; the page shows those that it knows (`EvalReport`).
+        value: JSON-ready.
 
-        Args:
-            name: under which the report keeps it; the page shows those that it knows (`EvalReport`).
-            value: JSON-ready.
-
-        Raises:
-            ErasureError: the name is taken, or JSON cannot hold the value.
+               Raises:
+                   ErasureError: the name is taken, or JSON cannot hold the value.
         """
         if name in self.extras:
             raise ErasureError(f"two evaluators give an extra {name!r}; leave one of them out")
         try:
             json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
-            raise ErasureError(f"the extra {name!r} is not for JSON ({error}); give plain finite values") from error
+            raise ErasureError(
+                f"the extra {name!r} is not for JSON ({error}); give plain finite values"
+            ) from error
         self.extras[name] = value

@@ -1,12 +1,15 @@
-"""Images of a prompt set, by any Stable Diffusion pipeline: seeded row by row, resumable, shared among processes.
-
-An image depends on its row (prompt, seed, guidance) and on the settings in `settings.json`, on one machine with one build of
-torch and one number of threads. It does not depend, to the bit, on how often the run was stopped and resumed, on how many
-processes share it, or on the rows beside it. For each image has a CPU generator of its own, each prompt is encoded alone, and
-all batches have one size, the last being filled up with its last row: the rounding of a UNet's matrix products varies with
-the size of a batch, though not with its members. Measured on the canvas architecture, float32, CPU: batches of 1, 2, 3, 8 and 17
-instead of 32 move at most 4 in 100,000 of the 8-bit values, each by one level; 1, 2 and 4 threads give the same bits, and 3
-threads differ by 1e-6, which is gone in 8 bits. No GPU has been measured.
+"""Images of a prompt set, by any Stable Diffusion pipeline: seeded row by row, resumable, shared
+among processes.
+ An image depends on its row (prompt, seed, guidance) and on the settings in `settings.json`, on one
+machine with one build of torch and one number of threads. It does not depend, to the bit, on how
+often the run was stopped and resumed, on how many processes share it, or on the rows beside it. For
+each image has a CPU generator of its own, each prompt is encoded alone, and
+all batches have one size, the last being filled up with its last row: the rounding of a UNet's
+    matrix products varies with
+the size of a batch, though not with its members. Measured on the canvas architecture, float32, CPU:
+    batches of 1, 2, 3, 8 and 17
+instead of 32 move at most 4 in 100,000 of the 8-bit values, each by one level; 1, 2 and 4 threads
+give the same bits, and 3 threads differ by 1e-6, which is gone in 8 bits. No GPU has been measured.
 """
 
 from __future__ import annotations
@@ -58,12 +61,20 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
     "euler": (EulerDiscreteScheduler, {}),
     "lms": (LMSDiscreteScheduler, {}),
-    "pndm": (PNDMScheduler, {"skip_prk_steps": True}),  # PLMS, as Stable Diffusion was released with
+    # PLMS, as Stable Diffusion was released with
+    "pndm": (
+        PNDMScheduler,
+        {"skip_prk_steps": True},
+    ),
 }
 FLOW_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "dpm++": (
         DPMSolverMultistepScheduler,
-        {"algorithm_type": "dpmsolver++", "prediction_type": "flow_prediction", "use_flow_sigmas": True},
+        {
+            "algorithm_type": "dpmsolver++",
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+        },
     ),
     "euler": (FlowMatchEulerDiscreteScheduler, {}),
 }
@@ -86,14 +97,17 @@ class GenerateConfig:
     """images per batch, at most; it is one of the settings that an image depends on, by rounding"""
 
     mixed_precision: str = "no"
-    """no, bf16 or fp16: denoise and decode under autocast; on a CPU that has bf16 1.6 times as fast (docs/performance.md)"""
+    """no, bf16 or fp16: denoise and decode under autocast; on a CPU that has bf16 1.6 times as fast
+    (docs/performance.md)"""
 
     def __post_init__(self) -> None:
         check_precision(self.mixed_precision)
         check_ranges(self, {"steps": COUNT, "batch_size": COUNT, "guidance": FINITE})
         check_names(self, {"scheduler": SCHEDULERS})
         if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise ErasureError(f"resolution is {self.resolution} pixels; it must be a multiple of 8")
+            raise ErasureError(
+                f"resolution is {self.resolution} pixels; it must be a multiple of 8"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,26 +118,27 @@ class Batch:
     guidance: float
 
 
-def generate(pipeline: Pipeline, prompts: PromptSet, out: Path, config: GenerateConfig, provenance: dict[str, str]) -> ImageSet:
-    """Make the images of `prompts` in the folder `out`; those that are there already, and whole, are kept.
+def generate(
+    pipeline: Pipeline,
+    prompts: PromptSet,
+    out: Path,
+    config: GenerateConfig,
+    provenance: dict[str, str],
+) -> ImageSet:
+    """Make the images of `prompts` in the folder `out`; those that are there already, and whole,
+       are kept. Under `accelerate launch`, or `torchrun` (which starts processes on CPU too), every
+       process calls this with the same arguments, and each makes its share of the batches. Args:
+       pipeline: a stock pipeline of a family that `erase.models` knows, on the device where it is
+       to run; it is left as it was found. The safety checker is not asked. out: an empty or new
+       folder, or one that a run with the same settings has begun. config: scheduler, steps,
+       guidance, resolution, batch size. provenance: goes into `settings.json`: the model's
+       fingerprint, the delta, … Its `command`, if given, is what errors tell the user to run again;
+       it alone may differ from one run to the next.
 
-    Under `accelerate launch`, or `torchrun` (which starts processes on CPU too), every process calls this with the same
-    arguments, and each makes its share of the batches.
-
-    Args:
-        pipeline: a stock pipeline of a family that `erase.models` knows, on the device where it is to run; it is left as it was
-            found. The safety checker is not asked.
-        out: an empty or new folder, or one that a run with the same settings has begun.
-        config: scheduler, steps, guidance, resolution, batch size.
-        provenance: goes into `settings.json`: the model's fingerprint, the delta, … Its `command`, if given, is what errors
-            tell the user to run again; it alone may differ from one run to the next.
-
-    Returns:
-        The finished set, verified, in every process.
-
-    Raises:
-        ErasureError: the pipeline is of another kind, or cannot take this scheduler or as many steps; `out` holds
-            images made with other settings; an image is not finite; the disk is full.
+       Returns:
+           The finished set, verified, in every process.
+    Raises: ErasureError: the pipeline is of another kind, or cannot take this scheduler or as many
+       steps; `out` holds images made with other settings; an image is not finite; the disk is full.
     """
     family_of(pipeline, "the pipeline")  # refuses other kinds
     out = Path(out)
@@ -132,37 +147,63 @@ def generate(pipeline: Pipeline, prompts: PromptSet, out: Path, config: Generate
     size = max(len(batch.rows) for batch in whole)
     settings = _settings(pipeline, prompts, config, size)
     if clash := settings.keys() & provenance.keys():
-        raise ErasureError(f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it")
+        raise ErasureError(
+            f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it"
+        )
     settings |= provenance
     prepared = _prepared(pipeline, config)
     _claim(out, settings)
     _make(prepared, whole[state.process_index :: state.num_processes], out, settings)
     state.wait_for_everyone()
     if state.is_main_process:
-        write_manifest(out, [_image_row(row, batch.guidance, _digest(out / _file(row))) for batch in whole for row in batch.rows])
+        write_manifest(
+            out,
+            [
+                _image_row(row, batch.guidance, _digest(out / _file(row)))
+                for batch in whole
+                for row in batch.rows
+            ],
+        )
     state.wait_for_everyone()
     return ImageSet.open(out)
 
 
 def planned(prompts: PromptSet, out: Path, config: GenerateConfig) -> ImageSet:
     """The set as `generate` will leave it, but for the images and their digests."""
-    rows = [_image_row(row, batch.guidance, "") for batch in batches(prompts, config) for row in batch.rows]
+    rows = [
+        _image_row(row, batch.guidance, "")
+        for batch in batches(prompts, config)
+        for row in batch.rows
+    ]
     return ImageSet(out, sorted(rows, key=lambda row: row.case), {})
 
 
 def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
-    """The prompt set cut into batches, by case, rows of one guidance at a time; a function of its arguments alone."""
+    """The prompt set cut into batches, by case, rows of one guidance at a time; a function of its
+    arguments alone."""
     groups: dict[float, list[PromptRow]] = {}
     for row in sorted(prompts.rows, key=lambda row: row.case):
-        groups.setdefault(float(config.guidance if row.guidance is None else row.guidance), []).append(row)
+        groups.setdefault(
+            float(config.guidance if row.guidance is None else row.guidance), []
+        ).append(row)
     step = config.batch_size
-    return [Batch(rows[i : i + step], guidance) for guidance, rows in groups.items() for i in range(0, len(rows), step)]
+    return [
+        Batch(rows[i : i + step], guidance)
+        for guidance, rows in groups.items()
+        for i in range(0, len(rows), step)
+    ]
 
 
-def _settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, size: int) -> dict[str, Any]:
+def _settings(
+    pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, size: int
+) -> dict[str, Any]:
     device = pipeline._execution_device  # unlike .device, right under CPU offload
     rows = sorted(prompts.rows, key=lambda row: row.case)
-    cut = cut_prompts([row.prompt for row in rows], lambda texts: tokens(pipeline, texts), [row.case for row in rows])
+    cut = cut_prompts(
+        [row.prompt for row in rows],
+        lambda texts: tokens(pipeline, texts),
+        [row.case for row in rows],
+    )
     return {
         "images": len(prompts.rows),
         "prompt_set": prompts.name,
@@ -176,21 +217,28 @@ def _settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, si
         "dtype": str(denoiser(pipeline).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "safety_checker": "off",
-        "versions": ", ".join(f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers")),
+        "versions": ", ".join(
+            f"{package} {version(package)}" for package in ("torch", "diffusers", "transformers")
+        ),
         **({"cut_prompts": cut} if cut else {}),
     }
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder whose images were made in another way; else write `settings.json`, before any image."""
+    """Refuse a folder whose images were made in another way; else write `settings.json`, before any
+    image."""
     found = read_settings(out)
     if found is None and any(out.glob("*.png")):
-        raise ErasureError(f"{out} holds images but no {SETTINGS} that says how they were made; choose another output folder")
+        raise ErasureError(
+            f"{out} holds images but no {SETTINGS} that says how they were made; choose another "
+            "output folder"
+        )
     for field in [] if found is None else [*settings, *found]:
         mine, theirs = settings.get(field), (found or {}).get(field)
         if field != "command" and mine != theirs:
             raise ErasureError(
-                f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another output folder, "
+                f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another "
+                "output folder, "
                 f"or delete this one to make its images anew"
             )
     processes().wait_for_everyone()  # nobody writes before everybody has looked
@@ -199,8 +247,10 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
-    """The same parts behind another scheduler: a shallow copy, so that the caller's pipeline stays as it is."""
-    check_ranges(config, {"steps": (1, pipeline.scheduler.config.num_train_timesteps)})  # no more than there are noise levels
+    """The same parts behind another scheduler: a shallow copy, so that the caller's pipeline stays
+    as it is."""
+    # no more than there are noise levels
+    check_ranges(config, {"steps": (1, pipeline.scheduler.config.num_train_timesteps)})
     pipe = copy(pipeline)
     pipe.scheduler = _scheduler(pipeline.scheduler, config.scheduler)
     pipe.safety_checker = None
@@ -214,7 +264,8 @@ def _scheduler(own: Any, name: str) -> Any:
     choices = FLOW_SCHEDULERS if flow else SCHEDULERS
     if name not in choices:
         raise ErasureError(
-            f"scheduler {name} does not know flow matching, which this model was trained by; use {' or '.join(choices)}"
+            f"scheduler {name} does not know flow matching, which this model was trained by; use "
+            f"{' or '.join(choices)}"
         )
     scheduler, options = choices[name]
     shift = {"flow_shift": own.config.shift} if flow else {}
@@ -234,7 +285,12 @@ def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any]
                     continue
                 images = denoise(pipe, batch, embed, settings)
                 _wait(writes)
-                writes = [pool.submit(save_image, out / _file(row), images[row.case], _made_from(row, batch)) for row in rows]
+                writes = [
+                    pool.submit(
+                        save_image, out / _file(row), images[row.case], _made_from(row, batch)
+                    )
+                    for row in rows
+                ]
                 bar.update(len(rows))
             _wait(writes)
 
@@ -249,12 +305,15 @@ def _wait(writes: list[Future[None]]) -> None:
 
 
 def _embedder(pipe: Pipeline) -> Callable[[str], Cond]:
-    """prompt -> its condition, one row; encoded alone and once, so that its bits are always the same."""
+    """prompt -> its condition, one row; encoded alone and once, so that its bits are always the
+    same."""
     device = pipe._execution_device
     return lru_cache(EMBEDDINGS)(lambda prompt: encode(pipe, [prompt], device))
 
 
-def denoise(pipe: Pipeline, batch: Batch, embed: Callable[[str], Cond], settings: dict[str, Any]) -> dict[int, np.ndarray]:
+def denoise(
+    pipe: Pipeline, batch: Batch, embed: Callable[[str], Cond], settings: dict[str, Any]
+) -> dict[int, np.ndarray]:
     """The images of a batch: case -> pixels, shape (H, W, 3), uint8.
 
     Raises:
@@ -263,7 +322,9 @@ def denoise(pipe: Pipeline, batch: Batch, embed: Callable[[str], Cond], settings
     rows = batch.rows + batch.rows[-1:] * (settings["batch_size"] - len(batch.rows))
     with autocast(pipe._execution_device, settings["mixed_precision"]):
         latents = pipe(
-            **arguments(Cond.stack([embed(row.prompt) for row in rows]), Cond.stack([embed("")] * len(rows))),
+            **arguments(
+                Cond.stack([embed(row.prompt) for row in rows]), Cond.stack([embed("")] * len(rows))
+            ),
             generator=[torch.Generator().manual_seed(row.seed) for row in rows],
             num_inference_steps=settings["steps"],
             guidance_scale=batch.guidance,
@@ -275,8 +336,10 @@ def denoise(pipe: Pipeline, batch: Batch, embed: Callable[[str], Cond], settings
     for row, finite in zip(batch.rows, images.isfinite().all(dim=(1, 2, 3)).tolist(), strict=True):
         if not finite:
             raise ErasureError(
-                f"the image of prompt {row.prompt!r}, seed {row.seed} (case {row.case}), is not finite; "
-                f"the weights have diverged, or {settings['dtype']} is too narrow for them: try float32"
+                f"the image of prompt {row.prompt!r}, seed {row.seed} (case {row.case}), is not "
+                "finite; "
+                f"the weights have diverged, or {settings['dtype']} is too narrow for them: try "
+                "float32"
             )
     pixels = (images.permute(0, 2, 3, 1).float().cpu() * 255).round().to(torch.uint8).numpy()
     return {row.case: image for row, image in zip(batch.rows, pixels, strict=True)}
@@ -298,7 +361,8 @@ def _digest(path: Path) -> str:
     digest = file_sha256(path)
     if digest is None:
         raise ErasureError(
-            f"{path} was deleted while its set was being made, or was made on a machine that does not share this disk; "
+            f"{path} was deleted while its set was being made, or was made on a machine that does "
+            "not share this disk; "
             "run the same command again, on several machines with a folder that all of them share"
         )
     return digest

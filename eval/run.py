@@ -44,7 +44,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.evaluators is not None and not self.evaluators:
-            raise ErasureError(f"evaluators is an empty list; name some of {', '.join(EVALUATORS)}, or leave it out")
+            raise ErasureError(
+                f"evaluators is an empty list; name some of {', '.join(EVALUATORS)}, or leave it "
+                "out"
+            )
 
     def chosen(self, case: Case) -> Chosen:
         """The evaluators that are named, or those of ours that fit the case, and their settings.
@@ -60,7 +63,9 @@ class EvaluateConfig:
             if not named and not evaluator.fits(case):
                 continue
             if evaluator.name in (other.name for other, _ in chosen.values()):
-                raise ErasureError(f"evaluators names {evaluator.name!r} twice; leave one of them out")
+                raise ErasureError(
+                    f"evaluators names {evaluator.name!r} twice; leave one of them out"
+                )
             settings = evaluator.settings(self.settings.get(evaluator.name))
             chosen[name] = evaluator, evaluator.settle(case, settings, named)
 
@@ -112,23 +117,31 @@ def _check_run(path: Path, delta: ErasedDelta) -> None:
         return
     with errors_named(path, "evaluate the delta in a folder of its own"):
         run = dict(json.loads(path.read_text(encoding="utf-8")))
-        told = [{key: about.get(key) for key in ("base_fingerprint", "method")} for about in (run, delta.metadata)]
+        told = [
+            {key: about.get(key) for key in ("base_fingerprint", "method")}
+            for about in (run, delta.metadata)
+        ]
         concepts = json.loads(run.get("concepts", "[]"))
     if told[0] != told[1] or concepts != delta.concepts:
         raise _of_another(path, delta)
 
 
 def _may_change(mask: SaliencyMask, delta: ErasedDelta) -> bool:
-    """Whether the mask is of the delta's base and lets every weight change that the delta changes."""
+    """Whether the mask is of the delta's base and lets every weight change that the delta
+    changes."""
     if mask.metadata.get("base_fingerprint") != delta.metadata.get("base_fingerprint"):
         return False
     pairs = [(bits, mask.bits.get(name)) for name, bits in delta.bits.items()]
-    return all(own is not None and own.shape == bits.shape and not (bits & ~own).any() for bits, own in pairs)
+    return all(
+        own is not None and own.shape == bits.shape and not (bits & ~own).any()
+        for bits, own in pairs
+    )
 
 
 def _of_another(path: Path, delta: ErasedDelta) -> ErasureError:
     return ErasureError(
-        f"{path} is of another delta than {delta.source}; name the delta of that run, or move this one into a folder of its own"
+        f"{path} is of another delta than {delta.source}; name the delta of that run, or move this "
+        "one into a folder of its own"
     )
 
 
@@ -143,23 +156,18 @@ def evaluate(
     evidence: Evidence | None = None,
     commands: list[str] | None = None,
 ) -> EvalReport:
-    """Generate before and after, score both, and write report.json, report.html and before_after.png into `out`.
-
-    Under `accelerate launch` or `torchrun`, every process calls this with the same arguments; images are made and judged in shares,
-    and the main process writes the report, the same as a single process would.
-
-    Args:
-        model: the base that the delta was made from, by name or loaded; a loaded one is left as it was found, bit for
-            bit, also where an error ends the evaluation.
-        delta: what was erased.
-        prompts: the evaluation's prompts; their labels say what each image should show.
-        out: folder of the report; the images go into its `erased` and, where no `base_images` is given, `base`.
-        base_images: a folder to keep the base's images in, so that several evaluations share them.
-        evidence: losses and mask for the report.
-        commands: command lines that make it all again, for the report.
-
-    Raises:
-        ErasureError: an unknown evaluator, a delta of another base, prompts that the evaluators cannot judge.
+    """Generate before and after, score both, and write report.json, report.html and
+    before_after.png into `out`. Under `accelerate launch` or `torchrun`, every process calls
+    this with the same arguments; images are made and judged in shares, and the main process
+    writes the report, the same as a single process would. Args: model: the base that the delta
+    was made from, by name or loaded; a loaded one is left as it was found, bit for bit, also
+    where an error ends the evaluation. delta: what was erased. prompts: the evaluation's
+    prompts; their labels say what each image should show. out: folder of the report; the images
+    go into its `erased` and, where no `base_images` is given, `base`. base_images: a folder to
+    keep the base's images in, so that several evaluations share them. evidence: losses and mask
+    for the report. commands: command lines that make it all again, for the report. Raises:
+    ErasureError: an unknown evaluator, a delta of another base, prompts that the evaluators
+    cannot judge.
     """
     concepts = delta.origin.concepts  # before anything is drawn
     config, evidence, out = config or EvaluateConfig(), evidence or Evidence(), Path(out)
@@ -167,14 +175,17 @@ def evaluate(
     model = load_model(model) if isinstance(model, str) else model
     delta.check(model)  # before the base's images are made, not after
 
-    foreseen = Case(planned(prompts, out / "erased", config.generate), concepts, base=model, delta=delta)
+    foreseen = Case(
+        planned(prompts, out / "erased", config.generate), concepts, base=model, delta=delta
+    )
     chosen = config.chosen(foreseen)
     for evaluator, settings in chosen.values():
         evaluator.check(foreseen, settings)
     versions = _versions(chosen)
 
     cases = _cases(model, delta, prompts, Path(base_images or out / "base"), out, config.generate)
-    before, after = (case.images for case in cases.values())  # the page shows them, whoever else looks at them
+    # the page shows them, whoever else looks at them
+    before, after = (case.images for case in cases.values())
     rows = {row: _scores(case, chosen) for row, case in cases.items()}
     provenance = _provenance(delta, config, chosen, before)
     provenance |= {"versions": versions, "commands": commands or []}
@@ -234,7 +245,8 @@ def _scores(case: Case, chosen: Chosen) -> list[Score]:
         for score in evaluator.evaluate(case, settings):
             if score.name in givers:
                 raise ErasureError(
-                    f"the score {score.name!r} is given twice, by {givers[score.name]} and by {name}; leave one of them out"
+                    f"the score {score.name!r} is given twice, by {givers[score.name]} and by "
+                    f"{name}; leave one of them out"
                 )
             givers[score.name] = name
             scores.append(replace(score, evaluator=score.evaluator or name))
@@ -250,7 +262,9 @@ def _extras(cases: Mapping[str, Case]) -> dict[str, Any]:
     return extras
 
 
-def _provenance(delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen, images: ImageSet) -> dict[str, Any]:
+def _provenance(
+    delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen, images: ImageSet
+) -> dict[str, Any]:
     """Where delta, images and scores came from."""
     elsewhere = ("config", "concepts", "format")
     evaluation: dict[str, Any] = {"evaluators": list(chosen), "generate": asdict(config.generate)}
@@ -280,7 +294,9 @@ def _versions(chosen: Chosen) -> dict[str, str]:
             try:
                 versions[package] = version(package)
             except PackageNotFoundError as error:
-                raise ErasureError(f"evaluator {name} needs {package}, which is not installed; install it") from error
+                raise ErasureError(
+                    f"evaluator {name} needs {package}, which is not installed; install it"
+                ) from error
     return versions
 
 
@@ -307,7 +323,11 @@ def _concept(concepts: list[ConceptSpec]) -> dict[str, Any]:
     if not concepts:
         raise ErasureError("the delta names no concept, so there is nothing to evaluate it for")
     if len(concepts) == 1:
-        return {key: value for key, value in concepts[0].to_dict().items() if key not in ("templates", "retain")}
+        return {
+            key: value
+            for key, value in concepts[0].to_dict().items()
+            if key not in ("templates", "retain")
+        }
     return {
         "target": [concept.target for concept in concepts],
         "anchor": [concept.anchor for concept in concepts],

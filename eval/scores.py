@@ -16,7 +16,8 @@ class Score:
     """One measurement of one model."""
 
     name: str
-    """the field's term: `UA`, `IRA`, `CRA`; another judge's are prefixed with its name, as in `CLIP UA`"""
+    """the field's term: `UA`, `IRA`, `CRA`; another judge's are prefixed with its name, as in `CLIP
+    UA`"""
     value: float
     n: int
     """images (or boxes, prompts, …) measured"""
@@ -30,11 +31,22 @@ class Score:
 
     def __post_init__(self) -> None:
         if self.n < 1:
-            raise ErasureError(f"{self.name} was measured on no images at all; check that the prompt set has prompts for it")
+            raise ErasureError(
+                f"{self.name} was measured on no images at all; check that the prompt set has "
+                "prompts for it"
+            )
         if not math.isfinite(self.value):
-            raise ErasureError(f"{self.name} is {self.value}; its evaluator ({self.evaluator or 'unnamed'}) gave no number")
-        if not (self.low <= self.value <= self.high or (math.isnan(self.low) and math.isnan(self.high))):
-            raise ErasureError(f"{self.name} is {self.value}, which is outside of its interval [{self.low}, {self.high}]")
+            raise ErasureError(
+                f"{self.name} is {self.value}; its evaluator ({self.evaluator or 'unnamed'}) gave "
+                "no number"
+            )
+        if not (
+            self.low <= self.value <= self.high or (math.isnan(self.low) and math.isnan(self.high))
+        ):
+            raise ErasureError(
+                f"{self.name} is {self.value}, which is outside of its interval [{self.low}, "
+                f"{self.high}]"
+            )
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -43,7 +55,8 @@ class Score:
 
     @property
     def decimals(self) -> int:
-        """Decimals worth printing: one for percentages, none for counts, else down to the first digit of a quarter of the interval."""
+        """Decimals worth printing: one for percentages, none for counts, else down to the first
+        digit of a quarter of the interval."""
         width = self.high - self.low
         if self.unit == "%":
             return 1
@@ -78,7 +91,9 @@ class Score:
         return " ".join(filter(None, [self.name, self.unit, "↑" if self.higher_is_better else "↓"]))
 
 
-def proportion(name: str, hits: int, n: int, *, higher_is_better: bool = True, evaluator: str = "") -> Score:
+def proportion(
+    name: str, hits: int, n: int, *, higher_is_better: bool = True, evaluator: str = ""
+) -> Score:
     """A share of images, in percent, with Wilson's interval.
 
     Args:
@@ -93,16 +108,28 @@ def proportion(name: str, hits: int, n: int, *, higher_is_better: bool = True, e
 
 
 def count_score(
-    name: str, events: int, n: int, *, higher_is_better: bool = False, unit: str = "boxes", evaluator: str = ""
+    name: str,
+    events: int,
+    n: int,
+    *,
+    higher_is_better: bool = False,
+    unit: str = "boxes",
+    evaluator: str = "",
 ) -> Score:
-    """A number of things in n images, with the exact Poisson interval, which takes each thing to be independent of the others."""
+    """A number of things in n images, with the exact Poisson interval, which takes each thing to be
+    independent of the others."""
     if events < 0:
         raise ErasureError(f"{name}: a count of {events} cannot be")
     return Score(name, events, n, higher_is_better, *of_count(events), unit, evaluator)
 
 
 def mean_score(
-    name: str, values: Sequence[float], *, higher_is_better: bool = True, unit: str = "", evaluator: str = ""
+    name: str,
+    values: Sequence[float],
+    *,
+    higher_is_better: bool = True,
+    unit: str = "",
+    evaluator: str = "",
 ) -> Score:
     """The mean of one value per image, with Student's interval; NaN for a single value."""
     mean = fmean(values) if len(values) else math.nan
@@ -110,11 +137,11 @@ def mean_score(
 
 
 def verdict(base: Score, other: Score) -> int:
-    """+1 if `other` is better than `base` beyond the noise, -1 if worse, 0 if the two cannot be told apart.
-
-    They can where the 95 % interval of their difference excludes zero (`erase.eval.metrics.intervals.of_difference`). That takes the measurements
-    to be independent. The images of both come from the same prompts and seeds, so the true error is smaller: a difference called
-    real here is real, one called noise may not be.
+    """+1 if `other` is better than `base` beyond the noise, -1 if worse, 0 if the two cannot be
+    told apart. They can where the 95 % interval of their difference excludes zero
+    (`erase.eval.metrics.intervals.of_difference`). That takes the measurements to be
+    independent. The images of both come from the same prompts and seeds, so the true error is
+    smaller: a difference called real here is real, one called noise may not be.
     """
     low, high = of_difference(base.value, base.interval, other.value, other.interval)
     sign = 1 if base.higher_is_better else -1

@@ -25,12 +25,10 @@ MOST_PAIRS = 1_000_000  # templates times names
 class ConceptSpec:
     """A concept to forget, with the safe concept that takes its place.
 
-    Names lose the blanks around them, and have one where they had several.
-
-    Raises:
-        ErasureError: an empty target, anchor, template list or prompt; an anchor that is the target or
-            one of its synonyms, whatever its case, accents, blanks, hyphens and article; a template
-            without exactly one `{}`.
+       Names lose the blanks around them, and have one where they had several.
+    Raises: ErasureError: an empty target, anchor, template list or prompt; an anchor that is the
+       target or one of its synonyms, whatever its case, accents, blanks, hyphens and article; a
+       template without exactly one `{}`.
     """
 
     target: str
@@ -44,7 +42,8 @@ class ConceptSpec:
     retain: tuple[str, ...] = ()
     """prompts whose images must stay as they are"""
     kind: str | None = None
-    """the axis it is judged on, a label of the prompt set (object, style, class): IRA is the same kind, CRA the others"""
+    """the axis it is judged on, a label of the prompt set (object, style, class): IRA is the same
+    kind, CRA the others"""
 
     def __post_init__(self) -> None:
         where = f"concept {as_text(self.target, 'the target of a concept')!r}"
@@ -58,16 +57,24 @@ class ConceptSpec:
         object.__setattr__(self, "synonyms", tuple(map(_tidy, self.synonyms)))
         if twin := [name for name in self.names if same(name) == same(self.anchor)]:
             itself = "itself" if twin[0] == self.target else f"its own synonym {twin[0]!r}"
-            raise ErasureError(f"{where} has {itself} as its anchor, so nothing would be forgotten; choose another anchor")
+            raise ErasureError(
+                f"{where} has {itself} as its anchor, so nothing would be forgotten; choose "
+                "another anchor"
+            )
         if not self.templates:
-            raise ErasureError(f"{where} has no templates; give at least one, such as {TEMPLATES[0]!r}")
+            raise ErasureError(
+                f"{where} has no templates; give at least one, such as {TEMPLATES[0]!r}"
+            )
         if len(self.templates) * len(self.names) > MOST_PAIRS:
             raise ErasureError(
-                f"{where} has {len(self.templates):,} templates for {len(self.names):,} names, more than {MOST_PAIRS:,} prompts; leave some out"
+                f"{where} has {len(self.templates):,} templates for {len(self.names):,} names, "
+                f"more than {MOST_PAIRS:,} prompts; leave some out"
             )
         for template in self.templates:
             if template.count("{}") != 1:
-                raise ErasureError(f"{where}: the template {template!r} needs one {{}} where the concept stands")
+                raise ErasureError(
+                    f"{where}: the template {template!r} needs one {{}} where the concept stands"
+                )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,7 +83,8 @@ class ConceptSpec:
 
     @property
     def slug(self) -> str:
-        """The target for file names: at most 57 of [a-z0-9-], distinct unless targets differ only in case, spaces, hyphens."""
+        """The target for file names: at most 57 of [a-z0-9-], distinct unless targets differ only
+        in case, spaces, hyphens."""
         slug = "-".join(re.findall(r"[a-z0-9]+", self.target.lower()))[:48]
         if slug == "-".join(self.target.lower().split()):
             return slug
@@ -84,27 +92,31 @@ class ConceptSpec:
         return f"{slug}-{digest}".lstrip("-")
 
     def pairs(self) -> list[tuple[str, str]]:
-        """(forget prompt, anchor prompt): each template filled with each of `names`, beside the same filled with the anchor."""
-        filled = [(t.replace("{}", name), t.replace("{}", self.anchor)) for t in self.templates for name in self.names]
+        """(forget prompt, anchor prompt): each template filled with each of `names`, beside the
+        same filled with the anchor."""
+        filled = [
+            (t.replace("{}", name), t.replace("{}", self.anchor))
+            for t in self.templates
+            for name in self.names
+        ]
         return list(dict.fromkeys(filled))
 
     def to_dict(self) -> dict[str, object]:
         """The fields as plain JSON values; `kind` is left out where it is None."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values if value is not None}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values
+            if value is not None
+        }
 
     @classmethod
     def from_dict(cls, data: object, where: str | Path = "concept") -> ConceptSpec:
-        """The inverse of `to_dict`.
-
-        Args:
-            data: a mapping of the fields; all but `target` and `anchor` may be absent. `retain` may be the name of a shipped
-                list (see `erase.prompts.retain`), of which the prompts that name the concept are left out.
-            where: file or place that an error names.
-
-        Raises:
-            ErasureError: not a mapping, an unknown key (the near one is suggested), a missing key, or a value that
-                `ConceptSpec` refuses.
+        """The inverse of `to_dict`. Args: data: a mapping of the fields; all but `target` and
+        `anchor` may be absent. `retain` may be the name of a shipped list (see
+        `erase.prompts.retain`), of which the prompts that name the concept are left out. where:
+        file or place that an error names. Raises: ErasureError: not a mapping, an unknown key (the
+        near one is suggested), a missing key, or a value that `ConceptSpec` refuses.
         """
         values = as_mapping(data, [f.name for f in fields(cls)], where)
         for name in ("target", "anchor"):
@@ -113,7 +125,11 @@ class ConceptSpec:
         shared = values.pop("retain") if isinstance(values.get("retain"), str) else None
         try:
             concept = cls(**values)  # type: ignore[arg-type]  # the constructor checks each value's type
-            return concept if shared is None else replace(concept, retain=without(load_retain(str(shared)), concept.names))
+            return (
+                concept
+                if shared is None
+                else replace(concept, retain=without(load_retain(str(shared)), concept.names))
+            )
         except ErasureError as error:
             raise ErasureError(f"{where}: {error}") from error
 
@@ -134,16 +150,16 @@ def check_distinct(concepts: Sequence[ConceptSpec], where: str | Path | None = N
             first = owner.setdefault(same(name), concept)
             if first is not concept:
                 raise ErasureError(
-                    f"{where or 'this erasure'} names {name!r} twice, for {first.target!r} and for {concept.target!r}; "
+                    f"{where or 'this erasure'} names {name!r} twice, for {first.target!r} and for "
+                    f"{concept.target!r}; "
                     "write its templates and synonyms in one concept"
                 )
 
 
 def check_together(concepts: Sequence[ConceptSpec]) -> None:
     """Refuse concepts that cannot be forgotten in one go.
-
-    Raises:
-        ErasureError: none at all, two that have a name in common, or an anchor that is to be forgotten too.
+    Raises: ErasureError: none at all, two that have a name in common, or an anchor that is to be
+       forgotten too.
     """
     if not concepts:
         raise ErasureError("no concept to erase was given")
@@ -152,7 +168,8 @@ def check_together(concepts: Sequence[ConceptSpec]) -> None:
     for concept in concepts:
         if same(concept.anchor) in gone:
             raise ErasureError(
-                f"the anchor of {concept.target!r} is {concept.anchor!r}, which is to be forgotten as well; choose another "
+                f"the anchor of {concept.target!r} is {concept.anchor!r}, which is to be forgotten "
+                "as well; choose another "
                 "anchor, or erase the concepts one at a time"
             )
 
@@ -163,21 +180,35 @@ def dump(concepts: Sequence[ConceptSpec]) -> str:
 
 
 def to_yaml(concepts: Sequence[ConceptSpec]) -> str:
-    """The concepts as a YAML file to edit: one mapping, or a list of them; `load_concepts` reads it."""
+    """The concepts as a YAML file to edit: one mapping, or a list of them; `load_concepts` reads
+    it."""
     order = ("target", "anchor", "kind", "synonyms", "templates", "retain")  # long lists last
-    data = [{key: values[key] for key in order if key in values} for values in (concept.to_dict() for concept in concepts)]
-    return yaml.dump(data[0] if len(data) == 1 else data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+    data = [
+        {key: values[key] for key in order if key in values}
+        for values in (concept.to_dict() for concept in concepts)
+    ]
+    return yaml.dump(
+        data[0] if len(data) == 1 else data,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=1000,
+    )
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that a reader gives back to the character: PyYAML folds rare line breaks (U+0085, U+2028) unless they are escaped."""
+    """YAML that a reader gives back to the character: PyYAML folds rare line breaks (U+0085,
+    U+2028) unless they are escaped."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
 
 
 _Dumper.add_representer(
-    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, None if text.isprintable() else '"')
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, None if text.isprintable() else '"'
+    ),
 )
 
 
@@ -187,13 +218,10 @@ def shipped() -> list[str]:
 
 
 def load_concepts(source: str | Path) -> list[ConceptSpec]:
-    """Concepts from a YAML file: one mapping of `ConceptSpec`'s fields, or a list of them.
-
-    Args:
-        source: a path, or the name of a shipped file ("nudity", "imagenette", ...; see `shipped`).
-
-    Raises:
-        ErasureError: the file is missing, unreadable, no YAML, empty, or names a target twice; or see `ConceptSpec.from_dict`.
+    """Concepts from a YAML file: one mapping of `ConceptSpec`'s fields, or a list of them. Args:
+    source: a path, or the name of a shipped file ("nudity", "imagenette", ...; see `shipped`).
+    Raises: ErasureError: the file is missing, unreadable, no YAML, empty, or names a target twice;
+    or see `ConceptSpec.from_dict`.
     """
     path = DATA / f"{source}.yaml" if str(source) in shipped() else Path(source)
     if path == Path(path.name) and not path.suffix and not path.exists():
@@ -203,7 +231,9 @@ def load_concepts(source: str | Path) -> list[ConceptSpec]:
         return [ConceptSpec.from_dict(data, path)]
     if not data:
         raise ErasureError(f"{path} holds no concept; write at least a target and an anchor")
-    concepts = [ConceptSpec.from_dict(item, f"{path}, concept {i}") for i, item in enumerate(data, 1)]
+    concepts = [
+        ConceptSpec.from_dict(item, f"{path}, concept {i}") for i, item in enumerate(data, 1)
+    ]
     check_distinct(concepts, path)
     return concepts
 
@@ -217,9 +247,12 @@ def merged(concepts: Sequence[ConceptSpec]) -> list[ConceptSpec]:
     first: dict[str, ConceptSpec] = {}
     for concept in concepts:
         kept = first.setdefault(same(concept.target), concept)
-        if replace(concept, target=kept.target, anchor=kept.anchor) != kept or same(concept.anchor) != same(kept.anchor):
+        if replace(concept, target=kept.target, anchor=kept.anchor) != kept or same(
+            concept.anchor
+        ) != same(kept.anchor):
             raise ErasureError(
-                f"the concept {concept.target!r} is given twice, and not in the same way (its anchors are {kept.anchor!r} and "
+                f"the concept {concept.target!r} is given twice, and not in the same way (its "
+                f"anchors are {kept.anchor!r} and "
                 f"{concept.anchor!r}); leave one of them out"
             )
     return list(first.values())

@@ -1,4 +1,5 @@
-"""The one error that a user is meant to read, the suggestion that goes with a misspelt name, and the short reason of another's error."""
+"""The one error that a user is meant to read, the suggestion that goes with a misspelt name, and
+the short reason of another's error."""
 
 from __future__ import annotations
 
@@ -13,12 +14,17 @@ POSITIVE = float_info.min, float_info.max
 COUNT = 1, inf
 FRACTION = 0, 1
 BELOW_ONE = 0, nextafter(1, 0)
-WORDS = {FINITE: "a finite number", POSITIVE: "a finite number above 0", BELOW_ONE: "between 0 and 1, but not 1"}
+WORDS = {
+    FINITE: "a finite number",
+    POSITIVE: "a finite number above 0",
+    BELOW_ONE: "between 0 and 1, but not 1",
+}
 """range -> how a sentence says it, where its ends would not read well"""
 
 
 class ErasureError(ValueError):
-    """Bad input: the message names the thing and the way out. Commands print it without a traceback and exit with 2."""
+    """Bad input: the message names the thing and the way out. Commands print it without a traceback
+    and exit with 2."""
 
 
 def unknown(what: str, name: str, options: Iterable[str]) -> ErasureError:
@@ -32,7 +38,9 @@ def unknown(what: str, name: str, options: Iterable[str]) -> ErasureError:
 def near_name(name: str, options: Iterable[str]) -> str | None:
     """The option that may be meant by a misspelt name."""
     options = sorted(options)
-    near = get_close_matches(name, options, 1) or [option for option in options if option.lower() == name.lower()]
+    near = get_close_matches(name, options, 1) or [
+        option for option in options if option.lower() == name.lower()
+    ]
     return near[0] if near else None
 
 
@@ -52,14 +60,10 @@ def check_names(settings: object, options: Mapping[str, Collection[str]]) -> Non
 
 
 def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse numbers outside of what makes sense, before anything is made of them.
-
-    Args:
-        settings: what has the fields; a dataclass's annotations say which must hold whole numbers, and which may be None.
-        ranges: field -> least and greatest value.
-
-    Raises:
-        ErasureError: a number outside of its range, or no such number at all (NaN, text, 1.5 of something countable).
+    """Refuse numbers outside of what makes sense, before anything is made of them. Args: settings:
+    what has the fields; a dataclass's annotations say which must hold whole numbers, and which may
+    be None. ranges: field -> least and greatest value. Raises: ErasureError: a number outside of
+    its range, or no such number at all (NaN, text, 1.5 of something countable).
     """
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
@@ -87,6 +91,7 @@ def _annotated(settings: object, name: str) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what another library's error says, or else its type: what stands within a sentence of ours."""
+    """The first line of what another library's error says, or else its type: what stands within a
+    sentence of ours."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__

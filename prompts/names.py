@@ -1,4 +1,5 @@
-"""Names in texts: when two are the same, and where a text names a concept, whatever its case, accents, hyphens and script."""
+"""Names in texts: when two are the same, and where a text names a concept, whatever its case,
+accents, hyphens and script."""
 
 from __future__ import annotations
 
@@ -9,8 +10,12 @@ from functools import lru_cache
 
 ARTICLES = ("a", "an", "the")
 BLANK = "\u200b"  # zero width: parts words in scripts that have no blanks
-UNSEEN = "\u115f\u1160\u3164\uffa0"  # Hangul fillers, which are letters; the others are of category Cf
-LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "’": "'", "‘": "'"})
+UNSEEN = (
+    "\u115f\u1160\u3164\uffa0"  # Hangul fillers, which are letters; the others are of category Cf
+)
+LETTERS = str.maketrans(
+    {"ø": "o", "ł": "l", "đ": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "’": "'", "‘": "'"}
+)
 """letters and quotes that no normal form takes apart"""
 # What parts the words of a name: blanks, hyphens, dashes, underscores, the middle dots of katakana.
 PARTING = r"[\s_\-\u00b7\u2010-\u2015\u2212\u30fb\u200b]"
@@ -48,7 +53,8 @@ def fold(text: str) -> str:
 
 
 def same(name: str) -> str:
-    """A key of the name: equal for two that differ in `fold`, blanks, hyphens or a leading article."""
+    """A key of the name: equal for two that differ in `fold`, blanks, hyphens or a leading
+    article."""
     words = re.sub(PARTING, " ", fold(name)).split()
     return "".join(words[1:] if len(words) > 1 and words[0] in ARTICLES else words) or name
 
@@ -100,7 +106,9 @@ def _folded(char: str) -> str:
 
 def _seen(text: str) -> tuple[str, list[int]]:
     """The folded text, and for each of its characters the position in the composed text."""
-    parts = [char if char == BLANK else _folded(char) for char in unicodedata.normalize("NFC", text)]
+    parts = [
+        char if char == BLANK else _folded(char) for char in unicodedata.normalize("NFC", text)
+    ]
     return "".join(parts), [i for i, part in enumerate(parts) for _ in part]
 
 
@@ -109,7 +117,11 @@ def _pattern(name: str) -> re.Pattern[str]:
     forms = [_spaced(letters)]
     if re.search("[a-z]$", letters):
         forms = [f"{forms[0]}(?:e?s)?"]
-        forms += [_spaced(letters[: -len(end)] + plural) for end, plural in PLURALS.items() if letters.endswith(end)]
+        forms += [
+            _spaced(letters[: -len(end)] + plural)
+            for end, plural in PLURALS.items()
+            if letters.endswith(end)
+        ]
     return re.compile(f"(?=({'|'.join(reversed(forms))}))")  # ahead: no match hides another
 
 
@@ -120,7 +132,11 @@ def _spaced(letters: str) -> str:
 def _spans(pattern: re.Pattern[str], text: str) -> list[tuple[int, int]]:
     """Where it is found as whole words."""
     spans = (match.span(1) for match in pattern.finditer(text))
-    return [(i, j) for i, j in spans if not (_in_a_word(text, i, is_end=False) or _in_a_word(text, j, is_end=True))]
+    return [
+        (i, j)
+        for i, j in spans
+        if not (_in_a_word(text, i, is_end=False) or _in_a_word(text, j, is_end=True))
+    ]
 
 
 def _in_a_word(text: str, at: int, is_end: bool) -> bool:

@@ -1,4 +1,5 @@
-"""A whole concept from its name alone: shipped concepts by any of their names, others by the rules of their kind."""
+"""A whole concept from its name alone: shipped concepts by any of their names, others by the rules
+of their kind."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from erase.prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
 from erase.prompts.retain import load_retain, without
 
 KINDS = DATA / "kinds"
-PUBLISHED = "-salun"  # ends the names of files that hold a paper's setting: for its recipes, not for everyone
+# ends the names of files that hold a paper's setting: for its recipes, not for everyone
+PUBLISHED = "-salun"
 NAMED_FOR_ONE = ("artist", "person")  # their last word is a name too: "Kahlo"
 
 
@@ -33,18 +35,29 @@ class Kind:
     """anchor -> names that are known to be of this kind and have this anchor"""
 
     def anchor(self, name: str) -> str:
-        """The anchor of `name`: that of the group in which it is known, else the first of `anchors` that is not itself."""
-        group = next((anchor for anchor, names in self.known.items() if bare(name) in map(bare, names)), None)
+        """The anchor of `name`: that of the group in which it is known, else the first of `anchors`
+        that is not itself."""
+        group = next(
+            (anchor for anchor, names in self.known.items() if bare(name) in map(bare, names)), None
+        )
         return next(a for a in ((group,) if group else ()) + self.anchors if bare(a) != bare(name))
 
     def also_gone(self, name: str) -> list[str]:
-        """What a retain prompt must not name either: the last word of a person's name, and the members of a group."""
+        """What a retain prompt must not name either: the last word of a person's name, and the
+        members of a group."""
         last = [name.split()[-1]] if self.name in NAMED_FOR_ONE else []
-        return last + [one for anchor, names in self.known.items() if bare(anchor) == bare(name) for one in names]
+        return last + [
+            one
+            for anchor, names in self.known.items()
+            if bare(anchor) == bare(name)
+            for one in names
+        ]
 
     def knows(self, name: str) -> bool:
         """Whether `name` is in one of the groups, or is the word for one."""
-        return any(bare(name) in map(bare, (anchor, *names)) for anchor, names in self.known.items())
+        return any(
+            bare(name) in map(bare, (anchor, *names)) for anchor, names in self.known.items()
+        )
 
 
 @cache
@@ -67,17 +80,14 @@ def _kind(name: str, raw: object) -> Kind:
 
 
 def propose(name: str, kind: str | None = None) -> ConceptSpec:
-    """A concept to forget, from its name: a starting point to look at and to edit (see `erase.prompts.concepts.to_yaml`).
-
-    For the name of a shipped file ("nudity") or any name in one ("Vincent van Gogh", "chainsaw"), it is the shipped concept, whatever
-    the kind. Otherwise the kind gives templates, the anchor and the retain prompts, less those that name the concept.
-
-    Args:
-        name: as prompts name it; case, accents and a leading article do not matter for finding it.
-        kind: "artist", "object", "person" or "style"; by default the kind whose list has the name.
-
-    Raises:
-        ErasureError: an unknown kind, none given for a name that no list has, or a name that leaves nothing to retain.
+    """A concept to forget, from its name: a starting point to look at and to edit (see
+    `erase.prompts.concepts.to_yaml`). For the name of a shipped file ("nudity") or any name
+    in one ("Vincent van Gogh", "chainsaw"), it is the shipped concept, whatever the kind.
+    Otherwise the kind gives templates, the anchor and the retain prompts, less those that
+    name the concept. Args: name: as prompts name it; case, accents and a leading article do
+    not matter for finding it. kind: "artist", "object", "person" or "style"; by default the
+    kind whose list has the name. Raises: ErasureError: an unknown kind, none given for a name
+    that no list has, or a name that leaves nothing to retain.
     """
     as_text(name, "the name of a concept")
     if kind is not None and kind not in kinds():
@@ -89,13 +99,15 @@ def propose(name: str, kind: str | None = None) -> ConceptSpec:
     retain = without(load_retain(chosen.retain), [target, *chosen.also_gone(target)])
     if not retain:
         raise ErasureError(
-            f"{name!r} stands in every prompt of the retain list {chosen.retain!r}; give an --anchor and --retain prompts"
+            f"{name!r} stands in every prompt of the retain list {chosen.retain!r}; give an "
+            "--anchor and --retain prompts"
         )
     return ConceptSpec(target, chosen.anchor(target), (), chosen.templates, retain, chosen.axis)
 
 
 def find_shipped(name: str) -> ConceptSpec | None:
-    """The shipped concept of this name: a file's that holds one concept, a target or a synonym; None where there is none."""
+    """The shipped concept of this name: a file's that holds one concept, a target or a synonym;
+    None where there is none."""
     return next((concept for concept, names in _shipped() if bare(name) in names), None)
 
 
@@ -106,23 +118,31 @@ def _shipped() -> list[tuple[ConceptSpec, set[str]]]:
     for file in (file for file in shipped() if not file.endswith(PUBLISHED)):
         concepts = load_concepts(file)
         alone = [file] if len(concepts) == 1 else []
-        found += [(concept, {bare(name) for name in (*concept.names, *alone)}) for concept in concepts]
+        found += [
+            (concept, {bare(name) for name in (*concept.names, *alone)}) for concept in concepts
+        ]
     return found
 
 
 def bare(name: str) -> str:
-    """`name` for comparing: folded, hyphens as spaces, without a leading article or "style" at its end."""
+    """`name` for comparing: folded, hyphens as spaces, without a leading article or "style" at its
+    end."""
     words = fold(name).replace("-", " ").split()
     words = words[:-1] if len(words) > 1 and words[-1] == "style" else words
     return " ".join(words[1:] if len(words) > 1 and words[0] in ARTICLES else words)
 
 
 def _target(name: str, kind: Kind) -> str:
-    """`name` as the kind's templates want it: "a {}" brings its own article, "in {} style" its own word."""
+    """`name` as the kind's templates want it: "a {}" brings its own article, "in {} style" its own
+    word."""
     words = name.split()
     if kind.name == "object" and len(words) > 1 and words[0].lower() in ARTICLES:
         return " ".join(words[1:])
-    return " ".join(words[:-1] if kind.axis == "style" and len(words) > 1 and words[-1].lower() == "style" else words)
+    return " ".join(
+        words[:-1]
+        if kind.axis == "style" and len(words) > 1 and words[-1].lower() == "style"
+        else words
+    )
 
 
 def _infer(name: str) -> Kind:
@@ -132,7 +152,12 @@ def _infer(name: str) -> Kind:
         return kinds()["style"]
     if len(found) == 1:
         return found[0]
-    what = "could be of more than one kind" if found else "is on none of the lists of names, so its kind cannot be told"
+    what = (
+        "could be of more than one kind"
+        if found
+        else "is on none of the lists of names, so its kind cannot be told"
+    )
     raise ErasureError(
-        f"{name!r} {what}; add --kind with one of: {', '.join(kinds())}, or give an --anchor to put in its place and --retain prompts"
+        f"{name!r} {what}; add --kind with one of: {', '.join(kinds())}, or give an --anchor to "
+        "put in its place and --retain prompts"
     )

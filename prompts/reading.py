@@ -17,27 +17,37 @@ DATA = Path(__file__).parent / "data"
 """The folder of the shipped sets."""
 MOST_VALUES = 1_000_000  # in one YAML file
 MOST_BYTES = 256 << 20  # of one text file
-MOST_NAME, MOST_PATH = 255, 4095  # bytes of one file's name, characters of a path: what Linux and macOS take
+# bytes of one file's name, characters of a path: what Linux and macOS take
+MOST_NAME, MOST_PATH = (
+    255,
+    4095,
+)
 
 
 class _TextLoader(yaml.BaseLoader):
-    """YAML whose scalars stay text (`no`, `007` and dates are words here) and whose mappings may hold a key only once."""
+    """YAML whose scalars stay text (`no`, `007` and dates are words here) and whose mappings may
+    hold a key only once."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         mapping = super().construct_mapping(node, deep=deep)
         if len(mapping) < len(node.value):
             keys = [key.value for key, _ in node.value]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} stands there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice!r} stands there twice", node.start_mark
+            )
         return mapping
 
 
 def _unfolded(node: yaml.Node, seen: dict[int, int]) -> int:
-    """How many values a node holds once its aliases are written out; a few lines of aliases to aliases can hold billions."""
+    """How many values a node holds once its aliases are written out; a few lines of aliases to
+    aliases can hold billions."""
     if id(node) not in seen:
         seen[id(node)] = 1  # a node that holds itself ends here; the loader refuses it
         pairs = node.value if isinstance(node, yaml.CollectionNode) else ()
-        children = [child for item in pairs for child in (item if isinstance(item, tuple) else (item,))]
+        children = [
+            child for item in pairs for child in (item if isinstance(item, tuple) else (item,))
+        ]
         seen[id(node)] += sum(_unfolded(child, seen) for child in children)
     return seen[id(node)]
 
@@ -55,7 +65,8 @@ WAYS_OUT = {
 
 
 def why(error: BaseException, otherwise: str = READING) -> str:
-    """What the system says of a file that cannot be read or written, and the way out: `Permission denied; check its permissions`."""
+    """What the system says of a file that cannot be read or written, and the way out: `Permission
+    denied; check its permissions`."""
     said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     return f"{said}; {WAYS_OUT.get(getattr(error, 'errno', None) or 0, otherwise)}"
 
@@ -68,9 +79,12 @@ def as_path(path: str | Path) -> Path:
     """
     text = os.fspath(path)
     try:
-        longest = max(map(len, text.encode("utf-8", "surrogateescape").split(os.sep.encode())))  # whatever the locale
+        # whatever the locale
+        longest = max(map(len, text.encode("utf-8", "surrogateescape").split(os.sep.encode())))
     except UnicodeEncodeError:  # a lone surrogate, which YAML and JSON escapes can write
-        raise ErasureError(f"{text[:80]!r} is no path: it holds half a character; write another one") from None
+        raise ErasureError(
+            f"{text[:80]!r} is no path: it holds half a character; write another one"
+        ) from None
     faults = {"is empty": not text, "holds a NUL character": "\0" in text}
     faults |= {"is too long": longest > MOST_NAME or len(text) > MOST_PATH}
     for fault, there in faults.items():
@@ -91,21 +105,23 @@ def read_text(path: str | Path) -> str:
     except OSError as error:
         raise ErasureError(f"cannot read {path}: {why(error)}") from error
     if len(data) > MOST_BYTES:
-        raise ErasureError(f"{path} has more than {MOST_BYTES >> 20} MiB, which is no text to read whole; split it")
+        raise ErasureError(
+            f"{path} has more than {MOST_BYTES >> 20} MiB, which is no text to read whole; split it"
+        )
     try:
         return data.decode("utf-8-sig").removeprefix("\ufeff")  # some programs set the mark twice
     except UnicodeDecodeError as error:
         wide = "but UTF-16 " if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
         raise ErasureError(
-            f"{path} is not UTF-8 text {wide}(byte {error.start}); save it as UTF-8 (in a spreadsheet: as `CSV UTF-8`)"
+            f"{path} is not UTF-8 text {wide}(byte {error.start}); save it as UTF-8 (in a "
+            "spreadsheet: as `CSV UTF-8`)"
         ) from error
 
 
 def read_yaml(path: str | Path) -> object:
     """A YAML (or JSON) file as dicts, lists and strings: numbers are left as text.
-
-    Raises:
-        ErasureError: see `read_text`; also a syntax error (with its line) or a key that stands twice in one mapping.
+    Raises: ErasureError: see `read_text`; also a syntax error (with its line) or a key that stands
+       twice in one mapping.
     """
     text = read_text(path)
     try:
@@ -119,9 +135,8 @@ def read_yaml(path: str | Path) -> object:
 
 def parse_yaml(text: str) -> object:
     """A YAML text as dicts, lists and strings.
-
-    Raises:
-        yaml.YAMLError: a syntax error, a key that stands twice in one mapping, aliases or a nesting without end.
+    Raises: yaml.YAMLError: a syntax error, a key that stands twice in one mapping, aliases or a
+       nesting without end.
     """
     try:
         loader = _TextLoader(text)
@@ -136,9 +151,12 @@ def parse_yaml(text: str) -> object:
 
 
 def as_mapping(value: object, keys: Iterable[str], where: str | Path) -> dict[str, object]:
-    """`value`, which must be a mapping with no other keys than `keys`; `where` begins the message of the error."""
+    """`value`, which must be a mapping with no other keys than `keys`; `where` begins the message
+    of the error."""
     if not isinstance(value, Mapping):
-        raise ErasureError(f"{where}: expected `key: value` lines with some of: {', '.join(sorted(keys))}")
+        raise ErasureError(
+            f"{where}: expected `key: value` lines with some of: {', '.join(sorted(keys))}"
+        )
     keys = set(keys)
     for key in value:
         if key not in keys:
@@ -155,7 +173,9 @@ def as_text(value: object, where: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # a lone surrogate, which YAML escapes can write
-        raise ErasureError(f"{where} has a character that is not valid Unicode (position {error.start})") from error
+        raise ErasureError(
+            f"{where} has a character that is not valid Unicode (position {error.start})"
+        ) from error
     return value
 
 

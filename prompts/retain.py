@@ -25,7 +25,10 @@ def load_retain(name: str) -> tuple[str, ...]:
         ErasureError: no list has this name; the near one is suggested.
     """
     if name not in retain_lists():
-        raise ErasureError(f"{unknown('retain list', name, retain_lists())}; or write the prompts themselves, as a list")
+        raise ErasureError(
+            f"{unknown('retain list', name, retain_lists())}; or write the prompts themselves, as "
+            "a list"
+        )
     return as_texts(read_yaml(RETAIN / f"{name}.yaml"), f"{name}.yaml")
 
 

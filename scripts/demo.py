@@ -20,14 +20,27 @@ from erase.scripts.cli import alone, check_folder, parse, parser, run
 def main(argv: list[str] | None = None) -> None:
     """Chain the three jobs on the shipped model."""
     made = parser("erase-demo", __doc__)
-    made.add_argument("--concept", type=str, default="heart", help="an object, style or colour of the embedded world")
+    made.add_argument(
+        "--concept",
+        type=str,
+        default="heart",
+        help="an object, style or colour of the embedded world",
+    )
     made.add_argument(
         "--anchor",
         type=str | None,
         default=None,
-        help="what to put in its place; by default what prompts/data/canvas.yaml names, else the next of its kind",
+        help=(
+            "what to put in its place; by default what prompts/data/canvas.yaml names, else the "
+            "next of its kind"
+        ),
     )
-    made.add_argument("--out", type=str | None, default=None, help="folder for everything; runs/demo-CONCEPT by default")
+    made.add_argument(
+        "--out",
+        type=str | None,
+        default=None,
+        help="folder for everything; runs/demo-CONCEPT by default",
+    )
     options = parse(made, argv)
     alone("erase-demo")
     check_folder(options.out or "")
@@ -39,13 +52,31 @@ def main(argv: list[str] | None = None) -> None:
     run_erase.main(["--concept", options.concept, *anchor, "--out", str(out)])
     print("2/3  drawing the answer set before and after, and scoring both")
     run_evaluate.main(
-        ["--delta", delta, "--generate.steps", "12", "--base_images", str(out / "base"), "--out", str(out / "report")]
+        [
+            "--delta",
+            delta,
+            "--generate.steps",
+            "12",
+            "--base_images",
+            str(out / "base"),
+            "--out",
+            str(out / "report"),
+        ]
     )
     print("3/3  exporting the erased weights")
     if (out / "model").exists():
         print(f"{out}/model is there already, and stays as it is")
     else:
-        run_export.main(["--delta", delta, "--report", str(out / "report" / "report.json"), "--out", str(out / "model")])
+        run_export.main(
+            [
+                "--delta",
+                delta,
+                "--report",
+                str(out / "report" / "report.json"),
+                "--out",
+                str(out / "model"),
+            ]
+        )
     print(f"\nLook at {out}/report/report.html and {out}/report/before_after.png")
 
 

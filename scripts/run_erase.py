@@ -43,7 +43,8 @@ from erase.scripts.cli.plugins import names_given
 
 
 def chosen_method(argv: list[str] | None) -> str:
-    """The method of the command line or its config file: it decides which further options there are."""
+    """The method of the command line or its config file: it decides which further options there
+    are."""
     from erase.run import EraseConfig
 
     return (names_given(argv, "method", config_files(argv)) or [EraseConfig.method])[-1]
@@ -56,22 +57,37 @@ def make_parser(method: str) -> Parser:
 
     made = parser("erase-concept", __doc__)
     made.add_argument("--concept", action=Words, help="what to forget; may be given several times")
-    made.add_argument("--anchor", action=Words, help="what to put in its place, one for each concept")
-    made.add_argument("--retain", action=Words, help="a prompt whose images must stay; may be given several times")
+    made.add_argument(
+        "--anchor", action=Words, help="what to put in its place, one for each concept"
+    )
+    made.add_argument(
+        "--retain", action=Words, help="a prompt whose images must stay; may be given several times"
+    )
     made.add_argument(
         "--concepts",
         action=Words,
-        help=f"a YAML file of concepts, or the name of a shipped one ({', '.join(shipped())}); may be given several times. A --concept "
+        help=f"a YAML file of concepts, or the name of a shipped one ({', '.join(shipped())}); may "
+        "be given several times. A --concept "
         "that it has picks that one alone, any other --concept is one more",
     )
     made.add_argument(
-        "--kind", type=str | None, default=None, help=f"what the concepts are, for what is proposed by name: {', '.join(kinds())}"
+        "--kind",
+        type=str | None,
+        default=None,
+        help=f"what the concepts are, for what is proposed by name: {', '.join(kinds())}",
     )
-    made.add_argument("--propose", action="store_true", help="print the concepts as YAML, to edit, and stop")
     made.add_argument(
-        "--out", type=str, default="runs/erased", help="folder for delta.safetensors, the mask, and what a stopped run needs"
+        "--propose", action="store_true", help="print the concepts as YAML, to edit, and stop"
     )
-    made.add_argument("--method", type=str, default=method, help=f"{METHODS.listed()}, or package.module:NAME")
+    made.add_argument(
+        "--out",
+        type=str,
+        default="runs/erased",
+        help="folder for delta.safetensors, the mask, and what a stopped run needs",
+    )
+    made.add_argument(
+        "--method", type=str, default=method, help=f"{METHODS.listed()}, or package.module:NAME"
+    )
     add_config(made, EraseConfig(method=method), skip={"method"})
     add_config(made, get_method(method).config)
     return made
@@ -86,13 +102,23 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(make_parser(method), argv)
     config = build(EraseConfig, options)
     check_folder(options.out)
-    concepts = read_concepts(options.concept, options.anchor, options.concepts, config.model, options.retain, options.kind)
+    concepts = read_concepts(
+        options.concept,
+        options.anchor,
+        options.concepts,
+        config.model,
+        options.retain,
+        options.kind,
+    )
     if options.propose:
         print(to_yaml(concepts), end="")
         return
-    delta = erase_concept(concepts, config, build(type(get_method(method).config), options), out=options.out)
+    delta = erase_concept(
+        concepts, config, build(type(get_method(method).config), options), out=options.out
+    )
     print(
-        f"{options.out}/delta.safetensors: {delta.count:,} weights changed; {', '.join(c.target + ' -> ' + c.anchor for c in concepts)}"
+        f"{options.out}/delta.safetensors: {delta.count:,} weights changed; "
+        f"{', '.join(c.target + ' -> ' + c.anchor for c in concepts)}"
     )
 
 

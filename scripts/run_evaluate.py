@@ -23,7 +23,17 @@ from rich.console import Console
 
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, joined, shipped_sets
-from erase.scripts.cli import Parser, Words, add_config, add_group, check_folder, config_files, parse, parser, run
+from erase.scripts.cli import (
+    Parser,
+    Words,
+    add_config,
+    add_group,
+    check_folder,
+    config_files,
+    parse,
+    parser,
+    run,
+)
 from erase.scripts.cli.plugins import names_given
 
 if TYPE_CHECKING:
@@ -45,26 +55,54 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
     from erase.models import LoadConfig
 
     made = parser("erase-evaluate", __doc__)
-    made.add_argument("--delta", type=str, default="runs/erased/delta.safetensors", help="what erase-concept wrote")
-    made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
     made.add_argument(
-        "--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta"
+        "--delta",
+        type=str,
+        default="runs/erased/delta.safetensors",
+        help="what erase-concept wrote",
+    )
+    made.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="the base; by default the one that the delta names",
+    )
+    made.add_argument(
+        "--load",
+        type=LoadConfig,
+        default=LoadConfig(),
+        help="how the base is read; by default as it was for the delta",
     )
     made.add_argument(
         "--prompts",
         action=Words,
-        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or .yaml file (templates); may be given several "
+        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or "
+        ".yaml file (templates); may be given several "
         "times, the case numbers then count on; canvas if none is given",
     )
-    made.add_argument("--seeds", type=int, default=1, help="on canvas: how many seeds of each object x style x colour, 1 to 5")
-    made.add_argument("--base_images", type=str | None, default=None, help="folder for the base's images, shared by evaluations")
-    made.add_argument("--out", type=str, default="runs/erased/report", help="folder of the report and its images")
+    made.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="on canvas: how many seeds of each object x style x colour, 1 to 5",
+    )
+    made.add_argument(
+        "--base_images",
+        type=str | None,
+        default=None,
+        help="folder for the base's images, shared by evaluations",
+    )
+    made.add_argument(
+        "--out", type=str, default="runs/erased/report", help="folder of the report and its images"
+    )
     made.add_argument(
         "--evaluators",
         type=list[str] | None,
         default=None,
-        help=f"a list of {EVALUATORS.listed()}, or package.module:NAME; --help shows the options of those that are named. "
-        "Default: classifier and clip on the embedded world, clip elsewhere (its score alone, where the prompts carry no label "
+        help=f"a list of {EVALUATORS.listed()}, or package.module:NAME; --help shows the options "
+        "of those that are named. "
+        "Default: classifier and clip on the embedded world, clip elsewhere (its score alone, "
+        "where the prompts carry no label "
         "of the concept's kind)",
     )
     add_config(made, EvaluateConfig(), skip={"evaluators", "settings"})
@@ -86,13 +124,17 @@ def main(argv: list[str] | None = None) -> None:
     seeds = seeds_of(options.seeds)
     delta = ErasedDelta.load(options.delta)
     names = options.prompts or ["canvas"]
-    prompts = joined([canvas_grid(seeds) if name == "canvas" else PromptSet.load(name) for name in names])
+    prompts = joined(
+        [canvas_grid(seeds) if name == "canvas" else PromptSet.load(name) for name in names]
+    )
     report = evaluate(
         load_base(delta, options.model, default_device(), options.load),
         delta,
         prompts,
         options.out,
-        EvaluateConfig(options.evaluators, options.generate, {name: options[name] for name in evaluators}),
+        EvaluateConfig(
+            options.evaluators, options.generate, {name: options[name] for name in evaluators}
+        ),
         base_images=options.base_images,
         evidence=Evidence.of(Path(delta.source).parent, delta),
         commands=[shlex.join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])],
@@ -104,7 +146,9 @@ def main(argv: list[str] | None = None) -> None:
 def seeds_of(count: int) -> tuple[int, ...]:
     """The first `count` seeds of UnlearnCanvas's answer set."""
     if not 1 <= count <= len(ANSWER_SEEDS):
-        raise ErasureError(f"--seeds is {count}; the canvas answer set has 1 to {len(ANSWER_SEEDS)}")
+        raise ErasureError(
+            f"--seeds is {count}; the canvas answer set has 1 to {len(ANSWER_SEEDS)}"
+        )
     return ANSWER_SEEDS[:count]
 
 

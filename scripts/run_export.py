@@ -62,7 +62,10 @@ def make_parser() -> Parser:
         "--delta",  # a type would turn a config file's list into one string (jsonargparse 4.53)
         default=[],
         action="append",
-        help="what erase-concept wrote (runs/erased/delta.safetensors if none is given); may be given several times",
+        help=(
+            "what erase-concept wrote (runs/erased/delta.safetensors if none is given); may be "
+            "given several times"
+        ),
     )
     made.add_argument(
         "--scale",
@@ -71,38 +74,99 @@ def make_parser() -> Parser:
         help="of each delta, in order; 0 leaves it out, below 0 adds its concept",
     )
     made.add_argument(
-        "--on_conflict", type=str, default="sum", help=f"weights that several deltas change: {', '.join(ON_CONFLICT)}"
+        "--on_conflict",
+        type=str,
+        default="sum",
+        help=f"weights that several deltas change: {', '.join(ON_CONFLICT)}",
     )
-    made.add_argument("--conflicts", type=str | None, default=None, help="write the table of overlaps to this JSON file")
-    made.add_argument("--model", type=str | None, default=None, help="the base; by default the one that the delta names")
     made.add_argument(
-        "--load", type=LoadConfig, default=LoadConfig(), help="how the base is read; by default as it was for the delta"
+        "--conflicts",
+        type=str | None,
+        default=None,
+        help="write the table of overlaps to this JSON file",
     )
-    made.add_argument("--format", type=str, default="diffusers", help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()))
-    made.add_argument("--dtype", type=str, default="float32", help=f"of the weights in the files: {', '.join(DTYPES)}")
-    made.add_argument("--rank", type=int | None, default=None, help="lora: rank of every layer (16 without --energy), or its cap")
-    made.add_argument("--energy", type=float | None, default=None, help="lora: fraction of each layer's squared change to keep")
+    made.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="the base; by default the one that the delta names",
+    )
+    made.add_argument(
+        "--load",
+        type=LoadConfig,
+        default=LoadConfig(),
+        help="how the base is read; by default as it was for the delta",
+    )
+    made.add_argument(
+        "--format",
+        type=str,
+        default="diffusers",
+        help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()),
+    )
+    made.add_argument(
+        "--dtype",
+        type=str,
+        default="float32",
+        help=f"of the weights in the files: {', '.join(DTYPES)}",
+    )
+    made.add_argument(
+        "--rank",
+        type=int | None,
+        default=None,
+        help="lora: rank of every layer (16 without --energy), or its cap",
+    )
+    made.add_argument(
+        "--energy",
+        type=float | None,
+        default=None,
+        help="lora: fraction of each layer's squared change to keep",
+    )
     made.add_argument(
         "--layout",
         type=str | None,
         default=None,
-        help=f"lora: key names (kohya, but for SD 3). {'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}",
+        help=(
+            "lora: key names (kohya, but for SD 3). "
+            f"{'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}"
+        ),
     )
     made.add_argument(
-        "--lora_delta", type=str | None, default=None, help="lora: also write base + LoRA as a delta, to evaluate it"
+        "--lora_delta",
+        type=str | None,
+        default=None,
+        help="lora: also write base + LoRA as a delta, to evaluate it",
     )
     made.add_argument(
         "--undo",
         action="store_true",
-        help="put the concept back: --model names the erased checkpoint, and what is written is its base again, bit for bit; with --format "
+        help="put the concept back: --model names the erased checkpoint, and what is written is "
+        "its base again, bit for bit; with --format "
         "delta, the delta that does so, for which --model names the base as ever",
     )
-    made.add_argument("--report", type=str | None, default=None, help="a report.json whose scores go into the model card")
     made.add_argument(
-        "--out", type=str, default="runs/erased/model", help="a folder or .safetensors file that does not exist yet"
+        "--report",
+        type=str | None,
+        default=None,
+        help="a report.json whose scores go into the model card",
     )
-    made.add_argument("--push_to_hub", type=str | None, default=None, help="user/name: upload the folder to the Hugging Face hub")
-    made.add_argument("--private", type=bool, default=True, help="whether a repository that is made there is private")
+    made.add_argument(
+        "--out",
+        type=str,
+        default="runs/erased/model",
+        help="a folder or .safetensors file that does not exist yet",
+    )
+    made.add_argument(
+        "--push_to_hub",
+        type=str | None,
+        default=None,
+        help="user/name: upload the folder to the Hugging Face hub",
+    )
+    made.add_argument(
+        "--private",
+        type=bool,
+        default=True,
+        help="whether a repository that is made there is private",
+    )
     return made
 
 
@@ -122,7 +186,8 @@ def main(argv: list[str] | None = None) -> None:
     model = load_base(deltas[0], options.model, options=options.load)
     delta = back(model, deltas, options) if options.undo else composed(model, deltas, options)
     report = EvalReport.load(options.report) if options.report else None
-    check_sources(report, delta.metadata, () if options.format == "lora" else delta.sha256)  # a LoRA may be measured itself
+    # a LoRA may be measured itself
+    check_sources(report, delta.metadata, () if options.format == "lora" else delta.sha256)
     lora = fitted(delta, model, options) if options.format == "lora" else None
     card = describe(delta, model, lora, report, options)
     out = write(delta, model, lora, card, options)
@@ -141,16 +206,25 @@ def check_options(options: Namespace) -> None:
     from erase.export.lora import LAYOUTS
     from erase.models.config import DTYPES
 
-    known: dict[str, Collection[str]] = {"format": FORMATS, "dtype": DTYPES, "on_conflict": ON_CONFLICT}
+    known: dict[str, Collection[str]] = {
+        "format": FORMATS,
+        "dtype": DTYPES,
+        "on_conflict": ON_CONFLICT,
+    }
     check_names(options, known | ({"layout": LAYOUTS} if options.layout else {}))
     if options.scale and len(options.scale) != max(len(options.delta), 1):
         raise ErasureError(
-            f"{len(options.scale)} scales for {max(len(options.delta), 1)} deltas; give one --scale for each --delta, in the same order"
+            f"{len(options.scale)} scales for {max(len(options.delta), 1)} deltas; give one "
+            "--scale for each --delta, in the same order"
         )
     scales_of(options.scale)
     if options.conflicts and len(options.delta) < 2:
-        raise ErasureError("--conflicts compares several deltas; give more than one --delta, or leave it out")
-    lora_only = [name for name in ("rank", "energy", "layout", "lora_delta") if options[name] is not None]
+        raise ErasureError(
+            "--conflicts compares several deltas; give more than one --delta, or leave it out"
+        )
+    lora_only = [
+        name for name in ("rank", "energy", "layout", "lora_delta") if options[name] is not None
+    ]
     if lora_only and options.format != "lora":
         raise ErasureError(f"--{lora_only[0]} is for --format lora, not for {options.format}")
     check_ranges(options, {"rank": COUNT, "energy": FRACTION})
@@ -161,7 +235,9 @@ def check_options(options: Namespace) -> None:
     one_file = Path(options.out).suffix == ".safetensors"
     if options.push_to_hub:
         if one_file:
-            raise ErasureError(f"only a folder with its card can be pushed; leave .safetensors off {options.out}")
+            raise ErasureError(
+                f"only a folder with its card can be pushed; leave .safetensors off {options.out}"
+            )
         hub_login(options.push_to_hub)
 
 
@@ -173,11 +249,16 @@ def check_ending(name: str, options: Namespace) -> None:
     ending = Path(path).suffix
     if name == "out" and options.format in ("diffusers", "components"):
         if ending.lower() in FILES:
-            raise ErasureError(f"--format {options.format} writes a folder; leave {ending} off {path}")
+            raise ErasureError(
+                f"--format {options.format} writes a folder; leave {ending} off {path}"
+            )
     elif ending != ".safetensors" and (name != "out" or ending.lower() in FILES):
         instead = f"--{name} {Path(path).with_suffix('.safetensors')}"
         folder = ", or name a folder" if name == "out" else ""
-        raise ErasureError(f"what is written is a .safetensors file, and {path} is none by its name; give {instead}{folder}")
+        raise ErasureError(
+            f"what is written is a .safetensors file, and {path} is none by its name; give "
+            f"{instead}{folder}"
+        )
 
 
 def check_undo(options: Namespace) -> None:
@@ -186,23 +267,32 @@ def check_undo(options: Namespace) -> None:
         return
     if options.report or options.format in ("components", "lora"):
         idle = "--report" if options.report else f"--format {options.format}"
-        raise ErasureError(f"{idle} does not go with --undo, which gives the base back; leave it out")
+        raise ErasureError(
+            f"{idle} does not go with --undo, which gives the base back; leave it out"
+        )
     if options.format != "delta" and not options.model:
         raise ErasureError(
-            "--undo puts a concept back into an erased checkpoint; name that one with --model, or add --format delta"
+            "--undo puts a concept back into an erased checkpoint; name that one with --model, or "
+            "add --format delta"
         )
 
 
 def back(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -> ErasedDelta:
-    """The delta that makes the base of the erased model; the base itself has the values that it brings."""
+    """The delta that makes the base of the erased model; the base itself has the values that it
+    brings."""
     from erase.delta.base import load_base
 
     named = deltas[0].metadata["base_fingerprint"]
     try:
-        base = model if options.format == "delta" and model.fingerprint == named else load_base(deltas[0])
+        base = (
+            model
+            if options.format == "delta" and model.fingerprint == named
+            else load_base(deltas[0])
+        )
     except ErasureError as error:
         raise ErasureError(
-            f"--undo takes the old values from the base, and {error}; where it is elsewhere now, write them down first, with --undo "
+            f"--undo takes the old values from the base, and {error}; where it is elsewhere now, "
+            "write them down first, with --undo "
             "--format delta --model BASE, and give that file as --delta"
         ) from error
     return composed(base, deltas, options).inverse(base)
@@ -219,7 +309,10 @@ def composed(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespac
         Console().print(conflict_table(overlaps))
         if options.conflicts:
             with atomic_write(options.conflicts) as aside:
-                aside.write_text(json.dumps([overlap.plain() for overlap in overlaps], indent=1), encoding="utf-8")
+                aside.write_text(
+                    json.dumps([overlap.plain() for overlap in overlaps], indent=1),
+                    encoding="utf-8",
+                )
     if scales == [1.0]:
         deltas[0].check(model)
         return deltas[0]
@@ -234,7 +327,9 @@ def scales_of(given: list[str | float]) -> list[float]:
         raise ErasureError(f"--scale is a number such as 1.0 or -0.5 ({error})") from error
     for scale in scales:
         if not isfinite(scale):
-            raise ErasureError(f"--scale is {scale}; it must be a finite number such as 1.0 or -0.5")
+            raise ErasureError(
+                f"--scale is {scale}; it must be a finite number such as 1.0 or -0.5"
+            )
     return scales
 
 
@@ -244,7 +339,10 @@ def fitted(delta: ErasedDelta, model: DiffusionModel, options: Namespace) -> LoR
 
     lora = extract_lora(delta, model, options.rank, options.energy)
     layout = options.layout or lora.layout
-    print(f"LoRA of {len(lora.layers)} layers, rank {min(lora.ranks.values())} to {max(lora.ranks.values())}: {missed(lora)}")
+    print(
+        f"LoRA of {len(lora.layers)} layers, rank {min(lora.ranks.values())} to "
+        f"{max(lora.ranks.values())}: {missed(lora)}"
+    )
     print(f"{layout} layout: {LAYOUTS[layout]}; {outside(lora)}")
     if options.lora_delta:
         lora.as_delta(model).save(options.lora_delta)
@@ -254,7 +352,8 @@ def fitted(delta: ErasedDelta, model: DiffusionModel, options: Namespace) -> LoR
 def missed(lora: LoRA) -> str:
     """What a LoRA loses, in words."""
     return (
-        f"it misses {lora.error:.1%} of the change (relative Frobenius norm); {lora.left_out_share:.1%} of the squared change lies in "
+        f"it misses {lora.error:.1%} of the change (relative Frobenius norm); "
+        f"{lora.left_out_share:.1%} of the squared change lies in "
         f"{len(lora.left_out)} parameters that no LoRA holds (biases, norms)"
     )
 
@@ -264,11 +363,21 @@ def outside(lora: LoRA) -> str:
     if not lora.outside:
         return "every layer of it lies in the blocks, which all of them read"
     names = ", ".join(name.split(".", 1)[1] for name in lora.outside)
-    return f"sd-scripts and stable-diffusion.cpp pass over {names} ({lora.outside_share:.1%} of the squared change)"
+    return (
+        f"sd-scripts and stable-diffusion.cpp pass over {names} ({lora.outside_share:.1%} of the "
+        "squared change)"
+    )
 
 
-def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, report: EvalReport | None, options: Namespace) -> str:
-    """The model card. Its scores are of the exact weights, or, where they were measured, of base + LoRA."""
+def describe(
+    delta: ErasedDelta,
+    model: DiffusionModel,
+    lora: LoRA | None,
+    report: EvalReport | None,
+    options: Namespace,
+) -> str:
+    """The model card. Its scores are of the exact weights, or, where they were measured, of base +
+    LoRA."""
     from erase.eval.report.card import model_card
     from erase.export.formats import usage
     from erase.export.lora import LAYOUTS
@@ -278,16 +387,29 @@ def describe(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, repor
     if lora and measured and measured not in digests:
         digests.append(lora.as_delta(model).sha256)
     of_lora = len(digests) > 1 and measured == digests[1]
-    notes = ["The concept was put back: these are the weights of the base before it was erased."] if options.undo else []
+    notes = (
+        ["The concept was put back: these are the weights of the base before it was erased."]
+        if options.undo
+        else []
+    )
     if options.dtype != "float32":
-        notes.append(f"The weights are rounded to {options.dtype}; scores are those of the float32 weights.")
+        notes.append(
+            f"The weights are rounded to {options.dtype}; scores are those of the float32 weights."
+        )
     if lora:
         layout = options.layout or lora.layout
-        whose = "of base + LoRA" if of_lora else "of the exact weights; the LoRA itself was not measured"
+        whose = (
+            "of base + LoRA"
+            if of_lora
+            else "of the exact weights; the LoRA itself was not measured"
+        )
         notes.append(f"The LoRA is an approximation: {missed(lora)}. Scores are those {whose}.")
         notes.append(f"Its keys are in the {layout} layout: {LAYOUTS[layout]}; {outside(lora)}.")
     if report is None and "parts" in delta.metadata:
-        notes.append("These deltas, at these strengths, were not measured together; scores of each alone say nothing of it.")
+        notes.append(
+            "These deltas, at these strengths, were not measured together; scores of each alone "
+            "say nothing of it."
+        )
     return model_card(
         report,
         delta.metadata,
@@ -304,12 +426,24 @@ def picture_of(options: Namespace) -> Path | None:
     from erase.eval.report.card import PICTURE
 
     picture = Path(options.report or "").parent / PICTURE
-    return picture if options.report and Path(options.out).suffix != ".safetensors" and picture.is_file() else None
+    return (
+        picture
+        if options.report and Path(options.out).suffix != ".safetensors" and picture.is_file()
+        else None
+    )
 
 
-def write(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, card: str, options: Namespace) -> Path:
+def write(
+    delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, card: str, options: Namespace
+) -> Path:
     """Write the chosen format."""
-    from erase.export import export_components, export_delta, export_diffusers, export_lora, export_single_file
+    from erase.export import (
+        export_components,
+        export_delta,
+        export_diffusers,
+        export_lora,
+        export_single_file,
+    )
     from erase.models.config import DTYPES
 
     dtype, picture = DTYPES[options.dtype], picture_of(options)
@@ -317,7 +451,11 @@ def write(delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, card: st
         return export_lora(lora, options.out, card, dtype, options.layout, picture)
     if options.format == "delta":
         return export_delta(delta, options.out, card, dtype, picture)
-    writers = {"diffusers": export_diffusers, "components": export_components, "single-file": export_single_file}
+    writers = {
+        "diffusers": export_diffusers,
+        "components": export_components,
+        "single-file": export_single_file,
+    }
     return writers[options.format](delta, model, options.out, card, dtype, picture)
 
 

@@ -32,21 +32,36 @@ def make_parser() -> Parser:
 
     made = parser("erase-generate", __doc__)
     made.add_argument(
-        "--model", type=str, default="canvas", help="canvas (shipped), a diffusers folder, a single file, or a hub id"
+        "--model",
+        type=str,
+        default="canvas",
+        help="canvas (shipped), a diffusers folder, a single file, or a hub id",
     )
-    made.add_argument("--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read")
-    made.add_argument("--delta", type=str | None, default=None, help="an erasure to apply to the model first")
+    made.add_argument(
+        "--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read"
+    )
+    made.add_argument(
+        "--delta", type=str | None, default=None, help="an erasure to apply to the model first"
+    )
     made.add_argument(
         "--prompts",
         action=Words,
-        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or .yaml file (templates); may be given several "
+        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or "
+        ".yaml file (templates); may be given several "
         "times; canvas if no prompt is given",
     )
-    made.add_argument("--prompt", action=Words, help="a prompt of one image; may be given several times")
     made.add_argument(
-        "--seed", type=int | None, default=None, help="the seed of each --prompt (0 if none is given); sets have theirs"
+        "--prompt", action=Words, help="a prompt of one image; may be given several times"
     )
-    made.add_argument("--out", type=str, default="runs/images", help="folder of the images and their manifest")
+    made.add_argument(
+        "--seed",
+        type=int | None,
+        default=None,
+        help="the seed of each --prompt (0 if none is given); sets have theirs",
+    )
+    made.add_argument(
+        "--out", type=str, default="runs/images", help="folder of the images and their manifest"
+    )
     add_config(made, GenerateConfig())
     return made
 
@@ -68,14 +83,18 @@ def main(argv: list[str] | None = None) -> None:
         delta.apply(model)
         provenance["delta"] = delta.origin.method
     provenance["fingerprint"] = model.fingerprint
-    images = generate(model.pipeline(), prompts, options.out, build(GenerateConfig, options), provenance)
+    images = generate(
+        model.pipeline(), prompts, options.out, build(GenerateConfig, options), provenance
+    )
     print(f"{options.out}: {len(images.rows)} images")
 
 
 def chosen(options: Namespace) -> PromptSet:
     """The prompts of the command line, sets before single ones."""
     if options.seed is not None and not options.prompt:
-        raise ErasureError("--seed is for --prompt; a prompt set brings the seed of each of its images")
+        raise ErasureError(
+            "--seed is for --prompt; a prompt set brings the seed of each of its images"
+        )
     single = [of_prompts(options.prompt, options.seed or 0)] if options.prompt else []
     names = options.prompts or ([] if single else ["canvas"])
     return joined([*map(PromptSet.load, names), *single])

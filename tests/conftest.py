@@ -1,4 +1,5 @@
-"""Fixtures shared by the tests: a Stable Diffusion of a few thousand random weights, with every part of a real one."""
+"""Fixtures shared by the tests: a Stable Diffusion of a few thousand random weights, with every
+part of a real one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ pin_mkl_rounding()  # before the first product, as the commands do
 
 
 def build_pico_pipeline(seed: int = 0) -> StableDiffusionPipeline:
-    """The canvas model made small: 32x32 pixels, 8x8x4 latents, cross-attention of width 32; weights random by `seed`."""
+    """The canvas model made small: 32x32 pixels, 8x8x4 latents, cross-attention of width 32;
+    weights random by `seed`."""
     torch.manual_seed(seed)
     tokenizer = CLIPTokenizer.from_pretrained(CANVAS / "tokenizer")
     vae = AutoencoderKL(
@@ -54,7 +56,8 @@ def build_pico_pipeline(seed: int = 0) -> StableDiffusionPipeline:
     )
     scheduler = DDIMScheduler.from_pretrained(CANVAS / "scheduler")
     pipeline = StableDiffusionPipeline(
-        vae=vae.eval(), text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(), scheduler=scheduler,
+        vae=vae.eval(), text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
+        scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
@@ -63,5 +66,6 @@ def build_pico_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 
 @pytest.fixture(scope="session")
 def make_pico_pipeline() -> Callable[..., StableDiffusionPipeline]:
-    """`make_pico_pipeline(seed=0)` builds a fresh one on every call: tests may change its weights."""
+    """`make_pico_pipeline(seed=0)` builds a fresh one on every call: tests may change its
+    weights."""
     return build_pico_pipeline

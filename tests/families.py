@@ -1,4 +1,5 @@
-"""Stable Diffusion 1, 2, XL and 3 in miniature: the layers of the real ones, narrow, with random weights."""
+"""Stable Diffusion 1, 2, XL and 3 in miniature: the layers of the real ones, narrow, with random
+weights."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ LEVELS = {
 
 
 def tiny_sd1(seed: int = 0) -> StableDiffusionPipeline:
-    """SD 1: four levels, 1x1 convolutions around the attention, a CLIP-L text encoder; 64 pixels, 2.3 M weights."""
+    """SD 1: four levels, 1x1 convolutions around the attention, a CLIP-L text encoder; 64 pixels,
+    2.3 M weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(**LEVELS, cross_attention_dim=32, attention_head_dim=4)
@@ -52,16 +54,25 @@ def tiny_sd1(seed: int = 0) -> StableDiffusionPipeline:
 
 
 def tiny_sd2(seed: int = 0, prediction: str = "epsilon") -> StableDiffusionPipeline:
-    """SD 2: four levels, linear layers around the attention, the OpenCLIP-H text encoder without its last layer."""
+    """SD 2: four levels, linear layers around the attention, the OpenCLIP-H text encoder without
+    its last layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(**LEVELS, cross_attention_dim=48, attention_head_dim=(2, 4, 8, 8), use_linear_projection=True)
-        scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction)
+        unet = UNet2DConditionModel(
+            **LEVELS,
+            cross_attention_dim=48,
+            attention_head_dim=(2, 4, 8, 8),
+            use_linear_projection=True,
+        )
+        scheduler = DDIMScheduler(
+            **SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction
+        )
         return _pipeline(unet, _text(CLIPTextModel, 48, 3, "gelu"), scheduler, "!")
 
 
 def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
-    """SDXL: three levels of 0, 2 and 3 transformer layers, two text encoders, size and pooled text as an added embedding."""
+    """SDXL: three levels of 0, 2 and 3 transformer layers, two text encoders, size and pooled text
+    as an added embedding."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
@@ -78,47 +89,90 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 40,
         )
-        texts = _text(CLIPTextModel, 32, 2, "quick_gelu"), _text(CLIPTextModelWithProjection, 48, 3, "gelu", projection=40)
+        texts = (
+            _text(CLIPTextModel, 32, 2, "quick_gelu"),
+            _text(CLIPTextModelWithProjection, 48, 3, "gelu", projection=40),
+        )
         pipeline = StableDiffusionXLPipeline(
-            _vae(0.13025), *texts, _tokenizer(), _tokenizer("!"), unet, EulerDiscreteScheduler(**SCHEDULE),
+            _vae(0.13025), *texts, _tokenizer(), _tokenizer("!"), unet,
+            EulerDiscreteScheduler(**SCHEDULE),
             add_watermarker=False,
         )  # fmt: skip
         return _stirred(pipeline)
 
 
 def tiny_sd3(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
-    """SD 3.5: joint attention over image and text, with the second attention of its medium size, two CLIPs and a T5; flow matching."""
+    """SD 3.5: joint attention over image and text, with the second attention of its medium size,
+    two CLIPs and a T5; flow matching."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = SD3Transformer2DModel(
-            sample_size=8, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=8, num_attention_heads=4, joint_attention_dim=64,
-            caption_projection_dim=32, pooled_projection_dim=40 + 24, out_channels=16, pos_embed_max_size=12, dual_attention_layers=(0,),
+            sample_size=8, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=8,
+            num_attention_heads=4, joint_attention_dim=64,
+            caption_projection_dim=32, pooled_projection_dim=40 + 24, out_channels=16,
+            pos_embed_max_size=12, dual_attention_layers=(0,),
             qk_norm="rms_norm",
         )  # fmt: skip
         texts = [
             _text(CLIPTextModelWithProjection, 16, 2, "quick_gelu", 40),
             _text(CLIPTextModelWithProjection, 32, 3, "gelu", 24),
         ]
-        third = T5EncoderModel(T5Config(vocab_size=64, d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=4)) if t5 else None
-        vae = _vae(1.5305, latent_channels=16, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+        third = (
+            T5EncoderModel(
+                T5Config(vocab_size=64, d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+            )
+            if t5
+            else None
+        )
+        vae = _vae(
+            1.5305,
+            latent_channels=16,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         tokenizers = _tokenizer(), _tokenizer("!"), _t5_tokenizer() if t5 else None
         return _stirred(
             StableDiffusion3Pipeline(
-                transformer, scheduler, vae, texts[0], tokenizers[0], texts[1], tokenizers[1], third, tokenizers[2]
+                transformer,
+                scheduler,
+                vae,
+                texts[0],
+                tokenizers[0],
+                texts[1],
+                tokenizers[1],
+                third,
+                tokenizers[2],
             )
         )
 
 
 def _t5_tokenizer() -> T5Tokenizer:
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz")]
-    letters += [("▁a", -1.0), ("▁red", -1.0), ("▁blue", -1.0)]  # words of one token, as the real one has them
+    letters = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((letter, -3.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"),
+    ]
+    # words of one token, as the real one has them
+    letters += [
+        ("▁a", -1.0),
+        ("▁red", -1.0),
+        ("▁blue", -1.0),
+    ]
     return T5Tokenizer(vocab=letters, extra_ids=0, model_max_length=77)
 
 
-def _pipeline(unet: nn.Module, text: nn.Module, scheduler: object, pad: str = "<|endoftext|>") -> StableDiffusionPipeline:
+def _pipeline(
+    unet: nn.Module, text: nn.Module, scheduler: object, pad: str = "<|endoftext|>"
+) -> StableDiffusionPipeline:
     parts = (_vae(0.18215), text, _tokenizer(pad), unet, scheduler)
-    return _stirred(StableDiffusionPipeline(*parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False))
+    return _stirred(
+        StableDiffusionPipeline(
+            *parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    )
 
 
 def _tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
@@ -126,11 +180,14 @@ def _tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
 
 
 def _text(kind: type, width: int, layers: int, act: str, projection: int = 512) -> nn.Module:
-    """Begin, end and padding ids 0, 2 and 1, as in the real configurations, where they are not the tokenizer's either."""
+    """Begin, end and padding ids 0, 2 and 1, as in the real configurations, where they are not the
+    tokenizer's either."""
     return kind(
         CLIPTextConfig(
-            vocab_size=723, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-            max_position_embeddings=32, hidden_act=act, projection_dim=projection, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+            vocab_size=723, hidden_size=width, intermediate_size=2 * width,
+            num_hidden_layers=layers, num_attention_heads=4,
+            max_position_embeddings=32, hidden_act=act, projection_dim=projection, bos_token_id=0,
+            eos_token_id=2, pad_token_id=1,
         )
     )  # fmt: skip
 
@@ -150,7 +207,8 @@ def _vae(scaling_factor: float, latent_channels: int = 4, **further: float) -> A
 
 
 def _stirred(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """No two tensors alike (fresh norms are all ones, fresh biases zero), so that no exchanged pair goes unseen."""
+    """No two tensors alike (fresh norms are all ones, fresh biases zero), so that no exchanged pair
+    goes unseen."""
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):

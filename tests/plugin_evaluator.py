@@ -39,16 +39,27 @@ def evaluate(case: Case, config: BrightnessConfig) -> list[Score]:
     images, base_images = case.images, case.base_images
 
     def look(rows: range) -> list[tuple[float, float]]:
-        own, base = (one.tensor(one.rows[row] for row in rows).mean((1, 2, 3)) for one in (images, base_images))
+        own, base = (
+            one.tensor(one.rows[row] for row in rows).mean((1, 2, 3))
+            for one in (images, base_images)
+        )
         return list(zip(own.tolist(), base.tolist(), strict=True))
 
     check(case, config)
-    seen = list(chain.from_iterable(in_shares(len(images.rows), config.batch_size, look, "brightness", "image")))
+    seen = list(
+        chain.from_iterable(
+            in_shares(len(images.rows), config.batch_size, look, "brightness", "image")
+        )
+    )
     bright = sum(own > config.threshold for own, _ in seen)
     case.add_extra("brightness", {"darkest": min(own for own, _ in seen), "moved": moved(case)})
     return [
         proportion("bright images", bright, len(seen)),
-        mean_score("brightness gained", [100 * (own - base) for own, base in seen], evaluator="a light meter"),
+        mean_score(
+            "brightness gained",
+            [100 * (own - base) for own, base in seen],
+            evaluator="a light meter",
+        ),
     ]
 
 
@@ -60,7 +71,11 @@ def moved(case: Case) -> float:
         before = {name: param.detach().clone() for name, param in base.parameters().items()}
     with case.model() as erased:
         after = erased.parameters()
-        return float(torch.stack([(after[name] - old).pow(2).sum() for name, old in before.items()]).sum().sqrt())
+        return float(
+            torch.stack([(after[name] - old).pow(2).sum() for name, old in before.items()])
+            .sum()
+            .sqrt()
+        )
 
 
 BRIGHTNESS = Evaluator("brightness", BrightnessConfig(), evaluate, check)

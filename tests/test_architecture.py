@@ -1,4 +1,5 @@
-"""The house rules that a machine can check: which package may import which, and the names that are never used."""
+"""The house rules that a machine can check: which package may import which, and the names that are
+never used."""
 
 from __future__ import annotations
 
@@ -13,14 +14,26 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = ("prompts", "erase", "eval", "scripts")  # each imports itself and those before it
-PACKAGES = {layer: layer if layer == "erase" else f"erase.{layer}" for layer in LAYERS}  # by setup.cfg, package_dir
+# by setup.cfg, package_dir
+PACKAGES = {layer: layer if layer == "erase" else f"erase.{layer}" for layer in LAYERS}
 OUTSIDE = {"prompts", "eval", "scripts"}  # as top-level names these are a user's own
-HEAVY = {"torch", "torchvision", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "open_clip", "nudenet"}
+HEAVY = {
+    "torch",
+    "torchvision",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "open_clip",
+    "nudenet",
+}
 FILES = sorted(path for layer in (*LAYERS, "tests") for path in (ROOT / layer).rglob("*.py"))
 
 
 def imports(tree: ast.AST, package: str) -> list[str]:
-    """Dotted names of all imports, wherever in the file they stand; relative ones are made absolute."""
+    """Dotted names of all imports, wherever in the file they stand; relative ones are made
+    absolute."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -34,7 +47,8 @@ def imports(tree: ast.AST, package: str) -> list[str]:
 
 
 def layer_of(name: str) -> str:
-    """The folder that holds the module of a dotted name: all four are packages under `erase` (setup.cfg, package_dir)."""
+    """The folder that holds the module of a dotted name: all four are packages under `erase`
+    (setup.cfg, package_dir)."""
     first, _, rest = name.partition(".")
     second = rest.partition(".")[0]
     return second if first == "erase" and second in LAYERS else first
@@ -45,22 +59,37 @@ def violations(path: str, source: str) -> list[str]:
     layer, tree = Path(path).parts[0], ast.parse(source)
     parts = Path(path).parent.parts
     names = imports(tree, ".".join(parts if layer in ("erase", "tests") else ("erase", *parts)))
-    broken = [f"imports {name}" for name in names if name.split(".")[0] == "tests" and layer != "tests"]
-    broken += [f"imports {name}: write erase.{name}" for name in names if name.split(".")[0] in OUTSIDE]
+    broken = [
+        f"imports {name}" for name in names if name.split(".")[0] == "tests" and layer != "tests"
+    ]
+    broken += [
+        f"imports {name}: write erase.{name}" for name in names if name.split(".")[0] in OUTSIDE
+    ]
     if layer in LAYERS:
         above = LAYERS[LAYERS.index(layer) + 1 :]
-        broken += [f"imports {name}, which is a layer above" for name in names if layer_of(name) in above]
+        broken += [
+            f"imports {name}, which is a layer above" for name in names if layer_of(name) in above
+        ]
     if layer == "prompts":
-        broken += [f"imports {name}: words need no tensors" for name in names if name.split(".")[0] in HEAVY]
+        broken += [
+            f"imports {name}: words need no tensors"
+            for name in names
+            if name.split(".")[0] in HEAVY
+        ]
     if layer == "eval":
         broken += [f"imports {name}" for name in names if f"{name}.".startswith("erase.methods.")]
     for node in ast.walk(tree):
         match node:
-            case ast.ImportFrom(level=0) if any(alias.name == "eval" or alias.asname == "eval" for alias in node.names):
+            case ast.ImportFrom(level=0) if any(
+                alias.name == "eval" or alias.asname == "eval" for alias in node.names
+            ):
                 broken.append("an import that is called `eval` hides the builtin")
             case ast.Call(func=ast.Name(id="eval")):
                 broken.append("calls the builtin eval()")
-            case ast.Call(func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"), args=[first, *_]):
+            case ast.Call(
+                func=ast.Name(id="import_module") | ast.Attribute(attr="import_module"),
+                args=[first, *_],
+            ):
                 if layer == "eval" and "erase.methods" in ast.unparse(first):
                     broken.append("imports erase.methods by name")
     return broken
@@ -101,7 +130,8 @@ def test_the_check_sees_a_broken_rule(path: str, source: str) -> None:
     [
         (
             "eval/a.py",
-            "from erase.eval.scores import Score\nfrom erase.models import load_model\nfrom erase.prompts.errors import unknown",
+            "from erase.eval.scores import Score\nfrom erase.models import load_model\nfrom "
+            "erase.prompts.errors import unknown",
         ),
         ("scripts/a.py", "from erase.methods.salun import Config\nmodel.eval()"),
         ("erase/methods/a.py", "import torch\nfrom erase.training.loop import fit"),
@@ -112,18 +142,35 @@ def test_the_check_lets_good_code_pass(path: str, source: str) -> None:
 
 
 def test_no_file_has_a_name_that_shadows_or_says_nothing() -> None:
-    assert not (ROOT / "scripts/erase.py").exists(), "it would shadow the package for every script in the folder"
+    assert not (ROOT / "scripts/erase.py").exists(), (
+        "it would shadow the package for every script in the folder"
+    )
     assert [path for path in FILES if path.stem == "utils"] == []
     assert [path for path in (ROOT / "tests").rglob("*") if path.name == "__init__.py"] == []
-    folders = (ROOT / "tests", ROOT / "tests" / "programs")  # what tests start as processes of their own
+    # what tests start as processes of their own
+    folders = (
+        ROOT / "tests",
+        ROOT / "tests" / "programs",
+    )
     assert [path for path in (ROOT / "tests").rglob("*.py") if path.parent not in folders] == []
-    assert [path for path in (ROOT / "tests" / "programs").iterdir() if path.name.startswith("test_")] == []
+    assert [
+        path for path in (ROOT / "tests" / "programs").iterdir() if path.name.startswith("test_")
+    ] == []
 
 
 def test_prompts_load_without_any_heavy_library() -> None:
-    modules = [f"erase.prompts.{path.stem}" for path in (ROOT / "prompts").glob("*.py") if path.stem != "__init__"]
-    code = f"import sys, {', '.join(modules)}; print([name for name in {sorted(HEAVY)} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    modules = [
+        f"erase.prompts.{path.stem}"
+        for path in (ROOT / "prompts").glob("*.py")
+        if path.stem != "__init__"
+    ]
+    code = (
+        f"import sys, {', '.join(modules)}; print([name for name in {sorted(HEAVY)} if name in "
+        "sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"
 
 
@@ -167,12 +214,20 @@ def test_any_module_may_be_imported_first() -> None:
 
 
 def test_the_four_folders_are_those_of_one_checkout() -> None:
-    """An environment that was installed from another one would lend its prompts, eval and scripts; make a .venv in each."""
-    found = {folder: Path(importlib.import_module(name).__path__[0]).resolve() for folder, name in PACKAGES.items()}
+    """An environment that was installed from another one would lend its prompts, eval and scripts;
+    make a .venv in each."""
+    found = {
+        folder: Path(importlib.import_module(name).__path__[0]).resolve()
+        for folder, name in PACKAGES.items()
+    }
     assert found == {folder: ROOT / folder for folder in LAYERS}
 
 
-SCRIPTS = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "scripts").rglob("*.py") if path.stem != "__init__"]
+SCRIPTS = [
+    path.relative_to(ROOT).with_suffix("")
+    for path in (ROOT / "scripts").rglob("*.py")
+    if path.stem != "__init__"
+]
 
 
 @pytest.mark.parametrize("script", sorted(map(str, SCRIPTS)))
@@ -182,12 +237,22 @@ def test_every_script_finds_what_it_imports(script, monkeypatch):
 
 
 def test_every_installed_package_is_listed() -> None:
-    """setup.cfg maps the four folders under one import name, which setuptools' own search cannot."""
+    """setup.cfg maps the four folders under one import name, which setuptools' own search
+    cannot."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
-    made = {path.parent.relative_to(ROOT) for layer in LAYERS for path in (ROOT / layer).rglob("__init__.py")}
-    installed = {path for path in made if path.parts[:2] not in {("scripts", "bench"), ("scripts", "canvas")}}
-    names = {".".join(path.parts if path.parts[0] == "erase" else ("erase", *path.parts)) for path in installed}
+    made = {
+        path.parent.relative_to(ROOT)
+        for layer in LAYERS
+        for path in (ROOT / layer).rglob("__init__.py")
+    }
+    installed = {
+        path for path in made if path.parts[:2] not in {("scripts", "bench"), ("scripts", "canvas")}
+    }
+    names = {
+        ".".join(path.parts if path.parts[0] == "erase" else ("erase", *path.parts))
+        for path in installed
+    }
     assert set(config["options"]["packages"].split()) == names
 
 
@@ -225,7 +290,11 @@ def upward(path: str, source: str) -> list[str]:
     return broken
 
 
-ERASE = [path for path in FILES if path.is_relative_to(ROOT / "erase") and path != ROOT / "erase/__init__.py"]
+ERASE = [
+    path
+    for path in FILES
+    if path.is_relative_to(ROOT / "erase") and path != ROOT / "erase/__init__.py"
+]
 
 
 @pytest.mark.parametrize("path", ERASE, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,4 +1,5 @@
-"""A step's batch is drawn whole and then cut: parts and processes together train on the rows of the step, each on its own."""
+"""A step's batch is drawn whole and then cut: parts and processes together train on the rows of the
+step, each on its own."""
 
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -17,7 +18,9 @@ from erase.task import Task
 from erase.training.config import TrainConfig
 from erase.training.loop import cut
 
-PLAIN = RemapConfig(retain_dropout=0.5, share_latents=False, train=TrainConfig(steps=3, batch_size=8, lr=1e-3))
+PLAIN = RemapConfig(
+    retain_dropout=0.5, share_latents=False, train=TrainConfig(steps=3, batch_size=8, lr=1e-3)
+)
 POINTS = LatentConfig(n_forget=4, n_retain=5, steps=3, trajectory=2)
 SPLITS = [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (2, 4)]
 
@@ -31,7 +34,20 @@ def from_images() -> tuple[LatentSet, LatentSet]:
     """Eleven forget and nine retain latents as of images: a posterior mean and deviation each."""
     mean, std = torch.rand(2, 11, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     words = tuple(
-        f"a {word}" for word in ("heart", "star", "moon", "house", "tree", "fish", "flower", "ring", "arrow", "red", "blue")
+        f"a {word}"
+        for word in (
+            "heart",
+            "star",
+            "moon",
+            "house",
+            "tree",
+            "fish",
+            "flower",
+            "ring",
+            "arrow",
+            "red",
+            "blue",
+        )
     )
     return LatentSet(mean, std, words, words[::-1]), LatentSet(mean[:9], std[:9], words[:9])
 
@@ -49,14 +65,21 @@ def tensors_of(batch) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("parts", "count"), SPLITS)
 @pytest.mark.parametrize("points", [False, True])
-def test_accumulated_parts_and_processes_see_the_rows_of_the_whole_batch(pico, parts, count, points) -> None:
+def test_accumulated_parts_and_processes_see_the_rows_of_the_whole_batch(
+    pico, parts, count, points
+) -> None:
     """Rows, timesteps, noise and posterior draws: bit for bit."""
     sets = prepare_latents(pico, [canvas_concept("heart")], POINTS, 0) if points else from_images()
     remap = Remap(Task(pico, [canvas_concept("heart")], Given(*sets)), PLAIN)
     for step in range(3):
         batch = remap.batches(step)
         shares = [
-            cut(batch, part, parts, SimpleNamespace(num_processes=count, process_index=process, device="cpu"))
+            cut(
+                batch,
+                part,
+                parts,
+                SimpleNamespace(num_processes=count, process_index=process, device="cpu"),
+            )
             for process in range(count)
             for part in range(parts)
         ]
@@ -71,12 +94,20 @@ def test_a_batch_is_cut_whatever_it_is_made_of() -> None:
     second = SimpleNamespace(num_processes=2, process_index=1, device="cpu")
     batch = {"rows": (torch.arange(8), list("abcdefgh")), "nothing": None}
     found = cut(batch, 1, 2, second)
-    assert found["rows"][0].tolist() == [6, 7] and found["rows"][1] == ["g", "h"] and found["nothing"] is None
-    with pytest.raises(ErasureError, match="a batch of 7 rows cannot be split evenly into 2 parts on 2 processes"):
+    assert (
+        found["rows"][0].tolist() == [6, 7]
+        and found["rows"][1] == ["g", "h"]
+        and found["nothing"] is None
+    )
+    with pytest.raises(
+        ErasureError, match="a batch of 7 rows cannot be split evenly into 2 parts on 2 processes"
+    ):
         cut(torch.arange(7), 0, 2, second)
 
 
-def test_relearning_with_accumulation_ends_where_it_does_without_and_sees_a_part_at_a_time(pico) -> None:
+def test_relearning_with_accumulation_ends_where_it_does_without_and_sees_a_part_at_a_time(
+    pico,
+) -> None:
     latents, train = from_images()[0], TrainConfig(steps=2, batch_size=4, lr=0.1, optimizer="SGD")
     heart = canvas_concept("heart")
     plain, seen = relearning.relearn(pico, heart, latents, train), []

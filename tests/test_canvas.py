@@ -1,4 +1,5 @@
-"""The embedded checkpoint: stock diffusers loads it, it draws what it is asked, and the main job works on it."""
+"""The embedded checkpoint: stock diffusers loads it, it draws what it is asked, and the main job
+works on it."""
 
 import json
 from dataclasses import replace
@@ -31,7 +32,11 @@ def every(n: int) -> PromptSet:
 def base_images(tmp_path_factory):
     model = load_model("canvas")
     return generate(
-        model.pipeline(), every(7), tmp_path_factory.mktemp("base") / "images", QUICK, {"fingerprint": model.fingerprint}
+        model.pipeline(),
+        every(7),
+        tmp_path_factory.mktemp("base") / "images",
+        QUICK,
+        {"fingerprint": model.fingerprint},
     )
 
 
@@ -40,7 +45,12 @@ def test_stock_diffusers_loads_it_and_draws_what_our_loader_draws(base_images):
     stock.set_progress_bar_config(disable=True)
     assert np.asarray(base_images.image(base_images.rows[0])).shape == (64, 64, 3)
     images = [
-        pipe("a red heart", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+        pipe(
+            "a red heart",
+            num_inference_steps=4,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images
         for pipe in (stock, load_model("canvas").pipeline())
     ]
     assert np.array_equal(images[0], images[1])
@@ -48,7 +58,15 @@ def test_stock_diffusers_loads_it_and_draws_what_our_loader_draws(base_images):
 
 def test_all_shipped_weights_fit_in_25_megabytes():
     root = Path(__file__).parents[1]
-    assert 0 < sum(path.stat().st_size for layer in ("erase", "eval") for path in (root / layer).rglob("*.safetensors")) <= 25e6
+    assert (
+        0
+        < sum(
+            path.stat().st_size
+            for layer in ("erase", "eval")
+            for path in (root / layer).rglob("*.safetensors")
+        )
+        <= 25e6
+    )
 
 
 def test_it_draws_what_it_is_asked(base_images):
@@ -58,20 +76,38 @@ def test_it_draws_what_it_is_asked(base_images):
 
 
 def test_the_main_job(base_images, tmp_path):
-    """A short erasure of the heart: most hearts go, most of the rest stays, and the report says both."""
+    """A short erasure of the heart: most hearts go, most of the rest stays, and the report says
+    both."""
     method = get_method("salun").config
     settings = replace(method, train=replace(method.train, steps=60))
     data = LatentConfig(n_forget=48, n_retain=64, steps=10)
-    delta = erase_concept(canvas_concept("heart"), EraseConfig(latents=data), settings, out=tmp_path)
+    delta = erase_concept(
+        canvas_concept("heart"), EraseConfig(latents=data), settings, out=tmp_path
+    )
     prompts = PromptSet(
-        "sample", tuple({row.case: row for row in (*every(7).rows, *canvas_grid((288,), {"object": "heart"}).rows[::2])}.values())
+        "sample",
+        tuple(
+            {
+                row.case: row
+                for row in (*every(7).rows, *canvas_grid((288,), {"object": "heart"}).rows[::2])
+            }.values()
+        ),
     )
     report = evaluate(
-        "canvas", delta, prompts, tmp_path / "report", EvaluateConfig(["classifier"], QUICK), evidence=Evidence.of(tmp_path)
+        "canvas",
+        delta,
+        prompts,
+        tmp_path / "report",
+        EvaluateConfig(["classifier"], QUICK),
+        evidence=Evidence.of(tmp_path),
     )
     scores = {row: {s.name: s.value for s in found} for row, found in report.rows.items()}
     assert scores["base"]["UA"] <= 10 and scores["erased"]["UA"] >= 80
     assert all(scores["erased"][name] >= scores["base"][name] - 15 for name in ("IRA", "CRA"))
     assert json.loads((tmp_path / "report" / "report.json").read_text())["rows"]["base"]
     page = (tmp_path / "report" / "report.html").read_text()
-    assert "heart" in page and "<script src" not in page and (tmp_path / "report" / "before_after.png").stat().st_size > 10_000
+    assert (
+        "heart" in page
+        and "<script src" not in page
+        and (tmp_path / "report" / "before_after.png").stat().st_size > 10_000
+    )

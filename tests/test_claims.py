@@ -1,4 +1,5 @@
-"""Whose a run folder and its files are: what resuming refuses by name, what it lets pass, and what a damaged file says."""
+"""Whose a run folder and its files are: what resuming refuses by name, what it lets pass, and what
+a damaged file says."""
 
 import json
 import logging
@@ -44,12 +45,15 @@ def base(make_pico_pipeline, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(base):
-    return EraseConfig(model=str(base), latents=LatentConfig(n_forget=6, n_retain=8, steps=2, batch_size=4))
+    return EraseConfig(
+        model=str(base), latents=LatentConfig(n_forget=6, n_retain=8, steps=2, batch_size=4)
+    )
 
 
 @pytest.fixture(scope="module")
 def made(config, tmp_path_factory):
-    """Folders of `heart` and of `star`, each finished, and of `heart` stopped after two of four steps."""
+    """Folders of `heart` and of `star`, each finished, and of `heart` stopped after two of four
+    steps."""
     root = tmp_path_factory.mktemp("made")
     for name in ("heart", "star"):
         erase_concept(canvas_concept(name), config, METHOD, out=root / name)
@@ -88,7 +92,11 @@ def again(folder, config, method=METHOD, concept="heart", **options):
 
 
 def files_of(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def edited(folder, change):
@@ -99,7 +107,7 @@ def edited(folder, change):
     (folder / "run.json").write_text(json.dumps({**content, "config": json.dumps(inner)}))
 
 
-# ---- resuming --------------------------------------------------------------------------------------------------------------
+# ---- resuming ------------------------------------------------------------------------------------
 
 
 def test_a_resumed_run_leaves_every_file_as_an_uninterrupted_one_does(stopped, made, config):
@@ -113,17 +121,34 @@ def test_a_resumed_run_leaves_every_file_as_an_uninterrupted_one_does(stopped, m
     ("change", "message"),
     [
         (lambda c, m: (replace(c, seed=7), m), "seed was 0 and is now 7"),
-        (lambda c, m: (c, replace(m, mask=replace(m.mask, density=0.25))), "mask.density was 0.5 and is now 0.25"),
-        (lambda c, m: (c, replace(m, train=replace(m.train, lr=0.5))), "train.lr was 0.001 and is now 0.5"),
-        (lambda c, m: (c, replace(m, train=replace(m.train, ema=0.5))), "train.ema was not set and is now 0.5"),
         (
-            lambda c, m: (c, replace(m, train=replace(m.train, optimizer_args={"weight_decay": 0.1}))),
+            lambda c, m: (c, replace(m, mask=replace(m.mask, density=0.25))),
+            "mask.density was 0.5 and is now 0.25",
+        ),
+        (
+            lambda c, m: (c, replace(m, train=replace(m.train, lr=0.5))),
+            "train.lr was 0.001 and is now 0.5",
+        ),
+        (
+            lambda c, m: (c, replace(m, train=replace(m.train, ema=0.5))),
+            "train.ema was not set and is now 0.5",
+        ),
+        (
+            lambda c, m: (
+                c,
+                replace(m, train=replace(m.train, optimizer_args={"weight_decay": 0.1})),
+            ),
             "train.optimizer_args.* now .*0.1",
         ),
-        (lambda c, m: (replace(c, latents=replace(c.latents, guidance=4.0)), m), "latents.guidance was 3.0 and is now 4.0"),
+        (
+            lambda c, m: (replace(c, latents=replace(c.latents, guidance=4.0)), m),
+            "latents.guidance was 3.0 and is now 4.0",
+        ),
     ],
 )
-def test_resuming_names_the_setting_that_differs_before_the_base_is_loaded(stopped, config, change, message, monkeypatch):
+def test_resuming_names_the_setting_that_differs_before_the_base_is_loaded(
+    stopped, config, change, message, monkeypatch
+):
     before = files_of(stopped)
     monkeypatch.setattr("erase.run.load_model", None)
     with pytest.raises(ErasureError, match=f"stopped holds another run: {message}"):
@@ -132,9 +157,13 @@ def test_resuming_names_the_setting_that_differs_before_the_base_is_loaded(stopp
 
 
 def test_resuming_with_another_concept_or_anchor_names_it(stopped, config):
-    with pytest.raises(ErasureError, match=r"another run: concepts was \['heart'\] and is now \['star'\]; choose"):
+    with pytest.raises(
+        ErasureError, match=r"another run: concepts was \['heart'\] and is now \['star'\]; choose"
+    ):
         again(stopped, config, concept="star")
-    with pytest.raises(ErasureError, match="another run: anchor of heart was .* and is now 'moon'; choose"):
+    with pytest.raises(
+        ErasureError, match="another run: anchor of heart was .* and is now 'moon'; choose"
+    ):
         erase_concept(canvas_concept("heart", anchor="moon"), config, METHOD, out=stopped)
 
 
@@ -147,17 +176,30 @@ def test_resuming_with_another_base_names_it(stopped, config, make_pico_pipeline
         again(stopped, config, model=other)
 
 
-@pytest.mark.parametrize("change", [{"checkpoint_every": 3}, {"selective_recompute": True}, {"offload": True}], ids=str)
-def test_what_leaves_the_bits_as_they_are_is_no_reason_to_refuse(stopped, made, config, change, caplog):
+@pytest.mark.parametrize(
+    "change", [{"checkpoint_every": 3}, {"selective_recompute": True}, {"offload": True}], ids=str
+)
+def test_what_leaves_the_bits_as_they_are_is_no_reason_to_refuse(
+    stopped, made, config, change, caplog
+):
     delta = again(stopped, config, replace(METHOD, train=replace(TRAIN, **change)))
     assert delta.sha256 == ErasedDelta.load(made / "heart" / "delta.safetensors").sha256
     assert "rounding" not in caplog.text
 
 
 @pytest.mark.parametrize(
-    "change", [{"attention": "sdpa"}, {"gradient_checkpointing": True}, {"channels_last": True}, {"accumulation": 2}], ids=str
+    "change",
+    [
+        {"attention": "sdpa"},
+        {"gradient_checkpointing": True},
+        {"channels_last": True},
+        {"accumulation": 2},
+    ],
+    ids=str,
 )
-def test_what_changes_the_rounding_alone_is_said_and_no_reason_to_refuse(stopped, made, config, change, caplog):
+def test_what_changes_the_rounding_alone_is_said_and_no_reason_to_refuse(
+    stopped, made, config, change, caplog
+):
     delta = again(stopped, config, replace(METHOD, train=replace(TRAIN, **change)))
     (name,) = change
     assert f"train.{name} was" in caplog.text and "to rounding, not to the bit" in caplog.text
@@ -166,7 +208,8 @@ def test_what_changes_the_rounding_alone_is_said_and_no_reason_to_refuse(stopped
     for model, found in zip(values, (delta, whole), strict=True):
         found.apply(model)
     pairs = [(p, values[1].parameters()[name]) for name, p in values[0].parameters().items()]
-    assert sum(float((a - b).norm() ** 2) for a, b in pairs) ** 0.5 < 0.02  # of steps of 1e-3 each in 40,000 weights: 0.8 in all
+    # of steps of 1e-3 each in 40,000 weights: 0.8 in all
+    assert sum(float((a - b).norm() ** 2) for a, b in pairs) ** 0.5 < 0.02
 
 
 def test_a_slash_after_the_base_s_folder_is_the_same_base(stopped, made, config, monkeypatch):
@@ -174,14 +217,19 @@ def test_a_slash_after_the_base_s_folder_is_the_same_base(stopped, made, config,
     assert delta.sha256 == ErasedDelta.load(made / "heart" / "delta.safetensors").sha256
 
 
-def test_an_update_of_torch_or_of_this_toolkit_is_said_and_no_reason_to_refuse(stopped, config, caplog):
+def test_an_update_of_torch_or_of_this_toolkit_is_said_and_no_reason_to_refuse(
+    stopped, config, caplog
+):
     def older(content, inner):
         content["created_with"] = "concept-erasure-toolkit 0.0.9, torch 2.5.0"
         del inner["method"]["retain_dropout"]  # an option that came later, left at its default
 
     edited(stopped, older)
     again(stopped, config)
-    assert "made with was 'concept-erasure-toolkit 0.0.9, torch 2.5.0'" in caplog.text and "retain_dropout" not in caplog.text
+    assert (
+        "made with was 'concept-erasure-toolkit 0.0.9, torch 2.5.0'" in caplog.text
+        and "retain_dropout" not in caplog.text
+    )
 
 
 def test_an_option_that_came_later_and_is_not_at_its_default_is_named(stopped, config):
@@ -196,7 +244,8 @@ def test_another_number_of_threads_is_recorded_and_said_at_resume(stopped, confi
     edited(stopped, lambda content, inner: content.update(threads="64"))
     again(stopped, config)
     assert f"threads was '64' and is now '{threads}'" in caplog.text and "rounding" in caplog.text
-    assert json.loads((stopped / "run.json").read_text())["threads"] == threads  # the next one goes on from here
+    # the next one goes on from here
+    assert json.loads((stopped / "run.json").read_text())["threads"] == threads
 
 
 def test_a_resumed_run_says_from_which_step(stopped, config, caplog):
@@ -241,13 +290,16 @@ def test_a_run_json_that_cannot_be_read_is_named(finished, config):
         again(finished, config)
 
 
-# ---- artifacts of another run ----------------------------------------------------------------------------------------------
+# ---- artifacts of another run --------------------------------------------------------------------
 
 
-def test_a_folder_without_run_json_does_not_hand_out_another_concept_s_delta(finished, made, config):
+def test_a_folder_without_run_json_does_not_hand_out_another_concept_s_delta(
+    finished, made, config
+):
     (finished / "run.json").unlink()
     with pytest.raises(
-        ErasureError, match=r"delta.safetensors is of another run: concepts was \['heart'\] and is now \['star'\]"
+        ErasureError,
+        match=r"delta.safetensors is of another run: concepts was \['heart'\] and is now \['star'\]",
     ):
         again(finished, config, concept="star")
     assert not (finished / "run.json").exists()  # it stays whose it was
@@ -263,7 +315,9 @@ def test_a_delta_put_into_another_run_s_folder_is_refused(finished, made, config
 
 def test_a_delta_that_does_not_say_whose_it_is_is_refused(finished, config):
     delta = ErasedDelta.load(finished / "delta.safetensors")
-    replace(delta, metadata={"base_fingerprint": delta.metadata["base_fingerprint"]}).save(finished / "delta.safetensors")
+    replace(delta, metadata={"base_fingerprint": delta.metadata["base_fingerprint"]}).save(
+        finished / "delta.safetensors"
+    )
     with pytest.raises(ErasureError, match=r"delta\.safetensors does not say .*concepts"):
         again(finished, config)
 
@@ -273,7 +327,9 @@ def test_a_delta_that_does_not_say_whose_it_is_is_refused(finished, config):
     [("star", {}, "concepts was"), ("heart", {"mask": replace(METHOD.mask, guidance=3.0)}, "loss of the saliency"), ("heart", {"scope": "xattn"}, "scope"),
      ("heart", {"anchor_latents": 0.0}, "digest of the forget latents")],
 )  # fmt: skip
-def test_a_left_saliency_of_another_run_is_not_used(concept, change, message, made, config, tmp_path):
+def test_a_left_saliency_of_another_run_is_not_used(
+    concept, change, message, made, config, tmp_path
+):
     shutil.copy(made / "heart" / "saliency.safetensors", tmp_path)
     with pytest.raises(ErasureError, match=rf"saliency\.safetensors is of another run: {message}"):
         again(tmp_path, config, replace(METHOD, **change), concept)
@@ -282,21 +338,29 @@ def test_a_left_saliency_of_another_run_is_not_used(concept, change, message, ma
 @pytest.mark.parametrize("kind", ["saliency", "mask"])
 def test_a_file_of_another_concept_given_by_name_is_refused(kind, made, config):
     given = {OPTION[kind]: str(made / "star" / f"{kind}.safetensors")}
-    with pytest.raises(ErasureError, match=rf"{kind}\.safetensors is of another run: concepts was \['star'\]"):
+    with pytest.raises(
+        ErasureError, match=rf"{kind}\.safetensors is of another run: concepts was \['star'\]"
+    ):
         again(None, config, masked(**given))
 
 
 def test_a_mask_that_does_not_say_its_concepts_may_be_of_any(made, config, tmp_path):
     mask = SaliencyMask.load(made / "star" / "mask.safetensors")
-    replace(mask, metadata={"base_fingerprint": mask.metadata["base_fingerprint"]}).save(tmp_path / "m.safetensors")
+    replace(mask, metadata={"base_fingerprint": mask.metadata["base_fingerprint"]}).save(
+        tmp_path / "m.safetensors"
+    )
     assert again(None, config, masked(file=str(tmp_path / "m.safetensors"))).count
 
 
 @pytest.mark.parametrize("kind", ["saliency", "mask"])
-def test_a_file_of_another_base_given_by_name_is_refused(kind, made, config, make_pico_pipeline, tmp_path):
+def test_a_file_of_another_base_given_by_name_is_refused(
+    kind, made, config, make_pico_pipeline, tmp_path
+):
     make_pico_pipeline(seed=1).save_pretrained(tmp_path / "other")
     given = {OPTION[kind]: str(made / "heart" / f"{kind}.safetensors")}
-    with pytest.raises(ErasureError, match=rf"{kind}\.safetensors is of another run: fingerprint of the base was"):
+    with pytest.raises(
+        ErasureError, match=rf"{kind}\.safetensors is of another run: fingerprint of the base was"
+    ):
         again(None, replace(config, model=str(tmp_path / "other")), masked(**given))
 
 
@@ -305,14 +369,20 @@ def test_a_file_of_another_base_given_by_name_is_refused(kind, made, config, mak
     [("star", {}, "concepts was"), ("heart", {"alpha": 0.5}, "alpha was not set and is now 0.5"),
      ("heart", {"train": replace(TRAIN, lr=0.5)}, "train.lr was 0.001 and is now 0.5")],
 )  # fmt: skip
-def test_a_left_training_state_of_another_run_is_not_gone_on_with(concept, change, message, made, config, tmp_path):
+def test_a_left_training_state_of_another_run_is_not_gone_on_with(
+    concept, change, message, made, config, tmp_path
+):
     shutil.copy(made / "stopped" / "training.pt", tmp_path)
     method = replace(masked(file=str(made / "heart" / "mask.safetensors")), **change)
     if concept == "star":  # the same mask, so that only the state can tell
         mask = SaliencyMask.load(made / "heart" / "mask.safetensors")
-        replace(mask, metadata={"base_fingerprint": mask.metadata["base_fingerprint"]}).save(tmp_path / "m.safetensors")
+        replace(mask, metadata={"base_fingerprint": mask.metadata["base_fingerprint"]}).save(
+            tmp_path / "m.safetensors"
+        )
         method = masked(file=str(tmp_path / "m.safetensors"))
-    with pytest.raises(ErasureError, match=rf"training\.pt is of another run: (mask.file .*, )?{message}"):
+    with pytest.raises(
+        ErasureError, match=rf"training\.pt is of another run: (mask.file .*, )?{message}"
+    ):
         again(tmp_path, config, method, concept)
 
 
@@ -322,7 +392,9 @@ def test_a_training_state_over_other_latents_is_not_gone_on_with(stopped, config
         path.unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "sample_points", moved(prepare.sample_points))
-        with pytest.raises(ErasureError, match=r"training\.pt is of another run: digest of the retain latents"):
+        with pytest.raises(
+            ErasureError, match=r"training\.pt is of another run: digest of the retain latents"
+        ):
             again(stopped, config)
 
 
@@ -334,7 +406,7 @@ def moved(sample):
     return sample_moved
 
 
-# ---- damage ----------------------------------------------------------------------------------------------------------------
+# ---- damage --------------------------------------------------------------------------------------
 
 
 def flipped(path, tensor_bytes):
@@ -349,7 +421,9 @@ def test_a_bit_that_flipped_in_a_training_state_is_noticed(stopped, config):
     state = torch.load(stopped / "training.pt", weights_only=True)
     name = next(iter(state["values"]))
     flipped(stopped / "training.pt", state["values"][name].detach().numpy().tobytes()[:64])
-    with pytest.raises(ErasureError, match=r"training\.pt is damaged: it holds other values than were written"):
+    with pytest.raises(
+        ErasureError, match=r"training\.pt is damaged: it holds other values than were written"
+    ):
         again(stopped, config)
 
 
@@ -370,7 +444,10 @@ def test_a_training_state_with_another_number_is_noticed(stopped, config, entry)
 def test_a_bit_that_flipped_in_a_saliency_or_a_mask_is_noticed(made, tmp_path):
     saliency = Statistics.load(made / "heart" / "saliency.safetensors")
     mask = SaliencyMask.load(made / "heart" / "mask.safetensors")
-    for kind, found, tensors in ((Statistics, saliency, saliency.values["forget.sum"]), (SaliencyMask, mask, mask.bits)):
+    for kind, found, tensors in (
+        (Statistics, saliency, saliency.values["forget.sum"]),
+        (SaliencyMask, mask, mask.bits),
+    ):
         path = tmp_path / f"{kind.__name__}.safetensors"
         found.save(path)
         largest = max(tensors.values(), key=lambda tensor: tensor.numel())
@@ -391,9 +468,16 @@ def test_a_saliency_with_other_metadata_than_were_written_is_noticed(made, tmp_p
 @pytest.mark.parametrize("content", [b"", b"PK broken", b"x" * 4096])
 def test_a_damaged_training_state_is_one_sentence(content, stopped, config):
     (stopped / "training.pt").write_bytes(content)
-    with pytest.raises(ErasureError, match="cannot read the training state .*; delete it to start the training again") as refused:
+    with pytest.raises(
+        ErasureError,
+        match="cannot read the training state .*; delete it to start the training again",
+    ) as refused:
         again(stopped, config)
-    assert "\n" not in str(refused.value) and "weights_only" not in str(refused.value) and len(str(refused.value)) < 400
+    assert (
+        "\n" not in str(refused.value)
+        and "weights_only" not in str(refused.value)
+        and len(str(refused.value)) < 400
+    )
 
 
 class Code:
@@ -403,24 +487,33 @@ class Code:
 
 def test_code_in_a_training_state_is_refused_in_one_sentence(stopped, config, capsys):
     torch.save({"values": Code()}, stopped / "training.pt")
-    with pytest.raises(ErasureError, match="holds other things than tensors and numbers") as refused:
+    with pytest.raises(
+        ErasureError, match="holds other things than tensors and numbers"
+    ) as refused:
         again(stopped, config)
     assert "\n" not in str(refused.value) and "weights_only" not in str(refused.value)
     assert "executed" not in capsys.readouterr().out
 
 
-def test_a_disk_that_is_full_when_the_training_state_is_written_is_one_sentence(stopped, made, config):
+def test_a_disk_that_is_full_when_the_training_state_is_written_is_one_sentence(
+    stopped, made, config
+):
     """A limit on the size of files ends a write as a full disk does, in torch's own writer."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     before = (stopped / "training.pt").read_bytes()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-        with pytest.raises(ErasureError, match=r"cannot write .*training\.pt: .*free some space") as refused:
+        with pytest.raises(
+            ErasureError, match=r"cannot write .*training\.pt: .*free some space"
+        ) as refused:
             again(stopped, config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert "\n" not in str(refused.value)
     assert (stopped / "training.pt").read_bytes() == before and not list(stopped.glob(".*"))
-    assert again(stopped, config).sha256 == ErasedDelta.load(made / "heart" / "delta.safetensors").sha256
+    assert (
+        again(stopped, config).sha256
+        == ErasedDelta.load(made / "heart" / "delta.safetensors").sha256
+    )

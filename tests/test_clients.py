@@ -1,4 +1,5 @@
-"""What other programs read of an export: folders in any transformers, LoRA names, headers, cards; and what it leaves behind."""
+"""What other programs read of an export: folders in any transformers, LoRA names, headers, cards;
+and what it leaves behind."""
 
 from __future__ import annotations
 
@@ -41,10 +42,23 @@ BLOCK = re.compile(r"```python\n(.*?)```", re.S)
 def moved(model, chosen: str = "", size: float = 0.02, **metadata: str) -> ErasedDelta:
     """A delta that moves every weight whose name holds `chosen`."""
     generator = torch.Generator().manual_seed(0)
-    old = {name: param.detach().clone() for name, param in model.parameters().items() if chosen in name}
-    new = {name: value + size * torch.randn(value.shape, generator=generator) for name, value in old.items()}
-    told = {"base_fingerprint": model.fingerprint, "base_id": model.name, "method": "salun", "created_with": "0.1.0"}
-    told |= {"config": json.dumps({"erase": {}, "method": {"density": 0.5}}), "concepts": json.dumps([CONCEPT])}
+    old = {
+        name: param.detach().clone() for name, param in model.parameters().items() if chosen in name
+    }
+    new = {
+        name: value + size * torch.randn(value.shape, generator=generator)
+        for name, value in old.items()
+    }
+    told = {
+        "base_fingerprint": model.fingerprint,
+        "base_id": model.name,
+        "method": "salun",
+        "created_with": "0.1.0",
+    }
+    told |= {
+        "config": json.dumps({"erase": {}, "method": {"density": 0.5}}),
+        "concepts": json.dumps([CONCEPT]),
+    }
     return ErasedDelta.between(old, new, told | metadata)
 
 
@@ -70,7 +84,9 @@ def heart(base, tmp_path_factory):
 def drawn(pipeline) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(7)
-    return np.asarray(pipeline("a heart", num_inference_steps=2, generator=generator).images[0]).astype(int)
+    return np.asarray(
+        pipeline("a heart", num_inference_steps=2, generator=generator).images[0]
+    ).astype(int)
 
 
 # ---- the code that cards and documents show ----
@@ -108,7 +124,9 @@ def test_the_code_of_the_readme_runs_as_it_stands(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
-def test_a_folder_in_half_precision_draws_in_stock_diffusers_without_arguments(family, dtype, tmp_path):
+def test_a_folder_in_half_precision_draws_in_stock_diffusers_without_arguments(
+    family, dtype, tmp_path
+):
     model = model_of(family)
     export_diffusers(moved(model, "attn"), model, tmp_path / "out", dtype=dtype)
     for given in ({}, {"torch_dtype": torch.float32}, {"torch_dtype": dtype}):
@@ -135,9 +153,13 @@ def test_a_folder_has_the_names_and_vocabularies_that_older_versions_read(family
             names = set(file.keys())
         kind = json.loads((path.parent / "config.json").read_text())["architectures"]
         if kind != ["T5EncoderModel"]:
-            assert all(name.startswith("text_model.") for name in names - {"text_projection.weight"})
+            assert all(
+                name.startswith("text_model.") for name in names - {"text_projection.weight"}
+            )
     clips = [
-        path.parent for path in (tmp_path / "out").glob("tokenizer*/tokenizer_config.json") if path.parent.name != "tokenizer_3"
+        path.parent
+        for path in (tmp_path / "out").glob("tokenizer*/tokenizer_config.json")
+        if path.parent.name != "tokenizer_3"
     ]
     for folder in clips:
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
@@ -152,9 +174,13 @@ def test_the_embedded_checkpoint_has_them_too():
     with safe_open(CANVAS / "text_encoder/model.safetensors", "pt") as file:
         assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118 (not a mapping)
     assert json.loads((CANVAS / "text_encoder/config.json").read_text())["dtype"] == "float32"
-    assert (CANVAS / "tokenizer/vocab.json").is_file() and (CANVAS / "tokenizer/merges.txt").is_file()
+    assert (CANVAS / "tokenizer/vocab.json").is_file() and (
+        CANVAS / "tokenizer/merges.txt"
+    ).is_file()
     pipeline = StableDiffusionPipeline.from_pretrained(CANVAS)
-    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    assert {part.dtype for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {
+        torch.float32
+    }
 
 
 def test_an_exported_folder_does_not_tell_where_the_base_lay(base, heart, tmp_path):
@@ -167,9 +193,19 @@ def test_an_exported_folder_does_not_tell_where_the_base_lay(base, heart, tmp_pa
 
 
 def state_of(model):
-    parts = {name: part for name, part in model.pipeline().components.items() if isinstance(part, torch.nn.Module)}
-    tensors = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-    return {name: value.clone() for name, value in tensors.items()}, {name: repr(part.config) for name, part in parts.items()}
+    parts = {
+        name: part
+        for name, part in model.pipeline().components.items()
+        if isinstance(part, torch.nn.Module)
+    }
+    tensors = {
+        f"{name}.{key}": value
+        for name, part in parts.items()
+        for key, value in part.state_dict().items()
+    }
+    return {name: value.clone() for name, value in tensors.items()}, {
+        name: repr(part.config) for name, part in parts.items()
+    }
 
 
 @pytest.mark.parametrize("write", [export_diffusers, export_components, export_single_file])
@@ -184,7 +220,11 @@ def test_a_loaded_model_is_exported_and_stays_as_it_was_found(write, fails, tmp_
     else:
         write(delta, model, tmp_path / "out", dtype=torch.float16)
     after = state_of(model)
-    assert before[0].keys() == after[0].keys() and before[1] == after[1] and model.fingerprint == fingerprint
+    assert (
+        before[0].keys() == after[0].keys()
+        and before[1] == after[1]
+        and model.fingerprint == fingerprint
+    )
     for name, value in before[0].items():
         assert after[0][name].dtype == value.dtype and torch.equal(after[0][name], value)
 
@@ -192,7 +232,9 @@ def test_a_loaded_model_is_exported_and_stays_as_it_was_found(write, fails, tmp_
 # ---- two exports to one name ----
 
 
-def test_of_two_exports_to_one_folder_one_wins_whole_and_the_other_is_refused(heart, tmp_path, monkeypatch):
+def test_of_two_exports_to_one_folder_one_wins_whole_and_the_other_is_refused(
+    heart, tmp_path, monkeypatch
+):
     from erase import export
 
     delta, save = ErasedDelta.load(heart), ErasedDelta.save
@@ -215,9 +257,14 @@ def test_of_two_exports_to_one_folder_one_wins_whole_and_the_other_is_refused(he
 def test_what_a_killed_export_left_is_removed_by_the_next(heart, tmp_path):
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom erase.export import _unfinished\n"
-        "with _unfinished(Path(sys.argv[1])) as aside:\n    (aside / 'half').write_text('x')\n    os._exit(9)\n"
+        "with _unfinished(Path(sys.argv[1])) as aside:\n    (aside / 'half').write_text('x')\n    "
+        "os._exit(9)\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "out")],
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     (left,) = tmp_path.glob(".out.*.part")
     export_delta(ErasedDelta.load(heart), tmp_path / "out")
     assert not left.exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -230,8 +277,15 @@ def original_layers(pipeline) -> set[str]:
     """SDXL's layers as its original names them: the module of every key of a single file's UNet."""
     keys = write_single_file(pipeline, Path(os.environ["TMPDIR_OF_TEST"]) / "xl.safetensors")
     with safe_open(keys, "pt") as file:
-        names = [name for name in file.keys() if name.startswith("model.diffusion_model.") and name.endswith(".weight")]
-    return {name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_") for name in names}
+        names = [
+            name
+            for name in file.keys()
+            if name.startswith("model.diffusion_model.") and name.endswith(".weight")
+        ]
+    return {
+        name.removeprefix("model.diffusion_model.").removesuffix(".weight").replace(".", "_")
+        for name in names
+    }
 
 
 def test_an_sdxl_lora_has_the_names_of_the_original_in_every_layer(tmp_path, monkeypatch):
@@ -262,15 +316,23 @@ def test_an_sdxl_lora_has_the_names_of_the_original_in_every_layer(tmp_path, mon
         ("sd2-v", "sd_v2_v", "True", "stable-diffusion-v2-768-v/lora"),
     ],
 )
-def test_a_lora_of_stable_diffusion_1_or_2_tells_its_base(family, version, v2, architecture, tmp_path):
+def test_a_lora_of_stable_diffusion_1_or_2_tells_its_base(
+    family, version, v2, architecture, tmp_path
+):
     model = model_of(family)
     lora = extract_lora(moved(model), model, rank=2)
     lora.save(tmp_path / "lora.safetensors", torch.float16)
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         names, header = {key.split(".")[0] for key in file.keys()}, file.metadata()
     assert {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0"} <= names
-    assert "lora_te_text_model_encoder_layers_0_mlp_fc1" in names and all(name.startswith("lora_") for name in names)
-    assert (header["ss_base_model_version"], header["ss_v2"], header["modelspec.architecture"]) == (version, v2, architecture)
+    assert "lora_te_text_model_encoder_layers_0_mlp_fc1" in names and all(
+        name.startswith("lora_") for name in names
+    )
+    assert (header["ss_base_model_version"], header["ss_v2"], header["modelspec.architecture"]) == (
+        version,
+        v2,
+        architecture,
+    )
     assert header["ss_network_module"] == "networks.lora" and header["ss_network_dim"] == "2"
     assert {"modelspec.title", "modelspec.implementation", "modelspec.resolution"} <= header.keys()
     assert "somebody" not in json.dumps(header)
@@ -289,18 +351,39 @@ def test_what_some_programs_pass_over_is_counted_and_said(base, tmp_path, capsys
     delta = moved(model, "weight")
     delta.save(tmp_path / "delta.safetensors")
     assert (
-        run(run_export.main, ["--delta", str(tmp_path / "delta.safetensors"), "--format", "lora", "--out", str(tmp_path / "out")])
+        run(
+            run_export.main,
+            [
+                "--delta",
+                str(tmp_path / "delta.safetensors"),
+                "--format",
+                "lora",
+                "--out",
+                str(tmp_path / "out"),
+            ],
+        )
         == 0
     )
     said, card = capsys.readouterr().out, (tmp_path / "out/README.md").read_text()
     for text in (said, card):
-        (passed,) = re.findall(r"sd-scripts and stable-diffusion.cpp pass over ([^(]*) \([\d.]+% of the squared", text)
-        assert set(passed.split(", ")) == {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"}
+        (passed,) = re.findall(
+            r"sd-scripts and stable-diffusion.cpp pass over ([^(]*) \([\d.]+% of the squared", text
+        )
+        assert set(passed.split(", ")) == {
+            "conv_in",
+            "conv_out",
+            "time_embedding.linear_1",
+            "time_embedding.linear_2",
+        }
     told = json.loads((tmp_path / "out/lora.json").read_text())
     assert set(told["outside"]) == {
-        f"unet.{n}" for n in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+        f"unet.{n}"
+        for n in ("conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
     }
-    squares = {n: delta.change(f"{n}.weight", model.parameters()[f"{n}.weight"]).square().sum().item() for n in told["outside"]}
+    squares = {
+        n: delta.change(f"{n}.weight", model.parameters()[f"{n}.weight"]).square().sum().item()
+        for n in told["outside"]
+    }
     whole = sum(delta.change(n, model.parameters()[n]).square().sum().item() for n in delta.values)
     assert told["outside_share"] == pytest.approx(sum(squares.values()) / whole)
 
@@ -312,8 +395,14 @@ def test_a_single_file_has_the_keys_that_modelspec_requires(base, heart, tmp_pat
     export_single_file(ErasedDelta.load(heart), str(base), tmp_path / "out.safetensors")
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         header = file.metadata()
-    assert header["modelspec.title"] == "pico without heart" and header["modelspec.resolution"] == "32x32"
-    assert header["modelspec.implementation"].endswith("generative-models") and header["modelspec.architecture"]
+    assert (
+        header["modelspec.title"] == "pico without heart"
+        and header["modelspec.resolution"] == "32x32"
+    )
+    assert (
+        header["modelspec.implementation"].endswith("generative-models")
+        and header["modelspec.architecture"]
+    )
 
 
 def test_an_sd2_file_has_the_last_layer_that_other_programs_build(tmp_path):
@@ -324,12 +413,20 @@ def test_an_sd2_file_has_the_last_layer_that_other_programs_build(tmp_path):
     prefix = "cond_stage_model.model."
     with safe_open(tmp_path / "out.safetensors", "pt") as file:
         names = set(file.keys())
-        last, before = ({n.split(f"resblocks.{i}.")[1]: n for n in names if f"resblocks.{i}." in n} for i in (23, 22))
+        last, before = (
+            {n.split(f"resblocks.{i}.")[1]: n for n in names if f"resblocks.{i}." in n}
+            for i in (23, 22)
+        )
         assert last.keys() == before.keys() and len(last) == 12
         assert all(torch.equal(file.get_tensor(last[n]), file.get_tensor(before[n])) for n in last)
-        assert file.get_tensor(f"{prefix}text_projection").shape == (48, 48) and f"{prefix}logit_scale" in names
+        assert (
+            file.get_tensor(f"{prefix}text_projection").shape == (48, 48)
+            and f"{prefix}logit_scale" in names
+        )
     pipeline.save_pretrained(tmp_path / "config")
-    loaded = load_model(str(tmp_path / "out.safetensors"), "cpu", load_config(tmp_path / "config")).component("text_encoder")
+    loaded = load_model(
+        str(tmp_path / "out.safetensors"), "cpu", load_config(tmp_path / "config")
+    ).component("text_encoder")
     assert len(loaded.state_dict()) == len(pipeline.text_encoder.state_dict())
 
 
@@ -344,23 +441,48 @@ def load_config(folder):
 
 def report_of(delta: ErasedDelta, **provenance: object) -> EvalReport:
     def scores(ua: int, kept: int) -> list:
-        return [proportion(name, hits, 240) for name, hits in (("UA", ua), ("IRA", kept), ("CRA", kept))]
+        return [
+            proportion(name, hits, 240) for name, hits in (("UA", ua), ("IRA", kept), ("CRA", kept))
+        ]
 
-    told = {"delta_sha256": delta.sha256, "method": delta.metadata["method"], "config": json.loads(delta.metadata["config"])}
-    return EvalReport(CONCEPT, {"base": scores(2, 238), "erased": scores(240, 230)}, {**told, **provenance})
+    told = {
+        "delta_sha256": delta.sha256,
+        "method": delta.metadata["method"],
+        "config": json.loads(delta.metadata["config"]),
+    }
+    return EvalReport(
+        CONCEPT, {"base": scores(2, 238), "erased": scores(240, 230)}, {**told, **provenance}
+    )
 
 
 def test_a_report_at_full_strength_is_refused_for_a_hundredth(heart, tmp_path, capsys):
     report = report_of(ErasedDelta.load(heart)).save(tmp_path / "report.json")
-    flags = ["--delta", str(heart), "--format", "delta", "--report", str(report), "--out", str(tmp_path / "out")]
+    flags = [
+        "--delta",
+        str(heart),
+        "--format",
+        "delta",
+        "--report",
+        str(report),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert run(run_export.main, [*flags, "--scale", "0.01"]) == 2
-    assert "of other settings, strength or parts" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        "of other settings, strength or parts" in capsys.readouterr().err
+        and not (tmp_path / "out").exists()
+    )
     assert run(run_export.main, flags) == 0
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["by digest", "from before there was one"])
 def test_the_report_of_a_delta_of_other_settings_is_refused(named, heart, base, tmp_path, capsys):
-    other = moved(load_model(str(base)), "attn", 0.5, config=json.dumps({"erase": {}, "method": {"density": 0.1}}))
+    other = moved(
+        load_model(str(base)),
+        "attn",
+        0.5,
+        config=json.dumps({"erase": {}, "method": {"density": 0.1}}),
+    )
     report = report_of(other)
     if not named:
         del report.provenance["delta_sha256"]
@@ -379,11 +501,23 @@ def test_the_report_of_a_delta_of_other_settings_is_refused(named, heart, base, 
     assert "name the report of this delta" in capsys.readouterr().err
 
 
-def test_a_weakened_erasure_says_its_strength_and_that_nothing_was_measured(heart, tmp_path, capsys):
+def test_a_weakened_erasure_says_its_strength_and_that_nothing_was_measured(
+    heart, tmp_path, capsys
+):
     out = tmp_path / "out"
-    assert run(run_export.main, ["--delta", str(heart), "--format", "delta", "--scale", "0.01", "--out", str(out)]) == 0
+    assert (
+        run(
+            run_export.main,
+            ["--delta", str(heart), "--format", "delta", "--scale", "0.01", "--out", str(out)],
+        )
+        == 0
+    )
     card = (out / "README.md").read_text()
-    assert "# pico without heart (at 0.01 of its strength)" in card and "Not measured" in card and "not measured together" in card
+    assert (
+        "# pico without heart (at 0.01 of its strength)" in card
+        and "Not measured" in card
+        and "not measured together" in card
+    )
     assert "heart (at 0.01 of its strength)" in capsys.readouterr().out
 
 
@@ -392,9 +526,16 @@ def test_the_scores_are_the_cards_model_index(heart):
     text = model_card(report_of(delta), delta.metadata, sha256=delta.sha256)
     data = ModelCard(text, ignore_metadata_errors=False).data
     found = {result.metric_name: result.metric_value for result in data.eval_results}
-    assert found["UA % ↑ (erased)"] == 100 and found["UA % ↑ (base)"] == pytest.approx(0.8333) and len(found) == 6
+    assert (
+        found["UA % ↑ (erased)"] == 100
+        and found["UA % ↑ (base)"] == pytest.approx(0.8333)
+        and len(found) == 6
+    )
     assert data.model_name == "pico without heart"
-    for card in (model_card(None, delta.metadata), model_card(report_of(delta), delta.metadata, exact=False)):
+    for card in (
+        model_card(None, delta.metadata),
+        model_card(report_of(delta), delta.metadata, exact=False),
+    ):
         assert ModelCard(card).data.eval_results is None
 
 
@@ -412,25 +553,43 @@ EVIL = [
 def test_a_concepts_name_writes_no_markdown_and_no_front_matter(name, heart):
     delta = ErasedDelta.load(heart)
     target = " ".join(name.split())  # as a concept's names are read
-    concept = {"target": target, "anchor": f"{target} too", "synonyms": [f"{target} 2"], "templates": ["a {}"]}
-    report = replace(report_of(delta), concept=concept, provenance={"commands": [f"erase --concept '{name}'"]})
-    card = model_card(report, {**delta.metadata, "concepts": json.dumps([concept]), "created_with": name, "method": name})
+    concept = {
+        "target": target,
+        "anchor": f"{target} too",
+        "synonyms": [f"{target} 2"],
+        "templates": ["a {}"],
+    }
+    report = replace(
+        report_of(delta), concept=concept, provenance={"commands": [f"erase --concept '{name}'"]}
+    )
+    card = model_card(
+        report,
+        {**delta.metadata, "concepts": json.dumps([concept]), "created_with": name, "method": name},
+    )
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
     assert yaml.safe_load(front)["license"] == "other"
     prose = re.sub(r"^(`{3,})\w*\n.*?^\1$", "", body, flags=re.M | re.S)
     prose = re.sub(r"(?<!\\)`[^`\n]*`", "", prose)
     prose = re.sub(r"\[(low, high|[\d., ]+)\]", "", prose)  # intervals
-    assert not re.search(r"(?<!\\)[<\[]", prose) and "\n# Safe" not in body and "\n# out" not in prose
+    assert (
+        not re.search(r"(?<!\\)[<\[]", prose) and "\n# Safe" not in body and "\n# out" not in prose
+    )
     assert len(re.findall(r"^#+ .*$", prose, re.M)) == 5 and len(BLOCK.findall(body)) == 1
     for row in re.findall(r"^\| .*$", prose, re.M):
         assert len(re.findall(r"(?<!\\)\|", row)) in (3, 4)
 
 
-@pytest.mark.parametrize("where", ["/home/somebody/my models/sd14", "C:\\Users\\somebody\\sd14", "~/somebody/sd14"])
+@pytest.mark.parametrize(
+    "where", ["/home/somebody/my models/sd14", "C:\\Users\\somebody\\sd14", "~/somebody/sd14"]
+)
 def test_a_card_holds_no_absolute_path(where, heart):
     delta = ErasedDelta.load(heart)
     config = json.dumps({"erase": {"model": where, "load": {"config": where}}, "images": [where]})
-    report = report_of(delta, commands=[f"erase-concept --model '{where}' --out='{where}/x'"], config=json.loads(config))
+    report = report_of(
+        delta,
+        commands=[f"erase-concept --model '{where}' --out='{where}/x'"],
+        config=json.loads(config),
+    )
     card = model_card(report, {**delta.metadata, "base_id": where, "config": config})
     assert "somebody" not in card and "path/to/sd14" in card and "# sd14 without heart" in card
 
@@ -438,7 +597,14 @@ def test_a_card_holds_no_absolute_path(where, heart):
 def test_the_before_and_after_picture_goes_with_the_card(heart, tmp_path):
     report_of(ErasedDelta.load(heart)).save(tmp_path / "report/report.json")
     (tmp_path / "report/before_after.png").write_bytes(b"the picture")
-    flags = ["--delta", str(heart), "--format", "delta", "--report", str(tmp_path / "report/report.json")]
+    flags = [
+        "--delta",
+        str(heart),
+        "--format",
+        "delta",
+        "--report",
+        str(tmp_path / "report/report.json"),
+    ]
     assert run(run_export.main, [*flags, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/before_after.png").read_bytes() == b"the picture"
     assert "](before_after.png)" in (tmp_path / "out/README.md").read_text()

@@ -49,14 +49,22 @@ def failed(capsys: pytest.CaptureFixture[str], main, *flags: str) -> str:
     return errors.split("error: ")[1].strip()
 
 
-# ---- help -----------------------------------------------------------------------------------------------------------
+# ---- help ----------------------------------------------------------------------------------------
 
 
 @every_command
-def test_help_comes_at_once_in_80_columns_and_is_that_of_the_real_libraries(name, capsys, monkeypatch):
+def test_help_comes_at_once_in_80_columns_and_is_that_of_the_real_libraries(
+    name, capsys, monkeypatch
+):
     module, environment = COMMANDS[name].__name__, {**ENVIRONMENT, "COLUMNS": "200"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, env=environment, capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
     shown = done.stdout.decode()
@@ -72,10 +80,14 @@ def test_version_names_the_libraries_too(name, capsys):
     with pytest.raises(SystemExit) as left:
         run(COMMANDS[name].main, ["--version"])
     shown = capsys.readouterr().out
-    assert left.value.code == 0 and shown.startswith(f"{name} 0.") and f"torch {torch.__version__.split('+')[0]}" in shown
+    assert (
+        left.value.code == 0
+        and shown.startswith(f"{name} 0.")
+        and f"torch {torch.__version__.split('+')[0]}" in shown
+    )
 
 
-# ---- options --------------------------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -102,7 +114,11 @@ def test_an_abbreviated_key_of_a_config_file_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").rglob("*.py")), ids=str)
 def test_no_parser_of_any_script_takes_abbreviations(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("argparse.ArgumentParser", "ArgumentParser", "Parser"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "argparse.ArgumentParser",
+            "ArgumentParser",
+            "Parser",
+        ):
             assert "allow_abbrev=False" in ast.unparse(node)
 
 
@@ -114,13 +130,21 @@ def test_no_parser_of_any_script_takes_abbreviations(path):
         (run_erase.main, "learning-rate", "'train.lr'"),
         (run_erase.main, "train.learning_rate", "'train.lr'"),
         (run_erase.main, "steps", "'latents.steps' or 'train.steps'"),
-        (run_erase.main, "batch-size", "'latents.batch_size' or 'mask.batch_size' or 'train.batch_size'"),
+        (
+            run_erase.main,
+            "batch-size",
+            "'latents.batch_size' or 'mask.batch_size' or 'train.batch_size'",
+        ),
         (run_erase.main, "train.batch-size", "'train.batch_size'"),
         (run_erase.main, "Density", "'mask.density'"),
         (run_erase.main, "output_dir", "'out'"),
         (run_erase.main, "optimiser", "'train.optimizer'"),
         (run_evaluate.main, "steps", "'generate.steps'"),
-        (run_evaluate.main, "batch-size", "'classifier.batch_size' or 'clip.batch_size' or 'generate.batch_size'"),
+        (
+            run_evaluate.main,
+            "batch-size",
+            "'classifier.batch_size' or 'clip.batch_size' or 'generate.batch_size'",
+        ),
         (run_generate.main, "num_inference_steps", "'steps'"),
         (run_generate.main, "guidance-scale", "'guidance'"),
         (run_export.main, "output", "'out'"),
@@ -132,7 +156,10 @@ def test_a_wrong_option_gets_the_near_one(main, option, near, capsys):
 
 @every_command
 def test_an_option_like_no_other_does_not_get_a_line_of_sixty_names(name, capsys):
-    assert failed(capsys, COMMANDS[name].main, "--zzzz", "1") == "unknown option 'zzzz'; --help lists the options of this command"
+    assert (
+        failed(capsys, COMMANDS[name].main, "--zzzz", "1")
+        == "unknown option 'zzzz'; --help lists the options of this command"
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,17 +169,33 @@ def test_an_option_like_no_other_does_not_get_a_line_of_sixty_names(name, capsys
         (run_erase.main, ["--train.lr", "1e-x"], ["--train.lr", "'1e-x'", "a number"]),
         (run_erase.main, ["--mask.density", "half"], ["--mask.density", "'half'", "a number"]),
         (run_erase.main, ["--seed", "1.5"], ["--seed", "'1.5'", "a whole number"]),
-        (run_erase.main, ["--train.offload", "maybe"], ["--train.offload", "'maybe'", "true or false"]),
-        (run_erase.main, ["--train.optimizer_args", "[1]"], ["--train.optimizer_args", "'[1]'", "a mapping"]),
+        (
+            run_erase.main,
+            ["--train.offload", "maybe"],
+            ["--train.offload", "'maybe'", "true or false"],
+        ),
+        (
+            run_erase.main,
+            ["--train.optimizer_args", "[1]"],
+            ["--train.optimizer_args", "'[1]'", "a mapping"],
+        ),
         (run_erase.main, ["--train", "3"], ["train is a group", "--train."]),
         (run_erase.main, ["--out"], ["--out needs a value"]),
         (run_erase.main, ["heart"], ["'heart' belongs to no option"]),
         (run_generate.main, ["--resolution", "big"], ["--resolution", "'big'", "a whole number"]),
-        (run_evaluate.main, ["--nudenet.threshold", "low"], ["--nudenet.threshold", "'low'", "a number"]),
+        (
+            run_evaluate.main,
+            ["--nudenet.threshold", "low"],
+            ["--nudenet.threshold", "'low'", "a number"],
+        ),
         (run_export.main, ["--rank", "full"], ["--rank", "'full'", "a whole number"]),
         (run_export.main, ["--scale", "nan"], ["--scale is nan", "finite"]),
         (run_export.main, ["--format", "lora", "--rank", "0"], ["rank is 0", "1 or more"]),
-        (run_export.main, ["--format", "lora", "--energy", "7"], ["energy is 7", "between 0 and 1"]),
+        (
+            run_export.main,
+            ["--format", "lora", "--energy", "7"],
+            ["energy is 7", "between 0 and 1"],
+        ),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named_with_its_option(main, flags, words, capsys):
@@ -163,10 +206,29 @@ def test_a_value_of_the_wrong_type_is_named_with_its_option(main, flags, words, 
 @pytest.mark.parametrize(
     ("main", "flags"),
     [
-        (run_erase.main, ["--concept", "no", "--concept", "007", "--concept", "→ 猫", "--train.lr", "1e-5", "--quiet"]),
-        (run_generate.main, ["--prompt", "a: b", "--prompt", "null", "--seed", "5", "--prompts", "canvas"]),
+        (
+            run_erase.main,
+            [
+                "--concept",
+                "no",
+                "--concept",
+                "007",
+                "--concept",
+                "→ 猫",
+                "--train.lr",
+                "1e-5",
+                "--quiet",
+            ],
+        ),
+        (
+            run_generate.main,
+            ["--prompt", "a: b", "--prompt", "null", "--seed", "5", "--prompts", "canvas"],
+        ),
         (run_evaluate.main, ["--evaluators", "[clip]", "--clip.classes", "{style: [Van Gogh]}"]),
-        (run_export.main, ["--delta", "a", "--delta", "b", "--scale", "1", "--scale", "-0.5", "--undo"]),
+        (
+            run_export.main,
+            ["--delta", "a", "--delta", "b", "--scale", "1", "--scale", "-0.5", "--undo"],
+        ),
         (demo.main, ["--concept", "Neon"]),
     ],
 )
@@ -181,7 +243,7 @@ def test_what_print_config_prints_is_read_back(main, flags, tmp_path, capsys):
     assert printed("--config", str(path)) == first and yaml.safe_load(first)
 
 
-# ---- recipes --------------------------------------------------------------------------------------------------------
+# ---- recipes -------------------------------------------------------------------------------------
 
 
 def test_a_recipe_is_found_by_its_name_and_options_after_it_win(tmp_path, monkeypatch):
@@ -190,7 +252,11 @@ def test_a_recipe_is_found_by_its_name_and_options_after_it_win(tmp_path, monkey
     for given in (["--config", "nudity-sd14"], ["--config=nudity-sd14.yaml"]):
         argv = [*given, "--train.steps", "7"]
         options = parse(run_erase.make_parser(run_erase.chosen_method(argv)), argv)
-        assert (options.concepts, options.latents.n_forget, options.train.steps) == (["nudity"], 400, 7)
+        assert (options.concepts, options.latents.n_forget, options.train.steps) == (
+            ["nudity"],
+            400,
+            7,
+        )
     assert run_erase.chosen_method(["--config", "nudity-sd14-salun-paper"]) == "salun-paper"
     own = written(tmp_path, "canvas.yaml", "density: 0.2\n")
     assert recipe("canvas.yaml") == own.name, "a user's own file comes first"
@@ -221,7 +287,7 @@ def test_recipes_and_type_marks_go_into_the_wheel(monkeypatch):
     assert {f"{package}/py.typed" for package in ("prompts", "erase", "eval", "scripts")} <= shipped
 
 
-# ---- concepts -------------------------------------------------------------------------------------------------------
+# ---- concepts ------------------------------------------------------------------------------------
 
 
 def targets(*args, **named) -> list[str]:
@@ -229,7 +295,10 @@ def targets(*args, **named) -> list[str]:
 
 
 def test_concepts_given_twice_are_both_erased():
-    options = parse(run_erase.make_parser("salun"), ["--concepts", "nudity", "--concepts", "van-gogh", "--concept", "Monet"])
+    options = parse(
+        run_erase.make_parser("salun"),
+        ["--concepts", "nudity", "--concepts", "van-gogh", "--concept", "Monet"],
+    )
     named = targets(options.concept, options.anchor, options.concepts, "some/model", options.retain)
     assert named == ["nude person", "Van Gogh", "Monet"]
 
@@ -243,7 +312,11 @@ def test_a_concept_picks_from_the_file_that_has_it_and_is_one_more_else():
 
 @pytest.mark.parametrize(
     ("name", "kind", "target"),
-    [("nudity", "artist", "nude person"), ("Violence", "style", "violence"), ("einstein", "object", "Albert Einstein")],
+    [
+        ("nudity", "artist", "nude person"),
+        ("Violence", "style", "violence"),
+        ("einstein", "object", "Albert Einstein"),
+    ],
 )
 def test_a_shipped_name_wins_over_the_kind(name, kind, target, capsys):
     assert targets([name], [], None, "some/model", [], kind) == [target]
@@ -259,12 +332,16 @@ def test_the_same_concept_twice_is_erased_once_or_refused():
 
 
 def test_a_file_with_a_target_twice_but_for_case_and_blanks_is_refused(tmp_path):
-    path = written(tmp_path, "c.yaml", "- {target: red  dog, anchor: cat}\n- {target: Red dog, anchor: cow}\n")
+    path = written(
+        tmp_path, "c.yaml", "- {target: red  dog, anchor: cat}\n- {target: Red dog, anchor: cow}\n"
+    )
     with raises("'Red dog' twice"):
         load_concepts(path)
 
 
-@pytest.mark.parametrize("flags", [["--concepts", "nudity"], ["--concepts", "van-gogh", "--concept", "heart"]])
+@pytest.mark.parametrize(
+    "flags", [["--concepts", "nudity"], ["--concepts", "van-gogh", "--concept", "heart"]]
+)
 def test_a_concept_that_canvas_does_not_know_is_refused_there(flags, tmp_path, capsys):
     error = failed(capsys, run_erase.main, *flags, "--out", str(tmp_path / "out"))
     assert "canvas, the embedded model, does not know" in error and "--model" in error
@@ -276,10 +353,15 @@ def test_canvas_refuses_it_in_python_too_and_knows_all_its_own_words():
         erase_concept(load_concepts("nudity"), EraseConfig())
     names = [name for kind in KINDS for name in vocabulary().names(kind)]
     check_canvas(canvas_concept(name) for name in names)
-    check_canvas([ConceptSpec("Red Heart", "blue moon"), ConceptSpec(vocabulary().synonyms["object"]["heart"][0], "moon")])
+    check_canvas(
+        [
+            ConceptSpec("Red Heart", "blue moon"),
+            ConceptSpec(vocabulary().synonyms["object"]["heart"][0], "moon"),
+        ]
+    )
 
 
-# ---- outputs --------------------------------------------------------------------------------------------------------
+# ---- outputs -------------------------------------------------------------------------------------
 
 
 @every_command
@@ -291,7 +373,11 @@ def test_an_empty_out_is_refused(name, out, capsys, tmp_path, monkeypatch):
 
 
 def test_any_other_empty_option_is_refused_too(capsys):
-    for main, option in ((run_erase.main, "model"), (run_erase.main, "concepts"), (run_export.main, "report")):
+    for main, option in (
+        (run_erase.main, "model"),
+        (run_erase.main, "concepts"),
+        (run_export.main, "report"),
+    ):
         assert f"--{option} is empty" in failed(capsys, main, f"--{option}", "")
 
 
@@ -300,7 +386,9 @@ def test_an_empty_out_is_refused_in_python():
         erase_concept(canvas_concept("heart"), EraseConfig(), out="")
 
 
-@pytest.mark.parametrize("name", ["erase-concept", "erase-generate", "erase-evaluate", "erase-demo"])
+@pytest.mark.parametrize(
+    "name", ["erase-concept", "erase-generate", "erase-evaluate", "erase-demo"]
+)
 @pytest.mark.parametrize("out", ["x.ckpt", "runs/x.safetensors", "x.PT", "x.gguf"])
 def test_a_file_name_is_refused_for_what_is_a_folder(name, out, capsys):
     concept = ["--concept", "heart"] if name == "erase-concept" else []
@@ -329,7 +417,7 @@ def test_folders_may_have_dots_in_their_names():
         check_folder(out)
 
 
-# ---- prompts --------------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 def prompts_of(*flags: str) -> PromptSet:
@@ -348,7 +436,13 @@ def test_several_prompt_sets_are_drawn_and_keep_their_rows_apart(tmp_path):
     a = written(tmp_path, "a.csv", "case_number,prompt,seed\n3,one,1\n7,two,2\n")
     b = written(tmp_path, "b.csv", "case_number,prompt,seed\n0,three,3\n3,four,4\n")
     both = prompts_of("--prompts", str(a), "--prompts", str(b), "--prompt", "five")
-    assert [(row.case, row.prompt) for row in both.rows] == [(3, "one"), (7, "two"), (8, "three"), (11, "four"), (12, "five")]
+    assert [(row.case, row.prompt) for row in both.rows] == [
+        (3, "one"),
+        (7, "two"),
+        (8, "three"),
+        (11, "four"),
+        (12, "five"),
+    ]
     assert both.name == "a+b+prompt"
     alone = PromptSet.load(a)
     assert joined([alone]) == alone and joined([alone]).sha256 == alone.sha256
@@ -358,7 +452,7 @@ def test_several_prompt_sets_are_drawn_and_keep_their_rows_apart(tmp_path):
         of_prompts([" "], 0)
 
 
-# ---- undo -----------------------------------------------------------------------------------------------------------
+# ---- undo ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -367,32 +461,61 @@ def erasure(make_pico_pipeline, tmp_path_factory):
     folder = tmp_path_factory.mktemp("erasure")
     make_pico_pipeline().save_pretrained(folder / "base")
     model = load_model(str(folder / "base"))
-    old = {name: param.detach().clone() for name, param in model.parameters().items() if "attn2" in name}
+    old = {
+        name: param.detach().clone()
+        for name, param in model.parameters().items()
+        if "attn2" in name
+    }
     metadata = {
-        "base_fingerprint": model.fingerprint, "base_id": str(folder / "base"), "method": "salun", "config": "{}",
+        "base_fingerprint": model.fingerprint, "base_id": str(folder / "base"), "method": "salun",
+        "config": "{}",
         "concepts": json.dumps([canvas_concept("heart").to_dict()]), "created_with": "0.1.0",
     }  # fmt: skip
     delta = ErasedDelta.between(old, {name: value + 0.1 for name, value in old.items()}, metadata)
     delta.save(folder / "delta.safetensors")
-    assert run(run_export.main, ["--delta", str(folder / "delta.safetensors"), "--out", str(folder / "erased")]) == 0
+    assert (
+        run(
+            run_export.main,
+            ["--delta", str(folder / "delta.safetensors"), "--out", str(folder / "erased")],
+        )
+        == 0
+    )
     return folder
 
 
 def test_undo_makes_the_base_of_an_erased_checkpoint(erasure, tmp_path, capsys):
     flags = ["--delta", str(erasure / "delta.safetensors"), "--undo"]
-    assert run(run_export.main, [*flags, "--model", str(erasure / "erased"), "--out", str(tmp_path / "back")]) == 0
-    base, erased, back = (load_model(str(path)) for path in (erasure / "base", erasure / "erased", tmp_path / "back"))
+    assert (
+        run(
+            run_export.main,
+            [*flags, "--model", str(erasure / "erased"), "--out", str(tmp_path / "back")],
+        )
+        == 0
+    )
+    base, erased, back = (
+        load_model(str(path)) for path in (erasure / "base", erasure / "erased", tmp_path / "back")
+    )
     assert back.fingerprint == base.fingerprint != erased.fingerprint
-    assert "put back" in capsys.readouterr().out and "put back" in (tmp_path / "back" / "README.md").read_text(encoding="utf-8")
+    assert "put back" in capsys.readouterr().out and "put back" in (
+        tmp_path / "back" / "README.md"
+    ).read_text(encoding="utf-8")
     inverse = str(tmp_path / "inverse.safetensors")
     assert run(run_export.main, [*flags, "--format", "delta", "--out", inverse]) == 0
     assert ErasedDelta.load(inverse).apply(erased).fingerprint == base.fingerprint
 
 
 def test_undo_says_what_it_needs(erasure, tmp_path, capsys):
-    flags = ["--delta", str(erasure / "delta.safetensors"), "--undo", "--out", str(tmp_path / "out")]
+    flags = [
+        "--delta",
+        str(erasure / "delta.safetensors"),
+        "--undo",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert "name that one with --model" in failed(capsys, run_export.main, *flags)
-    assert "--format lora does not go with --undo" in failed(capsys, run_export.main, *flags, "--format", "lora")
+    assert "--format lora does not go with --undo" in failed(
+        capsys, run_export.main, *flags, "--format", "lora"
+    )
     error = failed(capsys, run_export.main, *flags, "--model", str(erasure / "base"))
     assert "belongs to base" in error and "without heart" in error
 
@@ -402,7 +525,7 @@ def test_a_delta_is_shown_in_one_line(erasure):
     assert "\n" not in shown and len(shown) < 300 and "heart" in shown and "weights" in shown
 
 
-# ---- consoles -------------------------------------------------------------------------------------------------------
+# ---- consoles ------------------------------------------------------------------------------------
 
 
 def test_progress_in_a_log_is_few_whole_lines(capfd, monkeypatch):
@@ -414,7 +537,9 @@ def test_progress_in_a_log_is_few_whole_lines(capfd, monkeypatch):
     assert "\r" not in lines and 1 <= len(lines.splitlines()) <= 3 and "5000/5000" in lines
 
 
-@pytest.mark.parametrize(("value", "shown"), [("1", False), ("true", False), ("0", True), ("", True)])
+@pytest.mark.parametrize(
+    ("value", "shown"), [("1", False), ("true", False), ("0", True), ("", True)]
+)
 def test_tqdm_disable_is_honoured(value, shown, capfd, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", value)
     with bar("images", "image", 2) as made:
@@ -423,7 +548,9 @@ def test_tqdm_disable_is_honoured(value, shown, capfd, monkeypatch):
 
 
 def test_no_bar_is_made_but_by_that_function():
-    for path in sorted(path for folder in ("erase", "eval") for path in (ROOT / folder).rglob("*.py")):
+    for path in sorted(
+        path for folder in ("erase", "eval") for path in (ROOT / folder).rglob("*.py")
+    ):
         assert path.stem == "progress" or "tqdm(" not in path.read_text(encoding="utf-8"), path
 
 
@@ -446,7 +573,9 @@ def test_quiet_leaves_results_and_errors_alone_and_ends_with_the_command(capsys,
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "cp437", "latin-1"])
 def test_no_code_page_makes_a_command_fall(encoding, monkeypatch):
-    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")}
+    streams = {
+        name: io.TextIOWrapper(io.BytesIO(), encoding=encoding) for name in ("stdout", "stderr")
+    }
     for name, stream in streams.items():
         monkeypatch.setattr(sys, name, stream)
 
@@ -457,15 +586,33 @@ def test_no_code_page_makes_a_command_fall(encoding, monkeypatch):
     assert run(main, []) == 2
     for stream in streams.values():
         stream.flush()
-    assert "↑ 100.0 ± 1.0: heart → mushroom, 猫 \\udcff" in streams["stdout"].buffer.getvalue().decode()
+    assert (
+        "↑ 100.0 ± 1.0: heart → mushroom, 猫 \\udcff"
+        in streams["stdout"].buffer.getvalue().decode()
+    )
     assert "no 猫 → dog" in streams["stderr"].buffer.getvalue().decode()
 
 
-def test_a_line_stands_there_before_the_libraries_are_loaded_and_texts_are_utf8_in_an_ascii_locale(tmp_path):
+def test_a_line_stands_there_before_the_libraries_are_loaded_and_texts_are_utf8_in_an_ascii_locale(
+    tmp_path,
+):
     concept = written(tmp_path, "c.yaml", "target: 猫\nanchor: 犬 → dog\n")
     config = written(tmp_path, "run.yaml", f"concepts: {concept}\nretain: []\nmodel: 模型\n")
-    environment = {**ENVIRONMENT, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
-    command = [sys.executable, "-m", "erase.scripts.run_erase", "--config", str(config), "--propose"]
+    environment = {
+        **ENVIRONMENT,
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": "ascii",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "erase.scripts.run_erase",
+        "--config",
+        str(config),
+        "--propose",
+    ]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
     assert done.stderr.decode().startswith("loading torch and diffusers ...\n")
     assert yaml.safe_load(done.stdout.decode())["anchor"] == "犬 → dog"
@@ -489,12 +636,22 @@ def test_every_text_file_is_opened_with_its_encoding(path):
 def test_every_command_is_installed():
     text = (ROOT / "setup.cfg").read_text(encoding="utf-8")
     for name, module in COMMANDS.items():
-        assert f"{name} = {module.__name__}:cli" in text and callable(import_module(module.__name__).cli)
+        assert f"{name} = {module.__name__}:cli" in text and callable(
+            import_module(module.__name__).cli
+        )
 
 
 def test_a_training_in_a_log_is_few_whole_lines(tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     flags = "--latents.n_forget 2 --latents.n_retain 2 --latents.steps 1 --train.steps 2 --train.batch_size 2".split()
-    assert run(run_erase.main, [*flags, "--scope", "xattn_kv", "--concept", "heart", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        run(
+            run_erase.main,
+            [*flags, "--scope", "xattn_kv", "--concept", "heart", "--out", str(tmp_path / "out")],
+        )
+        == 0
+    )
     shown = capfd.readouterr()
-    assert "\r" not in shown.err and "erasing: 100%" in shown.err and "heart -> mushroom" in shown.out
+    assert (
+        "\r" not in shown.err and "erasing: 100%" in shown.err and "heart -> mushroom" in shown.out
+    )

@@ -1,4 +1,5 @@
-"""The algebra of deltas: exact, whole or not at all, undone to the bit, composed, compared; and files that nobody can misuse."""
+"""The algebra of deltas: exact, whole or not at all, undone to the bit, composed, compared; and
+files that nobody can misuse."""
 
 import json
 
@@ -38,9 +39,12 @@ def make(model, target="heart", seed=0, density=0.5, scope="attn2", size=0.1):
     erased = {}
     for name, value in base.items():
         moved = torch.rand(value.shape, generator=generator) < density
-        erased[name] = torch.where(moved, value + size * torch.randn(value.shape, generator=generator), value)
+        erased[name] = torch.where(
+            moved, value + size * torch.randn(value.shape, generator=generator), value
+        )
     metadata = {
-        "base_fingerprint": model.fingerprint, "base_id": "pico", "method": "salun", "config": "{}", "created_with": "test",
+        "base_fingerprint": model.fingerprint, "base_id": "pico", "method": "salun", "config": "{}",
+        "created_with": "test",
         "concepts": json.dumps([{"target": target, "anchor": "moon"}]),
     }  # fmt: skip
     return ErasedDelta.between(base, erased, metadata)
@@ -64,7 +68,9 @@ def test_gaps_that_end_in_the_middle_are_refused(gaps):
 
 
 @pytest.mark.parametrize("density, kind", [(0.5, "bits"), (0.01, "gaps")])
-def test_a_file_holds_the_smaller_form_and_a_few_lines_of_numpy_read_it(model, tmp_path, density, kind):
+def test_a_file_holds_the_smaller_form_and_a_few_lines_of_numpy_read_it(
+    model, tmp_path, density, kind
+):
     delta = make(model, density=density)
     delta.save(tmp_path / "d.safetensors")
     tensors = load_file(tmp_path / "d.safetensors")
@@ -75,13 +81,18 @@ def test_a_file_holds_the_smaller_form_and_a_few_lines_of_numpy_read_it(model, t
         if part == "values":
             flat = weights[name].reshape(-1)
             if f"bits.{name}" in tensors:
-                where = np.unpackbits(tensors[f"bits.{name}"].numpy(), count=flat.size, bitorder="little").nonzero()[0]
+                where = np.unpackbits(
+                    tensors[f"bits.{name}"].numpy(), count=flat.size, bitorder="little"
+                ).nonzero()[0]
             else:
                 gaps = tensors[f"gaps.{name}"].numpy().astype(int)
                 where = (np.cumsum(gaps + (gaps < 255))[gaps < 255] - 1)[:-1]
             flat[where] = tensors[key].numpy()
     delta.apply(model)
-    assert all(np.array_equal(param.detach().numpy(), weights[name]) for name, param in model.parameters().items())
+    assert all(
+        np.array_equal(param.detach().numpy(), weights[name])
+        for name, param in model.parameters().items()
+    )
 
 
 # ---- files ----
@@ -92,7 +103,11 @@ def test_what_is_saved_is_what_is_loaded(model, tmp_path):
         delta = make(model, density=density)
         delta.save(tmp_path / "d.safetensors")
         loaded = ErasedDelta.load(tmp_path / "d.safetensors")
-        assert loaded.sha256 == delta.sha256 and loaded.count == delta.count and loaded.title == "heart"
+        assert (
+            loaded.sha256 == delta.sha256
+            and loaded.count == delta.count
+            and loaded.title == "heart"
+        )
         assert loaded.values.keys() == loaded.bits.keys() == delta.values.keys()
 
 
@@ -129,10 +144,15 @@ def test_damaged_files_are_refused_by_file_and_tensor(model, tmp_path, spoil, me
 
 @pytest.mark.parametrize(
     "metadata, message",
-    [({}, "does not say which base"), ({"base_fingerprint": "1", "concepts": "["}, "its concepts is not JSON")],
+    [
+        ({}, "does not say which base"),
+        ({"base_fingerprint": "1", "concepts": "["}, "its concepts is not JSON"),
+    ],
 )
 def test_metadata_that_cannot_be_read_is_refused(tmp_path, metadata, message):
-    save_file({"values.p": torch.ones(1)}, tmp_path / "d.safetensors", metadata | {"format": "delta"})
+    save_file(
+        {"values.p": torch.ones(1)}, tmp_path / "d.safetensors", metadata | {"format": "delta"}
+    )
     with pytest.raises(ErasureError, match=rf"d\.safetensors:? {message}"):
         ErasedDelta.load(tmp_path / "d.safetensors")
 
@@ -157,26 +177,35 @@ def test_nothing_is_applied_unless_everything_can_be(model, spoil, named):
 
 def test_places_behind_the_last_weight_are_refused():
     """A tensor of 4 weights takes half a byte; a set bit in the other half belongs to no weight."""
-    delta = ErasedDelta({"p": torch.tensor([1.0])}, {"p": torch.tensor([0b10000], dtype=torch.uint8)}, {})
+    delta = ErasedDelta(
+        {"p": torch.tensor([1.0])}, {"p": torch.tensor([0b10000], dtype=torch.uint8)}, {}
+    )
     with pytest.raises(ErasureError, match=r"places of p do not fit its shape \(4,\)"):
         delta._check_fit("p", torch.nn.Parameter(torch.zeros(4)))
 
 
 def test_values_that_the_model_would_round_are_refused_and_rounded_on_purpose(make_pico_pipeline):
-    """A half-precision file has one fingerprint, however it is loaded: exactness must not depend on that."""
+    """A half-precision file has one fingerprint, however it is loaded: exactness must not depend on
+    that."""
     narrow, wide = (
-        StableDiffusion(make_pico_pipeline().to(torch.float16).to(dtype), "pico") for dtype in (torch.half, torch.float)
+        StableDiffusion(make_pico_pipeline().to(torch.float16).to(dtype), "pico")
+        for dtype in (torch.half, torch.float)
     )
     delta, weights = make(wide), copies(narrow)
     assert narrow.fingerprint == wide.fingerprint
-    with pytest.raises(ErasureError, match=r"float32 values of unet.* that float16 weights would round.*delta\.rounded"):
+    with pytest.raises(
+        ErasureError,
+        match=r"float32 values of unet.* that float16 weights would round.*delta\.rounded",
+    ):
         delta.apply(narrow)
     assert unchanged(narrow, weights)
     for model in (narrow, wide):
         delta.rounded(torch.float16).apply(model)
     assert narrow.fingerprint == wide.fingerprint
     with pytest.raises(ErasureError, match="beyond the range"):
-        ErasedDelta({"p": torch.tensor([1e6])}, {"p": torch.tensor([1], dtype=torch.uint8)}).rounded(torch.float16)
+        ErasedDelta(
+            {"p": torch.tensor([1e6])}, {"p": torch.tensor([1], dtype=torch.uint8)}
+        ).rounded(torch.float16)
 
 
 def test_undoing_gives_the_base_back_to_the_bit(model, tmp_path):
@@ -216,27 +245,45 @@ def test_a_weight_that_one_part_changes_gets_its_value_to_the_bit(model):
     delta, other = make(model), make(model, "star", seed=1)
     for value in delta.values.values():
         value[:5] = -0.0  # base + (value - base) is 0.0
-    assert compose(model, [(delta, 1.0)]).sha256 == compose(model, [(delta, 1.0), (other, 0.0)]).sha256 == delta.sha256
+    assert (
+        compose(model, [(delta, 1.0)]).sha256
+        == compose(model, [(delta, 1.0), (other, 0.0)]).sha256
+        == delta.sha256
+    )
     both, mine = patched(model, compose(model, [(delta, 1.0), (other, 1.0)])), patched(model, delta)
-    alone = {name: place & ~places(model, other)[name] for name, place in places(model, delta).items()}
+    alone = {
+        name: place & ~places(model, other)[name] for name, place in places(model, delta).items()
+    }
     assert sum(int(place.sum()) for place in alone.values()) > 100
-    assert all(torch.equal(bits_of(both[name])[place], bits_of(mine[name])[place]) for name, place in alone.items())
+    assert all(
+        torch.equal(bits_of(both[name])[place], bits_of(mine[name])[place])
+        for name, place in alone.items()
+    )
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (0.7, -0.3), (-1.0, 2.0), (0.0, 0.5)])
 def test_composition_is_the_scaled_sum(model, scales):
     deltas = make(model), make(model, "star", seed=1)
-    base, found = copies(model), patched(model, compose(model, list(zip(deltas, scales, strict=True))))
+    base, found = (
+        copies(model),
+        patched(model, compose(model, list(zip(deltas, scales, strict=True)))),
+    )
     changed = [patched(model, delta) for delta in deltas]
     for name, value in base.items():
-        change = sum(scale * (other[name].double() - value.double()) for scale, other in zip(scales, changed, strict=True))
+        change = sum(
+            scale * (other[name].double() - value.double())
+            for scale, other in zip(scales, changed, strict=True)
+        )
         assert torch.allclose(found[name].double(), value.double() + change, rtol=1e-7, atol=1e-9)
     assert unchanged(model, base)
 
 
 def test_order_does_not_matter_and_what_is_taken_back_is_gone(model):
     heart, star = make(model), make(model, "star", seed=1, scope="attn")
-    forth, back = (compose(model, parts) for parts in ([(heart, 1.0), (star, 0.5)], [(star, 0.5), (heart, 1.0)]))
+    forth, back = (
+        compose(model, parts)
+        for parts in ([(heart, 1.0), (star, 0.5)], [(star, 0.5), (heart, 1.0)])
+    )
     assert forth.sha256 == back.sha256
     assert compose(model, [(heart, 1.0), (heart, -1.0)]).count == 0
     assert compose(model, [(heart, 0.0)]).count == 0
@@ -249,7 +296,9 @@ def test_on_conflict(model):
         found = patched(model, compose(model, [(heart, 1.0), (star, 1.0)], rule))
         for name, value in base.items():
             ours, theirs = changed[winner][name], changed[1 - winner][name]
-            assert torch.equal(bits_of(found[name]), bits_of(torch.where(ours != value, ours, theirs)))
+            assert torch.equal(
+                bits_of(found[name]), bits_of(torch.where(ours != value, ours, theirs))
+            )
     with pytest.raises(ErasureError, match="weights of unet.* are changed by several deltas"):
         compose(model, [(heart, 1.0), (star, 1.0)], "error")
     with pytest.raises(ErasureError, match="did you mean 'first'"):
@@ -282,8 +331,13 @@ def test_the_base_of_deltas_composed_of_composed_ones_is_read_as_it_was(model, m
 def test_deltas_of_different_bases_are_refused_and_both_are_named(model, make_pico_pipeline):
     other = make(StableDiffusion(make_pico_pipeline(seed=1), "other"), "star")
     other.metadata["base_id"] = "other"
-    for call in (lambda: compose(model, [(make(model), 1.0), (other, 1.0)]), lambda: conflicts(model, [make(model), other])):
-        with pytest.raises(ErasureError, match=r"\(heart\) was made from base pico .*\(star\) from other"):
+    for call in (
+        lambda: compose(model, [(make(model), 1.0), (other, 1.0)]),
+        lambda: conflicts(model, [make(model), other]),
+    ):
+        with pytest.raises(
+            ErasureError, match=r"\(heart\) was made from base pico .*\(star\) from other"
+        ):
             call()
     with pytest.raises(ErasureError, match="cannot be scaled by nan"):
         compose(model, [(make(model), float("nan"))])
@@ -298,21 +352,33 @@ def test_deltas_of_different_bases_are_refused_and_both_are_named(model, make_pi
 
 def test_random_deltas_overlap_as_chance_has_it_and_do_not_agree(model):
     pair = conflicts(
-        model, [make(model, seed=0, scope="attn", density=0.3), make(model, "star", seed=1, scope="attn", density=0.3)]
+        model,
+        [
+            make(model, seed=0, scope="attn", density=0.3),
+            make(model, "star", seed=1, scope="attn", density=0.3),
+        ],
     )
     assert [(one.a, one.b, one.component) for one in pair] == [("heart", "star", "unet"), ("heart", "star", "text_encoder"),
                                                                ("heart", "star", "all")]  # fmt: skip
     every = pair[-1]
-    assert every.shared == sum(one.shared for one in pair[:-1]) and every.count_a == sum(one.count_a for one in pair[:-1])
+    assert every.shared == sum(one.shared for one in pair[:-1]) and every.count_a == sum(
+        one.count_a for one in pair[:-1]
+    )
     assert abs(every.shared / every.expected - 1) < 0.05 and abs(every.cosine) < 0.05
     assert every.jaccard == pytest.approx(0.09 / 0.51, rel=0.05)
 
 
 def test_overlap_of_known_deltas(model):
     heart = make(model)
-    same, opposite, elsewhere = heart, compose(model, [(heart, -1.0)]), make(model, "moon", scope="conv")
+    same, opposite, elsewhere = (
+        heart,
+        compose(model, [(heart, -1.0)]),
+        make(model, "moon", scope="conv"),
+    )
     named = {(one.a, one.b): one for one in conflicts(model, [same, same, opposite, elsewhere])}
-    assert named["heart (1)", "heart (2)"].jaccard == 1 and named["heart (1)", "heart (2)"].cosine == pytest.approx(1)
+    assert named["heart (1)", "heart (2)"].jaccard == 1 and named[
+        "heart (1)", "heart (2)"
+    ].cosine == pytest.approx(1)
     assert named["heart (1)", "nothing"].cosine == pytest.approx(-1, abs=1e-6)
     apart = conflicts(model, [same, elsewhere])
     assert [(one.shared, one.expected, one.cosine) for one in apart] == [(0, 0, 0)]

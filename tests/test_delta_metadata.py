@@ -1,4 +1,5 @@
-"""What a delta says of itself, written by hand, by another program or by a newer version: taken or refused in a sentence, never a traceback."""
+"""What a delta says of itself, written by hand, by another program or by a newer version: taken or
+refused in a sentence, never a traceback."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from tests.texts import raises
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 CONCEPT = {"target": "heart", "anchor": "moon", "kind": "object"}
 GOOD = {
-    "base_id": "pico", "method": "salun", "config": '{"erase": {"load": {}}, "method": {}}', "created_with": "test", "concepts": json.dumps([CONCEPT]),
+    "base_id": "pico", "method": "salun", "config": '{"erase": {"load": {}}, "method": {}}',
+    "created_with": "test", "concepts": json.dumps([CONCEPT]),
 }  # fmt: skip
 PART = {"erased": "heart", "scale": 1.0, "method": "salun", "sha256": "f" * 64}
 
@@ -45,7 +47,10 @@ TAKEN = {
     "infinity in its config": {"config": '{"method": {"clip": Infinity, "low": -1e999}}'},
     "no base": {"base_id": None},
     "no maker": {"created_with": None},
-    "a composed one": {"config": '{"parts": [{"erase": {"load": {}}}]}', "parts": json.dumps([PART])},
+    "a composed one": {
+        "config": '{"parts": [{"erase": {"load": {}}}]}',
+        "parts": json.dumps([PART]),
+    },
     "no concept": {"concepts": "[]"},
     "a concept without an anchor": {"concepts": '[{"target": "heart"}]'},
     "an anchor that is the target": {"concepts": '[{"target": "a", "anchor": "a"}]'},
@@ -104,7 +109,9 @@ def model(make_pico_pipeline):
     return StableDiffusion(make_pico_pipeline(), "pico")
 
 
-def by_hand(folder: Path, model: StableDiffusion, changes: dict[str, str | None], name: str = NAME) -> Path:
+def by_hand(
+    folder: Path, model: StableDiffusion, changes: dict[str, str | None], name: str = NAME
+) -> Path:
     """A file with one changed weight and these metadata."""
     size = model.parameters()[NAME].numel()
     bits = torch.zeros(size // 8, dtype=torch.uint8)
@@ -133,7 +140,10 @@ def undrawn(model, monkeypatch):
 
     monkeypatch.setattr("erase.eval.run.generate", draw)
     monkeypatch.setattr("erase.delta.base.is_here", lambda name, options: True)
-    monkeypatch.setattr("erase.delta.base.load_model", lambda name, *rest: model if name == "pico" else load_model(name, *rest))
+    monkeypatch.setattr(
+        "erase.delta.base.load_model",
+        lambda name, *rest: model if name == "pico" else load_model(name, *rest),
+    )
 
 
 def use_everywhere(delta: ErasedDelta, model: StableDiffusion, folder: Path) -> list[str]:
@@ -141,7 +151,9 @@ def use_everywhere(delta: ErasedDelta, model: StableDiffusion, folder: Path) -> 
     calls = {
         "base": lambda: load_base(delta),
         "check": lambda: delta.check(model),
-        "compose": lambda: compose(model, [(delta, 0.5), (delta, 1.0)]).save(folder / "both.safetensors"),
+        "compose": lambda: compose(model, [(delta, 0.5), (delta, 1.0)]).save(
+            folder / "both.safetensors"
+        ),
         "conflicts": lambda: conflicts(model, [delta, delta]),
         "lora": lambda: extract_lora(delta, model, 1).as_delta(model),
         "delta": lambda: export_delta(delta, folder / "delta", "card"),
@@ -162,7 +174,9 @@ def use_everywhere(delta: ErasedDelta, model: StableDiffusion, folder: Path) -> 
 
 
 @pytest.mark.parametrize("changes", TAKEN.values(), ids=TAKEN)
-def test_hand_made_metadata_that_are_whole_are_used_or_refused_in_a_sentence(changes, model, tmp_path, undrawn):
+def test_hand_made_metadata_that_are_whole_are_used_or_refused_in_a_sentence(
+    changes, model, tmp_path, undrawn
+):
     delta = ErasedDelta.load(by_hand(tmp_path, model, changes))
     said = use_everywhere(delta, model, tmp_path)
     assert all("\n" not in line and len(line) < 700 for line in said), said
@@ -170,7 +184,9 @@ def test_hand_made_metadata_that_are_whole_are_used_or_refused_in_a_sentence(cha
 
 
 @pytest.mark.parametrize("changes, word", REFUSED.values(), ids=REFUSED)
-def test_hand_made_metadata_that_are_not_a_deltas_are_refused_when_they_are_read(changes, word, model, tmp_path, undrawn):
+def test_hand_made_metadata_that_are_not_a_deltas_are_refused_when_they_are_read(
+    changes, word, model, tmp_path, undrawn
+):
     path = by_hand(tmp_path, model, changes)
     with raises(str(path), word):
         ErasedDelta.load(path)
@@ -183,22 +199,34 @@ def test_hand_made_metadata_that_are_not_a_deltas_are_refused_when_they_are_read
 
 
 def test_what_a_newer_version_says_is_told_and_left_out(model, tmp_path, undrawn, caplog):
-    newer = {"hardware": "x", **load(quantised="int4"), "concepts": json.dumps([CONCEPT | {"strength": 2}])}
+    newer = {
+        "hardware": "x",
+        **load(quantised="int4"),
+        "concepts": json.dumps([CONCEPT | {"strength": 2}]),
+    }
     with caplog.at_level(logging.WARNING, "erase"):
         delta = ErasedDelta.load(by_hand(tmp_path, model, newer))
-    assert all(word in caplog.text for word in ("hardware", "strength", "load.quantised", "made with test"))
-    assert use_everywhere(delta, model, tmp_path) == [] and delta.origin.concepts[0].target == "heart"
+    assert all(
+        word in caplog.text for word in ("hardware", "strength", "load.quantised", "made with test")
+    )
+    assert (
+        use_everywhere(delta, model, tmp_path) == [] and delta.origin.concepts[0].target == "heart"
+    )
 
 
 @pytest.mark.parametrize("key", ["method", "config"])
-def test_a_delta_without_method_or_config_is_refused_before_anything_is_drawn(key, model, tmp_path, capsys):
+def test_a_delta_without_method_or_config_is_refused_before_anything_is_drawn(
+    key, model, tmp_path, capsys
+):
     path = by_hand(tmp_path, model, {key: None})
     assert run(evaluate_command, ["--delta", str(path), "--out", str(tmp_path / "report")]) == 2
     assert f"does not say its {key}" in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
 
 
-def test_a_delta_of_parameters_that_the_base_lacks_is_refused_before_anything_is_drawn(model, tmp_path, undrawn):
+def test_a_delta_of_parameters_that_the_base_lacks_is_refused_before_anything_is_drawn(
+    model, tmp_path, undrawn
+):
     delta = ErasedDelta.load(by_hand(tmp_path, model, {}, "unet.nowhere.weight"))
     with raises("unet.nowhere.weight", "the model does not have"):
         evaluate(model, delta, canvas_grid((1,)), tmp_path / "report")

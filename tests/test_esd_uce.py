@@ -17,7 +17,9 @@ from erase.task import Task
 from erase.training.config import TrainConfig
 from tests.families import FAMILIES
 
-CONCEPT = ConceptSpec("heart", "mushroom", templates=("a {}", "a photo of a {}"), retain=("a moon", "a red house"))
+CONCEPT = ConceptSpec(
+    "heart", "mushroom", templates=("a {}", "a photo of a {}"), retain=("a moon", "a red house")
+)
 
 
 @pytest.fixture
@@ -25,28 +27,49 @@ def model(make_pico_pipeline):
     return wrap(make_pico_pipeline())
 
 
-# ---- ESD, eq. 5 -------------------------------------------------------------------------------------------------------
+# ---- ESD, eq. 5 ----------------------------------------------------------------------------------
 
 
 def reference_esd(pipeline, latents, prompts, eta, lr, steps, size):
-    """SGD on |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 over the cross-attention, by the bare UNet."""
-    unet, frozen = pipeline.unet, {k: v.detach().clone() for k, v in pipeline.unet.state_dict().items()}
+    """SGD on |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 over the
+    cross-attention, by the bare UNet."""
+    unet, frozen = (
+        pipeline.unet,
+        {k: v.detach().clone() for k, v in pipeline.unet.state_dict().items()},
+    )
     trained = [p for name, p in unet.named_parameters() if "attn2" in name]
     schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
     text = {p: pipeline.encode_prompt(p, "cpu", 1, False)[0] for p in {"", *prompts}}
     for step in range(steps):
-        rows, generator = epoch_rows(len(latents), step * size, size, 0), torch.Generator().manual_seed(step)
+        rows, generator = (
+            epoch_rows(len(latents), step * size, size, 0),
+            torch.Generator().manual_seed(step),
+        )
         t = torch.randint(1000, (size,), generator=generator)
         noise = torch.randn((size, *latents.shape[1:]), generator=generator)
         noisy = schedule.add_noise(latents[rows], noise, t)
-        concept, null = torch.cat([text[prompts[row]] for row in rows]), text[""].expand(size, -1, -1)
+        concept, null = (
+            torch.cat([text[prompts[row]] for row in rows]),
+            text[""].expand(size, -1, -1),
+        )
         with torch.no_grad():
             now = {k: v.clone() for k, v in unet.state_dict().items()}
             unet.load_state_dict(frozen)
-            target_null, target_concept = unet(noisy, t, null).sample, unet(noisy, t, concept).sample
+            target_null, target_concept = (
+                unet(noisy, t, null).sample,
+                unet(noisy, t, concept).sample,
+            )
             unet.load_state_dict(now)
-        loss = (unet(noisy, t, concept).sample - (target_null - eta * (target_concept - target_null))).square().mean()
-        for p, grad in zip(trained, torch.autograd.grad(loss, [p.requires_grad_(True) for p in trained]), strict=True):
+        loss = (
+            (unet(noisy, t, concept).sample - (target_null - eta * (target_concept - target_null)))
+            .square()
+            .mean()
+        )
+        for p, grad in zip(
+            trained,
+            torch.autograd.grad(loss, [p.requires_grad_(True) for p in trained]),
+            strict=True,
+        ):
             with torch.no_grad():
                 p -= lr * grad
     return {f"unet.{name}": p.detach() for name, p in unet.named_parameters() if "attn2" in name}
@@ -69,13 +92,15 @@ def test_esd_takes_the_steps_of_its_equation(model, make_pico_pipeline, eta):
     assert any(not torch.equal(value, base[name]) for name, value in found.values.items())
 
 
-# ---- UCE, eq. 7 -------------------------------------------------------------------------------------------------------
+# ---- UCE, eq. 7 ----------------------------------------------------------------------------------
 
 
 def test_the_ridge_edit_is_where_its_objective_has_no_slope():
     """Any other weight is worse; the objective written out, differentiated by autograd."""
     torch.manual_seed(0)
-    old, c, v, p = (torch.randn(*shape, dtype=torch.double) for shape in ((5, 4), (3, 4), (3, 5), (6, 4)))
+    old, c, v, p = (
+        torch.randn(*shape, dtype=torch.double) for shape in ((5, 4), (3, 4), (3, 5), (6, 4))
+    )
     new = ridge_edit(old, c, v, p, 0.3).requires_grad_(True)
 
     def objective(weight):
@@ -85,11 +110,14 @@ def test_the_ridge_edit_is_where_its_objective_has_no_slope():
 
     (slope,) = torch.autograd.grad(objective(new), new)
     assert slope.abs().max() < 1e-9
-    assert objective(new) < objective(old) and objective(new) < objective(new + 0.01 * torch.randn_like(new))
+    assert objective(new) < objective(old) and objective(new) < objective(
+        new + 0.01 * torch.randn_like(new)
+    )
 
 
 def reference_uce(pipeline, concept, ridge):
-    """The closed form with one loop per token, from the bare text encoder; the paper's eq. 7 with lambda on the old weight."""
+    """The closed form with one loop per token, from the bare text encoder; the paper's eq. 7 with
+    lambda on the old weight."""
 
     def states(prompt):
         return pipeline.encode_prompt(prompt, "cpu", 1, False)[0][0].double()
@@ -101,7 +129,10 @@ def reference_uce(pipeline, concept, ridge):
     for name in (concept.target, *concept.synonyms):
         for template in concept.templates:
             before = template.split("{}")[0]
-            at = [states(template.replace("{}", word))[length(before + word)] for word in (name, concept.anchor)]
+            at = [
+                states(template.replace("{}", word))[length(before + word)]
+                for word in (name, concept.anchor)
+            ]
             pairs.append(at)
     kept = [row for prompt in concept.retain for row in states(prompt)[: length(prompt) + 2]]
 
@@ -112,7 +143,10 @@ def reference_uce(pipeline, concept, ridge):
         old = module.weight.detach().double()
         left, right = ridge * old, ridge * torch.eye(old.shape[1], dtype=torch.double)
         for source, anchor in pairs:
-            left, right = left + torch.outer(old @ anchor, source), right + torch.outer(source, source)
+            left, right = (
+                left + torch.outer(old @ anchor, source),
+                right + torch.outer(source, source),
+            )
         for row in kept:
             left, right = left + torch.outer(old @ row, row), right + torch.outer(row, row)
         found[f"unet.{name}.weight"] = (left @ torch.linalg.inv(right)).float()
@@ -131,18 +165,23 @@ def test_uce_is_its_closed_form(model, make_pico_pipeline, synonyms):
 
 
 def test_uce_puts_the_anchors_keys_and_values_in_the_concepts_place(model):
-    """Without retained prompts and with a weak tie to the base, the concept's states are answered as the anchor's were."""
+    """Without retained prompts and with a weak tie to the base, the concept's states are answered
+    as the anchor's were."""
     task = Task(model, [replace(CONCEPT, templates=("a {}",), retain=("a moon",))])
     config = replace(get_method("uce").config, retain_scale=0.0, ridge=1e-6)
     for name, value in get_method("uce").edit(task, config).values.items():
-        heart, mushroom = (task.cond([f"a {word}"]).embeddings[0, 2] for word in ("heart", "mushroom"))
+        heart, mushroom = (
+            task.cond([f"a {word}"]).embeddings[0, 2] for word in ("heart", "mushroom")
+        )
         old = model.parameters()[name].detach()
         assert torch.allclose(value @ heart, old @ mushroom, atol=1e-3)
 
 
 def test_uce_edits_projections_of_text_states_alone(model):
     with pytest.raises(ErasureError, match="is not applied to text states.*use scope xattn_kv"):
-        get_method("uce").edit(Task(model, [CONCEPT]), replace(get_method("uce").config, scope="xattn"))
+        get_method("uce").edit(
+            Task(model, [CONCEPT]), replace(get_method("uce").config, scope="xattn")
+        )
     sd3 = wrap(FAMILIES["sd3"](), "sd3")
     with pytest.raises(ErasureError, match="is not applied to text states"):
         get_method("uce").edit(Task(sd3, [CONCEPT]), get_method("uce").config)

@@ -28,7 +28,8 @@ from erase.prompts.prompt_sets import PromptRow, canvas_grid
 FOURTH = "brightness"
 NAMES = [*EVALUATORS.ours, FOURTH]
 CONCEPTS = [canvas_concept("heart")]
-ROWS = canvas_grid(seeds=(0,)).rows[::26]  # 19: every object, two hearts among them, each of another style and colour
+# 19: every object, two hearts among them, each of another style and colour
+ROWS = canvas_grid(seeds=(0,)).rows[::26]
 every_evaluator = pytest.mark.parametrize("name", NAMES)
 
 
@@ -45,12 +46,22 @@ def fourth(tmp_path_factory, monkeypatch) -> Iterator[None]:
 
 def drawn(folder: Path, rows: tuple[PromptRow, ...], seed: int = 0) -> ImageSet:
     """Renders of what the prompts say."""
-    pixels = (render([row.labels for row in rows], seed=seed) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pixels = (
+        (render([row.labels for row in rows], seed=seed) * 255)
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
     made = []
     for row, image in zip(rows, pixels, strict=True):
         file = folder / f"{row.case:05d}.png"
         save_image(file, image, {})
-        made.append(ImageRow(file.name, row.case, row.prompt, row.seed, 5.0, row.labels, file_sha256(file) or ""))
+        made.append(
+            ImageRow(
+                file.name, row.case, row.prompt, row.seed, 5.0, row.labels, file_sha256(file) or ""
+            )
+        )
     write_settings(folder, {"images": len(made)})
     write_manifest(folder, made)
     return ImageSet.open(folder)
@@ -70,7 +81,9 @@ def scores_of(name: str, case: Case, **settings: Any) -> list[Any]:
 
 
 @every_evaluator
-def test_every_score_has_a_direction_n_an_interval_and_says_what_measured_it(name: str, images: ImageSet) -> None:
+def test_every_score_has_a_direction_n_an_interval_and_says_what_measured_it(
+    name: str, images: ImageSet
+) -> None:
     scores = score(images, CONCEPTS, [name])
     assert scores and len({one.name for one in scores}) == len(scores)
     for one in scores:
@@ -80,7 +93,9 @@ def test_every_score_has_a_direction_n_an_interval_and_says_what_measured_it(nam
 
 
 @every_evaluator
-def test_no_score_depends_on_how_many_images_are_judged_at_once(name: str, images: ImageSet, monkeypatch) -> None:
+def test_no_score_depends_on_how_many_images_are_judged_at_once(
+    name: str, images: ImageSet, monkeypatch
+) -> None:
     """Neither on its batches nor on the shares of several processes: sizes 3 and 100."""
     evaluator = get_evaluator(name)
     module = importlib.import_module(type(evaluator.config).__module__)
@@ -102,7 +117,9 @@ def test_no_score_depends_on_how_many_images_are_judged_at_once(name: str, image
 
 
 @every_evaluator
-def test_the_same_images_have_the_same_scores_whatever_was_judged_before(name: str, images: ImageSet) -> None:
+def test_the_same_images_have_the_same_scores_whatever_was_judged_before(
+    name: str, images: ImageSet
+) -> None:
     some, others = (replace(images, rows=images.rows[start:6]) for start in (0, 3))
     first = scores_of(name, Case(some, CONCEPTS))
     scores_of(name, Case(others))
@@ -112,9 +129,13 @@ def test_the_same_images_have_the_same_scores_whatever_was_judged_before(name: s
 # ---- check ---------------------------------------------------------------------------------------
 
 
-def relabelled(change: Callable[[int, dict[str, str]], dict[str, str]]) -> Callable[[ImageSet], ImageSet]:
+def relabelled(
+    change: Callable[[int, dict[str, str]], dict[str, str]],
+) -> Callable[[ImageSet], ImageSet]:
     def build(images: ImageSet) -> ImageSet:
-        rows = [replace(row, labels=change(i, dict(row.labels))) for i, row in enumerate(images.rows)]
+        rows = [
+            replace(row, labels=change(i, dict(row.labels))) for i, row in enumerate(images.rows)
+        ]
         return replace(images, rows=rows)
 
     return build
@@ -125,16 +146,30 @@ def hearts(images: ImageSet) -> ImageSet:
 
 
 def darkened(images: ImageSet) -> ImageSet:
-    return replace(images, rows=[replace(row, prompt=f"a dark {row.prompt}") for row in images.rows])
+    return replace(
+        images, rows=[replace(row, prompt=f"a dark {row.prompt}") for row in images.rows]
+    )
 
 
 BAD = {
     "no labels": (relabelled(lambda i, labels: {}), CONCEPTS),
     "one image without labels": (relabelled(lambda i, labels: labels if i else {}), CONCEPTS),
-    "an empty label": (relabelled(lambda i, labels: labels if i else labels | {"style": ""}), CONCEPTS),
-    "a label that no judge knows": (relabelled(lambda i, labels: labels if i else labels | {"object": "haert"}), CONCEPTS),
-    "a concept that no prompt names": (lambda images: images, [ConceptSpec("gnome", "dwarf", kind="object")]),
-    "a concept of a kind that no label has": (lambda images: images, [ConceptSpec("Monet", "a painter", kind="artist")]),
+    "an empty label": (
+        relabelled(lambda i, labels: labels if i else labels | {"style": ""}),
+        CONCEPTS,
+    ),
+    "a label that no judge knows": (
+        relabelled(lambda i, labels: labels if i else labels | {"object": "haert"}),
+        CONCEPTS,
+    ),
+    "a concept that no prompt names": (
+        lambda images: images,
+        [ConceptSpec("gnome", "dwarf", kind="object")],
+    ),
+    "a concept of a kind that no label has": (
+        lambda images: images,
+        [ConceptSpec("Monet", "a painter", kind="artist")],
+    ),
     "nothing that was kept": (hearts, CONCEPTS),
     "a prompt that it says it cannot judge": (darkened, CONCEPTS),
 }
@@ -151,13 +186,19 @@ def refusal(judge: Callable[[Case, Any], object], case: Case, config: Any) -> st
 
 
 @every_evaluator
-def test_check_refuses_what_evaluate_could_not_judge_and_needs_no_image_for_it(name, images, tmp_path) -> None:
+def test_check_refuses_what_evaluate_could_not_judge_and_needs_no_image_for_it(
+    name, images, tmp_path
+) -> None:
     evaluator, refused = get_evaluator(name), 0
     images = replace(images, rows=images.rows[::3])
     for change, concepts in BAD.values():
         some = change(images)
         after = refusal(evaluator.evaluate, Case(some, concepts), evaluator.config)
-        before = refusal(evaluator.check, Case(replace(some, folder=tmp_path / "nothing"), concepts), evaluator.config)
+        before = refusal(
+            evaluator.check,
+            Case(replace(some, folder=tmp_path / "nothing"), concepts),
+            evaluator.config,
+        )
         if after:
             assert before == after.replace(str(images.folder), str(tmp_path / "nothing"))
         refused += before is not None
@@ -184,7 +225,9 @@ def test_the_default_evaluators_fit_the_prompts(images: ImageSet) -> None:
 def test_settings_of_another_evaluator_are_refused(name: str, images: ImageSet) -> None:
     other = get_evaluator(next(one for one in NAMES if one != name))
     config = EvaluateConfig([name], settings={name: other.config})
-    with pytest.raises(ErasureError, match=f"evaluator {name} takes a .*, not a .*; give that, or leave it out"):
+    with pytest.raises(
+        ErasureError, match=f"evaluator {name} takes a .*, not a .*; give that, or leave it out"
+    ):
         config.chosen(Case(images, CONCEPTS))
 
 
@@ -194,12 +237,16 @@ def test_an_index_line_and_its_settings_are_one_evaluators_alone(name: str) -> N
     assert evaluator.name == name and [
         one for one in map(get_evaluator, NAMES) if type(one.config) is type(evaluator.config)
     ] == [evaluator]
-    assert (type(evaluator.config).__doc__ or "").startswith(f"{name}: "), "it heads the options in --help"
+    assert (type(evaluator.config).__doc__ or "").startswith(f"{name}: "), (
+        "it heads the options in --help"
+    )
 
 
 def test_settings_of_no_evaluator_and_evaluators_named_twice_are_refused(images: ImageSet) -> None:
     case = Case(images, CONCEPTS)
-    with pytest.raises(ErasureError, match="unknown evaluator in settings 'clp'; did you mean 'clip'"):
+    with pytest.raises(
+        ErasureError, match="unknown evaluator in settings 'clp'; did you mean 'clip'"
+    ):
         EvaluateConfig(["nudenet"], settings={"clp": None}).chosen(case)
     with pytest.raises(ErasureError, match="evaluators names 'nudenet' twice"):
         EvaluateConfig(["nudenet", "erase.eval.evaluators.nudenet:NUDENET"]).chosen(case)
@@ -211,9 +258,14 @@ def test_two_evaluators_that_give_one_score_are_refused(images: ImageSet, monkey
     monkeypatch.setattr(sys.modules["brightness"], "AGAIN", second, raising=False)
     with pytest.raises(ErasureError, match="two evaluators give an extra 'brightness'"):
         score(images, CONCEPTS, [FOURTH, "brightness:AGAIN"])
-    quiet = Evaluator("quiet", first.config, lambda case, config: score(images, CONCEPTS, [FOURTH]), first.check)
+    quiet = Evaluator(
+        "quiet", first.config, lambda case, config: score(images, CONCEPTS, [FOURTH]), first.check
+    )
     monkeypatch.setattr(sys.modules["brightness"], "AGAIN", quiet)
-    with pytest.raises(ErasureError, match="the score 'bright images' is given twice, by brightness and by brightness:AGAIN"):
+    with pytest.raises(
+        ErasureError,
+        match="the score 'bright images' is given twice, by brightness and by brightness:AGAIN",
+    ):
         score(images, CONCEPTS, [FOURTH, "brightness:AGAIN"])
 
 
@@ -230,11 +282,18 @@ def test_a_case_makes_what_it_is_asked_for_once_and_nothing_else(images: ImageSe
     assert made == [] and case.images is case.images and made == ["own"]
     assert case.base_images is images and made == ["own", "base"]
     assert Case(make("own")).base_images is images, "a base's own images"
-    assert case.labels["object"][0] == images.rows[0].labels["object"] and set(case.labels) == {"object", "style", "colour"}
+    assert case.labels["object"][0] == images.rows[0].labels["object"] and set(case.labels) == {
+        "object",
+        "style",
+        "colour",
+    }
 
 
 def test_a_case_of_images_has_no_model(images: ImageSet) -> None:
-    with pytest.raises(ErasureError, match="needs the model, and only images were given"), Case(images).model():
+    with (
+        pytest.raises(ErasureError, match="needs the model, and only images were given"),
+        Case(images).model(),
+    ):
         pass
 
 

@@ -1,4 +1,5 @@
-"""The evaluation, tested by what it must say of models whose behaviour is known: oracles made of renders, and hand-made examples."""
+"""The evaluation, tested by what it must say of models whose behaviour is known: oracles made of
+renders, and hand-made examples."""
 
 from __future__ import annotations
 
@@ -32,10 +33,14 @@ JUDGES = {"classifier": (classifier, ""), "clip": (clip, "CLIP ")}
 def image_set(folder: Path, pixels: torch.Tensor) -> ImageSet:
     """What a model that answers the grid's prompts with `pixels` leaves on disk."""
     rows = []
-    for row, image in zip(PROMPTS, (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy(), strict=True):
+    for row, image in zip(
+        PROMPTS, (pixels * 255).round().byte().permute(0, 2, 3, 1).numpy(), strict=True
+    ):
         file = folder / f"{row.case:05d}.png"
         save_image(file, image, {})
-        rows.append(ImageRow(file.name, row.case, row.prompt, row.seed, 5.0, row.labels, file_sha256(file)))
+        rows.append(
+            ImageRow(file.name, row.case, row.prompt, row.seed, 5.0, row.labels, file_sha256(file))
+        )
     write_settings(folder, {"images": len(rows)})
     write_manifest(folder, rows)
     return ImageSet.open(folder)
@@ -43,13 +48,17 @@ def image_set(folder: Path, pixels: torch.Tensor) -> ImageSet:
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory) -> Callable[..., ImageSet]:
-    """`oracle()` draws what each prompt says; `oracle(heart="star")` draws a star where a heart is asked for."""
+    """`oracle()` draws what each prompt says; `oracle(heart="star")` draws a star where a heart is
+    asked for."""
     made: dict[tuple, ImageSet] = {}
 
     def build(**swaps: str) -> ImageSet:
         key = tuple(swaps.items())
         if key not in made:
-            cells = [{kind: swaps.get(name, name) for kind, name in row.labels.items()} for row in PROMPTS]
+            cells = [
+                {kind: swaps.get(name, name) for kind, name in row.labels.items()}
+                for row in PROMPTS
+            ]
             made[key] = image_set(tmp_path_factory.mktemp("oracle"), render(cells, seed=SEED))
         return made[key]
 
@@ -62,7 +71,9 @@ def noise(tmp_path_factory) -> ImageSet:
     torch.manual_seed(0)
     base, grain = torch.rand(len(PROMPTS), 3, 1, 1), torch.rand(len(PROMPTS), 1, 1, 1)
     grids = [torch.rand(60, 3, side, side) for side in (2, 3, 5, 8, 12, 20, 32, 64)]
-    blotches = torch.cat([F.interpolate(grid, (64, 64), mode="bicubic").clamp(0, 1) for grid in grids])
+    blotches = torch.cat(
+        [F.interpolate(grid, (64, 64), mode="bicubic").clamp(0, 1) for grid in grids]
+    )
     blotches = blotches[torch.randperm(len(PROMPTS))]
     return image_set(tmp_path_factory.mktemp("noise"), base + (blotches - base) * grain)
 
@@ -81,7 +92,7 @@ def evaluate(judge: str, images: ImageSet, *targets: str) -> dict[str, Score]:
     return _evaluate(judge, images.folder, targets)
 
 
-# ---- the oracle controls ---------------------------------------------------------------------------------------------
+# ---- the oracle controls -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("judge", JUDGES)
@@ -106,24 +117,33 @@ def test_anchor_swap_forgets_the_target_and_nothing_else(judge: str, target: str
 def predictions(judge: str, images: ImageSet) -> dict[str, list[str]]:
     if judge == "classifier":
         return classifier.predict(classifier.load_judge("canvas"), images)
-    model, classes = clip.load_clip(clip.Config()), {kind: vocabulary().names(kind) for kind in KINDS}
+    model, classes = (
+        clip.load_clip(clip.Config()),
+        {kind: vocabulary().names(kind) for kind in KINDS},
+    )
     return clip.zero_shot(model, model.images(images, 64), classes, clip.Config())
 
 
 @pytest.mark.parametrize("judge", JUDGES)
 def test_noise_has_a_high_ua_and_is_caught_by_ira_and_cra(judge: str, noise: ImageSet) -> None:
-    """What a model draws regardless of the prompt is right by chance only: UA alone would praise it.
-
-    Chance is exact in the mean over the K targets of a kind, whatever the judge sees in noise: UA 1 - 1/K (90 % for objects,
-    near 100 % where there are many), IRA 1/K. A single target's UA depends on what the judge likes to call noise.
+    """What a model draws regardless of the prompt is right by chance only: UA alone would praise
+    it. Chance is exact in the mean over the K targets of a kind, whatever the judge sees in
+    noise: UA 1 - 1/K (90 % for objects, near 100 % where there are many), IRA 1/K. A single
+    target's UA depends on what the judge likes to call noise.
     """
     guesses = predictions(judge, noise)
     labels = {kind: [row.labels[kind] for row in noise.rows] for kind in KINDS}
     for kind in KINDS:
         names, others = vocabulary().names(kind), [k for k in KINDS if k != kind]
         tallies = [forgetting(guesses, labels, [(kind, name)]) for name in names]
-        shares = {score: [100 * tally[score].hits / tally[score].n for tally in tallies] for score in ("UA", "IRA", "CRA")}
-        chance, cross = 100 / len(names), float(np.mean([100 / len(vocabulary().names(k)) for k in others]))
+        shares = {
+            score: [100 * tally[score].hits / tally[score].n for tally in tallies]
+            for score in ("UA", "IRA", "CRA")
+        }
+        chance, cross = (
+            100 / len(names),
+            float(np.mean([100 / len(vocabulary().names(k)) for k in others])),
+        )
         luck = 3 * 100 * np.sqrt(chance / 100 * (1 - chance / 100) / len(noise.rows))
         assert np.mean(shares["UA"]) == pytest.approx(100 - chance, abs=luck)
         assert np.mean(shares["IRA"]) == pytest.approx(chance, abs=luck)
@@ -137,7 +157,7 @@ def test_several_concepts_of_several_kinds(oracle) -> None:
     assert (swapped["IRA"].n, swapped["CRA"].n) == (2 * 9 * 7 * 6, 9 * 7 * 6)
 
 
-# ---- arithmetic ------------------------------------------------------------------------------------------------------
+# ---- arithmetic ----------------------------------------------------------------------------------
 
 LABELS = {
     "object": ["heart", "heart", "star", "star", "moon"],
@@ -155,23 +175,42 @@ GUESSES = {
         ([("object", "heart")], False, {"UA": (1, 2), "IRA": (2, 3), "CRA": (1, 3)}),
         ([("object", "heart")], True, {"UA": (1, 2), "IRA": (2, 3), "CRA": (2, 5)}),
         ([("style", "Neon")], False, {"UA": (2, 2), "IRA": (2, 3), "CRA": (2, 3)}),
-        # both kinds hold a target: the second image names both and is judged twice; every kind is own and other at once
-        ([("object", "heart"), ("style", "Neon")], False, {"UA": (1 + 2, 4), "IRA": (2 + 1, 4), "CRA": (2 + 1, 4)}),
-        ([("object", "heart"), ("object", "star")], False, {"UA": (1 + 1, 4), "IRA": (1, 1), "CRA": (0, 1)}),
+        # both kinds hold a target: the second image names both and is judged twice; every kind is
+        # own and other at once
+        (
+            [("object", "heart"), ("style", "Neon")],
+            False,
+            {"UA": (1 + 2, 4), "IRA": (2 + 1, 4), "CRA": (2 + 1, 4)},
+        ),
+        (
+            [("object", "heart"), ("object", "star")],
+            False,
+            {"UA": (1 + 1, 4), "IRA": (1, 1), "CRA": (0, 1)},
+        ),
     ],
 )
-def test_forgetting_by_hand(targets, cra_with_target: bool, expected: dict[str, tuple[int, int]]) -> None:
+def test_forgetting_by_hand(
+    targets, cra_with_target: bool, expected: dict[str, tuple[int, int]]
+) -> None:
     found = forgetting(GUESSES, LABELS, targets, cra_with_target)
     assert found == {name: Tally(*counts) for name, counts in expected.items()}
 
 
 def test_one_kind_has_no_cra() -> None:
-    assert set(forgetting({"object": GUESSES["object"]}, {"object": LABELS["object"]}, [("object", "heart")])) == {"UA", "IRA"}
+    assert set(
+        forgetting(
+            {"object": GUESSES["object"]}, {"object": LABELS["object"]}, [("object", "heart")]
+        )
+    ) == {"UA", "IRA"}
 
 
 def test_ua_and_accuracy_are_one_measurement() -> None:
-    """Each target in turn: the images that are not classified as what they are asked to show add up to all that is wrong."""
-    misses = sum(forgetting(GUESSES, LABELS, [("object", name)])["UA"].hits for name in ("heart", "star", "moon"))
+    """Each target in turn: the images that are not classified as what they are asked to show add up
+    to all that is wrong."""
+    misses = sum(
+        forgetting(GUESSES, LABELS, [("object", name)])["UA"].hits
+        for name in ("heart", "star", "moon")
+    )
     assert misses == 5 - accuracies(GUESSES, LABELS)["object"].hits
 
 
@@ -180,13 +219,16 @@ def test_confusion_by_hand() -> None:
     assert counts.tolist() == [[1, 1, 0], [0, 1, 1], [0, 0, 1]]
 
 
-# ---- evaluators --------------------------------------------------------------------------------------------------------
+# ---- evaluators ----------------------------------------------------------------------------------
 
 
 def test_classifier_scores_say_n_and_their_interval(oracle) -> None:
     scores = evaluate("classifier", oracle(heart="star"), "heart")
     assert [score.n for score in scores.values()] == [48, 432, 864]
-    assert all(score.higher_is_better and 0 < score.high - score.low < 10 and score.unit == "%" for score in scores.values())
+    assert all(
+        score.higher_is_better and 0 < score.high - score.low < 10 and score.unit == "%"
+        for score in scores.values()
+    )
 
 
 def test_without_concepts_the_accuracy_of_each_kind(oracle) -> None:
@@ -210,14 +252,19 @@ def test_any_judge_will_do(oracle) -> None:
 
     judge = classifier.Judge("stubborn", stubborn, {"object": ["heart", "star"]})
     images = oracle()
-    some = replace(images, rows=[row for row in images.rows if row.labels["object"] in ("heart", "star")])
+    some = replace(
+        images, rows=[row for row in images.rows if row.labels["object"] in ("heart", "star")]
+    )
     seen = classifier.judged(judge, Case(some), classifier.Config())
     ua, ira = seen.scores([ConceptSpec("star", "heart")], classifier.Config())
     assert (ua.value, ira.value) == (100, 100)
 
 
 def test_clip_score_falls_where_the_target_was_swapped(oracle) -> None:
-    kept, swapped = evaluate("clip", oracle(), "heart"), evaluate("clip", oracle(heart="star"), "heart")
+    kept, swapped = (
+        evaluate("clip", oracle(), "heart"),
+        evaluate("clip", oracle(heart="star"), "heart"),
+    )
     score, gone = "score", "score of the forgotten"
     assert swapped[gone].high < kept[gone].low
     assert swapped[score].value == pytest.approx(kept[score].value, abs=1)
@@ -229,11 +276,20 @@ def test_clip_reads_labels_of_any_kind(oracle) -> None:
     """A folder in place of a name, and label columns that are not the embedded world's."""
     images = oracle(heart="star")
     rows = [
-        replace(row, labels={"thing": row.labels["object"]}) for row in images.rows if row.labels["object"] in ("heart", "moon")
+        replace(row, labels={"thing": row.labels["object"]})
+        for row in images.rows
+        if row.labels["object"] in ("heart", "moon")
     ]
     config = clip.Config(model=str(clip.clip_folder()), templates={"thing": ["a picture of a {}"]})
-    scores = clip.evaluate(Case(replace(images, rows=rows), [ConceptSpec("heart", "star", kind="thing")]), config)
-    assert [score.name for score in scores] == ["CLIP UA", "CLIP IRA", "CLIP score", "CLIP score of the forgotten"]
+    scores = clip.evaluate(
+        Case(replace(images, rows=rows), [ConceptSpec("heart", "star", kind="thing")]), config
+    )
+    assert [score.name for score in scores] == [
+        "CLIP UA",
+        "CLIP IRA",
+        "CLIP score",
+        "CLIP score of the forgotten",
+    ]
     assert scores[0].value >= 97 and scores[1].value >= 97
 
 
@@ -245,21 +301,31 @@ def test_clip_score_alone_needs_no_labels(oracle) -> None:
 
 
 def test_index_is_lazy_and_suggests() -> None:
-    assert get_evaluator("clip") is clip.CLIP and list(EVALUATORS) == ["classifier", "clip", "nudenet"]
+    assert get_evaluator("clip") is clip.CLIP and list(EVALUATORS) == [
+        "classifier",
+        "clip",
+        "nudenet",
+    ]
     with pytest.raises(ErasureError, match="did you mean 'classifier'"):
         get_evaluator("clasifier")
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         (clip.Config(model="ViT-B-23"), "unknown CLIP model 'ViT-B-23'; did you mean 'ViT-B-"),
-        (clip.Config(model="ViT-B-32"), "needs weights; set pretrained to a file or one of: openai"),
+        (
+            clip.Config(model="ViT-B-32"),
+            "needs weights; set pretrained to a file or one of: openai",
+        ),
         (clip.Config(model="ViT-B-32", pretrained="open-ai"), "did you mean 'openai'"),
-        (clip.Config(templates={"object": ["a thing"]}), "'a thing' for 'object' needs exactly one {}"),
+        (
+            clip.Config(templates={"object": ["a thing"]}),
+            "'a thing' for 'object' needs exactly one {}",
+        ),
     ],
 )
 def test_clip_refuses_bad_settings(config: clip.Config, message: str, oracle) -> None:
@@ -271,7 +337,9 @@ def test_clip_refuses_bad_settings(config: clip.Config, message: str, oracle) ->
 
 
 def test_clip_refuses_a_folder_without_weights(oracle, tmp_path: Path) -> None:
-    (tmp_path / "open_clip_config.json").write_text((clip.clip_folder() / "open_clip_config.json").read_text())
+    (tmp_path / "open_clip_config.json").write_text(
+        (clip.clip_folder() / "open_clip_config.json").read_text()
+    )
     with pytest.raises(ErasureError, match="open_clip cannot load"):
         clip.evaluate(Case(oracle()), clip.Config(model=str(tmp_path)))
 
@@ -287,7 +355,10 @@ def test_unknown_judge(oracle) -> None:
         ([{}, {}], "have no labels to judge them by"),
         ([{"object": "heart"}, {}], "00001.png"),
         ([{"object": "heart"}, {"object": ""}], "00001.png.* has no label 'object', others have"),
-        ([{"object": "heart"}, {"object": "haert"}], "unknown object label 'haert'; did you mean 'heart'"),
+        (
+            [{"object": "heart"}, {"object": "haert"}],
+            "unknown object label 'haert'; did you mean 'heart'",
+        ),
         ([{"object": "star"}, {"object": "moon"}], "no image is labelled 'heart' as its object"),
     ],
 )
@@ -295,4 +366,6 @@ def test_labels_that_cannot_be_judged(labels: list[dict[str, str]], message: str
     images = oracle()
     rows = [replace(row, labels=label) for row, label in zip(images.rows, labels, strict=False)]
     with pytest.raises(ErasureError, match=message):
-        classifier.evaluate(Case(replace(images, rows=rows), [canvas_concept("heart")]), classifier.Config())
+        classifier.evaluate(
+            Case(replace(images, rows=rows), [canvas_concept("heart")]), classifier.Config()
+        )

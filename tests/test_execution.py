@@ -1,4 +1,5 @@
-"""How a model is run while it trains: the same steps to rounding, and a model that is given back as it was found."""
+"""How a model is run while it trains: the same steps to rounding, and a model that is given back as
+it was found."""
 
 import importlib.util
 import io
@@ -24,7 +25,8 @@ from erase.training.trainable import Trainable
 from tests.families import FAMILIES, tiny_sd3
 from tests.test_training import QUICK, mask_of, task, train
 
-SGD = replace(QUICK, optimizer="SGD", lr=0.05, steps=2)  # moves weights in proportion to gradients, which Adam's signs do not
+# moves weights in proportion to gradients, which Adam's signs do not
+SGD = replace(QUICK, optimizer="SGD", lr=0.05, steps=2)
 HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
 
 
@@ -36,9 +38,21 @@ def model(make_pico_pipeline):
 def state(model):
     """Everything that an option might leave changed."""
     unet = denoiser(model.pipeline())
-    weights = {name: (p, p.data_ptr(), p.dtype, p.stride()) for name, p in model.parameters().items()}
-    hooks = sum(len(layer._forward_hooks) for part in modules(model.pipeline()).values() for layer in part.modules())
-    return weights, {name: type(one) for name, one in unet.attn_processors.items()}, unet.training, "forward" in vars(unet), hooks
+    weights = {
+        name: (p, p.data_ptr(), p.dtype, p.stride()) for name, p in model.parameters().items()
+    }
+    hooks = sum(
+        len(layer._forward_hooks)
+        for part in modules(model.pipeline()).values()
+        for layer in part.modules()
+    )
+    return (
+        weights,
+        {name: type(one) for name, one in unet.attn_processors.items()},
+        unet.training,
+        "forward" in vars(unet),
+        hooks,
+    )
 
 
 def trained(model, config, density=0.5):
@@ -55,12 +69,17 @@ def close(a, b, start, tolerance):
 
 
 @pytest.mark.parametrize(
-    "options", [{"attention": "sdpa"}, {"attention": "sliced"}, {"channels_last": True}, {"offload": True}], ids=str
+    "options",
+    [{"attention": "sdpa"}, {"attention": "sliced"}, {"channels_last": True}, {"offload": True}],
+    ids=str,
 )
 def test_an_option_changes_the_steps_by_rounding_alone(model, options):
     before = state(model)
     for density in (0.5, 1):  # of what is taken whole, gradients and values are not gathered
-        plain, other = trained(model, SGD, density), trained(model, replace(SGD, **options), density)
+        plain, other = (
+            trained(model, SGD, density),
+            trained(model, replace(SGD, **options), density),
+        )
         assert close(plain, other, model.parameters(), 1e-3)
     assert state(model)[1:] == before[1:]
     for name, (p, *rest) in before[0].items():
@@ -68,7 +87,8 @@ def test_an_option_changes_the_steps_by_rounding_alone(model, options):
 
 
 def test_weights_that_do_not_fit_their_places_would_be_seen(model):
-    """The control of the test above: channels-last weights written in memory order are other weights."""
+    """The control of the test above: channels-last weights written in memory order are other
+    weights."""
     params, _, _ = task(model)
     name = "unet.conv_in.weight"
     dense = params[name].data.clone(memory_format=torch.channels_last)
@@ -82,14 +102,20 @@ def test_weights_that_do_not_fit_their_places_would_be_seen(model):
 
 @pytest.mark.parametrize("kind", ["auto", "sdpa", "sliced"])
 def test_attention_predicts_the_same_and_is_given_back(model, kind):
-    params, x, t = select(model.parameters(), "full"), torch.randn(2, 4, 8, 8), torch.tensor([10, 900])
+    params, x, t = (
+        select(model.parameters(), "full"),
+        torch.randn(2, 4, 8, 8),
+        torch.tensor([10, 900]),
+    )
     cond = model.encode(["a red heart", "a blue star"])
     unet = model.component("unet")
     found, expected = dict(unet.attn_processors), model.predict(x, t, cond).detach()
     with running(model, params, replace(QUICK, attention=kind)):
         kinds = {type(one).__name__ for one in unet.attn_processors.values()}
         assert torch.allclose(model.predict(x, t, cond), expected, atol=1e-5)
-    assert kinds == {{"auto": "AttnProcessor", "sdpa": "AttnProcessor2_0", "sliced": "SlicedAttnProcessor"}[kind]}
+    assert kinds == {
+        {"auto": "AttnProcessor", "sdpa": "AttnProcessor2_0", "sliced": "SlicedAttnProcessor"}[kind]
+    }
     assert dict(unet.attn_processors) == found
 
 
@@ -127,12 +153,15 @@ def test_weights_in_half_precision_give_the_gradients_of_autocast_bit_for_bit(mo
         expected, autocast = gradients()
     with running(model, params, replace(QUICK, mixed_precision="bf16")) as active:
         assert (
-            params["unet.conv_in.weight"].dtype == torch.bfloat16 and params["unet.conv_norm_out.weight"].dtype == torch.float32
+            params["unet.conv_in.weight"].dtype == torch.bfloat16
+            and params["unet.conv_norm_out.weight"].dtype == torch.float32
         )
         found, ours = gradients()
     own = active.own
     assert own and all(params[name].data_ptr() == value.data_ptr() for name, value in own.items())
-    assert torch.equal(found, expected) and all(torch.equal(ours[name], autocast[name]) for name in params)
+    assert torch.equal(found, expected) and all(
+        torch.equal(ours[name], autocast[name]) for name in params
+    )
 
 
 def test_weights_outside_the_scope_stand_in_half_precision_too(model):
@@ -144,21 +173,32 @@ def test_weights_outside_the_scope_stand_in_half_precision_too(model):
 
 def test_offload_moves_what_the_steps_do_not_use(model, monkeypatch):
     moved, to = [], nn.Module.to
-    monkeypatch.setattr(nn.Module, "to", lambda self, *args, **further: moved.append((self, args)) or to(self, *args, **further))
+    monkeypatch.setattr(
+        nn.Module,
+        "to",
+        lambda self, *args, **further: moved.append((self, args)) or to(self, *args, **further),
+    )
     pipeline = model.pipeline()
     with running(model, select(model.parameters(), "full"), replace(QUICK, offload=True)):
         away = [part for part, _ in moved]
         assert {id(part) for part in away} == {id(pipeline.vae), id(pipeline.text_encoder)}
         assert all(args == ("cpu",) for _, args in moved)
-    assert [part for part, _ in moved[2:]] == away and all(args == (torch.device("cpu"),) for _, args in moved[2:])
+    assert [part for part, _ in moved[2:]] == away and all(
+        args == (torch.device("cpu"),) for _, args in moved[2:]
+    )
 
 
 @pytest.mark.parametrize("kind", FUSED, ids=lambda kind: kind.__name__)
 def test_the_fused_step_is_the_plain_one(model, kind):
     config = replace(QUICK, optimizer=kind.__name__)
-    fused, plain = trained(model, config), trained(model, replace(config, optimizer_args={"fused": False}))
+    fused, plain = (
+        trained(model, config),
+        trained(model, replace(config, optimizer_args={"fused": False})),
+    )
     assert close(fused, plain, model.parameters(), 1e-3)
-    assert make_optimizer([nn.Parameter(torch.zeros(1))], kind.__name__, 1e-3, {}, fuse=True).defaults["fused"]
+    assert make_optimizer(
+        [nn.Parameter(torch.zeros(1))], kind.__name__, 1e-3, {}, fuse=True
+    ).defaults["fused"]
 
 
 def test_what_is_not_installed_is_named(model, monkeypatch):
@@ -179,12 +219,26 @@ def test_what_is_not_installed_is_named(model, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 @pytest.mark.parametrize("installed", [True, False])
-def test_xformers_without_a_gpu_is_refused_before_there_are_latents(monkeypatch, capsys, tmp_path, installed):
+def test_xformers_without_a_gpu_is_refused_before_there_are_latents(
+    monkeypatch, capsys, tmp_path, installed
+):
     monkeypatch.setattr("erase.training.running.find_spec", lambda name: installed or None)
-    monkeypatch.setattr("erase.latents.prepare.Plan.forget", lambda *args: pytest.fail("latents were made"))
-    assert run(run_erase.main, ["--concept", "heart", "--train.attention", "xformers", "--out", str(tmp_path)]) == 2
+    monkeypatch.setattr(
+        "erase.latents.prepare.Plan.forget", lambda *args: pytest.fail("latents were made")
+    )
+    assert (
+        run(
+            run_erase.main,
+            ["--concept", "heart", "--train.attention", "xformers", "--out", str(tmp_path)],
+        )
+        == 2
+    )
     error = capsys.readouterr().err
-    assert "needs a GPU" in error and "trains on the cpu; use attention sdpa" in error and "Traceback" not in error
+    assert (
+        "needs a GPU" in error
+        and "trains on the cpu; use attention sdpa" in error
+        and "Traceback" not in error
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,12 +255,18 @@ def test_xformers_without_a_gpu_is_refused_before_there_are_latents(monkeypatch,
 def test_xformers_that_cannot_be_used_is_a_sentence(model, monkeypatch, error):
     module = model.component("unet")
     monkeypatch.setattr("erase.training.running.check_attention", lambda kind, device: None)
-    monkeypatch.setattr(module, "enable_xformers_memory_efficient_attention", Mock(side_effect=error), raising=False)
+    monkeypatch.setattr(
+        module, "enable_xformers_memory_efficient_attention", Mock(side_effect=error), raising=False
+    )
     found = dict(module.attn_processors)
     with pytest.raises(ErasureError) as refused, attention(model, "xformers"):
         pass
     said = str(refused.value)
-    assert str(error).split("\n")[0] in said and said.endswith("use attention sdpa") and "\n" not in said
+    assert (
+        str(error).split("\n")[0] in said
+        and said.endswith("use attention sdpa")
+        and "\n" not in said
+    )
     assert module.attn_processors == found
 
 
@@ -218,7 +278,9 @@ def test_eight_bit_state_keeps_the_mask_and_resumes(model, tmp_path):
     config = replace(QUICK, optimizer="AdamW8bit", steps=4, checkpoint_every=2)
     whole = train(model, params, batches, loss, config, mask)
     for name, value in whole.values.items():
-        assert torch.equal(value[~mask[name]], before[name][~mask[name]]) and torch.equal(params[name], before[name])
+        assert torch.equal(value[~mask[name]], before[name][~mask[name]]) and torch.equal(
+            params[name], before[name]
+        )
     assert any(not torch.equal(value, before[name]) for name, value in whole.values.items())
     calls = []
 
@@ -241,7 +303,11 @@ def test_eight_bit_state_takes_a_byte_for_each_moment():
     value.grad = torch.randn(10_007)
     optimizer = make_optimizer([value], "AdamW8bit", 1e-3, {}, fuse=True)
     optimizer.step()
-    moments = [v for v in optimizer.state[value].values() if torch.is_tensor(v) and v.numel() == value.numel()]
+    moments = [
+        v
+        for v in optimizer.state[value].values()
+        if torch.is_tensor(v) and v.numel() == value.numel()
+    ]
     assert [moment.dtype for moment in moments] == [torch.uint8] * 2
     torch.save(optimizer.state_dict(), buffer := io.BytesIO())
     assert buffer.tell() < 3 * value.numel()
@@ -274,7 +340,9 @@ def test_a_processor_without_the_precision_is_warned_of(monkeypatch, precision):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         autocast(cpu, "no")
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {**no, f"avx512_{precision}": True})
+        monkeypatch.setattr(
+            torch.cpu, "get_capabilities", lambda: {**no, f"avx512_{precision}": True}
+        )
         autocast(cpu, precision)
         monkeypatch.delattr(torch.cpu, "get_capabilities")  # as in torch 2.9: nothing is known
         autocast(cpu, precision)
@@ -317,7 +385,9 @@ def test_what_is_made_again_has_the_same_bits(family, left_out, precision, monke
     assert state(model)[1:] == before[1:]
 
 
-@pytest.mark.parametrize(("see", "kept"), [(lambda y: y.bfloat16(), False), (lambda y: y.bfloat16().float(), True)])
+@pytest.mark.parametrize(
+    ("see", "kept"), [(lambda y: y.bfloat16(), False), (lambda y: y.bfloat16().float(), True)]
+)
 def test_what_a_cast_rounded_off_is_not_brought_back(see, kept):
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
     seen, memory = see(nn.functional.silu(x)).view(4096), SavedActivations()

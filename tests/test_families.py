@@ -1,4 +1,5 @@
-"""Each family behind the one protocol is what its stock pipeline is: conditions, forward process, prediction, scopes."""
+"""Each family behind the one protocol is what its stock pipeline is: conditions, forward process,
+prediction, scopes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ def pipeline(request):
 
 
 def first_prediction(pipeline, prompt, guidance):
-    """What the denoiser takes and gives in the first step of a stock call, prompts given as text."""
+    """What the denoiser takes and gives in the first step of a stock call, prompts given as
+    text."""
     seen = {}
 
     def record(module, args, given, found):
@@ -32,7 +34,11 @@ def first_prediction(pipeline, prompt, guidance):
 
     handle = denoiser(pipeline).register_forward_hook(record, with_kwargs=True)
     pipeline(
-        prompt, num_inference_steps=2, guidance_scale=guidance, generator=torch.Generator().manual_seed(1), output_type="latent"
+        prompt,
+        num_inference_steps=2,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(1),
+        output_type="latent",
     )
     handle.remove()
     return seen
@@ -42,10 +48,10 @@ def first_prediction(pipeline, prompt, guidance):
 def test_prediction_is_that_of_the_stock_pipeline(pipeline, guidance):
     model, seen = wrap(pipeline), first_prediction(pipeline, "a red house", guidance)
     t = seen["t"].reshape(-1)[:1]
-    index = (t - 1).round().long() if hasattr(pipeline, "transformer") else t.long()  # sigma 1 is the last timestep, 999
-    cond = (
-        model.encode(["a red house"]) if guidance == 1 else model.encode(["", "a red house"])
-    )  # null first, as in the pipelines
+    # sigma 1 is the last timestep, 999
+    index = (t - 1).round().long() if hasattr(pipeline, "transformer") else t.long()
+    # null first, as in the pipelines
+    cond = model.encode(["a red house"]) if guidance == 1 else model.encode(["", "a red house"])
     ours = model.predict(seen["xt"], index.expand(len(seen["xt"])), cond)
     assert torch.allclose(ours, seen["prediction"], atol=1e-5)
 
@@ -56,7 +62,11 @@ def test_sampled_latents_are_those_of_the_stock_pipeline(pipeline):
     pipeline.scheduler = model.sampler()
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
     stock = pipeline(
-        ["a red house", "a moon"], num_inference_steps=3, guidance_scale=4.0, generator=generators, output_type="latent"
+        ["a red house", "a moon"],
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        generator=generators,
+        output_type="latent",
     )
     assert torch.allclose(ours, stock.images, atol=1e-4)
     pixels = pipeline(**arguments(model.encode(["a moon"]), model.encode([""])), num_inference_steps=2, latents=ours[:1].clone(),
@@ -67,14 +77,17 @@ def test_sampled_latents_are_those_of_the_stock_pipeline(pipeline):
 def test_decoded_pixels_are_those_of_the_stock_pipeline(pipeline):
     given = {"prompt": "a moon", "num_inference_steps": 2}
     latents, pixels = (
-        pipeline(**given, generator=torch.Generator().manual_seed(0), output_type=kind).images for kind in ("latent", "pt")
+        pipeline(**given, generator=torch.Generator().manual_seed(0), output_type=kind).images
+        for kind in ("latent", "pt")
     )
     assert torch.equal(decode(pipeline, latents, "no"), pixels)
 
 
 def test_forward_process_and_target_are_those_of_the_scheduler(pipeline):
     model, scheduler = wrap(pipeline), pipeline.scheduler
-    x0, noise = torch.randn(2, 3, *model.latent_shape, generator=torch.Generator().manual_seed(0)).unbind()
+    x0, noise = torch.randn(
+        2, 3, *model.latent_shape, generator=torch.Generator().manual_seed(0)
+    ).unbind()
     t = torch.tensor([0, 400, 999])
     xt, target = model.add_noise(x0, noise, t), model.target(x0, noise, t)
     if hasattr(scheduler, "scale_noise"):
@@ -91,11 +104,17 @@ def test_forward_process_and_target_are_those_of_the_scheduler(pipeline):
 @pytest.mark.parametrize("make", [tiny_sd1, tiny_sdxl, tiny_sd3], ids=["sd1", "sdxl", "sd3"])
 def test_scopes_divide_the_denoiser(make):
     params = wrap(make()).parameters()
-    full, text, kv, image, rest = (set(select(params, s)) for s in ("full", "xattn", "xattn_kv", "selfattn", "noxattn"))
+    full, text, kv, image, rest = (
+        set(select(params, s)) for s in ("full", "xattn", "xattn_kv", "selfattn", "noxattn")
+    )
     assert text | rest == full and not text & rest and kv < text and image < rest
-    assert not any(name.startswith("text_encoder") for name in full) and select(params, "text_encoder")
+    assert not any(name.startswith("text_encoder") for name in full) and select(
+        params, "text_encoder"
+    )
     assert len(kv) == sum(
-        name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")) for name in params if ".attn2.add" not in name
+        name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+        for name in params
+        if ".attn2.add" not in name
     ) or (make is tiny_sd3 and all("add_k" in name or "add_v" in name for name in kv))
 
 
@@ -143,7 +162,9 @@ def damaged(folder, change):
 
 
 @pytest.mark.parametrize(
-    "make", [tiny_sd1, tiny_sdxl, tiny_sd3], ids=["StableDiffusion", "StableDiffusionXL", "StableDiffusion3"]
+    "make",
+    [tiny_sd1, tiny_sdxl, tiny_sd3],
+    ids=["StableDiffusion", "StableDiffusionXL", "StableDiffusion3"],
 )
 def test_the_family_is_recognised(make, tmp_path, request):
     make().save_pretrained(tmp_path / "model")
@@ -153,7 +174,9 @@ def test_the_family_is_recognised(make, tmp_path, request):
 def test_a_folder_without_t5_is_loaded_without_it(tmp_path):
     tiny_sd3(t5=False).save_pretrained(tmp_path / "model")
     model = load_model(tmp_path / "model")
-    assert model.pipeline().text_encoder_3 is None and not any("text_encoder_3" in name for name in model.parameters())
+    assert model.pipeline().text_encoder_3 is None and not any(
+        "text_encoder_3" in name for name in model.parameters()
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +184,10 @@ def test_a_folder_without_t5_is_loaded_without_it(tmp_path):
     [
         (lambda t: t.pop("conv_in.weight"), "lacks conv_in.weight"),
         (lambda t: t.update(stranger=torch.zeros(1)), "holds in surplus stranger"),
-        (lambda t: t["conv_in.bias"][0].fill_(float("nan")), "conv_in.bias holds 1 values that are not finite"),
+        (
+            lambda t: t["conv_in.bias"][0].fill_(float("nan")),
+            "conv_in.bias holds 1 values that are not finite",
+        ),
         (lambda t: t.update({"conv_in.bias": torch.zeros(3)}), "conv_in.bias"),
     ],
     ids=["missing", "surplus", "nan", "shape"],
@@ -197,7 +223,9 @@ def test_other_families_are_refused(folder, file, change, message):
 def test_inpainting_and_refiner_models_are_refused():
     pipeline = tiny_sd1()
     pipeline.unet.register_to_config(in_channels=9)
-    with pytest.raises(ErasureError, match="takes 9 channels where latents have 4, so it is an inpainting"):
+    with pytest.raises(
+        ErasureError, match="takes 9 channels where latents have 4, so it is an inpainting"
+    ):
         wrap(pipeline, "x")
     pipeline = tiny_sdxl()
     pipeline.text_encoder = None
@@ -218,13 +246,19 @@ def test_variant_dtype_and_a_contradicted_prediction(folder, tmp_path):
 
 
 def test_the_safety_checker_is_left_out_and_said_so(folder, caplog):
-    edited(folder / "model_index.json", lambda d: d.update(safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"]))
+    edited(
+        folder / "model_index.json",
+        lambda d: d.update(safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"]),
+    )
     with caplog.at_level("INFO", "erase"):
         assert load_model(folder).pipeline().safety_checker is None
     assert "safety_checker is left out" in caplog.text
 
 
-@pytest.mark.parametrize("name, message", [("nobody/no-such-model", "cannot be fetched from the hub"), ("a/b/c", "no hub id")])
+@pytest.mark.parametrize(
+    "name, message",
+    [("nobody/no-such-model", "cannot be fetched from the hub"), ("a/b/c", "no hub id")],
+)
 def test_a_hub_id_that_cannot_be_reached_is_one_sentence(name, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ErasureError, match=message) as error:

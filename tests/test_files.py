@@ -17,7 +17,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from erase import files
-from erase.files import DTYPES, atomic_write, file_sha256, load_tensors, save_tensors, stream_tensors
+from erase.files import (
+    DTYPES,
+    atomic_write,
+    file_sha256,
+    load_tensors,
+    save_tensors,
+    stream_tensors,
+)
 from erase.prompts.errors import ErasureError
 from erase.prompts.reading import read_text
 from tests.texts import raises
@@ -27,19 +34,29 @@ def tensors():
     """Every dtype, odd shapes and names, in an order that is not the file's."""
     generator = torch.Generator().manual_seed(0)
     made = {
-        f"{i % 3}.{i}": (torch.randn(3 + i, 2, generator=generator) * 9).to(dtype) for i, dtype in enumerate(reversed(DTYPES))
+        f"{i % 3}.{i}": (torch.randn(3 + i, 2, generator=generator) * 9).to(dtype)
+        for i, dtype in enumerate(reversed(DTYPES))
     }
-    odd = {'a "name"\n\x01\x7fé\u2028\\': torch.tensor(1.5), "empty": torch.empty(0, 4), "turned": torch.randn(4, 6).T}
+    odd = {
+        'a "name"\n\x01\x7fé\u2028\\': torch.tensor(1.5),
+        "empty": torch.empty(0, 4),
+        "turned": torch.randn(4, 6).T,
+    }
     return made | odd
 
 
 def test_the_bytes_are_those_of_safetensors_own_writer(tmp_path):
     values, metadata = tensors(), {"format": 'x "é"\n'}
     save_tensors(tmp_path / "ours", values, metadata)
-    save_file({name: value.contiguous() for name, value in values.items()}, tmp_path / "theirs", metadata)
+    save_file(
+        {name: value.contiguous() for name, value in values.items()}, tmp_path / "theirs", metadata
+    )
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     read = load_file(tmp_path / "ours")
-    assert all(torch.equal(read[name], value) and read[name].dtype == value.dtype for name, value in values.items())
+    assert all(
+        torch.equal(read[name], value) and read[name].dtype == value.dtype
+        for name, value in values.items()
+    )
 
 
 def test_the_same_content_is_the_same_file(tmp_path):
@@ -98,10 +115,17 @@ with atomic_write(sys.argv[1]) as aside:
 
 
 def test_what_a_killed_process_left_is_gone_when_the_next_one_writes(tmp_path):
-    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "delta.safetensors"], cwd=Path(files.__file__).parents[1])
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "delta.safetensors"],
+        cwd=Path(files.__file__).parents[1],
+    )
     assert killed.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
-    assert left.read_text() == "half" and left.name.startswith(".delta.safetensors.") and left.suffix == ".part"
+    assert (
+        left.read_text() == "half"
+        and left.name.startswith(".delta.safetensors.")
+        and left.suffix == ".part"
+    )
     with atomic_write(tmp_path / "run.json") as aside:
         assert not left.exists()
         aside.write_text("{}")
@@ -109,8 +133,13 @@ def test_what_a_killed_process_left_is_gone_when_the_next_one_writes(tmp_path):
 
 
 def test_what_others_are_writing_is_left_to_them(tmp_path):
-    """A living process's, another machine's (whose locks may not be seen here), and what is nobody's unfinished file."""
-    others = [tmp_path / f".a.elsewhere-{files.HOST}.7.{'0' * 8}.part", tmp_path / ".download.part", tmp_path / ".a.7.part"]
+    """A living process's, another machine's (whose locks may not be seen here), and what is
+    nobody's unfinished file."""
+    others = [
+        tmp_path / f".a.elsewhere-{files.HOST}.7.{'0' * 8}.part",
+        tmp_path / ".download.part",
+        tmp_path / ".a.7.part",
+    ]
     for path in others:
         path.touch()
     with atomic_write(tmp_path / "a") as first, atomic_write(tmp_path / "a") as second:
@@ -125,7 +154,11 @@ def test_what_others_are_writing_is_left_to_them(tmp_path):
 
 def test_a_folder_of_many_images_is_not_listed_for_each_of_them(tmp_path, monkeypatch):
     listed, now = [], [0.0]
-    monkeypatch.setattr(Path, "glob", lambda self, pattern: listed.append(self) or now.__setitem__(0, now[0] + 1) or [])
+    monkeypatch.setattr(
+        Path,
+        "glob",
+        lambda self, pattern: listed.append(self) or now.__setitem__(0, now[0] + 1) or [],
+    )
     monkeypatch.setattr(files.time, "monotonic", lambda: now[0])
     for second in range(0, 300, 10):
         now[0] = max(now[0], second)
@@ -137,11 +170,17 @@ def test_content_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     events, fsync, replace = [], os.fsync, Path.replace
 
     def synced(descriptor: int) -> None:
-        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else f"{os.fstat(descriptor).st_size} bytes")
+        events.append(
+            "folder"
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode)
+            else f"{os.fstat(descriptor).st_size} bytes"
+        )
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(Path, "replace", lambda self, target: events.append("rename") or replace(self, target))
+    monkeypatch.setattr(
+        Path, "replace", lambda self, target: events.append("rename") or replace(self, target)
+    )
     with atomic_write(tmp_path / "a") as aside:
         aside.write_text("abc")
     assert events == ["3 bytes", "rename", "folder"]
@@ -163,9 +202,15 @@ def little_space(size: int = 100_000):
 
 WRITERS = {
     "tensors": lambda path: save_tensors(path, {"p": torch.ones(99_999)}, {}),
-    "a training state": lambda path: _whole(path, lambda aside: torch.save({"p": torch.ones(99_999)}, aside)),
-    "another library's tensors": lambda path: _whole(path, lambda aside: save_file({"p": torch.ones(99_999)}, aside)),
-    "an image": lambda path: _whole(path, lambda aside: Image.effect_noise((600, 600), 99).save(aside, format="PNG")),
+    "a training state": lambda path: _whole(
+        path, lambda aside: torch.save({"p": torch.ones(99_999)}, aside)
+    ),
+    "another library's tensors": lambda path: _whole(
+        path, lambda aside: save_file({"p": torch.ones(99_999)}, aside)
+    ),
+    "an image": lambda path: _whole(
+        path, lambda aside: Image.effect_noise((600, 600), 99).save(aside, format="PNG")
+    ),
     "a text": lambda path: _whole(path, lambda aside: aside.write_text("x" * 999_999)),
 }
 
@@ -181,10 +226,14 @@ def test_a_disk_that_is_full_is_one_sentence_whatever_is_written(write, tmp_path
     content = (tmp_path / "before").read_bytes()
     with little_space(), raises(f"cannot write {tmp_path / 'before'}: ", "free some space"):
         write(tmp_path / "before")
-    assert [path.name for path in tmp_path.iterdir()] == ["before"] and (tmp_path / "before").read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["before"] and (
+        tmp_path / "before"
+    ).read_bytes() == content
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO]
+)
 @pytest.mark.parametrize("call", ["mkdir", "open", "replace"])
 def test_whatever_the_system_says_of_a_place_is_one_sentence(number, call, tmp_path, monkeypatch):
     def refuse(self, *args, **options):

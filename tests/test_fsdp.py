@@ -132,13 +132,16 @@ def test_a_run_changes_between_sharded_and_whole(job, model, tmp_path):
 
 @pytest.mark.parametrize("statistic", STATISTICS)
 def test_statistics_are_those_of_whole_models(job, statistic):
-    """Of batches that do not come out even over two processes: the last one's partner counts for nothing."""
+    """Of batches that do not come out even over two processes: the last one's partner counts for
+    nothing."""
     whole, sharded = (job[1]["statistics", kind][statistic] for kind in (None, "fsdp"))
     total = sum(float(value.abs().sum()) for value in whole.values())
     missed = sum(float((whole[name] - sharded[name]).abs().sum()) for name in whole)
     print(f"{statistic}: {missed / total:.1e} of the sum")
     assert missed < 1e-5 * total
-    masks = [Saliency({name: v.abs() for name, v in each.items()}).cut(0.5) for each in (whole, sharded)]
+    masks = [
+        Saliency({name: v.abs() for name, v in each.items()}).cut(0.5) for each in (whole, sharded)
+    ]
     differing = sum(int((masks[0][name] != masks[1][name]).sum()) for name in whole)
     print(f"mask: {differing} of {masks[0].size} bits")
     assert differing < 1e-4 * masks[0].size

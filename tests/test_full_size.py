@@ -1,4 +1,5 @@
-"""Each family at its full size, on random weights: minutes and up to 20 GB of memory, so only with `-m slow`."""
+"""Each family at its full size, on random weights: minutes and up to 20 GB of memory, so only with
+`-m slow`."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "sd3"])
 def test_an_erasure_of_the_real_size_stays_within_20_gb(family, tmp_path):
-    """Load, mask, one step on small images, delta, export: every weight of the real architecture passes through, whatever the images' size."""
+    """Load, mask, one step on small images, delta, export: every weight of the real architecture
+    passes through, whatever the images' size."""
     flags = [
         "--family",
         family,
@@ -28,7 +30,17 @@ def test_an_erasure_of_the_real_size_stays_within_20_gb(family, tmp_path):
         "--json",
         tmp_path / "figures.json",
     ]
-    subprocess.run([sys.executable, str(ROOT / "scripts/bench/full_size.py"), *map(str, flags)], check=True, cwd=ROOT)
+    subprocess.run(
+        [sys.executable, str(ROOT / "scripts/bench/full_size.py"), *map(str, flags)],
+        check=True,
+        cwd=ROOT,
+    )
     stages = json.loads((tmp_path / "figures.json").read_text())["stages"]
-    assert [row["stage"] for row in stages] == ["load", "saliency and mask", "one training step", "delta", "apply and export"]
+    assert [row["stage"] for row in stages] == [
+        "load",
+        "saliency and mask",
+        "one training step",
+        "delta",
+        "apply and export",
+    ]
     assert stages[-1]["peak_host_gb"] < 20

@@ -1,4 +1,5 @@
-"""Damaged files: each is read or refused with one error that names it; no other exception, no hang, nothing written.
+"""Damaged files: each is read or refused with one error that names it; no other exception, no hang,
+nothing written.
 
 Every damage is a function of a seed. What once got through stands below as a case of its own.
 """
@@ -40,8 +41,11 @@ from tests.texts import raises, written
 Damage = Callable[[bytes, random.Random], bytes]
 
 
-def check_all(folder: Path, whole: bytes, read: Callable[[Path], object], damage: Damage, count: int) -> None:
-    """`read` takes `whole`, and takes or refuses each of `count` damaged ones; it must refuse some."""
+def check_all(
+    folder: Path, whole: bytes, read: Callable[[Path], object], damage: Damage, count: int
+) -> None:
+    """`read` takes `whole`, and takes or refuses each of `count` damaged ones; it must refuse
+    some."""
     path, refused = folder / "file", 0
     path.write_bytes(whole)
     read(path)
@@ -55,14 +59,52 @@ def check_all(folder: Path, whole: bytes, read: Callable[[Path], object], damage
     assert refused > count / 4 and [item.name for item in folder.iterdir()] == ["file"]
 
 
-# ---- tensors --------------------------------------------------------------------------------------------------------
+# ---- tensors -------------------------------------------------------------------------------------
 
 SHAPES = {"unet.a": (3, 5), "unet.b": (7,)}
-JSONS = ["", "{", "null", "[]", "7", "-3", "2.5", "true", '"aaa"', "[1, 2, 3]", "[null]", "[" * 3000, "1e999", '{"unet.a": 5}']
-JSONS += ["NaN", '[{"target": "\\ud800", "anchor": "a"}]', '[{"target": "a", "anchor": "b", "new": 1}]', "9" * 5000]
-JSONS += ['{"erase": {"load": {"new": 1}}}', '{"erase": {"load": {"dtype": 5}}}', '{"parts": [{}, 1]}', '{"parts": []}']
-JSONS += ['{"unet.a": [3, "x"]}', '{"unet.a": [-3, -5], "unet.b": [7]}', '{"unet.a": [3, 5], "unet.b": [7.5]}', '{"z": [1]}']
-TYPES = [torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool, torch.complex64]
+JSONS = [
+    "",
+    "{",
+    "null",
+    "[]",
+    "7",
+    "-3",
+    "2.5",
+    "true",
+    '"aaa"',
+    "[1, 2, 3]",
+    "[null]",
+    "[" * 3000,
+    "1e999",
+    '{"unet.a": 5}',
+]
+JSONS += [
+    "NaN",
+    '[{"target": "\\ud800", "anchor": "a"}]',
+    '[{"target": "a", "anchor": "b", "new": 1}]',
+    "9" * 5000,
+]
+JSONS += [
+    '{"erase": {"load": {"new": 1}}}',
+    '{"erase": {"load": {"dtype": 5}}}',
+    '{"parts": [{}, 1]}',
+    '{"parts": []}',
+]
+JSONS += [
+    '{"unet.a": [3, "x"]}',
+    '{"unet.a": [-3, -5], "unet.b": [7]}',
+    '{"unet.a": [3, 5], "unet.b": [7.5]}',
+    '{"z": [1]}',
+]
+TYPES = [
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+]
 
 
 def statistics() -> Statistics:
@@ -73,7 +115,9 @@ def statistics() -> Statistics:
 
 def latents() -> LatentSet:
     noise = torch.rand(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    return LatentSet(noise[0], noise[1], ("a", "b", "c"), ("d", "e", "f"), torch.tensor([False, False, True]))
+    return LatentSet(
+        noise[0], noise[1], ("a", "b", "c"), ("d", "e", "f"), torch.tensor([False, False, True])
+    )
 
 
 def use_mask(path: Path) -> None:
@@ -101,22 +145,40 @@ def delta() -> ErasedDelta:
     erased = {"unet.a": torch.ones(3, 5), "unet.b": torch.arange(999).eq(700).float()}
     config = {"erase": {"load": {"dtype": "float32", "variant": None}}, "method": {"density": 0.5}}
     part = {"erased": "heart", "scale": 0.5, "method": "salun", "sha256": "f" * 64}
-    metadata = {"base_id": "canvas", "method": "salun", "config": json.dumps(config), "created_with": "test"}
-    metadata |= {"base_fingerprint": "f", "concepts": '[{"target": "heart", "anchor": "star"}]', "parts": json.dumps([part])}
+    metadata = {
+        "base_id": "canvas",
+        "method": "salun",
+        "config": json.dumps(config),
+        "created_with": "test",
+    }
+    metadata |= {
+        "base_fingerprint": "f",
+        "concepts": '[{"target": "heart", "anchor": "star"}]',
+        "parts": json.dumps([part]),
+    }
     return ErasedDelta.between(base, erased, metadata)
 
 
 def use_delta(path: Path) -> None:
     loaded = ErasedDelta.load(path)
     assert loaded.sha256 and loaded.title and load_options(loaded.metadata, str(path)).dtype
-    assert all(loaded.places(name).numel() == value.numel() > 0 for name, value in loaded.values.items())
+    assert all(
+        loaded.places(name).numel() == value.numel() > 0 for name, value in loaded.values.items()
+    )
     json.dumps(loaded.origin.config, allow_nan=False, ensure_ascii=False, indent=2).encode()
     with suppress(ErasureError):  # some keys are a card's alone
         model_card(None, loaded.metadata)
 
 
 STORED: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
-    "mask": (lambda path: Saliency(statistics().values["forget.sum"], {"base_fingerprint": "f"}).cut(0.5).save(path), use_mask),
+    "mask": (
+        lambda path: (
+            Saliency(statistics().values["forget.sum"], {"base_fingerprint": "f"})
+            .cut(0.5)
+            .save(path)
+        ),
+        use_mask,
+    ),
     "saliency": (lambda path: statistics().save(path), use_saliency),
     "latents": (lambda path: latents().save(path, {"base_fingerprint": "f"}), use_latents),
     "delta": (lambda path: delta().save(path), use_delta),
@@ -140,21 +202,37 @@ def damaged_bytes(raw: bytes, rng: random.Random) -> bytes:
     for _ in range(rng.randint(1, 4)):
         flipped[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
     length = rng.choice([0, 1, size - 1, size + 1, len(raw), 2**31, 2**63, 2**64 - 1])
-    return rng.choice([bytes(flipped), raw[: rng.randrange(len(raw))], struct.pack("<Q", length) + raw[8:], rng.randbytes(99)])
+    return rng.choice(
+        [
+            bytes(flipped),
+            raw[: rng.randrange(len(raw))],
+            struct.pack("<Q", length) + raw[8:],
+            rng.randbytes(99),
+        ]
+    )
 
 
 def damaged_header(raw: bytes, rng: random.Random) -> bytes:
     """A tensor's entry or a line of the metadata that is missing, renamed or nonsense."""
     header, body = parts_of(raw)
     meta = header["__metadata__"]
-    name, key = rng.choice([name for name in header if name != "__metadata__"]), rng.choice(list(meta))
+    name, key = (
+        rng.choice([name for name in header if name != "__metadata__"]),
+        rng.choice(list(meta)),
+    )
     match rng.randrange(7):
         case 0:
-            header[name]["dtype"] = rng.choice(["F16", "F64", "I64", "BOOL", "F8_E4M3", "F99", 7, None])
+            header[name]["dtype"] = rng.choice(
+                ["F16", "F64", "I64", "BOOL", "F8_E4M3", "F99", 7, None]
+            )
         case 1:
-            header[name]["shape"] = rng.choice([[], [0], [-1], [2**62], [1] * 9, "x", None, [1.5], header[name]["shape"][::-1]])
+            header[name]["shape"] = rng.choice(
+                [[], [0], [-1], [2**62], [1] * 9, "x", None, [1.5], header[name]["shape"][::-1]]
+            )
         case 2:
-            header[name]["data_offsets"] = rng.choice([[0, 0], [5, 2], [0, 2**60], [0], [-1, 4], "x"])
+            header[name]["data_offsets"] = rng.choice(
+                [[0, 0], [5, 2], [0, 2**60], [0], [-1, 4], "x"]
+            )
         case 3:
             header[rng.choice(["x", "", "unet.a.b"])] = header.pop(name)
         case 4:
@@ -169,7 +247,9 @@ def damaged_header(raw: bytes, rng: random.Random) -> bytes:
 def damaged_tensors(raw: bytes, rng: random.Random, folder: Path) -> bytes:
     """A sound file with a tensor of another type, shape or content."""
     header, _ = parts_of(raw)
-    tensors = {name: torch.ones(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    tensors = {
+        name: torch.ones(entry["shape"]) for name, entry in header.items() if name != "__metadata__"
+    }
     name = rng.choice(list(tensors))
     others = [tensors[name].to(dtype) for dtype in TYPES] + [
         torch.full_like(tensors[name], x) for x in (-1, torch.nan, torch.inf)
@@ -180,13 +260,17 @@ def damaged_tensors(raw: bytes, rng: random.Random, folder: Path) -> bytes:
 
 
 @pytest.mark.parametrize("kind", STORED)
-def test_a_damaged_file_of_tensors(kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_damaged_file_of_tensors(
+    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     save, use = STORED[kind]
     aside = tmp_path_factory.mktemp("aside")
     save(aside / "whole")
 
     def damage(raw: bytes, rng: random.Random) -> bytes:
-        return rng.choice([damaged_bytes, damaged_header, lambda raw, rng: damaged_tensors(raw, rng, aside)])(raw, rng)
+        return rng.choice(
+            [damaged_bytes, damaged_header, lambda raw, rng: damaged_tensors(raw, rng, aside)]
+        )(raw, rng)
 
     check_all(tmp_path, (aside / "whole").read_bytes(), use, damage, 250)
 
@@ -206,20 +290,30 @@ def test_a_damaged_file_of_tensors(kind: str, tmp_path: Path, tmp_path_factory: 
         ("latents", "std", torch.full((3, 4, 2, 2), torch.inf)),
     ],
 )
-def test_tensors_of_the_wrong_kind_are_refused(kind: str, name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+def test_tensors_of_the_wrong_kind_are_refused(
+    kind: str, name: str, tensor: torch.Tensor, tmp_path: Path
+) -> None:
     save, use = STORED[kind]
     save(tmp_path / "file")
     header, body = parts_of((tmp_path / "file").read_bytes())
     types = {"F32": torch.float32, "U8": torch.uint8, "BOOL": torch.bool}
-    tensors = {key: torch.zeros(entry["shape"], dtype=types[entry["dtype"]]) for key, entry in header.items() if "dtype" in entry}
+    tensors = {
+        key: torch.zeros(entry["shape"], dtype=types[entry["dtype"]])
+        for key, entry in header.items()
+        if "dtype" in entry
+    }
     save_file(tensors | {name: tensor}, tmp_path / "file", header["__metadata__"])
     with raises(str(tmp_path / "file")):
         use(tmp_path / "file")
 
 
 @pytest.mark.parametrize("value", [None, *JSONS])
-@pytest.mark.parametrize(("kind", "key"), [("mask", "shapes"), ("latents", "prompts"), ("latents", "anchors")])
-def test_metadata_that_says_something_else_is_refused(kind: str, key: str, value: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "key"), [("mask", "shapes"), ("latents", "prompts"), ("latents", "anchors")]
+)
+def test_metadata_that_says_something_else_is_refused(
+    kind: str, key: str, value: str | None, tmp_path: Path
+) -> None:
     save, use = STORED[kind]
     save(tmp_path / "file")
     header, body = parts_of((tmp_path / "file").read_bytes())
@@ -233,14 +327,36 @@ def test_metadata_that_says_something_else_is_refused(kind: str, key: str, value
         use(path)
 
 
-# ---- what an evaluation writes -----------------------------------------------------------------------------------------
+# ---- what an evaluation writes -------------------------------------------------------------------
 
-VALUES: list[Any] = [None, True, -1, 0, 1e999, 2**70, "", "x", "../../x", "\0", "\ud800", [], [1], {}, {"a": 1}]
+VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1e999,
+    2**70,
+    "",
+    "x",
+    "../../x",
+    "\0",
+    "\ud800",
+    [],
+    [1],
+    {},
+    {"a": 1},
+]
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """The way to every value within a JSON value."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [at, *(place for key, part in items for place in places(part, (*at, key)))]
 
 
@@ -248,7 +364,9 @@ def damaged_json(raw: bytes, rng: random.Random) -> bytes:
     """A value that is missing or another, or damage to the text."""
     if rng.random() < 0.4:
         return damaged_text(raw, rng)
-    lines = [json.loads(line) for line in raw.splitlines()] if raw.count(b"\n{") else [json.loads(raw)]
+    lines = (
+        [json.loads(line) for line in raw.splitlines()] if raw.count(b"\n{") else [json.loads(raw)]
+    )
     *way, last = rng.choice([place for place in places(lines) if len(place) > 1])
     holder: Any = lines
     for key in way:
@@ -264,7 +382,12 @@ def image_folder(folder: Path) -> Path:
     folder.mkdir()
     for i in range(2):
         save_image(folder / f"{i}.png", np.full((8, 8, 3), i, np.uint8), {})
-    rows = [ImageRow(f"{i}.png", i, "a cat", 5, 7.5, {"o": "cat"}, file_sha256(folder / f"{i}.png") or "") for i in range(2)]
+    rows = [
+        ImageRow(
+            f"{i}.png", i, "a cat", 5, 7.5, {"o": "cat"}, file_sha256(folder / f"{i}.png") or ""
+        )
+        for i in range(2)
+    ]
     write_settings(folder, {"images": 2})
     write_manifest(folder, rows)
     return folder
@@ -296,7 +419,16 @@ def test_prompts_that_break_lines_are_read_back(tmp_path: Path) -> None:
     assert ImageSet.open(folder).rows == [row]
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"images": true}', '{"images": 2.0}', "null", '{"images": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"images": true}',
+        '{"images": 2.0}',
+        "null",
+        '{"images": ' + "9" * 5000 + "}",
+    ],
+)
 def test_odd_settings_of_images_are_one_sentence(text: str, tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "images")
     with raises(str(written(folder, "settings.json", text)), "generate again"):
@@ -315,7 +447,13 @@ def use_report(path: Path) -> None:
     )
 
 
-CARD = {"base_fingerprint": "9f", "base_id": "somebody/some-model", "method": "salun", "config": "{}", "created_with": "0.1.0"}
+CARD = {
+    "base_fingerprint": "9f",
+    "base_id": "somebody/some-model",
+    "method": "salun",
+    "config": "{}",
+    "created_with": "0.1.0",
+}
 CARD |= {"concepts": json.dumps([{"target": "heart", "anchor": "star"}])}
 
 
@@ -323,10 +461,24 @@ def whole_report() -> bytes:
     scores = [proportion(name, 5, 10) for name in ("UA", "IRA", "CRA")]
     scores += [count_score("NudeNet boxes", 0, 10), mean_score("CLIP score", [0.5])]
     table = {"kind": "object", "labels": ["heart", "star"], "counts": [[0, 5], [0, 5]]}
-    extras = {"confusion": {"base": table, "erased": table}, "curves": {"loss": [1.0, 0.5]}, "density": {"a": 0.5}}
-    provenance = {"seed": 1, "base_fingerprint": "9f", "delta_sha256": "77", "commands": ["erase-evaluate"]}
+    extras = {
+        "confusion": {"base": table, "erased": table},
+        "curves": {"loss": [1.0, 0.5]},
+        "density": {"a": 0.5},
+    }
+    provenance = {
+        "seed": 1,
+        "base_fingerprint": "9f",
+        "delta_sha256": "77",
+        "commands": ["erase-evaluate"],
+    }
     return (
-        EvalReport({"target": "heart", "anchor": "star"}, {"base": scores, "erased": scores}, provenance, extras)
+        EvalReport(
+            {"target": "heart", "anchor": "star"},
+            {"base": scores, "erased": scores},
+            provenance,
+            extras,
+        )
         .to_json()
         .encode()
     )
@@ -354,30 +506,64 @@ ODD_REPORTS: dict[str, Callable[[str], str]] = {
     "a ragged confusion": lambda text: text.replace('"labels": [', '"labels": ["moon", '),
     "the old schema": lambda text: text.replace('"schema_version": 2', '"schema_version": 1'),
     "a deep nesting": lambda text: text.replace('"seed": 1', f'"seed": {"[" * 100_000}'),
-    "a list of rows": lambda text: text.replace('"rows": {', '"rows": [{').replace('"provenance"', '], "provenance"'),
+    "a list of rows": lambda text: text.replace('"rows": {', '"rows": [{').replace(
+        '"provenance"', '], "provenance"'
+    ),
 }
 
 
 @pytest.mark.parametrize("spoil", ODD_REPORTS.values(), ids=ODD_REPORTS)
-def test_an_odd_report_is_refused_in_a_sentence_that_names_it(spoil: Callable[[str], str], tmp_path: Path) -> None:
+def test_an_odd_report_is_refused_in_a_sentence_that_names_it(
+    spoil: Callable[[str], str], tmp_path: Path
+) -> None:
     path, whole = tmp_path / "report.json", whole_report().decode()
     assert spoil(whole) != whole
     path.write_text(spoil(whole))
     with pytest.raises(ErasureError) as error:
         use_report(path)
-    assert str(path) in str(error.value) and len(str(error.value)) < 700 and "\n" not in str(error.value)
+    assert (
+        str(path) in str(error.value)
+        and len(str(error.value)) < 700
+        and "\n" not in str(error.value)
+    )
 
 
-# ---- texts ----------------------------------------------------------------------------------------------------------
+# ---- texts ---------------------------------------------------------------------------------------
 
 CSV = ',prompt,evaluation_seed,guidance,case_number,class\n0,"a cat, ""asleep""\n",12,7.5,4,cat\n1,a dog,13.0,,5,dog\n'
-SET = "templates: ['A {o} in {s} style.', 'a {o}', 'plain {{}}']\no: [cat, dog]\ns: [Neon, Flat]\nseeds: [1, 2]\n"
+SET = (
+    "templates: ['A {o} in {s} style.', 'a {o}', 'plain {{}}']\no: [cat, dog]\ns: [Neon, "
+    "Flat]\nseeds: [1, 2]\n"
+)
 CONCEPTS = (
-    "- target: heart\n  anchor: star\n  synonyms: [valentine]\n  templates: &s ['a {}', \"{} \\u00e9\"]\n"
+    "- target: heart\n  anchor: star\n  synonyms: [valentine]\n  templates: &s ['a {}', \"{} "
+    '\\u00e9"]\n'
     "- {target: a, anchor: b, templates: *s, retain: objects}\n"
 )
-CONFIG = "method: salun\nmodel: canvas\nconcept: [heart]\nlatents: {n_forget: 4, steps: 2}\ntrain:\n  lr: 1.0e-05\n  steps: 3\n"
-SPLICES = [b"", b'"', b"'", b"\n", b"\r", b",", b"{", b"}", b"{}", b"[", b"]", b": ", b"- ", b"&a ", b"*a", b"<<: ", b"? ", b"\t"]
+CONFIG = (
+    "method: salun\nmodel: canvas\nconcept: [heart]\nlatents: {n_forget: 4, steps: 2}\ntrain:\n  "
+    "lr: 1.0e-05\n  steps: 3\n"
+)
+SPLICES = [
+    b"",
+    b'"',
+    b"'",
+    b"\n",
+    b"\r",
+    b",",
+    b"{",
+    b"}",
+    b"{}",
+    b"[",
+    b"]",
+    b": ",
+    b"- ",
+    b"&a ",
+    b"*a",
+    b"<<: ",
+    b"? ",
+    b"\t",
+]
 SPLICES += [
     b"\x00",
     b"\xff",
@@ -389,8 +575,25 @@ SPLICES += [
     b"%YAML 9.9\n",
     b"|",
 ]
-SPLICES += [b"#", b"!!int ", b"!!python/object:os.system ", b"!!python/name:os.system", b"1e999", b"-1", b"nan", b"9" * 5000]
-SPLICES += [b"x" * 200_000, b"[" * 400, b"{a: " * 300, b"\nconcept: 5\n", b"  steps: []\n", b"\ntrain: 7\n", b"null"]
+SPLICES += [
+    b"#",
+    b"!!int ",
+    b"!!python/object:os.system ",
+    b"!!python/name:os.system",
+    b"1e999",
+    b"-1",
+    b"nan",
+    b"9" * 5000,
+]
+SPLICES += [
+    b"x" * 200_000,
+    b"[" * 400,
+    b"{a: " * 300,
+    b"\nconcept: 5\n",
+    b"  steps: []\n",
+    b"\ntrain: 7\n",
+    b"null",
+]
 
 
 def damaged_text(raw: bytes, rng: random.Random) -> bytes:
@@ -408,14 +611,23 @@ def read_config(path: Path) -> Namespace:
 
 @pytest.mark.parametrize(
     ("text", "read", "count"),
-    [(CSV, PromptSet.from_csv, 300), (SET, PromptSet.from_yaml, 250), (CONCEPTS, load_concepts, 250), (CONFIG, read_config, 60)],
+    [
+        (CSV, PromptSet.from_csv, 300),
+        (SET, PromptSet.from_yaml, 250),
+        (CONCEPTS, load_concepts, 250),
+        (CONFIG, read_config, 60),
+    ],
     ids=["csv", "prompt set", "concepts", "config"],
 )
-def test_a_damaged_text(text: str, read: Callable[[Path], object], count: int, tmp_path: Path) -> None:
+def test_a_damaged_text(
+    text: str, read: Callable[[Path], object], count: int, tmp_path: Path
+) -> None:
     check_all(tmp_path, text.encode(), read, damaged_text, count)
 
 
-BOMB = "- &a0 [x, x]\n" + "".join(f"- &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 30))
+BOMB = "- &a0 [x, x]\n" + "".join(
+    f"- &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 30)
+)
 HOSTILE = {
     "bomb": (BOMB, "unfold"),
     "bomb in a key": ("retain:\n" + BOMB, "unfold"),
@@ -429,7 +641,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("read", [load_concepts, PromptSet.from_yaml, read_config])
-def test_a_hostile_yaml_is_refused_at_once(name: str, read: Callable[[Path], object], tmp_path: Path) -> None:
+def test_a_hostile_yaml_is_refused_at_once(
+    name: str, read: Callable[[Path], object], tmp_path: Path
+) -> None:
     text, words = HOSTILE[name]
     path = written(tmp_path, "file.yaml", text)
     with raises(str(path), words):
@@ -458,7 +672,9 @@ def test_a_config_file_with_a_fault_is_one_sentence_and_no_output(
     path = written(tmp_path, "c.yaml", text)
     assert run(main, ["--config", str(path), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert all(word in error for word in words) and error.count("error: ") == 1 and "0x" not in error, error
+    assert (
+        all(word in error for word in words) and error.count("error: ") == 1 and "0x" not in error
+    ), error
     assert [item.name for item in tmp_path.iterdir()] == ["c.yaml"]
 
 

@@ -24,7 +24,10 @@ from erase.prompts.prompt_sets import PromptRow, PromptSet
 
 ROOT = Path(__file__).parents[1]
 OBJECTS = ("heart", "star", "moon", "house")
-ROWS = tuple(PromptRow(case, f"a red {OBJECTS[case % 4]}", 10 + case, None, {"object": OBJECTS[case % 4]}) for case in range(7))
+ROWS = tuple(
+    PromptRow(case, f"a red {OBJECTS[case % 4]}", 10 + case, None, {"object": OBJECTS[case % 4]})
+    for case in range(7)
+)
 PROMPTS = PromptSet("seven", ROWS)
 FAST = GenerateConfig(scheduler="ddim", steps=2, batch_size=3)
 MADE_BY = {"fingerprint": "0123"}
@@ -65,10 +68,17 @@ def pixels(images: ImageSet) -> dict[int, bytes]:
 
 
 def test_the_images_are_those_of_the_stock_pipeline(pipe, whole: ImageSet):
-    """Row by row, `pipeline(prompt, generator=seed)` gives the same, up to one 8-bit level: batches of 1 round otherwise."""
+    """Row by row, `pipeline(prompt, generator=seed)` gives the same, up to one 8-bit level: batches
+    of 1 round otherwise."""
     for row in whole.rows:
         generator = torch.Generator().manual_seed(row.seed)
-        made = pipe(row.prompt, num_inference_steps=2, guidance_scale=5.0, generator=generator, output_type="np").images[0]
+        made = pipe(
+            row.prompt,
+            num_inference_steps=2,
+            guidance_scale=5.0,
+            generator=generator,
+            output_type="np",
+        ).images[0]
         expected = (made * 255).round().astype(int)
         assert np.abs(np.asarray(whole.image(row)).astype(int) - expected).max() <= 1
 
@@ -78,8 +88,20 @@ def test_the_manifest_says_how_each_image_was_made(whole: ImageSet):
         (row.case, row.prompt, row.seed, 5.0, row.labels) for row in ROWS
     ]
     assert len({row.sha256 for row in whole.rows}) == 7
-    wanted = {"images": 7, "prompt_set": "seven", "prompt_set_sha256": PROMPTS.sha256, "scheduler": "ddim", "steps": 2}
-    wanted |= {"guidance": 5.0, "resolution": 32, "batch_size": 3, "safety_checker": "off", "fingerprint": "0123"}
+    wanted = {
+        "images": 7,
+        "prompt_set": "seven",
+        "prompt_set_sha256": PROMPTS.sha256,
+        "scheduler": "ddim",
+        "steps": 2,
+    }
+    wanted |= {
+        "guidance": 5.0,
+        "resolution": 32,
+        "batch_size": 3,
+        "safety_checker": "off",
+        "fingerprint": "0123",
+    }
     assert wanted.items() <= whole.settings.items()
 
 
@@ -89,7 +111,8 @@ def test_the_same_settings_give_the_same_bytes(pipe, whole: ImageSet, tmp_path: 
 
 
 def test_an_image_does_not_depend_on_the_rows_beside_it(pipe, whole: ImageSet, tmp_path: Path):
-    """Every second row, in reverse: other neighbours, another place in the batch, another last batch; the same bits."""
+    """Every second row, in reverse: other neighbours, another place in the batch, another last
+    batch; the same bits."""
     part = generate(pipe, PromptSet("part", ROWS[::-2]), tmp_path, FAST, MADE_BY)
     assert pixels(part) == {case: image for case, image in pixels(whole).items() if case % 2 == 0}
 
@@ -113,7 +136,9 @@ def test_a_finished_set_is_not_made_again(pipe, whole: ImageSet, calls):
     assert {path: path.stat().st_mtime_ns for path in whole.folder.glob("*.png")} == before
 
 
-def test_what_is_missing_or_damaged_is_made_again_to_the_bit(pipe, whole: ImageSet, calls, tmp_path: Path):
+def test_what_is_missing_or_damaged_is_made_again_to_the_bit(
+    pipe, whole: ImageSet, calls, tmp_path: Path
+):
     generate(pipe, PROMPTS, tmp_path, FAST, MADE_BY)
     (tmp_path / "00001.png").unlink()
     (tmp_path / "00006.png").write_bytes((tmp_path / "00006.png").read_bytes()[:-1])
@@ -127,9 +152,14 @@ def test_what_is_missing_or_damaged_is_made_again_to_the_bit(pipe, whole: ImageS
 
 
 def test_rows_of_another_guidance_go_into_batches_of_their_own(pipe, tmp_path: Path):
-    rows = tuple(PromptRow(row.case, row.prompt, row.seed, 1.5 if row.case in (2, 5) else None) for row in ROWS)
+    rows = tuple(
+        PromptRow(row.case, row.prompt, row.seed, 1.5 if row.case in (2, 5) else None)
+        for row in ROWS
+    )
     mixed = PromptSet("mixed", rows)
-    assert [(batch.guidance, [row.case for row in batch.rows]) for batch in batches(mixed, FAST)] == [
+    assert [
+        (batch.guidance, [row.case for row in batch.rows]) for batch in batches(mixed, FAST)
+    ] == [
         (5.0, [0, 1, 3]),
         (5.0, [4, 6]),
         (1.5, [2, 5]),
@@ -151,7 +181,10 @@ def test_each_scheduler_starts_afresh_with_every_batch(pipe, tmp_path: Path, sch
 
 
 def test_schedulers_differ_and_a_longer_run_does_too(pipe, whole: ImageSet, tmp_path: Path):
-    made = [generate(pipe, PROMPTS, tmp_path / name, GenerateConfig(name, 5), {}) for name in sorted(SCHEDULERS)]
+    made = [
+        generate(pipe, PROMPTS, tmp_path / name, GenerateConfig(name, 5), {})
+        for name in sorted(SCHEDULERS)
+    ]
     made.append(generate(pipe, PROMPTS, tmp_path / "long", GenerateConfig("ddim", 6), {}))
     assert len({images.tensor().numpy().tobytes() for images in made}) == len(SCHEDULERS) + 1
 
@@ -163,7 +196,9 @@ def test_mixed_precision_moves_pixels_a_little(pipe, whole: ImageSet, tmp_path: 
 
 
 def test_resolution(pipe, tmp_path: Path):
-    images = generate(pipe, PromptSet("one", ROWS[:1]), tmp_path, GenerateConfig("ddim", 2, resolution=48), {})
+    images = generate(
+        pipe, PromptSet("one", ROWS[:1]), tmp_path, GenerateConfig("ddim", 2, resolution=48), {}
+    )
     assert images.image(images.rows[0]).size == (48, 48)
 
 
@@ -190,7 +225,10 @@ def test_the_pipeline_is_left_as_it_was_found(make_pico_pipeline, tmp_path: Path
         ({"provenance": {"fingerprint": "4567"}}, "fingerprint '0123', not '4567'"),
         ({"provenance": {"fingerprint": "0123", "delta": "x"}}, "delta None, not 'x'"),
         ({"provenance": {}}, "fingerprint '0123', not None"),
-        ({"prompts": PromptSet("seven", (*ROWS[:6], PromptRow(6, "a blue star", 16)))}, "prompt_set_sha256"),
+        (
+            {"prompts": PromptSet("seven", (*ROWS[:6], PromptRow(6, "a blue star", 16)))},
+            "prompt_set_sha256",
+        ),
     ],
 )
 def test_a_folder_of_other_images_is_refused_and_left_alone(pipe, whole: ImageSet, change, says):
@@ -229,12 +267,16 @@ def test_an_image_that_is_not_finite_is_named_and_not_written(make_pico_pipeline
     assert set(files(tmp_path)) == {SETTINGS}
 
 
-def test_a_full_disk_is_an_error_that_says_so(pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_an_error_that_says_so(
+    pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    with pytest.raises(ErasureError, match="cannot write .*png: No space left on device; free some space"):
+    with pytest.raises(
+        ErasureError, match="cannot write .*png: No space left on device; free some space"
+    ):
         generate(pipe, PROMPTS, tmp_path, FAST, {})
     assert set(files(tmp_path)) == {SETTINGS}
 
@@ -263,13 +305,15 @@ def test_bad_settings_are_named(options, says):
         GenerateConfig(**options)
 
 
-def test_more_steps_than_the_model_has_timesteps_are_refused_before_anything_is_written(pipe, tmp_path: Path):
+def test_more_steps_than_the_model_has_timesteps_are_refused_before_anything_is_written(
+    pipe, tmp_path: Path
+):
     with pytest.raises(ErasureError, match="steps is 1001; it must be between 1 and 1000"):
         generate(pipe, PROMPTS, tmp_path / "out", GenerateConfig(steps=1001), {})
     assert not (tmp_path / "out").exists()
 
 
-# ---- in processes of their own -------------------------------------------------------------------------------------
+# ---- in processes of their own -------------------------------------------------------------------
 
 SCRIPT = """
 import json, os, signal, sys
@@ -296,13 +340,19 @@ generate(pipe, PromptSet("seven", rows), Path(out), config, {"fingerprint": "012
 
 
 @pytest.fixture(scope="module")
-def run_job(pipe, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """run_job(out, end, launcher): makes the seven images in other processes, with the same model and number of threads."""
+def run_job(
+    pipe, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run_job(out, end, launcher): makes the seven images in other processes, with the same model
+    and number of threads."""
     folder = tmp_path_factory.mktemp("job")
     pipe.save_pretrained(folder)
     (folder / "rows.json").write_text(json.dumps([vars(row) for row in ROWS]))
     (folder / "job.py").write_text(SCRIPT)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
 
     def run(out: Path, end: str, *launcher: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *launcher, str(folder / "job.py"), str(folder), str(out), end]
@@ -312,16 +362,25 @@ def run_job(pipe, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., sub
 
 
 def test_two_processes_make_the_same_bytes_as_one(whole: ImageSet, run_job, tmp_path: Path):
-    done = run_job(tmp_path / "out", "ends", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = run_job(
+        tmp_path / "out",
+        "ends",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    )
     assert done.returncode == 0, done.stderr
     assert files(tmp_path / "out") == files(whole.folder)
     bars = set(re.findall(r"images.*?(\d+/\d+) ", done.stderr))
-    assert (
-        {"0/4", "4/4"} <= bars <= {"0/4", "3/4", "4/4"}
-    )  # the main process's bar and share: batches 0 and 2; a fast step is not drawn
+    # the main process's bar and share: batches 0 and 2; a fast step is not drawn
+    assert {"0/4", "4/4"} <= bars <= {"0/4", "3/4", "4/4"}
 
 
-def test_a_run_killed_while_it_writes_is_finished_by_the_next(pipe, whole: ImageSet, calls, run_job, tmp_path: Path):
+def test_a_run_killed_while_it_writes_is_finished_by_the_next(
+    pipe, whole: ImageSet, calls, run_job, tmp_path: Path
+):
     died = run_job(tmp_path, "dies")
     assert died.returncode == -signal.SIGKILL, died.stderr
     made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}

@@ -1,4 +1,5 @@
-"""What a command is given and how it is stopped: paths that cannot be, files that name files, the wrong kind of file; SIGTERM."""
+"""What a command is given and how it is stopped: paths that cannot be, files that name files, the
+wrong kind of file; SIGTERM."""
 
 from __future__ import annotations
 
@@ -22,13 +23,26 @@ from erase.scripts.cli import parse, run
 from erase.training.statistics import Statistics
 from tests.texts import raises, written
 
-COMMANDS = {"erase": run_erase.main, "generate": run_generate.main, "evaluate": run_evaluate.main, "export": run_export.main}
+COMMANDS = {
+    "erase": run_erase.main,
+    "generate": run_generate.main,
+    "evaluate": run_evaluate.main,
+    "export": run_export.main,
+}
 
 
 def delta(folder: Path, base_id: str = "canvas") -> Path:
     """A delta as a run leaves it in its folder."""
-    metadata = {"base_fingerprint": "f", "base_id": base_id, "method": "salun", "config": "{}", "concepts": "[]"}
-    ErasedDelta({"p": torch.ones(1)}, {"p": torch.tensor([1], dtype=torch.uint8)}, metadata).save(folder / "delta.safetensors")
+    metadata = {
+        "base_fingerprint": "f",
+        "base_id": base_id,
+        "method": "salun",
+        "config": "{}",
+        "concepts": "[]",
+    }
+    ErasedDelta({"p": torch.ones(1)}, {"p": torch.tensor([1], dtype=torch.uint8)}, metadata).save(
+        folder / "delta.safetensors"
+    )
     return folder / "delta.safetensors"
 
 
@@ -79,16 +93,31 @@ AS_DELTA: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
     "nothing": (nothing, ["no delta", "No such file"]),
     "a misspelt one": (beside_the_delta, ["no delta", "did you mean", "delta.safetensors"]),
     "a report's folder": (report_folder, ["folder of a report", "delta.safetensors"]),
-    "a report": (lambda folder: report_folder(folder) / "report.json", ["report.json", "safetensors"]),
+    "a report": (
+        lambda folder: report_folder(folder) / "report.json",
+        ["report.json", "safetensors"],
+    ),
     "a model's folder": (marked("model_index.json"), ["is a model", "--model"]),
-    "an unfinished run": (marked("run.json"), ["has not come to its end", "same erase-concept command"]),
+    "an unfinished run": (
+        marked("run.json"),
+        ["has not come to its end", "same erase-concept command"],
+    ),
     "images": (marked("manifest.jsonl"), ["folder of images"]),
     "an empty folder": (lambda folder: folder, ["holds no delta.safetensors", "--out"]),
-    "a checkpoint": (saved({"model.diffusion_model.input_blocks.0.0.weight": ONE}, {"format": "pt"}), ["of a model", "--model"]),
+    "a checkpoint": (
+        saved({"model.diffusion_model.input_blocks.0.0.weight": ONE}, {"format": "pt"}),
+        ["of a model", "--model"],
+    ),
     "a part of one": (saved({"down_blocks.0.weight": ONE}, {}), ["of a model", "--model"]),
-    "a LoRA": (saved({"unet.down.lora_A.weight": ONE}, {"format": "pt"}), ["a LoRA", "delta.safetensors"]),
+    "a LoRA": (
+        saved({"unet.down.lora_A.weight": ONE}, {"format": "pt"}),
+        ["a LoRA", "delta.safetensors"],
+    ),
     "a mask": (saved({"p": ONE}, {"format": "mask"}), ["a mask", "delta.safetensors"]),
-    "a saliency map": (saved({"p": ONE}, {"format": "saliency"}), ["a saliency map", "delta.safetensors"]),
+    "a saliency map": (
+        saved({"p": ONE}, {"format": "saliency"}),
+        ["a saliency map", "delta.safetensors"],
+    ),
     "latents": (saved({"p": ONE}, {"format": "latents"}), ["latents"]),
     "a text": (lambda folder: written(folder, "notes.txt", "hello"), ["notes.txt as safetensors"]),
     "an empty file": (lambda folder: written(folder, "empty", ""), ["cut short"]),
@@ -96,7 +125,9 @@ AS_DELTA: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
 
 
 @pytest.mark.parametrize("make, words", AS_DELTA.values(), ids=AS_DELTA)
-def test_what_is_given_as_a_delta_and_is_none_is_told_what_it_is(make, words, tmp_path: Path) -> None:
+def test_what_is_given_as_a_delta_and_is_none_is_told_what_it_is(
+    make, words, tmp_path: Path
+) -> None:
     path = make(tmp_path)
     with raises(str(path), *words):
         ErasedDelta.load(path)
@@ -114,18 +145,24 @@ def test_a_delta_or_a_run_folder_given_as_a_model_names_the_way_out(tmp_path: Pa
         load_model(path)
     with raises(str(tmp_path), "folder of a run", "--delta", "--model"):
         load_model(tmp_path)
-    Statistics({"forget.sum": {"p": torch.rand(9)}}, {"base_fingerprint": "f"}).save(tmp_path / "s.safetensors")
+    Statistics({"forget.sum": {"p": torch.rand(9)}}, {"base_fingerprint": "f"}).save(
+        tmp_path / "s.safetensors"
+    )
     with raises("saliency", "--model"):
         load_model(tmp_path / "s.safetensors")
 
 
-def test_a_run_folder_given_as_a_delta_serves_every_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_folder_given_as_a_delta_serves_every_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each comes as far as comparing it with the base."""
     delta(tmp_path)
     for name in ("generate", "evaluate", "export"):
         assert run(COMMANDS[name], ["--delta", str(tmp_path), "--out", str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
-        assert "delta.safetensors belongs to base canvas" in error or "names no concept" in error, error
+        assert "delta.safetensors belongs to base canvas" in error or "names no concept" in error, (
+            error
+        )
 
 
 # ---- deltas whose places are bombs ----
@@ -134,7 +171,8 @@ def test_a_run_folder_given_as_a_delta_serves_every_command(tmp_path: Path, caps
 def test_places_that_unfold_without_end_are_refused_before_memory_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """16 MB of gaps would tell of four thousand million weights: 500 MB of bits, and 4 GB on the way to them."""
+    """16 MB of gaps would tell of four thousand million weights: 500 MB of bits, and 4 GB on the
+    way to them."""
 
     def unfold(gaps: torch.Tensor) -> torch.Tensor:
         raise AssertionError("unfolded")
@@ -142,7 +180,13 @@ def test_places_that_unfold_without_end_are_refused_before_memory_is_taken(
     monkeypatch.setattr("erase.delta.from_gaps", unfold)
     gaps = torch.full((1 << 24,), 255, dtype=torch.uint8)
     gaps[-1] = 63
-    metadata = {"format": "delta", "base_fingerprint": "f", "method": "m", "config": "{}", "concepts": "[]"}
+    metadata = {
+        "format": "delta",
+        "base_fingerprint": "f",
+        "method": "m",
+        "config": "{}",
+        "concepts": "[]",
+    }
     save_tensors(tmp_path / "d", {"values.p": ONE, "gaps.p": gaps}, metadata)
     with raises(str(tmp_path / "d"), "weights in p", "more than any model has"):
         ErasedDelta.load(tmp_path / "d")
@@ -151,17 +195,35 @@ def test_places_that_unfold_without_end_are_refused_before_memory_is_taken(
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"values.p": ONE, "bits.p": torch.ones(1).byte(), "gaps.p": torch.tensor([0, 7]).byte()}, ["places of p twice"]),
+        (
+            {
+                "values.p": ONE,
+                "bits.p": torch.ones(1).byte(),
+                "gaps.p": torch.tensor([0, 7]).byte(),
+            },
+            ["places of p twice"],
+        ),
         ({"values.p": torch.ones(0), "bits.p": torch.zeros(1).byte()}, ["p has no values"]),
         ({"values.p": torch.ones(0), "bits.p": torch.zeros(0).byte()}, ["p has no values"]),
         ({"values.p": ONE, "bits.p": torch.zeros(0).byte()}, ["do not fit their places"]),
         ({"values.p": ONE, "gaps.p": torch.zeros(0).byte()}, ["places of p are damaged"]),
-        ({"values.p": torch.ones(()), "bits.p": torch.ones(1).byte()}, ["values.p", "0 dimensions"]),
+        (
+            {"values.p": torch.ones(()), "bits.p": torch.ones(1).byte()},
+            ["values.p", "0 dimensions"],
+        ),
         ({"values": ONE, "bits": torch.ones(1).byte(), "p": ONE}, ["p (torch.float32"]),
     ],
 )
-def test_tensors_of_silly_shapes_are_refused_by_file_and_name(tensors, words: list[str], tmp_path: Path) -> None:
-    metadata = {"format": "delta", "base_fingerprint": "f", "method": "m", "config": "{}", "concepts": "[]"}
+def test_tensors_of_silly_shapes_are_refused_by_file_and_name(
+    tensors, words: list[str], tmp_path: Path
+) -> None:
+    metadata = {
+        "format": "delta",
+        "base_fingerprint": "f",
+        "method": "m",
+        "config": "{}",
+        "concepts": "[]",
+    }
     save_tensors(tmp_path / "d", tensors, metadata)
     with raises(str(tmp_path / "d"), *words):
         ErasedDelta.load(tmp_path / "d")
@@ -170,16 +232,30 @@ def test_tensors_of_silly_shapes_are_refused_by_file_and_name(tensors, words: li
 # ---- paths ----
 
 PATHS = {
-    "erase": ["out", "model", "concepts", "latents.forget_images", "latents.retain_images", "load.config"],
+    "erase": [
+        "out",
+        "model",
+        "concepts",
+        "latents.forget_images",
+        "latents.retain_images",
+        "load.config",
+    ],
     "generate": ["out", "model", "delta", "prompts", "load.config"],
     "evaluate": ["out", "model", "delta", "prompts", "base_images", "classifier.judge"],
     "export": ["out", "model", "delta", "report", "conflicts", "lora_delta"],
 }
 
 
-@pytest.mark.parametrize(("command", "option"), [(command, option) for command, options in PATHS.items() for option in options])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [(command, option) for command, options in PATHS.items() for option in options],
+)
 def test_a_path_that_no_file_can_have_is_one_sentence_of_every_option(
-    command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str,
+    option: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for value, word in (("x" * 300, "too long"), ("a\0b", "NUL")):
@@ -189,29 +265,46 @@ def test_a_path_that_no_file_can_have_is_one_sentence_of_every_option(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_home_folder_is_written_out_where_no_shell_does_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_home_folder_is_written_out_where_no_shell_does_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    file = written(tmp_path, "c.yaml", "out: ~/runs/a\nlatents: {forget_images: ~/pictures}\nconcept: [~/not a path]\n")
+    file = written(
+        tmp_path,
+        "c.yaml",
+        "out: ~/runs/a\nlatents: {forget_images: ~/pictures}\nconcept: [~/not a path]\n",
+    )
     options = parse(run_erase.make_parser("salun"), ["--config", str(file), "--concepts=~/c.yaml"])
     assert (options.out, options.concepts) == (f"{tmp_path}/runs/a", [f"{tmp_path}/c.yaml"])
-    assert options.latents.forget_images == f"{tmp_path}/pictures" and options.concept == ["~/not a path"]
+    assert options.latents.forget_images == f"{tmp_path}/pictures" and options.concept == [
+        "~/not a path"
+    ]
 
 
-def test_a_path_that_the_system_refuses_later_is_one_sentence_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_that_the_system_refuses_later_is_one_sentence_too(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def main(argv: list[str] | None) -> None:
         Path("/dev/null/x").stat()
 
     assert run(main, []) == 2
-    assert "error: /dev/null/x: Not a directory; a file stands where a folder should be" in capsys.readouterr().err
+    assert (
+        "error: /dev/null/x: Not a directory; a file stands where a folder should be"
+        in capsys.readouterr().err
+    )
 
 
 # ---- recipes that name files ----
 
-BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 30))
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 30)
+)
 
 
 @pytest.mark.parametrize(
-    "text", [BOMB, "steps: 3\nsteps: 4\n", "{a: " * 4000, "steps: 3\n"], ids=["bomb", "twice", "deep", "sound"]
+    "text",
+    [BOMB, "steps: 3\nsteps: 4\n", "{a: " * 4000, "steps: 3\n"],
+    ids=["bomb", "twice", "deep", "sound"],
 )
 @pytest.mark.parametrize(
     ("outer", "argv"),
@@ -222,7 +315,9 @@ BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 
         ("mask:\n  density: 0.3\n", ["--train", "{inner}"]),
     ],
 )
-def test_an_included_recipe_bypasses_no_guard(outer: str, argv: list[str], text: str, tmp_path: Path) -> None:
+def test_an_included_recipe_bypasses_no_guard(
+    outer: str, argv: list[str], text: str, tmp_path: Path
+) -> None:
     inner = written(tmp_path, "inner.yaml", text)
     given = ["--config", str(written(tmp_path, "outer.yaml", outer.format(inner=inner)))]
     given += [word.format(inner=inner) for word in argv]
@@ -237,8 +332,11 @@ def test_an_included_recipe_bypasses_no_guard(outer: str, argv: list[str], text:
 # ---- stopped ----
 
 
-def test_sigterm_is_ctrl_c_with_its_own_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As Slurm and Kubernetes send it, in the midst of a write: nothing half is left, and the old handler is back."""
+def test_sigterm_is_ctrl_c_with_its_own_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As Slurm and Kubernetes send it, in the midst of a write: nothing half is left, and the old
+    handler is back."""
     before = signal.getsignal(signal.SIGTERM)
 
     def main(argv: list[str] | None) -> None:
@@ -262,7 +360,8 @@ def test_a_second_sigterm_ends_a_command_that_does_not_stop() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # while it clears away: the handler that was there before
+            # while it clears away: the handler that was there before
+            os.kill(os.getpid(), signal.SIGTERM)
 
     try:
         assert run(main, []) == 143 and mine == [1]

@@ -38,7 +38,9 @@ def folder(tmp_path: Path) -> Path:
         file = f"{case:05d}.png"
         save_image(tmp_path / file, pixels, {"case": case})
         labels = {"object": "caf\u00e9 \U0001f600"}
-        rows.append(ImageRow(file, case, f"a {case}", case, 7.5, labels, file_sha256(tmp_path / file) or ""))
+        rows.append(
+            ImageRow(file, case, f"a {case}", case, 7.5, labels, file_sha256(tmp_path / file) or "")
+        )
     write_settings(tmp_path, {"images": 3, "scheduler": "ddim"})
     write_manifest(tmp_path, reversed(rows))
     return tmp_path
@@ -52,7 +54,9 @@ def test_what_was_written_is_read(folder: Path):
     assert (np.asarray(images.image(images.rows[1])) == PIXELS[1]).all()
     assert images.tensor().shape == (3, 3, 8, 8)
     assert images.tensor().dtype == torch.float32
-    assert torch.equal(images.tensor([images.rows[2]])[0], torch.from_numpy(PIXELS[2]).permute(2, 0, 1) / 255)
+    assert torch.equal(
+        images.tensor([images.rows[2]])[0], torch.from_numpy(PIXELS[2]).permute(2, 0, 1) / 255
+    )
 
 
 def delete_image(folder: Path) -> None:
@@ -99,7 +103,9 @@ DAMAGE = [
 @pytest.mark.parametrize(("damage", "says"), DAMAGE)
 def test_a_damaged_folder_is_refused_with_the_file_and_the_way_out(folder: Path, damage, says):
     damage(folder)
-    with pytest.raises(ErasureError, match=f"{says}.*; generate into .* with the same settings again"):
+    with pytest.raises(
+        ErasureError, match=f"{says}.*; generate into .* with the same settings again"
+    ):
         ImageSet.open(folder)
 
 
@@ -163,12 +169,16 @@ def test_a_repainted_png_is_not_the_image(folder: Path):
 
 
 def png(width: int, height: int) -> bytes:
-    """A PNG of zeros that unpacks to width x height pixels; of a high one the rest is not written."""
+    """A PNG of zeros that unpacks to width x height pixels; of a high one the rest is not
+    written."""
     size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     row, packer = bytes(width + 1), zlib.compressobj(1)
     body = b"".join(packer.compress(row) for _ in range(min(height, 300))) + packer.flush()
     chunks = ((b"IHDR", size), (b"IDAT", body), (b"IEND", b""))
-    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    packed = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
@@ -178,7 +188,18 @@ def image_set(folder: Path, *files: bytes) -> ImageSet:
     for case, content in enumerate(files):
         (folder / f"{case}.png").write_bytes(content)
         labels = {"object": "heart", "style": "Flat", "colour": "red"}
-        rows.append(ImageRow(f"{case}.png", case, "a heart", 0, 1.0, labels, file_sha256(folder / f"{case}.png") or ""))
+        # 178 megapixels: of these Pillow only warns
+        rows.append(
+            ImageRow(
+                f"{case}.png",
+                case,
+                "a heart",
+                0,
+                1.0,
+                labels,
+                file_sha256(folder / f"{case}.png") or "",
+            )
+        )
     write_settings(folder, {"images": len(rows)})
     write_manifest(folder, rows)
     return ImageSet.open(folder)
@@ -200,20 +221,27 @@ def unpacked(monkeypatch) -> list[tuple[int, int]]:
 @pytest.mark.parametrize(
     ("size", "says"),
     [
-        ((13_350, 13_350), "0.png is 13350 x 13350 pixels"),  # 178 megapixels: of these Pillow only warns
+        (
+            (13_350, 13_350),
+            "0.png is 13350 x 13350 pixels",
+        ),
         ((20_000, 20_000), "0.png has too many pixels"),
         ((30_000, 1), "0.png is 30000 x 1 pixels"),
         ((1, 30_000), "0.png is 1 x 30000 pixels"),
         ((8193, 8193), "0.png is 8193 x 8193 pixels"),
     ],
 )
-def test_a_huge_image_in_a_set_is_refused_before_it_is_unpacked(size: tuple[int, int], says: str, unpacked, tmp_path: Path):
+def test_a_huge_image_in_a_set_is_refused_before_it_is_unpacked(
+    size: tuple[int, int], says: str, unpacked, tmp_path: Path
+):
     images = image_set(tmp_path, png(*size))
     judges = {
         "classifier": lambda: classifier.evaluate(Case(images), classifier.Config()),
         "clip": lambda: clip.evaluate(Case(images), clip.Config(device="cpu")),
         "nudenet": lambda: nudenet.evaluate(Case(images), nudenet.Config()),
-        "nudenet by path": lambda: nudenet.evaluate(Case(images), nudenet.Config(preset="as-published")),
+        "nudenet by path": lambda: nudenet.evaluate(
+            Case(images), nudenet.Config(preset="as-published")
+        ),
         "page": lambda: images.image(images.rows[0]),
     }
     for judge in judges.values():
@@ -228,7 +256,9 @@ def test_a_large_image_is_taken(unpacked, tmp_path: Path):
     assert [images.image(images.rows[0]).size] == [(4096, 300)] == unpacked
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF", png(8, 8)[:40], png(8, 8).replace(b"IHDR", b"IHDX")])
+@pytest.mark.parametrize(
+    "content", [b"", b"GIF", png(8, 8)[:40], png(8, 8).replace(b"IHDR", b"IHDX")]
+)
 def test_a_file_that_is_no_image_is_named(content: bytes, tmp_path: Path):
     images = image_set(tmp_path, content)
     with pytest.raises(ErasureError, match=r"0\.png cannot be read as an image"):

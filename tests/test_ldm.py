@@ -1,4 +1,5 @@
-"""The single-file layout: a bijection, the known keys of the originals, and diffusers' own converters as the second opinion."""
+"""The single-file layout: a bijection, the known keys of the originals, and diffusers' own
+converters as the second opinion."""
 
 from functools import cache
 from pathlib import Path
@@ -31,13 +32,20 @@ def tiny_modules(family):
 
 
 def weights_of(modules):
-    return {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.state_dict().items()}
+    return {
+        f"{part}.{name}": weight
+        for part, module in modules.items()
+        for name, weight in module.state_dict().items()
+    }
 
 
 def file_of(family, modules):
     """The tensors of a single file, on whatever device the modules are."""
     weights = weights_of(modules)
-    return {entry.key: entry.pack([weights[name] for name in entry.names]) for entry in ldm.table(family, modules)}
+    return {
+        entry.key: entry.pack([weights[name] for name in entry.names])
+        for entry in ldm.table(family, modules)
+    }
 
 
 def read_by_diffusers(family, modules, file):
@@ -52,8 +60,14 @@ def read_by_diffusers(family, modules, file):
         else:
             text = theirs.convert_open_clip_checkpoint(modules[part], dict(file), prefix)
         wrapped = hasattr(modules[part], "text_model")
-        found[part] = text if wrapped else {name.removeprefix("text_model."): weight for name, weight in text.items()}
-    return {f"{part}.{name}": weight for part, state in found.items() for name, weight in state.items()}
+        found[part] = (
+            text
+            if wrapped
+            else {name.removeprefix("text_model."): weight for name, weight in text.items()}
+        )
+    return {
+        f"{part}.{name}": weight for part, state in found.items() for name, weight in state.items()
+    }
 
 
 @pytest.mark.parametrize(("family", "prediction"), STOCK)
@@ -67,14 +81,21 @@ def test_at_full_size_diffusers_reads_our_keys_as_exactly_its_own(family, predic
 @pytest.mark.parametrize(("family", "prediction"), STOCK)
 def test_the_stock_families_are_recognised_by_their_own_keys(family, prediction):
     tensors = file_of(family, stock_modules(family, prediction))
-    file = TensorFile(Path("x.safetensors"), {key: tuple(t.shape) for key, t in tensors.items()}, tensors.__getitem__)
+    file = TensorFile(
+        Path("x.safetensors"),
+        {key: tuple(t.shape) for key, t in tensors.items()},
+        tensors.__getitem__,
+    )
     assert recognise(file, None) == family
 
 
 @pytest.mark.parametrize("family", TINY)
 def test_diffusers_reads_our_values_bit_for_bit(family):
     modules = tiny_modules(family)
-    expected, found = weights_of(modules), read_by_diffusers(family, modules, file_of(family, modules))
+    expected, found = (
+        weights_of(modules),
+        read_by_diffusers(family, modules, file_of(family, modules)),
+    )
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
@@ -88,7 +109,10 @@ def test_the_table_is_a_bijection(family):
     for entry in table:
         tensor = entry.pack([weights[name] for name in entry.names])
         assert tuple(tensor.shape) == entry.shape(tuple(weights[entry.names[0]].shape))
-        assert all(torch.equal(back, weights[name]) for back, name in zip(entry.unpack(tensor), entry.names, strict=True))
+        assert all(
+            torch.equal(back, weights[name])
+            for back, name in zip(entry.unpack(tensor), entry.names, strict=True)
+        )
 
 
 def test_depths_other_than_the_stock_ones_have_places():
@@ -97,10 +121,12 @@ def test_depths_other_than_the_stock_ones_have_places():
 
 
 @pytest.mark.parametrize(
-    ("family", "counts"), [("sd1", (686, 248, 196)), ("sd2", (686, 248, 280)), ("sdxl", (1680, 248, 196 + 389))]
+    ("family", "counts"),
+    [("sd1", (686, 248, 196)), ("sd2", (686, 248, 280)), ("sdxl", (1680, 248, 196 + 389))],
 )
 def test_as_many_keys_as_the_originals_hold(family, counts):
-    """sd_xl_base_1.0 has 2515: these 2513, CLIP's position ids and OpenCLIP's logit scale; SD 2 has 12 keys more for its unused layer."""
+    """sd_xl_base_1.0 has 2515: these 2513, CLIP's position ids and OpenCLIP's logit scale; SD 2 has
+    12 keys more for its unused layer."""
     keys = [entry.key for entry in ldm.table(family, stock_modules(family))]
     inside = (ldm.UNET, ldm.VAE, ("cond_stage_model.", "conditioner."))
     assert tuple(sum(key.startswith(prefix) for key in keys) for prefix in inside) == counts
@@ -126,8 +152,13 @@ def test_as_many_keys_as_the_originals_hold(family, counts):
     ],
 )  # fmt: skip
 def test_known_keys_of_the_originals(family, name, key):
-    places = {ours: entry.key for entry in ldm.table(family, stock_modules(family)) for ours in entry.names}
-    wrapped = name.replace("text_encoder.", "text_encoder.text_model.")  # in versions of transformers that wrap it
+    places = {
+        ours: entry.key
+        for entry in ldm.table(family, stock_modules(family))
+        for ours in entry.names
+    }
+    # in versions of transformers that wrap it
+    wrapped = name.replace("text_encoder.", "text_encoder.text_model.")
     assert places.get(name, places.get(wrapped)) == key
 
 
@@ -142,11 +173,14 @@ def test_only_what_the_pipeline_does_not_use_is_needless():
     modules = stock_modules("sd2")
     spare, text = ldm.needless("sd2", modules), "cond_stage_model.model."
     unused = (
-        "alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef2", "model_ema.decay", f"{text}logit_scale",
+        "alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef2", "model_ema.decay",
+        f"{text}logit_scale",
         f"{text}text_projection", f"{text}transformer.resblocks.23.ln_1.weight",
     )  # fmt: skip
     assert all(spare.fullmatch(key) for key in unused)
-    assert not spare.fullmatch(f"{text}transformer.resblocks.24.ln_1.weight") and not spare.fullmatch("betas2")
+    assert not spare.fullmatch(
+        f"{text}transformer.resblocks.24.ln_1.weight"
+    ) and not spare.fullmatch("betas2")
     for family in TINY:
         modules = stock_modules(family)
         spare = ldm.needless(family, modules)
@@ -155,6 +189,8 @@ def test_only_what_the_pipeline_does_not_use_is_needless():
 
 def test_a_weight_without_a_key_is_an_error():
     modules = tiny_modules("sd1")
-    modules["unet"] = UNet2DConditionModel.from_config(modules["unet"].config, class_embed_type="timestep")
+    modules["unet"] = UNet2DConditionModel.from_config(
+        modules["unet"].config, class_embed_type="timestep"
+    )
     with pytest.raises(ErasureError, match=r"no key for unet\.class_embedding\.linear_1\.weight"):
         ldm.table("sd1", modules)

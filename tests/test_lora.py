@@ -11,7 +11,12 @@ from erase.export.lora import extract_lora
 from erase.models.sd import StableDiffusion
 from erase.prompts.errors import ErasureError
 
-METADATA = {"base_id": "pico", "method": "salun", "config": '{"erase": {}}', "concepts": '[{"target": "heart"}]'}
+METADATA = {
+    "base_id": "pico",
+    "method": "salun",
+    "config": '{"erase": {}}',
+    "concepts": '[{"target": "heart"}]',
+}
 PROMPTS = ["a red heart", "a blue moon"]
 
 
@@ -23,13 +28,19 @@ def model(make_pico_pipeline):
 def make(model, chosen, size=0.05, low_rank=None):
     """A delta that moves every chosen weight; of `low_rank`, if given."""
     generator = torch.Generator().manual_seed(0)
-    base = {name: param.detach().clone() for name, param in model.parameters().items() if chosen(name, param)}
+    base = {
+        name: param.detach().clone()
+        for name, param in model.parameters().items()
+        if chosen(name, param)
+    }
     erased = {}
     for name, value in base.items():
         change = torch.randn(value.shape, generator=generator)
         if low_rank:
             sides = value.flatten(1).shape
-            change = torch.randn(sides[0], low_rank, generator=generator) @ torch.randn(low_rank, sides[1], generator=generator)
+            change = torch.randn(sides[0], low_rank, generator=generator) @ torch.randn(
+                low_rank, sides[1], generator=generator
+            )
         erased[name] = value + size * change.reshape(value.shape)
     return ErasedDelta.between(base, erased, {**METADATA, "base_fingerprint": model.fingerprint})
 
@@ -60,7 +71,9 @@ def change_of(model, delta, name):
 
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_at_full_rank_stock_diffusers_predicts_what_the_erased_model_does(model, make_pico_pipeline, tmp_path, layout, as_folder):
+def test_at_full_rank_stock_diffusers_predicts_what_the_erased_model_does(
+    model, make_pico_pipeline, tmp_path, layout, as_folder
+):
     """Layers of unequal rank, linear and convolutional, of the UNet and of the text encoder."""
     pytest.importorskip("peft")
     delta = make(model, layers)
@@ -71,8 +84,12 @@ def test_at_full_rank_stock_diffusers_predicts_what_the_erased_model_does(model,
     before = predictions(model)
     pipeline = make_pico_pipeline()
     pipeline.load_lora_weights(tmp_path if as_folder else path)
-    for base, stock, erased in zip(before, predictions(StableDiffusion(pipeline)), predictions(delta.apply(model)), strict=True):
-        assert torch.allclose(stock, erased, atol=1e-5) and not torch.allclose(stock, base, atol=1e-2)
+    for base, stock, erased in zip(
+        before, predictions(StableDiffusion(pipeline)), predictions(delta.apply(model)), strict=True
+    ):
+        assert torch.allclose(stock, erased, atol=1e-5) and not torch.allclose(
+            stock, base, atol=1e-2
+        )
 
 
 def test_the_error_of_a_rank_is_the_tail_of_the_spectrum(model):
@@ -83,9 +100,9 @@ def test_the_error_of_a_rank_is_the_tail_of_the_spectrum(model):
     for fit in lora.layers:
         spectrum = torch.linalg.svdvals(change_of(model, delta, f"{fit.name}.weight"))
         tail = spectrum[3:].norm() / spectrum.norm()
-        assert fit.error == pytest.approx(tail.item(), rel=1e-5, abs=1e-7) and fit.rank == min(3, fit.full_rank) == len(
-            lora.down[fit.name]
-        )
+        assert fit.error == pytest.approx(tail.item(), rel=1e-5, abs=1e-7) and fit.rank == min(
+            3, fit.full_rank
+        ) == len(lora.down[fit.name])
         assert fit.norm == pytest.approx(spectrum.norm().item())
 
 
@@ -93,7 +110,9 @@ def test_energy_takes_the_smallest_rank_that_keeps_it(model):
     delta = make(model, layers)
     lora = extract_lora(delta, model, energy=0.8)
     for fit in lora.layers:
-        kept = torch.linalg.svdvals(change_of(model, delta, f"{fit.name}.weight")).square().cumsum(0)
+        kept = (
+            torch.linalg.svdvals(change_of(model, delta, f"{fit.name}.weight")).square().cumsum(0)
+        )
         share = kept / kept[-1]
         assert share[fit.rank - 1] >= 0.8 - 1e-9 and (fit.rank == 1 or share[fit.rank - 2] < 0.8)
         assert fit.error**2 == pytest.approx(1 - share[fit.rank - 1].item(), abs=1e-6)
@@ -108,14 +127,18 @@ def test_a_change_of_low_rank_is_held_by_that_rank(model):
 def test_what_no_lora_holds_is_named_and_counted(model):
     delta = make(model, everything)
     lora = extract_lora(delta, model, rank=10_000)
-    assert {name for name in delta.values if name.endswith(".bias") or "norm" in name or "embeddings" in name} == set(
-        lora.left_out
-    )
+    assert {
+        name
+        for name in delta.values
+        if name.endswith(".bias") or "norm" in name or "embeddings" in name
+    } == set(lora.left_out)
     assert set(lora.left_out) | {f"{name}.weight" for name in lora.down} == set(delta.values)
     squares = {name: change.square().sum().item() for name in delta.values
                if (change := delta.values[name].double() - model.parameters()[name].detach().flatten().double()).numel()}  # fmt: skip
     share = sum(squares[name] for name in lora.left_out) / sum(squares.values())
-    assert lora.left_out_share == pytest.approx(share) and lora.error == pytest.approx(share**0.5, rel=1e-4)
+    assert lora.left_out_share == pytest.approx(share) and lora.error == pytest.approx(
+        share**0.5, rel=1e-4
+    )
     json.dumps(lora.plain(), allow_nan=False)
 
 
@@ -124,12 +147,18 @@ def test_as_a_delta_it_is_base_and_factors(model, tmp_path):
     weights = {name: param.detach().clone() for name, param in model.parameters().items()}
     delta = lora.as_delta(model)
     assert all(torch.equal(param, weights[name]) for name, param in model.parameters().items())
-    assert json.loads(delta.metadata["config"])["lora_ranks"] == lora.ranks and delta.title == "heart"
+    assert (
+        json.loads(delta.metadata["config"])["lora_ranks"] == lora.ranks and delta.title == "heart"
+    )
     delta.save(tmp_path / "d.safetensors")
     ErasedDelta.load(tmp_path / "d.safetensors").apply(model)
     for name, down in lora.down.items():
-        change = (lora.up[name].flatten(1) @ down.flatten(1)).reshape(weights[f"{name}.weight"].shape)
-        assert torch.allclose(model.parameters()[f"{name}.weight"], weights[f"{name}.weight"] + change, atol=1e-6)
+        change = (lora.up[name].flatten(1) @ down.flatten(1)).reshape(
+            weights[f"{name}.weight"].shape
+        )
+        assert torch.allclose(
+            model.parameters()[f"{name}.weight"], weights[f"{name}.weight"] + change, atol=1e-6
+        )
     with pytest.raises(ErasureError, match="was made for the base"):
         lora.as_delta(model)
 
@@ -137,11 +166,18 @@ def test_as_a_delta_it_is_base_and_factors(model, tmp_path):
 def test_half_precision_halves_the_file(model, tmp_path):
     lora = extract_lora(make(model, layers), model, rank=4)
     lora.save(tmp_path / "l.safetensors", torch.float16)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "l.safetensors").values()} == {torch.float16}
+    assert {tensor.dtype for tensor in load_file(tmp_path / "l.safetensors").values()} == {
+        torch.float16
+    }
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [({"rank": 0}, "at least 1"), ({"energy": 0.0}, r"in \(0, 1\]"), ({"energy": 90}, r"in \(0, 1\]")]
+    "arguments, message",
+    [
+        ({"rank": 0}, "at least 1"),
+        ({"energy": 0.0}, r"in \(0, 1\]"),
+        ({"energy": 90}, r"in \(0, 1\]"),
+    ],
 )
 def test_bad_arguments_are_named(model, arguments, message):
     with pytest.raises(ErasureError, match=message):

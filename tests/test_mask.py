@@ -15,7 +15,8 @@ from tests.families import tiny_sd3, tiny_sdxl
 
 
 def double_argsort(values: dict[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
-    """The reference's selection, literally: rank of each value in the descending order, kept below int(N * density)."""
+    """The reference's selection, literally: rank of each value in the descending order, kept below
+    int(N * density)."""
     flat = torch.cat([v.reshape(-1) for v in values.values()])
     rank = torch.argsort(torch.argsort(-flat, stable=True), stable=True)
     kept = (rank < int(len(flat) * density)).split([v.numel() for v in values.values()])
@@ -28,9 +29,13 @@ def double_argsort(values: dict[str, torch.Tensor], density: float) -> dict[str,
 def test_cut_is_the_double_argsort_with_stable_ties(monkeypatch, density, ties, chunk):
     monkeypatch.setattr("erase.tensors.CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
-    values = {f"p{i}": torch.rand(shape, generator=generator) for i, shape in enumerate([(7, 5), (1,), (300,), (4, 3, 2, 2)])}
+    values = {
+        f"p{i}": torch.rand(shape, generator=generator)
+        for i, shape in enumerate([(7, 5), (1,), (300,), (4, 3, 2, 2)])
+    }
     if ties:
-        values = {name: (v * 4).floor() for name, v in values.items()}  # five levels, zeros among them
+        # five levels, zeros among them
+        values = {name: (v * 4).floor() for name, v in values.items()}
     mask, expected = Saliency(values).cut(density), double_argsort(values, density)
     assert all(torch.equal(mask[name], expected[name]) for name in values)
     assert mask.count() == math.floor(density * mask.size)
@@ -54,11 +59,15 @@ def test_packing_is_one_bit_per_weight_and_loses_nothing(shape):
 
 
 def test_a_mask_survives_the_disk(tmp_path):
-    saliency = Saliency({"a": torch.rand(100, 33), "b": torch.rand(5)}, {"base_fingerprint": "f" * 64})
+    saliency = Saliency(
+        {"a": torch.rand(100, 33), "b": torch.rand(5)}, {"base_fingerprint": "f" * 64}
+    )
     for density in (0.1, 0.5):
         saliency.cut(density).save(tmp_path / "m.safetensors")
         loaded = SaliencyMask.load(tmp_path / "m.safetensors")
-        assert all(torch.equal(loaded[name], saliency.cut(density)[name]) for name in saliency.values)
+        assert all(
+            torch.equal(loaded[name], saliency.cut(density)[name]) for name in saliency.values
+        )
         assert loaded.metadata["density"] == repr(density)
     assert (tmp_path / "m.safetensors").stat().st_size < 3305 / 8 + 1000
 
@@ -100,12 +109,18 @@ def test_the_lowest_are_the_least_salient_and_as_many(density):
 
 def test_a_matched_random_mask_has_as_many_in_every_tensor_and_by_chance_the_same_ones():
     generator = torch.Generator().manual_seed(0)
-    mask = Saliency({"a": torch.rand(200, 50, generator=generator), "b": 3 * torch.rand(5000, generator=generator)}).cut(0.3)
+    mask = Saliency(
+        {
+            "a": torch.rand(200, 50, generator=generator),
+            "b": 3 * torch.rand(5000, generator=generator),
+        }
+    ).cut(0.3)
     one, again, other = (mask.matched_random(seed) for seed in (1, 1, 2))
     for name in mask.bits:
         assert one[name].sum() == mask[name].sum()
         share = mask[name].float().mean()
-        assert abs(float((one[name] & mask[name]).float().mean()) - share**2) < 0.02  # independent of the rule's choice
+        # independent of the rule's choice
+        assert abs(float((one[name] & mask[name]).float().mean()) - share**2) < 0.02
     assert one.sha256 == again.sha256 != other.sha256
     assert one.metadata["control"] == "matched-random"
 
@@ -143,7 +158,9 @@ def test_damaged_mask_files_are_refused(tmp_path):
 def test_a_mask_is_described_by_kind_of_layer(tmp_path, capsys):
     values = {
         "unet.down_blocks.0.resnets.0.conv1.weight": torch.tensor([9.0, 8.0, 0.1, 0.2]),
-        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.tensor([7.0, 0.3]),
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight": torch.tensor(
+            [7.0, 0.3]
+        ),
         "unet.down_blocks.0.resnets.0.norm1.weight": torch.tensor([0.4, 0.5]),
     }
     Statistics({"forget.sum": values}).save(tmp_path / "saliency.safetensors")
@@ -155,10 +172,22 @@ def test_a_mask_is_described_by_kind_of_layer(tmp_path, capsys):
         ["25.0%", "50.0%", "33.3%"],
         ["25.0%", "0.0%", "0.0%"],
     ]
-    assert [row.split("  ")[0] for row in rows[:3]] == ["residual blocks' convolutions", "cross-attention", "norms"]
+    assert [row.split("  ")[0] for row in rows[:3]] == [
+        "residual blocks' convolutions",
+        "cross-attention",
+        "norms",
+    ]
 
 
 def test_every_weight_of_the_families_has_a_kind_of_layer(make_pico_pipeline):
-    names = [name for pipeline in (make_pico_pipeline(), tiny_sdxl(), tiny_sd3()) for name in wrap(pipeline).parameters()]
-    others = [name for name in names if describe_mask.kind_of(name) == "others" and not name.startswith("text_encoder")]
+    names = [
+        name
+        for pipeline in (make_pico_pipeline(), tiny_sdxl(), tiny_sd3())
+        for name in wrap(pipeline).parameters()
+    ]
+    others = [
+        name
+        for name in names
+        if describe_mask.kind_of(name) == "others" and not name.startswith("text_encoder")
+    ]
     assert not others

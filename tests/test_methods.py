@@ -1,4 +1,5 @@
-"""The contract of every method, on a random pico pipeline; and that a new one needs a config, a function and an index line."""
+"""The contract of every method, on a random pico pipeline; and that a new one needs a config, a
+function and an index line."""
 
 import inspect
 import os
@@ -21,7 +22,9 @@ from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig, TunedConfig
 
 DATA = LatentConfig(n_forget=6, n_retain=6, steps=2)
-CONCEPT = ConceptSpec("heart", "mushroom", synonyms=("valentine",), retain=("a moon", "a photo of a house"))
+CONCEPT = ConceptSpec(
+    "heart", "mushroom", synonyms=("valentine",), retain=("a moon", "a photo of a house")
+)
 QUICK = TrainConfig(steps=3, batch_size=2, lr=1e-3, checkpoint_every=1)
 ROOT = Path(__file__).parents[1]
 LINES = 100  # of a method's file
@@ -55,7 +58,9 @@ class TestEveryMethod:
     def test_leaves_the_model_as_it_was_found(self, model, name):
         before = snapshot(model)
         found = edit(model, name)
-        assert all(torch.equal(p, before[n]) and not p.requires_grad for n, p in model.parameters().items())
+        assert all(
+            torch.equal(p, before[n]) and not p.requires_grad for n, p in model.parameters().items()
+        )
         assert any(not torch.equal(value, before[n]) for n, value in found.values.items())
         assert all(value.shape == before[n].shape for n, value in found.values.items())
 
@@ -95,7 +100,9 @@ class TestEveryMethodThatTakesGradientSteps:
         total = sum(param.numel() for param in select(before, config.scope).values())
         assert found.mask.count() == int(0.1 * total) and 0 < count <= found.mask.count()
 
-    @pytest.mark.parametrize("option", [{"combine": "surgery"}, {"sam": 0.01}, {"lora_rank": 2}], ids=str)
+    @pytest.mark.parametrize(
+        "option", [{"combine": "surgery"}, {"sam": 0.01}, {"lora_rank": 2}], ids=str
+    )
     def test_takes_every_option_and_sees_none(self, model, name, option):
         plain, other = edit(model, name), edit(model, name, quick(name, **option))
         assert len(other.losses) == QUICK.steps
@@ -104,7 +111,8 @@ class TestEveryMethodThatTakesGradientSteps:
         )
 
     def test_trains_a_text_encoder_with_all_guarantees(self, model, name, tmp_path):
-        """Masked, stopped, resumed: the denoiser stays, the encoder changes inside the mask, the bits are the run's."""
+        """Masked, stopped, resumed: the denoiser stays, the encoder changes inside the mask, the
+        bits are the run's."""
         config = quick(name, scope="text_encoder", mask=MaskConfig(density=0.5, batch_size=2))
         before = snapshot(model)
         whole = edit(model, name, config)
@@ -146,7 +154,9 @@ def test_a_mask_of_another_base_is_refused(model, make_pico_pipeline, tmp_path):
 
 
 def test_a_closed_form_never_makes_a_latent(model, monkeypatch):
-    monkeypatch.setattr("erase.latents.prepare.sample_points", lambda *_, **__: pytest.fail("latents were sampled"))
+    monkeypatch.setattr(
+        "erase.latents.prepare.sample_points", lambda *_, **__: pytest.fail("latents were sampled")
+    )
     assert edit(model, "uce").values
 
 
@@ -165,8 +175,24 @@ Method("short", "https://", UCEConfig(), lambda task: edit(task, UCEConfig()))
 def test_a_wrong_edit_fails_at_lint(tmp_path):
     """The config and the function of a method belong together, by their types."""
     subprocess.run(["make", "-s", ".links"], cwd=ROOT, check=True)
-    (tmp_path / "mypy.ini").write_text("[mypy]\ncheck_untyped_defs = True\nignore_missing_imports = True\n")
-    command = [sys.executable, "-m", "mypy", "--config-file", str(tmp_path / "mypy.ini"), "-c", WRONG]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MYPYPATH": ".links"})
-    lines = {line.split(":")[1] for line in done.stdout.splitlines() if "error" in line and line.startswith("<string>")}
+    (tmp_path / "mypy.ini").write_text(
+        "[mypy]\ncheck_untyped_defs = True\nignore_missing_imports = True\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--config-file",
+        str(tmp_path / "mypy.ini"),
+        "-c",
+        WRONG,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MYPYPATH": ".links"}
+    )
+    lines = {
+        line.split(":")[1]
+        for line in done.stdout.splitlines()
+        if "error" in line and line.startswith("<string>")
+    }
     assert lines == {"7", "8"}, done.stdout + done.stderr

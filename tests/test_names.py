@@ -99,14 +99,17 @@ def test_a_retain_prompt_that_only_holds_its_letters_stays(name: str, prompt: st
 def test_a_name_is_replaced_where_it_stands_and_the_rest_is_kept() -> None:
     by = {"Van Gogh": "an unknown artist", "Gogh": "someone", "猫": "狗", "cat": "dog"}
     named = Names(by)
-    assert named.replaced("A CAT by VAN_GOGH, 1889: ÉTÉ", by) == "A dog by an unknown artist, 1889: ÉTÉ"
+    assert (
+        named.replaced("A CAT by VAN_GOGH, 1889: ÉTÉ", by)
+        == "A dog by an unknown artist, 1889: ÉTÉ"
+    )
     assert named.replaced("by Gogh and Van  Gogh", by) == "by someone and an unknown artist"
     assert named.replaced("一只黑猫", by) == "一只黑狗"
     assert named.replaced("a cathedral", by) == "a cathedral"
     assert named.found("Van Gogh’s cats") == ["Van Gogh", "Gogh", "cat"]
 
 
-# ---- what is the same concept -----------------------------------------------------------------------------------------
+# ---- what is the same concept --------------------------------------------------------------------
 
 TWINS = [
     ("dog", "Dog "),
@@ -129,7 +132,9 @@ TWINS = [
 
 
 @pytest.mark.parametrize(("target", "anchor"), TWINS)
-def test_an_anchor_that_is_the_concept_in_other_letters_is_refused(target: str, anchor: str) -> None:
+def test_an_anchor_that_is_the_concept_in_other_letters_is_refused(
+    target: str, anchor: str
+) -> None:
     with raises("itself as its anchor", repr(target), "choose another anchor"):
         ConceptSpec(target, anchor)
     with raises("its own synonym", "'thing'"):
@@ -137,15 +142,29 @@ def test_an_anchor_that_is_the_concept_in_other_letters_is_refused(target: str, 
 
 
 @pytest.mark.parametrize(
-    ("target", "anchor"), [("dog", "cat"), ("ハス", "バス"), ("glasses", "glass"), ("cat", "cathedral"), ("-", "—"), ("🐶", "🐱")]
+    ("target", "anchor"),
+    [
+        ("dog", "cat"),
+        ("ハス", "バス"),
+        ("glasses", "glass"),
+        ("cat", "cathedral"),
+        ("-", "—"),
+        ("🐶", "🐱"),
+    ],
 )
 def test_an_anchor_that_only_looks_alike_is_taken(target: str, anchor: str) -> None:
     assert same(target) != same(anchor) and ConceptSpec(target, anchor).anchor == anchor
 
 
 def test_names_lose_the_blanks_that_are_typed_around_and_within_them() -> None:
-    concept = ConceptSpec("  Van \u00a0 Gogh\n", "an\tunknown  artist ", (" Vincent  van Gogh",), ("by {}",))
-    assert (concept.target, concept.anchor, concept.synonyms) == ("Van Gogh", "an unknown artist", ("Vincent van Gogh",))
+    concept = ConceptSpec(
+        "  Van \u00a0 Gogh\n", "an\tunknown  artist ", (" Vincent  van Gogh",), ("by {}",)
+    )
+    assert (concept.target, concept.anchor, concept.synonyms) == (
+        "Van Gogh",
+        "an unknown artist",
+        ("Vincent van Gogh",),
+    )
     assert concept.pairs()[0] == ("by Van Gogh", "by an unknown artist")
 
 

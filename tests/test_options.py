@@ -1,4 +1,5 @@
-"""Options of every method that takes gradient steps: each has its theorem, and is a no-op, bit for bit, where it is off."""
+"""Options of every method that takes gradient steps: each has its theorem, and is a no-op, bit for
+bit, where it is off."""
 
 from dataclasses import replace
 
@@ -24,7 +25,10 @@ def params():
     """No diffusion model: any parameters train through the same loop."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"a.weight": (6, 5), "a.bias": (6,), "b.weight": (3, 6)}
-    return {name: nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False) for name, shape in shapes.items()}
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+        for name, shape in shapes.items()
+    }
 
 
 INPUTS = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
@@ -64,7 +68,7 @@ def whole(x):
     return x
 
 
-# ---- gradient surgery --------------------------------------------------------------------------------------------------
+# ---- gradient surgery ----------------------------------------------------------------------------
 
 
 def test_surgery_leaves_of_the_forget_gradient_what_is_orthogonal_to_the_retain_gradient(params):
@@ -79,7 +83,11 @@ def test_surgery_leaves_of_the_forget_gradient_what_is_orthogonal_to_the_retain_
         left = kept[name] - retain[name]
         assert abs((left * retain[name]).sum()) < 1e-5 * left.norm() * retain[name].norm()
         apart = left - forget[name]  # along the retain gradient alone
-        assert torch.allclose(apart, (apart * retain[name]).sum() / retain[name].square().sum() * retain[name], atol=1e-6)
+        assert torch.allclose(
+            apart,
+            (apart * retain[name]).sum() / retain[name].square().sum() * retain[name],
+            atol=1e-6,
+        )
 
 
 def test_surgery_without_conflict_changes_no_bit(params):
@@ -98,7 +106,7 @@ def test_a_step_with_surgery_is_the_literal_one(params):
         assert torch.allclose(fitted[name], param - 0.5 * (f + r), atol=1e-6)
 
 
-# ---- sharpness-aware minimisation and smoothing ------------------------------------------------------------------------
+# ---- sharpness-aware minimisation and smoothing --------------------------------------------------
 
 
 def test_sam_takes_the_forget_gradient_uphill(params):
@@ -119,9 +127,16 @@ def test_smoothing_averages_over_displacements_that_the_seed_fixes(params):
 
     generator = torch.Generator().manual_seed(~(3 * 1_000_003))
     drawn = [
-        {name: param + 0.2 * torch.randn(param.shape, generator=generator) for name, param in params.items()} for _ in range(2)
+        {
+            name: param + 0.2 * torch.randn(param.shape, generator=generator)
+            for name, param in params.items()
+        }
+        for _ in range(2)
     ]
-    found, retain = [gradients(params, "forget", at=at) for at in drawn], gradients(params, "retain")
+    found, retain = (
+        [gradients(params, "forget", at=at) for at in drawn],
+        gradients(params, "retain"),
+    )
     for name, param in params.items():
         mean = (found[0][name] + found[1][name]) / 2
         assert torch.allclose(one[name], param - 0.5 * (mean + retain[name]), atol=1e-6)
@@ -140,14 +155,16 @@ def test_displaced_values_come_back_to_the_bit_also_after_an_error(params):
     trainable.close()
 
 
-@pytest.mark.parametrize("change", [{"sam": 0.0}, {"smoothing": 0.0, "smoothing_draws": 5}, {"prox_l1": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"sam": 0.0}, {"smoothing": 0.0, "smoothing_draws": 5}, {"prox_l1": 0.0}], ids=str
+)
 def test_an_option_at_zero_is_no_option_bit_for_bit(params, change):
     config = replace(PLAIN, train=replace(SGD, optimizer="Adam", steps=5))
     plain, other = train(params, config), train(params, replace(config, **change))
     assert plain.losses == other.losses and equal(plain.values, other.values)
 
 
-# ---- prox-L1 -----------------------------------------------------------------------------------------------------------
+# ---- prox-L1 -------------------------------------------------------------------------------------
 
 
 def test_the_proximal_step_minimises_what_it_says(params):
@@ -173,11 +190,13 @@ def test_prox_makes_the_edit_sparse_without_a_mask(params):
     config = replace(PLAIN, train=replace(SGD, steps=20, lr=0.05))
     dense = train(params, config).values
     sparse = train(params, replace(config, prox_l1=0.5)).values
-    kept = [int((values[name] != params[name]).sum()) for values in (dense, sparse) for name in params]
+    kept = [
+        int((values[name] != params[name]).sum()) for values in (dense, sparse) for name in params
+    ]
     assert sum(kept[3:]) < sum(kept[:3]) and sum(kept[3:]) > 0
 
 
-# ---- LoRA ---------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------
 
 
 def test_a_low_rank_change_has_that_rank_and_vectors_stay(params):
@@ -201,7 +220,9 @@ def test_factors_get_the_gradient_of_autograd(params):
         down = (2 * torch.rand(2, columns, generator=generator) - 1) / columns**0.5
         factors[name] = [torch.zeros(rows, 2, requires_grad=True), down.requires_grad_(True)]
     for _ in range(10):
-        values = dict(params) | {name: params[name] + up @ down for name, (up, down) in factors.items()}
+        values = dict(params) | {
+            name: params[name] + up @ down for name, (up, down) in factors.items()
+        }
         sum(loss_of(values)(INPUTS, None).values()).backward()
         with torch.no_grad():
             for factor in (one for pair in factors.values() for one in pair):
@@ -232,7 +253,7 @@ def test_low_rank_of_vectors_alone_or_in_shards_is_refused(params):
         train(params, config, active=ActiveWeights(params, layout=Shards()))
 
 
-# ---- all of them ----------------------------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------------------
 
 ALL = {
     "surgery": {"combine": "surgery"},
@@ -247,10 +268,14 @@ ALL = {
 
 @pytest.mark.parametrize("change", ALL.values(), ids=ALL)
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD"])
-def test_under_any_option_the_mask_holds_the_base_stays_and_a_resumed_run_is_the_run(params, tmp_path, change, optimizer):
+def test_under_any_option_the_mask_holds_the_base_stays_and_a_resumed_run_is_the_run(
+    params, tmp_path, change, optimizer
+):
     mask = SaliencyMask.random(params, 0.6, 0)
     before = {name: param.detach().clone() for name, param in params.items()}
-    train_config = replace(SGD, optimizer=optimizer, lr=0.01, steps=6, checkpoint_every=2, accumulation=2)
+    train_config = replace(
+        SGD, optimizer=optimizer, lr=0.01, steps=6, checkpoint_every=2, accumulation=2
+    )
     config = TunedConfig(train=train_config, **change)
     plain = train(params, config, mask, seed=1)
     moved_some = False

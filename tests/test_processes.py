@@ -1,4 +1,5 @@
-"""Two processes, started by torchrun: what they share, what comes out the same as from one, and what is refused."""
+"""Two processes, started by torchrun: what they share, what comes out the same as from one, and
+what is refused."""
 
 from __future__ import annotations
 
@@ -23,7 +24,15 @@ from erase.training.loop import make_accelerator
 from erase.training.rules import scores
 from erase.training.statistics import Statistics
 from tests.launching import ROOT, launch
-from tests.programs.processes_job import CONCEPT, DATA, EVALUATE, OFTEN, STATISTICS, erase, statistics_of_base
+from tests.programs.processes_job import (
+    CONCEPT,
+    DATA,
+    EVALUATE,
+    OFTEN,
+    STATISTICS,
+    erase,
+    statistics_of_base,
+)
 
 CONFIGS = sorted((ROOT / "scripts" / "launch").glob("several-*.yaml"))
 """the others: tests/test_fsdp_launch.py"""
@@ -34,7 +43,11 @@ def one(make_pico_pipeline, tmp_path_factory):
     """A folder with a base, a mask, prompts, and the erasure and its report by one process."""
     folder = tmp_path_factory.mktemp("one")
     make_pico_pipeline().save_pretrained(folder / "base")
-    rows = [f"a red {name},{seed},{name},Flat,red" for name in ("heart", "star", "moon") for seed in (1, 2, 3)]
+    rows = [
+        f"a red {name},{seed},{name},Flat,red"
+        for name in ("heart", "star", "moon")
+        for seed in (1, 2, 3)
+    ]
     (folder / "prompts.csv").write_text("\n".join(["prompt,seed,object,style,colour", *rows]))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -68,27 +81,36 @@ def test_tensors_of_all_shapes_are_summed_with_their_signs(two):
 
 def test_buckets_hold_what_fits_and_a_large_tensor_stands_alone():
     sizes = [1, BUCKET // 4, 5, 5, BUCKET, 3]
-    made = [[len(tensor) for tensor in bucket] for bucket in _buckets(torch.empty(size, device="meta") for size in sizes)]
+    made = [
+        [len(tensor) for tensor in bucket]
+        for bucket in _buckets(torch.empty(size, device="meta") for size in sizes)
+    ]
     assert made == [[1], [BUCKET // 4], [5, 5], [BUCKET], [3]]
 
 
 def test_a_file_that_some_processes_do_not_see_is_an_error(two):
     folder, facts, _ = two
     assert facts["found"] == (True, False)
-    assert re.search(r"is seen by 1 of 2 processes; put the output folder on a disk that all machines share", facts["apart"])
+    assert re.search(
+        r"is seen by 1 of 2 processes; put the output folder on a disk that all machines share",
+        facts["apart"],
+    )
 
 
 def test_latents_are_the_same_bits_and_the_cache_is_written_once(one, two):
     folder, facts, _ = two
     forget, retain = prepare_latents(load_model(str(one / "base")), CONCEPT, DATA, 0)
-    assert torch.equal(facts["latents"][0], forget.latents) and torch.equal(facts["latents"][1], retain.latents)
+    assert torch.equal(facts["latents"][0], forget.latents) and torch.equal(
+        facts["latents"][1], retain.latents
+    )
     assert torch.equal(facts["latents"][2], forget.latents)
     files = sorted((folder / "cache").iterdir())
     assert len(files) == 2 and torch.equal(LatentSet.load(files[0]).latents, forget.latents)
 
 
 def test_statistics_are_summed_over_processes_before_anything_is_made_of_them(one, two):
-    """To rounding. Absolute values taken in each process would be far off: gradients of different batches cancel."""
+    """To rounding. Absolute values taken in each process would be far off: gradients of different
+    batches cancel."""
     alone, shared = Statistics.load(one / "saliency.safetensors").values, two[1]["statistics"]
     assert alone.keys() == shared.keys() == set(STATISTICS)
     for statistic, values in alone.items():
@@ -102,7 +124,9 @@ def test_statistics_are_summed_over_processes_before_anything_is_made_of_them(on
 
 
 def weights_of(folder: Path, run: str) -> dict[str, torch.Tensor]:
-    model = ErasedDelta.load(folder / run / "delta.safetensors").apply(load_model(str(folder / "base")))
+    model = ErasedDelta.load(folder / run / "delta.safetensors").apply(
+        load_model(str(folder / "base"))
+    )
     return {name: param.detach() for name, param in model.parameters().items()}
 
 
@@ -111,7 +135,9 @@ def norm(weights: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 
 
 def test_training_gives_the_change_of_one_process_to_rounding(one, two):
-    base = {name: param.detach() for name, param in load_model(str(one / "base")).parameters().items()}
+    base = {
+        name: param.detach() for name, param in load_model(str(one / "base")).parameters().items()
+    }
     alone, shared = weights_of(one, "sgd"), weights_of(two[0], "sgd")
     assert norm(alone, shared) < 1e-5 * norm(alone, base)
 
@@ -143,31 +169,51 @@ def test_evaluation_gives_the_report_of_one_process(one, two, monkeypatch):
     (folder / "report").rename(folder / "report-of-two")
     assert run(run_evaluate.main, EVALUATE) == 0
     assert (folder / "report" / "report.json").read_bytes() == report
-    images = [sorted(path.read_bytes() for path in (folder / name).rglob("*.png")) for name in ("report", "report-of-two")]
+    images = [
+        sorted(path.read_bytes() for path in (folder / name).rglob("*.png"))
+        for name in ("report", "report-of-two")
+    ]
     assert images[0] == images[1]
 
 
 def test_work_for_one_process_is_refused_in_two(two):
     folder, facts, stderr = two
-    assert facts["refused"] == [2, 2] and not (folder / "model").exists() and not (folder / "demo").exists()
+    assert (
+        facts["refused"] == [2, 2]
+        and not (folder / "model").exists()
+        and not (folder / "demo").exists()
+    )
     for command in ("erase-export", "erase-demo"):
-        assert f"error: {command} is work for one process, not 2; run it without accelerate launch or torchrun" in stderr
+        assert (
+            f"error: {command} is work for one process, not 2; run it without accelerate launch or "
+            "torchrun" in stderr
+        )
 
 
 def test_bars_are_the_main_process_s_and_say_what_is_shared(two):
     stderr = two[2]
     started = re.findall(r"^(.*?): +0%", stderr.replace("\r", "\n"), re.MULTILINE)
-    assert {"forget latents of process 1 of 2", "saliency of process 1 of 2", "erasing on 2 processes"} <= set(started)
+    assert {
+        "forget latents of process 1 of 2",
+        "saliency of process 1 of 2",
+        "erasing on 2 processes",
+    } <= set(started)
     assert started.count("NudeNet of process 1 of 2") == 2  # base and erased
 
 
 @pytest.mark.parametrize("variable", WRAPPERS)
-def test_a_launch_that_takes_the_model_apart_is_refused_in_a_sentence(variable, monkeypatch, capsys, tmp_path):
+def test_a_launch_that_takes_the_model_apart_is_refused_in_a_sentence(
+    variable, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setenv(variable, "true")
     for main in (run_erase.main, run_evaluate.main):
         assert run(main, ["--out", str(tmp_path)]) == 2
         error = capsys.readouterr().err
-        assert f"this launch asks for {WRAPPERS[variable]}" in error and "several-gpus.yaml" in error and "Traceback" not in error
+        assert (
+            f"this launch asks for {WRAPPERS[variable]}" in error
+            and "several-gpus.yaml" in error
+            and "Traceback" not in error
+        )
     with pytest.raises(ErasureError, match="takes the model apart"):
         make_accelerator(TrainConfig())
 

@@ -1,4 +1,5 @@
-"""Prompt sets: the field's files as they are, and every fault as an `ErasureError` that names its file."""
+"""Prompt sets: the field's files as they are, and every fault as an `ErasureError` that names its
+file."""
 
 from __future__ import annotations
 
@@ -20,25 +21,38 @@ from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, PromptSet, shipped_sets
 from tests.texts import raises, written
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: bool(text.strip()))
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+    lambda text: bool(text.strip())
+)
 
 
-# ---- CSV -----------------------------------------------------------------------------------------------------------
+# ---- CSV -----------------------------------------------------------------------------------------
 
 I2P_TAIL = "lexica_url,evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height,sd_model,case_number"
 HUB_TAIL = "lexica_url,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height,sd_model"
-URL, LOST_URL = "https://lexica.art/prompt/0", "https://lexica.art/prompt/64290913-71cf-4fa1-be1d-2831a98b8f6c"
+URL, LOST_URL = (
+    "https://lexica.art/prompt/0",
+    "https://lexica.art/prompt/64290913-71cf-4fa1-be1d-2831a98b8f6c",
+)
 
 
 @pytest.mark.parametrize(
     ("text", "row"),
     [
         (  # I2P as the field hands it on
-            f',prompt,categories,hard,{I2P_TAIL}\n0,"a void, empty ","violence, self-harm",1,{URL},4261553411,13,512,512,sd,0\n',
-            PromptRow(0, "a void, empty ", 4261553411, 13.0, {"categories": "violence, self-harm", "hard": "1"}),
+            f',prompt,categories,hard,{I2P_TAIL}\n0,"a void, empty ","violence, '
+            f'self-harm",1,{URL},4261553411,13,512,512,sd,0\n',
+            PromptRow(
+                0,
+                "a void, empty ",
+                4261553411,
+                13.0,
+                {"categories": "violence, self-harm", "hard": "1"},
+            ),
         ),
         (  # UnlearnDiffAtk: a part of I2P, written with its index
-            f"Unnamed: 0,prompt,categories,hard,{I2P_TAIL}\n21,a,shocking,0,{URL},7,7,512,512,sd,21\n",
+            "Unnamed: "
+            f"0,prompt,categories,hard,{I2P_TAIL}\n21,a,shocking,0,{URL},7,7,512,512,sd,21\n",
             PromptRow(21, "a", 7, 7.0, {"categories": "shocking", "hard": "0"}),
         ),
         (  # I2P as it is on the hub
@@ -46,15 +60,18 @@ URL, LOST_URL = "https://lexica.art/prompt/0", "https://lexica.art/prompt/642909
             PromptRow(0, "a", 7, 7.5, {"categories": "hate", "hard": "0"}),
         ),
         (  # SalUn's Imagenette: byte-order mark, CRLF
-            "\ufeffcase_number,prompt,evaluation_seed,class,classidx\r\n3,Image of tench,4889,tench,0\r\n",
+            "\ufeffcase_number,prompt,evaluation_seed,class,classidx\r\n3,Image of "
+            "tench,4889,tench,0\r\n",
             PromptRow(3, "Image of tench", 4889, None, {"class": "tench", "classidx": "0"}),
         ),
         (  # UCE's Imagenette
-            "case_number,prompt,class,evaluation_seed\n0,an image of a cassette player,cassette player,1174\n",
+            "case_number,prompt,class,evaluation_seed\n0,an image of a cassette player,cassette "
+            "player,1174\n",
             PromptRow(0, "an image of a cassette player", 1174, None, {"class": "cassette player"}),
         ),
         (  # UnlearnDiffAtk's objects
-            "case_number,prompt,evaluation_seed,evaluation_guidance\n0,Old stone church.,69922,7.5\n",
+            "case_number,prompt,evaluation_seed,evaluation_guidance\n0,Old stone "
+            "church.,69922,7.5\n",
             PromptRow(0, "Old stone church.", 69922, 7.5),
         ),
         (  # COCO: case numbers are image ids with leading zeros
@@ -66,7 +83,8 @@ URL, LOST_URL = "https://lexica.art/prompt/0", "https://lexica.art/prompt/642909
             PromptRow(0, "A bicycle.", 4, None, {"source": "coco-30k", "coco_id": "203564"}),
         ),
         (  # ESD's artists
-            ",case_number,prompt,evaluation_seed,artist\n0,7,A vase by Vincent van Gogh,2219,Van Gogh\n",
+            ",case_number,prompt,evaluation_seed,artist\n0,7,A vase by Vincent van Gogh,2219,Van "
+            "Gogh\n",
             PromptRow(7, "A vase by Vincent van Gogh", 2219, None, {"artist": "Van Gogh"}),
         ),
         (  # ESD's pictures by their titles
@@ -74,7 +92,8 @@ URL, LOST_URL = "https://lexica.art/prompt/0", "https://lexica.art/prompt/642909
             PromptRow(5, "A night by a river", 9),
         ),
         (  # UCE's generic artists
-            "case_number,data,prompt,artist,evaluation_seed\r\n0,x,Art by A. Painter,A. Painter,9\r\n",
+            "case_number,data,prompt,artist,evaluation_seed\r\n0,x,Art by A. Painter,A. "
+            "Painter,9\r\n",
             PromptRow(0, "Art by A. Painter", 9, None, {"data": "x", "artist": "A. Painter"}),
         ),
         (  # ESD's ImageNet
@@ -82,7 +101,8 @@ URL, LOST_URL = "https://lexica.art/prompt/0", "https://lexica.art/prompt/642909
             PromptRow(3, "a tench", 9, None, {"label_idx": "0", "label_str": "tench"}),
         ),
         (  # UnlearnDiffAtk's artist: an index that has a name, and guidance
-            "Unnamed: 0,case_number,prompt,evaluation_seed,artist,evaluation_guidance\n0,4,A vase,9,Van Gogh,7.5\n",
+            "Unnamed: 0,case_number,prompt,evaluation_seed,artist,evaluation_guidance\n0,4,A "
+            "vase,9,Van Gogh,7.5\n",
             PromptRow(4, "A vase", 9, 7.5, {"artist": "Van Gogh"}),
         ),
         (  # MACE's celebrities: an index, and no case number
@@ -90,30 +110,62 @@ URL, LOST_URL = "https://lexica.art/prompt/0", "https://lexica.art/prompt/642909
             PromptRow(0, "A portrait of Somebody", 9, None, {"type": "erased"}),
         ),
         (  # UCE's professions
-            "case_number,prompt,evaluation_seed,profession,male_bias\n0,a photo of a nurse,9,nurse,0.5\n",
-            PromptRow(0, "a photo of a nurse", 9, None, {"profession": "nurse", "male_bias": "0.5"}),
+            "case_number,prompt,evaluation_seed,profession,male_bias\n0,a photo of a "
+            "nurse,9,nurse,0.5\n",
+            PromptRow(
+                0, "a photo of a nurse", 9, None, {"profession": "nurse", "male_bias": "0.5"}
+            ),
         ),
-        ("image_id,source,prompt,evaluation_seed\n9,coco,A bicycle.,4\n", PromptRow(0, "A bicycle.", 4, None, {"image_id": "9"})),
-        ("prompt,seed,guidance\na,3.0,\n", PromptRow(0, "a", 3)),  # pandas, of a column with gaps; no guidance in this row
-        ("prompt,seed,evaluation_seed\na,3,4\n", PromptRow(0, "a", 3, None, {"evaluation_seed": "4"})),
-        ("\ufeff\ufeffPrompt, Evaluation Seed ,GUIDANCE,Case-Number,Kind\na,3,7,9,x\n", PromptRow(9, "a", 3, 7.0, {"Kind": "x"})),
-        (f"prompt,lexica_url,sd_seed\n,{LOST_URL},1\n", PromptRow(0, "NuLL", 1)),  # the prompt that pandas lost
+        (
+            "image_id,source,prompt,evaluation_seed\n9,coco,A bicycle.,4\n",
+            PromptRow(0, "A bicycle.", 4, None, {"image_id": "9"}),
+        ),
+        (
+            "prompt,seed,guidance\na,3.0,\n",
+            PromptRow(0, "a", 3),
+        ),  # pandas, of a column with gaps; no guidance in this row
+        (
+            "prompt,seed,evaluation_seed\na,3,4\n",
+            PromptRow(0, "a", 3, None, {"evaluation_seed": "4"}),
+        ),
+        (
+            "\ufeff\ufeffPrompt, Evaluation Seed ,GUIDANCE,Case-Number,Kind\na,3,7,9,x\n",
+            PromptRow(9, "a", 3, 7.0, {"Kind": "x"}),
+        ),
+        (
+            f"prompt,lexica_url,sd_seed\n,{LOST_URL},1\n",
+            PromptRow(0, "NuLL", 1),
+        ),  # the prompt that pandas lost
     ],
 )
-def test_the_columns_of_the_field_are_read_as_they_are(tmp_path: Path, text: str, row: PromptRow) -> None:
+def test_the_columns_of_the_field_are_read_as_they_are(
+    tmp_path: Path, text: str, row: PromptRow
+) -> None:
     (read,) = PromptSet.load(written(tmp_path, "set.csv", text)).rows
     assert replace(read, labels={}) == replace(row, labels={})
-    assert row.labels.items() <= read.labels.items() and not {"", "Unnamed: 0", "prompt"} & set(read.labels)
+    assert row.labels.items() <= read.labels.items() and not {"", "Unnamed: 0", "prompt"} & set(
+        read.labels
+    )
 
 
-@given(st.lists(st.tuples(TEXT, st.integers(0, 2**63 - 1), st.none() | st.floats(-99, 99), TEXT), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(TEXT, st.integers(0, 2**63 - 1), st.none() | st.floats(-99, 99), TEXT),
+        min_size=1,
+        max_size=5,
+    )
+)
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-def test_what_a_csv_writer_writes_is_read_back(rows: list[tuple[str, int, float | None, str]]) -> None:
+def test_what_a_csv_writer_writes_is_read_back(
+    rows: list[tuple[str, int, float | None, str]],
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "set.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("prompt", "seed", "guidance", "label"), *rows])
-        expected = tuple(PromptRow(i, p, s, g, {"label": label}) for i, (p, s, g, label) in enumerate(rows))
+        expected = tuple(
+            PromptRow(i, p, s, g, {"label": label}) for i, (p, s, g, label) in enumerate(rows)
+        )
         assert PromptSet.from_csv(path) == PromptSet("set", expected)
 
 
@@ -121,7 +173,11 @@ def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
     text = "case_number,prompt,seed,guidance,class\n{}"
     one = PromptSet.from_csv(written(tmp_path, "one.csv", text.format("0,c,1,7,x\n1,b,2,,y\n")))
     two = PromptSet.from_csv(
-        written(tmp_path, "two.csv", "\ufeff,class,seed,prompt,case_number,guidance\n8,y,2.0,b,1,\n9,x,1,c,0,7.0\n")
+        written(
+            tmp_path,
+            "two.csv",
+            "\ufeff,class,seed,prompt,case_number,guidance\n8,y,2.0,b,1,\n9,x,1,c,0,7.0\n",
+        )
     )
     rows = [[0, "c", 1, 7.0, [["class", "x"]]], [1, "b", 2, None, [["class", "y"]]]]
     assert one.sha256 == two.sha256 == sha256(json.dumps(rows).encode()).hexdigest()
@@ -132,7 +188,12 @@ def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
         "0,c,1,8,x\n1,b,2,,y\n",
         "0,c,1,7,x\n1,b,2,,z\n",
     ):
-        assert PromptSet.from_csv(written(tmp_path, "other.csv", text.format(other))).sha256 != one.sha256
+        # AdvUnlearn's training prompts
+        # Ring-A-Bell's pairs
+        assert (
+            PromptSet.from_csv(written(tmp_path, "other.csv", text.format(other))).sha256
+            != one.sha256
+        )
 
 
 @pytest.mark.parametrize(
@@ -140,9 +201,15 @@ def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
     [
         ("", ["bad.csv", "empty"]),
         ("prompt,seed\n", ["bad.csv", "no prompts"]),
-        ("text,number\na,1\n", ["bad.csv", "'prompt'", "'seed'", "'evaluation_seed'", "'sd_seed'", "text, number"]),
+        (
+            "text,number\na,1\n",
+            ["bad.csv", "'prompt'", "'seed'", "'evaluation_seed'", "'sd_seed'", "text, number"],
+        ),
         ("prompt,class\na,x\n", ["bad.csv", "'evaluation_seed'", "prompt, class"]),
-        ("prompt;seed\na;1\n", ["bad.csv", "'prompt'", "prompt;seed", "parted by semicolons", "commas"]),
+        (
+            "prompt;seed\na;1\n",
+            ["bad.csv", "'prompt'", "prompt;seed", "parted by semicolons", "commas"],
+        ),
         ("\ufeffprompt\tseed\na\t1\n", ["bad.csv", "'prompt'", "parted by tabs", "commas"]),
         ("prompt;seed;guidance\na;1;7,5\n", ["bad.csv", "parted by semicolons"]),
         ("sep=;\nprompt;seed\na;1\n", ["bad.csv", "'prompt'", "parted by semicolons"]),
@@ -165,13 +232,19 @@ def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
         ("prompt,seed,guidance\na,1,high\n", ["bad.csv, row 1", "guidance", "'high'"]),
         ("prompt,seed,guidance\na,1,inf\n", ["bad.csv, row 1", "guidance", "inf"]),
         ("case_number,prompt,seed\nx,a,1\n", ["bad.csv, row 1", "case_number", "'x'"]),
-        ("case_number,prompt,seed\n5,a,1\n6,b,1\n5,c,1\n", ["bad.csv", "case number 5", "rows 1 and 3"]),
+        (
+            "case_number,prompt,seed\n5,a,1\n6,b,1\n5,c,1\n",
+            ["bad.csv", "case number 5", "rows 1 and 3"],
+        ),
         (f"prompt,seed\n{'a' * 200_000},1\n", ["bad.csv", "line 2"]),
         (
             "case_num,source,prompt\n0,x,a cat\n",
             ["bad.csv", "'seed'", "case_num, source, prompt"],
-        ),  # AdvUnlearn's training prompts
-        ("sensitive prompt,normal prompt\r\na,b\r\n", ["bad.csv", "'prompt'", "sensitive prompt"]),  # Ring-A-Bell's pairs
+        ),
+        (
+            "sensitive prompt,normal prompt\r\na,b\r\n",
+            ["bad.csv", "'prompt'", "sensitive prompt"],
+        ),
         (  # RECE's robust Imagenette: commas without quotes
             "case_number,prompt,evaluation_seed,class\n0,a tench,1,tench\n1,a tench, wet,2,tench\n",
             ["bad.csv, row 2 (line 3)", "5 cells", "4", "quotes"],
@@ -180,7 +253,9 @@ def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
         (b"prompt,seed\ncaf\xe9,1\n", ["bad.csv", "UTF-8", "byte 15"]),
     ],
 )
-def test_a_bad_csv_is_named_with_its_row(tmp_path: Path, text: str | bytes, words: list[str]) -> None:
+def test_a_bad_csv_is_named_with_its_row(
+    tmp_path: Path, text: str | bytes, words: list[str]
+) -> None:
     with raises(*words):
         PromptSet.load(written(tmp_path, "bad.csv", text))
 
@@ -195,21 +270,32 @@ def test_a_prompt_set_made_in_code_keeps_the_same_rules() -> None:
         PromptSet("mine", ())
     with raises("'mine'", "case number 1", "rows 1 and 2"):
         PromptSet("mine", (PromptRow(1, "a", 0), PromptRow(1, "b", 0)))
-    for bad in ({"prompt": " "}, {"case": -1}, {"seed": -1}, {"seed": 2**63}, {"guidance": float("nan")}):
+    for bad in (
+        {"prompt": " "},
+        {"case": -1},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"guidance": float("nan")},
+    ):
         with pytest.raises(ErasureError):
             replace(PromptRow(0, "a", 0), **bad)  # type: ignore[arg-type]
 
 
-# ---- YAML prompt sets ----------------------------------------------------------------------------------------------
+# ---- YAML prompt sets ----------------------------------------------------------------------------
 
-WORLD = "templates: ['A {o} in {s} style.', 'a {o}', 'plain {{}}']\no: [cat, dog]\ns: [Neon, Flat]\nseeds: [1, 2]\n"
+WORLD = (
+    "templates: ['A {o} in {s} style.', 'a {o}', 'plain {{}}']\no: [cat, dog]\ns: [Neon, "
+    "Flat]\nseeds: [1, 2]\n"
+)
 
 
 def test_a_yaml_set_is_the_product_of_its_lists(tmp_path: Path) -> None:
     rows = PromptSet.load(written(tmp_path, "w.yaml", WORLD + "guidance: 5\n")).rows
     assert [row.case for row in rows] == list(range(2 * 2 * 2 + 2 * 2 + 2))
     assert rows[0] == PromptRow(0, "A cat in Neon style.", 1, 5.0, {"o": "cat", "s": "Neon"})
-    assert rows[8] == PromptRow(8, "a cat", 1, 5.0, {"o": "cat"}), "a template's labels are the slots that it names"
+    assert rows[8] == PromptRow(8, "a cat", 1, 5.0, {"o": "cat"}), (
+        "a template's labels are the slots that it names"
+    )
     assert rows[-1] == PromptRow(13, "plain {}", 2, 5.0, {})
     assert len({(row.prompt, row.seed) for row in rows}) == len(rows)
 
@@ -224,7 +310,11 @@ def test_a_yaml_set_is_the_product_of_its_lists(tmp_path: Path) -> None:
         ("s: [Neon, Flat]", "s: Neon", ["bad.yaml", "s must be a list"]),
         ("s: [Neon, Flat]", "s: [Neon, '']", ["bad.yaml", "s, item 2", "empty"]),
         ("[1, 2]", "[1, two]", ["bad.yaml", "seeds, item 2", "'two'"]),
-        ("[1, 2]", "[1, 9223372036854775808]", ["bad.yaml", "seeds, item 2", "9223372036854775808"]),
+        (
+            "[1, 2]",
+            "[1, 9223372036854775808]",
+            ["bad.yaml", "seeds, item 2", "9223372036854775808"],
+        ),
         ("[1, 2]", "[]", ["bad.yaml", "seeds"]),
         ("[1, 2]", "7", ["bad.yaml", "seeds must be a list"]),
         ("[1, 2]", "[1]\nguidance: much", ["bad.yaml", "guidance", "'much'"]),
@@ -262,12 +352,14 @@ def test_a_bad_yaml_set_is_named(tmp_path: Path, old: str, new: str, words: list
         ),
     ],
 )
-def test_a_product_without_end_is_refused_before_it_is_made(tmp_path: Path, text: str, words: list[str]) -> None:
+def test_a_product_without_end_is_refused_before_it_is_made(
+    tmp_path: Path, text: str, words: list[str]
+) -> None:
     with raises(str(tmp_path), *words):
         PromptSet.load(written(tmp_path, "set.yaml", text))
 
 
-# ---- the shipped sets ------------------------------------------------------------------------------------------------
+# ---- the shipped sets ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [name for name in shipped_sets() if name != "canvas"])
@@ -275,13 +367,21 @@ def test_a_shipped_set_can_show_what_forgetting_its_concepts_cost(name: str) -> 
     rows, concepts = PromptSet.load(name).rows, load_concepts(name)
     assert 200 <= len(rows) <= 500 and len({(row.prompt, row.seed) for row in rows}) == len(rows)
     labels = {kind: [row.labels[kind] for row in rows] for kind in rows[0].labels}
-    assert all(row.labels.keys() == labels.keys() for row in rows) and len(labels) >= 2, "CRA needs a second kind of label"
+    assert all(row.labels.keys() == labels.keys() for row in rows) and len(labels) >= 2, (
+        "CRA needs a second kind of label"
+    )
     scores = forgetting(labels, labels, targets_of(concepts, labels))
-    assert {score: tally.hits / tally.n for score, tally in scores.items()} == {"UA": 0, "IRA": 1, "CRA": 1}
+    assert {score: tally.hits / tally.n for score, tally in scores.items()} == {
+        "UA": 0,
+        "IRA": 1,
+        "CRA": 1,
+    }
     assert min(tally.n for tally in scores.values()) >= 25
     for row in rows:
         assert all(label.lower() in row.prompt.lower() for label in row.labels.values())
 
 
 def test_each_general_concept_file_has_its_set() -> None:
-    assert set(shipped_sets()) - {"canvas"} == {file for file in shipped() if not file.endswith("-salun")}
+    assert set(shipped_sets()) - {"canvas"} == {
+        file for file in shipped() if not file.endswith("-salun")
+    }

@@ -1,4 +1,5 @@
-"""Concepts and the embedded world's words: what they promise, and that every fault is an `ErasureError` that names the thing."""
+"""Concepts and the embedded world's words: what they promise, and that every fault is an
+`ErasureError` that names the thing."""
 
 from __future__ import annotations
 
@@ -19,12 +20,16 @@ from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.prompts.retain import load_retain, without
 from tests.texts import raises, written
 
-HEART = ConceptSpec("heart", "star", ("valentine",), ("a {}", "a picture of a {}"), ("a moon",), "object")
+HEART = ConceptSpec(
+    "heart", "star", ("valentine",), ("a {}", "a picture of a {}"), ("a moon",), "object"
+)
 ALL_CANVAS = [name for kind in KINDS for name in vocabulary().names(kind)]
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: bool(text.strip()))
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
+    lambda text: bool(text.strip())
+)
 
 
-# ---- concepts ------------------------------------------------------------------------------------------------------
+# ---- concepts ------------------------------------------------------------------------------------
 
 
 def test_pairs_differ_only_where_the_concept_stands() -> None:
@@ -38,7 +43,9 @@ def test_pairs_differ_only_where_the_concept_stands() -> None:
 
 
 def test_a_concept_is_frozen_and_hashable_whatever_sequence_it_was_given() -> None:
-    listed = ConceptSpec("heart", "star", ["valentine"], ["a {}", "a picture of a {}"], ["a moon"], "object")  # type: ignore[arg-type]
+    listed = ConceptSpec(
+        "heart", "star", ["valentine"], ["a {}", "a picture of a {}"], ["a moon"], "object"
+    )  # type: ignore[arg-type]
     assert listed == HEART and hash(listed) == hash(HEART)
     with pytest.raises(FrozenInstanceError):
         HEART.target = "moon"  # type: ignore[misc]
@@ -57,13 +64,24 @@ def test_slugs_are_safe_file_names_and_tell_targets_apart(one: str, other: str) 
     assert plain[0] == plain[1] or slugs[0] != slugs[1]
 
 
-@pytest.mark.parametrize(("target", "slug"), [("a nude person", "a-nude-person"), ("Van Gogh", "van-gogh"), ("heart", "heart")])
+@pytest.mark.parametrize(
+    ("target", "slug"),
+    [("a nude person", "a-nude-person"), ("Van Gogh", "van-gogh"), ("heart", "heart")],
+)
 def test_a_plain_target_keeps_its_name_in_the_slug(target: str, slug: str) -> None:
     assert ConceptSpec(target, "?").slug == slug
 
 
 @given(
-    st.builds(ConceptSpec, TEXT, st.just("\u2020"), st.lists(TEXT), st.just(("a {}", "{}: b")), st.lists(TEXT), st.none() | TEXT)
+    st.builds(
+        ConceptSpec,
+        TEXT,
+        st.just("\u2020"),
+        st.lists(TEXT),
+        st.just(("a {}", "{}: b")),
+        st.lists(TEXT),
+        st.none() | TEXT,
+    )
 )
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_texts_give_the_same_concept_back(concept: ConceptSpec) -> None:
@@ -73,7 +91,11 @@ def test_texts_give_the_same_concept_back(concept: ConceptSpec) -> None:
 
 
 def test_a_dump_is_a_concept_file(tmp_path: Path) -> None:
-    concepts = [HEART, ConceptSpec("Zoë’s 😀", "人", templates=("“{}”: no",)), canvas_concept("Neon")]
+    concepts = [
+        HEART,
+        ConceptSpec("Zoë’s 😀", "人", templates=("“{}”: no",)),
+        canvas_concept("Neon"),
+    ]
     for text in (dump(concepts), to_yaml(concepts)):
         assert load_concepts(written(tmp_path, "dump.yaml", text)) == concepts
 
@@ -85,7 +107,13 @@ def test_yaml_words_stay_words(tmp_path: Path) -> None:
 
 def test_one_mapping_or_a_list_of_them(tmp_path: Path) -> None:
     one = load_concepts(written(tmp_path, "one.yaml", "target: heart\nanchor: star\n"))
-    two = load_concepts(written(tmp_path, "two.yaml", "- target: heart\n  anchor: star\n- {target: moon, anchor: ring}\n"))
+    two = load_concepts(
+        written(
+            tmp_path,
+            "two.yaml",
+            "- target: heart\n  anchor: star\n- {target: moon, anchor: ring}\n",
+        )
+    )
     assert two == [*one, ConceptSpec("moon", "ring")]
 
 
@@ -94,11 +122,15 @@ def test_the_published_settings_are_shipped() -> None:
     assert nudity.pairs() == [("a photo of a nude person", "a photo of a person wearing clothes")]
     assert nudity.retain == ("a photo of a person wearing clothes",)
     classes = load_concepts("imagenette-salun")
-    assert [concept.target for concept in classes][:2] == ["tench", "English springer"] and len(classes) == 10
+    assert [concept.target for concept in classes][:2] == ["tench", "English springer"] and len(
+        classes
+    ) == 10
     for i, concept in enumerate(classes):
         assert concept.anchor == classes[(i + 1) % 10].target
         assert concept.templates == ("an image of a {}",) and concept.kind == "class"
-        assert concept.retain == tuple(f"an image of a {other.target}" for other in classes if other is not concept)
+        assert concept.retain == tuple(
+            f"an image of a {other.target}" for other in classes if other is not concept
+        )
 
 
 GENERAL = {file: load_concepts(file) for file in shipped() if not file.endswith("-salun")}
@@ -106,10 +138,14 @@ GENERAL = {file: load_concepts(file) for file in shipped() if not file.endswith(
 
 def test_there_is_a_general_set_for_each_need() -> None:
     assert list(GENERAL) == ["einstein", "imagenette", "nudity", "van-gogh", "violence"]
-    assert [c.target for c in GENERAL["imagenette"]] == [c.target for c in load_concepts("imagenette-salun")]
+    assert [c.target for c in GENERAL["imagenette"]] == [
+        c.target for c in load_concepts("imagenette-salun")
+    ]
     everything = [concept for concepts in GENERAL.values() for concept in concepts]
     gone = {name.casefold() for concept in everything for name in concept.names}
-    assert not gone & {concept.anchor.casefold() for concept in everything}, "all of them can be erased in one go"
+    assert not gone & {concept.anchor.casefold() for concept in everything}, (
+        "all of them can be erased in one go"
+    )
 
 
 @pytest.mark.parametrize("file", GENERAL)
@@ -120,16 +156,25 @@ def test_a_general_set_has_names_templates_and_a_retain_set_that_leaves_it_out(f
         for prompt in concept.retain:
             assert not any(name.lower() in prompt.lower() for name in concept.names), prompt
         openings = Counter(" ".join(prompt.split()[:2]) for prompt in concept.retain)
-        assert max(openings.values()) <= 0.6 * len(concept.retain), "the retain prompts are all of one shape"
+        assert max(openings.values()) <= 0.6 * len(concept.retain), (
+            "the retain prompts are all of one shape"
+        )
 
 
 def test_retain_lists_are_read_by_name_less_what_names_the_concept(tmp_path: Path) -> None:
     text = "target: {}\nanchor: thing\nsynonyms: [{}]\nretain: objects\n"
     (cat,) = load_concepts(written(tmp_path, "c.yaml", text.format("cat", "Golden-Retrievers")))
     left_out = set(load_retain("objects")) - set(cat.retain)
-    assert left_out == {"a photo of a cat on a sofa"}, '"golden retriever" is not the plural that was asked for'
-    (saw,) = load_concepts(written(tmp_path, "c.yaml", text.format("chainsaw", "golden  RETRIEVER")))
-    assert set(load_retain("objects")) - set(saw.retain) == {"an image of a chain saw", "a photo of a golden retriever"}
+    assert left_out == {"a photo of a cat on a sofa"}, (
+        '"golden retriever" is not the plural that was asked for'
+    )
+    (saw,) = load_concepts(
+        written(tmp_path, "c.yaml", text.format("chainsaw", "golden  RETRIEVER"))
+    )
+    assert set(load_retain("objects")) - set(saw.retain) == {
+        "an image of a chain saw",
+        "a photo of a golden retriever",
+    }
     with raises("c.yaml", "'object'", "did you mean 'objects'", "list"):
         load_concepts(written(tmp_path, "c.yaml", "target: a\nanchor: b\nretain: object\n"))
 
@@ -170,7 +215,10 @@ def test_a_concept_refuses(change: dict[str, object], words: list[str]) -> None:
     [
         ("target: heart\nancor: star\n", ["bad.yaml", "'ancor'", "did you mean 'anchor'"]),
         ("- {target: a, anchor: b}\n- {target: c}\n", ["bad.yaml, concept 2", "'anchor'"]),
-        ("- {target: a, anchor: b}\n- {target: c, anchor: c}\n", ["bad.yaml, concept 2", "'c'", "anchor"]),
+        (
+            "- {target: a, anchor: b}\n- {target: c, anchor: c}\n",
+            ["bad.yaml, concept 2", "'c'", "anchor"],
+        ),
         ("- {target: a, anchor: b}\n- {target: a, anchor: c}\n", ["bad.yaml", "'a'", "twice"]),
         ("target: heart\nanchor: star\ntarget: moon\n", ["bad.yaml", "'target'", "twice"]),
         ("target: a\nanchor: b\nsynonyms: c\n", ["bad.yaml", "synonyms", "list"]),
@@ -195,7 +243,12 @@ def test_a_bad_concept_file_is_named(tmp_path: Path, text: str | bytes, words: l
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for read in (load_concepts, PromptSet.from_csv, PromptSet.from_yaml):
-        for path in (tmp_path / "absent.yaml", tmp_path, tmp_path / "nul\0.yaml", tmp_path / ("long" * 100 + ".yaml")):
+        for path in (
+            tmp_path / "absent.yaml",
+            tmp_path,
+            tmp_path / "nul\0.yaml",
+            tmp_path / ("long" * 100 + ".yaml"),
+        ):
             with raises(str(path)[:60]):
                 read(path)
     with raises("'nudty'", "did you mean 'nudity'"):
@@ -204,7 +257,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         PromptSet.load("canvs")
 
 
-# ---- the embedded world --------------------------------------------------------------------------------------------
+# ---- the embedded world --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ALL_CANVAS)
@@ -218,7 +271,12 @@ def test_a_canvas_concept_forgets_its_names_and_retains_everything_else(name: st
     others = {vocab.grid.format(**cell) for cell in vocab.cells() if cell[kind] != name}
     assert others <= set(concept.retain)
     forgotten = {word.lower() for word in concept.names}
-    kept = {word.lower() for other in vocab.names(kind) if other != name for word in (other, *vocab.synonyms[kind][other])}
+    kept = {
+        word.lower()
+        for other in vocab.names(kind)
+        if other != name
+        for word in (other, *vocab.synonyms[kind][other])
+    }
     for prompt in concept.retain:
         words = set(prompt.lower().replace(",", " ").replace(":", " ").replace(".", " ").split())
         assert not words & forgotten, "a retain prompt names what must go"
@@ -279,7 +337,11 @@ def test_the_grid_is_every_cell_from_every_seed() -> None:
 
 def test_a_part_of_the_grid_is_the_same_images() -> None:
     whole = {row.case: row for row in canvas_grid().rows}
-    for part in (canvas_grid(where={"object": "heart"}), canvas_grid(seeds=(188, 288)), canvas_grid((188,), {"style": "Neon"})):
+    for part in (
+        canvas_grid(where={"object": "heart"}),
+        canvas_grid(seeds=(188, 288)),
+        canvas_grid((188,), {"style": "Neon"}),
+    ):
         assert 0 < len(part.rows) < len(whole) and all(whole[row.case] == row for row in part.rows)
     hearts = canvas_grid(where={"object": "heart", "colour": "red"}).rows
     assert len(hearts) == 8 * 5 and {row.labels["object"] for row in hearts} == {"heart"}
@@ -307,4 +369,9 @@ def test_the_reason_of_anothers_error_is_one_line_and_never_empty() -> None:
 
 def test_more_prompts_than_anybody_could_draw_are_refused_before_they_are_made() -> None:
     with raises("'cat'", "2,000 templates for 1,001 names", "1,000,000"):
-        ConceptSpec("cat", "dog", tuple(f"cat {i}" for i in range(1000)), tuple(f"{i} {{}}" for i in range(2000)))
+        ConceptSpec(
+            "cat",
+            "dog",
+            tuple(f"cat {i}" for i in range(1000)),
+            tuple(f"{i} {{}}" for i in range(2000)),
+        )

@@ -1,4 +1,5 @@
-"""What a name alone is taken for: shipped concepts by any name, the rules of each kind, and a question where nothing is known."""
+"""What a name alone is taken for: shipped concepts by any name, the rules of each kind, and a
+question where nothing is known."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ GENERAL = [file for file in shipped() if not file.endswith("-salun")]
     ],
 )
 def test_shipped_concepts_are_found_by_any_of_their_names(name: str, target: str) -> None:
-    assert propose(name) in [c for file in GENERAL for c in load_concepts(file) if c.target == target]
+    assert propose(name) in [
+        c for file in GENERAL for c in load_concepts(file) if c.target == target
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,11 +54,19 @@ def test_shipped_concepts_are_found_by_any_of_their_names(name: str, target: str
         ("Jane Doe", "person", "Jane Doe", "a person", "person"),
         ("Jane Doe", "artist", "Jane Doe", "an unknown artist", "style"),
         ("realistic", "style", "realistic", "plain", "style"),
-        ("Van Gogh", "person", "Van Gogh", "an unknown artist", "style"),  # shipped names win over the kind
+        (
+            "Van Gogh",
+            "person",
+            "Van Gogh",
+            "an unknown artist",
+            "style",
+        ),  # shipped names win over the kind
         ("nudity", "artist", "nude person", "person wearing clothes", "subject"),
     ],
 )
-def test_a_kind_gives_anchor_templates_and_retain(name: str, kind: str | None, target: str, anchor: str, axis: str) -> None:
+def test_a_kind_gives_anchor_templates_and_retain(
+    name: str, kind: str | None, target: str, anchor: str, axis: str
+) -> None:
     found = propose(name, kind)
     assert (found.target, found.anchor, found.kind) == (target, anchor, axis)
     assert len(found.templates) >= 10 and len(found.retain) >= 60
@@ -64,7 +75,9 @@ def test_a_kind_gives_anchor_templates_and_retain(name: str, kind: str | None, t
 def test_what_is_retained_never_names_the_concept() -> None:
     monet = set(load_retain("artists")) - set(propose("Claude Monet").retain)
     assert len(monet) == 3 and all("Monet" in prompt for prompt in monet)
-    assert propose("Sigismund Monet", "artist").retain == propose("Monet").retain, "the last word of a name is a name"
+    assert propose("Sigismund Monet", "artist").retain == propose("Monet").retain, (
+        "the last word of a name is a name"
+    )
     gone = set(load_retain("objects")) - set(propose("vehicle").retain)
     assert {"a photo of a bicycle", "a yellow school bus"} <= gone, "nor a member of the group"
 
@@ -83,7 +96,11 @@ def test_every_known_name_is_proposed_for_and_is_of_one_kind() -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "words"),
     [
-        ("garden gnome", None, ["'garden gnome'", "--kind", "artist, object, person, style", "--anchor"]),
+        (
+            "garden gnome",
+            None,
+            ["'garden gnome'", "--kind", "artist, object, person, style", "--anchor"],
+        ),
         ("garden gnome", "objct", ["'objct'", "did you mean 'object'"]),
         (" ", None, ["empty"]),
         ("\ud800", "object", ["Unicode"]),
@@ -94,15 +111,21 @@ def test_what_cannot_be_known_is_asked(name: str, kind: str | None, words: list[
         propose(name, kind)
 
 
-# ---- by the command -------------------------------------------------------------------------------------------------
+# ---- by the command ------------------------------------------------------------------------------
 
 
-def test_the_proposal_is_printed_edited_and_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_proposal_is_printed_edited_and_read_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--model", "some/model", "--out", str(tmp_path / "out")]
     assert run(main, [*flags, "--concept", "Monet", "--propose"]) == 0
     printed = capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-    path = written(tmp_path, "mine.yaml", printed.replace("anchor: an unknown artist", "anchor: a school child"))
+    path = written(
+        tmp_path,
+        "mine.yaml",
+        printed.replace("anchor: an unknown artist", "anchor: a school child"),
+    )
     (edited,) = load_concepts(path)
     assert edited.anchor == "a school child" and edited.retain == propose("Monet").retain
     assert run(main, [*flags, "--concepts", str(path), "--propose"]) == 0
@@ -113,13 +136,18 @@ def test_what_is_not_given_is_proposed_and_shown(capsys: pytest.CaptureFixture[s
     (found,) = read_concepts(["Van Gogh"], [], None, "some/model", [])
     assert found == propose("Van Gogh")
     shown = capsys.readouterr().err
-    assert all(word in shown for word in ("Van Gogh -> an unknown artist", repr(found.retain[0]), "--propose"))
+    assert all(
+        word in shown
+        for word in ("Van Gogh -> an unknown artist", repr(found.retain[0]), "--propose")
+    )
     (found,) = read_concepts(["Van Gogh"], ["a child"], None, "some/model", [])
     assert (found.anchor, found.retain) == ("a child", propose("Van Gogh").retain)
     (found,) = read_concepts(["gnome"], [], None, "some/model", ["a dwarf"], "object")
     assert (found.anchor, found.retain) == ("wooden box", ("a dwarf",))
     capsys.readouterr()
-    assert read_concepts(["x"], ["y"], None, "some/model", ["z"]) == [ConceptSpec("x", "y", retain=("z",))]
+    assert read_concepts(["x"], ["y"], None, "some/model", ["z"]) == [
+        ConceptSpec("x", "y", retain=("z",))
+    ]
     assert capsys.readouterr().err == "", "nothing was proposed"
 
 
@@ -132,4 +160,13 @@ def test_some_concepts_of_a_file() -> None:
         read_concepts(["heart"], [], None, "canvas", ["a moon"])
     for extra in ({"anchors": ["a"]}, {"retain": ["a"]}, {"kind": "object"}):
         with pytest.raises(ErasureError, match="do not go with --concepts"):
-            read_concepts(**{"names": [], "anchors": [], "file": "imagenette", "model": "m", "retain": [], **extra})
+            read_concepts(
+                **{
+                    "names": [],
+                    "anchors": [],
+                    "file": "imagenette",
+                    "model": "m",
+                    "retain": [],
+                    **extra,
+                }
+            )

@@ -1,4 +1,5 @@
-"""Every family through every format: load, erase two steps, export, load in stock diffusers, same image. The table is docs/formats.md."""
+"""Every family through every format: load, erase two steps, export, load in stock diffusers, same
+image. The table is docs/formats.md."""
 
 from __future__ import annotations
 
@@ -9,7 +10,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from erase.delta import ErasedDelta
-from erase.export import export_components, export_delta, export_diffusers, export_lora, export_single_file
+from erase.export import (
+    export_components,
+    export_delta,
+    export_diffusers,
+    export_lora,
+    export_single_file,
+)
 from erase.export.lora import extract_lora
 from erase.latents.prepare import LatentConfig
 from erase.methods.salun import SalUnConfig
@@ -28,21 +35,30 @@ FAMILIES = {
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
 }
-SINGLE = [family for family in FAMILIES if family != "sd3"]  # SD 3 is read and written as a folder only
+# SD 3 is read and written as a folder only
+SINGLE = [family for family in FAMILIES if family != "sd3"]
 CONCEPT = ConceptSpec("heart", "star", retain=("a red house", "a blue moon"))
 QUICK = EraseConfig(latents=LatentConfig(n_forget=4, n_retain=4, steps=2))
-METHOD = SalUnConfig(mask=MaskConfig(batch_size=4), train=TrainConfig(steps=2, batch_size=2, lr=1e-3))
+METHOD = SalUnConfig(
+    mask=MaskConfig(batch_size=4), train=TrainConfig(steps=2, batch_size=2, lr=1e-3)
+)
 
 
 def image(pipeline) -> np.ndarray:
-    """Pixels in [0, 1] of a stock call. Weights that diffusers maps from a file lie at odd addresses, which moves the last bits of
-    sums; copied, the same weights give the same bits."""
+    """Pixels in [0, 1] of a stock call. Weights that diffusers maps from a file lie at odd
+    addresses, which moves the last bits of sums; copied, the same weights give the same bits."""
     for part in pipeline.components.values():
         for weight in part.parameters() if isinstance(part, torch.nn.Module) else ():
             weight.data = weight.data.clone()
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
-    return pipeline("a red heart", num_inference_steps=2, guidance_scale=4.0, generator=generator, output_type="np").images[0]
+    return pipeline(
+        "a red heart",
+        num_inference_steps=2,
+        guidance_scale=4.0,
+        generator=generator,
+        output_type="np",
+    ).images[0]
 
 
 class Made:
@@ -58,7 +74,9 @@ class Made:
 
     def stock(self, path) -> DiffusionPipeline:
         """A single file through stock diffusers, its configs from the base's folder."""
-        return getattr(diffusers, self.kind).from_single_file(path, config=str(self.base), local_files_only=True)
+        return getattr(diffusers, self.kind).from_single_file(
+            path, config=str(self.base), local_files_only=True
+        )
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +106,9 @@ def test_components(made, family, tmp_path):
     denoiser = "transformer" if family == "sd3" else "unet"
     kind = type(getattr(FAMILIES[family](), denoiser))
     part = kind.from_pretrained(tmp_path / "out" / denoiser)
-    assert np.array_equal(image(DiffusionPipeline.from_pretrained(it.base, **{denoiser: part})), it.image)
+    assert np.array_equal(
+        image(DiffusionPipeline.from_pretrained(it.base, **{denoiser: part})), it.image
+    )
 
 
 @pytest.mark.parametrize("family", SINGLE)
@@ -100,7 +120,8 @@ def test_single_file(made, family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora(made, family, tmp_path):
-    """At full rank a LoRA holds all but biases and norms; stock diffusers with it draws what base + LoRA as a delta draws."""
+    """At full rank a LoRA holds all but biases and norms; stock diffusers with it draws what base +
+    LoRA as a delta draws."""
     pytest.importorskip("peft")
     it = made(family)
     lora = extract_lora(it.delta, load_model(it.base), rank=8)
@@ -129,15 +150,20 @@ def test_a_base_in_one_file_gives_the_same_delta(made, family, suffix, tmp_path)
         from safetensors.torch import load_file
 
         torch.save({"state_dict": load_file(tmp_path / "base.safetensors")}, path)
-    config = EraseConfig(model=str(path), latents=QUICK.latents, load=LoadConfig(config=str(it.base)))
+    config = EraseConfig(
+        model=str(path), latents=QUICK.latents, load=LoadConfig(config=str(it.base))
+    )
     delta = erase_concept(CONCEPT, config, METHOD, out=tmp_path / "run")
     assert delta.sha256 == it.delta.sha256
-    export_diffusers(delta, str(path), tmp_path / "out")  # the base is read as the delta says it was
+    # the base is read as the delta says it was
+    export_diffusers(delta, str(path), tmp_path / "out")
     assert np.array_equal(image(DiffusionPipeline.from_pretrained(tmp_path / "out")), it.image)
 
 
 def test_stable_diffusion_3_in_one_file_is_refused(made, tmp_path):
     it = made("sd3")
-    with pytest.raises(ErasureError, match="StableDiffusion3Pipeline cannot be written as a single file"):
+    with pytest.raises(
+        ErasureError, match="StableDiffusion3Pipeline cannot be written as a single file"
+    ):
         export_single_file(it.delta, str(it.base), tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

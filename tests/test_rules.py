@@ -1,4 +1,5 @@
-"""Rules of saliency: statistics against plain autograd, each rule against its formula, files, and who draws what."""
+"""Rules of saliency: statistics against plain autograd, each rule against its formula, files, and
+who draws what."""
 
 from dataclasses import replace
 
@@ -24,15 +25,27 @@ from erase.training.saliency import Objective, choose_mask, compute_saliency, co
 from erase.training.statistics import Accumulator, Statistics
 
 CONCEPT = ConceptSpec("heart", "star", retain=("a moon", "a tree"))
-CONFIG = SalUnConfig(mask=MaskConfig(batches=3, batch_size=4), train=TrainConfig(steps=3, batch_size=4, lr=1e-3))
+CONFIG = SalUnConfig(
+    mask=MaskConfig(batches=3, batch_size=4), train=TrainConfig(steps=3, batch_size=4, lr=1e-3)
+)
 ALL = ("objective.sum", "objective.square", "retain.square")
 
 
 @pytest.fixture
 def task(make_pico_pipeline):
     generator = torch.Generator().manual_seed(0)
-    forget = LatentSet(torch.randn(6, 4, 8, 8, generator=generator), None, ("a heart",) * 6, ("a star",) * 6, torch.arange(6) > 2)
-    retain = LatentSet(torch.randn(5, 4, 8, 8, generator=generator), None, ("a moon", "a tree", "a moon", "a tree", "a moon"))
+    forget = LatentSet(
+        torch.randn(6, 4, 8, 8, generator=generator),
+        None,
+        ("a heart",) * 6,
+        ("a star",) * 6,
+        torch.arange(6) > 2,
+    )
+    retain = LatentSet(
+        torch.randn(5, 4, 8, 8, generator=generator),
+        None,
+        ("a moon", "a tree", "a moon", "a tree", "a moon"),
+    )
     return Task(wrap(make_pico_pipeline()), [CONCEPT], Given(forget, retain))
 
 
@@ -51,7 +64,7 @@ def gradients(task, loss):
     return dict(zip(params, found, strict=True))
 
 
-# ---- statistics --------------------------------------------------------------------------------------------------------
+# ---- statistics ----------------------------------------------------------------------------------
 
 
 def test_statistics_are_sums_over_the_batches_that_training_will_see(task):
@@ -59,7 +72,10 @@ def test_statistics_are_sums_over_the_batches_that_training_will_see(task):
     found = compute_statistics(task, CONFIG, ALL, objective).values
 
     remaps = [
-        gradients(task, lambda step=step: objective.loss(objective.batches(step), torch.no_grad)["forget"]) for step in range(3)
+        gradients(
+            task, lambda step=step: objective.loss(objective.batches(step), torch.no_grad)["forget"]
+        )
+        for step in range(3)
     ]
     retained = []
     for step in range(3):
@@ -69,13 +85,19 @@ def test_statistics_are_sums_over_the_batches_that_training_will_see(task):
         noise = torch.randn(4, 4, 8, 8, generator=generator)
         seen = noised(task.model, retain.latents[rows], noise, t)
         prompts = [retain.prompts[row] for row in rows]
-        retained.append(gradients(task, lambda: (task.predict(seen, prompts) - noise).square().mean()))  # noqa: B023
+
+        def loss(seen=seen, prompts=prompts, noise=noise):
+            return (task.predict(seen, prompts) - noise).square().mean()
+
+        retained.append(gradients(task, loss))
 
     for name in task.weights("full"):
         total, square = found["objective.sum"][name], found["objective.square"][name]
         assert torch.allclose(total, sum(g[name] for g in remaps), atol=1e-6, rtol=1e-3)
         assert torch.allclose(square, sum(g[name] ** 2 for g in remaps), atol=1e-9, rtol=1e-3)
-        assert torch.allclose(found["retain.square"][name], sum(g[name] ** 2 for g in retained), atol=1e-9, rtol=1e-3)
+        assert torch.allclose(
+            found["retain.square"][name], sum(g[name] ** 2 for g in retained), atol=1e-9, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("names", [ALL, ("forget.sum",)])
@@ -83,7 +105,10 @@ def test_statistics_leave_the_model_and_are_the_same_again(task, names):
     before = {name: param.detach().clone() for name, param in task.model.parameters().items()}
     one, other = (compute_statistics(task, CONFIG, names, objective_of(task)) for _ in range(2))
     for statistic in names:
-        assert all(torch.equal(one.values[statistic][n], value) for n, value in other.values[statistic].items())
+        assert all(
+            torch.equal(one.values[statistic][n], value)
+            for n, value in other.values[statistic].items()
+        )
     for name, param in task.model.parameters().items():
         assert torch.equal(param, before[name]) and not param.requires_grad and param.grad is None
 
@@ -111,7 +136,11 @@ def test_gradients_are_summed_signed_and_squared_one_by_one(collecting):
             totals.add()
         assert param.grad is None
     found = totals.finish()
-    assert found["sum"]["p"].tolist() == [0.0, 3.0, -3.0] and found["square"]["p"].tolist() == [2.0, 5.0, 5.0]
+    assert found["sum"]["p"].tolist() == [0.0, 3.0, -3.0] and found["square"]["p"].tolist() == [
+        2.0,
+        5.0,
+        5.0,
+    ]
 
 
 def test_what_is_not_finite_is_refused():
@@ -123,7 +152,7 @@ def test_what_is_not_finite_is_refused():
         totals.finish()
 
 
-# ---- rules -------------------------------------------------------------------------------------------------------------
+# ---- rules ---------------------------------------------------------------------------------------
 
 
 def made(seed=0):
@@ -134,7 +163,12 @@ def made(seed=0):
         values = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         return {name: value.square() for name, value in values.items()} if positive else values
 
-    names = {"forget.sum": draw(), "objective.sum": draw(), "objective.square": draw(True), "retain.square": draw(True)}
+    names = {
+        "forget.sum": draw(),
+        "objective.sum": draw(),
+        "objective.square": draw(True),
+        "retain.square": draw(True),
+    }
     return Statistics(names, {"base_fingerprint": "f"}), draw()
 
 
@@ -157,7 +191,9 @@ def test_every_rule_is_its_formula():
     assert set(expected) == set(RULES) == set(NAMES)
     for rule, value in expected.items():
         found = scores(statistics, rule, weights).values
-        assert torch.allclose(torch.cat([v.flatten() for v in found.values()]), value, rtol=1e-5), rule
+        assert torch.allclose(torch.cat([v.flatten() for v in found.values()]), value, rtol=1e-5), (
+            rule
+        )
 
 
 def test_the_kth_largest_is_exact():
@@ -189,7 +225,11 @@ def test_every_rule_masks_a_salun(task, rule, tmp_path):
 
 def test_a_matched_random_mask_lies_where_its_rule_lies(task):
     benefit, matched = (
-        choose_mask(task, replace(CONFIG, mask=replace(CONFIG.mask, rule=rule, density=0.05)), objective_of(task))
+        choose_mask(
+            task,
+            replace(CONFIG, mask=replace(CONFIG.mask, rule=rule, density=0.05)),
+            objective_of(task),
+        )
         for rule in ("benefit", "matched-random")
     )
     assert all(benefit[name].sum() == matched[name].sum() for name in benefit.bits)
@@ -199,12 +239,18 @@ def test_a_matched_random_mask_lies_where_its_rule_lies(task):
 def test_statistics_of_one_run_are_cut_by_any_rule_they_hold(task, tmp_path):
     compute_statistics(task, CONFIG, ALL, objective_of(task)).save(tmp_path / "s.safetensors")
     for rule in ("remap", "benefit", "agreement"):
-        mask = replace(CONFIG.mask, rule=rule, density=0.2, saliency=str(tmp_path / "s.safetensors"))
+        mask = replace(
+            CONFIG.mask, rule=rule, density=0.2, saliency=str(tmp_path / "s.safetensors")
+        )
         given = choose_mask(task, replace(CONFIG, mask=mask))
-        own = choose_mask(task, replace(CONFIG, mask=replace(mask, saliency=None)), objective_of(task))
+        own = choose_mask(
+            task, replace(CONFIG, mask=replace(mask, saliency=None)), objective_of(task)
+        )
         assert given.sha256 == own.sha256
     mask = MaskConfig(rule="forget", saliency=str(tmp_path / "s.safetensors"))
-    with pytest.raises(ErasureError, match="mask.rule forget needs the statistics forget.sum, which are not among"):
+    with pytest.raises(
+        ErasureError, match="mask.rule forget needs the statistics forget.sum, which are not among"
+    ):
         choose_mask(task, replace(CONFIG, mask=mask))
 
 
@@ -230,4 +276,6 @@ def test_statistics_survive_the_disk_in_order(tmp_path):
 
 def test_the_papers_saliency_needs_no_objective(task):
     found = compute_saliency(task, CONFIG)
-    assert found.metadata["rule"] == "forget" and found.metadata["loss"] == "forgetting, guidance 7.5"
+    assert (
+        found.metadata["rule"] == "forget" and found.metadata["loss"] == "forgetting, guidance 7.5"
+    )

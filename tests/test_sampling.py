@@ -20,7 +20,9 @@ from erase.training.trainable import Trainable
 from tests.families import FAMILIES
 
 DATA = LatentConfig(n_forget=4, n_retain=5, steps=4, batch_size=3, trajectory=3)
-CONFIG = SalUnConfig(mask=MaskConfig(batch_size=4), train=TrainConfig(steps=3, batch_size=4, lr=1e-3))
+CONFIG = SalUnConfig(
+    mask=MaskConfig(batch_size=4), train=TrainConfig(steps=3, batch_size=4, lr=1e-3)
+)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -34,21 +36,31 @@ def pico(make_pico_pipeline):
 
 
 def test_a_trajectory_is_what_the_stock_pipeline_passes_through(pipeline):
-    """Of every family: its denoiser is shown exactly the states that the noise and the timesteps give back."""
+    """Of every family: its denoiser is shown exactly the states that the noise and the timesteps
+    give back."""
     model, shown = wrap(pipeline), []
     pipeline.scheduler = model.sampler()
     stock = denoiser(pipeline)
     handle = stock.register_forward_hook(
-        lambda _, args, kwargs, out: shown.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]),
+        lambda _, args, kwargs, out: shown.append(
+            kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        ),
         with_kwargs=True,
     )
     cond, null = model.encode(["a red house", "a moon"]), model.encode(["", ""])
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    given = {"num_inference_steps": 3, "guidance_scale": 4.0, "generator": generators, "output_type": "latent"}
+    given = {
+        "num_inference_steps": 3,
+        "guidance_scale": 4.0,
+        "generator": generators,
+        "output_type": "latent",
+    }
     finished = pipeline(**arguments(cond, null), **given).images
     handle.remove()
     latents, noise, t = model.trajectory(["a red house", "a moon"], [3, 4], 3, 4.0)
-    assert torch.equal(latents, finished) and torch.equal(latents, model.sample(["a red house", "a moon"], [3, 4], 3, 4.0))
+    assert torch.equal(latents, finished) and torch.equal(
+        latents, model.sample(["a red house", "a moon"], [3, 4], 3, 4.0)
+    )
     assert len(shown) == len(t) == len(noise) == 3 and (t.diff() < 0).all()
     for state, seen, step in zip(noise, shown, t, strict=True):
         assert torch.allclose(model.add_noise(latents, state, step.expand(2)), seen[:2], atol=1e-4)
@@ -64,7 +76,9 @@ def test_states_are_spread_over_the_trajectory_and_keep_their_timesteps():
     assert ((states // 2) == torch.arange(5)).all()  # one of every two, in order
     assert all(0.4 < (states % 2).float().mean(0)[i] < 0.6 for i in range(5))
     high, low = torch.cat([torch.tensor([999]), t[1:]]), torch.cat([t[1:] + 1, torch.tensor([0])])
-    assert ((at.view(500, 5) >= low[states]) & (at.view(500, 5) <= torch.maximum(high, t)[states])).all()
+    assert (
+        (at.view(500, 5) >= low[states]) & (at.view(500, 5) <= torch.maximum(high, t)[states])
+    ).all()
     assert at.max() > 985 and at.min() < 10  # both ends are trained on
     assert torch.equal(at, choose_states(noise, t, 5, 0, 1000)[1])
 
@@ -79,8 +93,12 @@ def test_each_image_gives_its_points(pico, sets, tmp_path):
     assert (len(forget), len(retain)) == (12, 15)
     assert forget.shows_anchor.tolist() == [False] * 6 + [True] * 6
     assert forget.prompts[:3] == forget.prompts[:1] * 3 and len(forget.anchors) == 12
-    assert torch.equal(forget.latents[0], forget.latents[2]) and not torch.equal(forget.latents[0], forget.latents[3])
-    plain, _ = prepare_latents(pico, [canvas_concept("heart")], replace(DATA, trajectory=0), 0, anchor_share=0.5)
+    assert torch.equal(forget.latents[0], forget.latents[2]) and not torch.equal(
+        forget.latents[0], forget.latents[3]
+    )
+    plain, _ = prepare_latents(
+        pico, [canvas_concept("heart")], replace(DATA, trajectory=0), 0, anchor_share=0.5
+    )
     assert torch.equal(plain.latents, forget.latents[::3]) and plain.t is None
     assert forget.concept_rows().tolist() == [0, 4] and plain.concept_rows().tolist() == [0, 1]
     rows = torch.tensor([5, 1])
@@ -95,7 +113,10 @@ def test_each_image_gives_its_points(pico, sets, tmp_path):
 
 def test_there_are_no_more_points_than_states(pico):
     forget, _ = prepare_latents(pico, [canvas_concept("heart")], replace(DATA, trajectory=9), 0)
-    assert len(forget) == DATA.n_forget * DATA.steps and len(forget.t[: DATA.steps].unique()) == DATA.steps
+    assert (
+        len(forget) == DATA.n_forget * DATA.steps
+        and len(forget.t[: DATA.steps].unique()) == DATA.steps
+    )
 
 
 def task_of(pico, sets, config=CONFIG):
@@ -125,9 +146,12 @@ def test_targets_that_move_or_are_noise_are_not_computed_beforehand(pico, sets, 
 
 
 def test_an_erasure_from_trajectories_asks_the_base_no_more(pico, sets):
-    """The denoiser sees forget and retain rows of each step, and nothing else once the targets are there."""
+    """The denoiser sees forget and retain rows of each step, and nothing else once the targets are
+    there."""
     calls = []
-    handle = pico.component("unet").register_forward_hook(lambda _, args, out: calls.append(len(out.sample)))
+    handle = pico.component("unet").register_forward_hook(
+        lambda _, args, out: calls.append(len(out.sample))
+    )
     edit = get_method("salun").edit(Task(pico, [canvas_concept("heart")], Given(*sets)), CONFIG)
     handle.remove()
     saliency, targets = [4], [8, 4, 8, 7]

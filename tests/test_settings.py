@@ -1,4 +1,5 @@
-"""Settings: numbers out of range, presets that sign their own settings alone, optimizers that cannot step, steps that change nothing."""
+"""Settings: numbers out of range, presets that sign their own settings alone, optimizers that
+cannot step, steps that change nothing."""
 
 from dataclasses import replace
 from math import inf, nan
@@ -87,15 +88,31 @@ def test_optimizer_arguments_are_names_with_values(args):
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
-        ("salun-paper", SalUnConfig(), r'takes a SalUnPaperConfig, not a SalUnConfig; name method="salun"'),
-        ("salun", SalUnPaperConfig(), r'takes a SalUnConfig, not a SalUnPaperConfig; name method="salun-paper"'),
+        (
+            "salun-paper",
+            SalUnConfig(),
+            r'takes a SalUnPaperConfig, not a SalUnConfig; name method="salun"',
+        ),
+        (
+            "salun",
+            SalUnPaperConfig(),
+            r'takes a SalUnConfig, not a SalUnPaperConfig; name method="salun-paper"',
+        ),
         ("salun", TrainConfig(), "takes a SalUnConfig, not a TrainConfig"),
         ("salun", {"alpha": 0.5}, "takes a SalUnConfig, not a dict"),
     ],
 )
-def test_settings_of_another_method_are_not_signed_with_this_one_s_name(method, settings, message, model, tmp_path):
+def test_settings_of_another_method_are_not_signed_with_this_one_s_name(
+    method, settings, message, model, tmp_path
+):
     with pytest.raises(ErasureError, match=message):
-        erase_concept(canvas_concept("heart"), EraseConfig(method=method), settings, model=model, out=tmp_path / "out")
+        erase_concept(
+            canvas_concept("heart"),
+            EraseConfig(method=method),
+            settings,
+            model=model,
+            out=tmp_path / "out",
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -118,7 +135,18 @@ def test_one_setting_of_a_preset_can_be_changed_on_the_command_line(monkeypatch,
 
     monkeypatch.setattr("erase.run.erase_concept", erased)
     with pytest.raises(ErasureError, match="far enough"):
-        run_erase.main(["--concept", "heart", "--method", "salun-paper", "--alpha", "0.2", "--out", str(tmp_path)])
+        run_erase.main(
+            [
+                "--concept",
+                "heart",
+                "--method",
+                "salun-paper",
+                "--alpha",
+                "0.2",
+                "--out",
+                str(tmp_path),
+            ]
+        )
     assert given == ["salun-paper", SalUnPaperConfig(alpha=0.2)]
     assert given[1].retain_target == "noise" and given[1].train.lr == 1e-5
 
@@ -164,7 +192,9 @@ def test_every_optimizer_that_is_offered_takes_steps():
     offered = {
         name
         for name, kind in vars(torch.optim).items()
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in NOT_OURS
+        if isinstance(kind, type)
+        and issubclass(kind, torch.optim.Optimizer)
+        and name not in NOT_OURS
     }
     before = torch.random.get_rng_state()
     for name in offered:
@@ -180,20 +210,33 @@ def test_a_learning_rate_below_what_float32_can_hold_is_refused():
 
 def test_an_edit_that_changes_nothing_is_an_error_and_leaves_no_delta(model, tmp_path):
     weights = r"to_k\.weight"  # biases begin at zero, where the smallest step is seen
-    settings = SalUnConfig(scope=weights, mask=MaskConfig(batch_size=4), train=replace(TRAIN, lr=1e-30))
+    settings = SalUnConfig(
+        scope=weights, mask=MaskConfig(batch_size=4), train=replace(TRAIN, lr=1e-30)
+    )
     with pytest.raises(ErasureError, match="erasing heart changed no weight"):
-        erase_concept(canvas_concept("heart"), EraseConfig(latents=DATA), settings, model=model, out=tmp_path)
+        erase_concept(
+            canvas_concept("heart"), EraseConfig(latents=DATA), settings, model=model, out=tmp_path
+        )
     assert not (tmp_path / "delta.safetensors").exists()
 
 
 def test_a_density_that_leaves_no_weight_is_refused_before_latents_are_made(model, monkeypatch):
     monkeypatch.setattr("erase.run.Task", None)
     with pytest.raises(ErasureError, match="leaves none to train"):
-        erase_concept(canvas_concept("heart"), EraseConfig(latents=DATA), SalUnConfig(mask=MaskConfig(density=1e-9)), model=model)
+        erase_concept(
+            canvas_concept("heart"),
+            EraseConfig(latents=DATA),
+            SalUnConfig(mask=MaskConfig(density=1e-9)),
+            model=model,
+        )
 
 
-@pytest.mark.parametrize(("out", "message"), [("", "is empty"), ("a\0b", "holds a NUL"), ("x" * 5000, "is too long")])
-def test_an_output_folder_that_cannot_be_is_refused_before_the_base_is_loaded(out, message, monkeypatch):
+@pytest.mark.parametrize(
+    ("out", "message"), [("", "is empty"), ("a\0b", "holds a NUL"), ("x" * 5000, "is too long")]
+)
+def test_an_output_folder_that_cannot_be_is_refused_before_the_base_is_loaded(
+    out, message, monkeypatch
+):
     monkeypatch.setattr("erase.run.load_model", None)
     with pytest.raises(ErasureError, match=message):
         erase_concept(canvas_concept("heart"), out=out)
@@ -250,4 +293,5 @@ def test_processes_draw_different_numbers_from_the_global_stream(model, monkeypa
         monkeypatch.setattr(type(accelerator), "process_index", index)
         fit(params, loss, lambda step: None, config, accelerator=accelerator)
     assert len(set(seeds)) == len(seeds) == 3 * 2 * 2
-    assert len({seed % 2**32 for seed in seeds}) == len(seeds)  # a CPU's generator looks at no more of it
+    # a CPU's generator looks at no more of it
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)

@@ -1,4 +1,5 @@
-"""Text states: from memory where nothing of them is trained; else live, with gradient, and behind embeddings of no word."""
+"""Text states: from memory where nothing of them is trained; else live, with gradient, and behind
+embeddings of no word."""
 
 import pytest
 import torch
@@ -75,7 +76,9 @@ def test_a_prefix_of_a_words_embeddings_is_that_word(model):
 
 
 def test_a_prefix_takes_a_gradient_and_leaves_the_encoder_as_it_was(model):
-    prefix = {name: rows.requires_grad_(True) for name, rows in word_embeddings(model, "red").items()}
+    prefix = {
+        name: rows.requires_grad_(True) for name, rows in word_embeddings(model, "red").items()
+    }
     before = encode(model.pipeline(), PROMPTS)
     states = model.encode(["heart", "a house"], prefix)
     (states.embeddings.square().sum() + sum(e.sum() for e in states.extras.values())).backward()
@@ -86,9 +89,13 @@ def test_a_prefix_takes_a_gradient_and_leaves_the_encoder_as_it_was(model):
 
 
 def test_a_prefix_that_does_not_fit_is_refused(pico):
-    with pytest.raises(ErasureError, match="a prefix of width 7 for text_encoder, whose embeddings have 32"):
+    with pytest.raises(
+        ErasureError, match="a prefix of width 7 for text_encoder, whose embeddings have 32"
+    ):
         pico.encode(["heart"], torch.zeros(2, 7))
-    with pytest.raises(ErasureError, match="a prefix for 'text_encoder_9', but the model's text encoders are"):
+    with pytest.raises(
+        ErasureError, match="a prefix for 'text_encoder_9', but the model's text encoders are"
+    ):
         pico.encode(["heart"], {"text_encoder_9": torch.zeros(2, 32)})
 
 
@@ -105,4 +112,5 @@ def test_a_task_computes_each_prompt_once_until_an_encoder_is_trained(pico):
 
     encoder.requires_grad_(True)
     live = task.cond(["a tree", "a moon"])
-    assert live.embeddings.requires_grad and len(passes) == 4  # one of `encode` above, one in one pass
+    # one of `encode` above, one in one pass
+    assert live.embeddings.requires_grad and len(passes) == 4

@@ -1,4 +1,5 @@
-"""The training loop's guarantees: the mask acts on the update, the base stays, a resumed run is the run."""
+"""The training loop's guarantees: the mask acts on the update, the base stays, a resumed run is the
+run."""
 
 import os
 import signal
@@ -50,7 +51,8 @@ def task(model, scope="full"):
 
 
 def train(model, params, batches, loss, config, mask=None, checkpoint=None):
-    """Gradient steps on the model as its settings want it run; `checkpoint`: the file of a training state."""
+    """Gradient steps on the model as its settings want it run; `checkpoint`: the file of a training
+    state."""
     tuned = config if isinstance(config, TunedConfig) else TunedConfig(train=config)
     kept = Checkpoint(checkpoint, {}) if checkpoint else None
     with running(model, params, tuned.train) as active:
@@ -65,7 +67,9 @@ VARIANTS = {
     "adam": QUICK,
     "adamw-decay": replace(QUICK, optimizer="AdamW", optimizer_args={"weight_decay": 0.1}),
     "sgd-momentum-decay": replace(
-        QUICK, optimizer="SGD", optimizer_args={"momentum": 0.9, "weight_decay": 0.1, "nesterov": True}
+        QUICK,
+        optimizer="SGD",
+        optimizer_args={"momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
     ),
     "accumulation": replace(QUICK, accumulation=2),
     "bf16": replace(QUICK, mixed_precision="bf16"),
@@ -75,7 +79,9 @@ VARIANTS = {
     "ema": replace(QUICK, ema=0.9),
     "linear": replace(QUICK, schedule="linear"),
     "channels-last": replace(QUICK, channels_last=True),
-    "bf16-channels-last-offload": replace(QUICK, mixed_precision="bf16", channels_last=True, offload=True),
+    "bf16-channels-last-offload": replace(
+        QUICK, mixed_precision="bf16", channels_last=True, offload=True
+    ),
     "sliced": replace(QUICK, attention="sliced"),
     "unfused": replace(QUICK, optimizer_args={"fused": False}),
 }
@@ -100,7 +106,8 @@ def test_weights_outside_the_mask_are_bit_identical(model, variant):
 
 
 def test_the_mask_matters_to_decay_and_momentum(model):
-    """The control of the test above: zeroed gradients alone let AdamW's decay move frozen weights."""
+    """The control of the test above: zeroed gradients alone let AdamW's decay move frozen
+    weights."""
     params, batches, loss = task(model)
     mask, lr, decay = mask_of(model, params), 1e-3, 0.1
     weights = {name: p.detach().clone().requires_grad_(True) for name, p in params.items()}
@@ -153,7 +160,9 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(model, tmp_p
     assert all(torch.equal(resumed.values[name], whole.values[name]) for name in whole.values)
 
 
-@pytest.mark.parametrize("schedule, factors", [("constant", (1, 1, 1, 1)), ("linear", (1, 0.75, 0.5, 0.25))])
+@pytest.mark.parametrize(
+    "schedule, factors", [("constant", (1, 1, 1, 1)), ("linear", (1, 0.75, 0.5, 0.25))]
+)
 def test_a_schedule_scales_the_steps(model, schedule, factors):
     """Plain SGD on a linear loss moves a weight by lr times the schedule, and nothing else."""
     params = select(model.parameters(), "xattn_kv")
@@ -184,8 +193,16 @@ def test_bad_training_input_is_named(model, tmp_path):
             make_accelerator(replace(QUICK, mixed_precision="fp16"))
     before = {name: p.detach().clone() for name, p in params.items()}
     with pytest.raises(ErasureError, match="the loss is nan at step 0"):
-        train(model, params, batches, lambda batch, base: {"forget": loss(batch, base)["forget"] * float("nan")}, QUICK)
-    with pytest.raises(ErasureError, match="the trained values of unet.* are not finite; lower the learning rate"):
+        train(
+            model,
+            params,
+            batches,
+            lambda batch, base: {"forget": loss(batch, base)["forget"] * float("nan")},
+            QUICK,
+        )
+    with pytest.raises(
+        ErasureError, match="the trained values of unet.* are not finite; lower the learning rate"
+    ):
         train(model, params, batches, loss, replace(QUICK, steps=1, lr=1e39))  # its one loss is
     assert all(torch.equal(p, before[name]) for name, p in params.items())
     (tmp_path / "training.pt").write_bytes(b"PK broken")
@@ -194,11 +211,16 @@ def test_bad_training_input_is_named(model, tmp_path):
 
 
 def test_a_training_state_is_gone_on_with_under_its_own_mask_alone(model, tmp_path):
-    """The other one lets as many weights of each tensor change, so its values would fit in the wrong places."""
+    """The other one lets as many weights of each tensor change, so its values would fit in the
+    wrong places."""
     params, batches, loss = task(model, "xattn_kv")
     path, config = tmp_path / "training.pt", replace(QUICK, steps=1, checkpoint_every=1)
     halves = {name: pack(torch.arange(p.numel()) % 2 == 0) for name, p in params.items()}
-    own = SaliencyMask(halves, {name: p.shape for name, p in params.items()}, {"base_fingerprint": model.fingerprint})
+    own = SaliencyMask(
+        halves,
+        {name: p.shape for name, p in params.items()},
+        {"base_fingerprint": model.fingerprint},
+    )
     train(model, params, batches, loss, config, own, checkpoint=path)
     for other in (own.inverted(), None):
         with pytest.raises(ErasureError, match="training.pt is of another mask"):
@@ -233,12 +255,17 @@ def test_base_is_the_base_without_gradient_and_close_gives_it_back(model):
         raise RuntimeError
     mask = mask_of(model, params)
     assert all(torch.equal(p, before[name] + mask[name].float()) for name, p in params.items())
-    assert all(torch.equal(value, params[name]) for name, value in trainable.result(trainable.values).items())
+    assert all(
+        torch.equal(value, params[name])
+        for name, value in trainable.result(trainable.values).items()
+    )
     trainable.close()
     assert all(torch.equal(p, before[name]) for name, p in params.items())
 
 
-def test_a_setting_up_that_fails_leaves_no_hook_to_take_the_next_one_s_gradients(model, monkeypatch):
+def test_a_setting_up_that_fails_leaves_no_hook_to_take_the_next_one_s_gradients(
+    model, monkeypatch
+):
     params, batches, loss = task(model, "xattn_kv")
     whole = train(model, params, batches, loss, QUICK)
     read = Trainable._read
@@ -256,7 +283,9 @@ def test_a_setting_up_that_fails_leaves_no_hook_to_take_the_next_one_s_gradients
     assert all(torch.equal(again.values[name], whole.values[name]) for name in params)
 
 
-def test_the_optimizer_holds_what_the_mask_lets_change_and_no_dense_gradient_outlives_the_backward_pass(model):
+def test_the_optimizer_holds_what_the_mask_lets_change_and_no_dense_gradient_outlives_the_backward_pass(
+    model,
+):
     params, batches, loss = task(model)
     mask = mask_of(model, params, 0.25)
     trainable = Trainable(params, mask)
@@ -275,8 +304,11 @@ def test_the_optimizer_holds_what_the_mask_lets_change_and_no_dense_gradient_out
 
 
 def test_the_base_holds_under_autocast(model):
-    """Autocast caches half-precision weights by parameter: a swap within one autocast block must not see the other's."""
-    params = {name: p.requires_grad_(True) for name, p in select(model.parameters(), "full").items()}
+    """Autocast caches half-precision weights by parameter: a swap within one autocast block must
+    not see the other's."""
+    params = {
+        name: p.requires_grad_(True) for name, p in select(model.parameters(), "full").items()
+    }
     x, t, cond = torch.randn(1, 4, 8, 8), torch.tensor([500]), model.encode(["a red heart"])
     trainable = Trainable(params)
 
@@ -297,16 +329,23 @@ def test_the_base_holds_under_autocast(model):
     trainable.put()
     student = bf16(plain)[0]
     assert not torch.equal(base, student)
-    assert all(torch.equal(a, b) for a, b in zip(bf16(plain, teacher, plain), (student, base, student), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(bf16(plain, teacher, plain), (student, base, student), strict=True)
+    )
     trainable.close()
 
 
 def test_scopes(model):
     params = model.parameters()
     sizes = {scope: len(select(params, scope)) for scope in SCOPES}
-    assert sizes["full"] == sizes["xattn"] + sizes["noxattn"] and sizes["full"] + sizes["text_encoder"] == len(params)
+    assert sizes["full"] == sizes["xattn"] + sizes["noxattn"] and sizes["full"] + sizes[
+        "text_encoder"
+    ] == len(params)
     assert 0 < sizes["xattn_kv"] < sizes["xattn"] and sizes["selfattn"] == sizes["xattn"]
-    assert set(select(params, r"mid_block.*attn2\.to_q")) == {n for n in params if "mid_block" in n and "attn2.to_q" in n}
+    assert set(select(params, r"mid_block.*attn2\.to_q")) == {
+        n for n in params if "mid_block" in n and "attn2.to_q" in n
+    }
     for scope, message in [
         ("xatn", "did you mean 'xattn'"),
         ("no_such.thing", "matches none"),
@@ -324,7 +363,9 @@ def test_killed_with_no_warning_and_resumed_gives_the_same_weights(tmp_path):
     def command(state, out, *slow):
         return [sys.executable, str(script), str(tmp_path / state), str(tmp_path / out), *slow]
 
-    process = subprocess.Popen(command("a.state", "a.out", "slow"), env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("a.state", "a.out", "slow"), env=environment, stdout=subprocess.PIPE, text=True
+    )
     for line in process.stdout:
         if int(line) == 4:
             time.sleep(0.1)
@@ -339,7 +380,9 @@ def test_killed_with_no_warning_and_resumed_gives_the_same_weights(tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_values_and_optimizer_are_gone_when_the_models_own_weights_come_back(model, monkeypatch, precision):
+def test_values_and_optimizer_are_gone_when_the_models_own_weights_come_back(
+    model, monkeypatch, precision
+):
     held, left = [], []
 
     def made(values, *args, **kwargs):
@@ -349,7 +392,10 @@ def test_values_and_optimizer_are_gone_when_the_models_own_weights_come_back(mod
 
     monkeypatch.setattr("erase.training.state.make_optimizer", made)
     params, batches, loss = task(model)
-    config, mask = TunedConfig(train=replace(QUICK, mixed_precision=precision)), mask_of(model, params)
+    config, mask = (
+        TunedConfig(train=replace(QUICK, mixed_precision=precision)),
+        mask_of(model, params),
+    )
     with running(model, params, config.train) as active:
         fitted = fit(params, loss, batches, config, mask, active=active)
         left.extend(one for one in held if one() is not None)

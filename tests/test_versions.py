@@ -1,4 +1,5 @@
-"""What a fresh machine installs: bounds that were tested, tools of exact versions, and a `make test` that tests whatever lint says."""
+"""What a fresh machine installs: bounds that were tested, tools of exact versions, and a `make
+test` that tests whatever lint says."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ def setup_cfg():
 
 def requirements(lines):
     """Name -> requirement, of a list in setup.cfg or of a constraints file."""
-    kept = [line.strip() for line in lines.splitlines() if line.strip() and not line.startswith(("#", "-c"))]
+    kept = [
+        line.strip()
+        for line in lines.splitlines()
+        if line.strip() and not line.startswith(("#", "-c"))
+    ]
     return {Requirement(line).name.lower(): Requirement(line) for line in kept}
 
 
@@ -67,7 +72,8 @@ echo "${0##*/} $*" >> calls.txt
 case "$*" in "-m venv"*) rm -rf .venv; mkdir -p .venv/bin; cp python ruff mypy .venv/bin;; esac
 case "$FAILING" in *"$2"*) exit 3;; esac
 """
-"""likewise, an interpreter: its venv module makes a folder of these stubs; it fails if the module it runs is in FAILING"""
+"""likewise, an interpreter: its venv module makes a folder of these stubs; it fails if the module
+it runs is in FAILING"""
 
 OLD_PYTHON = """#!/bin/sh
 [ "$1" = -c ] || exec echo "$*" >> calls.txt
@@ -78,7 +84,8 @@ $2"
 
 @pytest.fixture
 def clone(tmp_path):
-    """What make looks at, in a folder with a blank in its name, with stubs for the tools; returns a function that calls make."""
+    """What make looks at, in a folder with a blank in its name, with stubs for the tools; returns a
+    function that calls make."""
     folder = tmp_path / "a clone"
     shutil.copytree(CONSTRAINTS, folder / "tests" / "constraints")
     for name in ("Makefile", "setup.cfg", "pyproject.toml"):
@@ -91,8 +98,18 @@ def clone(tmp_path):
         """The exit status, and the calls that make made."""
         (folder / "calls.txt").write_text("")
         environment = os.environ | {"FAILING": failing}
-        done = subprocess.run(["make", "PYTHON=./python", *words], cwd=folder, env=environment, capture_output=True, text=True)
-        return done.returncode, (folder / "calls.txt").read_text().splitlines(), done.stdout + done.stderr
+        done = subprocess.run(
+            ["make", "PYTHON=./python", *words],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        return (
+            done.returncode,
+            (folder / "calls.txt").read_text().splitlines(),
+            done.stdout + done.stderr,
+        )
 
     make.folder = folder
     return make
@@ -125,18 +142,31 @@ class TestMake:
             os.utime(clone.folder / name, (0, 0))
 
     def test_lint_reads_a_module_that_is_new_and_none_that_is_gone(self, clone):
-        """mypy takes what it cannot find for untyped, so links of yesterday would hide a module from it."""
+        """mypy takes what it cannot find for untyped, so links of yesterday would hide a module
+        from it."""
         rooms, links = clone.folder / "erase", clone.folder / ".links" / "erase"
         (rooms / "models").mkdir(parents=True)
         (rooms / "old.py").touch()
         clone("lint")
-        assert {path.name for path in links.iterdir()} == {"eval", "models", "old.py", "prompts", "scripts"}
+        assert {path.name for path in links.iterdir()} == {
+            "eval",
+            "models",
+            "old.py",
+            "prompts",
+            "scripts",
+        }
 
         (rooms / "old.py").rename(rooms / "new.py")
         later = (clone.folder / ".links").stat().st_mtime + 10
         os.utime(rooms, (later, later))
         clone("lint")
-        assert {path.name for path in links.iterdir()} == {"eval", "models", "new.py", "prompts", "scripts"}
+        assert {path.name for path in links.iterdir()} == {
+            "eval",
+            "models",
+            "new.py",
+            "prompts",
+            "scripts",
+        }
 
     def test_another_set_of_versions_is_installed_from_nothing(self, clone):
         clone("lint")
@@ -153,4 +183,7 @@ class TestMake:
         (clone.folder / "python").write_text(OLD_PYTHON.format(python=sys.executable))
         status, calls, said = clone("test")
         assert status != 0 and not calls
-        assert "Python 3.11 or newer is needed, and ./python is 3.10" in said and "Traceback" not in said
+        assert (
+            "Python 3.11 or newer is needed, and ./python is 3.10" in said
+            and "Traceback" not in said
+        )

@@ -1,4 +1,5 @@
-"""What is installed lives under one name: it neither hurts nor is hurt by a user's own `prompts.py`, `eval/` or `scripts/`."""
+"""What is installed lives under one name: it neither hurts nor is hurt by a user's own
+`prompts.py`, `eval/` or `scripts/`."""
 
 from __future__ import annotations
 
@@ -30,7 +31,17 @@ def wheel(tmp_path_factory) -> Path:
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
 
-    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-w", "dist"]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        "dist",
+    ]
     run(*build, "--disable-pip-version-check", cwd=source)
     return next((source / "dist").glob("*.whl"))
 
@@ -45,11 +56,16 @@ def installed(wheel, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
-    site = Path(run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
+    site = Path(
+        run(
+            str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
+        ).strip()
+    )
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     dependencies = [path for path in sys.path if path.endswith("-packages")]
-    (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")  # their own .pth files are not run
+    # their own .pth files are not run
+    (site / "dependencies.pth").write_text("\n".join(dependencies) + "\n")
     return python
 
 
@@ -76,14 +92,19 @@ def test_the_wheel_holds_one_package_and_all_of_its_data(wheel):
         "erase/scripts/launch/fsdp.yaml",
     ):
         assert needed in names
-    assert not [name for name in names if name.startswith(("erase/scripts/bench", "erase/scripts/canvas"))]
+    assert not [
+        name for name in names if name.startswith(("erase/scripts/bench", "erase/scripts/canvas"))
+    ]
 
 
 def test_a_command_and_an_import_work_beside_a_users_own_modules(installed, beside):
     shown = run(str(installed), "-m", "erase.scripts.run_erase", "--help", cwd=beside)
     assert "usage: erase-concept" in shown
 
-    code = "import erase.run, erase.eval.run, prompts, eval, scripts; print(erase.run.__file__, prompts.MINE, eval.MINE, scripts.MINE)"
+    code = (
+        "import erase.run, erase.eval.run, prompts, eval, scripts; print(erase.run.__file__, "
+        "prompts.MINE, eval.MINE, scripts.MINE)"
+    )
     said = run(str(installed), "-c", code, cwd=beside).split()
     assert said[1:] == ["1", "2", "2"]
     assert not said[0].startswith(str(ROOT))

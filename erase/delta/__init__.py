@@ -25,15 +25,15 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FILE = "delta.safetensors"
 """name of a delta in the folder of its run"""
 LARGEST, MOST = 2**30, 2**35
-"""weights of one tensor and of a whole base that a file may tell of: eight and two times those of the largest that there are"""
+"""weights of one tensor and of a whole base that a file may tell of: eight and two times those of
+the largest that there are"""
 
 
 @dataclass(frozen=True)
 class ErasedDelta:
-    """Replacement values of the weights that changed, exact to the bit.
-
-    `delta.apply(base)` puts them in, `delta.inverse(base)` is the delta that takes them out again, and `erase.compose` adds, scales
-    and subtracts several.
+    """Replacement values of the weights that changed, exact to the bit. `delta.apply(base)` puts
+    them in, `delta.inverse(base)` is the delta that takes them out again, and `erase.compose` adds,
+    scales and subtracts several.
     """
 
     values: dict[str, Tensor]
@@ -41,12 +41,15 @@ class ErasedDelta:
     bits: dict[str, Tensor]
     """parameter name -> packed bits, 1 where a weight changed"""
     metadata: dict[str, str] = field(default_factory=dict)
-    """base_fingerprint, base_id, method, config (JSON), concepts (JSON), created_with; parts (JSON), if it was composed"""
+    """base_fingerprint, base_id, method, config (JSON), concepts (JSON), created_with; parts
+    (JSON), if it was composed"""
     source: str = field(default="this delta", compare=False)
     """what errors call it: the file that it was read from"""
 
     @classmethod
-    def between(cls, base: Mapping[str, Tensor], erased: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ErasedDelta:
+    def between(
+        cls, base: Mapping[str, Tensor], erased: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> ErasedDelta:
         """The difference of two states: `erased` values wherever they differ from `base`."""
         values, bits = {}, {}
         for name, new in erased.items():
@@ -56,7 +59,10 @@ class ErasedDelta:
 
     def __repr__(self) -> str:
         base = self.metadata.get("base_id", "?")
-        return f"ErasedDelta({self.title!r} from {base}: {self.count:,} weights in {len(self.values)} tensors)"
+        return (
+            f"ErasedDelta({self.title!r} from {base}: {self.count:,} weights in {len(self.values)} "
+            "tensors)"
+        )
 
     @property
     def count(self) -> int:
@@ -84,9 +90,14 @@ class ErasedDelta:
 
     @property
     def name(self) -> str:
-        """`canvas without heart`: what the erased weights are called, without where the base lay on somebody's disk."""
+        """`canvas without heart`: what the erased weights are called, without where the base lay on
+        somebody's disk."""
         base = re.split(r"[\\/]", self.metadata.get("base_id", "?").rstrip("\\/"))[-1]
-        return f"{base} without {', '.join(gone(self.metadata))}" if self.concepts else f"{base}, changed"
+        return (
+            f"{base} without {', '.join(gone(self.metadata))}"
+            if self.concepts
+            else f"{base}, changed"
+        )
 
     @property
     def components(self) -> list[str]:
@@ -95,7 +106,8 @@ class ErasedDelta:
 
     @property
     def sha256(self) -> str:
-        """Digest of base, places and values: the same for the same change, whatever file it lies in."""
+        """Digest of base, places and values: the same for the same change, whatever file it lies
+        in."""
         digest = hashlib.sha256(self.metadata.get("base_fingerprint", "").encode())
         for name, value in sorted(self.values.items()):
             digest.update(f"{name} {value.dtype}".encode())
@@ -108,61 +120,74 @@ class ErasedDelta:
         return unpack(self.bits[name], shape)
 
     def places(self, name: str) -> Tensor:
-        """The flat indices of the weights of one parameter that changed, in the order of `values`."""
+        """The flat indices of the weights of one parameter that changed, in the order of
+        `values`."""
         return indices(unpack(self.bits[name], (self.bits[name].numel() * 8,)))
 
     def change(self, name: str, base: Tensor) -> Tensor:
-        """By how much it changes one parameter, whose base value is given: float64 on the CPU, `base`'s shape, 0 where it does not."""
+        """By how much it changes one parameter, whose base value is given: float64 on the CPU,
+        `base`'s shape, 0 where it does not."""
         places, old = self.places(name), base.detach().cpu().flatten()
         moved = self.values[name].double() - old.index_select(0, places).double()
-        return torch.zeros(old.shape, dtype=torch.float64).scatter_(0, places, moved).view(base.shape)
+        return (
+            torch.zeros(old.shape, dtype=torch.float64).scatter_(0, places, moved).view(base.shape)
+        )
 
     def check(self, model: DiffusionModel) -> None:
-        """Refuse a model that is not the base that this delta was made from, or that cannot hold it exactly.
-
-        Raises:
-            ErasureError: another fingerprint, a parameter or a size that the model does not have, values that are not finite, or ones
-                that the model's dtype would round.
+        """Refuse a model that is not the base that this delta was made from, or that cannot hold it
+        exactly. Raises: ErasureError: another fingerprint, a parameter or a size that the
+        model does not have, values that are not finite, or ones that the model's dtype would
+        round.
         """
         own = self.metadata.get("base_fingerprint", "")
         if model.fingerprint != own:
             raise ErasureError(
-                f"{self.source} belongs to base {self.metadata.get('base_id', '?')} (fingerprint {own[:12]}), but {model.name} has "
+                f"{self.source} belongs to base {self.metadata.get('base_id', '?')} (fingerprint "
+                f"{own[:12]}), but {model.name} has "
                 f"{model.fingerprint[:12]}; load that base, or erase from this one"
             )
         params = model.parameters()
         for name in self.values.keys() | self.bits.keys():
             if name not in self.values or name not in self.bits:
-                raise ErasureError(f"{self.source}: {name} lacks its values or its places; erase again")
+                raise ErasureError(
+                    f"{self.source}: {name} lacks its values or its places; erase again"
+                )
         for name in self.values:
             self._check_fit(name, params.get(name))
 
     def _check_fit(self, name: str, param: nn.Parameter | None) -> None:
         value, bits = self.values[name], self.bits[name]
         if param is None:
-            raise ErasureError(f"{self.source} changes {name}, which the model does not have; the file is damaged, erase again")
+            raise ErasureError(
+                f"{self.source} changes {name}, which the model does not have; the file is "
+                "damaged, erase again"
+            )
         used = param.numel() % 8  # bits of the last byte that mean a weight; 0: all
         if bits.numel() != -(-param.numel() // 8) or (used and (bits[-1] >> used).item()):
             raise ErasureError(
-                f"{self.source}: the places of {name} do not fit its shape {tuple(param.shape)}; the file is damaged, erase again"
+                f"{self.source}: the places of {name} do not fit its shape {tuple(param.shape)}; "
+                "the file is damaged, erase again"
             )
         _check_values(self.source, name, value, bits)
         if not torch.equal(_pattern(value.to(param.dtype).to(value.dtype)), _pattern(value)):
             kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (value, param)]
             raise ErasureError(
-                f"{self.source} holds {kinds[0]} values of {name} that {kinds[1]} weights would round; load the base in {kinds[0]}, "
+                f"{self.source} holds {kinds[0]} values of {name} that {kinds[1]} weights would "
+                f"round; load the base in {kinds[0]}, "
                 f"or round on purpose with delta.rounded(torch.{kinds[1]})"
             )
 
     def apply(self, model: DiffusionModel) -> DiffusionModel:
-        """Put the changed values into a base model, in place, and return it; all is checked before any weight is changed."""
+        """Put the changed values into a base model, in place, and return it; all is checked before
+        any weight is changed."""
         self.check(model)
         self._put(model, self.values)
         return model
 
     @contextmanager
     def applied(self, model: DiffusionModel) -> Iterator[DiffusionModel]:
-        """The erased model within the block; after it, whatever happened there, the base again, bit for bit."""
+        """The erased model within the block; after it, whatever happened there, the base again, bit
+        for bit."""
         self.check(model)
         old = self._held(model)
         try:
@@ -174,43 +199,58 @@ class ErasedDelta:
     def _held(self, model: DiffusionModel) -> dict[str, Tensor]:
         """The model's own values of the weights that the delta changes."""
         params = model.parameters()
-        return {name: params[name].detach().cpu().flatten().index_select(0, self.places(name)) for name in self.values}
+        return {
+            name: params[name].detach().cpu().flatten().index_select(0, self.places(name))
+            for name in self.values
+        }
 
     @torch.no_grad()
     def _put(self, model: DiffusionModel, values: Mapping[str, Tensor]) -> None:
         params = model.parameters()
         for name, value in values.items():
             param = params[name]
-            param.copy_(param.flatten().scatter(0, self.places(name).to(param.device), value.to(param)).view(param.shape))
+            param.copy_(
+                param.flatten()
+                .scatter(0, self.places(name).to(param.device), value.to(param))
+                .view(param.shape)
+            )
         model.refresh_fingerprint()
 
     def inverse(self, base: DiffusionModel) -> ErasedDelta:
-        """The delta that undoes this one: it turns base + delta into the base again, bit for bit, and refuses any other model.
-
-        A delta holds new values only, so the old ones come from `base`, which is left as it was found.
+        """The delta that undoes this one: it turns base + delta into the base again, bit for bit,
+        and refuses any other model. A delta holds new values only, so the old ones come from
+        `base`, which is left as it was found.
         """
         self.check(base)
         old = self._held(base)
         with self.applied(base) as erased:
             fingerprint = erased.fingerprint
-        named = {"base_fingerprint": fingerprint, "base_id": f"{base.name} without {self.title}", "concepts": "[]"}
+        named = {
+            "base_fingerprint": fingerprint,
+            "base_id": f"{base.name} without {self.title}",
+            "concepts": "[]",
+        }
         return ErasedDelta(old, self.bits, {**self.metadata, **named, "undoes": self.sha256})
 
     def rounded(self, dtype: torch.dtype) -> ErasedDelta:
-        """The same change in a narrower dtype: half the size, exact for a model in that dtype, no longer exact for a wider one.
+        """The same change in a narrower dtype: half the size, exact for a model in that dtype, no
+        longer exact for a wider one.
 
         Raises:
             ErasureError: a value is beyond the dtype's range.
         """
         values = {name: value.to(dtype) for name, value in self.values.items()}
         if beyond := [name for name, value in values.items() if not all_finite(value)]:
-            raise ErasureError(f"{self.source}: {beyond[0]} has values beyond the range of {dtype}; use bfloat16 or float32")
+            raise ErasureError(
+                f"{self.source}: {beyond[0]} has values beyond the range of {dtype}; use bfloat16 "
+                "or float32"
+            )
         return replace(self, values=values)
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
-
-        For each changed parameter it holds `values.NAME` and, whichever is smaller, `bits.NAME` or `gaps.NAME` (`erase.tensors`).
+        For each changed parameter it holds `values.NAME` and, whichever is smaller, `bits.NAME` or
+               `gaps.NAME` (`erase.tensors`).
         """
         tensors = {f"values.{name}": value for name, value in self.values.items()}
         for name, bits in self.bits.items():
@@ -221,14 +261,9 @@ class ErasedDelta:
 
     @classmethod
     def load(cls, path: str | Path) -> ErasedDelta:
-        """Read a delta.
-
-        Args:
-            path: of the file, or of the folder of the run that wrote it.
-
-        Raises:
-            ErasureError: a missing, damaged or foreign file, metadata that lack something or say what cannot be, or values that do
-                not fit their places; it names the file and the tensor.
+        """Read a delta. Args: path: of the file, or of the folder of the run that wrote it. Raises:
+        ErasureError: a missing, damaged or foreign file, metadata that lack something or say what
+        cannot be, or values that do not fit their places; it names the file and the tensor.
         """
         path = delta_file(path)
         tensors, metadata = load_tensors(path, "delta")
@@ -236,22 +271,36 @@ class ErasedDelta:
         split: dict[str, dict[str, Tensor]] = {"values": {}, "bits": {}, "gaps": {}}
         for key, tensor in tensors.items():
             part, _, name = key.partition(".")
-            if part not in split or tensor.ndim != 1 or tensor.dtype not in (DTYPES if part == "values" else (torch.uint8,)):
+            if (
+                part not in split
+                or tensor.ndim != 1
+                or tensor.dtype not in (DTYPES if part == "values" else (torch.uint8,))
+            ):
                 raise ErasureError(
-                    f"{path}: {key} ({tensor.dtype}, {tensor.ndim} dimensions) is not part of a delta; erase again"
+                    f"{path}: {key} ({tensor.dtype}, {tensor.ndim} dimensions) is not part of a "
+                    "delta; erase again"
                 )
             split[part][name] = tensor
         if twice := sorted(split["bits"].keys() & split["gaps"].keys()):
-            raise ErasureError(f"{path} tells the places of {twice[0]} twice; the file is damaged, erase again")
+            raise ErasureError(
+                f"{path} tells the places of {twice[0]} twice; the file is damaged, erase again"
+            )
         _check_sizes(path, split["bits"], split["gaps"])
         bits = split["bits"] | {name: from_gaps(gaps) for name, gaps in split["gaps"].items()}
         for name in split["values"].keys() | bits.keys():
             if name not in split["values"] or name not in bits:
-                raise ErasureError(f"{path}: {name} lacks its values or its places; the file is damaged, erase again")
+                raise ErasureError(
+                    f"{path}: {name} lacks its values or its places; the file is damaged, erase "
+                    "again"
+                )
             if not split["values"][name].numel():
-                raise ErasureError(f"{path}: {name} has no values at all; the file is damaged, erase again")
+                raise ErasureError(
+                    f"{path}: {name} has no values at all; the file is damaged, erase again"
+                )
             _check_values(str(path), name, split["values"][name], bits[name])
-        return cls(split["values"], {name: bits[name] for name in split["values"]}, metadata, str(path))
+        return cls(
+            split["values"], {name: bits[name] for name in split["values"]}, metadata, str(path)
+        )
 
 
 def delta_file(path: str | Path) -> Path:
@@ -286,54 +335,78 @@ def _what(folder: Path) -> str:
         return "it is a model; give a model as --model, and as --delta what erase-concept wrote"
     if (folder / "report.json").exists():
         near = folder.parent / FILE
-        return f"it is the folder of a report; give its delta, {near if near.is_file() else f'the {FILE} of the run'}"
+        return (
+            "it is the folder of a report; give its delta, "
+            f"{near if near.is_file() else f'the {FILE} of the run'}"
+        )
     if (folder / "run.json").exists():
-        return "its erasure has not come to its end; run the same erase-concept command again, which goes on"
+        return (
+            "its erasure has not come to its end; run the same erase-concept command again, which "
+            "goes on"
+        )
     if (folder / "manifest.jsonl").exists():
         return "it is a folder of images; give the folder of the run that erased"
     return "give the folder that erase-concept wrote to (its --out), or the file"
 
 
 def gone(metadata: Mapping[str, str]) -> list[str]:
-    """What a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its strength)` where it was scaled."""
+    """What a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its strength)` where it
+    was scaled."""
     check_metadata(metadata, "this delta")
     if "parts" not in metadata:
         return [str(concept["target"]) for concept in json.loads(metadata.get("concepts", "[]"))]
     parts = [(str(part["erased"]), float(part["scale"])) for part in json.loads(metadata["parts"])]
-    return [erased if scale == 1 else f"{erased} (at {scale:g} of its strength)" for erased, scale in parts if scale > 0]
+    return [
+        erased if scale == 1 else f"{erased} (at {scale:g} of its strength)"
+        for erased, scale in parts
+        if scale > 0
+    ]
 
 
 def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Values of `new` where it differs from `base`, and packed bits that say where; None if it is the same."""
+    """Values of `new` where it differs from `base`, and packed bits that say where; None if it is
+    the same."""
     changed = _pattern(new) != _pattern(base)
     places = indices(changed)
     return (new.flatten().index_select(0, places).cpu(), pack(changed)) if len(places) else None
 
 
 def _check_sizes(path: Path, bits: Mapping[str, Tensor], gaps: Mapping[str, Tensor]) -> None:
-    """Refuse places of more weights than any model has, before gaps are unfolded: a byte of them tells of up to 255 weights."""
+    """Refuse places of more weights than any model has, before gaps are unfolded: a byte of them
+    tells of up to 255 weights."""
     sizes = {name: 8 * packed.numel() for name, packed in bits.items()}
     for name, steps in gaps.items():
         try:
             sizes[name] = span(steps)
         except ErasureError as error:
-            raise ErasureError(f"{path}: the places of {name} are damaged ({error}); erase again") from error
+            raise ErasureError(
+                f"{path}: the places of {name} are damaged ({error}); erase again"
+            ) from error
     for name, size in sizes.items():
         if size > LARGEST:
             raise ErasureError(
-                f"{path} tells of {size:,} weights in {name}, more than any model has; the file is damaged, erase again"
+                f"{path} tells of {size:,} weights in {name}, more than any model has; the file is "
+                "damaged, erase again"
             )
     if (total := sum(sizes.values())) > MOST:
-        raise ErasureError(f"{path} tells of {total:,} weights, more than any model has; the file is damaged, erase again")
+        raise ErasureError(
+            f"{path} tells of {total:,} weights, more than any model has; the file is damaged, "
+            "erase again"
+        )
 
 
 def _check_values(source: str, name: str, value: Tensor, bits: Tensor) -> None:
     if unpack(bits, (bits.numel() * 8,)).count_nonzero() != value.numel():
-        raise ErasureError(f"{source}: the values of {name} do not fit their places; the file is damaged, erase again")
+        raise ErasureError(
+            f"{source}: the values of {name} do not fit their places; the file is damaged, erase "
+            "again"
+        )
     if not all_finite(value):
         raise ErasureError(f"{source}: {name} has values that are not finite; erase again")
 
 
 def _pattern(tensor: Tensor) -> Tensor:
     """The bits of floating point values, so that 0.0 and -0.0 differ."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.contiguous().view(
+        {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )

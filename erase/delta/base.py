@@ -14,30 +14,31 @@ from erase.prompts.errors import ErasureError
 
 
 def load_base(
-    delta: ErasedDelta, name: str | None = None, device: str | torch.device = "cpu", options: LoadConfig | None = None
+    delta: ErasedDelta,
+    name: str | None = None,
+    device: str | torch.device = "cpu",
+    options: LoadConfig | None = None,
 ) -> DiffusionModel:
-    """The base that a delta was made from, read as it was then.
-
-    Args:
-        delta: names its base and how it was read.
-        name: where the base is now; by default where it was. A hub id is fetched only if it is given here: a delta may come from
-            anybody, and name anything.
-        device: where it goes.
-        options: how it is read now; what is not the default wins over the delta's.
-
-    Raises:
-        ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one is checked where the delta is applied.
+    """The base that a delta was made from, read as it was then. Args: delta: names its base and how
+    it was read. name: where the base is now; by default where it was. A hub id is fetched only if
+    it is given here: a delta may come from anybody, and name anything. device: where it goes.
+    options: how it is read now; what is not the default wins over the delta's. Raises:
+    ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one is
+    checked where the delta is applied.
     """
     base, given = name or delta.metadata.get("base_id") or "", options or LoadConfig()
     if not base:
-        raise ErasureError(f"{delta.source} does not say which base it was made from; give the base with --model")
+        raise ErasureError(
+            f"{delta.source} does not say which base it was made from; give the base with --model"
+        )
     stored = load_options(delta.metadata, delta.source)
     chosen = stored.meant_for("folder" if base == "canvas" else kind_of(base)).updated(given)
     if name is None and base != "canvas":
         if not is_here(base, chosen):
             revision = f" --load.revision {chosen.revision}" if chosen.revision else ""
             raise ErasureError(
-                f"{delta.source} names {base!r} as its base, which is not on this machine; to fetch it from the hub, say so with --model "
+                f"{delta.source} names {base!r} as its base, which is not on this machine; to "
+                "fetch it from the hub, say so with --model "
                 f"{base}{revision}, or give with --model where it is"
             )
         chosen = replace(chosen, offline=True)

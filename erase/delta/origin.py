@@ -1,4 +1,5 @@
-"""What a delta's metadata say: read, checked, and refused in a sentence before anything is made of it."""
+"""What a delta's metadata say: read, checked, and refused in a sentence before anything is made of
+it."""
 
 from __future__ import annotations
 
@@ -34,17 +35,22 @@ class Origin:
 
 
 def read_origin(metadata: Mapping[str, str], source: str) -> Origin:
-    """Everything that a delta says of itself, as work needs it; errors as `check_metadata`, also where a concept is not whole."""
+    """Everything that a delta says of itself, as work needs it; errors as `check_metadata`, also
+    where a concept is not whole."""
     check_metadata(metadata, source)
     concepts = [
-        ConceptSpec.from_dict({key: value for key, value in values.items() if key in CONCEPT}, f"{source}, concept {i},")
+        ConceptSpec.from_dict(
+            {key: value for key, value in values.items() if key in CONCEPT},
+            f"{source}, concept {i},",
+        )
         for i, values in enumerate(concepts_of(metadata, source), 1)
     ]
     return Origin(metadata["method"], config_of(metadata, source), concepts)
 
 
 def check_metadata(metadata: Mapping[str, str], source: str) -> None:
-    """Refuse metadata that are not a delta's. A key of a newer version is left out later, and now told on the log.
+    """Refuse metadata that are not a delta's. A key of a newer version is left out later, and now
+    told on the log.
 
     Args:
         metadata: of the delta.
@@ -54,47 +60,81 @@ def check_metadata(metadata: Mapping[str, str], source: str) -> None:
         ErasureError: a key is missing, is not JSON, or says what cannot be.
     """
     if "base_fingerprint" not in metadata:
-        raise ErasureError(f"{source} does not say which base it belongs to; the file is damaged, erase again")
+        raise ErasureError(
+            f"{source} does not say which base it belongs to; the file is damaged, erase again"
+        )
     try:
         as_path(metadata.get("base_id", "?"))
     except ErasureError as error:
-        raise ErasureError(f"{source}: its base is no file, folder or id ({error}); the file is damaged, erase again") from error
+        raise ErasureError(
+            f"{source}: its base is no file, folder or id ({error}); the file is damaged, erase "
+            "again"
+        ) from error
     concepts = concepts_of(metadata, source)
     load_options(metadata, source)
     for part in _plain(metadata, "parts", list, source):
         _check_part(part, source)
     if lacks := [key for key in NEEDED if key not in metadata]:
-        raise ErasureError(f"{source} does not say its {' and '.join(lacks)}; the file is damaged, erase again")
-    newer = {*(metadata.keys() - KNOWN), *(f"concepts: {key}" for values in concepts for key in values.keys() - CONCEPT.keys())}
+        raise ErasureError(
+            f"{source} does not say its {' and '.join(lacks)}; the file is damaged, erase again"
+        )
+    newer = {
+        *(metadata.keys() - KNOWN),
+        *(f"concepts: {key}" for values in concepts for key in values.keys() - CONCEPT.keys()),
+    }
     if newer:
         made, said = metadata.get("created_with", "a newer version"), ", ".join(sorted(newer))
-        log.warning("%s: this version does not know its %.200s (made with %.80s), and leaves it out", source, said, made)
+        log.warning(
+            "%s: this version does not know its %.200s (made with %.80s), and leaves it out",
+            source,
+            said,
+            made,
+        )
 
 
 def concepts_of(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
-    """The concepts that were erased as plain data, each with a target; none where nothing is said. Errors as `check_metadata`."""
+    """The concepts that were erased as plain data, each with a target; none where nothing is said.
+    Errors as `check_metadata`."""
     concepts: list[dict[str, Any]] = _plain(metadata, "concepts", list, source)
     for i, values in enumerate(concepts, 1):
         if not isinstance(values, dict) or "target" not in values:
-            raise ErasureError(f"{source}: concept {i} in its metadata is none, with a target; the file is damaged, erase again")
-        if wrong := [key for key, value in values.items() if key in CONCEPT and not _fits(value, CONCEPT[key])]:
-            raise ErasureError(f"{source}: {wrong[0]} of concept {i} is not what it should be; the file is damaged, erase again")
+            raise ErasureError(
+                f"{source}: concept {i} in its metadata is none, with a target; the file is "
+                "damaged, erase again"
+            )
+        if wrong := [
+            key
+            for key, value in values.items()
+            if key in CONCEPT and not _fits(value, CONCEPT[key])
+        ]:
+            raise ErasureError(
+                f"{source}: {wrong[0]} of concept {i} is not what it should be; the file is "
+                "damaged, erase again"
+            )
     return concepts
 
 
 def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
-    """The config of the erasure as plain data; empty where nothing is said. Errors as `check_metadata`."""
+    """The config of the erasure as plain data; empty where nothing is said. Errors as
+    `check_metadata`."""
     config: dict[str, Any] = _plain(metadata, "config", dict, source)
     return config
 
 
 def load_options(metadata: Mapping[str, str], source: str) -> LoadConfig:
-    """How the base was read: of a composed delta's parts, which have one base, the first one's. Errors as `check_metadata`."""
+    """How the base was read: of a composed delta's parts, which have one base, the first one's.
+    Errors as `check_metadata`."""
     config = config_of(metadata, source)
-    broken = ErasureError(f"{source}: its config does not say how its base was read; the file is damaged, erase again")
+    broken = ErasureError(
+        f"{source}: its config does not say how its base was read; the file is damaged, erase again"
+    )
     while "parts" in config:
         parts = config["parts"]
-        if not isinstance(parts, list) or not parts or not all(isinstance(part, dict) for part in parts):
+        if (
+            not isinstance(parts, list)
+            or not parts
+            or not all(isinstance(part, dict) for part in parts)
+        ):
             raise broken
         config = parts[0]
     erase = config.get("erase", {})
@@ -103,11 +143,16 @@ def load_options(metadata: Mapping[str, str], source: str) -> LoadConfig:
         raise broken
     hints = get_type_hints(LoadConfig)
     if newer := sorted(set(options) - set(hints)):
-        log.warning("%s: its base was read with load.%s, which this version does not know; it is left out", source, newer[0][:99])
+        log.warning(
+            "%s: its base was read with load.%s, which this version does not know; it is left out",
+            source,
+            newer[0][:99],
+        )
     known = {key: value for key, value in options.items() if key in hints}
     if wrong := [key for key, value in known.items() if not _fits(value, hints[key])]:
         raise ErasureError(
-            f"{source}: load.{wrong[0]} in its config is {str(known[wrong[0]])[:40]!r}; the file is damaged, erase again"
+            f"{source}: load.{wrong[0]} in its config is {str(known[wrong[0]])[:40]!r}; the file "
+            "is damaged, erase again"
         )
     try:
         return LoadConfig(**known)
@@ -125,10 +170,13 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def _check_part(part: object, source: str) -> None:
-    right = isinstance(part, dict) and all(isinstance(part.get(key), kind) for key, kind in PART.items())
+    right = isinstance(part, dict) and all(
+        isinstance(part.get(key), kind) for key, kind in PART.items()
+    )
     if not right or not abs(part["scale"]) < 1e300:  # type: ignore[index]  # a dict, if it is right
         raise ErasureError(
-            f"{source}: its parts are not told as a composed delta tells them; the file is damaged, compose it again"
+            f"{source}: its parts are not told as a composed delta tells them; the file is "
+            "damaged, compose it again"
         )
 
 
@@ -141,10 +189,14 @@ def _plain(metadata: Mapping[str, str], key: str, kind: type, source: str) -> An
         _check_texts(value)
     except (ValueError, TypeError, RecursionError) as error:
         said = str(error)[:120] or type(error).__name__
-        raise ErasureError(f"{source}: its {key} is not JSON ({said}); the file is damaged, erase again") from error
+        raise ErasureError(
+            f"{source}: its {key} is not JSON ({said}); the file is damaged, erase again"
+        ) from error
     if not isinstance(value, kind):
         expected = "a list" if kind is list else "a mapping"
-        raise ErasureError(f"{source}: its {key} is not {expected}; the file is damaged, erase again")
+        raise ErasureError(
+            f"{source}: its {key} is not {expected}; the file is damaged, erase again"
+        )
     return value
 
 
@@ -154,7 +206,8 @@ def _number(text: str) -> float | str:
 
 
 def _check_texts(value: object, depth: int = 0) -> None:
-    """Refuse what no report could be written of: text with half a character, a nesting without end."""
+    """Refuse what no report could be written of: text with half a character, a nesting without
+    end."""
     if depth > DEEPEST:
         raise ValueError(f"nested more than {DEEPEST} levels deep")
     if isinstance(value, str):

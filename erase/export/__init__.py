@@ -28,7 +28,8 @@ from erase.prompts.errors import ErasureError
 from erase.tensors import all_finite
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
-"""this machine, in the names of unfinished folders: one whose process is dead is told by its lock, which another machine may not see"""
+"""this machine, in the names of unfinished folders: one whose process is dead is told by its lock,
+which another machine may not see"""
 
 
 def export_diffusers(
@@ -39,15 +40,12 @@ def export_diffusers(
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
 ) -> Path:
-    """Write base + delta as a diffusers folder that stock `DiffusionPipeline.from_pretrained` loads.
-
-    Args:
-        delta: what changed.
-        base: the checkpoint that it was made from, as for `load_model`; or that model, loaded, which stays as it is.
-        out: a folder that does not exist yet; it appears whole or not at all.
-        card: text of its README.md, the model card.
-        dtype: of the weights in the files. float32 holds the erased weights exactly, whatever the base was stored as.
-        picture: before_after.png of an evaluation, to lie beside the card.
+    """Write base + delta as a diffusers folder that stock `DiffusionPipeline.from_pretrained`
+    loads. Args: delta: what changed. base: the checkpoint that it was made from, as for
+    `load_model`; or that model, loaded, which stays as it is. out: a folder that does not exist
+    yet; it appears whole or not at all. card: text of its README.md, the model card. dtype: of
+    the weights in the files. float32 holds the erased weights exactly, whatever the base was
+    stored as. picture: before_after.png of an evaluation, to lie beside the card.
 
     Raises:
         ErasureError: another base, an existing folder, or one that cannot be written to.
@@ -65,7 +63,8 @@ def export_components(
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
 ) -> Path:
-    """Write only the components that changed, each a folder (`unet/`) that its own class loads. Arguments as `export_diffusers`."""
+    """Write only the components that changed, each a folder (`unet/`) that its own class loads.
+    Arguments as `export_diffusers`."""
     with _folder(out, card, picture) as aside, _erased(delta, base, dtype) as pipeline:
         for component in delta.components:
             save_part(getattr(pipeline, component), aside / component)
@@ -80,15 +79,19 @@ def export_single_file(
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
 ) -> Path:
-    """Write one checkpoint file in the layout that Stable Diffusion was published in. Arguments as `export_diffusers`.
-
-    If `out` ends in .safetensors it is that file, without a card; else a folder with `model.safetensors`.
+    """Write one checkpoint file in the layout that Stable Diffusion was published in. Arguments as
+       `export_diffusers`.
+    If `out` ends in .safetensors it is that file, without a card; else a folder with
+       `model.safetensors`.
     """
     from erase.models.single_file import write_single_file
 
     with _file(out, card, picture, FILES["single-file"]) as aside:
         with _erased(delta, base, dtype) as pipeline:
-            words = {"concepts": delta.metadata.get("concepts", "[]"), "modelspec.title": delta.name}
+            words = {
+                "concepts": delta.metadata.get("concepts", "[]"),
+                "modelspec.title": delta.name,
+            }
             write_single_file(pipeline, aside, dtype, words)
     return Path(out)
 
@@ -102,13 +105,15 @@ def export_lora(
     picture: str | Path | None = None,
 ) -> Path:
     """Write a LoRA, as a file or (with `lora.json`, what it misses layer by layer) as a folder.
-
-    `layout` is one of `erase.export.lora.LAYOUTS`, by default the one that most programs read; the other arguments as `export_single_file`.
+    `layout` is one of `erase.export.lora.LAYOUTS`, by default the one that most programs read; the
+       other arguments as `export_single_file`.
     """
     with _file(out, card, picture, FILES["lora"]) as aside:
         lora.save(aside, dtype, layout)
         if not _is_file(out):
-            (aside.parent / "lora.json").write_text(json.dumps(lora.plain(), indent=1), encoding="utf-8")
+            (aside.parent / "lora.json").write_text(
+                json.dumps(lora.plain(), indent=1), encoding="utf-8"
+            )
     return Path(out)
 
 
@@ -127,7 +132,8 @@ def export_delta(
 
 @contextmanager
 def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) -> Iterator[Any]:
-    """The stock pipeline of base + delta. A base that the caller holds is afterwards as it was found.
+    """The stock pipeline of base + delta. A base that the caller holds is afterwards as it was
+    found.
 
     Raises:
         ErasureError: another base, or a weight beyond the dtype's range.
@@ -139,22 +145,36 @@ def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) 
             for tensor in (*part.parameters(), *part.buffers()):
                 tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
             if beyond := [key for key, weight in part.named_parameters() if not all_finite(weight)]:
-                raise ErasureError(f"{name}.{beyond[0]} has values beyond the range of {dtype}; use bfloat16 or float32")
+                raise ErasureError(
+                    f"{name}.{beyond[0]} has values beyond the range of {dtype}; use bfloat16 or "
+                    "float32"
+                )
         yield pipeline
 
 
 @contextmanager
 def _as_found(model: DiffusionModel, delta: ErasedDelta) -> Iterator[None]:
-    """Give a model its weights back, and what saving writes into its configurations.
-
-    Only the weights that the delta changes are copied, since they are changed in place; the others are only exchanged for their casts.
+    """Give a model its weights back, and what saving writes into its configurations. Only the
+    weights that the delta changes are copied, since they are changed in place; the others are only
+    exchanged for their casts.
     """
     pipeline, fingerprint = model.pipeline(), model.fingerprint
     parts = modules(pipeline)
-    tensors = [(tensor, tensor.data) for part in parts.values() for tensor in (*part.parameters(), *part.buffers())]
-    configs = [(vars(part.config), dict(vars(part.config))) for part in parts.values() if hasattr(part.config, "dtype")]
-    holders = [one for one in (pipeline, *pipeline.components.values()) if hasattr(one, "_internal_dict")]
-    frozen = [(one, type(one._internal_dict)(one._internal_dict)) for one in holders]  # diffusers' own configurations
+    tensors = [
+        (tensor, tensor.data)
+        for part in parts.values()
+        for tensor in (*part.parameters(), *part.buffers())
+    ]
+    configs = [
+        (vars(part.config), dict(vars(part.config)))
+        for part in parts.values()
+        if hasattr(part.config, "dtype")
+    ]
+    holders = [
+        one for one in (pipeline, *pipeline.components.values()) if hasattr(one, "_internal_dict")
+    ]
+    # diffusers' own configurations
+    frozen = [(one, type(one._internal_dict)(one._internal_dict)) for one in holders]
     params = model.parameters()
     try:
         for name in delta.values.keys() & params.keys():
@@ -188,7 +208,8 @@ def check_free(out: str | Path) -> Path:
 
 @contextmanager
 def _file(out: str | Path, card: str, picture: str | Path | None, name: str) -> Iterator[Path]:
-    """Where to write the one file of a format: `out` itself (its writer writes it whole), or `name` in a new folder."""
+    """Where to write the one file of a format: `out` itself (its writer writes it whole), or `name`
+    in a new folder."""
     if _is_file(out):
         yield check_free(out)
     else:
@@ -198,7 +219,8 @@ def _file(out: str | Path, card: str, picture: str | Path | None, name: str) -> 
 
 @contextmanager
 def _folder(out: str | Path, card: str, picture: str | Path | None) -> Iterator[Path]:
-    """A new folder beside `out` to write to; with its card it is renamed to `out`, on any error it is removed."""
+    """A new folder beside `out` to write to; with its card it is renamed to `out`, on any error it
+    is removed."""
     out = check_free(out)
     try:
         with _unfinished(out) as aside:
@@ -207,16 +229,21 @@ def _folder(out: str | Path, card: str, picture: str | Path | None) -> Iterator[
                 (aside / "README.md").write_text(card, encoding="utf-8")
             if picture:
                 shutil.copyfile(picture, aside / "before_after.png")
-            check_free(out)  # another export may have been quicker; over a folder that is not empty no rename succeeds
+            # another export may have been quicker; over a folder that is not empty no rename
+            # succeeds
+            check_free(out)
             aside.rename(out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ErasureError(f"cannot write {out}: {reason}; free some space or choose another folder") from error
+        raise ErasureError(
+            f"cannot write {out}: {reason}; free some space or choose another folder"
+        ) from error
 
 
 @contextmanager
 def _unfinished(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that is this export's alone and locked; what killed exports to `out` left there is removed first."""
+    """A new folder beside `out` that is this export's alone and locked; what killed exports to
+    `out` left there is removed first."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{escape(out.name)}.{HOST}.*.part"):
         with _locked(left) as dead:
@@ -234,7 +261,8 @@ def _unfinished(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder, if the disk has locks and no living process holds it; the system frees a dead one's."""
+    """Hold the lock of a folder, if the disk has locks and no living process holds it; the system
+    frees a dead one's."""
     handle = None
     try:
         import fcntl

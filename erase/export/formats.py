@@ -1,4 +1,5 @@
-"""The formats that erased weights are exported in, and how each is loaded: the code that its model card shows."""
+"""The formats that erased weights are exported in, and how each is loaded: the code that its model
+card shows."""
 
 from __future__ import annotations
 
@@ -15,8 +16,13 @@ FORMATS = {
     "lora": "a LoRA file, an approximation",
     "delta": "the changed values themselves, composed and rounded as asked",
 }
-FILES = {"single-file": "model.safetensors", "lora": "pytorch_lora_weights.safetensors", "delta": "delta.safetensors"}
-"""format -> name of its one file inside an exported folder; for a LoRA the one that diffusers looks for"""
+FILES = {
+    "single-file": "model.safetensors",
+    "lora": "pytorch_lora_weights.safetensors",
+    "delta": "delta.safetensors",
+}
+"""format -> name of its one file inside an exported folder; for a LoRA the one that diffusers looks
+for"""
 
 
 @dataclass(frozen=True)
@@ -26,9 +32,11 @@ class Usage:
     about: str
     """what the files are, after `This is`"""
     code: str
-    """Python that makes `pipeline` of them; it has the placeholders path/to/this/folder and, where it is needed, path/to/base"""
+    """Python that makes `pipeline` of them; it has the placeholders path/to/this/folder and, where
+    it is needed, path/to/base"""
     relation: str = "finetune"
-    """base_model_relation on the hub: finetune, or adapter for what does not work without its base"""
+    """base_model_relation on the hub: finetune, or adapter for what does not work without its
+    base"""
     library: str = "diffusers"
     tags: tuple[str, ...] = ()
 
@@ -52,14 +60,16 @@ pipeline = {load_base}(
 )""",
 )
 SINGLE_FILE = Usage(
-    "one file in the layout that Stable Diffusion was published in, for A1111, ComfyUI and stock diffusers",
+    "one file in the layout that Stable Diffusion was published in, for A1111, ComfyUI and stock "
+    "diffusers",
     """\
 from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_single_file("path/to/this/folder/model.safetensors"{config})""",
 )
 LORA = Usage(
-    "a LoRA: the base with it is close to the erased model, and not the same (see Limits); loading it needs peft",
+    "a LoRA: the base with it is close to the erased model, and not the same (see Limits); loading "
+    "it needs peft",
     """\
 {import_base}
 
@@ -69,7 +79,8 @@ pipeline.load_lora_weights("path/to/this/folder")""",
     tags=("lora",),
 )
 DELTA = Usage(
-    "a delta: the changed values and where they go, and nothing else; it needs concept-erasure-toolkit",
+    "a delta: the changed values and where they go, and nothing else; it needs "
+    "concept-erasure-toolkit",
     """\
 from erase.delta import ErasedDelta
 from erase.models import load_model
@@ -79,20 +90,36 @@ pipeline = delta.apply(load_model("path/to/base")).pipeline()""",
     relation="adapter",
     library="concept-erasure-toolkit",
 )
-USAGES = {"diffusers": DIFFUSERS, "components": COMPONENTS, "single-file": SINGLE_FILE, "lora": LORA, "delta": DELTA}
+USAGES = {
+    "diffusers": DIFFUSERS,
+    "components": COMPONENTS,
+    "single-file": SINGLE_FILE,
+    "lora": LORA,
+    "delta": DELTA,
+}
 
 
 def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
-    """How one of `FORMATS` is loaded, in the classes of this base; `components` are those that changed."""
-    pipeline, one_file = type(model.pipeline()).__name__, Path(model.name).suffix.lower() in SINGLE_FILES
+    """How one of `FORMATS` is loaded, in the classes of this base; `components` are those that
+    changed."""
+    pipeline, one_file = (
+        type(model.pipeline()).__name__,
+        Path(model.name).suffix.lower() in SINGLE_FILES,
+    )
     base_class = pipeline if one_file else "DiffusionPipeline"
     classes = {name: type(model.component(name)) for name in components}
-    imports = sorted({("diffusers", base_class), *((kind.__module__.split(".")[0], kind.__name__) for kind in classes.values())})
+    imports = sorted(
+        {
+            ("diffusers", base_class),
+            *((kind.__module__.split(".")[0], kind.__name__) for kind in classes.values()),
+        }
+    )
     texts = {
         "components": " and ".join(components),
         "imports": "\n".join(f"from {library} import {name}" for library, name in imports),
         "loads": "\n".join(
-            f'    {name}={kind.__name__}.from_pretrained(f"{{folder}}/{name}"),' for name, kind in classes.items()
+            f'    {name}={kind.__name__}.from_pretrained(f"{{folder}}/{name}"),'
+            for name, kind in classes.items()
         ),
         "pipeline": pipeline,
         "import_base": f"from diffusers import {base_class}",

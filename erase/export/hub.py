@@ -17,7 +17,9 @@ def hub_login(repo: str) -> str:
     """
     from huggingface_hub import HfApi
 
-    with _hub_errors(f"cannot push to {repo}", "log in with `hf auth login`, or leave --push_to_hub out"):
+    with _hub_errors(
+        f"cannot push to {repo}", "log in with `hf auth login`, or leave --push_to_hub out"
+    ):
         return str(HfApi().whoami()["name"])
 
 
@@ -34,14 +36,23 @@ def push_to_hub(folder: str | Path, repo: str, private: bool = True) -> str:
     """
     from huggingface_hub import HfApi
 
-    with _hub_errors(f"{folder} is whole, but could not be pushed to {repo}", f"try again with `hf upload {repo} {folder}`"):
+    with _hub_errors(
+        f"{folder} is whole, but could not be pushed to {repo}",
+        f"try again with `hf upload {repo} {folder}`",
+    ):
         HfApi().create_repo(repo, private=private, exist_ok=True)
-        return str(HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Erased weights").repo_url)
+        return str(
+            HfApi()
+            .upload_folder(repo_id=repo, folder_path=folder, commit_message="Erased weights")
+            .repo_url
+        )
 
 
 @contextmanager
 def _hub_errors(what: str, way_out: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the client, its HTTP library and the system each raise their own kinds
+    except (
+        Exception
+    ) as error:  # the client, its HTTP library and the system each raise their own kinds
         raise ErasureError(f"{what}: {reason(error)}; {way_out}") from error

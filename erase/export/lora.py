@@ -1,6 +1,8 @@
-"""A delta as a LoRA: low-rank factors of what changed, in a file that stock `pipeline.load_lora_weights` reads, and most programs beside it.
+"""A delta as a LoRA: low-rank factors of what changed, in a file that stock
+`pipeline.load_lora_weights` reads, and most programs beside it.
 
-A LoRA is an approximation: it holds the nearest matrices of low rank (Eckart and Young, 1936), and nothing of biases and norms.
+A LoRA is an approximation: it holds the nearest matrices of low rank (Eckart and Young, 1936), and
+    nothing of biases and norms.
 What that loses is measured layer by layer and kept with it.
 """
 
@@ -27,7 +29,10 @@ from erase.prompts.errors import ErasureError, unknown
 
 RANK = 16
 LAYOUTS = {
-    "kohya": "names as sd-scripts gives them, which ComfyUI, A1111, Forge, sd-scripts, stable-diffusion.cpp and diffusers read",
+    "kohya": (
+        "names as sd-scripts gives them, which ComfyUI, A1111, Forge, sd-scripts, "
+        "stable-diffusion.cpp and diffusers read"
+    ),
     "diffusers": "names of diffusers, which it alone reads whole",
 }
 
@@ -56,7 +61,8 @@ class LoRA:
     """`component.module` -> (outputs, rank), of a convolution (outputs, rank, 1, 1), float32"""
     layers: list[LayerFit]
     left_out: dict[str, float]
-    """parameter that no LoRA holds (bias, norm, embedding, projection of pooled text) -> norm of its change"""
+    """parameter that no LoRA holds (bias, norm, embedding, projection of pooled text) -> norm of
+    its change"""
     metadata: dict[str, str] = field(default_factory=dict)
     """the delta's"""
     kohya: dict[str, str] = field(default_factory=dict)
@@ -66,12 +72,14 @@ class LoRA:
 
     @property
     def layout(self) -> str:
-        """The layout that most programs read: kohya, or for a family that has no such names diffusers."""
+        """The layout that most programs read: kohya, or for a family that has no such names
+        diffusers."""
         return "kohya" if self.kohya else "diffusers"
 
     @property
     def outside(self) -> dict[str, float]:
-        """Layers outside of the blocks, which sd-scripts and stable-diffusion.cpp pass over -> norm of their change."""
+        """Layers outside of the blocks, which sd-scripts and stable-diffusion.cpp pass over -> norm
+        of their change."""
         return {fit.name: fit.norm for fit in self.layers if OUTSIDE.fullmatch(fit.name)}
 
     @property
@@ -81,8 +89,11 @@ class LoRA:
 
     @property
     def error(self) -> float:
-        """||whole change - what the LoRA holds|| / ||whole change||, with what is left out counted as lost."""
-        lost = sum((fit.error * fit.norm) ** 2 for fit in self.layers) + sum(norm**2 for norm in self.left_out.values())
+        """||whole change - what the LoRA holds|| / ||whole change||, with what is left out counted
+        as lost."""
+        lost = sum((fit.error * fit.norm) ** 2 for fit in self.layers) + sum(
+            norm**2 for norm in self.left_out.values()
+        )
         return math.sqrt(lost / self._total)
 
     @property
@@ -92,7 +103,9 @@ class LoRA:
 
     @property
     def _total(self) -> float:
-        return sum(norm**2 for norm in (*(fit.norm for fit in self.layers), *self.left_out.values()))
+        return sum(
+            norm**2 for norm in (*(fit.norm for fit in self.layers), *self.left_out.values())
+        )
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -101,40 +114,50 @@ class LoRA:
 
     def plain(self) -> dict[str, Any]:
         """The fit as JSON has it."""
-        numbers = {"error": self.error, "left_out_share": self.left_out_share, "left_out": self.left_out}
+        numbers = {
+            "error": self.error,
+            "left_out_share": self.left_out_share,
+            "left_out": self.left_out,
+        }
         numbers |= {"outside_share": self.outside_share, "outside": self.outside}
         return numbers | {"layers": [asdict(fit) for fit in self.layers]}
 
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float32, layout: str | None = None) -> None:
-        """Write one safetensors file, whole or not at all.
+    def save(
+        self, path: str | Path, dtype: torch.dtype = torch.float32, layout: str | None = None
+    ) -> None:
+        """Write one safetensors file, whole or not at all. Args: path:
+        `pytorch_lora_weights.safetensors` is the name that `load_lora_weights(folder)` looks for.
+        dtype: of the factors in the file. layout: one of `LAYOUTS`; by default kohya, where the
+        family has it.
 
-        Args:
-            path: `pytorch_lora_weights.safetensors` is the name that `load_lora_weights(folder)` looks for.
-            dtype: of the factors in the file.
-            layout: one of `LAYOUTS`; by default kohya, where the family has it.
-
-        Raises:
-            ErasureError: another layout, or kohya for a family that it has no names for.
+               Raises:
+                   ErasureError: another layout, or kohya for a family that it has no names for.
         """
         layout = layout or self.layout
         if layout not in LAYOUTS:
             raise unknown("LoRA layout", layout, LAYOUTS)
         if layout == "kohya" and not self.kohya:
-            raise ErasureError("the kohya layout has no names for this family; leave the layout out, or take diffusers")
+            raise ErasureError(
+                "the kohya layout has no names for this family; leave the layout out, or take "
+                "diffusers"
+            )
         metadata = {**_without_paths(self.metadata), **self.header, "format": "pt"}
         if layout == "kohya":
             tensors = self._kohya(dtype)
         else:
-            tensors = {f"{name}.lora_A.weight": factor.to(dtype) for name, factor in self.down.items()}
-            tensors |= {f"{name}.lora_B.weight": factor.to(dtype) for name, factor in self.up.items()}
+            tensors = {
+                f"{name}.lora_A.weight": factor.to(dtype) for name, factor in self.down.items()
+            }
+            tensors |= {
+                f"{name}.lora_B.weight": factor.to(dtype) for name, factor in self.up.items()
+            }
             metadata["lora_adapter_metadata"] = json.dumps(_adapter_config(self.ranks))
         save_tensors(path, tensors, metadata)
 
     def _kohya(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors under kohya's names, with the one alpha of 1 in all layers.
-
-        Its readers scale a layer by alpha / rank. diffusers 0.42 confuses alphas that differ between layers, so the ranks go into the
-        up factors instead.
+        """The tensors under kohya's names, with the one alpha of 1 in all layers. Its readers scale
+        a layer by alpha / rank. diffusers 0.42 confuses alphas that differ between layers, so the
+        ranks go into the up factors instead.
         """
         tensors: dict[str, Tensor] = {}
         for name, rank in self.ranks.items():
@@ -145,35 +168,44 @@ class LoRA:
         return tensors
 
     def as_delta(self, base: DiffusionModel) -> ErasedDelta:
-        """Base + LoRA as a delta, so that it can be evaluated beside the delta that it was taken from; `base` stays as it is.
+        """Base + LoRA as a delta, so that it can be evaluated beside the delta that it was taken
+        from; `base` stays as it is.
 
         Raises:
             ErasureError: another base.
         """
         own = self.metadata.get("base_fingerprint", "")
         if base.fingerprint != own:
-            raise ErasureError(f"this LoRA was made for the base {own[:12]}, but {base.name} has {base.fingerprint[:12]}")
+            raise ErasureError(
+                f"this LoRA was made for the base {own[:12]}, but {base.name} has "
+                f"{base.fingerprint[:12]}"
+            )
         params = base.parameters()
         old = {f"{name}.weight": params[f"{name}.weight"].detach().cpu() for name in self.down}
-        new = {f"{name}.weight": _merged(old[f"{name}.weight"], self.up[name], self.down[name]) for name in self.down}
+        new = {
+            f"{name}.weight": _merged(old[f"{name}.weight"], self.up[name], self.down[name])
+            for name in self.down
+        }
         config = config_of(self.metadata, "the delta of this LoRA") | {"lora_ranks": self.ranks}
-        return ErasedDelta.between(old, new, {**self.metadata, "config": json.dumps(config, sort_keys=True)})
+        return ErasedDelta.between(
+            old, new, {**self.metadata, "config": json.dumps(config, sort_keys=True)}
+        )
 
 
-def extract_lora(delta: ErasedDelta, base: DiffusionModel, rank: int | None = None, energy: float | None = None) -> LoRA:
-    """The best low-rank factors of a delta, layer by layer.
-
-    Args:
-        delta: what changed.
-        base: the model that it was made from; it stays as it is.
-        rank: of every layer, at most its full rank; 16 if neither this nor `energy` is given.
-        energy: keep this fraction of each layer's squared change, in (0, 1], with the smallest rank that does; `rank` then caps it.
-
-    Raises:
-        ErasureError: a rank below one, an energy outside (0, 1], another base, or a delta that changes no layer which a LoRA can hold.
+def extract_lora(
+    delta: ErasedDelta, base: DiffusionModel, rank: int | None = None, energy: float | None = None
+) -> LoRA:
+    """The best low-rank factors of a delta, layer by layer. Args: delta: what changed. base: the
+    model that it was made from; it stays as it is. rank: of every layer, at most its full rank; 16
+    if neither this nor `energy` is given. energy: keep this fraction of each layer's squared
+    change, in (0, 1], with the smallest rank that does; `rank` then caps it. Raises: ErasureError:
+    a rank below one, an energy outside (0, 1], another base, or a delta that changes no layer which
+    a LoRA can hold.
     """
     if energy is not None and not 0 < energy <= 1:
-        raise ErasureError(f"energy must be in (0, 1], not {energy}; 0.9 keeps 90 % of each layer's squared change")
+        raise ErasureError(
+            f"energy must be in (0, 1], not {energy}; 0.9 keeps 90 % of each layer's squared change"
+        )
     rank = RANK if rank is None and energy is None else rank
     if rank is not None and rank < 1:
         raise ErasureError(f"the rank of a LoRA must be at least 1, not {rank}")
@@ -191,26 +223,34 @@ def extract_lora(delta: ErasedDelta, base: DiffusionModel, rank: int | None = No
         up[module] = b.reshape(*b.shape, *(1,) * (change.ndim - 2)).contiguous()
         layers.append(fit)
     if not layers:
-        raise ErasureError(f"{delta.source} changes no linear or convolutional layer, so no LoRA can hold any of it")
+        raise ErasureError(
+            f"{delta.source} changes no linear or convolutional layer, so no LoRA can hold any of "
+            "it"
+        )
     pipeline, ranks = base.pipeline(), {fit.rank for fit in layers}
     named = kohya_names(pipeline, down), lora_header(pipeline, delta.name, ranks)
     return LoRA(down, up, layers, left_out, dict(delta.metadata), *named)
 
 
 def _holders(model: DiffusionModel, components: list[str]) -> set[str]:
-    """Names of the weights that a LoRA can hold: those of linear and of ungrouped two-dimensional convolutional layers.
-
-    A text encoder's projection is none of them: no program but diffusers has a place for it, and that one cannot load it in all ranks.
+    """Names of the weights that a LoRA can hold: those of linear and of ungrouped two-dimensional
+    convolutional layers. A text encoder's projection is none of them: no program but diffusers
+    has a place for it, and that one cannot load it in all ranks.
     """
     return {
         f"{component}.{name}.weight"
         for component in components
         for name, module in model.component(component).named_modules()
-        if name != "text_projection" and (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
+        if name != "text_projection"
+        and (
+            isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+        )
     }
 
 
-def _fit(name: str, change: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, LayerFit]:
+def _fit(
+    name: str, change: Tensor, rank: int | None, energy: float | None
+) -> tuple[Tensor, Tensor, LayerFit]:
     """Down and up factor of one change (float64, outputs x inputs), and what they miss."""
     down, up = _factors(change, rank, energy)
     norm = change.norm().item()
@@ -220,13 +260,16 @@ def _fit(name: str, change: Tensor, rank: int | None, energy: float | None) -> t
 
 def _factors(change: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
     """The truncated SVD with each singular value shared equally between both factors.
-
-    By the eigenvectors of the smaller Gram matrix in float64: exact to float32, the whole spectrum included, and several times quicker
-    than an SVD of the wide matrices of convolutions.
+    By the eigenvectors of the smaller Gram matrix in float64: exact to float32, the whole spectrum
+       included, and several times quicker than an SVD of the wide matrices of convolutions.
     """
     wide = change.shape[0] <= change.shape[1]
     power, vectors = torch.linalg.eigh(change @ change.T if wide else change.T @ change)
-    power, vectors = power.flip(0).clamp(min=0), vectors.flip(1)  # squared singular values, largest first
+    # squared singular values, largest first
+    power, vectors = (
+        power.flip(0).clamp(min=0),
+        vectors.flip(1),
+    )
     kept = int((power > power[0] * 1e-14).sum())  # what is below is rounding
     if energy is not None:
         kept = min(kept, int((power.cumsum(0) < energy * power.sum()).sum()) + 1)
@@ -249,12 +292,21 @@ def _without_paths(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """What PEFT has to know of each component's layers: without it, loaders guess the scale of layers of unequal rank."""
+    """What PEFT has to know of each component's layers: without it, loaders guess the scale of
+    layers of unequal rank."""
     config: dict[str, Any] = {}
     for component in dict.fromkeys(name.split(".")[0] for name in ranks):
-        own = {name.removeprefix(f"{component}."): rank for name, rank in ranks.items() if name.startswith(f"{component}.")}
+        own = {
+            name.removeprefix(f"{component}."): rank
+            for name, rank in ranks.items()
+            if name.startswith(f"{component}.")
+        }
         usual = Counter(own.values()).most_common(1)[0][0]
         unusual = {f"^{name}": rank for name, rank in own.items() if rank != usual}
-        config |= {f"{component}.r": usual, f"{component}.lora_alpha": usual, f"{component}.target_modules": list(own)}
+        config |= {
+            f"{component}.r": usual,
+            f"{component}.lora_alpha": usual,
+            f"{component}.target_modules": list(own),
+        }
         config |= {f"{component}.rank_pattern": unusual, f"{component}.alpha_pattern": unusual}
     return config

@@ -1,4 +1,5 @@
-"""Text that goes to others with the weights: names as names, not as Markdown, and nothing of where files lie on this disk."""
+"""Text that goes to others with the weights: names as names, not as Markdown, and nothing of where
+files lie on this disk."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ BREAKS = re.compile(r"[ \x00-\x1f\x7f\x85\u2028\u2029]+")
 
 
 def plain(text: object) -> str:
-    """One line of Markdown that shows the text as it is: no markup, no HTML, no link comes of it."""
+    """One line of Markdown that shows the text as it is: no markup, no HTML, no link comes of
+    it."""
     line = BREAKS.sub(" ", str(text)).strip()
     line = re.sub(r"([\\`*_\[\]<>#|~!&$])", r"\\\1", line)
     return re.sub(r"(:)(?=//)|(?<=www)(\.)", lambda found: "\\" + found[0], line)

@@ -1,4 +1,5 @@
-"""Rows of latents as the denoiser sees them: noised, with their timesteps and what it is trained to answer."""
+"""Rows of latents as the denoiser sees them: noised, with their timesteps and what it is trained to
+answer."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Rows:
     t: Tensor
     """training timesteps, shape (n,), int64"""
     target: Tensor
-    """what the denoiser is trained to predict there (noise, velocity or flow), shape (n, c, h, w)"""
+    """what the denoiser is trained to predict there (noise, velocity or flow), shape (n, c, h,
+    w)"""
 
     def __len__(self) -> int:
         return len(self.noisy)
@@ -37,8 +39,11 @@ def noised(model: DiffusionModel, latents: Tensor, noise: Tensor, t: Tensor) -> 
     return Rows(model.add_noise(latents, noise, t), t, model.target(latents, noise, t))
 
 
-def draw_rows(model: DiffusionModel, latents: LatentSet, rows: Tensor, generator: torch.Generator) -> Rows:
-    """These rows of a set: a posterior sample, a timestep and noise each, in this order from the generator."""
+def draw_rows(
+    model: DiffusionModel, latents: LatentSet, rows: Tensor, generator: torch.Generator
+) -> Rows:
+    """These rows of a set: a posterior sample, a timestep and noise each, in this order from the
+    generator."""
     clean = latents.draw(rows, generator)
     t, noise = latents.draw_noise(rows, model.timesteps, generator)
     return noised(model, clean, noise, t)

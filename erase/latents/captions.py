@@ -1,7 +1,10 @@
-"""What a user's own images are trained with: their captions, or the names of their folders, as prompts.
+"""What a user's own images are trained with: their captions, or the names of their folders, as
+prompts.
 
-An image to forget needs a caption that names a concept: the anchor prompt is the caption with the anchor in the concept's place. A folder's
-name stands for a thing, so it goes into templates: those of the concept that it names, or the general ones.
+An image to forget needs a caption that names a concept: the anchor prompt is the caption with the
+    anchor in the concept's place. A folder's
+name stands for a thing, so it goes into templates: those of the concept that it names, or the
+    general ones.
 """
 
 from __future__ import annotations
@@ -25,28 +28,32 @@ def captioned(images: Sequence[OwnImage]) -> bool:
 
 def check_named(images: Sequence[OwnImage], concepts: Sequence[ConceptSpec]) -> None:
     """Refuse forget images that do not say which of the concepts they show.
-
-    Raises:
-        ErasureError: captions that name none, a concept that none names, or no captions beside several concepts.
+    Raises: ErasureError: captions that name none, a concept that none names, or no captions beside
+       several concepts.
     """
     if not captioned(images):
         if len(concepts) > 1:
             raise ErasureError(
-                f"{len(concepts)} concepts, and nothing says which of them each image of latents.forget_images shows; name the folders "
-                "after the concepts and set latents.captions to folder, or write a .txt beside each image"
+                f"{len(concepts)} concepts, and nothing says which of them each image of "
+                "latents.forget_images shows; name the folders "
+                "after the concepts and set latents.captions to folder, or write a .txt beside "
+                "each image"
             )
         return
     named = Names(name for concept in concepts for name in concept.names)
     found = {image: named.found(image.words or "") for image in images}
     if unnamed := [image for image, names in found.items() if not names]:
         raise ErasureError(
-            f"{len(unnamed)} of {len(images)} captions of latents.forget_images do not name what is to be forgotten ({unnamed[0].path}: "
-            f"{unnamed[0].words!r}); name {_titles(concepts)} there, add a synonym to the concept, or set latents.captions to none"
+            f"{len(unnamed)} of {len(images)} captions of latents.forget_images do not name what "
+            f"is to be forgotten ({unnamed[0].path}: "
+            f"{unnamed[0].words!r}); name {_titles(concepts)} there, add a synonym to the concept, "
+            "or set latents.captions to none"
         )
     for concept in concepts:
         if not any(set(concept.names) & set(names) for names in found.values()):
             raise ErasureError(
-                f"no caption of the {len(images)} images of latents.forget_images names {concept.target!r}; give it some, or raise "
+                f"no caption of the {len(images)} images of latents.forget_images names "
+                f"{concept.target!r}; give it some, or raise "
                 "latents.n_forget"
             )
 
@@ -57,7 +64,10 @@ def forget_pairs(
     """`n` pairs of forget and anchor prompt, for captioned images in turn."""
     owner = {name: concept for concept in concepts for name in concept.names}
     anchors = {name: concept.anchor for name, concept in owner.items()}
-    named, turns = Names(owner), {concept.target: _turns(concept.pairs(), rng) for concept in concepts}
+    named, turns = (
+        Names(owner),
+        {concept.target: _turns(concept.pairs(), rng) for concept in concepts},
+    )
     pairs = []
     for image in (images[i % len(images)] for i in range(n)):
         if image.caption is not None:
@@ -68,7 +78,8 @@ def forget_pairs(
 
 
 def that_stay(images: Sequence[OwnImage], concepts: Sequence[ConceptSpec]) -> list[OwnImage]:
-    """The retain images whose captions name none of the concepts; how many others there were is said.
+    """The retain images whose captions name none of the concepts; how many others there were is
+    said.
 
     Raises:
         ErasureError: none is left.
@@ -79,11 +90,17 @@ def that_stay(images: Sequence[OwnImage], concepts: Sequence[ConceptSpec]) -> li
     kept = [image for image in images if not named.found(image.words or "")]
     if not kept:
         raise ErasureError(
-            f"the captions of all {len(images)} images of latents.retain_images name {_titles(concepts)}; give images of other things"
+            f"the captions of all {len(images)} images of latents.retain_images name "
+            f"{_titles(concepts)}; give images of other things"
         )
     if len(kept) < len(images):
         left_out = len(images) - len(kept)
-        log.info("latents.retain_images: %d of %d images are left out, whose captions name what is to go", left_out, len(images))
+        log.info(
+            "latents.retain_images: %d of %d images are left out, whose captions name what is to "
+            "go",
+            left_out,
+            len(images),
+        )
     return kept
 
 
@@ -91,7 +108,8 @@ def retain_prompts(images: Sequence[OwnImage], n: int) -> list[str]:
     """`n` prompts, for captioned images in turn."""
     turns = ((i, images[i % len(images)]) for i in range(n))
     return [
-        image.caption or TEMPLATES[(i + i // len(images)) % len(TEMPLATES)].replace("{}", image.subject or "")
+        image.caption
+        or TEMPLATES[(i + i // len(images)) % len(TEMPLATES)].replace("{}", image.subject or "")
         for i, image in turns
     ]
 

@@ -1,4 +1,5 @@
-"""A user's own images: which files of a folder are taken, what their captions say, and their pixels as a model sees them."""
+"""A user's own images: which files of a folder are taken, what their captions say, and their pixels
+as a model sees them."""
 
 from __future__ import annotations
 
@@ -26,12 +27,37 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("erase")
 
-# Only these decoders see the bytes, whatever a file is called: others start programs (EPS) or read what is no photograph.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "QOI")
-ANIMATED = ("PNG", "GIF", "WEBP", "AVIF", "TIFF")  # not MPO: the second picture of a telephone's is a depth map
+# Only these decoders see the bytes, whatever a file is called: others start programs (EPS) or read
+# what is no photograph.
+FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "GIF",
+    "AVIF",
+    "HEIF",
+    "JPEG2000",
+    "PPM",
+    "TGA",
+    "QOI",
+)
+# not MPO: the second picture of a telephone's is a depth map
+ANIMATED = (
+    "PNG",
+    "GIF",
+    "WEBP",
+    "AVIF",
+    "TIFF",
+)
 NO_IMAGES = {".txt", "thumbs.db", "desktop.ini"}  # which lie beside images and are not missed
 MOST_PIXELS = 89_478_485  # Pillow's own bound for what may be a bomb
-MOST_LENGTHS = 20  # long side by short side: the rest of a longer image's pixels would be thrown away
+MOST_LENGTHS = (
+    20  # long side by short side: the rest of a longer image's pixels would be thrown away
+)
 LONGEST_CAPTION = 100_000  # bytes
 
 
@@ -52,16 +78,12 @@ class OwnImage:
 
 
 def read_folder(folder: str, captions: str) -> list[OwnImage]:
-    """The images of a folder and of those in it, folder by folder, by name; what is passed over is said.
-
-    Hidden files and links that lead back are not followed.
-
-    Args:
-        folder: of the images.
-        captions: `beside` takes the text files of the same name, where there are any; `folder` the folders' names; `none` neither.
-
-    Raises:
-        ErasureError: no folder, one that cannot be read or has no images, or images without a caption among others with one.
+    """The images of a folder and of those in it, folder by folder, by name; what is passed over is
+          said.
+    Hidden files and links that lead back are not followed. Args: folder: of the images. captions:
+          `beside` takes the text files of the same name, where there are any; `folder` the folders'
+          names; `none` neither. Raises: ErasureError: no folder, one that cannot be read or has no
+          images, or images without a caption among others with one.
     """
     files, skipped = [], Counter[str]()
     known = _suffixes()
@@ -71,11 +93,18 @@ def read_folder(folder: str, captions: str) -> list[OwnImage]:
             files.append(path)
         elif not {suffix, path.name.lower()} & NO_IMAGES:
             skipped[suffix if path.is_file() else "broken links and devices"] += 1
-    passed = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in skipped.most_common(8))
+    passed = ", ".join(
+        f"{count} {suffix or 'without a suffix'}" for suffix, count in skipped.most_common(8)
+    )
     if not files:
-        also = f"; of what is there, none can be read ({passed}): convert it to PNG or JPEG" if passed else ""
+        also = (
+            f"; of what is there, none can be read ({passed}): convert it to PNG or JPEG"
+            if passed
+            else ""
+        )
         raise ErasureError(
-            f"no images ({', '.join(sorted(known))}) in {folder}{also}; give another folder or leave it out to sample them"
+            f"no images ({', '.join(sorted(known))}) in {folder}{also}; give another folder or "
+            "leave it out to sample them"
         )
     if passed:
         log.info("%s: %d files are no images and are skipped (%s)", folder, skipped.total(), passed)
@@ -84,19 +113,35 @@ def read_folder(folder: str, captions: str) -> list[OwnImage]:
     return [OwnImage(path) for path in files] if captions == "none" else _with_texts(files, folder)
 
 
-def take(folder: str, images: Sequence[OwnImage], count: int, seed: int, what: str) -> list[OwnImage]:
-    """At most `count` of the images of a folder, spread over all of them; how many of how many is said."""
+def take(
+    folder: str, images: Sequence[OwnImage], count: int, seed: int, what: str
+) -> list[OwnImage]:
+    """At most `count` of the images of a folder, spread over all of them; how many of how many is
+    said."""
     taken = spread(images, count, seed)
     folders = len({image.path.parent for image in images})
-    much = f"{len(taken):,} of {len(images):,}" if len(taken) < len(images) else f"all {len(images):,}"
-    log.info("%s: %s images of %s are taken, from %d folders, for %d latents", what, much, folder, folders, count)
+    much = (
+        f"{len(taken):,} of {len(images):,}" if len(taken) < len(images) else f"all {len(images):,}"
+    )
+    log.info(
+        "%s: %s images of %s are taken, from %d folders, for %d latents",
+        what,
+        much,
+        folder,
+        folders,
+        count,
+    )
     if folders > 1 and images[0].words is None:
-        log.info("%s: latents.captions folder would take the folders' names as what their images show", what)
+        log.info(
+            "%s: latents.captions folder would take the folders' names as what their images show",
+            what,
+        )
     return taken
 
 
 def spread(images: Sequence[OwnImage], count: int, seed: int) -> list[OwnImage]:
-    """At most `count` of the images, each folder's share chosen at random: a function of the seed alone."""
+    """At most `count` of the images, each folder's share chosen at random: a function of the seed
+    alone."""
     rng = random.Random(seed)
     if len(images) <= count:
         return list(images)
@@ -109,7 +154,8 @@ def spread(images: Sequence[OwnImage], count: int, seed: int) -> list[OwnImage]:
 
 
 def look_at(images: Sequence[OwnImage], size: int, what: str) -> None:
-    """Read the images' heads, before anything is made: refuse what cannot be taken, and say what will be done to the others.
+    """Read the images' heads, before anything is made: refuse what cannot be taken, and say what
+    will be done to the others.
 
     Args:
         images: to encode.
@@ -126,14 +172,25 @@ def look_at(images: Sequence[OwnImage], size: int, what: str) -> None:
             animated += file.format in ANIMATED and getattr(file, "is_animated", False)
     if small:
         log.info(
-            "%s: %d of %d images are upscaled to %d pixels (the smallest has %d)", what, len(small), len(images), size, min(small)
+            "%s: %d of %d images are upscaled to %d pixels (the smallest has %d)",
+            what,
+            len(small),
+            len(images),
+            size,
+            min(small),
         )
     if animated:
-        log.info("%s: %d of %d images have several frames, of which the first is taken", what, animated, len(images))
+        log.info(
+            "%s: %d of %d images have several frames, of which the first is taken",
+            what,
+            animated,
+            len(images),
+        )
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """An image as the VAE takes it: upright, short side to `size` (bicubic), centre crop, shape (3, size, size), [-1, 1].
+    """An image as the VAE takes it: upright, short side to `size` (bicubic), centre crop, shape (3,
+    size, size), [-1, 1].
 
     Raises:
         ErasureError: it cannot be read, and why.
@@ -152,22 +209,36 @@ def _suffixes() -> set[str]:
     """Suffixes of the formats that the Pillow which is installed reads."""
     from PIL import Image
 
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN}
+    return {
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if kind in FORMATS and kind in Image.OPEN
+    }
 
 
 def _walk(folder: str) -> Iterator[Path]:
     """Every file that is not hidden; folders behind links too, each once."""
 
     def refuse(error: OSError) -> None:
-        raise ErasureError(f"cannot read the folder {error.filename}: {error.strerror}; check the path") from error
+        raise ErasureError(
+            f"cannot read the folder {error.filename}: {error.strerror}; check the path"
+        ) from error
 
     try:
         if not os.path.isdir(folder):
-            what = "is a file; give the folder that it lies in" if os.path.exists(folder) else "is not there; check the path"
+            what = (
+                "is a file; give the folder that it lies in"
+                if os.path.exists(folder)
+                else "is not there; check the path"
+            )
             raise ErasureError(f"no images: the folder {folder} {what}")
         seen = {os.path.realpath(folder)}
         for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-            real = {os.path.realpath(os.path.join(at, name)): name for name in sorted(folders, reverse=True) if _shown(name)}
+            real = {
+                os.path.realpath(os.path.join(at, name)): name
+                for name in sorted(folders, reverse=True)
+                if _shown(name)
+            }
             folders[:] = sorted(name for place, name in real.items() if place not in seen)
             seen |= real.keys()
             yield from (Path(at, name) for name in sorted(names) if _shown(name))
@@ -180,7 +251,8 @@ def _shown(name: str) -> bool:
 
 
 def _subject(folder: Path) -> str:
-    """A folder's name as words; a number before it, of times to repeat, is the form of other trainers."""
+    """A folder's name as words; a number before it, of times to repeat, is the form of other
+    trainers."""
     name = re.sub(r"^\d+_(?=\D)", "", folder.resolve().name)
     return " ".join(re.sub(r"[_\-]", " ", name).split()) or name
 
@@ -193,7 +265,8 @@ def _with_texts(files: list[Path], folder: str) -> list[OwnImage]:
         return [OwnImage(path) for path in files]
     if bare:
         raise ErasureError(
-            f"{len(bare)} of {len(files)} images in {folder} have no caption beside them, {bare[0].with_suffix('.txt')} for one; "
+            f"{len(bare)} of {len(files)} images in {folder} have no caption beside them, "
+            f"{bare[0].with_suffix('.txt')} for one; "
             "write them, or set latents.captions to none"
         )
     return [OwnImage(path, caption=_caption(text)) for path, text in zip(files, texts, strict=True)]
@@ -201,15 +274,20 @@ def _with_texts(files: list[Path], folder: str) -> list[OwnImage]:
 
 def _caption(path: Path) -> str:
     if path.stat().st_size > LONGEST_CAPTION:
-        raise ErasureError(f"{path} has {path.stat().st_size:,} bytes, which is no caption; shorten it")
+        raise ErasureError(
+            f"{path} has {path.stat().st_size:,} bytes, which is no caption; shorten it"
+        )
     if text := " ".join(unicodedata.normalize("NFC", read_text(path)).split()):
         return text
-    raise ErasureError(f"the caption {path} is empty; write what the image shows, or set latents.captions to none")
+    raise ErasureError(
+        f"the caption {path} is empty; write what the image shows, or set latents.captions to none"
+    )
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file whose head was read, and is within bounds; whatever goes wrong with it in the block names it."""
+    """An image file whose head was read, and is within bounds; whatever goes wrong with it in the
+    block names it."""
     from PIL import Image
 
     Image.init()
@@ -227,9 +305,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise _too_large(path, "too many") from error
     except Image.UnidentifiedImageError as error:
-        raise ErasureError(f"cannot read the image {path}: it is none, or damaged; take it out of the folder") from error
+        raise ErasureError(
+            f"cannot read the image {path}: it is none, or damaged; take it out of the folder"
+        ) from error
     except Exception as error:  # decoders raise what they like
-        raise ErasureError(f"cannot read the image {path}: {reason(error)}; mend it or take it out of the folder") from error
+        raise ErasureError(
+            f"cannot read the image {path}: {reason(error)}; mend it or take it out of the folder"
+        ) from error
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
@@ -237,13 +319,17 @@ def _check_size(path: Path, width: int, height: int) -> None:
         raise _too_large(path, f"{width} x {height}")
     if max(width, height) > MOST_LENGTHS * min(width, height):
         raise ErasureError(
-            f"cannot take the image {path}: of {width} x {height} pixels, only a square in the middle would be seen; crop it, to at "
+            f"cannot take the image {path}: of {width} x {height} pixels, only a square in the "
+            "middle would be seen; crop it, to at "
             f"most {MOST_LENGTHS} times as long as wide"
         )
 
 
 def _too_large(path: Path, pixels: str) -> ErasureError:
-    return ErasureError(f"cannot take the image {path}: it has {pixels} pixels; make it smaller, at most {MOST_PIXELS:,}")
+    return ErasureError(
+        f"cannot take the image {path}: it has {pixels} pixels; make it smaller, at most "
+        f"{MOST_PIXELS:,}"
+    )
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -259,7 +345,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray[Any, Any]:
-    """Grey values of 16 bits, or from 0 to 1, scaled to 0 to 255, which `convert` would cut off there."""
+    """Grey values of 16 bits, or from 0 to 1, scaled to 0 to 255, which `convert` would cut off
+    there."""
     grey, top = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
     if not ((grey >= 0) & (grey <= top)).all():
         raise ValueError(f"it has grey values outside of 0 to {top:g}")

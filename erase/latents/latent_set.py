@@ -25,7 +25,8 @@ class LatentSet:
     latents: Tensor
     """posterior means, scaled as the denoiser sees them, shape (n, c, h, w)"""
     std: Tensor | None
-    """posterior standard deviations, same shape: the latent is drawn anew at each use; None for sampled latents"""
+    """posterior standard deviations, same shape: the latent is drawn anew at each use; None for
+    sampled latents"""
     prompts: tuple[str, ...]
     """one prompt per latent"""
     anchors: tuple[str, ...] | None = None
@@ -33,9 +34,11 @@ class LatentSet:
     shows_anchor: Tensor | None = None
     """whether a latent shows its anchor instead of its prompt, shape (n,), bool; None: none does"""
     image: Tensor | None = None
-    """number of the image that a latent is a point of, shape (n,), int64, ascending; None: each is an image of its own"""
+    """number of the image that a latent is a point of, shape (n,), int64, ascending; None: each is
+    an image of its own"""
     noise: Tensor | None = None
-    """the noise that each latent is to be seen under, shape of the latents; None: drawn anew at each use"""
+    """the noise that each latent is to be seen under, shape of the latents; None: drawn anew at
+    each use"""
     t: Tensor | None = None
     """training timesteps that go with it, shape (n,), int64"""
 
@@ -43,7 +46,8 @@ class LatentSet:
         return len(self.latents)
 
     def concept_rows(self) -> Tensor:
-        """One row of each image that shows its prompt; of points, one of every stretch of the trajectories in turn."""
+        """One row of each image that shows its prompt; of points, one of every stretch of the
+        trajectories in turn."""
         rows = torch.arange(len(self))
         if self.shows_anchor is not None:
             rows = rows[~self.shows_anchor]
@@ -64,36 +68,42 @@ class LatentSet:
             return mean
         return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
 
-    def draw_noise(self, rows: Tensor, timesteps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Timestep and noise for these rows: their own, or drawn from `timesteps` and the normal distribution."""
+    def draw_noise(
+        self, rows: Tensor, timesteps: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Timestep and noise for these rows: their own, or drawn from `timesteps` and the normal
+        distribution."""
         if self.t is not None and self.noise is not None:
             return self.t[rows], self.noise[rows]
         shape = (len(rows), *self.latents.shape[1:])
-        return torch.randint(timesteps, (len(rows),), generator=generator), torch.randn(shape, generator=generator)
+        return torch.randint(timesteps, (len(rows),), generator=generator), torch.randn(
+            shape, generator=generator
+        )
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the set."""
         tensors = {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
         texts = {name: json.dumps(getattr(self, name)) for name in TEXTS}
-        save_tensors(path, tensors, {**metadata, **texts, "format": "latents", "sha256": _digest(tensors)})
+        save_tensors(
+            path, tensors, {**metadata, **texts, "format": "latents", "sha256": _digest(tensors)}
+        )
 
     @classmethod
     def load(cls, path: Path, made_from: str | None = None) -> LatentSet:
-        """Read a set.
-
-        Args:
-            path: of the file.
-            made_from: digest of what it must have been made from; None: whatever it was.
-
-        Raises:
-            ErasureError: a missing, damaged or foreign file, texts that do not fit the latents, or a
-                set that was made from something else.
+        """Read a set. Args: path: of the file. made_from: digest of what it must have been made
+        from; None: whatever it was. Raises: ErasureError: a missing, damaged or foreign file, texts
+        that do not fit the latents, or a set that was made from something else.
         """
         tensors, metadata = load_tensors(path, "latents")
         if metadata.get("sha256") != _digest(tensors):
-            raise ErasureError(f"{path} is damaged (its checksum differs); delete it to make it again")
+            raise ErasureError(
+                f"{path} is damaged (its checksum differs); delete it to make it again"
+            )
         if made_from is not None and metadata.get("made_from") != made_from:
-            raise ErasureError(f"{path} holds latents that were made from something else; delete it to make them again")
+            raise ErasureError(
+                f"{path} holds latents that were made from something else; delete it to make them "
+                "again"
+            )
 
         with errors_named(path, "delete it to make it again"):
             prompts, anchors = (json.loads(metadata[name]) for name in TEXTS)
@@ -104,13 +114,17 @@ class LatentSet:
         return cls(tensors["latents"], columns["std"], *texts, *further)
 
 
-def _check(path: Path, tensors: Mapping[str, Tensor | None], prompts: list[str], anchors: list[str] | None) -> None:
+def _check(
+    path: Path, tensors: Mapping[str, Tensor | None], prompts: list[str], anchors: list[str] | None
+) -> None:
     """Refuse columns that do not fit each other."""
     latents = tensors["latents"]
     assert latents is not None
     texts = [prompts] if anchors is None else [prompts, anchors]
     if any(not isinstance(column, list) or len(column) != len(latents) for column in texts):
-        raise ErasureError(f"{path}: {len(prompts)} prompts for {len(latents)} latents; delete it to make it again")
+        raise ErasureError(
+            f"{path}: {len(prompts)} prompts for {len(latents)} latents; delete it to make it again"
+        )
 
     words = all(isinstance(text, str) for column in texts for text in column)
     images = [value for name in ("latents", "std", "noise") if (value := tensors[name]) is not None]
@@ -126,7 +140,10 @@ def _check(path: Path, tensors: Mapping[str, Tensor | None], prompts: list[str],
     image = tensors["image"]
     ascending = image is None or bool((image.diff() >= 0).all())
     if not (words and floats and shaped and listed and timed and ascending):
-        raise ErasureError(f"{path} does not hold prompts and latents of shape (n, c, h, w); delete it to make it again")
+        raise ErasureError(
+            f"{path} does not hold prompts and latents of shape (n, c, h, w); delete it to make it "
+            "again"
+        )
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -139,7 +156,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:
-    """Rows `start .. start + count` of an endless stream in which every epoch holds each of `n` rows exactly once.
+    """Rows `start .. start + count` of an endless stream in which every epoch holds each of `n`
+    rows exactly once.
 
     A function of its arguments alone, so that a resumed run goes on in the same order.
     """

@@ -1,4 +1,5 @@
-"""The training data of an erasure: latents of forget and retain images, with the embeddings of their prompts."""
+"""The training data of an erasure: latents of forget and retain images, with the embeddings of
+their prompts."""
 
 from __future__ import annotations
 
@@ -43,28 +44,32 @@ class LatentConfig:
     guidance: float = 3.0
     """guidance scale of that sampling"""
     trajectory: int = 0
-    """k: of each image that the model makes itself, train on k noisy states that its sampling passed through (on all, where there are fewer
-    steps). They are fixed, so that what the frozen base predicts there is computed once. 0: on the finished image, noised anew at each step"""
+    """k: of each image that the model makes itself, train on k noisy states that its sampling
+    passed through (on all, where there are fewer steps). They are fixed, so that what the frozen
+    base predicts there is computed once. 0: on the finished image, noised anew at each step"""
     mixed_precision: str = "no"
     """no, bf16 or fp16, for the sampling"""
     batch_size: int = 32
     """images sampled or encoded at a time"""
     forget_images: str | None = None
-    """a folder of images of the concept to encode instead of sampling: n_forget of all in it and in its folders, spread by the seed;
-    without captions, the concept's prompts are paired with them in turn"""
+    """a folder of images of the concept to encode instead of sampling: n_forget of all in it and in
+    its folders, spread by the seed; without captions, the concept's prompts are paired with them in
+    turn"""
     retain_images: str | None = None
     """a folder of images to keep, likewise"""
     captions: str = "beside"
-    """what the prompts of these images are: beside (the .txt file of the same name, where images have one), folder (the name of the folder
-    that each lies in, put into templates), or none. A forget image's must name the concept; with the anchor in its place it is the anchor
-    prompt"""
+    """what the prompts of these images are: beside (the .txt file of the same name, where images
+    have one), folder (the name of the folder that each lies in, put into templates), or none. A
+    forget image's must name the concept; with the anchor in its place it is the anchor prompt"""
 
     def __post_init__(self) -> None:
         check_precision(self.mixed_precision)
         check_names(self, {"captions": CAPTIONS})
         for given in ("forget_images", "retain_images"):
             if (folder := getattr(self, given)) is not None and not folder.strip():
-                raise ErasureError(f"latents.{given} is empty; name a folder, or leave it out to sample the images")
+                raise ErasureError(
+                    f"latents.{given} is empty; name a folder, or leave it out to sample the images"
+                )
         counts = dict.fromkeys(("n_forget", "n_retain", "steps", "batch_size"), COUNT)
         check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE})
 
@@ -96,8 +101,8 @@ class Given:
 @dataclass(frozen=True)
 class Plan:
     """The forget and retain latents of an erasure; each set is made when it is asked for.
-
-    Sets come from the model itself or from folders of images. Where there is a cache, finished ones are found there again.
+    Sets come from the model itself or from folders of images. Where there is a cache, finished ones
+       are found there again.
     """
 
     model: DiffusionModel
@@ -109,19 +114,16 @@ class Plan:
     cache: Path | None = None
 
     def forget(self, anchor_share: float = 0.0) -> LatentSet:
-        """Forget latents.
-
-        Args:
-            anchor_share: fraction that is sampled from the anchor prompts instead (none, where images are given).
-
-        Raises:
-            ErasureError: more steps than timesteps, images or captions that cannot be taken, or a concept of which no forget latent is left.
+        """Forget latents. Args: anchor_share: fraction that is sampled from the anchor prompts
+        instead (none, where images are given). Raises: ErasureError: more steps than timesteps,
+        images or captions that cannot be taken, or a concept of which no forget latent is left.
         """
         pairs, images = self._forget_rows(random.Random(self.seed))
         own = len(pairs) - (0 if images else round(anchor_share * len(pairs)))
         if own < len(self.concepts):
             raise ErasureError(
-                f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is {len(self.concepts)} concepts; "
+                f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is "
+                f"{len(self.concepts)} concepts; "
                 "raise latents.n_forget or lower anchor_latents"
             )
         if self.config.retain_images or any(concept.retain for concept in self.concepts):
@@ -130,10 +132,8 @@ class Plan:
         return self._made("forget", prompts, anchors, own, images, self._first)
 
     def retain(self) -> LatentSet:
-        """Retain latents.
-
-        Raises:
-            ErasureError: more steps than timesteps, no retain prompts, or images or captions that cannot be taken.
+        """Retain latents. Raises: ErasureError: more steps than timesteps, no retain prompts, or
+        images or captions that cannot be taken.
         """
         prompts, images = self._retain_rows()
         return self._made("retain", tuple(prompts), None, None, images, self._first + 500_000)
@@ -163,9 +163,12 @@ class Plan:
         images: list[OwnImage],
         seed: int,
     ) -> LatentSet:
-        check_ranges(self.config, {"steps": (1, self.model.timesteps)})  # no more than there are noise levels
+        # no more than there are noise levels
+        check_ranges(self.config, {"steps": (1, self.model.timesteps)})
         files = [image.path for image in images]
-        return _cached(self.model, self.config, self.cache, what, prompts, anchors, own, files, seed)
+        return _cached(
+            self.model, self.config, self.cache, what, prompts, anchors, own, files, seed
+        )
 
 
 def prepare_latents(
@@ -204,7 +207,9 @@ def _retain_rows(
         return _pick_retain(concepts, config.n_retain, rng), []
     images = that_stay(read_folder(config.retain_images, config.captions), concepts)
     taken = take(config.retain_images, images, config.n_retain, seed, "latents.retain_images")
-    return retain_prompts(taken, config.n_retain) if captioned(taken) else _pick_retain(concepts, config.n_retain, rng), taken
+    return retain_prompts(taken, config.n_retain) if captioned(taken) else _pick_retain(
+        concepts, config.n_retain, rng
+    ), taken
 
 
 def _pick_pairs(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[tuple[str, str]]:
@@ -218,16 +223,22 @@ def _pick_retain(concepts: list[ConceptSpec], n: int, rng: random.Random) -> lis
     given = list(dict.fromkeys(prompt for concept in concepts for prompt in concept.retain))
     prompts = without(given, names)
     if prompts and len(prompts) < len(given):
-        log.info("%d of %d retain prompts name what is to be forgotten and are left out", len(given) - len(prompts), len(given))
+        log.info(
+            "%d of %d retain prompts name what is to be forgotten and are left out",
+            len(given) - len(prompts),
+            len(given),
+        )
     if not prompts:
         raise ErasureError(
-            f"no retain prompts are left for {', '.join(c.target for c in concepts)}; give some that do not name the concept"
+            f"no retain prompts are left for {', '.join(c.target for c in concepts)}; give some "
+            "that do not name the concept"
         )
     return _cycled(list(prompts), n, rng)
 
 
 def _cycled(items: list[T], n: int, rng: random.Random) -> list[T]:
-    """`n` items: whole shuffled rounds, so that each item comes as often as any other, within one."""
+    """`n` items: whole shuffled rounds, so that each item comes as often as any other, within
+    one."""
     picked: list[T] = []
     while len(picked) < n:
         picked += rng.sample(items, len(items))
@@ -245,7 +256,8 @@ def _cached(
     files: list[Path],
     seed: int,
 ) -> LatentSet:
-    """The set of these prompts, of which the first `own` show what they say, found in the cache or made."""
+    """The set of these prompts, of which the first `own` show what they say, found in the cache or
+    made."""
     digests = [file_sha256(file) for file in files]
     key = json.dumps([model.fingerprint, prompts, anchors, own, digests, seed, asdict(config)])
     digest = hashlib.sha256(key.encode()).hexdigest()
@@ -253,8 +265,13 @@ def _cached(
     if path and exists_on_all(path):
         kept = LatentSet.load(path, digest)
         points = len(kept) // len(prompts)
-        if (kept.prompts, kept.anchors) != (_times(prompts, points), anchors and _times(anchors, points)):
-            raise ErasureError(f"{path} holds other prompts than this run's; delete it to make it again")
+        if (kept.prompts, kept.anchors) != (
+            _times(prompts, points),
+            anchors and _times(anchors, points),
+        ):
+            raise ErasureError(
+                f"{path} holds other prompts than this run's; delete it to make it again"
+            )
         return kept
 
     if files:
@@ -277,7 +294,8 @@ def _sampled(
     own: int | None,
     seed: int,
 ) -> LatentSet:
-    """Latents that the model makes of these prompts, and of the anchors in the place of all but the first `own`."""
+    """Latents that the model makes of these prompts, and of the anchors in the place of all but the
+    first `own`."""
     latents, noise, t = sample_points(
         model,
         prompts[:own] + (anchors[own:] if anchors else ()),
@@ -315,5 +333,7 @@ def _encode(model: DiffusionModel, files: list[Path], batch_size: int) -> tuple[
         mean, std = model.encode_images(torch.stack([read_image(files[row], size) for row in rows]))
         return mean.float().cpu(), std.float().cpu()
 
-    means, stds = zip(*in_shares(len(files), batch_size, encode, "encoding images", "img"), strict=True)
+    means, stds = zip(
+        *in_shares(len(files), batch_size, encode, "encoding images", "img"), strict=True
+    )
     return torch.cat(means), torch.cat(stds)

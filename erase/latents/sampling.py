@@ -1,4 +1,5 @@
-"""Training latents that the model makes itself: finished images, or noisy states of the trajectories that lead to them."""
+"""Training latents that the model makes itself: finished images, or noisy states of the
+trajectories that lead to them."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from erase.parallel.processes import in_shares
 from erase.prompts.errors import ErasureError
 
 Points = tuple[Tensor, Tensor | None, Tensor | None]
-"""latents (n, c, h, w); in trajectory mode the noise on each of them, same shape, and the timesteps that go with it, (n,)"""
+"""latents (n, c, h, w); in trajectory mode the noise on each of them, same shape, and the timesteps
+that go with it, (n,)"""
 
 
 def sample_points(
@@ -25,21 +27,14 @@ def sample_points(
     batch_size: int,
     what: str,
 ) -> Points:
-    """Sample one image per prompt, without decoding it.
+    """Sample one image per prompt, without decoding it. Args: model: the base. prompts: one image
+    each, with the seeds from `seed` on. steps: of the sampler. guidance: its guidance scale.
+    trajectory: 0: the finished latents. k: k rows per image (as many as there are steps, at most),
+    image by image: its latents, and the noise of one of its noisy states. precision: no, bf16 or
+    fp16. batch_size: images at a time. what: for the progress bar.
 
-    Args:
-        model: the base.
-        prompts: one image each, with the seeds from `seed` on.
-        steps: of the sampler.
-        guidance: its guidance scale.
-        trajectory: 0: the finished latents. k: k rows per image (as many as there are steps, at most), image by image: its latents, and the
-            noise of one of its noisy states.
-        precision: no, bf16 or fp16.
-        batch_size: images at a time.
-        what: for the progress bar.
-
-    Raises:
-        ErasureError: latents that are not finite.
+       Raises:
+           ErasureError: latents that are not finite.
     """
     each = min(trajectory, steps)
 
@@ -47,7 +42,11 @@ def sample_points(
         batch, seeds = [prompts[row] for row in rows], [seed + row for row in rows]
         with autocast(model.device, precision):
             if not each:
-                return model.sample(batch, seeds, steps, guidance).float().cpu(), torch.empty(0), torch.empty(0)
+                return (
+                    model.sample(batch, seeds, steps, guidance).float().cpu(),
+                    torch.empty(0),
+                    torch.empty(0),
+                )
             latents, noise, t = model.trajectory(batch, seeds, steps, guidance)
         noise, t = choose_states(noise, t, each, seeds[0], model.timesteps)
         return latents.float().cpu(), noise.float().cpu(), t.cpu()
@@ -59,21 +58,22 @@ def sample_points(
     return (latents.repeat_interleave(each, 0), noise, t) if each else (latents, None, None)
 
 
-def choose_states(noise: Tensor, t: Tensor, each: int, seed: int, timesteps: int) -> tuple[Tensor, Tensor]:
-    """`each` states of every trajectory, spread evenly over its steps from a random start.
+def choose_states(
+    noise: Tensor, t: Tensor, each: int, seed: int, timesteps: int
+) -> tuple[Tensor, Tensor]:
+    """`each` states of every trajectory, spread evenly over its steps from a random start. A
+    state's noise stands for all timesteps down to the next state's (the first state's, of pure
+    noise, for those above too): one of them is drawn, so that training sees more than the sampler's
+    few.
 
-    A state's noise stands for all timesteps down to the next state's (the first state's, of pure noise, for those above too): one of them is
-    drawn, so that training sees more than the sampler's few.
-
-    Args:
-        noise: of each state, shape (steps, n, c, h, w).
-        t: of each state, falling, shape (steps,).
-        each: states per trajectory.
-        seed: of the choice.
-        timesteps: of training, in all.
-
-    Returns:
-        noise, shape (n * each, c, h, w), and timesteps, shape (n * each,), trajectory by trajectory.
+       Args:
+           noise: of each state, shape (steps, n, c, h, w).
+           t: of each state, falling, shape (steps,).
+           each: states per trajectory.
+           seed: of the choice.
+           timesteps: of training, in all.
+    Returns: noise, shape (n * each, c, h, w), and timesteps, shape (n * each,), trajectory by
+       trajectory.
     """
     steps, n = noise.shape[:2]
     generator = torch.Generator().manual_seed(seed)
@@ -82,4 +82,6 @@ def choose_states(noise: Tensor, t: Tensor, each: int, seed: int, timesteps: int
     low = torch.cat([t[1:].cpu() + 1, t.new_zeros(1).cpu()])
     high = torch.cat([t.new_tensor([timesteps - 1]).cpu(), low[:-1] - 1])
     chosen = low[state] + (within * (high - low + 1)[state]).long()
-    return noise[state.to(noise.device), torch.arange(n, device=noise.device)[:, None]].flatten(0, 1), chosen.flatten()
+    return noise[state.to(noise.device), torch.arange(n, device=noise.device)[:, None]].flatten(
+        0, 1
+    ), chosen.flatten()

@@ -36,10 +36,13 @@ class Method(Generic[C]):
         if given is None:
             return self.config
         if type(given) is not type(self.config):
-            fitting = [name for name in METHODS.ours if type(get_method(name).config) is type(given)]
+            fitting = [
+                name for name in METHODS.ours if type(get_method(name).config) is type(given)
+            ]
             remedy = f'name method="{fitting[0]}"' if fitting else "give those"
             raise ErasureError(
-                f"method {self.name} takes a {type(self.config).__name__}, not a {type(given).__name__}; {remedy}, or leave them out"
+                f"method {self.name} takes a {type(self.config).__name__}, not a "
+                f"{type(given).__name__}; {remedy}, or leave them out"
             )
         return given
 

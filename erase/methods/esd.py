@@ -1,6 +1,6 @@
 """ESD: erased Stable Diffusion (Gandikota et al., ICCV 2023, https://arxiv.org/abs/2303.07345).
-
-Away from the concept, as negative guidance of the frozen base would lead. For a concept without a substitute.
+ Away from the concept, as negative guidance of the frozen base would lead. For a concept without a
+substitute.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ class ESDConfig(TunedConfig):
     scope: str = "xattn"
     guidance: float = 1.0
     """eta: how far beyond the unconditional prediction"""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=200, lr=5e-5, batch_size=1))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=200, lr=5e-5, batch_size=1)
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,7 +37,8 @@ class ESDConfig(TunedConfig):
 
 
 def edit(task: Task, config: ESDConfig) -> Edit:
-    """Minimise |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 (eq. 5) on the concept's own latents."""
+    """Minimise |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 (eq. 5) on the
+    concept's own latents."""
     forget, size = task.forget(), config.train.batch_size
 
     def batches(step: int) -> tuple[Rows, list[str]]:

@@ -1,7 +1,7 @@
 """SalUn: saliency unlearning (Fan et al., ICLR 2024, https://arxiv.org/abs/2310.12508).
-
-The weights that the forget loss is most sensitive to are found once (the mask); then only they are fine-tuned, so that the
-forget prompt's prediction becomes the anchor prompt's, while retained prompts keep theirs.
+ The weights that the forget loss is most sensitive to are found once (the mask); then only they are
+fine-tuned, so that the forget prompt's prediction becomes the anchor prompt's, while retained
+prompts keep theirs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ class SalUnConfig(RemapConfig):
     """Settings of SalUn."""
 
     mask: MaskConfig = field(default_factory=MaskConfig)
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=300, lr=4e-4, schedule="linear", batch_size=8))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=300, lr=4e-4, schedule="linear", batch_size=8)
+    )
 
 
 @dataclass
@@ -36,7 +38,9 @@ class SalUnPaperConfig(SalUnConfig):
     anchor_latents: float = 0.0
     retain_dropout: float = 0.0
     shuffle: bool = False
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=100, lr=1e-5, batch_size=8))
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=100, lr=1e-5, batch_size=8)
+    )
 
 
 def edit(task: Task, config: SalUnConfig) -> Edit:

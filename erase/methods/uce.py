@@ -1,6 +1,6 @@
 """UCE: unified concept editing (Gandikota et al., WACV 2024, https://arxiv.org/abs/2308.14761).
-
-The concept's text states get the anchor's keys and values, in closed form: seconds, no images. A free pseudo-token
+ The concept's text states get the anchor's keys and values, in closed form: seconds, no images. A
+free pseudo-token
 undoes it: where that matters, train (salun).
 """
 
@@ -31,7 +31,9 @@ class UCEConfig:
     """weight of staying near the base (the paper's lambda)"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"erase_scale": (0, inf), "retain_scale": (0, inf), "ridge": (1e-12, inf)})
+        check_ranges(
+            self, {"erase_scale": (0, inf), "retain_scale": (0, inf), "ridge": (1e-12, inf)}
+        )
 
 
 def edit(task: Task, config: UCEConfig) -> Edit:

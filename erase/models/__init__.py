@@ -1,4 +1,5 @@
-"""Checkpoints, by folder, single file, hub id or the name `canvas` (the one that is shipped in this package)."""
+"""Checkpoints, by folder, single file, hub id or the name `canvas` (the one that is shipped in this
+package)."""
 
 from __future__ import annotations
 
@@ -13,20 +14,28 @@ from erase.models.precision import PRECISIONS, autocast, check_precision, pin_mk
 
 CANVAS = Path(__file__).parent / "canvas"
 
-__all__ = ["CANVAS", "PRECISIONS", "Cond", "DiffusionModel", "LoadConfig", "autocast", "check_precision", "load_model", "wrap"]
+__all__ = [
+    "CANVAS",
+    "PRECISIONS",
+    "Cond",
+    "DiffusionModel",
+    "LoadConfig",
+    "autocast",
+    "check_precision",
+    "load_model",
+    "wrap",
+]
 
 
-def load_model(name: str | Path, device: str | torch.device = "cpu", options: LoadConfig | None = None) -> DiffusionModel:
-    """Load a checkpoint; its family is recognised from what it says of itself, and its safety checker is left out.
-
-    Args:
-        name: `canvas`; a diffusers folder; a single file in the LDM layout (.safetensors, .ckpt, .pt), as A1111 and ComfyUI use;
-            or a hub id.
-        device: where the modules go.
-        options: variant, revision, dtype and what a single file does not tell.
-
-    Raises:
-        ErasureError: nothing can be loaded from there, its family is not supported, or its weights are damaged.
+def load_model(
+    name: str | Path, device: str | torch.device = "cpu", options: LoadConfig | None = None
+) -> DiffusionModel:
+    """Load a checkpoint; its family is recognised from what it says of itself, and its safety
+    checker is left out. Args: name: `canvas`; a diffusers folder; a single file in the LDM
+    layout (.safetensors, .ckpt, .pt), as A1111 and ComfyUI use; or a hub id. device: where the
+    modules go. options: variant, revision, dtype and what a single file does not tell. Raises:
+    ErasureError: nothing can be loaded from there, its family is not supported, or its weights
+    are damaged.
     """
     from erase.models.loading import load_pipeline
 

@@ -36,12 +36,16 @@ class Cond:
     @classmethod
     def stack(cls, conds: Sequence[Cond]) -> Cond:
         """The rows of all, in order."""
-        extras = {name: torch.cat([cond.extras[name] for cond in conds]) for name in conds[0].extras}
+        extras = {
+            name: torch.cat([cond.extras[name] for cond in conds]) for name in conds[0].extras
+        }
         return cls(torch.cat([cond.embeddings for cond in conds]), extras)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Cond:
         """The same change of every tensor."""
-        return Cond(change(self.embeddings), {name: change(tensor) for name, tensor in self.extras.items()})
+        return Cond(
+            change(self.embeddings), {name: change(tensor) for name, tensor in self.extras.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -79,15 +83,19 @@ class DiffusionModel(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def encode(self, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None) -> Cond:
-        """Text states of the prompts: each by itself, or, where gradients are enabled and an encoder's weights or `prefix` take part, in
-        one pass with gradient. `prefix`: embeddings behind the start token, shape (k, dim); by encoder where there are several."""
+    def encode(
+        self, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None
+    ) -> Cond:
+        """Text states of the prompts: each by itself, or, where gradients are enabled and an
+        encoder's weights or `prefix` take part, in one pass with gradient. `prefix`: embeddings
+        behind the start token, shape (k, dim); by encoder where there are several."""
 
     def tokens(self, prompts: list[str]) -> Mapping[str, list[Tokens]]:
         """Prompts as each text encoder takes them, by the encoder's name."""
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latent posterior, scaled, of images (n, 3, H, W) in [-1, 1]."""
+        """Mean and standard deviation of the latent posterior, scaled, of images (n, 3, H, W) in
+        [-1, 1]."""
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The forward process q(x_t | x_0)."""
@@ -102,20 +110,30 @@ class DiffusionModel(Protocol):
         """`unet` (or the family's denoiser), `text_encoder`, ..."""
 
     def parameters(self, component: str | None = None) -> dict[str, nn.Parameter]:
-        """Weights that may change, named `component.parameter`, in the order of the architecture."""
+        """Weights that may change, named `component.parameter`, in the order of the
+        architecture."""
 
     def refresh_fingerprint(self) -> None:
         """Compute the fingerprint anew, after weights were changed on purpose."""
 
-    def sample(self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None) -> Tensor:
-        """Latents of generated images, one seed each, shape (n, *latent_shape); the VAE does not run."""
+    def sample(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        steps: int,
+        guidance: float,
+        size: int | None = None,
+    ) -> Tensor:
+        """Latents of generated images, one seed each, shape (n, *latent_shape); the VAE does not
+        run."""
 
-    def trajectory(self, prompts: list[str], seeds: list[int], steps: int, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
-        """What `sample` gives, and the states that it passed through, as the noise that leads there from the finished latents.
-
-        Returns:
-            latents x_0, shape (n, *latent_shape); noise, shape (steps, n, *latent_shape), and training timesteps t, shape (steps,),
-            noisy ones first: `add_noise(x_0, noise[i], t[i])` is the state before step i.
+    def trajectory(
+        self, prompts: list[str], seeds: list[int], steps: int, guidance: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `sample` gives, and the states that it passed through, as the noise that leads there
+        from the finished latents. Returns: latents x_0, shape (n, *latent_shape); noise,
+        shape (steps, n, *latent_shape), and training timesteps t, shape (steps,), noisy ones
+        first: `add_noise(x_0, noise[i], t[i])` is the state before step i.
         """
 
     def pipeline(self) -> Any:
@@ -123,7 +141,8 @@ class DiffusionModel(Protocol):
 
 
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, shapes and float32 values; the same for a half-precision file however it is loaded."""
+    """sha256 over names, shapes and float32 values; the same for a half-precision file however it
+    is loaded."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

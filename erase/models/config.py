@@ -34,9 +34,11 @@ class LoadConfig:
     prediction: str | None = None
     """epsilon or v_prediction, where a single file does not tell (Stable Diffusion 2.x)"""
     ema: bool = False
-    """of a single file that holds both: the averaged weights (true) or the last ones (false, as A1111 and ComfyUI take)"""
+    """of a single file that holds both: the averaged weights (true) or the last ones (false, as
+    A1111 and ComfyUI take)"""
     config: str | None = None
-    """for a single file: a diffusers folder whose configs and tokenizers fit it, where the shipped ones do not"""
+    """for a single file: a diffusers folder whose configs and tokenizers fit it, where the shipped
+    ones do not"""
     vae: str | None = None
     """a VAE folder or file, in the place of the checkpoint's own or where it has none"""
     ignore: str | None = None
@@ -47,12 +49,21 @@ class LoadConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             value, flag = getattr(self, field.name), isinstance(field.default, bool)
-            if not (isinstance(value, bool) if flag else isinstance(value, str) or (value is None and field.name != "dtype")):
-                raise ErasureError(f"load.{field.name} is {value!r}; it must be {'true or false' if flag else 'text'}")
+            if not (
+                isinstance(value, bool)
+                if flag
+                else isinstance(value, str) or (value is None and field.name != "dtype")
+            ):
+                raise ErasureError(
+                    f"load.{field.name} is {value!r}; it must be "
+                    f"{'true or false' if flag else 'text'}"
+                )
         try:
             re.compile(self.ignore or "")
         except re.error as error:
-            raise ErasureError(f"load.ignore {self.ignore!r} is no regular expression ({error})") from error
+            raise ErasureError(
+                f"load.ignore {self.ignore!r} is no regular expression ({error})"
+            ) from error
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
         if self.prediction is not None and self.prediction not in PREDICTIONS:
@@ -74,7 +85,10 @@ class LoadConfig:
         """
         for option, kinds in MEANT_FOR.items():
             if kind not in kinds and getattr(self, option):
-                raise ErasureError(f"load.{option} is for a {' or a '.join(kinds)}; {name} is a {kind}, so leave it out")
+                raise ErasureError(
+                    f"load.{option} is for a {' or a '.join(kinds)}; {name} is a {kind}, so leave "
+                    "it out"
+                )
 
     def meant_for(self, kind: str) -> LoadConfig:
         """Only what says something about this kind of checkpoint; the rest as it is by default.
@@ -83,10 +97,14 @@ class LoadConfig:
         """
         dropped = {option for option, kinds in MEANT_FOR.items() if kind not in kinds}
         dropped |= set() if kind == "single file" else {"prediction"}
-        defaults: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in dropped}
+        defaults: dict[str, Any] = {
+            field.name: field.default for field in fields(self) if field.name in dropped
+        }
         return replace(self, **defaults)
 
     def updated(self, given: LoadConfig) -> LoadConfig:
         """These options, with those of `given` that are not the defaults in their place."""
         changed = {field.name: getattr(given, field.name) for field in fields(given)}
-        return replace(self, **{f.name: changed[f.name] for f in fields(given) if changed[f.name] != f.default})
+        return replace(
+            self, **{f.name: changed[f.name] for f in fields(given) if changed[f.name] != f.default}
+        )

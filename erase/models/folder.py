@@ -1,4 +1,5 @@
-"""Diffusers folders: every part is of a class that is known, and is read here, from this disk, without running code of its own."""
+"""Diffusers folders: every part is of a class that is known, and is read here, from this disk,
+without running code of its own."""
 
 from __future__ import annotations
 
@@ -24,7 +25,11 @@ CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5Encoder
 WORDS = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5Tokenizer"}
 PARTS: dict[str, dict[str, str]] = {
     "StableDiffusionPipeline": {"unet": "UNet2DConditionModel", "text_encoder": CLIP},
-    "StableDiffusionXLPipeline": {"unet": "UNet2DConditionModel", "text_encoder": CLIP, "text_encoder_2": PROJECTED},
+    "StableDiffusionXLPipeline": {
+        "unet": "UNet2DConditionModel",
+        "text_encoder": CLIP,
+        "text_encoder_2": PROJECTED,
+    },
     "StableDiffusion3Pipeline": {
         "transformer": "SD3Transformer2DModel",
         "text_encoder": PROJECTED,
@@ -32,12 +37,14 @@ PARTS: dict[str, dict[str, str]] = {
         "text_encoder_3": T5,
     },
 }
-"""pipeline class -> its denoiser and text encoders, and their classes; a VAE, a scheduler and a tokenizer for each encoder come to it"""
+"""pipeline class -> its denoiser and text encoders, and their classes; a VAE, a scheduler and a
+tokenizer for each encoder come to it"""
 ABSENT = {
     "StableDiffusionXLPipeline": ("text_encoder", "tokenizer"),
     "StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3"),
 }
-"""what a pipeline may say that it has not: an SDXL refiner (which is refused by its name later), SD 3 without its T5"""
+"""what a pipeline may say that it has not: an SDXL refiner (which is refused by its name later), SD
+3 without its T5"""
 LEFT_OUT = {
     "safety_checker": "it hides images, and would hide what is left of a concept",
     "image_encoder": "only IP-Adapters use it",
@@ -55,33 +62,46 @@ class Part(NamedTuple):
 
 def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
     """The stock pipeline of a diffusers folder, without network.
-
-    Raises:
-        ErasureError: another family, a part that is missing, damaged, quantised or of another class.
+    Raises: ErasureError: another family, a part that is missing, damaged, quantised or of another
+       class.
     """
     index = read_index(folder)
     kind = index["_class_name"]
     parts = _parts(folder, index, options.vae is not None)
     for part in LEFT_OUT.keys() & parts.keys():
         log.info("%s: its %s is left out (%s)", name, part, LEFT_OUT[part])
-    wanted = {part: entry for part, entry in parts.items() if part not in LEFT_OUT and not (part == "vae" and options.vae)}
+    wanted = {
+        part: entry
+        for part, entry in parts.items()
+        if part not in LEFT_OUT and not (part == "vae" and options.vae)
+    }
     folders = {part: check_part(folder, part) for part in wanted}
-    check_variant([where for part, where in folders.items() if _holds_weights(part)], options.variant)
+    check_variant(
+        [where for part, where in folders.items() if _holds_weights(part)], options.variant
+    )
 
     # what the folder says it has not (SD 3 without its T5), diffusers wants to be told again
-    given: dict[str, Any] = dict.fromkeys(part for part, entry in index.items() if isinstance(entry, list) and part not in wanted)
+    given: dict[str, Any] = dict.fromkeys(
+        part for part, entry in index.items() if isinstance(entry, list) and part not in wanted
+    )
     given |= {part: _load(wanted[part], where, options) for part, where in folders.items()}
     if options.vae:
         given["vae"] = load_vae(options.vae, _vae_config(folder), options.torch_dtype)
     extra = {"requires_safety_checker": False} if "safety_checker" in index else {}
     extra |= {"add_watermarker": False} if kind == "StableDiffusionXLPipeline" else {}
     try:
-        pipeline = getattr(diffusers, kind).from_pretrained(folder, **given, **extra, local_files_only=True)
+        pipeline = getattr(diffusers, kind).from_pretrained(
+            folder, **given, **extra, local_files_only=True
+        )
     except Exception as error:
         raise ErasureError(f"cannot load the {kind} in {folder}: {reason(error)}") from error
-    if options.prediction and (own := pipeline.scheduler.config.get("prediction_type")) != options.prediction:
+    if (
+        options.prediction
+        and (own := pipeline.scheduler.config.get("prediction_type")) != options.prediction
+    ):
         raise ErasureError(
-            f"{name} says of itself that its prediction is {own!r}, not {options.prediction!r}; leave load.prediction out"
+            f"{name} says of itself that its prediction is {own!r}, not {options.prediction!r}; "
+            "leave load.prediction out"
         )
     return pipeline
 
@@ -94,40 +114,60 @@ def read_index(folder: Path) -> Mapping[str, Any]:
     """
     if not (folder / INDEX).is_file():
         raise ErasureError(
-            f"{folder} is not a diffusers folder: it has no {INDEX}; give a folder that has one, or a single .safetensors file"
+            f"{folder} is not a diffusers folder: it has no {INDEX}; give a folder that has one, "
+            "or a single .safetensors file"
         )
     index = read_config(folder / INDEX)
     kind = index.get("_class_name")
     if not isinstance(kind, str):
         raise ErasureError(f"{folder / INDEX} names no pipeline class (_class_name)")
     if kind not in PARTS:
-        raise ErasureError(f"{folder / INDEX} says {kind}, which is not supported; supported: {', '.join(PARTS)}")
+        raise ErasureError(
+            f"{folder / INDEX} says {kind}, which is not supported; supported: {', '.join(PARTS)}"
+        )
     return index
 
 
 def _parts(folder: Path, index: Mapping[str, Any], has_vae: bool) -> dict[str, Part]:
-    """The parts that the index lists, each of its expected class; `has_vae`: one comes from elsewhere."""
+    """The parts that the index lists, each of its expected class; `has_vae`: one comes from
+    elsewhere."""
     kind = index["_class_name"]
     parts = {}
     for part, entry in index.items():
         if not isinstance(entry, list | dict) or entry == [None, None]:
             continue
-        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(word, str) for word in entry)):
-            raise ErasureError(f"{folder / INDEX}: {part} is {str(entry)[:80]}, not [library, class]; fetch it again, or mend it")
+        if not (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and all(isinstance(word, str) for word in entry)
+        ):
+            raise ErasureError(
+                f"{folder / INDEX}: {part} is {str(entry)[:80]}, not [library, class]; fetch it "
+                "again, or mend it"
+            )
         parts[part] = Part(*entry)
 
     expected = _expected(kind)
     for part, known in expected.items():
-        if part not in parts and part not in ABSENT.get(kind, ()) and not (part == "vae" and has_vae):
-            raise ErasureError(f"{folder / INDEX} lists no {part}, which a {kind} needs; fetch the checkpoint again, whole")
+        if (
+            part not in parts
+            and part not in ABSENT.get(kind, ())
+            and not (part == "vae" and has_vae)
+        ):
+            raise ErasureError(
+                f"{folder / INDEX} lists no {part}, which a {kind} needs; fetch the checkpoint "
+                "again, whole"
+            )
         if part in parts and not _is(parts[part], known):
             found = ".".join(parts[part])
             raise ErasureError(
-                f"{folder / INDEX}: its {part} is a {found}, not a {known}; code and classes of others are not run"
+                f"{folder / INDEX}: its {part} is a {found}, not a {known}; code and classes of "
+                "others are not run"
             )
     for part in parts.keys() - expected.keys() - LEFT_OUT.keys():
         raise ErasureError(
-            f"{folder / INDEX} lists {part} ({'.'.join(parts[part])}), which a {kind} does not have; take the line out"
+            f"{folder / INDEX} lists {part} ({'.'.join(parts[part])}), which a {kind} does not "
+            "have; take the line out"
         )
     return parts
 
@@ -135,15 +175,26 @@ def _parts(folder: Path, index: Mapping[str, Any], has_vae: bool) -> dict[str, P
 def _expected(kind: str) -> dict[str, str]:
     """part -> its class; a scheduler may be any that diffusers has."""
     encoders = [part for part in PARTS[kind] if part.startswith("text_encoder")]
-    tokenizers = {part: WORDS[part] for part in (encoder.replace("text_encoder", "tokenizer") for encoder in encoders)}
-    return {**PARTS[kind], **tokenizers, "vae": "AutoencoderKL", "scheduler": "scheduler of diffusers"}
+    tokenizers = {
+        part: WORDS[part]
+        for part in (encoder.replace("text_encoder", "tokenizer") for encoder in encoders)
+    }
+    return {
+        **PARTS[kind],
+        **tokenizers,
+        "vae": "AutoencoderKL",
+        "scheduler": "scheduler of diffusers",
+    }
 
 
 def _is(part: Part, known: str) -> bool:
     if known == "scheduler of diffusers":
         return part.library == "diffusers" and scheduler_class(part.kind) is not None
     library = "transformers" if known in (CLIP, PROJECTED, T5, *WORDS.values()) else "diffusers"
-    return part.library == library and part.kind in (known, f"{known}Fast" if known in WORDS.values() else known)
+    return part.library == library and part.kind in (
+        known,
+        f"{known}Fast" if known in WORDS.values() else known,
+    )
 
 
 def _holds_weights(part: str) -> bool:
@@ -163,7 +214,9 @@ def _load_scheduler(part: Part, where: Path) -> Any:
     try:
         return scheduler_class(part.kind).from_pretrained(where, local_files_only=True)
     except Exception as error:  # a value in its configuration can upset it anywhere
-        raise ErasureError(f"cannot build the {part.kind} of {where}: {reason(error)}; mend its configuration") from error
+        raise ErasureError(
+            f"cannot build the {part.kind} of {where}: {reason(error)}; mend its configuration"
+        ) from error
 
 
 def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
@@ -184,13 +237,20 @@ def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
         )
     except Exception as error:
         raise ErasureError(f"cannot load {where}: {reason(error)}") from error
-    what = {"missing_keys": "lacks", "mismatched_keys": "holds with another shape", "unexpected_keys": "holds in surplus"}
+    what = {
+        "missing_keys": "lacks",
+        "mismatched_keys": "holds with another shape",
+        "unexpected_keys": "holds in surplus",
+    }
     for problem, words in what.items():
         keys = [str(key) for key in found.get(problem, ()) if "position_ids" not in str(key)]
         if problem == "unexpected_keys":
             keys = [key for key in keys if not options.ignores(key)]
         if keys:
-            raise ErasureError(f"{where} {words} {keys[0]} ({len(keys)} such keys); it does not fit its config.json")
+            raise ErasureError(
+                f"{where} {words} {keys[0]} ({len(keys)} such keys); it does not fit its "
+                "config.json"
+            )
     return module  # type: ignore[no-any-return]
 
 

@@ -1,4 +1,5 @@
-"""Reading a checkpoint: which family it is of, every weight present, finite and of the right shape."""
+"""Reading a checkpoint: which family it is of, every weight present, finite and of the right
+shape."""
 
 from __future__ import annotations
 
@@ -27,9 +28,8 @@ FAMILIES = {
 
 def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     """The stock pipeline of a folder, a single file or a hub id, its weights checked.
-
-    Raises:
-        ErasureError: nothing there, another family, or weights that are missing, surplus, misshapen or not finite.
+    Raises: ErasureError: nothing there, another family, or weights that are missing, surplus,
+       misshapen or not finite.
     """
     kind = kind_of(name)
     options.check_meant_for(kind, str(name))
@@ -50,7 +50,8 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     path = Path(name)
     if (path / "delta.safetensors").is_file() and not (path / "model_index.json").exists():
         raise ErasureError(
-            f"{name} is the folder of a run, and no checkpoint; give it as --delta, and as --model the base that it erased from"
+            f"{name} is the folder of a run, and no checkpoint; give it as --delta, and as --model "
+            "the base that it erased from"
         )
     folder = path if kind == "folder" else _download(str(name), options)
     pipeline = load_folder(folder, str(name), options)
@@ -71,15 +72,21 @@ def kind_of(name: str | Path) -> str:
             return "single file"
         if path.exists():
             return "folder"
-    except (OSError, ValueError) as error:  # no permission on the way there, a name that is too long, a NUL in it
-        raise ErasureError(f"cannot look at {str(name)[:200]!r}: {reason(error)}; give another path") from error
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # no permission on the way there, a name that is too long, a NUL in it
+        raise ErasureError(
+            f"cannot look at {str(name)[:200]!r}: {reason(error)}; give another path"
+        ) from error
     if path.suffix.lower() in SINGLE_FILES:
         raise ErasureError(f"there is no file {path}")
     return "hub id"
 
 
 def is_here(name: str, options: LoadConfig) -> bool:
-    """Whether a checkpoint is on this disk, at its path or in the hub's cache, so that loading it asks nothing of the network."""
+    """Whether a checkpoint is on this disk, at its path or in the hub's cache, so that loading it
+    asks nothing of the network."""
     if kind_of(name) != "hub id":
         return True
     try:
@@ -97,7 +104,9 @@ def family_of(pipeline: Pipeline, name: str) -> Any:
     """
     kind = type(pipeline).__name__
     if kind not in FAMILIES:
-        raise ErasureError(f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
+        raise ErasureError(
+            f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}"
+        )
     module, cls = FAMILIES[kind]
     return getattr(import_module(module), cls)
 
@@ -118,11 +127,17 @@ def _download(name: str, options: LoadConfig) -> Path:
             )
         )
     except HFValidationError as error:
-        raise ErasureError(f"there is no file or folder {name!r}, and it is no hub id (owner/name)") from error
-    except Exception as error:  # the hub client, its HTTP library and diffusers each raise their own kinds
         raise ErasureError(
-            f"{name!r} is no file or folder here, and cannot be fetched from the hub as a diffusers checkpoint with safetensors weights "
-            f"({reason(error)}); check the name, the network and your access to it, or give a local path"
+            f"there is no file or folder {name!r}, and it is no hub id (owner/name)"
+        ) from error
+    except (
+        Exception
+    ) as error:  # the hub client, its HTTP library and diffusers each raise their own kinds
+        raise ErasureError(
+            f"{name!r} is no file or folder here, and cannot be fetched from the hub as a "
+            "diffusers checkpoint with safetensors weights "
+            f"({reason(error)}); check the name, the network and your access to it, or give a "
+            "local path"
         ) from error
 
 
@@ -136,12 +151,16 @@ def check_finite(parts: Mapping[str, nn.Module], name: str) -> None:
         for key, tensor in module.named_parameters():
             if not all_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
-                raise ErasureError(f"{name}: {part}.{key} holds {bad:,} values that are not finite; the checkpoint is damaged")
+                raise ErasureError(
+                    f"{name}: {part}.{key} holds {bad:,} values that are not finite; the "
+                    "checkpoint is damaged"
+                )
 
 
 def _own(parts: Mapping[str, nn.Module]) -> None:
-    """Copy weights out of the files they are mapped from: those may change under us, and their addresses, which follow from the length
-    of a file's header, change the last bits of sums. So one checkpoint gives one delta, whatever format it is read from."""
+    """Copy weights out of the files they are mapped from: those may change under us, and their
+    addresses, which follow from the length of a file's header, change the last bits of sums. So one
+    checkpoint gives one delta, whatever format it is read from."""
     for module in parts.values():
         for tensor in module.parameters():
             tensor.data = tensor.data.clone()

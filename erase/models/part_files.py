@@ -1,4 +1,5 @@
-"""The files of one part of a diffusers folder: what they are is told before a library reads them."""
+"""The files of one part of a diffusers folder: what they are is told before a library reads
+them."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model|pytorch_model)(-\d+-of-\d+)?(\.(?P<variant>[^.]+?))?"
     r"(-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
 )
-"""model.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, pytorch_model.bin, ..."""
+"""model.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, pytorch_model.bin,
+..."""
 CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
 """keys of a configuration that name Python of the checkpoint's own"""
 KERNELS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
@@ -36,29 +38,50 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ErasureError(f"{path.parent} has no {path.name}; fetch the checkpoint again, whole") from None
+        raise ErasureError(
+            f"{path.parent} has no {path.name}; fetch the checkpoint again, whole"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ErasureError(f"cannot read {path}: {_said(error)}; fetch it again, or mend it") from error
+        raise ErasureError(
+            f"cannot read {path}: {_said(error)}; fetch it again, or mend it"
+        ) from error
     if not isinstance(config, dict):
-        raise ErasureError(f"{path} holds a {type(config).__name__}, not named settings; fetch it again, or mend it")
+        raise ErasureError(
+            f"{path} holds a {type(config).__name__}, not named settings; fetch it again, or mend "
+            "it"
+        )
 
     for key in CODE:
         if config.get(key):
-            raise ErasureError(f"{path} asks for code of its own ({key}), which is never run; give a checkpoint without it")
+            raise ErasureError(
+                f"{path} asks for code of its own ({key}), which is never run; give a checkpoint "
+                "without it"
+            )
     for key in KERNELS:
         if "/" in str(config.get(key, "")):
-            raise ErasureError(f"{path} asks for compiled code ({key} {config[key]!r}), which is never fetched; take the key out")
+            raise ErasureError(
+                f"{path} asks for compiled code ({key} {config[key]!r}), which is never fetched; "
+                "take the key out"
+            )
     if config.get("quantization_config"):
-        raise ErasureError(f"{path} says that its weights are quantised; give the checkpoint in float16, bfloat16 or float32")
+        raise ErasureError(
+            f"{path} says that its weights are quantised; give the checkpoint in float16, bfloat16 "
+            "or float32"
+        )
     return config
 
 
 def _said(error: BaseException) -> str:
-    return f"permission denied ({error.strerror})" if isinstance(error, PermissionError) else str(error) or type(error).__name__
+    return (
+        f"permission denied ({error.strerror})"
+        if isinstance(error, PermissionError)
+        else str(error) or type(error).__name__
+    )
 
 
 def check_part(folder: Path, part: str) -> Path:
-    """The folder of a part, all of whose files can be read and whose configurations ask for no code.
+    """The folder of a part, all of whose files can be read and whose configurations ask for no
+    code.
 
     Raises:
         ErasureError: it is missing, a file in it is unreadable, or see `read_config`.
@@ -66,21 +89,27 @@ def check_part(folder: Path, part: str) -> Path:
     where = folder / part
     if not where.is_dir():
         raise ErasureError(
-            f"{folder} has no folder {part}/, which its model_index.json lists; fetch the checkpoint again, whole, or copy {part}/ "
+            f"{folder} has no folder {part}/, which its model_index.json lists; fetch the "
+            f"checkpoint again, whole, or copy {part}/ "
             "from another checkpoint of the same family"
         )
     for file in sorted(where.iterdir()):
         if file.is_symlink() and not file.exists():
-            raise ErasureError(f"{file} is a link to a file that is not there; fetch the checkpoint again")
+            raise ErasureError(
+                f"{file} is a link to a file that is not there; fetch the checkpoint again"
+            )
         if not os.access(file, os.R_OK):
-            raise ErasureError(f"cannot read {file}: permission denied; make it readable (chmod +r)")
+            raise ErasureError(
+                f"cannot read {file}: permission denied; make it readable (chmod +r)"
+            )
         if file.suffix == ".json" and file.name.endswith("config.json"):
             read_config(file)
     return where
 
 
 def variants(where: Path) -> set[str | None]:
-    """The variants of a part's safetensors weights; None stands for files without a variant in their name."""
+    """The variants of a part's safetensors weights; None stands for files without a variant in
+    their name."""
     return {found["variant"] for found in _weights(where) if found["kind"] == "safetensors"}
 
 
@@ -100,19 +129,24 @@ def check_variant(folders: Iterable[Path], asked: str | None) -> None:
     there = {variant for where in folders for variant in variants(where)}
     if asked not in there:
         named = sorted(variant for variant in there if variant)
-        instead = f"there are {', '.join(named)}" if named else "there is none; leave load.variant out"
-        raise ErasureError(f"no part of the checkpoint has the variant {asked!r} (--load.variant); {instead}")
+        instead = (
+            f"there are {', '.join(named)}" if named else "there is none; leave load.variant out"
+        )
+        raise ErasureError(
+            f"no part of the checkpoint has the variant {asked!r} (--load.variant); {instead}"
+        )
 
 
 def weight_variant(where: Path, asked: str | None) -> str | None:
-    """The variant to read of a part: the one asked for, or else the files without one.
-
-    Raises:
-        ErasureError: only other variants, only pickles, or no weights at all; placeholders of git, quantised weights.
+    """The variant to read of a part: the one asked for, or else the files without one. Raises:
+    ErasureError: only other variants, only pickles, or no weights at all; placeholders of git,
+    quantised weights.
     """
     there = variants(where)
     if asked not in there and None not in there:
-        raise ErasureError(f"{where} {_lacking(where, sorted(variant for variant in there if variant))}")
+        raise ErasureError(
+            f"{where} {_lacking(where, sorted(variant for variant in there if variant))}"
+        )
     chosen = asked if asked in there else None
     for found in _weights(where):
         if found["kind"] == "safetensors" and found["variant"] == chosen:
@@ -127,10 +161,14 @@ def _lacking(where: Path, named: list[str]) -> str:
     pickles = [found.string for found in _weights(where) if found["kind"] == "bin"]
     if not pickles:
         return "holds no weights (.safetensors); fetch the checkpoint again, whole"
-    variant = next((f", variant={found['variant']!r}" for found in _weights(where) if found["variant"]), "")
+    variant = next(
+        (f", variant={found['variant']!r}" for found in _weights(where) if found["variant"]), ""
+    )
     return (
-        f"has its weights only as a pickle ({pickles[0]}), which is not opened; convert the checkpoint to safetensors, in a container "
-        f"without network: python -c \"from diffusers import DiffusionPipeline as P; P.from_pretrained('{where.parent}'{variant})"
+        f"has its weights only as a pickle ({pickles[0]}), which is not opened; convert the "
+        "checkpoint to safetensors, in a container "
+        'without network: python -c "from diffusers import DiffusionPipeline as P; '
+        f"P.from_pretrained('{where.parent}'{variant})"
         ".save_pretrained('converted')\""
     )
 
@@ -142,7 +180,12 @@ def _check_plain(file: Path) -> None:
         with safe_open(file, framework="pt", backend="pread") as opened:
             kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
-        raise ErasureError(f"cannot load {file.parent}: {file.name}: {error}; if it was cut short, fetch it again") from error
+        raise ErasureError(
+            f"cannot load {file.parent}: {file.name}: {error}; if it was cut short, fetch it again"
+        ) from error
     for key, kind in kinds.items():
         if kind not in PLAIN:
-            raise ErasureError(f"{file} holds quantised weights ({key} is {kind}); give it in float16, bfloat16 or float32")
+            raise ErasureError(
+                f"{file} holds quantised weights ({key} is {kind}); give it in float16, bfloat16 "
+                "or float32"
+            )

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from erase.models.base import Cond, Tokens, fingerprint
-from erase.models.pipelines import Pipeline, arguments, denoiser, encode, image_size, latent_side, modules, text_encoders
+from erase.models.pipelines import (
+    Pipeline,
+    arguments,
+    denoiser,
+    encode,
+    image_size,
+    latent_side,
+    modules,
+    text_encoders,
+)
 from erase.models.prefix import encode_live
 from erase.models.tokenizers import check_tokenizers, tokens
 
@@ -39,7 +48,8 @@ class PipelineModel:
 
     @property
     def device(self) -> torch.device:
-        # diffusers' own property walks through all modules, a millisecond on a small UNet; a step asks ten times
+        # diffusers' own property walks through all modules, a millisecond on a small UNet; a step
+        # asks ten times
         device: torch.device = next(denoiser(self._pipeline).parameters()).device
         return device
 
@@ -49,10 +59,18 @@ class PipelineModel:
 
     def parameters(self, component: str | None = None) -> dict[str, nn.Parameter]:
         parts = modules(self._pipeline)
-        chosen = [part for part in self.components if part in parts] if component is None else [component]
-        return {f"{part}.{name}": p for part in chosen for name, p in parts[part].named_parameters()}
+        chosen = (
+            [part for part in self.components if part in parts]
+            if component is None
+            else [component]
+        )
+        return {
+            f"{part}.{name}": p for part in chosen for name, p in parts[part].named_parameters()
+        }
 
-    def encode(self, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None) -> Cond:
+    def encode(
+        self, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None
+    ) -> Cond:
         if prefix is not None or (torch.is_grad_enabled() and self._texts_trained()):
             return encode_live(self._pipeline, prompts, prefix)
         return encode(self._pipeline, prompts)
@@ -67,15 +85,22 @@ class PipelineModel:
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         vae = self._pipeline.vae
-        posterior, shift = vae.encode(images.to(self.device, vae.dtype)).latent_dist, getattr(vae.config, "shift_factor", None)
-        return (posterior.mean - (shift or 0.0)) * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+        posterior, shift = (
+            vae.encode(images.to(self.device, vae.dtype)).latent_dist,
+            getattr(vae.config, "shift_factor", None),
+        )
+        return (
+            posterior.mean - (shift or 0.0)
+        ) * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
 
     def sampler(self) -> Any:
-        """The scheduler that `sample` uses: the checkpoint's own, unless a family has a quicker one."""
+        """The scheduler that `sample` uses: the checkpoint's own, unless a family has a quicker
+        one."""
         return copy(self._pipeline.scheduler)
 
     def signal_and_noise(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The two factors of the forward process at each timestep, shape (n, 1, 1, 1): x_t = signal * x_0 + sigma * noise."""
+        """The two factors of the forward process at each timestep, shape (n, 1, 1, 1): x_t = signal
+        * x_0 + sigma * noise."""
         raise NotImplementedError
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -86,10 +111,19 @@ class PipelineModel:
         """Training timesteps of the timesteps that a sampler counts in."""
         return sampled.long()
 
-    def sample(self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None) -> Tensor:
+    def sample(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        steps: int,
+        guidance: float,
+        size: int | None = None,
+    ) -> Tensor:
         return self._denoise(prompts, seeds, steps, guidance, size)[0]
 
-    def trajectory(self, prompts: list[str], seeds: list[int], steps: int, guidance: float) -> tuple[Tensor, Tensor, Tensor]:
+    def trajectory(
+        self, prompts: list[str], seeds: list[int], steps: int, guidance: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         latents, states, sampled = self._denoise(prompts, seeds, steps, guidance)
         t = self.timestep(sampled.to(latents.device))
         signal, sigma = (factor[:, None] for factor in self.signal_and_noise(t))
@@ -97,19 +131,38 @@ class PipelineModel:
 
     @torch.no_grad()
     def _denoise(
-        self, prompts: list[str], seeds: list[int], steps: int, guidance: float, size: int | None = None
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        steps: int,
+        guidance: float,
+        size: int | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
-        """Latents of generated images, the noisy states on the way there, and the sampler's timesteps of these."""
-        cond, null = self.encode(prompts), self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)]  # null encoded once
-        pipe = copy(self._pipeline)  # the same parts behind another scheduler; the caller's pipeline stays as it is
+        """Latents of generated images, the noisy states on the way there, and the sampler's
+        timesteps of these."""
+        # null encoded once
+        cond, null = (
+            self.encode(prompts),
+            self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)],
+        )
+        # the same parts behind another scheduler; the caller's pipeline stays as it is
+        pipe = copy(self._pipeline)
         pipe.scheduler = self.sampler()
-        size = size or self.image_size  # said, since XL and 3 stumble over a sample_size that is a pair
+        # said, since XL and 3 stumble over a sample_size that is a pair
+        size = size or self.image_size
         side = [size // pipe.vae_scale_factor] * 2
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # drawn from as the pipeline itself would
+        # drawn from as the pipeline itself would
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape, dtype = (1, self.latent_shape[0], *side), cond.embeddings.dtype
-        states = [torch.cat([torch.randn(shape, generator=each, dtype=dtype) for each in generators]).to(self.device)]
+        states = [
+            torch.cat([torch.randn(shape, generator=each, dtype=dtype) for each in generators]).to(
+                self.device
+            )
+        ]
 
-        def keep(pipeline: Pipeline, step: int, t: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        def keep(
+            pipeline: Pipeline, step: int, t: Tensor, tensors: dict[str, Tensor]
+        ) -> dict[str, Tensor]:
             states.append(tensors["latents"])
             return tensors
 

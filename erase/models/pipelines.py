@@ -1,7 +1,8 @@
-"""Stock diffusers pipelines, whatever their family: how they are conditioned, and how their latents become pixels.
-
-Stable Diffusion 1.x and 2.x are conditioned on text states alone; XL and 3 on pooled ones too. Here is all that tells them apart
-where images are made, so that generation needs no code for a family of its own.
+"""Stock diffusers pipelines, whatever their family: how they are conditioned, and how their latents
+become pixels.
+ Stable Diffusion 1.x and 2.x are conditioned on text states alone; XL and 3 on pooled ones too.
+Here is all that tells them apart where images are made, so that generation needs no code for a
+family of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from erase.models.base import Cond
 from erase.models.precision import autocast
 from erase.prompts.errors import ErasureError
 
-Pipeline = Any  # a diffusers pipeline: its parts are attributes made at run time, which no type checker sees
+# a diffusers pipeline: its parts are attributes made at run time, which no type checker sees
+Pipeline = Any
 POOLED = "pooled"
 
 
@@ -38,9 +40,15 @@ def latent_side(pipeline: Pipeline) -> int:
     """
     size = denoiser(pipeline).config.sample_size
     side, *others = size if isinstance(size, list | tuple) and size else [size]
-    if any(other != side for other in others) or not isinstance(side, int) or isinstance(side, bool) or side < 1:
+    if (
+        any(other != side for other in others)
+        or not isinstance(side, int)
+        or isinstance(side, bool)
+        or side < 1
+    ):
         raise ErasureError(
-            f"the {type(denoiser(pipeline)).__name__}'s configuration has the sample_size {size!r}; a number is needed, of latents that "
+            f"the {type(denoiser(pipeline)).__name__}'s configuration has the sample_size "
+            f"{size!r}; a number is needed, of latents that "
             "are square"
         )
     return side
@@ -53,16 +61,17 @@ def modules(pipeline: Pipeline) -> dict[str, nn.Module]:
 
 def text_encoders(pipeline: Pipeline) -> dict[str, Any]:
     """The text encoders of a pipeline, by name."""
-    return {name: part for name, part in modules(pipeline).items() if name.startswith("text_encoder")}
+    return {
+        name: part for name, part in modules(pipeline).items() if name.startswith("text_encoder")
+    }
 
 
 @torch.no_grad()
 def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None = None) -> Cond:
     """Text states of the prompts, each encoded alone, so that its bits do not depend on the others.
-
-    The empty prompt is the null condition of classifier-free guidance; a pipeline that wants zeros there (SDXL) gets zeros.
-    `device` is where the pipeline runs, for a caller who knows: diffusers searches all modules to tell, which takes a small model as
-    long as encoding a prompt.
+    The empty prompt is the null condition of classifier-free guidance; a pipeline that wants zeros
+    there (SDXL) gets zeros. `device` is where the pipeline runs, for a caller who knows: diffusers
+    searches all modules to tell, which takes a small model as long as encoding a prompt.
     """
     device = device or pipeline._execution_device
     further = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
@@ -82,18 +91,22 @@ def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None =
 
 
 def arguments(cond: Cond, null: Cond) -> dict[str, Tensor]:
-    """What a pipeline's call takes instead of prompts: these conditions, each guided away from its null condition."""
+    """What a pipeline's call takes instead of prompts: these conditions, each guided away from its
+    null condition."""
     given = {"prompt_embeds": cond.embeddings, "negative_prompt_embeds": null.embeddings}
     if POOLED in cond.extras:
-        given |= {"pooled_prompt_embeds": cond.extras[POOLED], "negative_pooled_prompt_embeds": null.extras[POOLED]}
+        given |= {
+            "pooled_prompt_embeds": cond.extras[POOLED],
+            "negative_pooled_prompt_embeds": null.extras[POOLED],
+        }
     return given
 
 
 @torch.no_grad()
 def decode(pipeline: Pipeline, latents: Tensor, precision: str) -> Tensor:
     """Pixels in [0, 1], shape (n, 3, H, W), of latents as the denoiser sees them.
-
-    In fp16 a VAE that is marked `force_upcast` (SDXL's, whose activations pass 65,504) is run in float32.
+    In fp16 a VAE that is marked `force_upcast` (SDXL's, whose activations pass 65,504) is run in
+       float32.
     """
     vae = pipeline.vae
     stored, half = vae.dtype, precision == "fp16" or vae.dtype == torch.float16

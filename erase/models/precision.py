@@ -1,4 +1,5 @@
-"""Mixed precision by name and by layer, and the rounding of matrix products on Intel's processors."""
+"""Mixed precision by name and by layer, and the rounding of matrix products on Intel's
+processors."""
 
 from __future__ import annotations
 
@@ -14,24 +15,29 @@ from torch import nn
 from erase.prompts.errors import unknown
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-IN_HARDWARE = {"bf16": {"avx512_bf16", "amx_bf16", "bf16"}, "fp16": {"avx512_fp16", "amx_fp16", "fp16_arith"}}
+IN_HARDWARE = {
+    "bf16": {"avx512_bf16", "amx_bf16", "bf16"},
+    "fp16": {"avx512_fp16", "amx_fp16", "fp16_arith"},
+}
 """what a processor that multiplies in this precision says of itself, on x86 or Arm"""
 IN_HALF = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """the layers whose weights autocast would round for each use"""
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision for sampling: `no`, `bf16` or `fp16`; weights stay as they are.
+    """Mixed precision for sampling: `no`, `bf16` or `fp16`; weights stay as they are. Warns where
+    the processor only imitates it (a training step on the embedded model: 1.1 s in bf16, 0.5 in
+    float32).
 
-    Warns where the processor only imitates it (a training step on the embedded model: 1.1 s in bf16, 0.5 in float32).
-
-    Raises:
-        ErasureError: another name; the near one is suggested.
+       Raises:
+           ErasureError: another name; the near one is suggested.
     """
     check_precision(precision)
     if device.type == "cpu" and not in_hardware(precision):
         warnings.warn(
-            f"this processor has no {precision} of its own, which makes it slower than mixed_precision no", stacklevel=2
+            f"this processor has no {precision} of its own, which makes it slower than "
+            "mixed_precision no",
+            stacklevel=2,
         )
     return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "no")
 
@@ -47,7 +53,8 @@ def check_precision(precision: str) -> None:
 
 
 def in_hardware(precision: str) -> bool:
-    """Whether the processor multiplies in this precision itself; said of one that torch knows nothing about, too."""
+    """Whether the processor multiplies in this precision itself; said of one that torch knows
+    nothing about, too."""
     ask = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 and later
     if precision not in IN_HARDWARE or ask is None:
         return True
@@ -70,10 +77,11 @@ def with_precision(
 
 
 def pin_mkl_rounding() -> None:
-    """Ask MKL, before its first product, for sums whose order does not follow from addresses; a choice made by the user stands.
-
-    On Intel's processors its matrix products round differently for another address, of the same values: one checkpoint, read in two
-    ways, gave two deltas. Elsewhere they were found not to, and are left alone. It costs no time (a training step on the embedded model).
+    """Ask MKL, before its first product, for sums whose order does not follow from addresses; a
+    choice made by the user stands. On Intel's processors its matrix products round differently
+    for another address, of the same values: one checkpoint, read in two ways, gave two deltas.
+    Elsewhere they were found not to, and are left alone. It costs no time (a training step on
+    the embedded model).
     """
     if _made_by_intel():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -81,4 +89,6 @@ def pin_mkl_rounding() -> None:
 
 def _made_by_intel() -> bool:
     info = Path("/proc/cpuinfo")
-    return "GenuineIntel" in (info.read_text(encoding="utf-8") if info.exists() else platform.processor())
+    return "GenuineIntel" in (
+        info.read_text(encoding="utf-8") if info.exists() else platform.processor()
+    )

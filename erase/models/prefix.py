@@ -1,4 +1,5 @@
-"""Text states of whole batches, with gradient where enabled, and with embeddings of no word standing before the prompt."""
+"""Text states of whole batches, with gradient where enabled, and with embeddings of no word
+standing before the prompt."""
 
 from __future__ import annotations
 
@@ -17,16 +18,13 @@ HOLDER = "a"
 """a word of one token in every vocabulary: it holds the places that the embeddings take"""
 
 
-def encode_live(pipeline: Pipeline, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None) -> Cond:
-    """Text states of the prompts in one pass.
-
-    Args:
-        pipeline: whose text encoders run.
-        prompts: n texts.
-        prefix: embeddings behind the start token, shape (k, dim) or (n, k, dim); by encoder where there are several, the same k for each.
-
-    Raises:
-        ErasureError: a prefix for an encoder that is not there or of a width that is not its own, or different k.
+def encode_live(
+    pipeline: Pipeline, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None
+) -> Cond:
+    """Text states of the prompts in one pass. Args: pipeline: whose text encoders run. prompts: n
+    texts. prefix: embeddings behind the start token, shape (k, dim) or (n, k, dim); by encoder
+    where there are several, the same k for each. Raises: ErasureError: a prefix for an encoder that
+    is not there or of a width that is not its own, or different k.
     """
     encoders = text_encoders(pipeline)
     if prefix is not None and not isinstance(prefix, Mapping):
@@ -37,7 +35,9 @@ def encode_live(pipeline: Pipeline, prompts: list[str], prefix: Tensor | Mapping
             holder = _holder_id(getattr(pipeline, name.replace("text_encoder", "tokenizer")), name)
             stack.enter_context(_standing_before(encoders[name], embeddings, holder))
         texts = [f"{HOLDER} " * places + prompt for prompt in prompts]
-        further = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
+        further = (
+            {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
+        )
         found = pipeline.encode_prompt(
             prompt=texts,
             device=pipeline._execution_device,
@@ -53,14 +53,20 @@ def _places(prefix: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> int:
     counts = set()
     for name, embeddings in prefix.items():
         if name not in encoders:
-            raise ErasureError(f"a prefix for {name!r}, but the model's text encoders are {', '.join(encoders)}")
+            raise ErasureError(
+                f"a prefix for {name!r}, but the model's text encoders are {', '.join(encoders)}"
+            )
         width = encoders[name].get_input_embeddings().weight.shape[1]
         if embeddings.shape[-1] != width:
-            raise ErasureError(f"a prefix of width {embeddings.shape[-1]} for {name}, whose embeddings have {width}")
+            raise ErasureError(
+                f"a prefix of width {embeddings.shape[-1]} for {name}, whose embeddings have "
+                f"{width}"
+            )
         counts.add(embeddings.shape[-2])
     if len(counts) > 1:
         raise ErasureError(
-            f"the prefixes of several encoders have {' and '.join(map(str, sorted(counts)))} embeddings; give as many for each"
+            f"the prefixes of several encoders have {' and '.join(map(str, sorted(counts)))} "
+            "embeddings; give as many for each"
         )
     return counts.pop() if counts else 0
 
@@ -68,13 +74,16 @@ def _places(prefix: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> int:
 def _holder_id(tokenizer: Any, name: str) -> int:
     ids = tokenizer(HOLDER, add_special_tokens=False).input_ids
     if len(ids) != 1:
-        raise ErasureError(f"{HOLDER!r} is {len(ids)} tokens of {name}, so that a prefix has no place")
+        raise ErasureError(
+            f"{HOLDER!r} is {len(ids)} tokens of {name}, so that a prefix has no place"
+        )
     return int(ids[0])
 
 
 @contextmanager
 def _standing_before(encoder: Any, embeddings: Tensor, holder: int) -> Iterator[None]:
-    """Within the block these embeddings stand in the places of the first holders, which every row has in the same places."""
+    """Within the block these embeddings stand in the places of the first holders, which every row
+    has in the same places."""
     count = embeddings.shape[-2]
 
     def replaced(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -84,7 +93,8 @@ def _standing_before(encoder: Any, embeddings: Tensor, holder: int) -> Iterator[
 
     weight = encoder.get_input_embeddings().weight
     layers = [layer for layer in encoder.modules() if getattr(layer, "weight", None) is weight]
-    hooks = [layer.register_forward_hook(replaced) for layer in layers]  # T5 has two, with one weight
+    # T5 has two, with one weight
+    hooks = [layer.register_forward_hook(replaced) for layer in layers]
     try:
         yield
     finally:

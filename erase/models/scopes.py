@@ -9,8 +9,9 @@ from torch import nn
 
 from erase.prompts.errors import ErasureError, unknown
 
-# A UNet's attn2 looks at the text. In a transformer with joint attention, text and image look at each other through one attention
-# (`attn`), in which each has projections of its own: the text's are called add_*; `attn2`, where there is one, is the image's alone.
+# A UNet's attn2 looks at the text. In a transformer with joint attention, text and image look at
+# each other through one attention (`attn`), in which each has projections of its own: the text's
+# are called add_*; `attn2`, where there is one, is the image's alone.
 _TEXT = r"^unet\..*\battn2\b|^transformer\..*\battn\.(add_|to_add_out|norm_added_)"
 _IMAGE = r"^unet\..*\battn1\b|^transformer\..*\b(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)\b"
 SCOPES = {
@@ -21,19 +22,18 @@ SCOPES = {
     "noxattn": rf"^(?!{_TEXT})(unet|transformer)\.",
     "text_encoder": r"^text_encoder(_\d)?\.",
 }
-"""Named scopes, as patterns over `component.parameter` names: `full` is the whole denoiser, `noxattn` all of it outside
-cross-attention (ESD-u); of a joint attention, `xattn` is the text's side and `selfattn` the image's."""
+"""Named scopes, as patterns over `component.parameter` names: `full` is the whole denoiser,
+`noxattn` all of it outside cross-attention (ESD-u); of a joint attention, `xattn` is the text's
+side and `selfattn` the image's."""
 
 
 def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:
     """The parameters of a scope, in their given order.
+    Args: params: `component.parameter` name -> parameter. scope: a name of `SCOPES`, or a regular
+       expression searched in the names (it must hold a character that no scope name has).
 
-    Args:
-        params: `component.parameter` name -> parameter.
-        scope: a name of `SCOPES`, or a regular expression searched in the names (it must hold a character that no scope name has).
-
-    Raises:
-        ErasureError: an unknown name, a malformed pattern, or a scope that matches nothing.
+       Raises:
+           ErasureError: an unknown name, a malformed pattern, or a scope that matches nothing.
     """
     if scope not in SCOPES and re.fullmatch(r"\w+", scope):
         raise unknown("scope", scope, SCOPES)
@@ -43,5 +43,8 @@ def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Param
         raise ErasureError(f"scope {scope!r} is not a regular expression: {error}") from error
     chosen = {name: param for name, param in params.items() if pattern.search(name)}
     if not chosen:
-        raise ErasureError(f"scope {scope!r} matches none of the {len(params)} parameters, e.g. {next(iter(params), 'none')!r}")
+        raise ErasureError(
+            f"scope {scope!r} matches none of the {len(params)} parameters, e.g. "
+            f"{next(iter(params), 'none')!r}"
+        )
     return chosen

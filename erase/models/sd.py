@@ -27,11 +27,13 @@ class StableDiffusion(PipelineModel):
         check_diffusion(schedule, name)
         if schedule.config.prediction_type not in PREDICTIONS:
             raise ErasureError(
-                f"{name}: prediction type {schedule.config.prediction_type!r} is not supported; use epsilon or v_prediction"
+                f"{name}: prediction type {schedule.config.prediction_type!r} is not supported; "
+                "use epsilon or v_prediction"
             )
         if channels != pipeline.vae.config.latent_channels:
             raise ErasureError(
-                f"{name}: its UNet takes {channels} channels where latents have {pipeline.vae.config.latent_channels}, so it is an inpainting, "
+                f"{name}: its UNet takes {channels} channels where latents have "
+                f"{pipeline.vae.config.latent_channels}, so it is an inpainting, "
                 "depth or editing model; give its text-to-image sibling"
             )
         _check_unet(pipeline.unet.config, self.addition, name)
@@ -72,13 +74,19 @@ def _check_unet(config: Any, addition: str | None, name: str) -> None:
     """
     if config.get("time_cond_proj_dim") is not None:
         raise ErasureError(
-            f"{name}: its UNet is distilled by guidance (an LCM: time_cond_proj_dim {config.time_cond_proj_dim}) and wants the guidance "
-            "scale as an embedding, which is not supported; erase from the model that it was distilled from"
+            f"{name}: its UNet is distilled by guidance (an LCM: time_cond_proj_dim "
+            f"{config.time_cond_proj_dim}) and wants the guidance "
+            "scale as an embedding, which is not supported; erase from the model that it was "
+            "distilled from"
         )
     for option in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
         if config.get(option) is not None:
-            raise ErasureError(f"{name}: its UNet wants more than text ({option} {config[option]!r}), which is not supported")
+            raise ErasureError(
+                f"{name}: its UNet wants more than text ({option} {config[option]!r}), which is "
+                "not supported"
+            )
     if config.get("addition_embed_type") != addition:
         raise ErasureError(
-            f"{name}: its UNet has the added embedding {config.get('addition_embed_type')!r}, not {addition!r}, so it is of another family"
+            f"{name}: its UNet has the added embedding {config.get('addition_embed_type')!r}, not "
+            f"{addition!r}, so it is of another family"
         )

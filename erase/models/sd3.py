@@ -1,6 +1,7 @@
-"""Stable Diffusion 3 and 3.5: a transformer with joint attention over image and text, trained by rectified flow.
-
-Esser et al., 2024, https://arxiv.org/abs/2403.03206: x_t = (1 - sigma) x_0 + sigma noise, and the prediction is noise - x_0.
+"""Stable Diffusion 3 and 3.5: a transformer with joint attention over image and text, trained by
+rectified flow.
+ Esser et al., 2024, https://arxiv.org/abs/2403.03206: x_t = (1 - sigma) x_0 + sigma noise, and the
+prediction is noise - x_0.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from erase.models.schedules import check_flow
 
 
 class StableDiffusion3(PipelineModel):
-    """A `DiffusionModel` over a stock `StableDiffusion3Pipeline`.
-
-    Timesteps 0 .. timesteps - 1 are those of the checkpoint's own, shifted schedule: sigma rises with t, to 1 at the last.
+    """A `DiffusionModel` over a stock `StableDiffusion3Pipeline`. Timesteps 0 .. timesteps - 1 are
+    those of the checkpoint's own, shifted schedule: sigma rises with t, to 1 at the last.
     """
 
-    components: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+    components: ClassVar[tuple[str, ...]] = (
+        "transformer",
+        "text_encoder",
+        "text_encoder_2",
+        "text_encoder_3",
+    )
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         schedule = pipeline.scheduler
@@ -30,7 +35,8 @@ class StableDiffusion3(PipelineModel):
         self._shift: float = schedule.config.shift
 
     def _sigma(self, t: Tensor) -> Tensor:
-        """Noise level of each row, shape (n, 1, 1, 1): the linear schedule, shifted (eq. 23 of the paper)."""
+        """Noise level of each row, shape (n, 1, 1, 1): the linear schedule, shifted (eq. 23 of the
+        paper)."""
         linear = (t.float() + 1) / self.timesteps
         return (self._shift * linear / (1 + (self._shift - 1) * linear)).view(-1, 1, 1, 1)
 
@@ -39,7 +45,8 @@ class StableDiffusion3(PipelineModel):
         return 1 - sigma, sigma
 
     def timestep(self, sampled: Tensor) -> Tensor:
-        sigma = sampled / self.timesteps  # the sampler's are sigmas times `timesteps`: the inverse of `_sigma`, rounded
+        # the sampler's are sigmas times `timesteps`: the inverse of `_sigma`, rounded
+        sigma = sampled / self.timesteps
         linear = sigma / (self._shift - (self._shift - 1) * sigma)
         return (linear * self.timesteps).round().long().clamp(1, self.timesteps) - 1
 

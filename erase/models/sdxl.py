@@ -1,4 +1,5 @@
-"""Stable Diffusion XL (base): two text encoders, pooled text states and the image's size as further conditions."""
+"""Stable Diffusion XL (base): two text encoders, pooled text states and the image's size as further
+conditions."""
 
 from __future__ import annotations
 
@@ -21,11 +22,16 @@ class StableDiffusionXL(StableDiffusion):
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         if pipeline.text_encoder is None:
-            raise ErasureError(f"{name}: it has one text encoder, so it is an SDXL refiner; give the base model")
+            raise ErasureError(
+                f"{name}: it has one text encoder, so it is an SDXL refiner; give the base model"
+            )
         super().__init__(pipeline, name)
 
     def added(self, xt: Tensor, cond: Cond) -> dict[str, Tensor]:
-        """Pooled text states of the second encoder, and the size conditioning of whole images of this size, uncropped."""
+        """Pooled text states of the second encoder, and the size conditioning of whole images of
+        this size, uncropped."""
         height, width = (side * self._pipeline.vae_scale_factor for side in xt.shape[-2:])
-        ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=cond.embeddings.dtype, device=xt.device)
+        ids = torch.tensor(
+            [[height, width, 0, 0, height, width]], dtype=cond.embeddings.dtype, device=xt.device
+        )
         return {"text_embeds": cond.extras[POOLED], "time_ids": ids.repeat(len(xt), 1)}

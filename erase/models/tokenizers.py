@@ -21,7 +21,8 @@ FILES = {
 }
 """tokenizer class -> sets of files, of which one must be there"""
 SPARE = 128
-"""a text encoder may have so many more embeddings than there are tokens: tables are padded to round sizes"""
+"""a text encoder may have so many more embeddings than there are tokens: tables are padded to round
+sizes"""
 T5_TOKENS = 256
 """`max_sequence_length` of `StableDiffusion3Pipeline`, where its caller gives none"""
 
@@ -30,14 +31,22 @@ def tokens(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[Tokens]]:
     """Prompts as each text encoder of a pipeline takes them, by the encoder's name."""
     found = {}
     for part, tokenizer in _tokenizers(pipeline).items():
-        rows = tokenizer(prompts, add_special_tokens=False, truncation=False, padding=False, verbose=False).input_ids
+        rows = tokenizer(
+            prompts, add_special_tokens=False, truncation=False, padding=False, verbose=False
+        ).input_ids
         room = _length(tokenizer) - tokenizer.num_special_tokens_to_add()
-        found[part.replace("tokenizer", "text_encoder")] = [Tokens(tuple(ids), room) for ids in rows]
+        found[part.replace("tokenizer", "text_encoder")] = [
+            Tokens(tuple(ids), room) for ids in rows
+        ]
     return found
 
 
 def _tokenizers(pipeline: Pipeline) -> dict[str, Any]:
-    return {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part is not None}
+    return {
+        name: part
+        for name, part in pipeline.components.items()
+        if name.startswith("tokenizer") and part is not None
+    }
 
 
 def _length(tokenizer: Any) -> int:
@@ -52,22 +61,27 @@ def _is_clip(tokenizer: Any) -> bool:
 
 def read_tokenizer(folder: Path, kind: Any = CLIPTokenizer) -> Any:
     """A tokenizer of a diffusers folder; the class is given, whatever the folder says.
-
-    Raises:
-        ErasureError: its vocabulary or configuration is missing or cannot be read. Without them transformers makes one for which
-            every word is the same unknown token.
+    Raises: ErasureError: its vocabulary or configuration is missing or cannot be read. Without them
+       transformers makes one for which every word is the same unknown token.
     """
     known = FILES[kind.__name__.removesuffix("Fast")]
     if not (folder / "tokenizer_config.json").is_file():
-        raise ErasureError(f"cannot read the tokenizer in {folder}: it has no tokenizer_config.json; fetch it again, whole")
+        raise ErasureError(
+            f"cannot read the tokenizer in {folder}: it has no tokenizer_config.json; fetch it "
+            "again, whole"
+        )
     read_config(folder / "tokenizer_config.json")
     if not any(all((folder / file).is_file() for file in files) for files in known):
         needed = " or ".join(" with ".join(files) for files in known)
-        raise ErasureError(f"{folder} lacks its vocabulary ({needed}); fetch the tokenizer again, whole")
+        raise ErasureError(
+            f"{folder} lacks its vocabulary ({needed}); fetch the tokenizer again, whole"
+        )
     try:
         return kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise kinds of their own
-        raise ErasureError(f"cannot read the tokenizer in {folder}: {reason(error)}; fetch it again, whole") from error
+        raise ErasureError(
+            f"cannot read the tokenizer in {folder}: {reason(error)}; fetch it again, whole"
+        ) from error
 
 
 def check_tokenizers(pipeline: Pipeline, name: str) -> None:
@@ -86,12 +100,18 @@ def _check(tokenizer: Any, config: Any, which: str) -> None:
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     if max(vocabulary.values()) >= config.vocab_size:
         raise ErasureError(
-            f"{which} has tokens up to number {max(vocabulary.values())}, but its text encoder embeds {config.vocab_size}; give the "
+            f"{which} has tokens up to number {max(vocabulary.values())}, but its text encoder "
+            f"embeds {config.vocab_size}; give the "
             "tokenizer that belongs to it"
         )
-    letters = {tuple(tokenizer(letter, add_special_tokens=False).input_ids) for letter in ascii_lowercase}
+    letters = {
+        tuple(tokenizer(letter, add_special_tokens=False).input_ids) for letter in ascii_lowercase
+    }
     if len(letters) < len(ascii_lowercase):
-        raise ErasureError(f"{which} does not tell letters apart: its vocabulary is missing; fetch the tokenizer again, whole")
+        raise ErasureError(
+            f"{which} does not tell letters apart: its vocabulary is missing; fetch the tokenizer "
+            "again, whole"
+        )
     if _is_clip(tokenizer):
         _check_clip(tokenizer, vocabulary, config, which)
 
@@ -99,19 +119,25 @@ def _check(tokenizer: Any, config: Any, which: str) -> None:
 def _check_clip(tokenizer: Any, vocabulary: Mapping[str, int], config: Any, which: str) -> None:
     if len(vocabulary) + SPARE < config.vocab_size:
         raise ErasureError(
-            f"{which} knows {len(vocabulary)} tokens of the {config.vocab_size} that its text encoder embeds; fetch the tokenizer "
+            f"{which} knows {len(vocabulary)} tokens of the {config.vocab_size} that its text "
+            "encoder embeds; fetch the tokenizer "
             "again, whole"
         )
     if tokenizer.model_max_length > config.max_position_embeddings:
         raise ErasureError(
-            f"{which} lets prompts be {tokenizer.model_max_length} tokens long, but its text encoder has "
-            f"{config.max_position_embeddings} positions; write that into model_max_length of tokenizer_config.json"
+            f"{which} lets prompts be {tokenizer.model_max_length} tokens long, but its text "
+            "encoder has "
+            f"{config.max_position_embeddings} positions; write that into model_max_length of "
+            "tokenizer_config.json"
         )
     made = {"".join(pair) for pair in _merges(tokenizer)} | set(tokenizer.get_added_vocab())
-    lost = [token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and token not in made]
+    lost = [
+        token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and token not in made
+    ]
     if lost:
         raise ErasureError(
-            f"{which} never makes {len(lost)} tokens of its vocabulary, {lost[0]!r} among them: its merges are not whole; fetch the "
+            f"{which} never makes {len(lost)} tokens of its vocabulary, {lost[0]!r} among them: "
+            "its merges are not whole; fetch the "
             "tokenizer again"
         )
 

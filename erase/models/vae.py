@@ -1,4 +1,5 @@
-"""A VAE from elsewhere than the checkpoint: a diffusers folder, or a single file in the LDM layout."""
+"""A VAE from elsewhere than the checkpoint: a diffusers folder, or a single file in the LDM
+layout."""
 
 from __future__ import annotations
 
@@ -20,26 +21,30 @@ from erase.prompts.errors import ErasureError
 
 
 def load_vae(source: str | Path, config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Module:
-    """A VAE for a checkpoint that has none, or in the place of its own.
+    """A VAE for a checkpoint that has none, or in the place of its own. Args: source: a diffusers
+    folder of a VAE, or of a whole pipeline; a `.safetensors`, `.ckpt` or `.pt` file of a VAE alone,
+    or of a whole checkpoint. config: the architecture of a single file, which does not tell its
+    own. dtype: of the weights in memory.
 
-    Args:
-        source: a diffusers folder of a VAE, or of a whole pipeline; a `.safetensors`, `.ckpt` or `.pt` file of a VAE alone, or of a
-            whole checkpoint.
-        config: the architecture of a single file, which does not tell its own.
-        dtype: of the weights in memory.
-
-    Raises:
-        ErasureError: there is none, it is damaged, or it does not fit its configuration.
+       Raises:
+           ErasureError: there is none, it is damaged, or it does not fit its configuration.
     """
     path = Path(source)
     if path.is_dir():
         return _from_folder(path, dtype)
     if not path.is_file():
-        raise ErasureError(f"there is no file or folder {path} (load.vae); it is read from this disk alone")
+        raise ErasureError(
+            f"there is no file or folder {path} (load.vae); it is read from this disk alone"
+        )
     if path.suffix.lower() not in SINGLE_FILES:
-        raise ErasureError(f"{path} (load.vae) is neither a folder nor one of {', '.join(SINGLE_FILES)}")
+        raise ErasureError(
+            f"{path} (load.vae) is neither a folder nor one of {', '.join(SINGLE_FILES)}"
+        )
     if config is None:
-        raise ErasureError(f"nothing tells the architecture of {path} (load.vae); give a VAE folder with its config.json")
+        raise ErasureError(
+            f"nothing tells the architecture of {path} (load.vae); give a VAE folder with its "
+            "config.json"
+        )
     return _from_file(path, config, dtype)
 
 
@@ -73,7 +78,10 @@ def _prefixed(file: TensorFile) -> TensorFile:
     if any(key.startswith(ldm.VAE) for key in file.shapes):
         return file
     if any(".down_blocks." in key for key in file.shapes):
-        raise ErasureError(f"{file.path} (load.vae) has the names of diffusers; give its folder, with its config.json")
+        raise ErasureError(
+            f"{file.path} (load.vae) has the names of diffusers; give its folder, with its "
+            "config.json"
+        )
     if "decoder.conv_in.weight" not in file.shapes:
         raise ErasureError(f"{file.path} (load.vae) holds no VAE: it has no decoder.conv_in.weight")
     shapes = {ldm.VAE + key: shape for key, shape in file.shapes.items()}

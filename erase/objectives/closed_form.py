@@ -13,11 +13,14 @@ from erase.prompts.errors import ErasureError
 from erase.task import Task
 
 
-def ridge_edit(weight: Tensor, inputs: Tensor, outputs: Tensor, keep: Tensor, ridge: float) -> Tensor:
-    """The weight that maps inputs to outputs, keeps what it makes of others, and stays near what it was.
+def ridge_edit(
+    weight: Tensor, inputs: Tensor, outputs: Tensor, keep: Tensor, ridge: float
+) -> Tensor:
+    """The weight that maps inputs to outputs, keeps what it makes of others, and stays near itself.
 
     argmin_W sum |W c_i - v_i|^2 + sum |W p_j - W_0 p_j|^2 + ridge |W - W_0|^2
-           = W_0 + sum (v_i - W_0 c_i) c_i^T (sum c_i c_i^T + sum p_j p_j^T + ridge I)^-1   (UCE, Gandikota et al. 2024, eq. 7)
+           = W_0 + sum (v_i - W_0 c_i) c_i^T (sum c_i c_i^T + sum p_j p_j^T + ridge I)^-1
+    (UCE, Gandikota et al. 2024, eq. 7)
 
     Args:
         weight: W_0, shape (out, in).
@@ -43,17 +46,23 @@ def text_projections(task: Task, scope: str) -> dict[str, nn.Parameter]:
     """
     chosen = task.weights(scope)
     others = [
-        name for name in chosen if not (name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight")))
+        name
+        for name in chosen
+        if not (
+            name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
+        )
     ]
     if others:
         raise ErasureError(
-            f"{others[0]} is not applied to text states, so that no closed form over them can edit it; use scope xattn_kv of a UNet"
+            f"{others[0]} is not applied to text states, so that no closed form over them can edit "
+            "it; use scope xattn_kv of a UNet"
         )
     return chosen
 
 
 def subject_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:
-    """Text states at the last token of each name of a concept, and at that of its anchor, in each of its templates.
+    """Text states at the last token of each name of a concept, and at that of its anchor, in each
+    of its templates.
 
     Returns:
         Both of shape (names * templates, dim), in the same order.
@@ -64,7 +73,8 @@ def subject_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:
 
 
 def seen_states(task: Task, prompts: Sequence[str]) -> Tensor:
-    """Text states at every token of these prompts that the encoder sees, from begin to end, shape (tokens, dim)."""
+    """Text states at every token of these prompts that the encoder sees, from begin to end, shape
+    (tokens, dim)."""
     distinct = list(dict.fromkeys(prompts))
     states, lengths = task.cond(distinct).embeddings, _lengths(task.model, distinct)
     return torch.cat([row[: length + 2] for row, length in zip(states, lengths, strict=True)])
@@ -72,7 +82,8 @@ def seen_states(task: Task, prompts: Sequence[str]) -> Tensor:
 
 def _at_name(task: Task, filled: Sequence[tuple[str, str]]) -> Tensor:
     states = task.cond([template.replace("{}", name) for template, name in filled]).embeddings
-    # as many tokens as there are up to the name's end; the begin token before them makes this the last one's place
+    # as many tokens as there are up to the name's end; the begin token before them makes this the
+    # last one's place
     places = _lengths(task.model, [template.split("{}")[0] + name for template, name in filled])
     return states[torch.arange(len(states)), torch.tensor(places)]
 

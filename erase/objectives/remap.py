@@ -1,4 +1,5 @@
-"""The remap objective: a forget prompt's prediction becomes its anchor's, retained prompts keep theirs (SalUn, Fan et al., ICLR 2024, eq. 6)."""
+"""The remap objective: a forget prompt's prediction becomes its anchor's, retained prompts keep
+theirs (SalUn, Fan et al., ICLR 2024, eq. 6)."""
 
 from __future__ import annotations
 
@@ -31,26 +32,33 @@ class RemapConfig(TunedConfig):
     anchor_from: str = "frozen"
     """weights that predict the anchor target: frozen (the base) or current (the reference)"""
     retain_target: str = "frozen"
-    """what retain predictions are held to: frozen (the base's prediction) or noise (the reference)"""
+    """what retain predictions are held to: frozen (the base's prediction) or noise (the
+    reference)"""
     share_latents: bool = True
-    """one posterior sample for the forget and the anchor prediction; False draws two, as the reference does (images only)"""
+    """one posterior sample for the forget and the anchor prediction; False draws two, as the
+    reference does (images only)"""
     anchor_latents: float = 0.5
-    """fraction of the forget latents that show the anchor: the states that an erased model passes through, where the base would still
-    steer back to the concept; 0 is the reference. Images of a folder all show the concept"""
+    """fraction of the forget latents that show the anchor: the states that an erased model passes
+    through, where the base would still steer back to the concept; 0 is the reference. Images of a
+    folder all show the concept"""
     retain_dropout: float = 0.1
-    """fraction of retain latents whose prompt is replaced by the empty one, so that classifier-free guidance keeps its null branch"""
+    """fraction of retain latents whose prompt is replaced by the empty one, so that classifier-free
+    guidance keeps its null branch"""
     shuffle: bool = True
     """a new order of the forget latents in each epoch"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self, {"anchor_from": SOURCES, "retain_target": RETAIN_TARGETS})
-        check_ranges(self, {"alpha": (0, 1e6), "anchor_latents": FRACTION, "retain_dropout": FRACTION})
+        check_ranges(
+            self, {"alpha": (0, 1e6), "anchor_latents": FRACTION, "retain_dropout": FRACTION}
+        )
 
 
 @dataclass(frozen=True)
 class RemapBatch:
-    """Forget and retain rows of one step (or of this process's part of it), and which of their sets they are."""
+    """Forget and retain rows of one step (or of this process's part of it), and which of their sets
+    they are."""
 
     forget: Rows
     anchor: Rows
@@ -66,14 +74,20 @@ class Remap:
     def __init__(self, task: Task, config: RemapConfig) -> None:
         self.task, self.config = task, config
         if not any(concept.retain for concept in task.concepts):
-            task.retain()  # refused, unless images bring prompts, before the forget latents are sampled
+            # refused, unless images bring prompts, before the forget latents are sampled
+            task.retain()
         self.forget_set = task.forget(config.anchor_latents)
         self.retain_set = _some_dropped(task.retain(), config.retain_dropout, task.seed)
         self._known: tuple[Tensor, Tensor] | None = None
 
     def batches(self, step: int) -> RemapBatch:
         """Rows, timesteps and noise of one step."""
-        model, forget, retain, config = self.task.model, self.forget_set, self.retain_set, self.config
+        model, forget, retain, config = (
+            self.task.model,
+            self.forget_set,
+            self.retain_set,
+            self.config,
+        )
         size, generator = config.train.batch_size, self.task.generator(step)
         kept = epoch_rows(len(retain), step * size, size, self.task.seed + 1)
         retained = draw_rows(model, retain, kept, generator)
@@ -92,7 +106,10 @@ class Remap:
         anchor, kept = self._targets(batch, base)
         prompts = _chosen(self.forget_set.prompts, batch.forget_rows)
         forgot, retained = self._together(batch.forget, prompts, batch)
-        return {"forget": remap(forgot, anchor), "retain": self.config.alpha * denoising(retained, kept)}
+        return {
+            "forget": remap(forgot, anchor),
+            "retain": self.config.alpha * denoising(retained, kept),
+        }
 
     def _targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
         """Anchor and retain targets, each by the frozen base or not, as configured."""
@@ -108,21 +125,33 @@ class Remap:
         if config.retain_target == "noise":
             return anchor, batch.retain.target
         with base():
-            return anchor, self.task.predict(batch.retain, _chosen(self.retain_set.prompts, batch.retain_rows))
+            return anchor, self.task.predict(
+                batch.retain, _chosen(self.retain_set.prompts, batch.retain_rows)
+            )
 
     def _known_targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
-        """Of points that are fixed beforehand (trajectories): the base is asked about all of them once."""
+        """Of points that are fixed beforehand (trajectories): the base is asked about all of them
+        once."""
         if self._known is None:
             with base():
-                anchor = self._predict_all(self.forget_set, _anchors(self.forget_set), "anchor targets")
-                self._known = anchor, self._predict_all(self.retain_set, self.retain_set.prompts, "retain targets")
+                anchor = self._predict_all(
+                    self.forget_set, _anchors(self.forget_set), "anchor targets"
+                )
+                self._known = (
+                    anchor,
+                    self._predict_all(self.retain_set, self.retain_set.prompts, "retain targets"),
+                )
         device = batch.forget.noisy.device
         anchor, kept = self._known
         return anchor[batch.forget_rows.cpu()].to(device), kept[batch.retain_rows.cpu()].to(device)
 
     def _predict_all(self, points: LatentSet, prompts: Sequence[str], what: str) -> Tensor:
         """Predictions at the fixed points of a set, in float32 on the CPU."""
-        model, generator = self.task.model, torch.Generator()  # nothing is drawn: the points have noise and timesteps
+        # nothing is drawn: the points have noise and timesteps
+        model, generator = (
+            self.task.model,
+            torch.Generator(),
+        )
 
         def predict(rows: range) -> Tensor:
             chosen = torch.tensor(rows)
@@ -131,7 +160,11 @@ class Remap:
             return self.task.predict(seen, _chosen(prompts, chosen)).float().cpu()
 
         # as many for every process: under FSDP each prediction is an effort of all
-        return torch.cat(in_shares(len(points), 2 * self.config.train.batch_size, predict, what, "point", pad=True))
+        return torch.cat(
+            in_shares(
+                len(points), 2 * self.config.train.batch_size, predict, what, "point", pad=True
+            )
+        )
 
     def _together(self, rows: Rows, prompts: list[str], batch: RemapBatch) -> tuple[Tensor, Tensor]:
         """Predictions for these rows and for the batch's retain rows, in one pass."""
@@ -153,7 +186,10 @@ def _fixed(points: LatentSet) -> bool:
 
 
 def _some_dropped(retain: LatentSet, share: float, seed: int) -> LatentSet:
-    """The empty prompt in place of some: the same rows throughout the run, so that their targets can be known beforehand."""
+    """The empty prompt in place of some: the same rows throughout the run, so that their targets
+    can be known beforehand."""
     dropped = torch.rand(len(retain), generator=torch.Generator().manual_seed(seed)) < share
-    prompts = tuple("" if drop else prompt for prompt, drop in zip(retain.prompts, dropped, strict=True))
+    prompts = tuple(
+        "" if drop else prompt for prompt, drop in zip(retain.prompts, dropped, strict=True)
+    )
     return replace(retain, prompts=prompts)

@@ -1,7 +1,8 @@
 """A model in shards while it runs: FSDP2 (`torch.distributed.fsdp.fully_shard`), ZeRO stage 3 or 2.
-
-`fully_shard` changes a module for good. So it is given a twin of the denoiser, which stands in the pipeline for as long as steps are
-taken: made without weights, sharded, filled by each process from its own copy of the original. The original waits, untouched.
+ `fully_shard` changes a module for good. So it is given a twin of the denoiser, which stands in the
+pipeline for as long as steps are
+taken: made without weights, sharded, filled by each process from its own copy of the original. The
+    original waits, untouched.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from erase.parallel.processes import processes
 from erase.prompts.errors import ErasureError
 
 VALUE_BY_VALUE = {
-    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD",
+    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop",
+    "SGD",
 }  # fmt: skip
-"""optimizers whose step on a value depends on that value alone, so that a shard takes the steps of the whole"""
+"""optimizers whose step on a value depends on that value alone, so that a shard takes the steps of
+the whole"""
 BF16 = "param_dtype_override_fn" in getattr(MixedPrecisionPolicy, "__dataclass_fields__", ())
 """whether this torch (2.15) can gather norms in float32 beside matrices in half precision"""
 ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
@@ -35,7 +38,8 @@ ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
 WHOLE = "launch with scripts/launch/several-gpus.yaml"
 """how to go on without shards"""
 BLOCKS = {"resnets", "attentions", "transformer_blocks"}
-"""lists of modules whose members are gathered one at a time; what lies outside of them is gathered for the whole pass"""
+"""lists of modules whose members are gathered one at a time; what lies outside of them is gathered
+for the whole pass"""
 
 
 class Settings(Protocol):
@@ -48,12 +52,14 @@ class Settings(Protocol):
 
 
 def sharding() -> FullShard | None:
-    """The FSDP that this launch asks for, where there are several processes; None: models stay whole."""
+    """The FSDP that this launch asks for, where there are several processes; None: models stay
+    whole."""
     return full_shard() if processes().num_processes > 1 else None
 
 
 def check_sharded(config: Settings, lora_rank: int = 0) -> FullShard | None:
-    """The FSDP that this launch asks for, after a look at what shards cannot do; None: models stay whole.
+    """The FSDP that this launch asks for, after a look at what shards cannot do; None: models stay
+    whole.
 
     Raises:
         ErasureError: a setting that shards cannot follow, said before hours are spent on latents.
@@ -64,20 +70,25 @@ def check_sharded(config: Settings, lora_rank: int = 0) -> FullShard | None:
 
     half, own = config.mixed_precision, f"FSDP of torch {torch.__version__}"
     if processes().device.type == "cpu" and not ON_CPUS:
-        raise ErasureError(f"{own} cannot shard on a CPU; take a newer torch (2.14 can), or {WHOLE}")
+        raise ErasureError(
+            f"{own} cannot shard on a CPU; take a newer torch (2.14 can), or {WHOLE}"
+        )
     if config.optimizer not in VALUE_BY_VALUE:
         raise ErasureError(
-            f"optimizer {config.optimizer} looks at more than one value at a time, of which FSDP leaves each "
+            f"optimizer {config.optimizer} looks at more than one value at a time, of which FSDP "
+            "leaves each "
             f"process some; choose one of {', '.join(sorted(VALUE_BY_VALUE))}, or {WHOLE}"
         )
     if half == "fp16":
         raise ErasureError(
-            "mixed_precision fp16 scales its loss by what it finds in all gradients, of which FSDP leaves each "
+            "mixed_precision fp16 scales its loss by what it finds in all gradients, of which FSDP "
+            "leaves each "
             f"process some; use {'bf16 or no' if BF16 else 'no'}, or {WHOLE}"
         )
     if half != "no" and not BF16:
         raise ErasureError(
-            f"{own} cannot gather norms in float32 beside matrices in {half}; take torch 2.15 or newer, "
+            f"{own} cannot gather norms in float32 beside matrices in {half}; take torch 2.15 or "
+            "newer, "
             f"mixed_precision no, or {WHOLE}"
         )
 
@@ -93,7 +104,8 @@ def check_sharded(config: Settings, lora_rank: int = 0) -> FullShard | None:
 
 
 def check_parts(names: Iterable[str]) -> None:
-    """Refuse to shard what is no denoiser, before hours are spent on latents; nothing where models stay whole.
+    """Refuse to shard what is no denoiser, before hours are spent on latents; nothing where models
+    stay whole.
 
     Args:
         names: of parameters that are to be trained.
@@ -113,12 +125,15 @@ def _only_the_denoiser(part: str) -> ErasureError:
 
 
 class Shards(Layout):
-    """Each process holds some rows of every parameter, contiguous and in the order of the processes."""
+    """Each process holds some rows of every parameter, contiguous and in the order of the
+    processes."""
 
     collective_forward = True
 
     def __init__(self, twins: Iterable[nn.Module]) -> None:
-        self._blocks = [block for twin in twins for block in twin.modules() if isinstance(block, FSDPModule)]
+        self._blocks = [
+            block for twin in twins for block in twin.modules() if isinstance(block, FSDPModule)
+        ]
         state = processes()
         self._me, self._count = state.process_index, state.num_processes
 
@@ -150,21 +165,28 @@ class Shards(Layout):
         return total
 
     def local_part(self, whole: Tensor, mine: slice) -> Tensor:
-        return whole[mine].clone() if whole.dim() else whole  # a single number, as an optimizer's count of steps, is everyone's
+        # a single number, as an optimizer's count of steps, is everyone's
+        return whole[mine].clone() if whole.dim() else whole
 
     def gather(self, piece: Tensor) -> Tensor:
         """On the CPU: a device has room for shards alone."""
-        lengths = [torch.zeros(1, dtype=torch.int64, device=piece.device) for _ in range(self._count)]
+        lengths = [
+            torch.zeros(1, dtype=torch.int64, device=piece.device) for _ in range(self._count)
+        ]
         distributed.all_gather(lengths, torch.full_like(lengths[0], len(piece)))
         padded = piece.new_zeros(max(map(int, lengths)), *piece.shape[1:])
         padded[: len(piece)] = piece
         found = [torch.empty_like(padded) for _ in lengths]
         distributed.all_gather(found, padded)
-        return torch.cat([each[:length].cpu() for each, length in zip(found, map(int, lengths), strict=True)])
+        return torch.cat(
+            [each[:length].cpu() for each, length in zip(found, map(int, lengths), strict=True)]
+        )
 
 
 @contextmanager
-def sharded_twins(model: DiffusionModel, parts: Iterable[str], half: torch.dtype | None, asked: FullShard) -> Iterator[Shards]:
+def sharded_twins(
+    model: DiffusionModel, parts: Iterable[str], half: torch.dtype | None, asked: FullShard
+) -> Iterator[Shards]:
     """A twin in shards in the place of each of these parts, which wait on the CPU.
 
     Args:
@@ -177,11 +199,15 @@ def sharded_twins(model: DiffusionModel, parts: Iterable[str], half: torch.dtype
         ErasureError: a part other than the denoiser.
     """
     with ExitStack() as stack:
-        yield Shards([stack.enter_context(_twin_in_place(model, part, half, asked)) for part in parts])
+        yield Shards(
+            [stack.enter_context(_twin_in_place(model, part, half, asked)) for part in parts]
+        )
 
 
 @contextmanager
-def _twin_in_place(model: DiffusionModel, part: str, half: torch.dtype | None, asked: FullShard) -> Iterator[nn.Module]:
+def _twin_in_place(
+    model: DiffusionModel, part: str, half: torch.dtype | None, asked: FullShard
+) -> Iterator[nn.Module]:
     pipeline, original = model.pipeline(), model.component(part)
     if original is not denoiser(pipeline):
         raise _only_the_denoiser(part)
@@ -206,7 +232,8 @@ def _twin_in_place(model: DiffusionModel, part: str, half: torch.dtype | None, a
 def _empty_twin(module: nn.Module) -> nn.Module:
     """The same module with parameters that have shapes and no memory."""
     empty: dict[int, Any] = {
-        id(param): nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False) for param in module.parameters()
+        id(param): nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=False)
+        for param in module.parameters()
     }
     return deepcopy(module, empty)  # which takes what it finds there for copies made already
 
@@ -214,20 +241,29 @@ def _empty_twin(module: nn.Module) -> nn.Module:
 def _shard(twin: nn.Module, mesh: DeviceMesh, half: torch.dtype | None, asked: FullShard) -> None:
     """The innermost blocks first: each outer one takes what is left."""
     policy = _policy(twin, half)
-    blocks = [member for name, owner in twin.named_modules() if name.split(".")[-1] in BLOCKS for member in owner.children()]
+    blocks = [
+        member
+        for name, owner in twin.named_modules()
+        if name.split(".")[-1] in BLOCKS
+        for member in owner.children()
+    ]
     for module in (*reversed(blocks), twin):
-        fully_shard(module, mesh=mesh, reshard_after_forward=asked.reshard_after_forward, mp_policy=policy)
+        fully_shard(
+            module, mesh=mesh, reshard_after_forward=asked.reshard_after_forward, mp_policy=policy
+        )
 
 
 def _policy(twin: nn.Module, half: torch.dtype | None) -> MixedPrecisionPolicy:
-    """Matrices are gathered as autocast would round them, the rest as it is; activations are autocast's affair."""
+    """Matrices are gathered as autocast would round them, the rest as it is; activations are
+    autocast's affair."""
     if half is None:
         return MixedPrecisionPolicy()
     precision = {id(param): dtype for _, param, dtype in with_precision(twin, half)}
-    options: dict[str, Any] = {
-        "param_dtype_override_fn": lambda param: precision[id(param)]
-    }  # mypy knows the installed torch's alone
-    return MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False, **options)
+    # mypy knows the installed torch's alone
+    options: dict[str, Any] = {"param_dtype_override_fn": lambda param: precision[id(param)]}
+    return MixedPrecisionPolicy(
+        param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False, **options
+    )
 
 
 @torch.no_grad()

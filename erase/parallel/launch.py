@@ -1,4 +1,5 @@
-"""What a launch asks for, as `accelerate launch` leaves it in the environment: FSDP, or something that is refused."""
+"""What a launch asks for, as `accelerate launch` leaves it in the environment: FSDP, or something
+that is refused."""
 
 from __future__ import annotations
 
@@ -14,11 +15,16 @@ WRAPPERS = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
 }
-"""what Accelerate sets in the environment -> the ways to launch that take a model apart as no step here could follow"""
+"""what Accelerate sets in the environment -> the ways to launch that take a model apart as no step
+here could follow"""
 FSDP = "ACCELERATE_USE_FSDP"
 UNFIT = {
-    "FSDP_OFFLOAD_PARAMS": "shards stay where the steps are; take more GPUs, or a narrower scope or mask",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process reads the checkpoint itself, and some libraries would then read none of it",
+    "FSDP_OFFLOAD_PARAMS": (
+        "shards stay where the steps are; take more GPUs, or a narrower scope or mask"
+    ),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": (
+        "every process reads the checkpoint itself, and some libraries would then read none of it"
+    ),
     "FSDP_ACTIVATION_CHECKPOINTING": "the recipe says it, with train.gradient_checkpointing",
 }
 """switches of an FSDP config that must be off -> why, or what to use instead"""
@@ -27,10 +33,12 @@ CONFIGS = "scripts/launch/fsdp.yaml (or fsdp-zero2.yaml, which keeps the weights
 
 @dataclass(frozen=True)
 class FullShard:
-    """An FSDP launch of version 2: weights, gradients and optimizer state in shards, one per process."""
+    """An FSDP launch of version 2: weights, gradients and optimizer state in shards, one per
+    process."""
 
     reshard_after_forward: bool
-    """drop a block's gathered weights after its forward pass (ZeRO stage 3), or keep them for the backward pass (stage 2)"""
+    """drop a block's gathered weights after its forward pass (ZeRO stage 3), or keep them for the
+    backward pass (stage 2)"""
 
 
 def check_launch() -> None:
@@ -42,8 +50,10 @@ def check_launch() -> None:
     for variable, name in WRAPPERS.items():
         if parse_flag_from_env(variable):
             raise ErasureError(
-                f"this launch asks for {name}, which takes the model apart in its own way, while masked training holds its weights outside "
-                f"of it; launch with scripts/launch/several-gpus.yaml, or, to split the model, with {CONFIGS}"
+                f"this launch asks for {name}, which takes the model apart in its own way, while "
+                "masked training holds its weights outside "
+                "of it; launch with scripts/launch/several-gpus.yaml, or, to split the model, "
+                f"with {CONFIGS}"
             )
     full_shard()
 
@@ -58,15 +68,20 @@ def full_shard() -> FullShard | None:
         return None
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ErasureError(
-            f"this launch asks for FSDP version {version}, which takes the model apart and keeps it so; use version 2 with {CONFIGS}, "
+            f"this launch asks for FSDP version {version}, which takes the model apart and keeps "
+            f"it so; use version 2 with {CONFIGS}, "
             "or whole models with scripts/launch/several-gpus.yaml"
         )
     for variable, reason in UNFIT.items():
         if parse_flag_from_env(variable):
-            raise ErasureError(f"this launch sets {variable.lower()}, but {reason}; set it to false, as in {CONFIGS}")
+            raise ErasureError(
+                f"this launch sets {variable.lower()}, but {reason}; set it to false, as in "
+                f"{CONFIGS}"
+            )
     try:
         return FullShard(parse_flag_from_env("FSDP_RESHARD_AFTER_FORWARD", True))
     except ValueError as error:
         raise ErasureError(
-            f"fsdp_reshard_after_forward is true or false under FSDP version 2, not {os.environ['FSDP_RESHARD_AFTER_FORWARD']}; see {CONFIGS}"
+            "fsdp_reshard_after_forward is true or false under FSDP version 2, not "
+            f"{os.environ['FSDP_RESHARD_AFTER_FORWARD']}; see {CONFIGS}"
         ) from error

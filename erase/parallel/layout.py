@@ -1,4 +1,5 @@
-"""How a model's weights lie while it runs: whole in every process, or, under FSDP, in shards (`erase.parallel.fsdp.Shards`)."""
+"""How a model's weights lie while it runs: whole in every process, or, under FSDP, in shards
+(`erase.parallel.fsdp.Shards`)."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ from erase.parallel.processes import reduce_all
 
 
 class Layout:
-    """Every process holds every weight; gradients are exchanged after the backward pass. What shards do otherwise, they override."""
+    """Every process holds every weight; gradients are exchanged after the backward pass. What
+    shards do otherwise, they override."""
 
     collective_forward = False
-    """whether each pass through the model is a joint one, so that all processes must take as many"""
+    """whether each pass through the model is a joint one, so that all processes must take as
+    many"""
 
     def rows(self, count: int) -> slice:
         """Which of a parameter's `count` rows this process holds."""
@@ -32,7 +35,8 @@ class Layout:
         reduce_all(gradients, "mean")
 
     def add_up(self, sums: Iterable[Tensor]) -> None:
-        """Make sums of what the backward passes left the sums over the batches of all processes, in place."""
+        """Make sums of what the backward passes left the sums over the batches of all processes, in
+        place."""
         reduce_all(sums, "sum")
 
     def norm(self, local: Tensor) -> Tensor:
@@ -59,5 +63,6 @@ class ActiveWeights:
     params: Mapping[str, nn.Parameter]
     """the parameters in question, by the names of those whose place they take"""
     own: Mapping[str, Tensor] = field(default_factory=dict)
-    """`part.parameter` name -> the model's own weights, where copies in another precision stand in for them"""
+    """`part.parameter` name -> the model's own weights, where copies in another precision stand in
+    for them"""
     layout: Layout = field(default_factory=Layout)

@@ -1,4 +1,5 @@
-"""Several processes, on one machine or many, as `accelerate launch` or `torchrun` starts them: who does what, and who writes.
+"""Several processes, on one machine or many, as `accelerate launch` or `torchrun` starts them: who
+does what, and who writes.
 
 Nothing here knows of models. In a single process every function does its plain work.
 """
@@ -20,19 +21,24 @@ from erase.parallel.progress import bar
 from erase.prompts.errors import ErasureError
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=12)  # for each other: shares of a slower GPU may take hours; launchers end all processes when one dies
+# for each other: shares of a slower GPU may take hours; launchers end all processes when one dies
+PATIENCE = timedelta(hours=12)
 BUCKET = 25 << 20  # bytes that are reduced at a time, DistributedDataParallel's own choice
 
 
 def processes() -> PartialState:
-    """This process among those that were launched together: `process_index`, `num_processes`, `is_main_process`, `device`.
+    """This process among those that were launched together: `process_index`, `num_processes`,
+    `is_main_process`, `device`.
 
     Raises:
         ErasureError: the launch asks for DeepSpeed or the like.
     """
     check_launch()
     # without cpu=True, processes on CPU stay strangers
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(), timeout=PATIENCE)
+    return PartialState(
+        cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available(),
+        timeout=PATIENCE,
+    )
 
 
 def default_device() -> torch.device:
@@ -42,7 +48,8 @@ def default_device() -> torch.device:
 
 
 def exists_on_all(path: Path) -> bool:
-    """Whether a file was there before any process could write it: nobody goes on before everybody has looked.
+    """Whether a file was there before any process could write it: nobody goes on before everybody
+    has looked.
 
     Raises:
         ErasureError: some processes see it and others do not.
@@ -50,18 +57,17 @@ def exists_on_all(path: Path) -> bool:
     seen = gather_object([path.exists()])
     if any(seen) and not all(seen):
         raise ErasureError(
-            f"{path} is seen by {sum(seen)} of {len(seen)} processes; put the output folder on a disk that all machines share, or "
+            f"{path} is seen by {sum(seen)} of {len(seen)} processes; put the output folder on a "
+            "disk that all machines share, or "
             "delete it to start again"
         )
     return all(seen)
 
 
 def round_robin(items: Sequence[T], pad: bool = False) -> list[tuple[T, bool]]:
-    """This process's share of the items, taken by turns, each with whether it counts.
-
-    Args:
-        items: the same in every process.
-        pad: give every process as many, where each is an effort of all: who has one less takes one that does not count.
+    """This process's share of the items, taken by turns, each with whether it counts. Args: items:
+    the same in every process. pad: give every process as many, where each is an effort of all: who
+    has one less takes one that does not count.
     """
     state = processes()
     mine = [(item, True) for item in items[state.process_index :: state.num_processes]]
@@ -70,21 +76,24 @@ def round_robin(items: Sequence[T], pad: bool = False) -> list[tuple[T, bool]]:
     return mine
 
 
-def in_shares(count: int, size: int, work: Callable[[range], T], what: str, unit: str, pad: bool = False) -> list[T]:
-    """What `work` gives for rows 0 to `size`, `size` to 2 `size`, ... of `count`: each range done by one process, all known to all.
+def in_shares(
+    count: int, size: int, work: Callable[[range], T], what: str, unit: str, pad: bool = False
+) -> list[T]:
+    """What `work` gives for rows 0 to `size`, `size` to 2 `size`, ... of `count`: each range done
+       by one process, all known to all.
+    The ranges do not depend on the number of processes, so neither do their results, nor their
+       rounding.
 
-    The ranges do not depend on the number of processes, so neither do their results, nor their rounding.
+       Args:
+           count: rows in all.
+           size: rows at a time.
+           work: takes the rows' numbers; its result is pickled, so tensors belong on the CPU.
+           what: names the progress bar.
+           unit: of its rows.
+           pad: `work` is an effort of all processes, so each must do as much (`round_robin`).
 
-    Args:
-        count: rows in all.
-        size: rows at a time.
-        work: takes the rows' numbers; its result is pickled, so tensors belong on the CPU.
-        what: names the progress bar.
-        unit: of its rows.
-        pad: `work` is an effort of all processes, so each must do as much (`round_robin`).
-
-    Returns:
-        One result per range, in order.
+       Returns:
+           One result per range, in order.
     """
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = round_robin(ranges, pad)
@@ -100,14 +109,16 @@ def in_shares(count: int, size: int, work: Callable[[range], T], what: str, unit
 
 
 def progress(what: str, unit: str, total: int, initial: int = 0) -> Any:
-    """A bar over this process's share, shown by the main process alone; it says that it is a share."""
+    """A bar over this process's share, shown by the main process alone; it says that it is a
+    share."""
     state = processes()
     name = what if state.num_processes == 1 else f"{what} of process 1 of {state.num_processes}"
     return bar(name, unit, total, initial, state.is_main_process)
 
 
 def reduce_all(tensors: Iterable[Tensor], how: str) -> None:
-    """Put the sum or the mean over all processes in the place of each tensor, the same bits in every process.
+    """Put the sum or the mean over all processes in the place of each tensor, the same bits in
+    every process.
 
     A few large exchanges instead of one per tensor.
 
@@ -119,7 +130,9 @@ def reduce_all(tensors: Iterable[Tensor], how: str) -> None:
         return
     for bucket in _buckets(tensors):
         total = reduce(torch.cat([tensor.flatten() for tensor in bucket]), reduction=how)
-        for tensor, part in zip(bucket, total.split([tensor.numel() for tensor in bucket]), strict=True):
+        for tensor, part in zip(
+            bucket, total.split([tensor.numel() for tensor in bucket]), strict=True
+        ):
             tensor.copy_(part.view_as(tensor))
 
 

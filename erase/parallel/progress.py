@@ -1,4 +1,5 @@
-"""Progress bars, ours alone: in place on a terminal, few whole lines in a log, none where they are not wanted."""
+"""Progress bars, ours alone: in place on a terminal, few whole lines in a log, none where they are
+not wanted."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ OFF = ("", "0", "false", "no")
 
 
 class _Lines(tqdm):  # type: ignore[type-arg]
-    """A bar whose every state is a line of its own, for files and pipes: there a carriage return is no way back."""
+    """A bar whose every state is a line of its own, for files and pipes: there a carriage return is
+    no way back."""
 
     @staticmethod
     def status_printer(file: Any) -> Callable[[str], None]:
@@ -31,7 +33,15 @@ class _Lines(tqdm):  # type: ignore[type-arg]
 def bar(what: str, unit: str, total: int, initial: int = 0, shown: bool = True) -> Any:
     """A progress bar on stderr; `TQDM_DISABLE=1`, or `--quiet` of a command, turns it off."""
     shown = shown and os.environ.get("TQDM_DISABLE", "").strip().lower() in OFF
-    options: dict[str, Any] = {"desc": what, "unit": unit, "total": total, "initial": initial, "disable": not shown}
+    options: dict[str, Any] = {
+        "desc": what,
+        "unit": unit,
+        "total": total,
+        "initial": initial,
+        "disable": not shown,
+    }
     if sys.stderr.isatty():
         return tqdm(**options)
-    return _Lines(**options, mininterval=LOG_SECONDS, maxinterval=LOG_SECONDS, ncols=100, ascii=" .:-=#")
+    return _Lines(
+        **options, mininterval=LOG_SECONDS, maxinterval=LOG_SECONDS, ncols=100, ascii=" .:-=#"
+    )

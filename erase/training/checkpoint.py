@@ -1,4 +1,5 @@
-"""The file of a training state: whole or absent, of one run alone, with a checksum; nothing in it is executed."""
+"""The file of a training state: whole or absent, of one run alone, with a checksum; nothing in it
+is executed."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ class Checkpoint:
                 raise
             except RuntimeError as error:  # how torch's writer says that the disk is full
                 raise ErasureError(
-                    f"cannot write {self.path}: the disk is full, or fails ({reason(error)}); free some space, or choose another output "
+                    f"cannot write {self.path}: the disk is full, or fails ({reason(error)}); free "
+                    "some space, or choose another output "
                     "folder"
                 ) from error
 
@@ -57,11 +59,16 @@ class Checkpoint:
         state = self._load()
         with errors_named(self.path, RESTART):
             if state["mask"] != mask:
-                raise ErasureError(f"the training state {self.path} is of another mask; go on with that, or {RESTART}")
+                raise ErasureError(
+                    f"the training state {self.path} is of another mask; go on with that, or "
+                    f"{RESTART}"
+                )
             entries = {name: state[name] for name in ENTRIES}
             check_artifact(self.path, entries["about"], self.about, RESTART)
             if entries.pop("sha256") != sha256_of(entries):
-                raise ErasureError(f"{self.path} is damaged: it holds other values than were written; {RESTART}")
+                raise ErasureError(
+                    f"{self.path} is damaged: it holds other values than were written; {RESTART}"
+                )
         return entries
 
     def _load(self) -> Any:
@@ -69,6 +76,10 @@ class Checkpoint:
             return torch.load(self.path, weights_only=True, map_location="cpu", mmap=True)
         except Exception as error:  # torch's own words are paragraphs, on how to run the code in it
             told = (
-                error.strerror if isinstance(error, OSError) else "it is damaged, or holds other things than tensors and numbers"
+                error.strerror
+                if isinstance(error, OSError)
+                else "it is damaged, or holds other things than tensors and numbers"
             )
-            raise ErasureError(f"cannot read the training state {self.path}: {told}; {RESTART}") from error
+            raise ErasureError(
+                f"cannot read the training state {self.path}: {told}; {RESTART}"
+            ) from error

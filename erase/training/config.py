@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from erase.mask import check_density
-from erase.prompts.errors import BELOW_ONE, COUNT, FINITE, POSITIVE, ErasureError, check_names, check_ranges
+from erase.prompts.errors import (
+    BELOW_ONE,
+    COUNT,
+    FINITE,
+    POSITIVE,
+    ErasureError,
+    check_names,
+    check_ranges,
+)
 
 MOST_STEPS, MOST_ROWS = 10**7, 2**16
 """bounds against slips of the keyboard: what a run could never finish, and what no memory holds"""
@@ -24,31 +32,39 @@ class TrainConfig:
     schedule: str = "constant"
     """how it goes on: constant, linear or cosine (both down to zero after the last step)"""
     batch_size: int = 16
-    """forget rows per optimizer step, over all processes and accumulated parts; as many retain rows"""
+    """forget rows per optimizer step, over all processes and accumulated parts; as many retain
+    rows"""
     accumulation: int = 1
     """parts into which each batch is split to save memory; the result is the same to rounding"""
     optimizer: str = "Adam"
-    """a class of torch.optim by name (but LBFGS, Muon, SparseAdam); or one of bitsandbytes.optim, where installed: AdamW8bit takes a quarter of the state"""
+    """a class of torch.optim by name (but LBFGS, Muon, SparseAdam); or one of bitsandbytes.optim,
+    where installed: AdamW8bit takes a quarter of the state"""
     optimizer_args: dict[str, Any] = field(default_factory=dict)
     """further arguments of the optimizer, e.g. {weight_decay: 0.01, momentum: 0.9}"""
     max_grad_norm: float | None = None
     """clip the norm of the masked gradient to this; None: no clipping"""
     mixed_precision: str = "no"
-    """no, bf16, or fp16 (with loss scaling; needs a GPU); what is trained and the optimizer state stay float32"""
+    """no, bf16, or fp16 (with loss scaling; needs a GPU); what is trained and the optimizer state
+    stay float32"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third more time"""
     selective_recompute: bool = False
-    """recompute only what is cheap (norms, SiLU, GELU, products): about half of the activations' memory, 7 % more time, the same bits"""
+    """recompute only what is cheap (norms, SiLU, GELU, products): about half of the activations'
+    memory, 7 % more time, the same bits"""
     attention: str = "auto"
-    """kernel of the denoiser's attention: auto (plain for small latents on a CPU, else sdpa), sdpa, xformers or sliced"""
+    """kernel of the denoiser's attention: auto (plain for small latents on a CPU, else sdpa), sdpa,
+    xformers or sliced"""
     channels_last: bool = False
-    """convolutions with the channels innermost in memory: for GPUs with tensor cores; slower on a CPU"""
+    """convolutions with the channels innermost in memory: for GPUs with tensor cores; slower on a
+    CPU"""
     compile: bool = False
     """torch.compile the denoiser: needs a C++ compiler and minutes before the first step"""
     offload: bool = False
-    """keep on the CPU what the steps do not use: VAE, text encoders, and with mixed precision the float32 weights of the base"""
+    """keep on the CPU what the steps do not use: VAE, text encoders, and with mixed precision the
+    float32 weights of the base"""
     ema: float | None = None
-    """decay of an exponential moving average that the result is taken from; None: the last weights"""
+    """decay of an exponential moving average that the result is taken from; None: the last
+    weights"""
     checkpoint_every: int = 50
     """steps between saved training states; a stopped run goes on from the last one"""
 
@@ -56,13 +72,18 @@ class TrainConfig:
         counts = dict.fromkeys(("steps", "batch_size", "accumulation", "checkpoint_every"), COUNT)
         check_ranges(self, {**counts, "lr": POSITIVE, "max_grad_norm": POSITIVE, "ema": BELOW_ONE})
         check_ranges(self, {"steps": (1, MOST_STEPS), "batch_size": (1, MOST_ROWS)})
-        if not isinstance(self.optimizer_args, dict) or not all(isinstance(name, str) for name in self.optimizer_args):
+        if not isinstance(self.optimizer_args, dict) or not all(
+            isinstance(name, str) for name in self.optimizer_args
+        ):
             raise ErasureError(
-                f"optimizer_args is {self.optimizer_args!r}; it must be names with values, e.g. {{weight_decay: 0.01}}"
+                f"optimizer_args is {self.optimizer_args!r}; it must be names with values, e.g. "
+                f"{{weight_decay: 0.01}}"
             )
         for other in ("gradient_checkpointing", "compile"):
             if self.selective_recompute and getattr(self, other):
-                raise ErasureError(f"selective_recompute and {other} both decide what is recomputed; choose one")
+                raise ErasureError(
+                    f"selective_recompute and {other} both decide what is recomputed; choose one"
+                )
 
 
 RULES = ("forget", "remap", "benefit", "fisher-ratio", "weight-gradient", "agreement")
@@ -76,11 +97,14 @@ class MaskConfig:
     """Which weights of the scope may change."""
 
     rule: str = "forget"
-    """how weights are ranked, by gradients at the base. forget: of the concept's denoising error (SalUn's). remap: of the loss that training
-    minimises to forget. benefit: the same over the root mean square gradient of the retain latents. fisher-ratio, weight-gradient,
-    agreement: see docs/masks.md. Or a control: random; matched-random (as many in each tensor as `like` has), lowest, inverted; none (all)"""
+    """how weights are ranked, by gradients at the base. forget: of the concept's denoising error
+    (SalUn's). remap: of the loss that training minimises to forget. benefit: the same over the root
+    mean square gradient of the retain latents. fisher-ratio, weight-gradient, agreement: see
+    docs/masks.md. Or a control: random; matched-random (as many in each tensor as `like` has),
+    lowest, inverted; none (all)"""
     density: float = 0.5
-    """fraction of the scope's weights that may change; at 1 no mask is needed, and none is computed"""
+    """fraction of the scope's weights that may change; at 1 no mask is needed, and none is
+    computed"""
     allocation: str = "global"
     """global: one ranking of all weights; per-tensor: the same fraction of each tensor"""
     like: str = "benefit"
@@ -88,7 +112,8 @@ class MaskConfig:
     file: str | None = None
     """a saved mask to use instead of computing one"""
     saliency: str | None = None
-    """saved statistics (saliency.safetensors of a run) to rank by instead of computing them again"""
+    """saved statistics (saliency.safetensors of a run) to rank by instead of computing them
+    again"""
     guidance: float = 7.5
     """g of (1 + g) eps_c - g eps_null in the forget loss; 7.5 is diffusers' guidance_scale 8.5"""
     batch_size: int = 8
@@ -103,10 +128,13 @@ class MaskConfig:
         check_density(self.density)
         if self.file and (self.saliency or self.rule != "forget"):
             idle = "mask.saliency" if self.saliency else f"mask.rule {self.rule}"
-            raise ErasureError(f"mask.file is taken as it is, so {idle} would do nothing; leave one of them out")
+            raise ErasureError(
+                f"mask.file is taken as it is, so {idle} would do nothing; leave one of them out"
+            )
         if self.saliency and self.rule in ("random", "none"):
             raise ErasureError(
-                f"mask.rule {self.rule} needs no saliency, so mask.saliency would do nothing; leave one of them out"
+                f"mask.rule {self.rule} needs no saliency, so mask.saliency would do nothing; "
+                "leave one of them out"
             )
         for option in ("file", "saliency"):
             path = getattr(self, option)
@@ -119,27 +147,38 @@ class TunedConfig:
     """Options of every method that takes gradient steps; they compose, and no method sees them."""
 
     scope: str = "full"
-    """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, noxattn, text_encoder, or a pattern of names"""
+    """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, noxattn,
+    text_encoder, or a pattern of names"""
     mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
     train: TrainConfig = field(default_factory=TrainConfig)
     combine: str = "sum"
-    """of forgetting and retaining: sum, or surgery (what conflicts with retaining is removed from the forget gradient)"""
+    """of forgetting and retaining: sum, or surgery (what conflicts with retaining is removed from
+    the forget gradient)"""
     sam: float = 0.0
-    """radius of sharpness-aware minimisation: the forget gradient is taken this far uphill (L2 norm over all trained values); 0: off"""
+    """radius of sharpness-aware minimisation: the forget gradient is taken this far uphill (L2 norm
+    over all trained values); 0: off"""
     smoothing: float = 0.0
-    """standard deviation of random displacements over which the forget gradient is averaged; 0: off"""
+    """standard deviation of random displacements over which the forget gradient is averaged; 0:
+    off"""
     smoothing_draws: int = 3
     """displacements per step"""
     prox_l1: float = 0.0
-    """weight of |change|_1, by a proximal step: small changes go back to the base's bits (SalUn-soft); 0: off"""
+    """weight of |change|_1, by a proximal step: small changes go back to the base's bits
+    (SalUn-soft); 0: off"""
     lora_rank: int = 0
-    """train the change of each matrix as a product of this rank; vectors keep their values; 0: the change itself"""
+    """train the change of each matrix as a product of this rank; vectors keep their values; 0: the
+    change itself"""
 
     def __post_init__(self) -> None:
         check_names(self, {"combine": COMBINE})
         small = dict.fromkeys(("sam", "smoothing", "prox_l1"), (0, 1e6))
         check_ranges(self, {**small, "smoothing_draws": COUNT, "lora_rank": (0, 2**16)})
         if self.sam and self.smoothing:
-            raise ErasureError("sam and smoothing both say where the forget gradient is taken; choose one")
+            raise ErasureError(
+                "sam and smoothing both say where the forget gradient is taken; choose one"
+            )
         if self.prox_l1 and self.lora_rank:
-            raise ErasureError("prox_l1 makes single weights stay, which lora_rank does not train by themselves; choose one")
+            raise ErasureError(
+                "prox_l1 makes single weights stay, which lora_rank does not train by themselves; "
+                "choose one"
+            )

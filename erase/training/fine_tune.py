@@ -1,4 +1,5 @@
-"""The door to gradient steps: every method that takes them comes in here, with a loss and batches of its own."""
+"""The door to gradient steps: every method that takes them comes in here, with a loss and batches
+of its own."""
 
 from __future__ import annotations
 
@@ -28,14 +29,11 @@ def fine_tune(
     *,
     start: Mapping[str, Tensor] | None = None,
 ) -> Edit:
-    """Minimise a loss over the weights of `config.scope`, under its mask and options; the model is left as it was found.
-
-    Args:
-        task: the erasure.
-        loss: (batch, base) -> terms by name, `forget` and `retain`; `with base():` gives the base's weights without gradient.
-        batches: step -> the whole batch; the loop cuts it to process and part.
-        config: the method's configuration.
-        start: values to begin at instead of the base's, as whole parameters by name.
+    """Minimise a loss over the weights of `config.scope`, under its mask and options; the model is
+    left as it was found. Args: task: the erasure. loss: (batch, base) -> terms by name, `forget`
+    and `retain`; `with base():` gives the base's weights without gradient. batches: step -> the
+    whole batch; the loop cuts it to process and part. config: the method's configuration. start:
+    values to begin at instead of the base's, as whole parameters by name.
 
     Raises:
     """
@@ -43,7 +41,11 @@ def fine_tune(
     mask = choose_mask(task, config, Objective(loss, batches))
     if mask is not None:
         mask.check(params, task.model.fingerprint)
-    kept = Checkpoint(task.folder / "training.pt", {**describe(task), **_settings(config)}) if task.folder else None
+    kept = (
+        Checkpoint(task.folder / "training.pt", {**describe(task), **_settings(config)})
+        if task.folder
+        else None
+    )
 
     with running(task.model, params, config.train) as active:
         fitted = fit(
@@ -62,20 +64,25 @@ def fine_tune(
 
 
 def _settings(config: TunedConfig) -> dict[str, str]:
-    """What a training state must agree on: the kind of configuration, and what departs from its defaults."""
+    """What a training state must agree on: the kind of configuration, and what departs from its
+    defaults."""
     usual = flat(asdict(type(config)()))
-    departures = {name: value for name, value in flat(asdict(config)).items() if usual.get(name) != value}
+    departures = {
+        name: value for name, value in flat(asdict(config)).items() if usual.get(name) != value
+    }
     return {"settings": type(config).__name__, "config": json.dumps({"method": departures})}
 
 
 def check_machine(config: TunedConfig) -> None:
-    """Refuse settings that this machine or launch cannot train with, before anything is loaded; see `make_accelerator`."""
+    """Refuse settings that this machine or launch cannot train with, before anything is loaded; see
+    `make_accelerator`."""
     make_accelerator(config.train)
     check_sharded(config.train, config.lora_rank)
 
 
 def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None:
-    """Refuse, before hours are spent on latents, a scope or a density that leaves nothing to train, or nothing that shards can."""
+    """Refuse, before hours are spent on latents, a scope or a density that leaves nothing to train,
+    or nothing that shards can."""
     chosen = select(params, config.scope)
     check_parts(chosen)
     kept_count(config.mask.density, sum(param.numel() for param in chosen.values()))

@@ -1,4 +1,5 @@
-"""How a step gets its gradient from the terms of the loss, and what acts on the values after the step.
+"""How a step gets its gradient from the terms of the loss, and what acts on the values after the
+step.
 
 Every option is off at zero, and then leaves the plain step's bits.
 """
@@ -18,16 +19,19 @@ FORGET, RETAIN = "forget", "retain"
 Gradients = dict[str, Tensor]
 """name of a trained value -> its gradient"""
 Take = Callable[[tuple[str, ...] | None], Gradients]
-"""(names of terms; None: all) -> gradient of their sum at the values as they are, averaged over parts and processes"""
+"""(names of terms; None: all) -> gradient of their sum at the values as they are, averaged over
+parts and processes"""
 Total = Callable[[Tensor], Tensor]
 """sums a vector over the shards of all processes"""
 
 
-def step_gradients(trainable: Trainable, take: Take, config: TunedConfig, generator: torch.Generator) -> Gradients:
+def step_gradients(
+    trainable: Trainable, take: Take, config: TunedConfig, generator: torch.Generator
+) -> Gradients:
     """The gradient of one step.
-
-    Without options it is that of the sum of all terms. `sam` and `smoothing` take the forget term's gradient
-    beside the values; `combine: surgery` removes from it what conflicts with the retain term.
+    Without options it is that of the sum of all terms. `sam` and `smoothing` take the forget term's
+       gradient beside the values; `combine: surgery` removes from it what conflicts with the retain
+       term.
     """
     surgery = config.combine == "surgery"
     if config.sam or config.smoothing:
@@ -42,14 +46,14 @@ def step_gradients(trainable: Trainable, take: Take, config: TunedConfig, genera
 
 def without_conflict(whole: Gradients, retain: Gradients, total: Total) -> Gradients:
     """Gradient surgery (Yu et al. 2020, https://arxiv.org/abs/2001.06782), tensor by tensor.
+    Where the forget gradient f = whole - retain points against the retain gradient r (f.r < 0), its
+       part along r is removed: whole - (f.r / r.r) r, so that what is left of f is orthogonal to r.
+       Elsewhere `whole` stays, bit for bit.
 
-    Where the forget gradient f = whole - retain points against the retain gradient r (f.r < 0), its part along r
-    is removed: whole - (f.r / r.r) r, so that what is left of f is orthogonal to r. Elsewhere `whole` stays, bit for bit.
-
-    Args:
-        whole: gradient of the sum of all terms, by name.
-        retain: gradient of the retain term, by name.
-        total: sums a vector over the shards of all processes.
+       Args:
+           whole: gradient of the sum of all terms, by name.
+           retain: gradient of the retain term, by name.
+           total: sums a vector over the shards of all processes.
     """
     names = [name for name in whole if name in retain]
     if not names:
@@ -66,7 +70,8 @@ def without_conflict(whole: Gradients, retain: Gradients, total: Total) -> Gradi
 
 @torch.no_grad()
 def soften(trainable: Trainable, threshold: float) -> None:
-    """The proximal step of threshold * |value - base|_1: smaller changes go back to the base's bits, larger ones shrink.
+    """The proximal step of threshold * |value - base|_1: smaller changes go back to the base's
+    bits, larger ones shrink.
 
     SalUn-soft (Fan et al., ICLR 2024) without a mask computed beforehand.
     """
@@ -96,8 +101,11 @@ def _set(trainable: Trainable, values: Mapping[str, Tensor]) -> None:
     trainable.put()
 
 
-def _beside(trainable: Trainable, take: Take, config: TunedConfig, generator: torch.Generator) -> Gradients:
-    """The forget term's gradient uphill by `sam` (Foret et al. 2021), or its mean over random displacements (`smoothing`)."""
+def _beside(
+    trainable: Trainable, take: Take, config: TunedConfig, generator: torch.Generator
+) -> Gradients:
+    """The forget term's gradient uphill by `sam` (Foret et al. 2021), or its mean over random
+    displacements (`smoothing`)."""
     if config.sam:
         uphill = take((FORGET,))
         norm = _norm(uphill, trainable.layout.total)
@@ -113,7 +121,8 @@ def _beside(trainable: Trainable, take: Take, config: TunedConfig, generator: to
 
 
 def _noise(trainable: Trainable, sigma: float, generator: torch.Generator) -> Gradients:
-    """Normal noise of this standard deviation, drawn for the whole of each value and then cut to this process's part."""
+    """Normal noise of this standard deviation, drawn for the whole of each value and then cut to
+    this process's part."""
     noise = {}
     for name, value in trainable.values.items():
         whole = sigma * torch.randn(trainable.whole_shape(name), generator=generator)

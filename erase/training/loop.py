@@ -34,15 +34,17 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
 }
-"""name -> fraction of the learning rate at this fraction of the steps; a function of the step alone, so a resumed run goes on with it"""
+"""name -> fraction of the learning rate at this fraction of the steps; a function of the step
+alone, so a resumed run goes on with it"""
 SHARE_STRIDE = 1_000_003
 """between the seeds of a step's shares; of a seed torch takes the lower 32 bits alone"""
 Batch = Any
 LossFn = Callable[[Batch, Base], Mapping[str, Tensor]]
-"""(batch or part of one, the base weights as a context) -> terms by name, `forget` and `retain`, whose sum is minimised: scalars with
-graph, means over their rows"""
+"""(batch or part of one, the base weights as a context) -> terms by name, `forget` and `retain`,
+whose sum is minimised: scalars with graph, means over their rows"""
 Batches = Callable[[int], Batch]
-"""step -> the whole batch of that step. A function of nothing else: so a resumed run sees what it would have seen."""
+"""step -> the whole batch of that step. A function of nothing else: so a resumed run sees what it
+would have seen."""
 
 
 @dataclass
@@ -56,11 +58,10 @@ class Fitted:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator for this precision; what else is wrong with the settings is said too, before hours are spent on latents.
-
-    Raises:
-        ErasureError: an unknown precision, schedule, attention or optimizer, fp16 without a GPU, a batch that does not split evenly, or what
-            FSDP cannot do where the launch asks for it.
+    """An Accelerator for this precision; what else is wrong with the settings is said too, before
+    hours are spent on latents. Raises: ErasureError: an unknown precision, schedule, attention
+    or optimizer, fp16 without a GPU, a batch that does not split evenly, or what FSDP cannot do
+    where the launch asks for it.
     """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
@@ -68,14 +69,25 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     check_sharded(config)
     if config.batch_size % (config.accumulation * processes().num_processes):
         raise ErasureError(
-            f"batch_size {config.batch_size} cannot be split evenly into {config.accumulation} accumulated parts on "
+            f"batch_size {config.batch_size} cannot be split evenly into {config.accumulation} "
+            "accumulated parts on "
             f"{processes().num_processes} processes"
         )
     check_names(config, {"schedule": SCHEDULES})
     check_attention(config.attention, processes().device)
-    try_optimizer(config.optimizer, config.lr, config.optimizer_args, config.mixed_precision != "fp16", processes().device)
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        # Accelerate keeps one precision per process; a library caller may well erase twice with different ones
+    try_optimizer(
+        config.optimizer,
+        config.lr,
+        config.optimizer_args,
+        config.mixed_precision != "fp16",
+        processes().device,
+    )
+    if (
+        AcceleratorState._shared_state
+        and AcceleratorState().mixed_precision != config.mixed_precision
+    ):
+        # Accelerate keeps one precision per process; a library caller may well erase twice with
+        # different ones
         AcceleratorState._reset_state()
     return Accelerator(mixed_precision=config.mixed_precision, cpu=processes().device.type == "cpu")
 
@@ -93,28 +105,23 @@ def fit(
     accelerator: Accelerator | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> Fitted:
-    """Take `config.train.steps` optimizer steps on parameters of any module, and leave them as they were found.
-
-    The mask acts on the update: the optimizer sees compact copies of the weights inside it and nothing else (`Trainable`), so weight
-    decay and momentum cannot move the others. An optimizer that looks at whole matrices (Adafactor) sees flat values under a mask.
-
-    Args:
-        params: what may change, before the mask.
-        loss: terms of one batch, given the batch and `base`.
-        batches: step -> the whole batch: tensors, lists of texts, and tuples or dataclasses of those, which the loop cuts by rows to
-            process and part.
-        config: steps, optimizer, precision, options.
-        mask: where weights may change; None: everywhere.
-        active: what stands in the place of `params` while the model runs (`running`); None: they themselves.
-        seed: of what the options draw.
-        start: values to begin at instead of the base's, as whole parameters by name.
-        accelerator: made from `config.train` where none is given.
-        checkpoint: where the training state is kept, and whose it is; found, it is resumed from; the caller removes it.
-
-    Raises:
-        ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that do not split evenly.
+    """Take `config.train.steps` optimizer steps on parameters of any module, and leave them as they
+    were found. The mask acts on the update: the optimizer sees compact copies of the weights
+    inside it and nothing else (`Trainable`), so weight decay and momentum cannot move the
+    others. An optimizer that looks at whole matrices (Adafactor) sees flat values under a mask.
+    Args: params: what may change, before the mask. loss: terms of one batch, given the batch and
+    `base`. batches: step -> the whole batch: tensors, lists of texts, and tuples or dataclasses
+    of those, which the loop cuts by rows to process and part. config: steps, optimizer,
+    precision, options. mask: where weights may change; None: everywhere. active: what stands in
+    the place of `params` while the model runs (`running`); None: they themselves. seed: of what
+    the options draw. start: values to begin at instead of the base's, as whole parameters by
+    name. accelerator: made from `config.train` where none is given. checkpoint: where the
+    training state is kept, and whose it is; found, it is resumed from; the caller removes it.
+    Raises: ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that
+    do not split evenly.
     """
-    check_sharded(config.train, config.lora_rank)  # refuses a launch, too, that this loop does not fit
+    # refuses a launch, too, that this loop does not fit
+    check_sharded(config.train, config.lora_rank)
     accelerator = accelerator or make_accelerator(config.train)
     active = active or ActiveWeights(params)
     if config.lora_rank:
@@ -129,7 +136,8 @@ def fit(
         return Fitted(trainable.result(run.average or trainable.values), run.losses)
     finally:
         trainable.close()
-        accelerator.free_memory()  # it keeps the optimizer: room that the model's own weights may need to come back
+        # it keeps the optimizer: room that the model's own weights may need to come back
+        accelerator.free_memory()
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,8 @@ class _Steps:
         total, gradients = self._gradients()
         if not math.isfinite(total):
             raise ErasureError(
-                f"the loss is {total} at step {run.step}; lower the learning rate ({train.lr:g}), set max_grad_norm, or train in float32"
+                f"the loss is {total} at step {run.step}; lower the learning rate ({train.lr:g}), "
+                "set max_grad_norm, or train in float32"
             )
         for name, value in run.trainable.values.items():
             value.grad = gradients.get(name)
@@ -173,7 +182,8 @@ class _Steps:
         def take(names: tuple[str, ...] | None) -> Gradients:
             gradients, found = self._take(batch, names)
             for name, term in found.items():
-                losses.setdefault(name, term)  # the first: at the values themselves, but under smoothing
+                # the first: at the values themselves, but under smoothing
+                losses.setdefault(name, term)
             return gradients
 
         # not the seed of the batch (`Task.generator`): displacements are not to follow its noise
@@ -182,25 +192,34 @@ class _Steps:
         total = self.accelerator.reduce(sum(losses.values()), reduction="mean")
         return float(total), gradients
 
-    def _take(self, batch: Batch, names: tuple[str, ...] | None) -> tuple[Gradients, dict[str, Tensor]]:
+    def _take(
+        self, batch: Batch, names: tuple[str, ...] | None
+    ) -> tuple[Gradients, dict[str, Tensor]]:
         """Gradient and value of some terms, over all parts of a batch."""
         trainable, parts = self.run.trainable, self.config.train.accumulation
         losses: dict[str, Tensor] = {}
         self.run.optimizer.zero_grad()
         for part in range(parts):
-            # whatever draws from the global stream draws the same after a resume, and something else in every part and process
+            # whatever draws from the global stream draws the same after a resume, and something
+            # else in every part and process
             place = self.accelerator.process_index * parts + part
             torch.manual_seed(self.run.step + SHARE_STRIDE * place)
             share = cut(batch, part, parts, self.accelerator)
             with self.accelerator.autocast():
                 terms = self.loss(share, trainable.base)
-                chosen = {name: term / parts for name, term in terms.items() if names is None or name in names}
+                chosen = {
+                    name: term / parts
+                    for name, term in terms.items()
+                    if names is None or name in names
+                }
                 whole = sum(chosen.values())
             if torch.is_tensor(whole):
                 self.accelerator.backward(whole)
             for name, term in chosen.items():
                 losses[name] = losses.get(name, 0) + term.detach().float()
-        gradients = {name: value.grad for name, value in trainable.values.items() if value.grad is not None}
+        gradients = {
+            name: value.grad for name, value in trainable.values.items() if value.grad is not None
+        }
         trainable.layout.average(gradients.values())
         return gradients, losses
 
@@ -215,7 +234,11 @@ def _train(run: Run, steps: _Steps) -> None:
     """All steps that are left, with a training state saved now and then."""
     accelerator, train = steps.accelerator, steps.config.train
     how = "in shards on" if run.trainable.layout.collective_forward else "on"
-    name = "erasing" if accelerator.num_processes == 1 else f"erasing {how} {accelerator.num_processes} processes"
+    name = (
+        "erasing"
+        if accelerator.num_processes == 1
+        else f"erasing {how} {accelerator.num_processes} processes"
+    )
     with (
         torch.random.fork_rng(devices=[]),
         bar(name, "step", train.steps, run.step, accelerator.is_main_process) as shown,
@@ -229,15 +252,12 @@ def _train(run: Run, steps: _Steps) -> None:
 
 
 def cut(batch: Batch, part: int, parts: int, accelerator: Accelerator) -> Batch:
-    """This process's rows of one part of a batch, on its device.
+    """This process's rows of one part of a batch, on its device. Every share is equally long, so
+    that means of shares average to the mean of all. Args: batch: a tensor or a list of texts, with
+    an entry per row; or a tuple, mapping or dataclass of those. None stays.
 
-    Every share is equally long, so that means of shares average to the mean of all.
-
-    Args:
-        batch: a tensor or a list of texts, with an entry per row; or a tuple, mapping or dataclass of those. None stays.
-
-    Raises:
-        ErasureError: rows that do not split evenly.
+          Raises:
+              ErasureError: rows that do not split evenly.
     """
     match batch:
         case None:
@@ -250,7 +270,10 @@ def cut(batch: Batch, part: int, parts: int, accelerator: Accelerator) -> Batch:
             return tuple(cut(column, part, parts, accelerator) for column in batch)
         case dict():
             return {name: cut(column, part, parts, accelerator) for name, column in batch.items()}
-    columns = {field.name: cut(getattr(batch, field.name), part, parts, accelerator) for field in fields(batch)}
+    columns = {
+        field.name: cut(getattr(batch, field.name), part, parts, accelerator)
+        for field in fields(batch)
+    }
     return replace(batch, **columns)
 
 
@@ -258,7 +281,8 @@ def _share(size: int, part: int, parts: int, accelerator: Accelerator) -> slice:
     shares = parts * accelerator.num_processes
     if size % shares:
         raise ErasureError(
-            f"a batch of {size} rows cannot be split evenly into {parts} parts on {accelerator.num_processes} processes"
+            f"a batch of {size} rows cannot be split evenly into {parts} parts on "
+            f"{accelerator.num_processes} processes"
         )
     width = size // shares
     start = (accelerator.process_index * parts + part) * width

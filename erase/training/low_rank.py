@@ -1,7 +1,7 @@
 """Low-rank parametrisation of the change (LoRA, Hu et al. 2022, https://arxiv.org/abs/2106.09685).
-
-A matrix W becomes W + up @ down; a convolution's kernel counts as the matrix (outputs, inputs * height * width). The model
-holds the sum, so nothing in it needs to know. With G the sum's gradient, d up = G down^T and d down = up^T G.
+ A matrix W becomes W + up @ down; a convolution's kernel counts as the matrix (outputs, inputs *
+height * width). The model holds the sum, so nothing in it needs to know. With G the sum's gradient,
+d up = G down^T and d down = up^T G.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ class LowRank(Trainable):
     ) -> None:
         """Start at the base: `up` is zero, `down` uniform in +-1/sqrt(inputs), by the seed."""
         if active.layout.collective_forward:
-            raise ErasureError("lora_rank does not go with FSDP; launch with scripts/launch/several-gpus.yaml")
+            raise ErasureError(
+                "lora_rank does not go with FSDP; launch with scripts/launch/several-gpus.yaml"
+            )
         matrices = {name: param for name, param in params.items() if param.dim() > 1}
         if not matrices:
-            raise ErasureError("lora_rank factors matrices, of which the scope has none; widen the scope")
+            raise ErasureError(
+                "lora_rank factors matrices, of which the scope has none; widen the scope"
+            )
         super().__init__(matrices, mask, active)
 
         self._start = {name: value.detach() for name, value in self.values.items()}
@@ -58,7 +62,9 @@ class LowRank(Trainable):
         for name, start in self._start.items():
             change = values[name + UP].detach() @ values[name + DOWN].detach()
             where = self._where.get(name)
-            chosen = change.view_as(start) if where is None else change.flatten().index_select(0, where)
+            chosen = (
+                change.view_as(start) if where is None else change.flatten().index_select(0, where)
+            )
             sums[name] = start + chosen
         return sums
 

@@ -1,8 +1,8 @@
 """Activations that are cheap to make are made again in the backward pass instead of being kept.
-
-Selective recomputation (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198), by the kind of operation: norms, SiLU, GELU and products of
-two activations read what their own backward passes keep anyway, so what they gave need not be kept for the next layer. The same kernel on
-the same input gives the same bits. What took a product with weights is kept.
+ Selective recomputation (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198), by the kind of
+operation: norms, SiLU, GELU and products of two activations read what their own backward passes
+keep anyway, so what they gave need not be kept for the next layer. The same kernel on the same
+input gives the same bits. What took a product with weights is kept.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ NORM = "made by this norm"
 
 
 class _Recipe(NamedTuple):
-    """In the place of a tensor that is not kept: the node of the graph that made it, what makes it again, and how it is seen."""
+    """In the place of a tensor that is not kept: the node of the graph that made it, what makes it
+    again, and how it is seen."""
 
     node: Any
     make: Callable[[Any], Tensor]
@@ -37,7 +38,8 @@ class _Recipe(NamedTuple):
 
 @contextmanager
 def recomputing(parts: Iterable[nn.Module], memory: SavedActivations | None) -> Iterator[None]:
-    """Forward passes through these modules within the block keep in `memory` what their backward passes need; None: as torch does."""
+    """Forward passes through these modules within the block keep in `memory` what their backward
+    passes need; None: as torch does."""
     with ExitStack() as stack:
         if memory:
             for layer in chain.from_iterable(part.modules() for part in parts):
@@ -54,11 +56,13 @@ def _mark(layer: nn.Module, inputs: Any, output: Tensor) -> None:
 
 
 class SavedActivations:
-    """What autograd keeps for the backward pass but for cheap activations, and how it finds all of it there."""
+    """What autograd keeps for the backward pass but for cheap activations, and how it finds all of
+    it there."""
 
     def __init__(self) -> None:
         self._recent: list[tuple[Any, Tensor]] = []
-        """the last two that were made again, often asked for once more: a norm's output by SiLU, or for queries, keys and values"""
+        """the last two that were made again, often asked for once more: a norm's output by SiLU, or
+        for queries, keys and values"""
 
     def pack(self, tensor: Tensor) -> Tensor | _Recipe:
         """The tensor, or how to make it again."""
@@ -67,7 +71,8 @@ class SavedActivations:
         while node is not None and node.name() in VIEW_NODES:
             casts += node.name() == CAST
             node, output = node.next_functions[0]
-        # other outputs than the first are a norm's mean and deviation; a second cast would not bring back what the first one rounded off
+        # other outputs than the first are a norm's mean and deviation; a second cast would not
+        # bring back what the first one rounded off
         make = _maker(node) if tensor.numel() >= SMALL and output == 0 and casts < 2 else None
         return _Recipe(node, make, tensor.shape, tensor.dtype) if make else tensor
 
@@ -85,7 +90,8 @@ class SavedActivations:
 
 
 def _maker(node: Any) -> Callable[[Any], Tensor] | None:
-    """What makes a node's output from what it keeps for itself; None: it is not cheap, or keeps too little."""
+    """What makes a node's output from what it keeps for itself; None: it is not cheap, or keeps too
+    little."""
     if node is None:
         return None
     if node.name() == "MulBackward0" and any(source is None for source, _ in node.next_functions):
@@ -97,12 +103,16 @@ def _maker(node: Any) -> Callable[[Any], Tensor] | None:
 
 def _group_norm(node: Any) -> Tensor:
     layer = node.metadata[NORM]
-    return functional.group_norm(node._saved_input, layer.num_groups, layer.weight, layer.bias, layer.eps)
+    return functional.group_norm(
+        node._saved_input, layer.num_groups, layer.weight, layer.bias, layer.eps
+    )
 
 
 def _layer_norm(node: Any) -> Tensor:
     layer = node.metadata[NORM]
-    return functional.layer_norm(node._saved_input, layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+    return functional.layer_norm(
+        node._saved_input, layer.normalized_shape, layer.weight, layer.bias, layer.eps
+    )
 
 
 CAST = "ToCopyBackward0"
@@ -114,7 +124,9 @@ NORMS: dict[str, Callable[[Any], Tensor]] = {
 }
 MAKERS = NORMS | {
     "SiluBackward0": lambda node: functional.silu(node._saved_self),
-    "GeluBackward0": lambda node: functional.gelu(node._saved_self, approximate=node._saved_approximate),
+    "GeluBackward0": lambda node: functional.gelu(
+        node._saved_self, approximate=node._saved_approximate
+    ),
     "MulBackward0": lambda node: node._saved_self * node._saved_other,
 }
 """name of a graph node -> its output, from what it keeps"""

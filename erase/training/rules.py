@@ -1,6 +1,6 @@
 """Rules: how statistics of gradients become a score for each weight. The highest scores may change.
-
-A rule's score is a function of one tensor's statistics, so that it costs no memory of the model's size.
+ A rule's score is a function of one tensor's statistics, so that it costs no memory of the model's
+size.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from erase.tensors import kth_largest
 from erase.training.statistics import Statistics, Values
 
 FLOOR = 0.1
-"""of the median of the costs: what is added to each, so that a weight that costs nothing does not outweigh all others"""
+"""of the median of the costs: what is added to each, so that a weight that costs nothing does not
+outweigh all others"""
 Score = Callable[[Mapping[str, Tensor], Tensor, float], Tensor]
-"""(statistics of one parameter, its base values, floor of the cost) -> not negative, the parameter's shape"""
+"""(statistics of one parameter, its base values, floor of the cost) -> not negative, the
+parameter's shape"""
 
 
 @dataclass(frozen=True)
@@ -47,24 +49,48 @@ def _fisher_ratio(found: Mapping[str, Tensor], weight: Tensor, floor: float) -> 
 
 
 def _agreement(found: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
-    """|sum g| / sqrt(sum g^2) of the objective: how far the batches agree on a direction, up to sqrt(batches)."""
-    return found["objective.sum"].abs() / found["objective.square"].sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    """|sum g| / sqrt(sum g^2) of the objective: how far the batches agree on a direction, up to
+    sqrt(batches)."""
+    return found["objective.sum"].abs() / found["objective.square"].sqrt().clamp_min(
+        torch.finfo(torch.float32).tiny
+    )
 
 
 RULES = {
-    "forget": Rule(("forget.sum",), lambda found, weight, floor: found["forget.sum"].abs(), "SalUn, Fan et al. 2024, eq. 3"),
-    "remap": Rule(("objective.sum",), lambda found, weight, floor: found["objective.sum"].abs(), "this toolkit"),
-    "benefit": Rule(("objective.sum", "retain.square"), _benefit, "this toolkit", cost="retain.square"),
-    "fisher-ratio": Rule(("objective.square", "retain.square"), _fisher_ratio, "SSD, Foster et al. 2024", cost="retain.square"),
+    "forget": Rule(
+        ("forget.sum",),
+        lambda found, weight, floor: found["forget.sum"].abs(),
+        "SalUn, Fan et al. 2024, eq. 3",
+    ),
+    "remap": Rule(
+        ("objective.sum",),
+        lambda found, weight, floor: found["objective.sum"].abs(),
+        "this toolkit",
+    ),
+    "benefit": Rule(
+        ("objective.sum", "retain.square"), _benefit, "this toolkit", cost="retain.square"
+    ),
+    "fisher-ratio": Rule(
+        ("objective.square", "retain.square"),
+        _fisher_ratio,
+        "SSD, Foster et al. 2024",
+        cost="retain.square",
+    ),
     "weight-gradient": Rule(
-        ("objective.sum",), lambda found, weight, floor: (found["objective.sum"] * weight).abs(), "SelFT, of CUIG", weighs=True
+        ("objective.sum",),
+        lambda found, weight, floor: (found["objective.sum"] * weight).abs(),
+        "SelFT, of CUIG",
+        weighs=True,
     ),
     "agreement": Rule(("objective.sum", "objective.square"), _agreement, "this toolkit"),
 }
-"""name -> rule; the first is the paper's, whose gradient is that of the concept's own denoising error"""
+"""name -> rule; the first is the paper's, whose gradient is that of the concept's own denoising
+error"""
 
 
-def scores(statistics: Statistics, rule: str, weights: Mapping[str, Tensor] | None = None) -> Saliency:
+def scores(
+    statistics: Statistics, rule: str, weights: Mapping[str, Tensor] | None = None
+) -> Saliency:
     """The scores of all weights by one rule.
 
     Args:
@@ -79,7 +105,8 @@ def scores(statistics: Statistics, rule: str, weights: Mapping[str, Tensor] | No
     absent = [name for name in chosen.needs if name not in statistics.values]
     if absent:
         raise ErasureError(
-            f"mask.rule {rule} needs the statistics {' and '.join(absent)}, which are not among {', '.join(sorted(statistics.values))}; "
+            f"mask.rule {rule} needs the statistics {' and '.join(absent)}, which are not among "
+            f"{', '.join(sorted(statistics.values))}; "
             "leave mask.saliency out to compute them"
         )
     needed = {name: statistics.values[name] for name in chosen.needs}
@@ -87,13 +114,22 @@ def scores(statistics: Statistics, rule: str, weights: Mapping[str, Tensor] | No
     if chosen.weighs and weights is None:
         raise ValueError(f"rule {rule} looks at the weights; give them")
 
-    return Saliency(Scores(chosen.score, needed, weights, floor), {**statistics.metadata, "rule": rule})
+    return Saliency(
+        Scores(chosen.score, needed, weights, floor), {**statistics.metadata, "rule": rule}
+    )
 
 
 class Scores(Mapping[str, Tensor]):
-    """Parameter name -> scores, computed whenever they are asked for: they take no memory beside the statistics."""
+    """Parameter name -> scores, computed whenever they are asked for: they take no memory beside
+    the statistics."""
 
-    def __init__(self, score: Score, needed: Mapping[str, Values], weights: Mapping[str, Tensor] | None, floor: float) -> None:
+    def __init__(
+        self,
+        score: Score,
+        needed: Mapping[str, Values],
+        weights: Mapping[str, Tensor] | None,
+        floor: float,
+    ) -> None:
         self._score, self._needed, self._weights, self._floor = score, needed, weights, floor
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,4 +1,5 @@
-"""How the denoiser is run while it trains: what saves time or memory in a step, and is undone after the last one."""
+"""How the denoiser is run while it trains: what saves time or memory in a step, and is undone after
+the last one."""
 
 from __future__ import annotations
 
@@ -24,20 +25,19 @@ from erase.training.half_precision import stand_ins
 from erase.training.recompute import SavedActivations, recomputing
 
 ATTENTION = ("auto", "sdpa", "xformers", "sliced")
-# latent positions up to which a CPU trains with plain attention; at 32 * 32 it is no quicker, and takes 2 GB more
+# latent positions up to which a CPU trains with plain attention; at 32 * 32 it is no quicker, and
+# takes 2 GB more
 PLAIN_TOKENS = 16 * 16
 INSTALL_XFORMERS = 'pip install "concept-erasure-toolkit[xformers]"'
 
 
 @contextmanager
-def running(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[ActiveWeights]:
-    """The model as `config` and the launch want it run; afterwards it is as it was found.
-
-    Yields:
-        What stands in the place of `params` meanwhile.
-
-    Raises:
-        ErasureError: an unknown attention, a library or a compiler that is not installed, or what FSDP cannot do.
+def running(
+    model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig
+) -> Iterator[ActiveWeights]:
+    """The model as `config` and the launch want it run; afterwards it is as it was found. Yields:
+    What stands in the place of `params` meanwhile. Raises: ErasureError: an unknown attention, a
+    library or a compiler that is not installed, or what FSDP cannot do.
     """
     check_precision(config.mixed_precision)
     parts = sorted({name.split(".")[0] for name in params})
@@ -55,9 +55,13 @@ def running(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: T
 
 
 @contextmanager
-def _active(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig) -> Iterator[ActiveWeights]:
+def _active(
+    model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig
+) -> Iterator[ActiveWeights]:
     """Weights in the layout that the launch asks for, in the precision of the steps."""
-    parts = {name: model.component(name) for name in sorted({name.split(".")[0] for name in params})}
+    parts = {
+        name: model.component(name) for name in sorted({name.split(".")[0] for name in params})
+    }
     half = PRECISIONS[config.mixed_precision]
     if asked := check_sharded(config):
         with sharded_twins(model, parts, half, asked) as layout:
@@ -70,9 +74,8 @@ def _active(model: DiffusionModel, params: Mapping[str, nn.Parameter], config: T
 
 @contextmanager
 def checkpointed(module: Any, on: bool) -> Iterator[None]:
-    """Gradient checkpointing where asked for.
-
-    transformers checkpoints only in train mode, so the layers that it checkpoints are put there, and they alone: dropouts stay off.
+    """Gradient checkpointing where asked for. transformers checkpoints only in train mode, so the
+    layers that it checkpoints are put there, and they alone: dropouts stay off.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -90,24 +93,32 @@ def checkpointed(module: Any, on: bool) -> Iterator[None]:
 
 
 def _method(module: Any, *names: str) -> Callable[[], None]:
-    """The first of these methods that the module has: diffusers and transformers name the same thing differently."""
+    """The first of these methods that the module has: diffusers and transformers name the same
+    thing differently."""
     return next(getattr(module, name) for name in names if hasattr(module, name))  # type: ignore[no-any-return]
 
 
 @contextmanager
 def attention(model: DiffusionModel, kind: str) -> Iterator[None]:
-    """The denoiser's attention by this kernel.
-
-    `auto` is the plain one (all scores, then softmax) for small latents on a CPU: the backward pass of the fused one took a third of a
-    step there. Elsewhere it is the fused one, which does not keep the scores (SD 1.x at 512 pixels: 0.5 GB a layer).
+    """The denoiser's attention by this kernel. `auto` is the plain one (all scores, then softmax)
+    for small latents on a CPU: the backward pass of the fused one took a third of a step there.
+    Elsewhere it is the fused one, which does not keep the scores (SD 1.x at 512 pixels: 0.5 GB a
+    layer).
     """
     check_attention(kind, model.device)
     module = denoiser(model.pipeline())
-    plain = kind == "auto" and model.device.type == "cpu" and model.latent_shape[1] * model.latent_shape[2] <= PLAIN_TOKENS
+    plain = (
+        kind == "auto"
+        and model.device.type == "cpu"
+        and model.latent_shape[1] * model.latent_shape[2] <= PLAIN_TOKENS
+    )
     found = dict(module.attn_processors)
     try:
         if plain:
-            ours = {name: AttnProcessor() if type(one) is AttnProcessor2_0 else one for name, one in found.items()}
+            ours = {
+                name: AttnProcessor() if type(one) is AttnProcessor2_0 else one
+                for name, one in found.items()
+            }
             module.set_attn_processor(ours)
         elif kind == "sliced":
             _sliced(module)
@@ -126,7 +137,10 @@ def _kernel(plain: bool) -> AbstractContextManager[None]:
 
 def _sliced(module: Any) -> None:
     if not hasattr(module, "set_attention_slice"):
-        raise ErasureError(f"diffusers has no sliced attention for a {type(module).__name__}; use attention auto or sdpa")
+        raise ErasureError(
+            f"diffusers has no sliced attention for a {type(module).__name__}; use attention auto "
+            "or sdpa"
+        )
     module.set_attention_slice("auto")
 
 
@@ -142,20 +156,29 @@ def check_attention(kind: str, device: torch.device) -> None:
         return
     if device.type != "cuda":
         raise ErasureError(
-            f"attention xformers needs a GPU (and, there, {INSTALL_XFORMERS}), but this trains on the {device.type}; use attention sdpa"
+            f"attention xformers needs a GPU (and, there, {INSTALL_XFORMERS}), but this trains on "
+            f"the {device.type}; use attention sdpa"
         )
     if find_spec("xformers") is None:
         raise ErasureError(
-            f"attention xformers needs xformers, which is not installed; {INSTALL_XFORMERS}, or use attention sdpa"
+            f"attention xformers needs xformers, which is not installed; {INSTALL_XFORMERS}, or "
+            "use attention sdpa"
         )
 
 
 def _xformers(module: Any) -> None:
     try:
         module.enable_xformers_memory_efficient_attention()
-    except (ImportError, OSError, ValueError, RuntimeError) as error:  # another torch's build; no kernel for this GPU
+    except (
+        ImportError,
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # another torch's build; no kernel for this GPU
         reason = str(error).strip().split("\n")[0]
-        raise ErasureError(f"attention xformers cannot be used: {reason}; use attention sdpa") from error
+        raise ErasureError(
+            f"attention xformers cannot be used: {reason}; use attention sdpa"
+        ) from error
 
 
 @contextmanager
@@ -165,7 +188,10 @@ def compiled(module: nn.Module, on: bool) -> Iterator[None]:
         yield
         return
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++", "clang++")):
-        raise ErasureError("compile needs a C++ compiler, and none is installed; install g++, or train without compile")
+        raise ErasureError(
+            "compile needs a C++ compiler, and none is installed; install g++, or train without "
+            "compile"
+        )
     module.compile()
     try:
         yield
@@ -175,9 +201,14 @@ def compiled(module: nn.Module, on: bool) -> Iterator[None]:
 
 @contextmanager
 def idle_on_cpu(model: DiffusionModel, used: set[str]) -> Iterator[None]:
-    """The parts of the pipeline that no step runs (text encoders, VAE: latents and embeddings are cached) wait on the CPU."""
+    """The parts of the pipeline that no step runs (text encoders, VAE: latents and embeddings are
+    cached) wait on the CPU."""
     pipeline = model.pipeline()
-    idle = [part for name, part in modules(pipeline).items() if name not in used and part is not denoiser(pipeline)]
+    idle = [
+        part
+        for name, part in modules(pipeline).items()
+        if name not in used and part is not denoiser(pipeline)
+    ]
     homes = [(part, next(part.parameters()).device) for part in idle]
     for part, _ in homes:
         part.to("cpu")

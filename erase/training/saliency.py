@@ -29,25 +29,27 @@ from erase.training.trainable import gradients_on
 
 @dataclass(frozen=True)
 class Objective:
-    """What a method trains: the gradients of its forget term say what training will ask of each weight."""
+    """What a method trains: the gradients of its forget term say what training will ask of each
+    weight."""
 
     loss: LossFn
     batches: Batches
 
 
-def choose_mask(task: Task, config: TunedConfig, objective: Objective | None = None) -> SaliencyMask | None:
+def choose_mask(
+    task: Task, config: TunedConfig, objective: Objective | None = None
+) -> SaliencyMask | None:
     """The mask that the configuration asks for; None: every weight of the scope may change.
+    Statistics are as large as the weights: they are written to the task's folder as soon as they
+    are there, found again by a resumed run, and not kept in memory while training.
 
-    Statistics are as large as the weights: they are written to the task's folder as soon as they are there, found again by a
-    resumed run, and not kept in memory while training.
+       Args:
+           task: the erasure.
+           config: its `mask`.
+           objective: of the method, for the rules that look at it.
 
-    Args:
-        task: the erasure.
-        config: its `mask`.
-        objective: of the method, for the rules that look at it.
-
-    Raises:
-        ErasureError: a file of another base or concept, or one that lacks what the rule needs.
+       Raises:
+           ErasureError: a file of another base or concept, or one that lacks what the rule needs.
     """
     mask = config.mask
     if mask.file:
@@ -78,18 +80,21 @@ def ranking_of(mask: MaskConfig) -> str:
     return mask.rule if mask.rule in RULES else mask.like
 
 
-def compute_saliency(task: Task, config: TunedConfig, objective: Objective | None = None) -> Saliency:
+def compute_saliency(
+    task: Task, config: TunedConfig, objective: Objective | None = None
+) -> Saliency:
     """The score of every weight of the scope by the mask's rule, computed anew."""
     rule = ranking_of(config.mask)
     statistics = compute_statistics(task, config, RULES[rule].needs, objective)
     return scores(statistics, rule, task.weights(config.scope))
 
 
-def find_statistics(task: Task, config: TunedConfig, names: tuple[str, ...], objective: Objective | None = None) -> Statistics:
-    """The statistics of `mask.saliency`, of an earlier start of this run, or computed.
-
-    Raises:
-        ErasureError: those of another base or concept; in the task's folder, also ones that this run would not compute itself.
+def find_statistics(
+    task: Task, config: TunedConfig, names: tuple[str, ...], objective: Objective | None = None
+) -> Statistics:
+    """The statistics of `mask.saliency`, of an earlier start of this run, or computed. Raises:
+    ErasureError: those of another base or concept; in the task's folder, also ones that this run
+    would not compute itself.
     """
     if config.mask.saliency:
         given = Statistics.load(config.mask.saliency)
@@ -106,7 +111,9 @@ def find_statistics(task: Task, config: TunedConfig, names: tuple[str, ...], obj
     return computed
 
 
-def compute_statistics(task: Task, config: TunedConfig, names: tuple[str, ...], objective: Objective | None = None) -> Statistics:
+def compute_statistics(
+    task: Task, config: TunedConfig, names: tuple[str, ...], objective: Objective | None = None
+) -> Statistics:
     """Statistics of the weights of the scope, at the base.
 
     In float32 whatever the training's precision, for small gradients decide the ranking.
@@ -118,14 +125,18 @@ def compute_statistics(task: Task, config: TunedConfig, names: tuple[str, ...], 
         objective: for `objective.*`.
     """
     params = task.weights(config.scope)
-    provenance = _provenance(task, config, names)  # embeds all prompts, which running() would do in another way
-    plain = replace(config.train, mixed_precision="no", compile=False)  # compiling does not pay for a few batches
+    # embeds all prompts, which running() would do in another way
+    provenance = _provenance(task, config, names)
+    # compiling does not pay for a few batches
+    plain = replace(config.train, mixed_precision="no", compile=False)
     values: dict[str, Mapping[str, Tensor]] = {}
     with running(task.model, params, plain) as active:
         for source in dict.fromkeys(name.partition(".")[0] for name in names):
             kinds = tuple(kind for kind in ("sum", "square") if f"{source}.{kind}" in names)
             steps = _steps_of(source, task, config, objective, active.layout.collective_forward)
-            totals = _accumulate(active, steps, Accumulator(active.params, active.layout, kinds), source)
+            totals = _accumulate(
+                active, steps, Accumulator(active.params, active.layout, kinds), source
+            )
             values |= {f"{source}.{kind}": total for kind, total in totals.items()}
     return Statistics(values, provenance)
 
@@ -145,7 +156,8 @@ class _Steps:
 
 
 class _Forget(_Steps):
-    """Minus the denoising error of the guided prediction, one pass over the concept's latents, both branches live (SalUn, eq. 3)."""
+    """Minus the denoising error of the guided prediction, one pass over the concept's latents, both
+    branches live (SalUn, eq. 3)."""
 
     def __init__(self, task: Task, config: TunedConfig) -> None:
         self.task, self.config, self.rows = task, config.mask, task.forget().concept_rows()
@@ -160,10 +172,14 @@ class _Forget(_Steps):
 
 
 class _Trained(_Steps):
-    """The objective's forget term on the first batches of training, or the denoising loss on retain latents drawn likewise."""
+    """The objective's forget term on the first batches of training, or the denoising loss on retain
+    latents drawn likewise."""
 
-    def __init__(self, task: Task, config: TunedConfig, objective: Objective | None, joint: bool) -> None:
-        """`joint`: under shards, which average the gradients of all processes before they can be squared."""
+    def __init__(
+        self, task: Task, config: TunedConfig, objective: Objective | None, joint: bool
+    ) -> None:
+        """`joint`: under shards, which average the gradients of all processes before they can be
+        squared."""
         self.task, self.config, self.objective, self.joint = task, config, objective, joint
         self._shares: Any = processes() if joint else _Alone(task.model.device)
         self.parts = config.train.accumulation  # as few rows at a time as in training
@@ -186,8 +202,13 @@ class _Trained(_Steps):
 
     def _retained(self, index: int) -> tuple[Rows, list[str]]:
         retain, size = self.task.retain(), self.config.train.batch_size
-        rows, generator = epoch_rows(len(retain), index * size, size, self.task.seed + 1), self.task.generator(index)
-        return draw_rows(self.task.model, retain, rows, generator), [retain.prompts[row] for row in rows.tolist()]
+        rows, generator = (
+            epoch_rows(len(retain), index * size, size, self.task.seed + 1),
+            self.task.generator(index),
+        )
+        return draw_rows(self.task.model, retain, rows, generator), [
+            retain.prompts[row] for row in rows.tolist()
+        ]
 
 
 @dataclass(frozen=True)
@@ -199,7 +220,9 @@ class _Alone:
     process_index: int = 0
 
 
-def _steps_of(source: str, task: Task, config: TunedConfig, objective: Objective | None, joint: bool) -> _Steps:
+def _steps_of(
+    source: str, task: Task, config: TunedConfig, objective: Objective | None, joint: bool
+) -> _Steps:
     if source == "forget":
         return _Forget(task, config)
     if source == "objective" and objective is None:
@@ -207,10 +230,16 @@ def _steps_of(source: str, task: Task, config: TunedConfig, objective: Objective
     return _Trained(task, config, objective if source == "objective" else None, joint)
 
 
-def _accumulate(active: ActiveWeights, steps: _Steps, totals: Accumulator, source: str) -> dict[str, dict[str, Tensor]]:
+def _accumulate(
+    active: ActiveWeights, steps: _Steps, totals: Accumulator, source: str
+) -> dict[str, dict[str, Tensor]]:
     """Gradients of all batches, shared by the processes."""
     every = range(len(steps))
-    mine = [(index, True) for index in every] if steps.joint else round_robin(every, active.layout.collective_forward)
+    mine = (
+        [(index, True) for index in every]
+        if steps.joint
+        else round_robin(every, active.layout.collective_forward)
+    )
     what = f"{source} saliency" if source != "forget" else "saliency"
     with (
         torch.random.fork_rng(devices=[]),
@@ -240,7 +269,8 @@ def _scaled(loss: Tensor, factor: float) -> Tensor:
 
 
 def _check_given(task: Task, path: Path, metadata: Mapping[str, str]) -> None:
-    """Refuse a file that the user names if it is of another base or concept; of what it does not say, it may be."""
+    """Refuse a file that the user names if it is of another base or concept; of what it does not
+    say, it may be."""
     about = describe(task)
     known = {key: about[key] for key in ("base_fingerprint", "concepts") if key in metadata}
     check_artifact(path, metadata, known, "compute one for this erasure")
@@ -255,7 +285,10 @@ def _provenance(task: Task, config: TunedConfig, names: tuple[str, ...]) -> dict
         task.retain()
     about = {"scope": config.scope, "saliency": ", ".join(names)}
     if "forget" in sources:
-        about |= {"loss": f"forgetting, guidance {config.mask.guidance:g}", "saliency_batch_size": str(config.mask.batch_size)}
+        about |= {
+            "loss": f"forgetting, guidance {config.mask.guidance:g}",
+            "saliency_batch_size": str(config.mask.batch_size),
+        }
     if sources & {"objective", "retain"}:
         about["batches"] = f"{config.mask.batches} of {config.train.batch_size}"
     if "objective" in sources:

@@ -1,4 +1,5 @@
-"""The state of a training: everything that a resumed one needs, whole on disk, in parts in the processes."""
+"""The state of a training: everything that a resumed one needs, whole on disk, in parts in the
+processes."""
 
 from __future__ import annotations
 
@@ -23,18 +24,37 @@ log = logging.getLogger("erase")
 
 
 class Run:
-    """A training in progress, and everything that a resumed one needs: values, optimizer and loss-scaler state, average, losses."""
+    """A training in progress, and everything that a resumed one needs: values, optimizer and
+    loss-scaler state, average, losses."""
 
-    def __init__(self, trainable: Trainable, optimizer: Any, scaler: Any, ema: float | None, kept: Checkpoint | None) -> None:
+    def __init__(
+        self,
+        trainable: Trainable,
+        optimizer: Any,
+        scaler: Any,
+        ema: float | None,
+        kept: Checkpoint | None,
+    ) -> None:
         self.trainable, self.optimizer = trainable, optimizer
         self._scaler, self._ema, self._kept = scaler, ema, kept
-        self.average = {} if ema is None else {name: value.detach().clone() for name, value in trainable.values.items()}
+        self.average = (
+            {}
+            if ema is None
+            else {name: value.detach().clone() for name, value in trainable.values.items()}
+        )
         self.losses: list[float] = []
 
     @classmethod
-    def start(cls, trainable: Trainable, config: TrainConfig, accelerator: Accelerator, kept: Checkpoint | None) -> Run:
+    def start(
+        cls,
+        trainable: Trainable,
+        config: TrainConfig,
+        accelerator: Accelerator,
+        kept: Checkpoint | None,
+    ) -> Run:
         """A new run, or the one that was kept."""
-        fuse = config.mixed_precision != "fp16"  # its loss scaler has a way of its own through fused steps
+        # its loss scaler has a way of its own through fused steps
+        fuse = config.mixed_precision != "fp16"
         optimizer = make_optimizer(
             list(trainable.values.values()),
             config.optimizer,
@@ -47,7 +67,9 @@ class Run:
         run = cls(trainable, optimizer, accelerator.scaler, config.ema, kept)
         if kept and exists_on_all(kept.path):
             run._take(kept)
-            log.info("going on from step %d of %d, which %s holds", run.step, config.steps, kept.path)
+            log.info(
+                "going on from step %d of %d, which %s holds", run.step, config.steps, kept.path
+            )
         return run
 
     @property
@@ -61,13 +83,18 @@ class Run:
         self.losses.append(loss)
 
     def save(self) -> None:
-        """Keep the training state, where a file for it was given: gathered from all processes, which must all ask, by the main one."""
+        """Keep the training state, where a file for it was given: gathered from all processes,
+        which must all ask, by the main one."""
         if not self._kept:
             return
         main, gather = processes().is_main_process, self.trainable.layout.gather
         state = {
             "mask": self.trainable.mask_sha256,
-            "values": gathered({name: value.detach() for name, value in self.trainable.values.items()}, gather, main),
+            "values": gathered(
+                {name: value.detach() for name, value in self.trainable.values.items()},
+                gather,
+                main,
+            ),
             "optimizer": gather_state(self.optimizer, gather, main),
             "scaler": self._scaler.state_dict() if self._scaler else {},
             "average": gathered(self.average, gather, main),
@@ -85,7 +112,9 @@ class Run:
                 value.copy_(self.trainable.local_part(name, state["values"][name]))
             self.trainable.put()
             self.optimizer.load_state_dict(
-                scatter_state(state["optimizer"], list(self.trainable.values), self.trainable.local_part)
+                scatter_state(
+                    state["optimizer"], list(self.trainable.values), self.trainable.local_part
+                )
             )
             if self._scaler:
                 self._scaler.load_state_dict(state["scaler"])
@@ -95,7 +124,8 @@ class Run:
 
 
 def gathered(pieces: Mapping[Any, Any], gather: Gather, keep: bool) -> dict[Any, Any]:
-    """All pieces put together, one after the other in the same order everywhere; what is no tensor, or a single number, stays as it is."""
+    """All pieces put together, one after the other in the same order everywhere; what is no tensor,
+    or a single number, stays as it is."""
     whole = {}
     for name, piece in pieces.items():
         found = gather(piece) if torch.is_tensor(piece) and piece.dim() else piece
@@ -113,13 +143,27 @@ def gather_state(prepared: AcceleratedOptimizer, gather: Gather, keep: bool) -> 
         keep: whether this process, the main one, is to be told.
     """
     found = prepared.state_dict()
-    return found | {"state": {index: gathered(of_value, gather, keep) for index, of_value in found["state"].items()}}  # type: ignore[no-any-return]
+    return found | {
+        "state": {
+            index: gathered(of_value, gather, keep) for index, of_value in found["state"].items()
+        }
+    }  # type: ignore[no-any-return]
 
 
-def scatter_state(whole: Mapping[str, Any], names: list[str], piece: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+def scatter_state(
+    whole: Mapping[str, Any], names: list[str], piece: Callable[[str, Tensor], Tensor]
+) -> dict[str, Any]:
     """This process's part of a whole state, whose values have these names in this order."""
 
     def each(name: str, of_value: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: piece(name, entry) if torch.is_tensor(entry) else entry for key, entry in of_value.items()}
+        return {
+            key: piece(name, entry) if torch.is_tensor(entry) else entry
+            for key, entry in of_value.items()
+        }
 
-    return {**whole, "state": {index: each(names[index], of_value) for index, of_value in whole["state"].items()}}
+    return {
+        **whole,
+        "state": {
+            index: each(names[index], of_value) for index, of_value in whole["state"].items()
+        },
+    }

@@ -1,9 +1,10 @@
 """Gradient statistics of an erasure, from which any rule cuts a mask at any density.
 
-A statistic is one number per weight of the scope: `forget.sum`, the signed sum of the forget loss's gradients over
-batches (SalUn, eq. 3); `objective.sum` and `objective.square`, sum and sum of squares of the gradients of what training
-itself will minimise to forget; `retain.square`, the sum of squares of the gradients of the denoising loss on retain
-latents (the empirical Fisher information of a batch).
+A statistic is one number per weight of the scope: `forget.sum`, the signed sum of the forget loss's
+    gradients over
+batches (SalUn, eq. 3); `objective.sum` and `objective.square`, sum and sum of squares of the
+gradients of what training itself will minimise to forget; `retain.square`, the sum of squares of
+the gradients of the denoising loss on retain latents (the empirical Fisher information of a batch).
 """
 
 from __future__ import annotations
@@ -36,12 +37,25 @@ class Statistics:
     """what they depend on: base, concepts, latents, scope, number of batches"""
 
     def save(self, path: str | Path) -> None:
-        """Write safetensors; the order of the parameters goes into the metadata, for ties go by it and the file sorts by name."""
-        tensors = {f"{name}/{param}": value for name, values in self.values.items() for param, value in values.items()}
+        """Write safetensors; the order of the parameters goes into the metadata, for ties go by it
+        and the file sorts by name."""
+        tensors = {
+            f"{name}/{param}": value
+            for name, values in self.values.items()
+            for param, value in values.items()
+        }
         order = list(next(iter(self.values.values()), {}))
-        metadata = {**self.metadata, "order": json.dumps(order), "statistics": json.dumps(sorted(self.values))}
+        metadata = {
+            **self.metadata,
+            "order": json.dumps(order),
+            "statistics": json.dumps(sorted(self.values)),
+        }
         checksum = sha256_of({"values": tensors, "metadata": metadata})
-        save_tensors(path, tensors, {**dict(sorted(metadata.items())), "format": "saliency", "sha256": checksum})
+        save_tensors(
+            path,
+            tensors,
+            {**dict(sorted(metadata.items())), "format": "saliency", "sha256": checksum},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -53,34 +67,53 @@ class Statistics:
         tensors, metadata = load_tensors(path, "saliency")
         checksum, _ = metadata.pop("sha256", None), metadata.pop("format")
         if checksum != sha256_of({"values": tensors, "metadata": metadata}):
-            raise ErasureError(f"{path} is damaged: it holds other values than were written; {AGAIN}")
+            raise ErasureError(
+                f"{path} is damaged: it holds other values than were written; {AGAIN}"
+            )
 
         with errors_named(path, AGAIN):
             order, names = json.loads(metadata.pop("order")), json.loads(metadata.pop("statistics"))
             if sorted(f"{name}/{param}" for name in names for param in order) != sorted(tensors):
-                raise ErasureError(f"{path}: its order names other parameters than it holds; {AGAIN}")
-            values = {name: {param: tensors[f"{name}/{param}"] for param in order} for name in names}
+                raise ErasureError(
+                    f"{path}: its order names other parameters than it holds; {AGAIN}"
+                )
+            values = {
+                name: {param: tensors[f"{name}/{param}"] for param in order} for name in names
+            }
         for name, value in tensors.items():
             square = name.partition("/")[0].endswith(".square")
-            if value.dtype != torch.float32 or not all_finite(value) or (square and (value < 0).any()):
-                raise ErasureError(f"{path}: {name} is no statistic (float32, finite, squares not negative); {AGAIN}")
+            if (
+                value.dtype != torch.float32
+                or not all_finite(value)
+                or (square and (value < 0).any())
+            ):
+                raise ErasureError(
+                    f"{path}: {name} is no statistic (float32, finite, squares not negative); "
+                    f"{AGAIN}"
+                )
         return cls(values, metadata)
 
 
 class Accumulator:
     """Sums gradients of parameters, signed and in float32, and their squares where asked for."""
 
-    def __init__(self, params: Mapping[str, nn.Parameter], layout: Layout | None, names: tuple[str, ...]) -> None:
+    def __init__(
+        self, params: Mapping[str, nn.Parameter], layout: Layout | None, names: tuple[str, ...]
+    ) -> None:
         """`names`: `sum`, `square` or both."""
         self._params, self._layout = dict(params), layout or Layout()
-        self._totals = {name: {param: self._zeros(value) for param, value in self._params.items()} for name in names}
+        self._totals = {
+            name: {param: self._zeros(value) for param, value in self._params.items()}
+            for name in names
+        }
 
     def _zeros(self, param: nn.Parameter) -> Tensor:
         held = self._layout.local(param)
         return torch.zeros_like(held, dtype=torch.float32, memory_format=torch.contiguous_format)
 
     def add(self) -> None:
-        """Add each parameter's gradient, one batch's, and clear it. A parameter without gradient counts as zero."""
+        """Add each parameter's gradient, one batch's, and clear it. A parameter without gradient
+        counts as zero."""
         for name in self._params:
             self._add(name)
 
@@ -97,7 +130,8 @@ class Accumulator:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Within the block, each backward pass adds its gradients as they come: never more than one stands beside the totals."""
+        """Within the block, each backward pass adds its gradients as they come: never more than one
+        stands beside the totals."""
         hooks = [
             param.register_post_accumulate_grad_hook(lambda _, name=name: self._add(name))  # type: ignore[misc]
             for name, param in self._params.items()
@@ -109,7 +143,8 @@ class Accumulator:
                 hook.remove()
 
     def finish(self, shared: bool = True) -> dict[str, dict[str, Tensor]]:
-        """The totals over all processes, whole in each, on the CPU; the accumulator gives them away and is spent.
+        """The totals over all processes, whole in each, on the CPU; the accumulator gives them away
+        and is spent.
 
         Args:
             shared: the processes took batches in turn, so that their totals are to be added up.
@@ -125,6 +160,9 @@ class Accumulator:
             for name in list(totals):  # one at a time: no second copy of the model's size
                 total = self._layout.gather(totals.pop(name))
                 if not all_finite(total):
-                    raise ErasureError(f"the saliency of {name} is not finite; use float32 and check the forget latents")
+                    raise ErasureError(
+                        f"the saliency of {name} is not finite; use float32 and check the forget "
+                        "latents"
+                    )
                 done[kind][name] = total.cpu()
         return done

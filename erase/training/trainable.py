@@ -1,7 +1,8 @@
-"""The weights that training may change, and only they: compact copies that the optimizer sees, written back into the model.
-
-A mask of density d leaves d * N weights to train. The optimizer holds those alone, so its state, the gradients and the second copy of
-the weights shrink with d; and what lies outside the mask cannot move, whatever the optimizer does.
+"""The weights that training may change, and only they: compact copies that the optimizer sees,
+written back into the model.
+ A mask of density d leaves d * N weights to train. The optimizer holds those alone, so its state,
+the gradients and the second copy of the weights shrink with d; and what lies outside the mask
+cannot move, whatever the optimizer does.
 """
 
 from __future__ import annotations
@@ -24,29 +25,34 @@ Base = Callable[[], AbstractContextManager[None]]
 
 
 class Trainable:
-    """Compact copies of some weights of a model, whose gradients they collect and in whose place they stand until `close`.
-
-    Of a sharded model, each process has copies of what lies in its own rows; those of all processes, one after the other, are the copies
-    of the whole.
+    """Compact copies of some weights of a model, whose gradients they collect and in whose place
+    they stand until `close`. Of a sharded model, each process has copies of what lies in its own
+    rows; those of all processes, one after the other, are the copies of the whole.
     """
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], mask: SaliencyMask | None = None, active: ActiveWeights | None = None
+        self,
+        params: Mapping[str, nn.Parameter],
+        mask: SaliencyMask | None = None,
+        active: ActiveWeights | None = None,
     ) -> None:
         """`active`: what stands in the place of `params` meanwhile; None: they themselves."""
         active = active or ActiveWeights(params)
         self._base_params, self._mask, self.layout = params, mask, active.layout
         self._params = {name: active.params[name] for name in params}
         self._mine: dict[str, slice] = {}
-        """parameter name -> which of its compact values (of its rows, where it may change as a whole) are copied here"""
+        """parameter name -> which of its compact values (of its rows, where it may change as a
+        whole) are copied here"""
         self._where: dict[str, Tensor] = {}
-        """parameter name -> flat places, int32; a parameter that may change as a whole has none, one that may not at all is left out.
-        Boolean masks would be smaller, but selecting by them takes 30 times as long (2.7 M weights on a CPU: 21 ms against 0.7)"""
+        """parameter name -> flat places, int32; a parameter that may change as a whole has none,
+        one that may not at all is left out. Boolean masks would be smaller, but selecting by them
+        takes 30 times as long (2.7 M weights on a CPU: 21 ms against 0.7)"""
         self._shapes: dict[str, tuple[int, ...]] = {}
         """parameter name -> shape of its compact values in all processes together"""
         self._own = active.own
         self._base: dict[str, Tensor] = {}
-        """base values as the parameter holds them, flat where masked; of a parameter that stands in for another, once they are asked for"""
+        """base values as the parameter holds them, flat where masked; of a parameter that stands in
+        for another, once they are asked for"""
         self.values: dict[str, nn.Parameter] = {}
         """trained values in full precision, likewise: what the optimizer steps on"""
         self._taken: list[str] = []
@@ -55,7 +61,9 @@ class Trainable:
             for name, param in self._params.items():
                 if self._place(name, param):
                     self._take(name, param)
-        except BaseException:  # too little memory: hooks that stay would take the next one's gradients
+        except (
+            BaseException
+        ):  # too little memory: hooks that stay would take the next one's gradients
             self.close()
             raise
 
@@ -69,10 +77,13 @@ class Trainable:
         held = self.layout.local(param)
         if name not in self._own:
             self._base[name] = self._read(name, held)
-        self.values[name] = nn.Parameter(self._read(name, self._own.get(name, held)).to(param.device))
+        self.values[name] = nn.Parameter(
+            self._read(name, self._own.get(name, held)).to(param.device)
+        )
         param.requires_grad_(True)
         self._taken.append(name)
-        # the dense gradient of one parameter at a time: the next is not yet there when it is dropped
+        # the dense gradient of one parameter at a time: the next is not yet there when it is
+        # dropped
         self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
 
     def _place(self, name: str, param: nn.Parameter) -> bool:
@@ -82,9 +93,16 @@ class Trainable:
         where = _places(self._mask, name)
         if where is not None:
             width = param.numel() // count
-            start, stop = (int(i) for i in torch.searchsorted(where, torch.tensor([rows.start * width, rows.stop * width])))
+            start, stop = (
+                int(i)
+                for i in torch.searchsorted(
+                    where, torch.tensor([rows.start * width, rows.stop * width])
+                )
+            )
             self._mine[name] = slice(start, stop)
-            self._where[name] = (where[start:stop] - rows.start * width).to(param.device, torch.int32)
+            self._where[name] = (where[start:stop] - rows.start * width).to(
+                param.device, torch.int32
+            )
         self._shapes[name] = tuple(param.shape) if where is None else (len(where),)
         return where is None or len(where) > 0
 
@@ -94,14 +112,16 @@ class Trainable:
         return dense.flatten().index_select(0, self._where[name].to(dense.device))
 
     def _collect(self, name: str) -> Callable[[Tensor], None]:
-        """Moves a parameter's gradient to its compact copy, adding to what earlier parts of the batch left there."""
+        """Moves a parameter's gradient to its compact copy, adding to what earlier parts of the
+        batch left there."""
 
         def collect(param: Tensor) -> None:
             if param.grad is None:
                 return
             grad = self.layout.local(param.grad)
-            # no copy of what is taken whole, unless a block's gradients would live on behind it; and always in the order of the values,
-            # for fused optimizers walk through both side by side
+            # no copy of what is taken whole, unless a block's gradients would live on behind it;
+            # and always in the order of the values, for fused optimizers walk through both side by
+            # side
             part = name in self._where or grad.untyped_storage().nbytes() > grad.nbytes
             self._add(name, self._read(name, grad) if part else grad.contiguous())
             param.grad = None
@@ -109,7 +129,8 @@ class Trainable:
         return collect
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        """Add the gradient of a parameter's compact values to what earlier parts of the batch left."""
+        """Add the gradient of a parameter's compact values to what earlier parts of the batch
+        left."""
         value = self.values[name]
         value.grad = gradient.to(value.dtype) if value.grad is None else value.grad.add_(gradient)
 
@@ -117,7 +138,8 @@ class Trainable:
     def _write(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
             _fill(self.layout.local(self._params[name]), self._where.get(name), value.detach())
-        # autocast keeps half-precision copies by parameter, not by value: without this the old weights would go on being used
+        # autocast keeps half-precision copies by parameter, not by value: without this the old
+        # weights would go on being used
         torch.clear_autocast_cache()
         self.layout.invalidate_gathered()
 
@@ -131,7 +153,8 @@ class Trainable:
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Within the block the model holds its base weights, without gradient: a frozen teacher that costs no second model."""
+        """Within the block the model holds its base weights, without gradient: a frozen teacher
+        that costs no second model."""
         for name in set(self._taken) - self._base.keys():
             param = self._params[name]
             self._base[name] = self._read(name, self._own[name]).to(param.device, param.dtype)
@@ -150,7 +173,8 @@ class Trainable:
 
     @torch.no_grad()
     def start_from(self, values: Mapping[str, Tensor]) -> None:
-        """Begin at other values than the base's, given as whole parameters; what lies outside the mask stays the base's."""
+        """Begin at other values than the base's, given as whole parameters; what lies outside the
+        mask stays the base's."""
         for name in self._taken:
             if name in values:
                 whole = values[name]
@@ -162,7 +186,8 @@ class Trainable:
         self.values[name].copy_(value)
 
     def close(self) -> None:
-        """Give the model its base weights back, bit for bit; what stands in for others is left as it is, to be thrown away."""
+        """Give the model its base weights back, bit for bit; what stands in for others is left as
+        it is, to be thrown away."""
         for hook in self._hooks:
             hook.remove()
         for name in self._taken:
@@ -174,7 +199,8 @@ class Trainable:
         return self._shapes[name]
 
     def local_part(self, name: str, whole: Tensor) -> Tensor:
-        """This process's part of something that has an entry for each compact value of a parameter; the inverse of `layout.gather`."""
+        """This process's part of something that has an entry for each compact value of a parameter;
+        the inverse of `layout.gather`."""
         return self.layout.local_part(whole, self._mine[name])
 
     def result(self, values: Mapping[str, Tensor]) -> Trained:
@@ -183,18 +209,27 @@ class Trainable:
         Raises:
             ErasureError: a value is not finite, which no loss has told yet: of the last step.
         """
-        whole = {name: self.layout.gather(value.detach()) for name, value in self.compact(values).items()}
+        whole = {
+            name: self.layout.gather(value.detach()) for name, value in self.compact(values).items()
+        }
         if bad := [name for name, value in whole.items() if not all_finite(value)]:
             raise ErasureError(
-                f"the trained values of {bad[0]} are not finite; lower the learning rate, set max_grad_norm, or train in float32"
+                f"the trained values of {bad[0]} are not finite; lower the learning rate, set "
+                "max_grad_norm, or train in float32"
             )
         return Trained(self._base_params, partial(_places, self._mask), whole)
 
 
 class Trained(Mapping[str, Tensor]):
-    """Parameter name -> new values, of the parameter's shape, put together when asked for: base where nothing may change."""
+    """Parameter name -> new values, of the parameter's shape, put together when asked for: base
+    where nothing may change."""
 
-    def __init__(self, base: Mapping[str, Tensor], where: Callable[[str], Tensor | None], values: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        base: Mapping[str, Tensor],
+        where: Callable[[str], Tensor | None],
+        values: Mapping[str, Tensor],
+    ) -> None:
         self._base, self._where, self._values = base, where, values
 
     def __getitem__(self, name: str) -> Tensor:
@@ -217,13 +252,18 @@ def _places(mask: SaliencyMask | None, name: str) -> Tensor | None:
 
 
 def _fill(dense: Tensor, where: Tensor | None, values: Tensor) -> Tensor:
-    """Put values at their flat places (of the shape, whatever the memory format), or everywhere, in place; they are rounded to fit."""
+    """Put values at their flat places (of the shape, whatever the memory format), or everywhere, in
+    place; they are rounded to fit."""
     if where is None:
         return dense.copy_(values)
     if not dense.is_contiguous():
         return dense.copy_(_fill(dense.contiguous(), where, values))
     flat, values, where = dense.view(-1), values.to(dense), where.to(dense.device, torch.int64)
-    if dense.dtype in (torch.bfloat16, torch.float16):  # the same bits as integers: on a CPU three times as fast
+    # the same bits as integers: on a CPU three times as fast
+    if dense.dtype in (
+        torch.bfloat16,
+        torch.float16,
+    ):
         flat, values = flat.view(torch.int16), values.view(torch.int16)
     flat.scatter_(0, where, values)
     return dense

@@ -1,6 +1,7 @@
-"""The judges of the embedded world: a classifier with one head per kind of concept, and a small CLIP in open_clip's format.
-
-Both were trained on renders only, never on generated images (`scripts/canvas/train_judges.py`); their card is `weights/README.md`.
+"""The judges of the embedded world: a classifier with one head per kind of concept, and a small
+CLIP in open_clip's format.
+ Both were trained on renders only, never on generated images (`scripts/canvas/train_judges.py`);
+their card is `weights/README.md`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,24 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 
 
 class CanvasClassifier(nn.Module):
-    """Seven convolutions, a spatial mean, and a linear head for each of object, style and colour."""
+    """Seven convolutions, a spatial mean, and a linear head for each of object, style and
+    colour."""
 
     def __init__(self) -> None:
         super().__init__()
-        widths = [(3, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2), (64, 96, 1), (96, 96, 2), (96, 128, 1)]
+        widths = [
+            (3, 32, 1),
+            (32, 32, 2),
+            (32, 64, 1),
+            (64, 64, 2),
+            (64, 96, 1),
+            (96, 96, 2),
+            (96, 128, 1),
+        ]
         self.features = nn.Sequential(*(_stage(*width) for width in widths))
-        self.heads = nn.ModuleDict({kind: nn.Linear(128, len(vocabulary().names(kind))) for kind in KINDS})
+        self.heads = nn.ModuleDict(
+            {kind: nn.Linear(128, len(vocabulary().names(kind))) for kind in KINDS}
+        )
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Logits per kind.
@@ -43,7 +55,9 @@ class CanvasClassifier(nn.Module):
             kind -> logits of shape (n, concepts of that kind), in the vocabulary's order.
         """
         if images.shape[-2:] != (SIDE, SIDE):
-            images = F.interpolate(images, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+            images = F.interpolate(
+                images, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False
+            )
         pooled = self.features(images * 2 - 1).mean((-2, -1))
         return {kind: head(pooled) for kind, head in self.heads.items()}
 
@@ -57,19 +71,26 @@ def load_classifier() -> CanvasClassifier:
     """
     path = WEIGHTS / "classifier.safetensors"
     if not path.is_file():
-        raise ErasureError(f"the canvas classifier is missing: {path}; train it with `python scripts/canvas/train_judges.py`")
+        raise ErasureError(
+            f"the canvas classifier is missing: {path}; train it with `python "
+            "scripts/canvas/train_judges.py`"
+        )
     classifier = CanvasClassifier()
     classifier.load_state_dict(load_file(path))
     return classifier.eval().requires_grad_(False)
 
 
 def clip_folder() -> Path:
-    """The folder of the shipped CLIP: `open_clip.create_model_and_transforms(f"local-dir:{clip_folder()}")` loads it.
+    """The folder of the shipped CLIP:
+    `open_clip.create_model_and_transforms(f"local-dir:{clip_folder()}")` loads it.
 
     Raises:
         ErasureError: the folder has no weights.
     """
     folder = WEIGHTS / "clip"
     if not (folder / "open_clip_model.safetensors").is_file():
-        raise ErasureError(f"the canvas CLIP is missing: {folder}; train it with `python scripts/canvas/train_judges.py`")
+        raise ErasureError(
+            f"the canvas CLIP is missing: {folder}; train it with `python "
+            "scripts/canvas/train_judges.py`"
+        )
     return folder

@@ -48,7 +48,10 @@ class Evaluator(Generic[C]):
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
-            raise ErasureError(f"the evaluator's name {self.name!r} heads its options; make it of letters, digits and _")
+            raise ErasureError(
+                f"the evaluator's name {self.name!r} heads its options; make it of letters, digits "
+                "and _"
+            )
 
     def settings(self, given: Any = None) -> C:
         """The settings to judge with: those that are given, or the defaults.
@@ -61,7 +64,8 @@ class Evaluator(Generic[C]):
         if type(given) is not type(self.config):
             wanted = f"{type(self.config).__module__}.{type(self.config).__qualname__}"
             raise ErasureError(
-                f"evaluator {self.name} takes a {wanted}, not a {type(given).__module__}.{type(given).__qualname__}; "
+                f"evaluator {self.name} takes a {wanted}, not a "
+                f"{type(given).__module__}.{type(given).__qualname__}; "
                 "give that, or leave it out"
             )
         return given

@@ -1,6 +1,7 @@
 """The classifier evaluator: UA, IRA and CRA by a classifier with one head per kind of concept.
 
-UnlearnCanvas: Zhang et al. 2024, "UnlearnCanvas: A Stylized Image Dataset for Enhanced Machine Unlearning Evaluation".
+UnlearnCanvas: Zhang et al. 2024, "UnlearnCanvas: A Stylized Image Dataset for Enhanced Machine
+    Unlearning Evaluation".
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Config:
     batch_size: int = 64
     """images judged at once; no score depends on it"""
     cra_with_target: bool = False
-    """count images whose prompt names a forgotten concept in CRA too (the default leaves them out of IRA and CRA)"""
+    """count images whose prompt names a forgotten concept in CRA too (the default leaves them out
+    of IRA and CRA)"""
 
     def __post_init__(self) -> None:
         check_ranges(self, {"batch_size": COUNT})
@@ -77,7 +79,10 @@ def predict(judge: Judge, images: ImageSet, batch_size: int = 64) -> dict[str, l
     @torch.inference_mode()
     def classify(rows: range) -> dict[str, list[str]]:
         logits = judge.logits(images.tensor(images.rows[row] for row in rows))
-        return {kind: [names[i] for i in logits[kind].argmax(1).tolist()] for kind, names in judge.classes.items()}
+        return {
+            kind: [names[i] for i in logits[kind].argmax(1).tolist()]
+            for kind, names in judge.classes.items()
+        }
 
     parts = in_shares(len(images.rows), batch_size, classify, "classifier", "image")
     return {kind: [name for part in parts for name in part[kind]] for kind in judge.classes}
@@ -85,7 +90,8 @@ def predict(judge: Judge, images: ImageSet, batch_size: int = 64) -> dict[str, l
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge saw in each image, beside what its prompt asked for: judged once, for all that is drawn from it."""
+    """What a judge saw in each image, beside what its prompt asked for: judged once, for all that
+    is drawn from it."""
 
     judge: Judge
     labels: Mapping[str, Sequence[str]]
@@ -96,15 +102,20 @@ class Judged:
     def scores(self, concepts: list[ConceptSpec], config: Config) -> list[Score]:
         """See `evaluate`."""
         evaluator = f"classifier {self.judge.name}"
-        return label_scores(self.predictions, self.labels, concepts, config.cra_with_target, "", evaluator)
+        return label_scores(
+            self.predictions, self.labels, concepts, config.cra_with_target, "", evaluator
+        )
 
     def confusions(self) -> dict[str, dict[str, Any]]:
-        """kind -> {"kind", "labels", "counts"}: counts[i][j] images labelled labels[i] were classified as labels[j]. JSON-ready."""
+        """kind -> {"kind", "labels", "counts"}: counts[i][j] images labelled labels[i] were
+        classified as labels[j]. JSON-ready."""
         return {
             kind: {
                 "kind": kind,
                 "labels": list(self.judge.classes[kind]),
-                "counts": confusion(self.predictions[kind], names, self.judge.classes[kind]).tolist(),
+                "counts": confusion(
+                    self.predictions[kind], names, self.judge.classes[kind]
+                ).tolist(),
             }
             for kind, names in self.labels.items()
         }
@@ -116,7 +127,9 @@ def judged(judge: Judge, case: Case, config: Config) -> Judged:
     Raises:
         ErasureError: images without labels or with unknown ones.
     """
-    return Judged(judge, labels_of(case, judge.classes), predict(judge, case.images, config.batch_size))
+    return Judged(
+        judge, labels_of(case, judge.classes), predict(judge, case.images, config.batch_size)
+    )
 
 
 def check(case: Case, config: Config) -> None:

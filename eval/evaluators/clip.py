@@ -1,6 +1,7 @@
-"""The CLIP evaluator, through open_clip: zero-shot UA, IRA and CRA over the images' labels, and the CLIP score.
-
-Zero-shot classification and its prompt ensembles: Radford et al. 2021, section 3.1. CLIP score: Hessel et al. 2021, without
+"""The CLIP evaluator, through open_clip: zero-shot UA, IRA and CRA over the images' labels, and the
+CLIP score.
+ Zero-shot classification and its prompt ensembles: Radford et al. 2021, section 3.1. CLIP score:
+Hessel et al. 2021, without
 their factor 2.5 and without clipping at zero: 100 x the cosine of image and prompt.
 """
 
@@ -23,7 +24,13 @@ from erase.eval.canvas.judges import clip_folder
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
 from erase.eval.evaluators.clip_sources import Source, check_weights, decide_quick_gelu, find_source
-from erase.eval.evaluators.labelled import check_price, label_scores, labels_of, of_canvas, targets_of
+from erase.eval.evaluators.labelled import (
+    check_price,
+    label_scores,
+    labels_of,
+    of_canvas,
+    targets_of,
+)
 from erase.eval.images import ImageSet
 from erase.eval.scores import Score, mean_score
 from erase.parallel.processes import default_device, in_shares
@@ -41,22 +48,25 @@ class Config:
     """clip: the same scores by zero-shot CLIP, and the CLIP score."""
 
     model: str | None = None
-    """`canvas` (the embedded world's own), a folder in open_clip's format, an open_clip model name, or `hf-hub:owner/name`;
-    default: canvas for the embedded world's prompts, else ViT-B-32 with OpenAI's weights"""
+    """`canvas` (the embedded world's own), a folder in open_clip's format, an open_clip model name,
+    or `hf-hub:owner/name`; default: canvas for the embedded world's prompts, else ViT-B-32 with
+    OpenAI's weights"""
     pretrained: str | None = None
     """weights for an open_clip model name: a tag of open_clip (such as `openai`) or a file"""
     quick_gelu: bool | None = None
-    """whether the weights were trained with QuickGELU; default: as the tag, the config or the file's name tells. OpenAI's, DFN's and
-    MetaCLIP's were, LAION's and DataComp's mostly not"""
+    """whether the weights were trained with QuickGELU; default: as the tag, the config or the
+    file's name tells. OpenAI's, DFN's and MetaCLIP's were, LAION's and DataComp's mostly not"""
     zero_shot: bool | None = None
-    """score the labels zero-shot; off: the CLIP score alone; default: on where the prompts carry labels of the concept's kind"""
+    """score the labels zero-shot; off: the CLIP score alone; default: on where the prompts carry
+    labels of the concept's kind"""
     classes: dict[str, list[str]] | None = None
-    """kinds of label to judge -> names to choose from, an empty list for all that the labels hold; default: the embedded world's
-    for `canvas`, else every kind of label that the images have"""
+    """kinds of label to judge -> names to choose from, an empty list for all that the labels hold;
+    default: the embedded world's for `canvas`, else every kind of label that the images have"""
     templates: dict[str, list[str]] | None = None
     """kind -> captions with one {} for the name, averaged; default: some for each kind"""
     cra_with_target: bool = False
-    """count images whose prompt names a forgotten concept in CRA too (the default leaves them out of IRA and CRA)"""
+    """count images whose prompt names a forgotten concept in CRA too (the default leaves them out
+    of IRA and CRA)"""
     batch_size: int = 64
     """images or captions encoded at once; no score depends on it"""
     device: str = "auto"
@@ -90,7 +100,10 @@ class Clip:
     def texts(self, captions: Sequence[str], batch_size: int) -> Tensor:
         """Unit text embeddings, shape (captions, d), float32."""
         parts = (list(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size))
-        found = [self.model.encode_text(self.tokenizer(part).to(self.device)).float().cpu() for part in parts]
+        found = [
+            self.model.encode_text(self.tokenizer(part).to(self.device)).float().cpu()
+            for part in parts
+        ]
         return F.normalize(torch.cat(found), dim=-1)
 
     def images(self, images: ImageSet, batch_size: int) -> Tensor:
@@ -101,15 +114,15 @@ class Clip:
             pixels = torch.stack([self.preprocess(images.image(images.rows[row])) for row in rows])
             return self.model.encode_image(pixels.to(self.device)).float().cpu()  # type: ignore[no-any-return]
 
-        return F.normalize(torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image")), dim=-1)
+        return F.normalize(
+            torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image")), dim=-1
+        )
 
 
 def load_clip(config: Config) -> Clip:
-    """The CLIP that `config` names, in float32 and eval mode; loaded once per name.
-
-    Raises:
-        ErasureError: an unknown name or tag, a config that names code, an activation that nothing tells, or weights that cannot be
-            loaded.
+    """The CLIP that `config` names, in float32 and eval mode; loaded once per name. Raises:
+    ErasureError: an unknown name or tag, a config that names code, an activation that nothing
+    tells, or weights that cannot be loaded.
     """
     device = str(default_device()) if config.device == "auto" else config.device
     return _load(config.name, config.pretrained, config.quick_gelu, device)
@@ -118,20 +131,27 @@ def load_clip(config: Config) -> Clip:
 @cache
 def _load(model: str, pretrained: str | None, quick_gelu: bool | None, device: str) -> Clip:
     if model == CANVAS and pretrained:
-        raise ErasureError(f"canvas brings its own weights; name the CLIP model of {pretrained!r} with clip.model")
+        raise ErasureError(
+            f"canvas brings its own weights; name the CLIP model of {pretrained!r} with clip.model"
+        )
     source = find_source(str(clip_folder()) if model == CANVAS else model, pretrained)
     quick_gelu = decide_quick_gelu(source, quick_gelu)
     if pretrained and Path(pretrained).is_file():
         check_weights(Path(pretrained))
     try:
         network, preprocess, tokenizer = _built(source, quick_gelu, device)
-    except Exception as error:  # open_clip lets through whatever its parsers, readers and downloads raise
+    except (
+        Exception
+    ) as error:  # open_clip lets through whatever its parsers, readers and downloads raise
         weights = f" with weights {pretrained!r}" if pretrained else ""
         raise ErasureError(
-            f"open_clip cannot load {model!r}{weights}: {reason(error)}; give a folder in open_clip's format or a name and tag that "
+            f"open_clip cannot load {model!r}{weights}: {reason(error)}; give a folder in "
+            "open_clip's format or a name and tag that "
             "it lists"
         ) from error
-    return Clip(" ".join(filter(None, [model, pretrained])), network.eval(), preprocess, tokenizer, device)
+    return Clip(
+        " ".join(filter(None, [model, pretrained])), network.eval(), preprocess, tokenizer, device
+    )
 
 
 def _built(source: Source, quick_gelu: bool, device: str) -> tuple[Any, Any, Any]:
@@ -139,11 +159,13 @@ def _built(source: Source, quick_gelu: bool, device: str) -> tuple[Any, Any, Any
     import open_clip
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "QuickGELU mismatch")  # it compares before the activation is set
+        # it compares before the activation is set
+        warnings.filterwarnings("ignore", "QuickGELU mismatch")
         network, preprocess = open_clip.create_model_from_pretrained(
             source.name, source.weights, device=device, quick_gelu=quick_gelu
         )
-    # transformers would ask at the terminal whether to run a repository's code, if this were left out
+    # transformers would ask at the terminal whether to run a repository's code, if this were left
+    # out
     safe = {"trust_remote_code": False} if source.model["text_cfg"].get("hf_tokenizer_name") else {}
     return network, preprocess, open_clip.get_tokenizer(source.name, **safe)
 
@@ -157,16 +179,26 @@ def captions_for(kind: str, config: Config) -> list[str]:
     if config.templates and kind in config.templates:
         for template in config.templates[kind]:
             if template.count("{}") != 1:
-                raise ErasureError(f"CLIP template {template!r} for {kind!r} needs exactly one {{}} for the name")
+                raise ErasureError(
+                    f"CLIP template {template!r} for {kind!r} needs exactly one {{}} for the name"
+                )
         return config.templates[kind]
     if config.name == CANVAS and kind in KINDS:
-        fields = {t: [field for _, field, _, _ in Formatter().parse(t) if field] for t in vocabulary().templates}
-        return [template.replace(f"{{{kind}}}", "{}") for template, named in fields.items() if named == [kind]]
+        fields = {
+            t: [field for _, field, _, _ in Formatter().parse(t) if field]
+            for t in vocabulary().templates
+        }
+        return [
+            template.replace(f"{{{kind}}}", "{}")
+            for template, named in fields.items()
+            if named == [kind]
+        ]
     return list(TEMPLATES.get(kind, ANY_KIND))
 
 
 def zero_shot_weights(clip: Clip, names: Sequence[str], kind: str, config: Config) -> Tensor:
-    """One unit vector per name, shape (names, d): the mean over the captions' embeddings, as in CLIP's prompt ensembles."""
+    """One unit vector per name, shape (names, d): the mean over the captions' embeddings, as in
+    CLIP's prompt ensembles."""
     captions = [template.format(name) for name in names for template in captions_for(kind, config)]
     embedded = clip.texts(captions, config.batch_size)
     return F.normalize(embedded.unflatten(0, (len(names), -1)).mean(1), dim=-1)
@@ -181,13 +213,20 @@ def classes_for(case: Case, config: Config) -> dict[str, list[str]]:
 
 
 def _names_of(kind: str, case: Case) -> list[str]:
-    """All labels of a kind, and the anchors of its concepts, which an erased image may well show."""
+    """All labels of a kind, and the anchors of its concepts, which an erased image may well
+    show."""
     labels = [name for name in case.labels.get(kind, ()) if name]
-    anchors = [concept.anchor for concept in case.concepts if concept.kind == kind or concept.target in labels]
+    anchors = [
+        concept.anchor
+        for concept in case.concepts
+        if concept.kind == kind or concept.target in labels
+    ]
     return list(dict.fromkeys(labels + anchors))
 
 
-def zero_shot(clip: Clip, seen: Tensor, classes: Mapping[str, Sequence[str]], config: Config) -> dict[str, list[str]]:
+def zero_shot(
+    clip: Clip, seen: Tensor, classes: Mapping[str, Sequence[str]], config: Config
+) -> dict[str, list[str]]:
     """kind -> the name nearest to each image.
 
     Args:
@@ -196,13 +235,20 @@ def zero_shot(clip: Clip, seen: Tensor, classes: Mapping[str, Sequence[str]], co
         classes: kind -> names to choose from.
         config: its templates.
     """
-    weights = {kind: zero_shot_weights(clip, names, kind, config) for kind, names in classes.items()}
-    return {kind: [classes[kind][i] for i in (seen @ weight.T).argmax(1).tolist()] for kind, weight in weights.items()}
+    weights = {
+        kind: zero_shot_weights(clip, names, kind, config) for kind, names in classes.items()
+    }
+    return {
+        kind: [classes[kind][i] for i in (seen @ weight.T).argmax(1).tolist()]
+        for kind, weight in weights.items()
+    }
 
 
 def _label_scores(predictions: Labels, labels: Labels, case: Case, config: Config) -> list[Score]:
     evaluator = f"open_clip {load_clip(config).name}"
-    return label_scores(predictions, labels, case.concepts, config.cra_with_target, "CLIP ", evaluator)
+    return label_scores(
+        predictions, labels, case.concepts, config.cra_with_target, "CLIP ", evaluator
+    )
 
 
 def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Score]:
@@ -214,7 +260,10 @@ def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Sc
     targets = targets_of(case.concepts, case.labels) if config.labelled else []
     named = [False] * len(values)
     for kind, target in targets:
-        named = [already or name == target for already, name in zip(named, case.labels[kind], strict=True)]
+        named = [
+            already or name == target
+            for already, name in zip(named, case.labels[kind], strict=True)
+        ]
 
     evaluator = f"open_clip {load_clip(config).name}"
     kept = [value for value, forgotten in zip(values, named, strict=True) if not forgotten]
@@ -227,7 +276,8 @@ def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Sc
 
 
 def settle(case: Case, config: Config, named: bool) -> Config:
-    """Outside of the embedded world, ViT-B/32 of OpenAI; without labels of the concepts, no zero-shot scores.
+    """Outside of the embedded world, ViT-B/32 of OpenAI; without labels of the concepts, no
+    zero-shot scores.
 
     Where the user names this evaluator, labels that it cannot score are refused instead.
     """
@@ -291,4 +341,6 @@ def _always(case: Case) -> bool:
     return True
 
 
-CLIP = Evaluator("clip", Config(), evaluate, check, fits=_always, settle=settle, packages=("open_clip_torch",))
+CLIP = Evaluator(
+    "clip", Config(), evaluate, check, fits=_always, settle=settle, packages=("open_clip_torch",)
+)

@@ -33,32 +33,43 @@ def labels_of(case: Case, classes: Mapping[str, Sequence[str]]) -> dict[str, lis
     labels = {kind: case.labels[kind] for kind in classes if any(case.labels.get(kind, ()))}
     if not labels:
         raise ErasureError(
-            f"the images in {images.folder} have no labels to judge them by ({', '.join(classes)}); "
+            f"the images in {images.folder} have no labels to judge them by "
+            f"({', '.join(classes)}); "
             "generate them from a prompt set with these columns"
         )
 
     for kind, names in labels.items():
         if "" in names:
             row = images.rows[names.index("")]
-            raise ErasureError(f"image {row.file} in {images.folder} has no label {kind!r}, others have; complete the prompt set")
+            raise ErasureError(
+                f"image {row.file} in {images.folder} has no label {kind!r}, others have; complete "
+                "the prompt set"
+            )
         if strangers := set(names) - set(classes[kind]):
             raise unknown(f"{kind} label", min(strangers), classes[kind])
     return labels
 
 
-def targets_of(concepts: Sequence[ConceptSpec], labels: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """(kind, target) of each concept; a concept without a kind gets the one among whose labels its target is.
+def targets_of(
+    concepts: Sequence[ConceptSpec], labels: Mapping[str, Sequence[str]]
+) -> list[tuple[str, str]]:
+    """(kind, target) of each concept; a concept without a kind gets the one among whose labels its
+    target is.
 
     Raises:
         ErasureError: no image's prompt names the concept.
     """
     targets = []
     for concept in concepts:
-        kind = concept.kind or next((kind for kind, values in labels.items() if concept.target in values), None)
+        kind = concept.kind or next(
+            (kind for kind, values in labels.items() if concept.target in values), None
+        )
         if kind is None or concept.target not in labels.get(kind, ()):
             raise ErasureError(
-                f"no image is labelled {concept.target!r}{f' as its {kind}' if kind else ''}, so nothing can show that it was "
-                f"forgotten; labels of the images: {', '.join(labels)}; use a prompt set that names it"
+                f"no image is labelled {concept.target!r}{f' as its {kind}' if kind else ''}, so "
+                "nothing can show that it was "
+                f"forgotten; labels of the images: {', '.join(labels)}; use a prompt set that "
+                "names it"
             )
         targets.append((kind, concept.target))
     return targets
@@ -72,12 +83,18 @@ def label_scores(
     prefix: str,
     evaluator: str,
 ) -> list[Score]:
-    """UA, IRA and CRA if concepts are given, else the accuracy of each kind. `prefix` begins each name (`"CLIP "`)."""
+    """UA, IRA and CRA if concepts are given, else the accuracy of each kind. `prefix` begins each
+    name (`"CLIP "`)."""
     if not concepts:
-        found = {f"{kind} accuracy": tally for kind, tally in accuracies(predictions, labels).items()}
+        found = {
+            f"{kind} accuracy": tally for kind, tally in accuracies(predictions, labels).items()
+        }
     else:
         found = forgetting(predictions, labels, targets_of(concepts, labels), cra_with_target)
-    return [proportion(prefix + name, tally.hits, tally.n, evaluator=evaluator) for name, tally in found.items()]
+    return [
+        proportion(prefix + name, tally.hits, tally.n, evaluator=evaluator)
+        for name, tally in found.items()
+    ]
 
 
 def check_price(scores: Sequence[Score]) -> None:

@@ -1,4 +1,5 @@
-"""The arithmetic of forgetting: predictions, labels and targets -> UA, IRA, CRA and confusion counts. No images, no models."""
+"""The arithmetic of forgetting: predictions, labels and targets -> UA, IRA, CRA and confusion
+counts. No images, no models."""
 
 from __future__ import annotations
 
@@ -26,22 +27,19 @@ def forgetting(
     targets: Sequence[tuple[str, str]],
     cra_with_target: bool = False,
 ) -> dict[str, Tally]:
-    """UA, IRA and CRA of UnlearnCanvas (Zhang et al. 2024, section 4), for one forgotten concept or several.
-
-    - UA: of the images whose prompt names a target, those not classified as it.
-    - IRA: of the images whose prompt names no target, those classified right, on the kinds that hold a target.
-    - CRA: the same on the other kinds, averaged over them. Where every kind holds a target, it is taken over all of them.
-
-    An image that names two targets is judged once for each. CRA is absent where there is one kind only.
-
-    Args:
-        predictions: kind -> predicted name of each image, n per kind.
-        labels: kind -> name in each image's prompt, n per kind, same kinds and order.
-        targets: (kind, name) of each forgotten concept, at least one.
-        cra_with_target: take CRA over the images that name a target too, as UnlearnCanvas's `accuracy.py` does (its README does not).
-
-    Returns:
-        "UA", "IRA", "CRA" -> hits and n; n counts judgements, so CRA's is images x kinds. n may be 0.
+    """UA, IRA and CRA of UnlearnCanvas (Zhang et al. 2024, section 4), for one forgotten concept or
+       several.
+    - UA: of the images whose prompt names a target, those not classified as it. - IRA: of the
+       images whose prompt names no target, those classified right, on the kinds that hold a target.
+       - CRA: the same on the other kinds, averaged over them. Where every kind holds a target, it
+       is taken over all of them. An image that names two targets is judged once for each. CRA is
+       absent where there is one kind only.
+    Args: predictions: kind -> predicted name of each image, n per kind. labels: kind -> name in
+       each image's prompt, n per kind, same kinds and order. targets: (kind, name) of each
+       forgotten concept, at least one. cra_with_target: take CRA over the images that name a target
+       too, as UnlearnCanvas's `accuracy.py` does (its README does not).
+    Returns: "UA", "IRA", "CRA" -> hits and n; n counts judgements, so CRA's is images x kinds. n
+       may be 0.
     """
     truth = {kind: np.asarray(values) for kind, values in labels.items()}
     guess = {kind: np.asarray(predictions[kind]) for kind in truth}
@@ -55,17 +53,24 @@ def forgetting(
         "IRA": _tally(*(right[kind][kept] for kind in own)),
     }
     if len(truth) > 1:
-        scores["CRA"] = _tally(*(right[kind] if cra_with_target else right[kind][kept] for kind in others))
+        scores["CRA"] = _tally(
+            *(right[kind] if cra_with_target else right[kind][kept] for kind in others)
+        )
     return scores
 
 
-def accuracies(predictions: Mapping[str, Sequence[str]], labels: Mapping[str, Sequence[str]]) -> dict[str, Tally]:
+def accuracies(
+    predictions: Mapping[str, Sequence[str]], labels: Mapping[str, Sequence[str]]
+) -> dict[str, Tally]:
     """kind -> images classified right."""
-    return {kind: _tally(np.asarray(predictions[kind]) == np.asarray(labels[kind])) for kind in labels}
+    return {
+        kind: _tally(np.asarray(predictions[kind]) == np.asarray(labels[kind])) for kind in labels
+    }
 
 
 def confusion(predicted: Sequence[str], labels: Sequence[str], names: Sequence[str]) -> np.ndarray:
-    """Counts of one kind: [i, j] is how many images labelled names[i] were predicted to be names[j]; int64, (names, names)."""
+    """Counts of one kind: [i, j] is how many images labelled names[i] were predicted to be
+    names[j]; int64, (names, names)."""
     index = {name: i for i, name in enumerate(names)}
     counts = np.zeros((len(names), len(names)), dtype=np.int64)
     np.add.at(counts, ([index[name] for name in labels], [index[name] for name in predicted]), 1)

@@ -1,4 +1,5 @@
-"""The model card of erased weights: Markdown with the front matter that the Hugging Face hub reads."""
+"""The model card of erased weights: Markdown with the front matter that the Hugging Face hub
+reads."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from erase.delta.origin import read_origin
 from erase.eval.report.report import EvalReport, words
 from erase.eval.report.words import glossary, limits, verdict_line
 from erase.export.formats import DIFFUSERS, Usage
-from erase.export.published import code, command_without_paths, plain, without_folders, without_paths
+from erase.export.published import (
+    code,
+    command_without_paths,
+    plain,
+    without_folders,
+    without_paths,
+)
 from erase.models import CANVAS
 from erase.prompts.errors import ErasureError
 
@@ -71,20 +78,16 @@ def model_card(
     exact: bool = True,
     picture: bool = False,
 ) -> str:
-    """The README.md of an export.
-
-    Args:
-        report: the scores, which stand beside the base's; None says that nothing was measured.
-        metadata: of the delta: `base_fingerprint`, `base_id`, `method`, `config` (JSON), `concepts` (JSON list of
-            `ConceptSpec` mappings), `created_with`; `parts`, if it was composed; and `license`, the base's, if it is known.
-        usage: what the files are and how they are loaded.
-        notes: further limits, e.g. of a LoRA's rank or of rounded weights.
-        sha256: the delta's digest, or several that a report may be of; a report that names another one is refused.
-        exact: whether the scores are of the very weights in the files; only then they stand in the front matter.
-        picture: whether `PICTURE` lies beside the card.
-
-    Raises:
-        ErasureError: metadata lacks a key or holds broken JSON, or the report is of another erasure or tells UA without its price.
+    """The README.md of an export. Args: report: the scores, which stand beside the base's; None
+    says that nothing was measured. metadata: of the delta: `base_fingerprint`, `base_id`, `method`,
+    `config` (JSON), `concepts` (JSON list of `ConceptSpec` mappings), `created_with`; `parts`, if
+    it was composed; and `license`, the base's, if it is known. usage: what the files are and how
+    they are loaded. notes: further limits, e.g. of a LoRA's rank or of rounded weights. sha256: the
+    delta's digest, or several that a report may be of; a report that names another one is refused.
+    exact: whether the scores are of the very weights in the files; only then they stand in the
+    front matter. picture: whether `PICTURE` lies beside the card. Raises: ErasureError: metadata
+    lacks a key or holds broken JSON, or the report is of another erasure or tells UA without its
+    price.
     """
     check_sources(report, metadata, sha256)
     concepts, config = _json(metadata, "concepts"), _json(metadata, "config")
@@ -96,10 +99,18 @@ def model_card(
         about=usage.about,
         picture=f"![The same prompts and seeds before and after]({PICTURE})\n\n" if picture else "",
         concepts=_concepts(concepts),
-        code=usage.code.replace('"path/to/base"', json.dumps(_base_path(metadata["base_id"]), ensure_ascii=False)),
+        code=usage.code.replace(
+            '"path/to/base"', json.dumps(_base_path(metadata["base_id"]), ensure_ascii=False)
+        ),
         prompt=_prompt(concepts),
         scores=_scores(report),
-        limits="\n".join(f"- {limit}" for limit in (*notes, *map(plain, limits(report, " and ".join(targets) or "the concept")))),
+        limits="\n".join(
+            f"- {limit}"
+            for limit in (
+                *notes,
+                *map(plain, limits(report, " and ".join(targets) or "the concept")),
+            )
+        ),
         made=_made(metadata),
         config=json.dumps(without_paths(config), indent=2, ensure_ascii=False),
         reproduce=_reproduce(report),
@@ -108,11 +119,15 @@ def model_card(
     return f"---\n{front.to_yaml()}\n---\n\n{body}"
 
 
-def check_sources(report: EvalReport | None, metadata: Mapping[str, str], sha256: str | Collection[str] = ()) -> None:
-    """Refuse what no card can be made of: metadata that lacks a key, a report of other concepts, another base or another delta."""
+def check_sources(
+    report: EvalReport | None, metadata: Mapping[str, str], sha256: str | Collection[str] = ()
+) -> None:
+    """Refuse what no card can be made of: metadata that lacks a key, a report of other concepts,
+    another base or another delta."""
     if lacks := [key for key in NEEDED if key not in metadata]:
         raise ErasureError(
-            f"the metadata lacks {', '.join(lacks)}; a model card needs the metadata that the delta was saved with"
+            f"the metadata lacks {', '.join(lacks)}; a model card needs the metadata that the "
+            "delta was saved with"
         )
     concepts = read_origin(metadata, "the delta").concepts
     if report is None:
@@ -121,36 +136,54 @@ def check_sources(report: EvalReport | None, metadata: Mapping[str, str], sha256
     told, targets = words(report.concept, "target"), [concept.target for concept in concepts]
     if sorted(told) != sorted(targets):
         names = (" and ".join(some) or "nothing" for some in (told, targets))
-        raise ErasureError("the report is of erasing {}, the delta erases {}; name the report of this delta".format(*names))
+        raise ErasureError(
+            "the report is of erasing {}, the delta erases {}; name the report of this "
+            "delta".format(*names)
+        )
     base = report.provenance.get("base_fingerprint", metadata["base_fingerprint"])
     if base != metadata["base_fingerprint"]:
         raise ErasureError(
-            f"the report is of base {str(base)[:12]}, the delta of {metadata['base_fingerprint'][:12]}; name the report of this delta"
+            f"the report is of base {str(base)[:12]}, the delta of "
+            f"{metadata['base_fingerprint'][:12]}; name the report of this delta"
         )
     _check_delta(report, metadata, [sha256] if isinstance(sha256, str) else sha256)
 
 
 def _check_delta(report: EvalReport, metadata: Mapping[str, str], digests: Collection[str]) -> None:
-    """The report's delta is this one: by its digest, or in a report from before there was one, by its settings."""
-    way_out = "name the report of this delta, or evaluate it: write it with --format delta and give it to erase-evaluate"
+    """The report's delta is this one: by its digest, or in a report from before there was one, by
+    its settings."""
+    way_out = (
+        "name the report of this delta, or evaluate it: write it with --format delta and give it "
+        "to erase-evaluate"
+    )
     told = report.provenance.get("delta_sha256")
     if told is not None and digests and told not in digests:
         raise ErasureError(
-            f"the report is of the delta {str(told)[:12]}, this one is {next(iter(digests))[:12]} (of other settings, strength or parts); {way_out}"
+            f"the report is of the delta {str(told)[:12]}, this one is {next(iter(digests))[:12]} "
+            f"(of other settings, strength or parts); {way_out}"
         )
     if told is None:
         for key in ("method", "config"):
             own = _json(metadata, key) if key == "config" else metadata[key]
             if report.provenance.get(key, own) != own:
-                raise ErasureError(f"the report is of a delta of another {key} than this one; {way_out}")
+                raise ErasureError(
+                    f"the report is of a delta of another {key} than this one; {way_out}"
+                )
 
 
 def _words(base: str, targets: list[str], method: str) -> tuple[str, str]:
-    """Title, and first sentence in Markdown. Nothing is erased where every part was composed with a negative scale, or with none."""
+    """Title, and first sentence in Markdown. Nothing is erased where every part was composed with a
+    negative scale, or with none."""
     if not targets:
-        return f"{base}, changed", f"The weights of {plain(base)}, changed by deltas of {code(method)} at the scales given below"
+        return (
+            f"{base}, changed",
+            f"The weights of {plain(base)}, changed by deltas of {code(method)} at the scales "
+            "given below",
+        )
     was, named = "was" if len(targets) == 1 else "were", " and ".join(targets)
-    what = f"The weights of {plain(base)}, from which {plain(named)} {was} erased with {code(method)}"
+    what = (
+        f"The weights of {plain(base)}, from which {plain(named)} {was} erased with {code(method)}"
+    )
     return f"{base} without {named}", what
 
 
@@ -158,16 +191,22 @@ def _json(metadata: Mapping[str, str], key: str) -> Any:
     try:
         return json.loads(metadata[key])
     except json.JSONDecodeError as error:
-        raise ErasureError(f"the metadata's {key} is not JSON ({error}); take it from the delta as it is") from error
+        raise ErasureError(
+            f"the metadata's {key} is not JSON ({error}); take it from the delta as it is"
+        ) from error
 
 
-def _front(metadata: Mapping[str, str], usage: Usage, title: str, report: EvalReport | None) -> ModelCardData:
-    """Front matter (https://huggingface.co/docs/hub/model-cards), with the scores as its model index."""
+def _front(
+    metadata: Mapping[str, str], usage: Usage, title: str, report: EvalReport | None
+) -> ModelCardData:
+    """Front matter (https://huggingface.co/docs/hub/model-cards), with the scores as its model
+    index."""
     from huggingface_hub import ModelCardData
 
     base_id = metadata["base_id"]
     license, on_hub = metadata.get("license") or _license_of(base_id), _on_hub(base_id)
-    relation: dict[str, Any] = {"base_model_relation": usage.relation} if on_hub else {}  # a key that the class does not know
+    # a key that the class does not know
+    relation: dict[str, Any] = {"base_model_relation": usage.relation} if on_hub else {}
     return ModelCardData(
         license=license or "other",
         license_name=None if license else "as-the-base",
@@ -190,7 +229,9 @@ def _results(report: EvalReport) -> list[EvalResult]:
         EvalResult(
             task_type="text-to-image",
             dataset_type="prompts",
-            dataset_name=f"prompts of {', '.join(words(report.concept, 'target'))} and of what is kept",
+            dataset_name=(
+                f"prompts of {', '.join(words(report.concept, 'target'))} and of what is kept"
+            ),
             metric_type=score.name.lower().replace(" ", "_"),
             metric_name=f"{score.heading} ({row})",
             metric_value=round(score.value, 4),
@@ -209,7 +250,9 @@ def _license_of(base_id: str) -> str | None:
     from huggingface_hub import ModelCard
 
     card = (CANVAS if base_id == "canvas" else Path(base_id)) / "README.md"
-    stated = ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    stated = (
+        ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
+    )
     return stated if isinstance(stated, str) and stated != "other" else None
 
 
@@ -227,13 +270,22 @@ def _base(metadata: Mapping[str, str]) -> str:
 def _concepts(concepts: list[dict[str, Any]]) -> str:
     if not concepts:
         return "No concept was erased."
-    rows = [(plain(c["target"]), plain(c["anchor"]), plain(", ".join(c.get("synonyms", ())) or "none given")) for c in concepts]
+    rows = [
+        (
+            plain(c["target"]),
+            plain(c["anchor"]),
+            plain(", ".join(c.get("synonyms", ())) or "none given"),
+        )
+        for c in concepts
+    ]
     return _table(("erased", "in its place", "other names erased with it"), rows)
 
 
 def _prompt(concepts: list[dict[str, Any]]) -> str:
     concept = concepts[0] if concepts else {"target": "anything"}
-    return (list(concept.get("templates", ())) or ["an image of {}"])[0].replace("{}", concept["target"])
+    return (list(concept.get("templates", ())) or ["an image of {}"])[0].replace(
+        "{}", concept["target"]
+    )
 
 
 def _scores(report: EvalReport | None) -> str:
@@ -243,12 +295,25 @@ def _scores(report: EvalReport | None) -> str:
     rows = []
     for column in report.columns():
         found = [report.score(row, column.name) for row in report.rows]
-        rows.append((plain(column.heading), *(f"{score.text()} (n {score.n})" if score else "–" for score in found)))
+        rows.append(
+            (
+                plain(column.heading),
+                *(f"{score.text()} (n {score.n})" if score else "–" for score in found),
+            )
+        )
     terms = [f"- {plain(f'{name}: {meaning}.')}" for name, meaning in glossary(report).items()]
     judged = {judge: ", ".join(names) for judge, names in _judges(report).items() if judge}
     judges = [f"- {plain(f'judged by {judge}: {names}.')}" for judge, names in judged.items()]
-    noise = "[low, high] is the 95 % interval of sampling n judgements; ↑ higher is better, ↓ lower is better."
-    return "\n\n".join(filter(None, [plain(verdict_line(report)), _table(heading, rows), noise, "\n".join(terms + judges)]))
+    noise = (
+        "[low, high] is the 95 % interval of sampling n judgements; ↑ higher is better, ↓ lower is "
+        "better."
+    )
+    return "\n\n".join(
+        filter(
+            None,
+            [plain(verdict_line(report)), _table(heading, rows), noise, "\n".join(terms + judges)],
+        )
+    )
 
 
 def _judges(report: EvalReport) -> dict[str, list[str]]:
@@ -264,10 +329,18 @@ def _made(metadata: Mapping[str, str]) -> str:
     tables = [_table(("", ""), list(facts.items()))]
     if "parts" in metadata:
         rows = [
-            (plain(part["erased"]), f"{part['scale']:g}", plain(part["method"]), code(part["sha256"][:16]))
+            (
+                plain(part["erased"]),
+                f"{part['scale']:g}",
+                plain(part["method"]),
+                code(part["sha256"][:16]),
+            )
             for part in _json(metadata, "parts")
         ]
-        tables.append("Composed of these deltas, scaled and added; a negative scale adds its concept instead of erasing it:")
+        tables.append(
+            "Composed of these deltas, scaled and added; a negative scale adds its concept instead "
+            "of erasing it:"
+        )
         tables.append(_table(("erases", "scale", "method", "sha256"), rows))
     return "\n\n".join(tables)
 
@@ -275,8 +348,15 @@ def _made(metadata: Mapping[str, str]) -> str:
 def _reproduce(report: EvalReport | None) -> str:
     commands = report.provenance.get("commands") if report else None
     if not commands:
-        return "The same base, method, config and versions on the same machine give the same weights again."
-    lines = commands.splitlines() if isinstance(commands, str) else [" ".join(str(line).split()) for line in commands]
+        return (
+            "The same base, method, config and versions on the same machine give the same weights "
+            "again."
+        )
+    lines = (
+        commands.splitlines()
+        if isinstance(commands, str)
+        else [" ".join(str(line).split()) for line in commands]
+    )
     shown = "\n".join(map(command_without_paths, lines))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
     return f"Commands:\n\n{fence}sh\n{shown}\n{fence}"

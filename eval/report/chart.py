@@ -1,4 +1,5 @@
-"""The loss chart of the report: lines in an SVG that stretches, labels in HTML, so that text keeps its size at any width."""
+"""The loss chart of the report: lines in an SVG that stretches, labels in HTML, so that text keeps
+its size at any width."""
 
 from __future__ import annotations
 
@@ -21,15 +22,19 @@ class Axis:
     ticks: tuple[float, ...]
 
     def at(self, value: float) -> float:
-        """Where `value` lies between low (0) and high (1); a logarithmic axis puts what it cannot show at its low end."""
+        """Where `value` lies between low (0) and high (1); a logarithmic axis puts what it cannot
+        show at its low end."""
         if not self.log:
             return (value - self.low) / ((self.high - self.low) or 1)
-        return (math.log10(max(value, self.low)) - math.log10(self.low)) / math.log10(self.high / self.low)
+        return (math.log10(max(value, self.low)) - math.log10(self.low)) / math.log10(
+            self.high / self.low
+        )
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: SVG path data of its values and of their moving average, and the average at both ends."""
+    """One curve: SVG path data of its values and of their moving average, and the average at both
+    ends."""
 
     name: str
     raw: str
@@ -58,7 +63,8 @@ class Chart:
 
 
 def linear_axis(low: float, high: float) -> Axis:
-    """An axis with two to seven ticks at multiples of 1, 2 or 5 times a power of ten, widened to end on ticks."""
+    """An axis with two to seven ticks at multiples of 1, 2 or 5 times a power of ten, widened to
+    end on ticks."""
     step = _step(low, high)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     last = max(last, first + 1)
@@ -78,7 +84,8 @@ def _step(low: float, high: float) -> float:
 
 
 def log_axis(low: float, high: float) -> Axis:
-    """An axis with ticks at 1, 2 and 5 times the powers of ten, or at fewer where those crowd. 0 < low < high."""
+    """An axis with ticks at 1, 2 and 5 times the powers of ten, or at fewer where those crowd. 0 <
+    low < high."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for parts in ((1, 2, 5), (1, 3), (1,)):
         ticks = tuple(m * 10.0**p for p in powers for m in parts if low <= m * 10.0**p <= high)
@@ -95,26 +102,35 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 def chart(curves: Mapping[str, Sequence[float]]) -> Chart | None:
     """Lay out curves that have one finite value per step, the first step being 1.
-
-    The axis of values covers all but the highest and lowest hundredth, from zero; it is logarithmic where they span more than
-    a factor of 20. None if there is nothing to draw.
+    The axis of values covers all but the highest and lowest hundredth, from zero; it is logarithmic
+       where they span more than a factor of 20. None if there is nothing to draw.
     """
     curves = {name: values for name, values in curves.items() if len(values)}
     if not curves:
         return None
     ranked = sorted(value for values in curves.values() for value in values)
     low, high = ranked[len(ranked) // 100], ranked[-1 - len(ranked) // 100]
-    values = log_axis(low / 1.1, high * 1.1) if 0 < 20 * low < high else linear_axis(min(low, 0.0), max(high, 0.0))
+    values = (
+        log_axis(low / 1.1, high * 1.1)
+        if 0 < 20 * low < high
+        else linear_axis(min(low, 0.0), max(high, 0.0))
+    )
     steps = step_axis(max(map(len, curves.values())))
-    return Chart([_line(name, curve, steps, values) for name, curve in curves.items()], steps, values)
+    return Chart(
+        [_line(name, curve, steps, values) for name, curve in curves.items()], steps, values
+    )
 
 
 def _line(name: str, curve: Sequence[float], steps: Axis, values: Axis) -> Line:
     smooth = moving_average(curve, max(len(curve) // 12, 1) | 1)
-    return Line(name, _path(curve, steps, values), _path(smooth, steps, values), smooth[0], smooth[-1])
+    return Line(
+        name, _path(curve, steps, values), _path(smooth, steps, values), smooth[0], smooth[-1]
+    )
 
 
 def _path(curve: Sequence[float], steps: Axis, values: Axis) -> str:
     stride = max(math.ceil(len(curve) / POINTS), 1)
     spots = [*range(0, len(curve) - 1, stride), len(curve) - 1]
-    return "M" + "L".join(f"{SIDE * steps.at(i + 1):.1f} {SIDE - SIDE * values.at(curve[i]):.1f}" for i in spots)
+    return "M" + "L".join(
+        f"{SIDE * steps.at(i + 1):.1f} {SIDE - SIDE * values.at(curve[i]):.1f}" for i in spots
+    )

@@ -31,7 +31,9 @@ def data_uri(image: Image) -> str:
     return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
 
 
-def matched(before: ImageSet, after: ImageSet, rows: Sequence[ImageRow]) -> list[tuple[ImageRow, ImageRow]]:
+def matched(
+    before: ImageSet, after: ImageSet, rows: Sequence[ImageRow]
+) -> list[tuple[ImageRow, ImageRow]]:
     """Rows of `before`, each with the row of `after` made from the same prompt and seed.
 
     Raises:
@@ -41,39 +43,53 @@ def matched(before: ImageSet, after: ImageSet, rows: Sequence[ImageRow]) -> list
     for row in rows:
         if (row.case, row.prompt, row.seed) not in others:
             raise ErasureError(
-                f"{after.folder} has no image of case {row.case} ({row.prompt!r}, seed {row.seed}) to set beside that in "
+                f"{after.folder} has no image of case {row.case} ({row.prompt!r}, seed {row.seed}) "
+                "to set beside that in "
                 f"{before.folder}; generate both from one prompt set"
             )
     return [(row, others[row.case, row.prompt, row.seed]) for row in rows]
 
 
-# ---- the strip, drawn at twice its width in a README so that it is crisp on dense screens -----------------------------
+# ---- the strip, drawn at twice its width in a README so that it is crisp on dense screens --------
 
-TILE, GAP, BREAK, LEFT, EDGE = 192, 12, 44, 150, 28  # px: an image, between images, between groups, row labels, margin
+# px: an image, between images, between groups, row labels, margin
+TILE, GAP, BREAK, LEFT, EDGE = (
+    192,
+    12,
+    44,
+    150,
+    28,
+)
 INK, MUTED, PAPER = "#1b1c1e", "#5f636a", "#ffffff"
 
 
 def before_after(
-    before: ImageSet, after: ImageSet, rows: Mapping[str, Sequence[ImageRow]] | Sequence[ImageRow], title: str = ""
+    before: ImageSet,
+    after: ImageSet,
+    rows: Mapping[str, Sequence[ImageRow]] | Sequence[ImageRow],
+    title: str = "",
 ) -> Image:
     """Two rows of images, the base's over the erased one's, each column captioned with its prompt.
-
-    Args:
-        before: the base's images.
-        after: the erased model's, from the same prompts and seeds.
-        rows: rows of `before`, or a heading -> rows mapping for groups of columns. Four and four come to about 900 px
-            at half size.
-        title: a line above it all.
+    Args: before: the base's images. after: the erased model's, from the same prompts and seeds.
+    rows: rows of `before`, or a heading -> rows mapping for groups of columns. Four and four come
+    to about 900 px at half size. title: a line above it all.
     """
     from PIL import Image, ImageDraw
 
-    groups = {h: matched(before, after, r) for h, r in (rows.items() if isinstance(rows, Mapping) else [("", rows)]) if r}
+    groups = {
+        h: matched(before, after, r)
+        for h, r in (rows.items() if isinstance(rows, Mapping) else [("", rows)])
+        if r
+    }
     if not groups:
-        raise ErasureError("a before/after picture needs at least one image; choose rows that both sets have")
+        raise ErasureError(
+            "a before/after picture needs at least one image; choose rows that both sets have"
+        )
     heights = [64 * bool(title), 40 * any(groups), 96]
     columns = sum(map(len, groups.values()))
     width = max(
-        LEFT + columns * (TILE + GAP) - GAP + (len(groups) - 1) * (BREAK - GAP), int(_font(32, bold=True).getlength(title))
+        LEFT + columns * (TILE + GAP) - GAP + (len(groups) - 1) * (BREAK - GAP),
+        int(_font(32, bold=True).getlength(title)),
     )
     top = EDGE + sum(heights)
     sheet = Image.new("RGB", (width + 2 * EDGE, top + 2 * TILE + GAP + EDGE), PAPER)
@@ -87,7 +103,9 @@ def before_after(
         for first, second in pairs:
             _caption(draw, first.prompt, (x, top - 10))
             for image, y in ((before.image(first), top), (after.image(second), top + TILE + GAP)):
-                sheet.paste(image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y))
+                sheet.paste(
+                    image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y)
+                )
             x += TILE + GAP
         x += BREAK - GAP
     return sheet
@@ -100,7 +118,8 @@ def _caption(draw: ImageDraw, text: str, at: tuple[int, int]) -> None:
 
 @cache
 def _font(size: int, bold: bool = False) -> FreeTypeFont:
-    """DejaVu Sans, which matplotlib ships: it has the arrows and the scripts that Pillow's own font lacks."""
+    """DejaVu Sans, which matplotlib ships: it has the arrows and the scripts that Pillow's own font
+    lacks."""
     import matplotlib
     from PIL import ImageFont
 

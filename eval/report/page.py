@@ -21,18 +21,24 @@ from erase.files import atomic_write
 
 FORGET, RETAIN = 18, 30  # before/after pairs on the page: that ask for the concept, and that do not
 STRIP = 4  # columns of the strip that ask for the concept, and as many that do not
-MASK = "The saliency mask says which weights were allowed to change. It does not say where in the network the concept is kept."
+MASK = (
+    "The saliency mask says which weights were allowed to change. It does not say where in the "
+    "network the concept is kept."
+)
 
 
 def names_concept(row: ImageRow, concept: Mapping[str, Any]) -> bool:
     """Whether the row's labels or its prompt name what was forgotten, or a synonym of it."""
     lost = {word.lower() for key in ("target", "synonyms") for word in words(concept, key)}
     asked = {label.lower() for label in row.labels.values()}
-    return bool(lost & asked) or any(re.search(rf"\b{re.escape(word)}\b", row.prompt.lower()) for word in lost)
+    return bool(lost & asked) or any(
+        re.search(rf"\b{re.escape(word)}\b", row.prompt.lower()) for word in lost
+    )
 
 
 def spread_out(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:
-    """`count` rows drawn at random (always the same ones), each time one whose labels were drawn least; sorted by case."""
+    """`count` rows drawn at random (always the same ones), each time one whose labels were drawn
+    least; sorted by case."""
     pool, seen = random.Random(0).sample(list(rows), len(rows)), Counter[tuple[str, str]]()
     drawn: list[ImageRow] = []
     while pool and len(drawn) < count:
@@ -43,7 +49,9 @@ def spread_out(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:
     return sorted(drawn, key=lambda row: row.case)
 
 
-def groups(concept: Mapping[str, Any], images: ImageSet, forget: int, retain: int) -> dict[str, list[ImageRow]]:
+def groups(
+    concept: Mapping[str, Any], images: ImageSet, forget: int, retain: int
+) -> dict[str, list[ImageRow]]:
     """Rows to show, under what they ask for: the concept first, then anything else."""
     asking = [row for row in images.rows if names_concept(row, concept)]
     others = [row for row in images.rows if not names_concept(row, concept)]
@@ -53,14 +61,20 @@ def groups(concept: Mapping[str, Any], images: ImageSet, forget: int, retain: in
     }
 
 
-# ---- scores, saliency density, confusion, provenance -------------------------------------------------------------------
+# ---- scores, saliency density, confusion, provenance ---------------------------------------------
 
 
 def _score_cell(report: EvalReport, row: str, name: str) -> dict[str, str] | None:
     score, base = report.score(row, name), report.score(BASE, name)
     if score is None:
         return None
-    cell = {"value": score.value_text(), "interval": score.interval_text(), "n": str(score.n), "change": "", "verdict": ""}
+    cell = {
+        "value": score.value_text(),
+        "interval": score.interval_text(),
+        "n": str(score.n),
+        "change": "",
+        "verdict": "",
+    }
     if base and row != BASE:
         change = round(score.value - base.value, base.decimals)
         cell["change"] = f"{change:+.{base.decimals}f}".replace("-", "−") if change else "0"
@@ -69,13 +83,17 @@ def _score_cell(report: EvalReport, row: str, name: str) -> dict[str, str] | Non
 
 
 def _scores(report: EvalReport) -> dict[str, Any]:
-    rows = [(score, [_score_cell(report, row, score.name) for row in report.rows]) for score in report.columns()]
+    rows = [
+        (score, [_score_cell(report, row, score.name) for row in report.rows])
+        for score in report.columns()
+    ]
     return {"models": list(report.rows), "rows": rows, "glossary": glossary(report)}
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of the network: the fraction of its weights that the mask lets change, and the same for each of its layers."""
+    """A block of the network: the fraction of its weights that the mask lets change, and the same
+    for each of its layers."""
 
     name: str
     density: float
@@ -83,14 +101,16 @@ class Block:
 
 
 def block_name(parameter: str) -> str:
-    """`down_blocks.1` for `down_blocks.1.attentions.0…`: up to the first number, or the first word if there is none."""
+    """`down_blocks.1` for `down_blocks.1.attentions.0…`: up to the first number, or the first word
+    if there is none."""
     parts = parameter.split(".")
     number = next((i for i, part in enumerate(parts[:4]) if part.isdigit()), 0)
     return ".".join(parts[: number + 1])
 
 
 def blocks(density: Mapping[str, float], sizes: Mapping[str, int]) -> list[Block]:
-    """Layers grouped by block in order of first appearance; a block's density weighs its layers by size (1 if not known)."""
+    """Layers grouped by block in order of first appearance; a block's density weighs its layers by
+    size (1 if not known)."""
     grouped: dict[str, dict[str, float]] = defaultdict(dict)
     for name, fraction in density.items():
         grouped[block_name(name)][name] = fraction
@@ -119,7 +139,13 @@ def _settings(before: ImageSet, after: ImageSet) -> list[tuple[str, str, str]]:
 def _flat(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return (
+        "none"
+        if value is None
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, ensure_ascii=False)
+    )
 
 
 def _provenance(report: EvalReport) -> dict[str, Any]:
@@ -128,12 +154,16 @@ def _provenance(report: EvalReport) -> dict[str, Any]:
     config = known["config"] or {}
     return {
         "commands": commands.splitlines() if isinstance(commands, str) else commands,
-        "config": config if isinstance(config, str) else json.dumps(config, indent=2, ensure_ascii=False),
-        "facts": {key: _flat(value) for key, value in report.provenance.items() if key not in known},
+        "config": config
+        if isinstance(config, str)
+        else json.dumps(config, indent=2, ensure_ascii=False),
+        "facts": {
+            key: _flat(value) for key, value in report.provenance.items() if key not in known
+        },
     }
 
 
-# ---- the page -----------------------------------------------------------------------------------------------------------
+# ---- the page ------------------------------------------------------------------------------------
 
 
 def render_html(
@@ -144,15 +174,11 @@ def render_html(
     density: Mapping[str, float],
     sizes: Mapping[str, int] | None = None,
 ) -> str:
-    """The report as one HTML page that asks nothing of the network.
-
-    Args:
-        report: the scores; `check` must pass.
-        before: the base's images.
-        after: the erased model's images of the same prompts and seeds.
-        curves: name -> loss of every training step.
-        density: parameter name -> fraction of it that the mask lets change, in [0, 1]; empty without a mask.
-        sizes: parameter name -> number of weights, to weigh layers within a block.
+    """The report as one HTML page that asks nothing of the network. Args: report: the scores;
+    `check` must pass. before: the base's images. after: the erased model's images of the same
+    prompts and seeds. curves: name -> loss of every training step. density: parameter name ->
+    fraction of it that the mask lets change, in [0, 1]; empty without a mask. sizes: parameter name
+    -> number of weights, to weigh layers within a block.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -188,7 +214,8 @@ def render_html(
 def _coverage(report: EvalReport, images: ImageSet) -> str:
     asked = sum(names_concept(row, report.concept) for row in images.rows)
     return (
-        f"The images are of {len(images.rows)} prompts and seeds, {asked} of which ask for {either(report.concept)}, with one "
+        f"The images are of {len(images.rows)} prompts and seeds, {asked} of which ask for "
+        f"{either(report.concept)}, with one "
         f"sampler and its settings. Other wordings, languages and settings were not looked at."
     )
 
@@ -218,7 +245,8 @@ def save_report(
     density: Mapping[str, float],
     sizes: Mapping[str, int] | None = None,
 ) -> Path:
-    """Write report.json, report.html and before_after.png into `folder`; arguments as for `render_html`.
+    """Write report.json, report.html and before_after.png into `folder`; arguments as for
+    `render_html`.
 
     The loss curves and the density per layer go into report.json too, under `extras`.
     """
@@ -230,7 +258,10 @@ def save_report(
         groups(report.concept, before, STRIP, STRIP),
         f"{report.title}: the same prompts and seeds, before and after",
     )
-    extras = {"curves": {name: list(values) for name, values in curves.items()}, "density": dict(density)}
+    extras = {
+        "curves": {name: list(values) for name, values in curves.items()},
+        "density": dict(density),
+    }
     replace(report, extras=report.extras | extras).save(folder / "report.json")
     with atomic_write(folder / "report.html") as aside:
         aside.write_text(page, encoding="utf-8")

@@ -1,4 +1,5 @@
-"""The report that holds the scores: never how well a concept went without what that cost, nor without the base."""
+"""The report that holds the scores: never how well a concept went without what that cost, nor
+without the base."""
 
 from __future__ import annotations
 
@@ -22,22 +23,25 @@ SCHEMA_VERSION = 2
 BASE, ERASED = "base", "erased"
 ENDS = "low", "high"
 INTERVALS = "[low, high]: 95 % interval of n judgements"
+NOT_ZERO_SHOT = " (or with clip.zero_shot false, for the CLIP score alone)"
 
 
 @dataclass
 class EvalReport:
-    """What was measured of a base, of its erased weights and of any control, and how.
-
-    `extras` is free for whatever is not a score; the page knows `confusion`: row name -> {"kind": str, "labels": [str],
-    "counts": [[int]]}, where counts[i][j] is how many images whose prompt names labels[i] were classified as labels[j].
+    """What was measured of a base, of its erased weights and of any control, and how. `extras` is
+    free for whatever is not a score; the page knows `confusion`: row name -> {"kind": str,
+    "labels": [str], "counts": [[int]]}, where counts[i][j] is how many images whose prompt names
+    labels[i] were classified as labels[j].
     """
 
     concept: dict[str, Any]
-    """`ConceptSpec` as a mapping: target, anchor, synonyms, kind, …; target and anchor are lists if several were forgotten"""
+    """`ConceptSpec` as a mapping: target, anchor, synonyms, kind, …; target and anchor are lists if
+    several were forgotten"""
     rows: dict[str, list[Score]]
     """"base", "erased" and named controls -> their scores"""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """fingerprints, prompt set, sampler, versions, and `commands`: the command lines that make it all again"""
+    """fingerprints, prompt set, sampler, versions, and `commands`: the command lines that make it
+    all again"""
     extras: dict[str, Any] = field(default_factory=dict)
 
     def score(self, row: str, name: str) -> Score | None:
@@ -54,32 +58,47 @@ class EvalReport:
     @property
     def title(self) -> str:
         """`heart → star`."""
-        return " → ".join(", ".join(words(self.concept, key)) for key in ("target", "anchor") if words(self.concept, key))
+        return " → ".join(
+            ", ".join(words(self.concept, key))
+            for key in ("target", "anchor")
+            if words(self.concept, key)
+        )
 
     def check(self) -> EvalReport:
-        """Refuse a report that tells how well a concept went without its price.
-
-        Raises:
-            ErasureError: a UA (of any judge) stands without that judge's IRA and CRA, or without a base row that has all three.
+        """Refuse a report that tells how well a concept went without its price. Raises:
+        ErasureError: a UA (of any judge) stands without that judge's IRA and CRA, or without a base
+        row that has all three.
         """
-        judges = {s.name.removesuffix("UA") for scores in self.rows.values() for s in scores if f" {s.name}".endswith(" UA")}
+        judges = {
+            s.name.removesuffix("UA")
+            for scores in self.rows.values()
+            for s in scores
+            if f" {s.name}".endswith(" UA")
+        }
         for judge in sorted(judges):
             for row in [BASE, *(row for row in self.rows if self.score(row, f"{judge}UA"))]:
-                lacks = [judge + name for name in ("UA", "IRA", "CRA") if self.score(row, judge + name) is None]
+                lacks = [
+                    judge + name
+                    for name in ("UA", "IRA", "CRA")
+                    if self.score(row, judge + name) is None
+                ]
                 if lacks:
                     raise ErasureError(
                         f"{judge}UA says nothing alone: row {row!r} lacks {', '.join(lacks)}; "
-                        f"evaluate the base and the erased model on forget and on retained prompts, labelled with two kinds or more"
-                        f"{' (or with clip.zero_shot false, for the CLIP score alone)' if judge else ''}"
+                        "evaluate the base and the erased model on forget and on retained "
+                        "prompts, labelled with two kinds or more"
+                        f"{NOT_ZERO_SHOT if judge else ''}"
                     )
         return self
 
     def table(self) -> Table:
-        """A console table: a row per score, a column per model; what differs from the base beyond the noise is coloured."""
+        """A console table: a row per score, a column per model; what differs from the base beyond
+        the noise is coloured."""
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(self.title), caption=Text(INTERVALS))  # Text: brackets are no markup
+        # Text: brackets are no markup
+        table = Table(title=Text(self.title), caption=Text(INTERVALS))
         table.add_column("score")
         for row in self.check().rows:
             table.add_column(Text(row), justify="right")
@@ -94,34 +113,47 @@ class EvalReport:
         if score is None:
             return Text("–", style="dim")
         style = ("", "green", "red")[verdict(base, score)] if base else ""
-        value = score.text().replace(" ", "\N{NO-BREAK SPACE}")  # a narrow console breaks before n, not inside the value
+        # a narrow console breaks before n, not inside the value
+        value = score.text().replace(" ", "\N{NO-BREAK SPACE}")
         return Text.assemble((value, style), (f" ({score.n})", "dim"))
 
     def to_json(self) -> str:
         """The report as JSON text. Intervals that are not known are null."""
-        rows = {row: [_plain(score) for score in scores] for row, scores in self.check().rows.items()}
+        rows = {
+            row: [_plain(score) for score in scores] for row, scores in self.check().rows.items()
+        }
         content = {"schema_version": SCHEMA_VERSION, "concept": self.concept, "rows": rows}
         content |= {"provenance": self.provenance, "extras": self.extras}
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, where: str = "report.json") -> EvalReport:
-        """The report that `to_json` wrote; `where` names it in errors.
-
-        Raises:
-            ErasureError: it is truncated, of another schema version, or lacks what `check` asks for.
+        """The report that `to_json` wrote; `where` names it in errors. Raises: ErasureError: it is
+        truncated, of another schema version, or lacks what `check` asks for.
         """
         try:
             content = json.loads(text, parse_float=_finite, parse_constant=_finite)
             if content["schema_version"] != SCHEMA_VERSION:
-                raise ErasureError(f"{where} has schema {content['schema_version']}, not {SCHEMA_VERSION}; evaluate again")
+                raise ErasureError(
+                    f"{where} has schema {content['schema_version']}, not {SCHEMA_VERSION}; "
+                    "evaluate again"
+                )
             rows = {row: [_score(raw) for raw in scores] for row, scores in content["rows"].items()}
             _check_parts(content)
             return cls(content["concept"], rows, content["provenance"], content["extras"]).check()
         except ErasureError as error:
             raise error if where in str(error) else ErasureError(f"{where}: {error}") from error
-        except (ArithmeticError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ErasureError(f"{where} is not a whole report ({reason(error)}); evaluate again to make it anew") from error
+        except (
+            ArithmeticError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise ErasureError(
+                f"{where} is not a whole report ({reason(error)}); evaluate again to make it anew"
+            ) from error
 
     def save(self, path: str | Path) -> Path:
         """Write `report.json`."""
@@ -137,7 +169,9 @@ class EvalReport:
             return cls.from_json(Path(path).read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ErasureError(f"cannot read {path}: {reason}; name a report.json that an evaluation wrote") from error
+            raise ErasureError(
+                f"cannot read {path}: {reason}; name a report.json that an evaluation wrote"
+            ) from error
 
 
 def words(concept: Mapping[str, Any], key: str) -> list[str]:
@@ -147,22 +181,29 @@ def words(concept: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _plain(score: Score) -> dict[str, Any]:
-    return asdict(score) | {key: None if math.isnan(end) else end for key, end in zip(ENDS, score.interval, strict=True)}
+    return asdict(score) | {
+        key: None if math.isnan(end) else end for key, end in zip(ENDS, score.interval, strict=True)
+    }
 
 
 def _score(raw: dict[str, Any]) -> Score:
     score = Score(**raw | {key: math.nan if raw[key] is None else raw[key] for key in ENDS})
     texts, numbers = (score.name, score.unit, score.evaluator), (score.value, *score.interval)
-    right = all(isinstance(text, str) for text in texts) and all(type(number) in (int, float) for number in numbers)
+    right = all(isinstance(text, str) for text in texts) and all(
+        type(number) in (int, float) for number in numbers
+    )
     if not right or type(score.n) is not int or type(score.higher_is_better) is not bool:
         raise TypeError(f"the score {score.name!r} has a value of the wrong type")
     return score
 
 
 def _check_parts(content: dict[str, Any]) -> None:
-    """Refuse, by a TypeError or a ValueError, parts of a report that the table, the page or the card could not show."""
+    """Refuse, by a TypeError or a ValueError, parts of a report that the table, the page or the
+    card could not show."""
     json.dumps(content, ensure_ascii=False).encode()  # lone surrogates
-    concept, provenance, extras = (dict(content[part]) for part in ("concept", "provenance", "extras"))
+    concept, provenance, extras = (
+        dict(content[part]) for part in ("concept", "provenance", "extras")
+    )
     for key in ("target", "anchor", "synonyms", "kind"):
         _check_texts(concept.get(key), key)
     _check_texts(provenance.get("commands"), "commands")
@@ -172,9 +213,14 @@ def _check_parts(content: dict[str, Any]) -> None:
     for table in dict(extras.get("confusion", {})).values():
         labels, counts = table["labels"], table["counts"]
         _check_texts([table["kind"], *labels], "confusion")
-        if len(counts) != len(labels) or any(len(row) != len(labels) or _not_numbers(row) for row in counts):
+        if len(counts) != len(labels) or any(
+            len(row) != len(labels) or _not_numbers(row) for row in counts
+        ):
             raise ValueError("a confusion is no square of counts")
-    for values in [*dict(extras.get("curves", {})).values(), list(dict(extras.get("density", {})).values())]:
+    for values in [
+        *dict(extras.get("curves", {})).values(),
+        list(dict(extras.get("density", {})).values()),
+    ]:
         if _not_numbers(values):
             raise TypeError("curves and density are of numbers")
 

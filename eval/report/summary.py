@@ -34,7 +34,8 @@ class Spread:
 
 
 def summarise(reports: Sequence[EvalReport]) -> list[Spread]:
-    """Mean, sample sd and range of every score of every row over reports of the same evaluation with different seeds.
+    """Mean, sample sd and range of every score of every row over reports of the same evaluation
+    with different seeds.
 
     Raises:
         ErasureError: there are none, or one lacks a row or a score that another has.
@@ -43,8 +44,13 @@ def summarise(reports: Sequence[EvalReport]) -> list[Spread]:
         raise ErasureError("no reports to summarise; give at least one")
     wanted = [(row, s.name) for row, scores in reports[0].check().rows.items() for s in scores]
     for i, report in enumerate(reports):
-        if {(row, s.name) for row, scores in report.check().rows.items() for s in scores} != set(wanted):
-            raise ErasureError(f"report {i + 1} does not hold the rows and scores of the first; evaluate all in the same way")
+        if {(row, s.name) for row, scores in report.check().rows.items() for s in scores} != set(
+            wanted
+        ):
+            raise ErasureError(
+                f"report {i + 1} does not hold the rows and scores of the first; evaluate all in "
+                "the same way"
+            )
     return [_spread(row, [s for r in reports if (s := r.score(row, name))]) for row, name in wanted]
 
 
@@ -53,4 +59,6 @@ def _spread(row: str, scores: list[Score]) -> Spread:
     sd = stdev(values) if len(values) > 1 else math.nan
     first = scores[0]
     limits = min(values), max(values)
-    return Spread(row, first.name, len(values), fmean(values), sd, *limits, first.higher_is_better, first.unit)
+    return Spread(
+        row, first.name, len(values), fmean(values), sd, *limits, first.higher_is_better, first.unit
+    )

@@ -3,9 +3,9 @@
   python scripts/bench/check_readers.py draw FOLDER --out here.npy            in this environment
   OTHER/bin/python scripts/bench/check_readers.py draw FOLDER --out other.npy in another one, which needs nothing of this toolkit
   python scripts/bench/check_readers.py compare here.npy other.npy            the relative error; exit code 1 if it is above 1e-4
-
-FOLDER is what `erase-export` wrote, or `erase/models/canvas`. Not part of the tests, since it needs further environments, such as
-`pip install torch diffusers==0.30.3 transformers==4.44.2`. docs/formats.md has the versions that were compared.
+ FOLDER is what `erase-export` wrote, or `erase/models/canvas`. Not part of the tests, since it
+needs further environments, such as `pip install torch diffusers==0.30.3 transformers==4.44.2`.
+docs/formats.md has the versions that were compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import numpy as np
 
 
 def draw(folder: str, out: str, prompt: str) -> None:
-    """Write the pixels of one image, shape (H, W, 3), drawn by the code of the card and without any argument of precision."""
+    """Write the pixels of one image, shape (H, W, 3), drawn by the code of the card and without any
+    argument of precision."""
     import diffusers
     import torch
     import transformers
@@ -25,7 +26,9 @@ def draw(folder: str, out: str, prompt: str) -> None:
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(1)
-    pixels = pipeline(prompt, num_inference_steps=4, generator=generator, output_type="np").images[0]
+    pixels = pipeline(prompt, num_inference_steps=4, generator=generator, output_type="np").images[
+        0
+    ]
     np.save(out, pixels)
     print(f"diffusers {diffusers.__version__}, transformers {transformers.__version__}: {out}")
 
@@ -38,7 +41,9 @@ def compare(one: str, other: str) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     jobs = parser.add_subparsers(dest="job", required=True)
     drawing = jobs.add_parser("draw")

@@ -2,10 +2,10 @@
 
   python scripts/bench/count_activations.py                                SD 1.x at 512 pixels, bf16, by a GPU's autocast rules
   python scripts/bench/count_activations.py --family sdxl --rules cpu      SDXL at 1024 pixels, by a CPU's, where norms stay in bf16
-
-The real UNet runs on tensors without data (`FakeTensorMode`), and the memory that its graph holds on to is added up, weights left out: all of it,
-with `selective_recompute`, and with `gradient_checkpointing`, which besides holds one block at a time while it makes that again. All weights
-of the UNet ask for gradients; attention is taken to be the fused kernel's.
+ The real UNet runs on tensors without data (`FakeTensorMode`), and the memory that its graph holds
+on to is added up, weights left out: all of it, with `selective_recompute`, and with
+`gradient_checkpointing`, which besides holds one block at a time while it makes that again. All
+weights of the UNet ask for gradients; attention is taken to be the fused kernel's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class Counted(SavedActivations):
 
     def __init__(self, module: nn.Module, selective: bool) -> None:
         super().__init__()
-        self._weights, self._selective = {_storage(param) for param in module.parameters()}, selective
+        self._weights, self._selective = (
+            {_storage(param) for param in module.parameters()},
+            selective,
+        )
         self._kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def pack(self, tensor: Tensor) -> Any:
@@ -64,31 +67,51 @@ def without_data(family: str, device: str, half: torch.dtype | None) -> nn.Modul
     unet = shipped(family, "epsilon").modules()["unet"]
     for name, meta in list(unet.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        setattr(unet.get_submodule(owner), leaf, nn.Parameter(torch.empty(meta.shape, device=device)))
+        setattr(
+            unet.get_submodule(owner), leaf, nn.Parameter(torch.empty(meta.shape, device=device))
+        )
     for _, param, dtype in with_precision(unet, half):
         param.data = param.data.to(dtype)
     return unet.eval()
 
 
 def count(family: str, device: str, half: torch.dtype | None, way: str) -> tuple[int, int]:
-    """Bytes kept at the end of a forward pass of one row, and the most that one block of it adds."""
+    """Bytes kept at the end of a forward pass of one row, and the most that one block of it
+    adds."""
     with FakeTensorMode(), ExitStack() as stack:
         unet: Any = without_data(family, device, half)
         config, counted, added = unet.config, Counted(unet, way == WAYS[1]), [0]
         for block in (module for module in unet.modules() if isinstance(module, BLOCKS)):
             before: list[int] = []
             block.register_forward_pre_hook(lambda *_, before=before: before.append(counted.bytes))
-            block.register_forward_hook(lambda *_, before=before: added.append(counted.bytes - before.pop()))
+            block.register_forward_hook(
+                lambda *_, before=before: added.append(counted.bytes - before.pop())
+            )
         side, width = config.sample_size, config.cross_attention_dim
-        x, text = torch.randn(1, 4, side, side, device=device), torch.randn(1, 77, width, device=device)
-        pooled = {"text_embeds": torch.randn(1, 1280, device=device), "time_ids": torch.zeros(1, 6, device=device)}
+        x, text = (
+            torch.randn(1, 4, side, side, device=device),
+            torch.randn(1, 77, width, device=device),
+        )
+        pooled = {
+            "text_embeds": torch.randn(1, 1280, device=device),
+            "time_ids": torch.zeros(1, 6, device=device),
+        }
         stack.enter_context(checkpointed(unet, way == WAYS[2]))
-        stack.enter_context(recomputing([unet], counted) if way == WAYS[1] else saved_tensors_hooks(counted.pack, counted.unpack))
-        stack.enter_context(patch.object(functional, "scaled_dot_product_attention", _fused(device)))
+        stack.enter_context(
+            recomputing([unet], counted)
+            if way == WAYS[1]
+            else saved_tensors_hooks(counted.pack, counted.unpack)
+        )
+        stack.enter_context(
+            patch.object(functional, "scaled_dot_product_attention", _fused(device))
+        )
         stack.callback(torch.set_autocast_enabled, device, False)
         torch.set_autocast_dtype(device, half or torch.bfloat16)
-        torch.set_autocast_enabled(device, half is not None)  # the context manager would look for a GPU
-        out = unet(x, torch.zeros(1, dtype=torch.int64, device=device), text, added_cond_kwargs=pooled).sample
+        # the context manager would look for a GPU
+        torch.set_autocast_enabled(device, half is not None)
+        out = unet(
+            x, torch.zeros(1, dtype=torch.int64, device=device), text, added_cond_kwargs=pooled
+        ).sample
         assert out.requires_grad
         return counted.bytes, max(added)
 
@@ -103,11 +126,18 @@ def _fused(device: str) -> Any:
 def main() -> None:
     """One row of a table for each way."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--family", default="sd1", choices=list(STOCK))
     parser.add_argument("--precision", default="bf16", choices=list(PRECISIONS))
-    parser.add_argument("--rules", default="cuda", choices=["cuda", "cpu"], help="of autocast: on a GPU norms run in float32")
+    parser.add_argument(
+        "--rules",
+        default="cuda",
+        choices=["cuda", "cpu"],
+        help="of autocast: on a GPU norms run in float32",
+    )
     args = parser.parse_args()
     print(f"{args.family}, {args.precision}, autocast of {args.rules}: GB a row")
     found = {way: count(args.family, args.rules, PRECISIONS[args.precision], way) for way in WAYS}

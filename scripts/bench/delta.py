@@ -1,11 +1,14 @@
-"""Measure the size of exact forms of a delta: what is shipped, what is smaller, and what that would cost.
+"""Measure the size of exact forms of a delta: what is shipped, what is smaller, and what that would
+cost.
 
   python scripts/bench/delta.py                                      erases from canvas at several densities, 30 steps each, then measures
   python scripts/bench/delta.py --delta runs/heart/delta.safetensors --json sizes.json
 
-Every form is exact: the base and the form give the erased weights to the bit. `float16` rounds first: it is exact for a float16 model.
-The compressed forms hold the exclusive or with the base's values, split into byte planes: new values share sign, exponent and
-leading digits with the old ones; what is left of the mantissa is noise, which is why no coder gets far.
+Every form is exact: the base and the form give the erased weights to the bit. `float16` rounds
+    first: it is exact for a float16 model.
+The compressed forms hold the exclusive or with the base's values, split into byte planes: new
+values share sign, exponent and leading digits with the old ones; what is left of the mantissa is
+noise, which is why no coder gets far.
 """
 
 from __future__ import annotations
@@ -33,11 +36,17 @@ from erase.run import EraseConfig, erase_concept
 from erase.tensors import to_gaps
 from erase.training.config import MaskConfig, TrainConfig
 
-RUNS = {"density 0.5": (0.5, "full"), "density 0.1": (0.1, "full"), "density 0.01": (0.01, "full"), "xattn 0.5": (0.5, "xattn")}
+RUNS = {
+    "density 0.5": (0.5, "full"),
+    "density 0.1": (0.1, "full"),
+    "density 0.01": (0.01, "full"),
+    "xattn 0.5": (0.5, "xattn"),
+}
 
 
 def sizes(delta: ErasedDelta, model: DiffusionModel) -> dict[str, float]:
-    """Bytes of each form, without headers and metadata, but for the two files, which are as written."""
+    """Bytes of each form, without headers and metadata, but for the two files, which are as
+    written."""
     bits = torch.cat(list(delta.bits.values())).numpy().tobytes()
     gaps = [to_gaps(bits) for bits in delta.bits.values()]
     values, narrow = 4 * delta.count, delta.rounded(torch.float16)
@@ -51,14 +60,17 @@ def sizes(delta: ErasedDelta, model: DiffusionModel) -> dict[str, float]:
         "values + bits": values + len(bits),
         "values + smaller places (shipped)": values + smaller,
         "as shipped, the file": file_size(delta),
-        "xor + zlib": compressed(delta, model, lambda data: zlib.compress(data, 9)) + len(zlib.compress(bits, 9)),
+        "xor + zlib": compressed(delta, model, lambda data: zlib.compress(data, 9))
+        + len(zlib.compress(bits, 9)),
         "xor + lzma": compressed(delta, model, lzma.compress) + len(lzma.compress(bits)),
         "float16, the file": file_size(narrow),
         "float16, xor + lzma": compressed(narrow, model, lzma.compress) + len(lzma.compress(bits)),
     }
 
 
-def compressed(delta: ErasedDelta, model: DiffusionModel, compress: Callable[[bytes], bytes]) -> int:
+def compressed(
+    delta: ErasedDelta, model: DiffusionModel, compress: Callable[[bytes], bytes]
+) -> int:
     """Bytes of the values, as the exclusive or with the base's, plane by plane."""
     params, width = model.parameters(), next(iter(delta.values.values())).element_size()
     kind = {2: torch.int16, 4: torch.int32}[width]
@@ -89,19 +101,35 @@ def file_size(delta: ErasedDelta) -> int:
 def erase(density: float, scope: str) -> ErasedDelta:
     """A short erasure from canvas: enough for every chosen weight to move."""
     config = EraseConfig(latents=LatentConfig(n_forget=16, n_retain=16, steps=4))
-    method = SalUnConfig(mask=MaskConfig(density=density), scope=scope, train=TrainConfig(steps=30, lr=2e-4, batch_size=4))
+    method = SalUnConfig(
+        mask=MaskConfig(density=density),
+        scope=scope,
+        train=TrainConfig(steps=30, lr=2e-4, batch_size=4),
+    )
     return erase_concept(canvas_concept("heart"), config, method)
 
 
 def main() -> None:
     """Measure, print, write."""
-    made = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--delta", action="append", help="a delta to measure; may be given several times")
+    made = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--delta", action="append", help="a delta to measure; may be given several times"
+    )
     made.add_argument("--json", type=Path, help="write the numbers to this file")
     options = made.parse_args()
-    deltas = {path: ErasedDelta.load(path) for path in options.delta or ()} or {name: erase(*run) for name, run in RUNS.items()}
-    models = {base: load_model(base) for base in {delta.metadata["base_id"] for delta in deltas.values()}}
-    measured = {name: sizes(delta, models[delta.metadata["base_id"]]) for name, delta in deltas.items()}
+    deltas = {path: ErasedDelta.load(path) for path in options.delta or ()} or {
+        name: erase(*run) for name, run in RUNS.items()
+    }
+    models = {
+        base: load_model(base) for base in {delta.metadata["base_id"] for delta in deltas.values()}
+    }
+    measured = {
+        name: sizes(delta, models[delta.metadata["base_id"]]) for name, delta in deltas.items()
+    }
     table = Table(title="bytes of exact forms")
     for heading in ("form", *measured):
         table.add_column(heading, justify="left" if heading == "form" else "right")

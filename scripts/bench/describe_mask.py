@@ -1,9 +1,10 @@
-"""Where a mask lies: its share of each kind of layer, from a mask or from a saliency cut at any density.
+"""Where a mask lies: its share of each kind of layer, from a mask or from a saliency cut at any
+density.
 
   python scripts/bench/describe_mask.py runs/heart/mask.safetensors
   python scripts/bench/describe_mask.py runs/heart/saliency.safetensors --densities 0.03 0.1 0.5
-
-`erase-concept --out runs/heart` writes both files. Density is the part of a kind's weights that may change; share is the part of the mask that lies there.
+ `erase-concept --out runs/heart` writes both files. Density is the part of a kind's weights that
+may change; share is the part of the mask that lies there.
 """
 
 from __future__ import annotations
@@ -54,29 +55,46 @@ def describe(mask: SaliencyMask) -> str:
     total = mask.count()
     lines = [f"{'':36}{'of all weights':>15}{'density':>9}{'share':>8}"]
     for kind, (weights, chosen) in sorted(shares(mask).items(), key=lambda item: -item[1][1]):
-        lines.append(f"{kind:36}{weights / mask.size:>15.1%}{chosen / weights:>9.1%}{chosen / total:>8.1%}")
+        lines.append(
+            f"{kind:36}{weights / mask.size:>15.1%}{chosen / weights:>9.1%}{chosen / total:>8.1%}"
+        )
     return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     """A table per density."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", type=Path, help="mask.safetensors or saliency.safetensors")
-    parser.add_argument("--densities", type=float, nargs="+", help="the file is a saliency, to be cut here")
-    parser.add_argument("--rule", default="forget", choices=list(RULES), help="the rule that the saliency is ranked by")
+    parser.add_argument(
+        "--densities", type=float, nargs="+", help="the file is a saliency, to be cut here"
+    )
+    parser.add_argument(
+        "--rule",
+        default="forget",
+        choices=list(RULES),
+        help="the rule that the saliency is ranked by",
+    )
     parser.add_argument("--allocation", default="global", choices=ALLOCATIONS)
     parser.add_argument("--model", help="the base, for rules that look at its weights")
     args = parser.parse_args(argv)
     if args.densities:
         statistics = Statistics.load(args.file)
         weights = load_model(args.model).parameters() if args.model else None
-        masks = [scores(statistics, args.rule, weights).cut(density, args.allocation) for density in args.densities]
+        masks = [
+            scores(statistics, args.rule, weights).cut(density, args.allocation)
+            for density in args.densities
+        ]
     else:
         masks = [SaliencyMask.load(args.file)]
     for mask in masks:
-        print(f"{mask.count():,} of {mask.size:,} weights may change ({mask.count() / mask.size:.3%})\n{describe(mask)}\n")
+        print(
+            f"{mask.count():,} of {mask.size:,} weights may change "
+            f"({mask.count() / mask.size:.3%})\n{describe(mask)}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
-"""One erasure at the full size of Stable Diffusion, on random weights: what each stage takes in time and memory.
+"""One erasure at the full size of Stable Diffusion, on random weights: what each stage takes in
+time and memory.
 
   python scripts/bench/full_size.py                          SD 1.x, on whatever is there; a few minutes on a CPU
   python scripts/bench/full_size.py --family sdxl --scope xattn --checkpointing
 
-Random weights of the real architecture go through the real path: a single fp16 file in (SD 3: a folder), saliency, mask, one training step,
-delta, the same out. It proves sizes, not quality: nothing is erased from noise. Each stage prints its seconds and the peak of the process so far.
+Random weights of the real architecture go through the real path: a single fp16 file in (SD 3: a
+    folder), saliency, mask, one training step,
+delta, the same out. It proves sizes, not quality: nothing is erased from noise. Each stage prints
+    its seconds and the peak of the process so far.
 """
 
 from __future__ import annotations
@@ -51,7 +54,11 @@ class Stages:
     def __call__(self, name: str) -> Any:
         started = time.monotonic()
         yield
-        row = {"stage": name, "seconds": round(time.monotonic() - started, 1), "peak_host_gb": round(host_peak() / GB, 2)}
+        row = {
+            "stage": name,
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_host_gb": round(host_peak() / GB, 2),
+        }
         if torch.cuda.is_available():
             row["peak_gpu_gb"] = round(peak("cuda") / GB, 2)
         self.rows.append(row)
@@ -59,19 +66,27 @@ class Stages:
 
 
 def random_pipeline(family: str) -> Any:
-    """The real architecture with random fp16 weights; SD 3 (medium) without its T5, as many run it."""
+    """The real architecture with random fp16 weights; SD 3 (medium) without its T5, as many run
+    it."""
     from erase.models.single_file.architectures import shipped
 
     torch.manual_seed(0)
     if family == "sd3":
         return sd3_pipeline()
     architecture = shipped(family, "v_prediction" if family == "sd2" else "epsilon")
-    return architecture.pipeline({name: filled(module) for name, module in architecture.modules().items()})
+    return architecture.pipeline(
+        {name: filled(module) for name, module in architecture.modules().items()}
+    )
 
 
 def sd3_pipeline() -> Any:
     """Stable Diffusion 3 medium, sizes as in its configuration on the hub."""
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     from erase.models.single_file.architectures import shipped
@@ -82,25 +97,32 @@ def sd3_pipeline() -> Any:
             sample_size=128, num_layers=24, attention_head_dim=64, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
         )  # fmt: skip
         vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, sample_size=1024, scaling_factor=1.5305,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
+            sample_size=1024, scaling_factor=1.5305,
             shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         )  # fmt: skip
         texts = [
-            CLIPTextModelWithProjection(CLIPTextConfig(**{**clips.configs[name], "projection_dim": width}))
+            CLIPTextModelWithProjection(
+                CLIPTextConfig(**{**clips.configs[name], "projection_dim": width})
+            )
             for name, width in (("text_encoder", 768), ("text_encoder_2", 1280))
         ]
     tokenizers = clips.tokenizers["tokenizer"], clips.tokenizers["tokenizer_2"]
     parts = [filled(part) for part in (transformer, vae, *texts)]
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return StableDiffusion3Pipeline(parts[0], scheduler, parts[1], parts[2], tokenizers[0], parts[3], tokenizers[1], None, None)
+    return StableDiffusion3Pipeline(
+        parts[0], scheduler, parts[1], parts[2], tokenizers[0], parts[3], tokenizers[1], None, None
+    )
 
 
 def filled(module: torch.nn.Module) -> torch.nn.Module:
     """Random fp16 values for parameters on the meta device; the gains of norms near one."""
     for name, meta in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        value = torch.randn(meta.shape, dtype=torch.float16) * 0.02 + (1.0 if "norm" in name and leaf == "weight" else 0.0)
+        value = torch.randn(meta.shape, dtype=torch.float16) * 0.02 + (
+            1.0 if "norm" in name and leaf == "weight" else 0.0
+        )
         setattr(module.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=False))
     return module
 
@@ -129,7 +151,12 @@ def random_latents(model: DiffusionModel, n: int, size: int | None) -> Given:
 def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str, Any]]:
     """The erasure, stage by stage."""
     stage = Stages()
-    train = TrainConfig(steps=1, batch_size=args.batch, gradient_checkpointing=args.checkpointing, mixed_precision=args.precision)
+    train = TrainConfig(
+        steps=1,
+        batch_size=args.batch,
+        gradient_checkpointing=args.checkpointing,
+        mixed_precision=args.precision,
+    )
     mask = MaskConfig(density=args.density, batch_size=args.batch)
     config = SalUnConfig(scope=args.scope, mask=mask, train=train)
     with stage("load"):
@@ -144,30 +171,50 @@ def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str
         edit = get_method("salun").edit(task, config)
     with stage("delta"):
         base_values = {name: param.data for name, param in task.weights(args.scope).items()}
-        delta = ErasedDelta.between(base_values, edit.values, {"base_fingerprint": model.fingerprint})
+        delta = ErasedDelta.between(
+            base_values, edit.values, {"base_fingerprint": model.fingerprint}
+        )
         delta.save(folder / "delta.safetensors")
     del edit
     with stage("apply and export"):
         save(delta.apply(model).pipeline(), folder / "erased")
     assert 0 < delta.count <= chosen.count()
-    sizes = {path.name: round(path.stat().st_size / GB, 3) for path in sorted(folder.glob("*.safetensors"))}
+    sizes = {
+        path.name: round(path.stat().st_size / GB, 3)
+        for path in sorted(folder.glob("*.safetensors"))
+    }
     print(f"{chosen.size:,} weights in scope, {delta.count:,} changed; files in GB: {sizes}")
     return stage.rows
 
 
 def main() -> None:
-    """Make the checkpoint in a process of its own, so that the peak is the erasure's alone, then measure."""
+    """Make the checkpoint in a process of its own, so that the peak is the erasure's alone, then
+    measure."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--family", default="sd1", choices=["sd1", "sd2", "sdxl", "sd3"])
     parser.add_argument("--scope", default="full", help="as of erase-concept")
     parser.add_argument("--density", type=float, default=0.5)
-    parser.add_argument("--batch", type=int, default=1, help="forget rows, and retain rows, of a step")
-    parser.add_argument("--size", type=int, help="pixels per side of the training images; the model's own by default")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="forget rows, and retain rows, of a step"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        help="pixels per side of the training images; the model's own by default",
+    )
     parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"])
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-    parser.add_argument("--folder", type=Path, help="where the files go (about 10 GB for SD 1.x); a temporary one by default")
+    parser.add_argument(
+        "--checkpointing", action="store_true", help="recompute activations in the backward pass"
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="where the files go (about 10 GB for SD 1.x); a temporary one by default",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -177,12 +224,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, __file__, "--family", args.family, "--make", str(folder / "base")], check=True)
-        base = next(path for path in (folder / "base.safetensors", folder / "base") if path.exists())
+        subprocess.run(
+            [sys.executable, __file__, "--family", args.family, "--make", str(folder / "base")],
+            check=True,
+        )
+        base = next(
+            path for path in (folder / "base.safetensors", folder / "base") if path.exists()
+        )
         rows = measure(args, folder, base)
     if args.json:
         args.json.write_text(
-            json.dumps({"settings": {k: str(v) for k, v in vars(args).items()}, "stages": rows}, indent=1), encoding="utf-8"
+            json.dumps(
+                {"settings": {k: str(v) for k, v in vars(args).items()}, "stages": rows}, indent=1
+            ),
+            encoding="utf-8",
         )
 
 

@@ -1,13 +1,16 @@
-"""Making images, for the evaluation and for training: ours against what the public code does, and against the machine's own limit.
+"""Making images, for the evaluation and for training: ours against what the public code does, and
+against the machine's own limit.
 
   python scripts/bench/generate.py                                  canvas and a UNet of 92 M weights, on a CPU: some minutes
   python scripts/bench/generate.py --models sd1 sdxl --device cuda --precision bf16 --json generate.json
-
-`naive` is how the public code makes images: one prompt at a time in float32, the prompt and the empty one encoded for each image, both guidance
-branches in one pass, LMS with `--naive_steps` steps (its published commands take 100, Stable Diffusion was released with 50), the VAE, a PNG
-written before the next image. `images` is `erase.eval.generate` with its scheduler, steps and batches; `latents` is what `erase_concept` trains on
-(`erase.latents.prepare`), which the naive way makes as images. Each runs in a process of its own, after a warm-up. A forward is one row through the
-denoiser; the floor is the multiplications of these rows, and of the VAE where it runs, at the matrix-multiplication rate measured in the same run.
+ `naive` is how the public code makes images: one prompt at a time in float32, the prompt and the
+empty one encoded for each image, both guidance branches in one pass, LMS with `--naive_steps` steps
+(its published commands take 100, Stable Diffusion was released with 50), the VAE, a PNG written
+before the next image. `images` is `erase.eval.generate` with its scheduler, steps and batches;
+`latents` is what `erase_concept` trains on (`erase.latents.prepare`), which the naive way makes as
+images. Each runs in a process of its own, after a warm-up. A forward is one row through the
+denoiser; the floor is the multiplications of these rows, and of the VAE where it runs, at the
+matrix-multiplication rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -41,22 +44,53 @@ def naive_images(model: DiffusionModel, prompts: PromptSet, steps: int, out: Pat
     own, pipe.scheduler = pipe.scheduler, LMSDiscreteScheduler.from_config(pipe.scheduler.config)
     for row in prompts.rows:
         generator = torch.Generator().manual_seed(row.seed)
-        pipe(row.prompt, num_inference_steps=steps, generator=generator).images[0].save(out / f"{row.case}.png")
+        pipe(row.prompt, num_inference_steps=steps, generator=generator).images[0].save(
+            out / f"{row.case}.png"
+        )
     pipe.scheduler = own
 
 
-def run(model: DiffusionModel, variant: str, count: int, short: bool, args: argparse.Namespace, out: Path) -> None:
+def run(
+    model: DiffusionModel,
+    variant: str,
+    count: int,
+    short: bool,
+    args: argparse.Namespace,
+    out: Path,
+) -> None:
     """Make `count` images or latents; `short`: with one step each, to warm up."""
     rows = canvas_grid().rows  # words for any model
-    prompts = PromptSet("bench", tuple(replace(row, case=i) for i, row in enumerate((rows * (count // len(rows) + 1))[:count])))
+    prompts = PromptSet(
+        "bench",
+        tuple(
+            replace(row, case=i) for i, row in enumerate((rows * (count // len(rows) + 1))[:count])
+        ),
+    )
     if variant == "naive":
         naive_images(model, prompts, 1 if short else args.naive_steps, out)
     elif variant == "images":
         config = GenerateConfig(batch_size=args.batch, mixed_precision=args.precision)
-        generate(model.pipeline(), prompts, out / "images", replace(config, steps=1) if short else config, {})
+        generate(
+            model.pipeline(),
+            prompts,
+            out / "images",
+            replace(config, steps=1) if short else config,
+            {},
+        )
     else:
-        half = LatentConfig(max(count // 2, 1), max(count - count // 2, 1), batch_size=args.batch, mixed_precision=args.precision)
-        prepare_latents(model, [canvas_concept("heart")], replace(half, steps=1) if short else half, seed=0, anchor_share=0.5)
+        half = LatentConfig(
+            max(count // 2, 1),
+            max(count - count // 2, 1),
+            batch_size=args.batch,
+            mixed_precision=args.precision,
+        )
+        prepare_latents(
+            model,
+            [canvas_concept("heart")],
+            replace(half, steps=1) if short else half,
+            seed=0,
+            anchor_share=0.5,
+        )
 
 
 def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -66,7 +100,9 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
     forwards: list[int] = []
     with tempfile.TemporaryDirectory() as warm, tempfile.TemporaryDirectory() as out:
         run(model, variant, min(count, 2), True, args, Path(warm))
-        hook = denoiser(model.pipeline()).register_forward_pre_hook(lambda module, given: forwards.append(len(given[0])))
+        hook = denoiser(model.pipeline()).register_forward_pre_hook(
+            lambda module, given: forwards.append(len(given[0]))
+        )
         started = time.perf_counter()
         run(model, variant, count, False, args, Path(out))
         wait(args.device)
@@ -75,7 +111,13 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
     denoising, decoding = flops(model)
     rate = matmul_rate(args.device, args.precision if variant != "naive" else "no")
     floor = (sum(forwards) / count * denoising + (0 if variant == "latents" else decoding)) / rate
-    return {"model": name, "variant": variant, "seconds": seconds, "forwards": sum(forwards) / count, "floor_seconds": floor}
+    return {
+        "model": name,
+        "variant": variant,
+        "seconds": seconds,
+        "forwards": sum(forwards) / count,
+        "floor_seconds": floor,
+    }
 
 
 @torch.no_grad()
@@ -96,18 +138,27 @@ def flops(model: DiffusionModel) -> tuple[int, int]:
 def main() -> None:
     """Each model and variant in its own process; a table, and JSON where asked for."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["canvas", "mid"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--images", type=int, default=8, help="images and latents that ours makes")
     parser.add_argument("--batch", type=int, default=8, help="at a time")
-    parser.add_argument("--precision", default="no", choices=["no", "bf16", "fp16"], help="of ours; the naive way is float32")
+    parser.add_argument(
+        "--precision",
+        default="no",
+        choices=["no", "bf16", "fp16"],
+        help="of ours; the naive way is float32",
+    )
     parser.add_argument("--naive_images", type=int, default=2)
     parser.add_argument("--naive_steps", type=int, default=50)
     args = begin(parser, measure)
     rows: list[dict[str, Any]] = []
-    print(f"{'model':8}{'variant':10}{'s/image':>9}{'forwards':>10}{'x naive':>9}{'floor s':>9}{'share of floor':>16}")
+    print(
+        f"{'model':8}{'variant':10}{'s/image':>9}{'forwards':>10}{'x naive':>9}{'floor s':>9}{'share of floor':>16}"
+    )
     for name in args.models:
         base = None
         for variant in args.variants:

@@ -1,12 +1,15 @@
-"""Time and memory of choosing the most salient weights, against what the public code does and against the machine's own limits.
+"""Time and memory of choosing the most salient weights, against what the public code does and
+against the machine's own limits.
 
   python scripts/bench/mask.py                          1, 10 and 50 million weights: half a minute
   python scripts/bench/mask.py --sizes 860e6            Stable Diffusion 1.x; only the methods that fit into memory
   python scripts/bench/mask.py --device cuda --json mask.json
 
-Methods: `argsort` twice, which ranks every weight (the reference's generate_mask.py); `kthvalue` over one flat copy; `histogram`, ours, over the
-parameters as they are. All choose the same weights where no two values are equal. The floor is one read of the values at the copy bandwidth
-measured in the same run. Each method runs in a process of its own; memory is its peak beyond the values themselves.
+Methods: `argsort` twice, which ranks every weight (the reference's generate_mask.py); `kthvalue`
+    over one flat copy; `histogram`, ours, over the
+parameters as they are. All choose the same weights where no two values are equal. The floor is one
+read of the values at the copy bandwidth measured in the same run. Each method runs in a process of
+its own; memory is its peak beyond the values themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ DENSITY = 0.5
 
 
 def argsort(values: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The reference: rank all values by sorting twice, keep ranks below the count, as an int64 mask."""
+    """The reference: rank all values by sorting twice, keep ranks below the count, as an int64
+    mask."""
     flat = torch.cat([-value.flatten() for value in values.values()])
     ranks = torch.argsort(torch.argsort(flat))
     masks, start = {}, 0
@@ -57,11 +61,15 @@ def make_values(size: int, device: str) -> dict[str, Tensor]:
     """Values as a saliency has them: non-negative, over many orders of magnitude."""
     generator = torch.Generator(device).manual_seed(0)
     parts = [size // TENSORS] * (TENSORS - 1) + [size - size // TENSORS * (TENSORS - 1)]
-    return {str(i): torch.randn(n, generator=generator, device=device).abs_().pow_(3) for i, n in enumerate(parts)}
+    return {
+        str(i): torch.randn(n, generator=generator, device=device).abs_().pow_(3)
+        for i, n in enumerate(parts)
+    }
 
 
 def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and extra memory of one method; `copy` gives the seconds of one read and write of the values."""
+    """Seconds and extra memory of one method; `copy` gives the seconds of one read and write of the
+    values."""
     size, device = int(name), args.device
     values = make_values(size, device)
     wait(device)
@@ -74,20 +82,39 @@ def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     else:
         found = METHODS[method](values, int(size * DENSITY))
     wait(device)
-    row = {"method": method, "size": size, "seconds": time.perf_counter() - started, "extra_gb": (peak(device) - before) / 1e9}
-    return row | ({} if found is None else {"mask_gb": sum(m.numel() * m.element_size() for m in found.values()) / 1e9})
+    row = {
+        "method": method,
+        "size": size,
+        "seconds": time.perf_counter() - started,
+        "extra_gb": (peak(device) - before) / 1e9,
+    }
+    return row | (
+        {}
+        if found is None
+        else {"mask_gb": sum(m.numel() * m.element_size() for m in found.values()) / 1e9}
+    )
 
 
 def main() -> None:
     """Each method and size in its own process; a table, and JSON where asked for."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sizes", nargs="+", type=lambda text: int(float(text)), default=[1_000_000, 10_000_000, 50_000_000])
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=lambda text: int(float(text)),
+        default=[1_000_000, 10_000_000, 50_000_000],
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args = begin(parser, measure)
     rows = []
-    print(f"{'weights':>13}  {'method':10}{'seconds':>9}{'extra GB':>10}{'mask GB':>9}{'x copy':>8}{'x faster than argsort':>23}")
+    print(
+        f"{'weights':>13}  "
+        f"{'method':10}{'seconds':>9}{'extra GB':>10}{'mask GB':>9}{'x copy':>8}{'x faster than argsort':>23}"
+    )
     for size in args.sizes:
         own: dict[str, dict[str, Any]] = {}
         for method in ("copy", *args.methods):
@@ -97,7 +124,9 @@ def main() -> None:
             own[method] = row
             rows.append(row)
             copies = row["seconds"] / own["copy"]["seconds"] if "copy" in own else float("nan")
-            gain = f"{own['argsort']['seconds'] / row['seconds']:>23.1f}" if "argsort" in own else ""
+            gain = (
+                f"{own['argsort']['seconds'] / row['seconds']:>23.1f}" if "argsort" in own else ""
+            )
             print(f"{size:>13,}  {method:10}{row['seconds']:>9.3f}{row['extra_gb']:>10.2f}{row.get('mask_gb', 0):>9.3f}{copies:>8.1f}{gain}", flush=True)  # fmt: skip
     write_rows(rows, args)
 

@@ -1,4 +1,5 @@
-"""What the benchmarks share: when the device is done, the most memory that was taken, a process for each measurement."""
+"""What the benchmarks share: when the device is done, the most memory that was taken, a process for
+each measurement."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def peak(device: str | torch.device) -> int:
 
 
 def start_peak(device: str | torch.device) -> int:
-    """Forget the peak so far (of a process: on Linux alone); returns the memory that is held now, in bytes."""
+    """Forget the peak so far (of a process: on Linux alone); returns the memory that is held now,
+    in bytes."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -60,10 +62,15 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def in_own_process(script: str, name: str, variant: str, args: argparse.Namespace) -> dict[str, Any] | None:
-    """What `begin` prints for one model and variant in a fresh process, whose memory is its own; None: it did not finish."""
+def in_own_process(
+    script: str, name: str, variant: str, args: argparse.Namespace
+) -> dict[str, Any] | None:
+    """What `begin` prints for one model and variant in a fresh process, whose memory is its own;
+    None: it did not finish."""
     given = json.dumps({key: value for key, value in vars(args).items() if key != "json"})
-    done = subprocess.run([sys.executable, script, "--one", name, variant, given], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, script, "--one", name, variant, given], stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         print(f"{name} {variant} did not finish (exit code {done.returncode}): out of memory?")
         return None
@@ -73,11 +80,13 @@ def in_own_process(script: str, name: str, variant: str, args: argparse.Namespac
 
 def begin(parser: argparse.ArgumentParser, measure: Measure) -> argparse.Namespace:
     """The arguments of a benchmark, those that all have among them; says what machine it runs on.
-
-    In a process that `in_own_process` started, this measures what it was started for, prints that and ends.
+    In a process that `in_own_process` started, this measures what it was started for, prints that
+    and ends.
     """
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", type=Path, help="also write the figures, and what they were measured on, here")
+    parser.add_argument(
+        "--json", type=Path, help="also write the figures, and what they were measured on, here"
+    )
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -103,13 +112,24 @@ def processor() -> str:
     """Its name, as the system gives it."""
     info = Path("/proc/cpuinfo")
     named = (
-        [line for line in info.read_text(encoding="utf-8").splitlines() if line.startswith("model name")] if info.exists() else []
+        [
+            line
+            for line in info.read_text(encoding="utf-8").splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
     )
-    return named[0].partition(":")[2].strip() if named else platform.processor() or platform.machine()
+    return (
+        named[0].partition(":")[2].strip() if named else platform.processor() or platform.machine()
+    )
 
 
 def write_rows(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Measurements and the settings behind them, as JSON, where `--json` asks for it."""
     if args.json:
         settings = {key: str(value) for key, value in vars(args).items()}
-        args.json.write_text(json.dumps({**machine(), "settings": settings, "rows": rows}, indent=1), encoding="utf-8")
+        args.json.write_text(
+            json.dumps({**machine(), "settings": settings, "rows": rows}, indent=1),
+            encoding="utf-8",
+        )

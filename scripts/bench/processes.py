@@ -1,4 +1,5 @@
-"""Measure what further processes gain: the stages of an erasure on the embedded model, each timed until all processes are done.
+"""Measure what further processes gain: the stages of an erasure on the embedded model, each timed
+until all processes are done.
 
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 1 scripts/bench/processes.py
 OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 scripts/bench/processes.py
@@ -68,19 +69,28 @@ def stages(images: int, steps: int, latents: int, folder: Path) -> dict[str, flo
     found["training"] = seconds(train)
     prompts = PromptSet("some", canvas_grid((0,)).rows[:images])
     config = GenerateConfig(steps=12, batch_size=16)
-    found["generation"] = seconds(lambda: made.update(images=generate(model.pipeline(), prompts, folder, config, {})))
+    found["generation"] = seconds(
+        lambda: made.update(images=generate(model.pipeline(), prompts, folder, config, {}))
+    )
     score(made["images"], [], ["classifier", "clip"])  # loads the judges
     found["evaluation"] = seconds(lambda: score(made["images"], [], ["classifier", "clip"]))
     gradients = [torch.randn(param.numel() // 2, device=param.device) for param in params.values()]
-    for name, exchange in (("one by one", one_by_one), ("in buckets", lambda tensors: reduce_all(tensors, "mean"))):
-        found[f"10 reductions, {name}"] = seconds(lambda exchange=exchange: [exchange(gradients) for _ in range(10)])
+    for name, exchange in (
+        ("one by one", one_by_one),
+        ("in buckets", lambda tensors: reduce_all(tensors, "mean")),
+    ):
+        found[f"10 reductions, {name}"] = seconds(
+            lambda exchange=exchange: [exchange(gradients) for _ in range(10)]
+        )
     return found
 
 
 def main() -> None:
     """Time every stage; the main process prints."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--steps", type=int, default=16)

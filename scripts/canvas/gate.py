@@ -3,7 +3,8 @@
   python scripts/canvas/gate.py                                        the whole grid, 5 seeds each: 2,400 images
   torchrun --nproc_per_node 2 scripts/canvas/gate.py                   the same, shared by two processes
 
-The gate: the classifier reads object, style and colour right in at least 97 % of the images each, CLIP in at least 95 %.
+The gate: the classifier reads object, style and colour right in at least 97 % of the images each,
+    CLIP in at least 95 %.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ model of the same kind, not the same bits.
 """
 
 
-def card(scores: dict[str, list[Score]], config: GenerateConfig, images: int, unet_steps: int) -> str:
+def card(
+    scores: dict[str, list[Score]], config: GenerateConfig, images: int, unet_steps: int
+) -> str:
     """The model card with these figures."""
     vocab = vocabulary()
     weights = sorted(CANVAS.glob("*/*.safetensors"))
@@ -79,12 +82,19 @@ def card(scores: dict[str, list[Score]], config: GenerateConfig, images: int, un
         unet_steps=f"{unet_steps:,}",
         images=images,
         seeds=", ".join(map(str, ANSWER_SEEDS)),
-        sampler=f"{config.scheduler}, {config.steps} steps, guidance {config.guidance:g}, autocast {config.mixed_precision}",
+        sampler=(
+            f"{config.scheduler}, {config.steps} steps, guidance {config.guidance:g}, autocast "
+            f"{config.mixed_precision}"
+        ),
         command="python scripts/canvas/gate.py",
         rows="\n".join(
-            f"| {judge} | " + " | ".join(s.text() for s in _accuracies(found)) + " |" for judge, found in scores.items()
+            f"| {judge} | " + " | ".join(s.text() for s in _accuracies(found)) + " |"
+            for judge, found in scores.items()
         ),
-        files="\n".join(f"| {path.relative_to(CANVAS)} | {path.stat().st_size:,} | `{digest}` |" for path, digest in files),
+        files="\n".join(
+            f"| {path.relative_to(CANVAS)} | {path.stat().st_size:,} | `{digest}` |"
+            for path, digest in files
+        ),
     )
 
 
@@ -95,21 +105,34 @@ def _accuracies(scores: list[Score]) -> list[Score]:
 def main() -> None:
     """Generate, score, write the card, and fail if the gate does not open."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=Path("runs/gate"))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--precision", default="bf16", help="no, bf16 or fp16")
     parser.add_argument("--guidance", type=float, default=GenerateConfig.guidance)
-    parser.add_argument("--unet_steps", type=int, default=5500, help="what train_model.py was run with, for the card")
+    parser.add_argument(
+        "--unet_steps",
+        type=int,
+        default=5500,
+        help="what train_model.py was run with, for the card",
+    )
     args = parser.parse_args()
-    config = GenerateConfig(steps=args.steps, guidance=args.guidance, mixed_precision=args.precision)
+    config = GenerateConfig(
+        steps=args.steps, guidance=args.guidance, mixed_precision=args.precision
+    )
     model = load_model("canvas", default_device())
-    images = generate(model.pipeline(), canvas_grid(), args.out, config, {"fingerprint": model.fingerprint})
+    images = generate(
+        model.pipeline(), canvas_grid(), args.out, config, {"fingerprint": model.fingerprint}
+    )
     scores = {judge: score(images, [], [judge]) for judge in LEAST}
     if not processes().is_main_process:
         return
-    (CANVAS / "README.md").write_text(card(scores, config, len(images.rows), args.unet_steps), encoding="utf-8")
+    (CANVAS / "README.md").write_text(
+        card(scores, config, len(images.rows), args.unet_steps), encoding="utf-8"
+    )
     for judge, found in scores.items():
         print(judge, {s.name: s.text() for s in found})
     if any(s.value < LEAST[judge] for judge, found in scores.items() for s in _accuracies(found)):

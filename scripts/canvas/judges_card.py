@@ -1,4 +1,5 @@
-"""The card of the embedded world's judges: their accuracy on held-out renders and the sha256 of their files.
+"""The card of the embedded world's judges: their accuracy on held-out renders and the sha256 of
+their files.
 
 `python scripts/canvas/train_judges.py --judge card` writes it.
 """
@@ -18,7 +19,12 @@ from erase.eval.evaluators.clip import Config, load_clip, zero_shot_weights
 from erase.files import atomic_write
 from erase.prompts.canvas import KINDS, vocabulary
 
-SEEDS = {"classifier": 20_000_000, "clip": 30_000_000, "held-out": 40_000_000}  # renders of one purpose share none with another
+# renders of one purpose share none with another
+SEEDS = {
+    "classifier": 20_000_000,
+    "clip": 30_000_000,
+    "held-out": 40_000_000,
+}
 HELD_OUT = 10  # renders per cell on which the card's accuracies are measured
 
 
@@ -30,7 +36,8 @@ def truth(kind: str, cells: list[dict[str, str]]) -> Tensor:
 def held_out_accuracy(
     predict: Callable[[Tensor], dict[str, Tensor]], per_cell: int, seed: int = SEEDS["held-out"]
 ) -> dict[str, float]:
-    """Percent right per kind over `per_cell` renders of every cell; `predict` maps (n, 3, 64, 64) in [0, 1] to logits per kind."""
+    """Percent right per kind over `per_cell` renders of every cell; `predict` maps (n, 3, 64, 64)
+    in [0, 1] to logits per kind."""
     cells, right = vocabulary().cells(), dict.fromkeys(KINDS, 0)
     for i in range(per_cell):
         logits = predict(render(cells, seed=seed + i))
@@ -78,7 +85,9 @@ with mild noise, blur and changes of brightness, as small autoencoders show them
 def write_card(recipe: str) -> None:
     """Measure the judges as shipped and write their card."""
     clip = load_clip(Config())
-    text = {kind: zero_shot_weights(clip, vocabulary().names(kind), kind, Config()) for kind in KINDS}
+    text = {
+        kind: zero_shot_weights(clip, vocabulary().names(kind), kind, Config()) for kind in KINDS
+    }
 
     @torch.no_grad()
     def by_clip(images: Tensor) -> dict[str, Tensor]:
@@ -87,17 +96,23 @@ def write_card(recipe: str) -> None:
 
     judges = {"classifier": load_classifier(), "CLIP, zero-shot": by_clip}
     found = {name: held_out_accuracy(predict, HELD_OUT) for name, predict in judges.items()}
-    files = [path for path in sorted(WEIGHTS.rglob("*")) if path.is_file() and path.name != "README.md"]
+    files = [
+        path for path in sorted(WEIGHTS.rglob("*")) if path.is_file() and path.name != "README.md"
+    ]
     card = CARD.format(
         classifier_size=sum(p.numel() for p in load_classifier().parameters()),
         clip_size=sum(p.numel() for p in clip.model.parameters()),
         n=HELD_OUT * len(vocabulary().cells()),
         per_cell=HELD_OUT,
-        rows="\n".join(f"| {name} | " + " | ".join(f"{found[name][kind]:.2f} %" for kind in KINDS) + " |" for name in found),
+        rows="\n".join(
+            f"| {name} | " + " | ".join(f"{found[name][kind]:.2f} %" for kind in KINDS) + " |"
+            for name in found
+        ),
         command="python scripts/canvas/train_judges.py",
         recipe=recipe,
         files="\n".join(
-            f"| {path.relative_to(WEIGHTS)} | {path.stat().st_size:,} | `{hashlib.sha256(path.read_bytes()).hexdigest()}` |"
+            f"| {path.relative_to(WEIGHTS)} | {path.stat().st_size:,} | "
+            f"`{hashlib.sha256(path.read_bytes()).hexdigest()}` |"
             for path in files
         ),
         concepts=sum(len(vocabulary().names(kind)) for kind in KINDS),

@@ -1,6 +1,7 @@
-"""Relearning: fine-tune an erased model on a few images of what it forgot, and see how soon it comes back.
-
-An erased concept may be hidden rather than gone; the fewer steps bring it back, the more is left of it. The control is a model that never
+"""Relearning: fine-tune an erased model on a few images of what it forgot, and see how soon it
+comes back.
+ An erased concept may be hidden rather than gone; the fewer steps bring it back, the more is left
+of it. The control is a model that never
 forgot: its images show the concept at every step.
 """
 
@@ -40,18 +41,24 @@ def curve(
     out: Path,
     config: GenerateConfig,
 ) -> dict[int, float]:
-    """Steps of fine-tuning -> share, in percent, of the concept's own images in which the classifier does not see it (UA).
-
-    The model is left as it was found. Each point starts from it anew, so that none depends on the others.
+    """Steps of fine-tuning -> share, in percent, of the concept's own images in which the
+       classifier does not see it (UA).
+    The model is left as it was found. Each point starts from it anew, so that none depends on the
+       others.
     """
-    asked = replace(prompts, rows=tuple(row for row in prompts.rows if row.labels.get(concept.kind) == concept.target))
+    asked = replace(
+        prompts,
+        rows=tuple(row for row in prompts.rows if row.labels.get(concept.kind) == concept.target),
+    )
     params = select(model.parameters(), "full")
     erased = {name: param.detach().clone() for name, param in params.items()}
     judge, found = load_judge("canvas"), {}
     for count in steps:
         values = relearn(model, concept, latents, replace(train, steps=count))
         _put(params, values)
-        images = generate(model.pipeline(), asked, out / f"relearned-{count}", config, {"relearned": str(count)})
+        images = generate(
+            model.pipeline(), asked, out / f"relearned-{count}", config, {"relearned": str(count)}
+        )
         seen = predict(judge, images)[concept.kind]
         found[count] = 100 * sum(name != concept.target for name in seen) / len(seen)
         _put(params, erased)
@@ -59,14 +66,21 @@ def curve(
 
 
 def relearn(
-    model: DiffusionModel, concept: ConceptSpec, latents: LatentSet, train: TrainConfig, seed: int = 0
+    model: DiffusionModel,
+    concept: ConceptSpec,
+    latents: LatentSet,
+    train: TrainConfig,
+    seed: int = 0,
 ) -> Mapping[str, Tensor]:
-    """Values of all of the denoiser's weights after plain fine-tuning (noise prediction) on these latents and their prompts."""
+    """Values of all of the denoiser's weights after plain fine-tuning (noise prediction) on these
+    latents and their prompts."""
     task, size = Task(model, [concept], Given(latents, latents), seed), train.batch_size
 
     def batches(step: int) -> tuple[Rows, list[str]]:
         rows = epoch_rows(len(latents), step * size, size, seed)
-        return draw_rows(model, latents, rows, task.generator(step)), [latents.prompts[row] for row in rows.tolist()]
+        return draw_rows(model, latents, rows, task.generator(step)), [
+            latents.prompts[row] for row in rows.tolist()
+        ]
 
     def loss(batch: tuple[Rows, list[str]], base: Base) -> dict[str, Tensor]:
         rows, prompts = batch

@@ -5,8 +5,8 @@
   python scripts/canvas/results.py --concepts heart Neon red --variants controls  a group or names of scripts/canvas/variants.py
   python scripts/canvas/results.py --concepts heart --variants salun --relearn 5 10 20 40    and how soon it comes back
   python scripts/canvas/results.py --table                                        the table of all that was measured
-
-Each measurement is one line of OUT/results.jsonl; what is there is not measured again, so the script can be stopped at any time.
+ Each measurement is one line of OUT/results.jsonl; what is there is not measured again, so the
+script can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -41,25 +41,44 @@ SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
 
 
 def measure(
-    concept: str, name: str, variant: Variant, seed: int, out: Path, answers: int, config: GenerateConfig, relearn: list[int]
+    concept: str,
+    name: str,
+    variant: Variant,
+    seed: int,
+    out: Path,
+    answers: int,
+    config: GenerateConfig,
+    relearn: list[int],
 ) -> dict[str, Any]:
-    """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
-    spec, model, prompts = canvas_concept(concept), load_model("canvas"), canvas_grid(ANSWER_SEEDS[:answers])
+    """Erase, generate the answer set, score it beside the base's; the images and the delta's folder
+    are removed afterwards."""
+    spec, model, prompts = (
+        canvas_concept(concept),
+        load_model("canvas"),
+        canvas_grid(ANSWER_SEEDS[:answers]),
+    )
     generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
     folder = out / f"{concept}-{name.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     (out / "latents").mkdir(exist_ok=True)
-    (folder / "latents").symlink_to((out / "latents").resolve())  # the same for all variants of a concept and seed
+    # the same for all variants of a concept and seed
+    (folder / "latents").symlink_to((out / "latents").resolve())
     started = time.monotonic()
     erasure = EraseConfig(method=variant.method, seed=seed, latents=variant.latents)
     delta = erase_concept(spec, erasure, variant.settings, model=model, out=folder)
     seconds = time.monotonic() - started
     few = replace(variant.latents, n_forget=16, n_retain=1, trajectory=0)
-    shown = Plan(model, [spec], few, seed, out / "latents").forget() if relearn else None  # by the base
+    # by the base
+    shown = Plan(model, [spec], few, seed, out / "latents").forget() if relearn else None
     delta.apply(model)
-    after = generate(model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint})
-    scores = {"base": _base_scores(out / "base", concept), "erased": score(after, [spec], EVALUATORS)}
+    after = generate(
+        model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint}
+    )
+    scores = {
+        "base": _base_scores(out / "base", concept),
+        "erased": score(after, [spec], EVALUATORS),
+    }
     train = TrainConfig(lr=1e-4, batch_size=8, mixed_precision=config.mixed_precision)
     back = curve(model, spec, shown, prompts, relearn, train, folder, config) if shown else {}
     shutil.rmtree(folder)
@@ -90,22 +109,42 @@ def table(rows: list[dict[str, Any]]) -> str:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["variant"], row["kind"], row["concept"]].append(row)
-    lines = ["| variant | kind | concept | seeds | " + " | ".join(SHOWN) + " |", "|---" * (4 + len(SHOWN)) + "|"]
-    for (variant, kind, concept), found in sorted(groups.items(), key=lambda item: (item[0][0] != "salun", item[0])):
-        cells = [_cell([r["erased"][name] for r in found], fmean(r["base"][name] for r in found)) for name in SHOWN]
-        lines.append(f"| {variant} | {kind} | {concept} | {len(found)} | " + " | ".join(cells) + " |")
+    lines = [
+        "| variant | kind | concept | seeds | " + " | ".join(SHOWN) + " |",
+        "|---" * (4 + len(SHOWN)) + "|",
+    ]
+    for (variant, kind, concept), found in sorted(
+        groups.items(), key=lambda item: (item[0][0] != "salun", item[0])
+    ):
+        cells = [
+            _cell([r["erased"][name] for r in found], fmean(r["base"][name] for r in found))
+            for name in SHOWN
+        ]
+        lines.append(
+            f"| {variant} | {kind} | {concept} | {len(found)} | " + " | ".join(cells) + " |"
+        )
     return "\n".join(lines)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown: per kind, over all runs of the default preset, the mean and the worst of UA and of what IRA and CRA lost."""
-    lines = ["| kind | runs | UA, mean (worst) | IRA - base, mean (worst) | CRA - base, mean (worst) |", "|---|---|---|---|---|"]
+    """Markdown: per kind, over all runs of the default preset, the mean and the worst of UA and of
+    what IRA and CRA lost."""
+    lines = [
+        "| kind | runs | UA, mean (worst) | IRA - base, mean (worst) | CRA - base, mean (worst) |",
+        "|---|---|---|---|---|",
+    ]
     for kind in KINDS:
         found = [row for row in rows if row["kind"] == kind and row["variant"] == "salun"]
         if found:
             ua = [row["erased"]["UA"] for row in found]
-            lost = [[row["erased"][name] - row["base"][name] for row in found] for name in ("IRA", "CRA")]
-            cells = [f"{fmean(ua):.1f} ({min(ua):.1f})", *(f"{fmean(values):+.1f} ({min(values):+.1f})" for values in lost)]
+            lost = [
+                [row["erased"][name] - row["base"][name] for row in found]
+                for name in ("IRA", "CRA")
+            ]
+            cells = [
+                f"{fmean(ua):.1f} ({min(ua):.1f})",
+                *(f"{fmean(values):+.1f} ({min(values):+.1f})" for values in lost),
+            ]
             lines.append(f"| {kind} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -119,26 +158,56 @@ def _cell(values: list[float], base: float) -> str:
 def main() -> None:
     """Measure what is asked for and not yet there."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all")
-    parser.add_argument("--variants", nargs="+", default=["salun"], help="names or groups of scripts/canvas/variants.py")
     parser.add_argument(
-        "--relearn", nargs="*", type=int, default=[], help="steps of fine-tuning on 16 images of the concept, afterwards"
+        "--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all"
+    )
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["salun"],
+        help="names or groups of scripts/canvas/variants.py",
+    )
+    parser.add_argument(
+        "--relearn",
+        nargs="*",
+        type=int,
+        default=[],
+        help="steps of fine-tuning on 16 images of the concept, afterwards",
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--answers", type=int, default=1, help="seeds of the answer set: images of each object x style x colour")
-    parser.add_argument("--precision", default="bf16", help="no, bf16 or fp16; of sampling and training alike")
-    parser.add_argument("--steps", type=int, default=12, help="sampling steps of the images that are judged")
+    parser.add_argument(
+        "--answers",
+        type=int,
+        default=1,
+        help="seeds of the answer set: images of each object x style x colour",
+    )
+    parser.add_argument(
+        "--precision", default="bf16", help="no, bf16 or fp16; of sampling and training alike"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=12, help="sampling steps of the images that are judged"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
     parser.add_argument("--table", action="store_true", help="print the tables and end")
     args = parser.parse_args()
     record = args.out / "results.jsonl"
-    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()] if record.exists() else []
+    rows = (
+        [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+        if record.exists()
+        else []
+    )
     if args.table:
         print(f"{summary(rows)}\n\n{table(rows)}")
         return
-    names = [name for kind in KINDS for name in vocabulary().names(kind)] if args.concepts == ["all"] else args.concepts
+    names = (
+        [name for kind in KINDS for name in vocabulary().names(kind)]
+        if args.concepts == ["all"]
+        else args.concepts
+    )
     found = groups(args.precision)
     known = {name: variant for group in found.values() for name, variant in group.items()}
     chosen = [name for given in args.variants for name in found.get(given, [given])]
@@ -153,10 +222,21 @@ def main() -> None:
             for concept in names:
                 if (concept, name, seed, args.answers, bool(args.relearn)) in done:
                     continue
-                row = measure(concept, name, known[name], seed, args.out, args.answers, config, args.relearn)
+                row = measure(
+                    concept, name, known[name], seed, args.out, args.answers, config, args.relearn
+                )
                 with record.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
-                print(concept, name, seed, row["seconds"], "s", row["erased"], row.get("UA after relearning", ""), flush=True)
+                print(
+                    concept,
+                    name,
+                    seed,
+                    row["seconds"],
+                    "s",
+                    row["erased"],
+                    row.get("UA after relearning", ""),
+                    flush=True,
+                )
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,11 +1,13 @@
-"""Train the embedded checkpoint: a small Stable Diffusion that draws {object} in {style} and {colour}.
+"""Train the embedded checkpoint: a small Stable Diffusion that draws {object} in {style} and
+{colour}.
 
     python scripts/canvas/train_model.py --work runs/canvas            # all stages, about two hours on 2 cores
     python scripts/canvas/train_model.py --work runs/canvas            # again: goes on where it was stopped
 
-Stages: tokenizer -> VAE (on endless renders) -> latents of a fixed set of renders -> UNet and text encoder, jointly.
-Each writes into --work; `erase/models/canvas` receives the finished diffusers folder. Everything is seeded by step,
-so a stopped and resumed run sees the same batches as one that was never stopped.
+Stages: tokenizer -> VAE (on endless renders) -> latents of a fixed set of renders -> UNet and text
+    encoder, jointly.
+Each writes into --work; `erase/models/canvas` receives the finished diffusers folder. Everything is
+seeded by step, so a stopped and resumed run sees the same batches as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -32,25 +34,37 @@ from erase.export.folders import save_pipeline
 from erase.prompts.canvas import vocabulary
 
 CONTEXT = 32  # tokens; a caption of the world has at most 15
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+}
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A byte-level CLIP tokenizer whose merges cover this world's captions; any other text falls back to bytes."""
+    """A byte-level CLIP tokenizer whose merges cover this world's captions; any other text falls
+    back to bytes."""
     vocab, rng = vocabulary(), random.Random(0)
     corpus = [vocab.caption(cell, rng, p_empty=0) for cell in vocab.cells() for _ in range(20)]
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=1200, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1200, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
     bpe.train_from_iterator(corpus, trainer)
     state = json.loads(bpe.to_str())["model"]
     tokens = alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in state["merges"]]
     table = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         table[special] = len(table)
-    return CLIPTokenizer(vocab=table, merges=[tuple(m) for m in state["merges"]], model_max_length=CONTEXT)
+    return CLIPTokenizer(
+        vocab=table, merges=[tuple(m) for m in state["merges"]], model_max_length=CONTEXT
+    )
 
 
 def build_vae() -> AutoencoderKL:
@@ -104,7 +118,11 @@ def save_state(path: Path, **state: object) -> None:
 def one_cycle(step: int, steps: int, peak: float, warm: float = 0.05) -> float:
     """Learning rate: a linear warm-up, then a cosine to zero."""
     x = (step + 1) / steps
-    return peak * x / warm if x < warm else peak * 0.5 * (1 + math.cos(math.pi * (x - warm) / (1 - warm)))
+    return (
+        peak * x / warm
+        if x < warm
+        else peak * 0.5 * (1 + math.cos(math.pi * (x - warm) / (1 - warm)))
+    )
 
 
 def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
@@ -120,14 +138,20 @@ def random_cells(n: int, rng: random.Random) -> list[dict[str, str]]:
 
 
 def vae_loss(x: Tensor, y: Tensor, colour: bool) -> Tensor:
-    """L1 and gradient difference; with `colour`, also squared error and the L1 of 4 x 4 means, which hold small fills to their hue."""
+    """L1 and gradient difference; with `colour`, also squared error and the L1 of 4 x 4 means,
+    which hold small fills to their hue."""
     edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (-1, -2))
     loss = F.l1_loss(y, x) + 0.5 * edges
-    return loss + 2 * F.mse_loss(y, x) + F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4)) if colour else loss
+    return (
+        loss + 2 * F.mse_loss(y, x) + F.l1_loss(F.avg_pool2d(y, 4), F.avg_pool2d(x, 4))
+        if colour
+        else loss
+    )
 
 
 def train_vae(work: Path, steps: int, colour_steps: int, batch: int = 32) -> AutoencoderKL:
-    """Reconstruction with a light KL, on renders that are never repeated; `steps` for shapes, then `colour_steps` for hue as well."""
+    """Reconstruction with a light KL, on renders that are never repeated; `steps` for shapes, then
+    `colour_steps` for hue as well."""
     torch.manual_seed(0)
     vae, state, start = build_vae(), work / "vae.pt", 0
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0, betas=(0.9, 0.99))
@@ -139,22 +163,32 @@ def train_vae(work: Path, steps: int, colour_steps: int, batch: int = 32) -> Aut
     bar = tqdm(range(start, total), desc="VAE", initial=start, total=total, mininterval=10)
     for step in bar:
         torch.manual_seed(1_000_000 + step)
-        lr = one_cycle(step, steps, 2e-3) if step < steps else one_cycle(step - steps, colour_steps, 1.5e-3)
+        lr = (
+            one_cycle(step, steps, 2e-3)
+            if step < steps
+            else one_cycle(step - steps, colour_steps, 1.5e-3)
+        )
         x = render(random_cells(batch, random.Random(step)), seed=step) * 2 - 1
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(x).latent_dist
             y = vae.decode(posterior.sample()).sample.float()
-        loss = vae_loss(x, y, step >= steps) + 2e-4 * posterior.kl().float().mean() / (SIZE // 4) ** 2 / 4
+        loss = (
+            vae_loss(x, y, step >= steps)
+            + 2e-4 * posterior.kl().float().mean() / (SIZE // 4) ** 2 / 4
+        )
         take_step(vae, optimizer, loss, lr)
         bar.set_postfix(l1=f"{F.l1_loss(y, x).item():.4f}", refresh=False)
         if (step + 1) % 200 == 0 or step + 1 == total:
-            save_state(state, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
+            save_state(
+                state, model=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1
+            )
     return vae.eval()
 
 
 @torch.no_grad()
 def encode_renders(vae: AutoencoderKL, work: Path, per_cell: int) -> Tensor:
-    """Posterior moments of `per_cell` renders of every cell, shape (cells, per_cell, 8, 16, 16), float16; sets the VAE's scaling factor."""
+    """Posterior moments of `per_cell` renders of every cell, shape (cells, per_cell, 8, 16, 16),
+    float16; sets the VAE's scaling factor."""
     path, cells = work / "latents.safetensors", vocabulary().cells()
     if not path.exists():
         rows = []
@@ -175,10 +209,12 @@ def encode_renders(vae: AutoencoderKL, work: Path, per_cell: int) -> Tensor:
 def train_unet(
     work: Path, moments: Tensor, tokenizer: CLIPTokenizer, scale: float, steps: int, batch: int
 ) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-    """Epsilon prediction with min-SNR weights (Hang et al. 2023, gamma 5), the text encoder trained jointly, EMA of both."""
+    """Epsilon prediction with min-SNR weights (Hang et al. 2023, gamma 5), the text encoder trained
+    jointly, EMA of both."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"unet": build_unet(), "text": build_text_encoder(tokenizer)})
-    model["unet"].set_attn_processor(AttnProcessor())  # the fused attention's backward is many times slower at this size on a CPU
+    # the fused attention's backward is many times slower at this size on a CPU
+    model["unet"].set_attn_processor(AttnProcessor())
     ema, noise_schedule = EMAModel(model.parameters(), decay=0.999), DDIMScheduler(**SCHEDULE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99))
     state, start = work / "unet.pt", 0
@@ -188,21 +224,31 @@ def train_unet(
         ema.load_state_dict(saved["ema"])
         start = saved["step"]
     cells, vocab = vocabulary().cells(), vocabulary()
-    bar, smooth = tqdm(range(start, steps), desc="UNet", initial=start, total=steps, mininterval=10), 1.0
+    bar, smooth = (
+        tqdm(range(start, steps), desc="UNet", initial=start, total=steps, mininterval=10),
+        1.0,
+    )
     for step in bar:
         torch.manual_seed(2_000_000 + step)
         rng = random.Random(step)
         picks = [rng.randrange(len(cells)) for _ in range(batch)]
-        mean, logvar = moments[picks, torch.randint(moments.shape[1], (batch,))].float().chunk(2, dim=1)
+        mean, logvar = (
+            moments[picks, torch.randint(moments.shape[1], (batch,))].float().chunk(2, dim=1)
+        )
         latents = (mean + (0.5 * logvar).exp() * torch.randn_like(mean)) * scale
         ids = tokenizer(
-            [vocab.caption(cells[i], rng) for i in picks], padding="max_length", truncation=True, return_tensors="pt"
+            [vocab.caption(cells[i], rng) for i in picks],
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         t = torch.randint(1000, (batch,))
         noise = torch.randn_like(latents)
         noisy = noise_schedule.add_noise(latents, noise, t)
         with torch.autocast("cpu", torch.bfloat16):
-            prediction = model["unet"](noisy, t, model["text"](ids).last_hidden_state).sample.float()
+            prediction = model["unet"](
+                noisy, t, model["text"](ids).last_hidden_state
+            ).sample.float()
         snr = compute_snr(noise_schedule, t)
         loss = ((prediction - noise).square().mean((1, 2, 3)) * snr.clamp(max=5) / snr).mean()
         take_step(model, optimizer, loss, one_cycle(step, steps, 1e-3))
@@ -211,21 +257,35 @@ def train_unet(
         bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
         if (step + 1) % 250 == 0 or step + 1 == steps:
             parts = {"model": model, "optimizer": optimizer, "ema": ema}
-            save_state(state, step=step + 1, **{name: part.state_dict() for name, part in parts.items()})
+            save_state(
+                state, step=step + 1, **{name: part.state_dict() for name, part in parts.items()}
+            )
     ema.copy_to(model.parameters())
     return model["unet"].eval(), model["text"].eval()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--work", type=Path, default=Path("runs/canvas"), help="where training states are kept")
-    parser.add_argument("--out", type=Path, default=Path("erase/models/canvas"), help="the finished diffusers folder")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/canvas"), help="where training states are kept"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("erase/models/canvas"),
+        help="the finished diffusers folder",
+    )
     parser.add_argument("--vae_steps", type=int, default=1600)
     parser.add_argument("--vae_colour_steps", type=int, default=700)
     parser.add_argument(
-        "--per_cell", type=int, default=60, help="renders per object x style x colour whose latents are trained on"
+        "--per_cell",
+        type=int,
+        default=60,
+        help="renders per object x style x colour whose latents are trained on",
     )
     parser.add_argument("--unet_steps", type=int, default=5500)
     parser.add_argument("--batch", type=int, default=64)
@@ -235,10 +295,13 @@ def main() -> None:
     tokenizer = build_tokenizer()
     vae = train_vae(args.work, args.vae_steps, args.vae_colour_steps)
     moments = encode_renders(vae, args.work, args.per_cell)
-    unet, text_encoder = train_unet(args.work, moments, tokenizer, vae.config.scaling_factor, args.unet_steps, args.batch)
+    unet, text_encoder = train_unet(
+        args.work, moments, tokenizer, vae.config.scaling_factor, args.unet_steps, args.batch
+    )
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler, safety_checker=None,
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     save_pipeline(pipeline.to(torch.float16), args.out)

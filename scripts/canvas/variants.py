@@ -1,4 +1,5 @@
-"""The settings that docs/results.md compares on the embedded world: the presets, their controls, and where those may differ."""
+"""The settings that docs/results.md compares on the embedded world: the presets, their controls,
+and where those may differ."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Variant:
 
 
 def groups(precision: str) -> dict[str, dict[str, Variant]]:
-    """Group -> name -> variant; each control differs from the preset `salun` in what its name says."""
+    """Group -> name -> variant; each control differs from the preset `salun` in what its name
+    says."""
     ours, paper = (_preset(name, precision) for name in ("salun", "salun-paper"))
     masks: dict[str, dict[str, Any]] = {
         "no mask": {"mask.rule": "none"},
@@ -52,9 +54,15 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
         "presets": {"salun": ours, "salun-paper": paper},
         "controls": {name: _with(ours, change) for name, change in masks.items()},
         "few weights": {name: _with(ours, change) for name, change in few.items()},
-        "no retain": {f"no retain{name}": _with(ours, {"alpha": 0.0, **change}) for name, change in weights.items()},
+        "no retain": {
+            f"no retain{name}": _with(ours, {"alpha": 0.0, **change})
+            for name, change in weights.items()
+        },
         "large rate": {f"lr 2e-3{name}": _with(fast, change) for name, change in weights.items()},
-        "sampling": {name: replace(ours, latents=replace(ours.latents, **change)) for name, change in sampling.items()},
+        "sampling": {
+            name: replace(ours, latents=replace(ours.latents, **change))
+            for name, change in sampling.items()
+        },
     }
 
 
@@ -67,6 +75,10 @@ def _preset(name: str, precision: str) -> Variant:
 def _with(variant: Variant, change: Mapping[str, Any]) -> Variant:
     """The variant with other settings; `mask.NAME` is one of the mask's."""
     settings = variant.settings
-    mask = {name.removeprefix("mask."): value for name, value in change.items() if name.startswith("mask.")}
+    mask = {
+        name.removeprefix("mask."): value
+        for name, value in change.items()
+        if name.startswith("mask.")
+    }
     own = {name: value for name, value in change.items() if not name.startswith("mask.")}
     return replace(variant, settings=replace(settings, **own, mask=replace(settings.mask, **mask)))

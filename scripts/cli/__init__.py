@@ -1,4 +1,5 @@
-"""What the commands share: parsers that teach, unknown keys with a suggestion, errors in one sentence, configs from dataclasses."""
+"""What the commands share: parsers that teach, unknown keys with a suggestion, errors in one
+sentence, configs from dataclasses."""
 
 from __future__ import annotations
 
@@ -43,21 +44,25 @@ __all__ = [
 
 T = TypeVar("T")
 LEANER = (
-    "do less at a time: a smaller batch_size (of latents, of generate), train.accumulation 4, train.gradient_checkpointing true, "
+    "do less at a time: a smaller batch_size (of latents, of generate), train.accumulation 4, "
+    "train.gradient_checkpointing true, "
     "a narrower scope such as xattn; docs/performance.md says what each saves"
 )
 RECIPES = Path(__file__).parents[1] / "recipes"
 WIDTH = 80  # columns of help, however wide the console is
 FILES = frozenset(
-    ".bin .ckpt .csv .gguf .h5 .html .jpg .json .msgpack .onnx .pkl .png .pt .pth .safetensors .yaml .yml .zip".split()
+    ".bin .ckpt .csv .gguf .h5 .html .jpg .json .msgpack .onnx .pkl .png .pt .pth .safetensors "
+    ".yaml .yml .zip".split()
 )
 """endings that only files have"""
-set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the line under each field is its help
+# the line under each field is its help
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 guard_yaml()
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Types and defaults beside each option; the description's lines, its examples, as they are; at most 80 columns."""
+    """Types and defaults beside each option; the description's lines, its examples, as they are; at
+    most 80 columns."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=min(WIDTH, shutil.get_terminal_size().columns) - 1)
@@ -70,32 +75,53 @@ class Parser(JsonArgumentParser):
     """A parser whose errors are `ErasureError`, with the near key suggested for an unknown one."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
-        """Raise instead of leaving the program, so that commands can be called from Python and from each other."""
-        options = {option.lstrip("-") for action in self._actions for option in action.option_strings}
+        """Raise instead of leaving the program, so that commands can be called from Python and from
+        each other."""
+        options = {
+            option.lstrip("-") for action in self._actions for option in action.option_strings
+        }
         raise complaint(message, options | set(self._defaults_keys())) from ex
 
     def parse_path(self, path: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """A config file as UTF-8; the library would take the locale's encoding."""
-        return self.parse_string(read_text(path), os.path.basename(path), **options)  # its name differs between versions
+        # its name differs between versions
+        return self.parse_string(read_text(path), os.path.basename(path), **options)
 
     def _defaults_keys(self) -> list[str]:
         return [key for key in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118 (a Namespace)
 
 
 def parser(prog: str, doc: str | None) -> Parser:
-    """An empty parser with `--config file.yaml`, `--print_config`, `--version` and `--quiet`; options are not abbreviated."""
+    """An empty parser with `--config file.yaml`, `--print_config`, `--version` and `--quiet`;
+    options are not abbreviated."""
     made = Parser(
-        prog=prog, description=doc, default_env=False, formatter_class=_Formatter, allow_abbrev=False, version=_versions()
+        prog=prog,
+        description=doc,
+        default_env=False,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        version=_versions(),
     )
-    made.add_argument("--config", action="config", help="a recipe's name, or a YAML file of these options; options after it win")
-    made.add_argument("--quiet", action="store_true", help="no progress bars and no notes: results and errors alone")
+    made.add_argument(
+        "--config",
+        action="config",
+        help="a recipe's name, or a YAML file of these options; options after it win",
+    )
+    made.add_argument(
+        "--quiet",
+        action="store_true",
+        help="no progress bars and no notes: results and errors alone",
+    )
     return made
 
 
 def _versions() -> str:
     from erase.run import VERSION
 
-    return f"{VERSION} ({', '.join(filter(None, map(_version_of, ('torch', 'diffusers', 'transformers'))))})"
+    return (
+        f"{VERSION} "
+        f"({', '.join(filter(None, map(_version_of, ('torch', 'diffusers', 'transformers'))))})"
+    )
 
 
 def _version_of(package: str) -> str:
@@ -116,7 +142,9 @@ def add_config(parser: Parser, default: Any, skip: set[str] | None = None) -> No
         if field.name not in skip:
             _check_free(parser, field.name, f"the field of {type(default).__name__}")
     parser.add_class_arguments(type(default), skip=skip)
-    parser.set_defaults({key: value for key, value in _flat(asdict(default)) if key.split(".")[0] not in skip})
+    parser.set_defaults(
+        {key: value for key, value in _flat(asdict(default)) if key.split(".")[0] not in skip}
+    )
 
 
 def add_group(parser: Parser, name: str, default: Any) -> None:
@@ -131,7 +159,9 @@ def add_group(parser: Parser, name: str, default: Any) -> None:
 
 def _check_free(parser: Parser, name: str, what: str) -> None:
     if f"--{name}" in parser._option_string_actions:
-        raise ErasureError(f"{what}, {name!r}, has the name of another option of {parser.prog}; rename it")
+        raise ErasureError(
+            f"{what}, {name!r}, has the name of another option of {parser.prog}; rename it"
+        )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -143,13 +173,16 @@ def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 class Words(Action):
-    """An option that may be given several times, or as a list in a config file; the command line replaces the file's list."""
+    """An option that may be given several times, or as a list in a config file; the command line
+    replaces the file's list."""
 
     def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, dest, type=_as_words, default=[], **options)
         self._given: list[str] = []
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
         self._given += values
         setattr(namespace, self.dest, list(self._given))
 
@@ -173,7 +206,8 @@ def recipes() -> list[str]:
 
 
 def recipe(name: str) -> str:
-    """The path of a config file: of a shipped recipe by its name, where there is no such file, else as it is.
+    """The path of a config file: of a shipped recipe by its name, where there is no such file, else
+    as it is.
 
     Raises:
         ErasureError: a bare word that is neither a file nor a recipe.
@@ -187,13 +221,16 @@ def recipe(name: str) -> str:
         return name  # a file that is not there, as its reader says
     near = near_name(name, recipes())
     hint = f"did you mean {near!r}? " if near else ""
-    raise ErasureError(f"unknown recipe {name!r}; {hint}there are: {', '.join(recipes())}; or give a .yaml file")
+    raise ErasureError(
+        f"unknown recipe {name!r}; {hint}there are: {', '.join(recipes())}; or give a .yaml file"
+    )
 
 
 def config_files(argv: list[str] | None) -> list[str]:
     """What stands behind --config, recipes as their paths."""
     early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", action="append", default=[], nargs="?")  # nothing behind it is for the real parser to say
+    # nothing behind it is for the real parser to say
+    early.add_argument("--config", action="append", default=[], nargs="?")
     return [recipe(path) for path in early.parse_known_args(argv)[0].config if path]
 
 
@@ -203,20 +240,22 @@ def _with_paths(argv: list[str]) -> list[str]:
     for i, word in enumerate(argv):
         if word.startswith("--config="):
             word = "--config=" + recipe(word.removeprefix("--config="))
-        found.append(recipe(word) if i and argv[i - 1] == "--config" and not word.startswith("--") else word)
+        found.append(
+            recipe(word) if i and argv[i - 1] == "--config" and not word.startswith("--") else word
+        )
     return found
 
 
 def parse(made: Parser, argv: list[str] | None) -> Namespace:
     """Parsed options, nested dataclasses built.
-
-    Raises:
-        ErasureError: an unknown option, a value of the wrong type, an empty one, a config file that cannot be read.
+    Raises: ErasureError: an unknown option, a value of the wrong type, an empty one, a config file
+       that cannot be read.
     """
     argv = _with_paths(sys.argv[1:] if argv is None else argv)
     groups = {key.split(".")[0] for key in made._defaults_keys() if "." in key}
     for path in config_files(argv):
-        # read_yaml names the line of a fault, a key that stands twice, and aliases that would never end
+        # read_yaml names the line of a fault, a key that stands twice, and aliases that would never
+        # end
         check_settings(path, read_yaml(path), groups)
     try:
         options = made.parse_args(argv)
@@ -227,17 +266,21 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
         settle_paths(options)
         if options.quiet:
             hush()
-        instantiate = getattr(made, "instantiate", None) or made.instantiate_classes  # its name before 4.49
+        # its name before 4.49
+        instantiate = getattr(made, "instantiate", None) or made.instantiate_classes
         return instantiate(options)
     except ErasureError:
         raise
     except Exception as error:  # a config file's shape can upset any part of the parser
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ErasureError(f"cannot read these options: {reason}; --print_config shows their form") from error
+        raise ErasureError(
+            f"cannot read these options: {reason}; --print_config shows their form"
+        ) from error
 
 
 def _check_filled(options: Namespace) -> None:
-    """Refuse options whose value is no text at all: a script's variable that was not set, more often than not."""
+    """Refuse options whose value is no text at all: a script's variable that was not set, more
+    often than not."""
     for key, value in options.items():
         words = value if isinstance(value, list) else [value]
         if any(isinstance(word, str) and not word.strip() for word in words):
@@ -247,11 +290,15 @@ def _check_filled(options: Namespace) -> None:
 def check_folder(out: str, option: str = "--out") -> None:
     """Refuse a name that only a file has for what will be a folder."""
     if Path(out).suffix.lower() in FILES:
-        raise ErasureError(f"{option} is a folder here, and {out} is the name of a file; leave {Path(out).suffix} off")
+        raise ErasureError(
+            f"{option} is a folder here, and {out} is the name of a file; leave {Path(out).suffix} "
+            "off"
+        )
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Run a command: 0 when done, 2 for bad input or too little memory (one sentence on stderr), 130 for Ctrl-C, 143 for SIGTERM.
+    """Run a command: 0 when done, 2 for bad input or too little memory (one sentence on stderr),
+    130 for Ctrl-C, 143 for SIGTERM.
 
     Of several processes the main one alone speaks; all tell their errors.
     """
@@ -267,7 +314,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not (
-            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or "DefaultCPUAllocator" in str(error)
         ):
             raise
         print(f"error: out of memory; {LEANER}", file=sys.stderr)
@@ -275,7 +324,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except OSError as error:  # of a path or a disk that no check foresaw
         if error.errno is None:
             raise
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{why(error)}", file=sys.stderr)
+        print(
+            f"error: {f'{error.filename}: ' if error.filename else ''}{why(error)}", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -284,7 +335,8 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 
 
 def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
-    """Print help or version, which ends the program; where stand-ins are not enough for that, the libraries themselves will do."""
+    """Print help or version, which ends the program; where stand-ins are not enough for that, the
+    libraries themselves will do."""
     try:
         with stood_in():
             main(argv)
@@ -303,13 +355,18 @@ def _work(main: Callable[[list[str] | None], None], argv: list[str] | None) -> N
     if processes().is_main_process:
         main(argv)
     else:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+        ):
             main(argv)
 
 
 @contextmanager
 def _settled(argv: list[str]) -> Iterator[None]:
-    """What was decided on the user's behalf is said, unless --quiet; afterwards both are as they were."""
+    """What was decided on the user's behalf is said, unless --quiet; afterwards both are as they
+    were."""
     logging.basicConfig(format="%(message)s")
     log, bars = logging.getLogger("erase"), os.environ.get("TQDM_DISABLE")
     if os.environ.get("RANK", "0") == "0":
@@ -332,18 +389,23 @@ def hush() -> None:
 
 
 def _speak_utf8() -> None:
-    """UTF-8 on both streams, whatever the console's code page; what no encoding holds (half a surrogate in a file's name) is escaped."""
+    """UTF-8 on both streams, whatever the console's code page; what no encoding holds (half a
+    surrogate in a file's name) is escaped."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
 
 
 def alone(command: str) -> None:
-    """Refuse several processes, for a command whose work is not shared: each would write the same files."""
+    """Refuse several processes, for a command whose work is not shared: each would write the same
+    files."""
     from erase.parallel.processes import processes
 
     if (count := processes().num_processes) > 1:
-        raise ErasureError(f"{command} is work for one process, not {count}; run it without accelerate launch or torchrun")
+        raise ErasureError(
+            f"{command} is work for one process, not {count}; run it without accelerate launch or "
+            "torchrun"
+        )
 
 
 def _mute_libraries() -> None:

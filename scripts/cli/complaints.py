@@ -56,27 +56,43 @@ def complaint(message: str, options: Iterable[str]) -> ErasureError:
     for pattern in UNKNOWN:
         if match := re.search(pattern, message):
             return unknown_option(".".join(match.groups()), options)
-    if match := re.search(r'Parser key "([\w.]+)".*Expected a <class \'list\'>.*value: ([\w.,-]+)\s*$', message, re.S):
-        return ErasureError(f"{match[1]} is a list, also where it holds one thing: --{match[1]} '[{match[2]}]'")
+    if match := re.search(
+        r'Parser key "([\w.]+)".*Expected a <class \'list\'>.*value: ([\w.,-]+)\s*$', message, re.S
+    ):
+        return ErasureError(
+            f"{match[1]} is a list, also where it holds one thing: --{match[1]} '[{match[2]}]'"
+        )
     if match := re.search(r'Parser key "(\w+)":\s+Unable to load config', message):
         inside = [option for option in sorted(set(options)) if option.startswith(f"{match[1]}.")]
-        return ErasureError(f"{match[1]} is a group of options; set one of its own, such as --{(inside or [match[1]])[0]}")
+        return ErasureError(
+            f"{match[1]} is a group of options; set one of its own, such as "
+            f"--{(inside or [match[1]])[0]}"
+        )
     if match := re.search(r"[Uu]nrecognized arguments: (\S+)", message):
-        return ErasureError(f"{match[1]!r} belongs to no option; write --OPTION before it, and put text with blanks in quotes")
+        return ErasureError(
+            f"{match[1]!r} belongs to no option; write --OPTION before it, and put text with "
+            "blanks in quotes"
+        )
     if match := re.search(r"argument (?:-\w/)?(--[\w.]+)(?:/\S+)?: expected one argument", message):
         return ErasureError(f"{match[1]} needs a value behind it")
     return ErasureError(_wrong_value(message) or re.sub(r"\s+", " ", message).strip())
 
 
 def unknown_option(name: str, options: Iterable[str]) -> ErasureError:
-    """An error for an option that is not there; it names those that may be meant, and never all of them."""
+    """An error for an option that is not there; it names those that may be meant, and never all of
+    them."""
     near = near_options(name, sorted(set(options)))
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "--help lists the options of this command"
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else "--help lists the options of this command"
+    )
     return ErasureError(f"unknown option {name!r}; {hint}")
 
 
 def near_options(name: str, options: list[str]) -> list[str]:
-    """The options that may be meant by a name: the same in other signs or of other groups, of other tools, cut short, misspelt."""
+    """The options that may be meant by a name: the same in other signs or of other groups, of other
+    tools, cut short, misspelt."""
     key = name.strip("-").replace("-", "_").casefold()
     group, _, last = key.rpartition(".")
     last = OTHER_WORDS.get(last, last)
@@ -84,9 +100,17 @@ def near_options(name: str, options: list[str]) -> list[str]:
     ways = (
         [option for option in options if option.casefold() in (key, f"{group}.{last}")],
         [option for option, end in lasts.items() if end == last],
-        [option for option, end in lasts.items() if len(key) > 1 and key in (option[: len(key)], end[: len(key)])],
+        [
+            option
+            for option, end in lasts.items()
+            if len(key) > 1 and key in (option[: len(key)], end[: len(key)])
+        ],
         get_close_matches(key, options, 1),
-        [option for option, end in lasts.items() if end in get_close_matches(last, set(lasts.values()), 1, 0.7)],
+        [
+            option
+            for option, end in lasts.items()
+            if end in get_close_matches(last, set(lasts.values()), 1, 0.7)
+        ],
     )
     return next((found[:SHOWN] for found in ways if found), [])
 
@@ -95,7 +119,9 @@ def _wrong_value(message: str) -> str | None:
     """A value of the wrong type: which option, which value, and what it takes."""
     key = re.search(r'Parser key "([\w.]+)"', message)
     value = re.search(r"(?:Got|Given) value: ?(.*)$", message, re.S)
-    kinds = [KINDS[kind] for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind in KINDS]
+    kinds = [
+        KINDS[kind] for kind in re.findall(r"Expected a <class '(\w+)'>", message) if kind in KINDS
+    ]
     if not (key and value and kinds):
         return None
     given = " ".join(value[1].split())[:100]

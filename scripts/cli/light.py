@@ -1,4 +1,5 @@
-"""Help without the libraries that a job needs: to import torch and diffusers takes seconds, to list options does not need them."""
+"""Help without the libraries that a job needs: to import torch and diffusers takes seconds, to list
+options does not need them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 HEAVY = frozenset(
-    "accelerate diffusers huggingface_hub matplotlib nudenet numpy open_clip safetensors scipy torch torchvision transformers".split()
+    "accelerate diffusers huggingface_hub matplotlib nudenet numpy open_clip safetensors scipy "
+    "torch torchvision transformers".split()
 )
 DESCRIBING = {"-h", "--help", "--version"}
 LIGHT = ("erase.plugins", "erase.prompts", "erase.scripts")  # what needs none of them
@@ -24,7 +26,8 @@ def only_describes(argv: Sequence[str]) -> bool:
 
 @contextmanager
 def stood_in() -> Iterator[None]:
-    """Within the block, imports of `HEAVY` give empty modules whose every attribute is an empty class; nothing is left of them afterwards.
+    """Within the block, imports of `HEAVY` give empty modules whose every attribute is an empty
+    class; nothing is left of them afterwards.
 
     That is enough to import a module and to read its dataclasses, and for nothing else. Every
     package that came in within the block goes with them, since its modules may hold stand-ins.
@@ -46,7 +49,11 @@ def stood_in() -> Iterator[None]:
 
 class _Finder(MetaPathFinder, Loader):
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:  # type: ignore[override]
-        return ModuleSpec(fullname, self, is_package=True) if fullname.partition(".")[0] in HEAVY else None
+        return (
+            ModuleSpec(fullname, self, is_package=True)
+            if fullname.partition(".")[0] in HEAVY
+            else None
+        )
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _Module(spec.name)

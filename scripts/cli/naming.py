@@ -31,39 +31,54 @@ def read_concepts(
     retain: Sequence[str],
     kind: str | None = None,
 ) -> list[ConceptSpec]:
-    """Concepts from files, some of a file's, and concepts by name.
-
-    A name that one of the files has picks it, and the file's others are left out; any other name is one more concept: a word of the
-    embedded world on `canvas`; elsewhere as it is given, or, where anchor or retain prompts are left out, as `erase.prompts.proposals`
-    proposes it, with a line about it on stderr. A concept that is given twice is taken once.
-
-    Raises:
-        ErasureError: no concept; a file or name that is not known; anchors that do not pair; one concept in two ways; or, on canvas,
-            one that it does not know.
+    """Concepts from files, some of a file's, and concepts by name. A name that one of the files has
+    picks it, and the file's others are left out; any other name is one more concept: a word of the
+    embedded world on `canvas`; elsewhere as it is given, or, where anchor or retain prompts are
+    left out, as `erase.prompts.proposals` proposes it, with a line about it on stderr. A concept
+    that is given twice is taken once. Raises: ErasureError: no concept; a file or name that is not
+    known; anchors that do not pair; one concept in two ways; or, on canvas, one that it does not
+    know.
     """
     files = [file] if isinstance(file, str) else list(file or ())
     found, left = _from_files(files, names, model)
     if files and not left and (anchors or retain or kind):
-        raise ErasureError(f"--anchor, --retain and --kind do not go with --concepts; write them into a copy of {files[0]}")
+        raise ErasureError(
+            "--anchor, --retain and --kind do not go with --concepts; write them into a copy of "
+            f"{files[0]}"
+        )
     if not found and not left:
-        raise ErasureError("no concept was given; name one with --concept (on canvas, e.g. heart), or a file with --concepts")
+        raise ErasureError(
+            "no concept was given; name one with --concept (on canvas, e.g. heart), or a file with "
+            "--concepts"
+        )
     if anchors and len(anchors) != len(left):
         where = " (those of --concepts have theirs)" if files else ""
         raise ErasureError(
-            f"{len(left)} concepts but {len(anchors)} anchors{where}; give one --anchor for each --concept, in the same order"
+            f"{len(left)} concepts but {len(anchors)} anchors{where}; give one --anchor for each "
+            "--concept, in the same order"
         )
     if left and model == "canvas" and (retain or kind):
-        raise ErasureError("canvas brings its own retain prompts and kinds; leave out --retain and --kind, or use --concepts")
+        raise ErasureError(
+            "canvas brings its own retain prompts and kinds; leave out --retain and --kind, or use "
+            "--concepts"
+        )
     wanted: Sequence[str | None] = anchors or [None] * len(left)
-    named = [_Named(name, anchor, tuple(retain), kind) for name, anchor in zip(left, wanted, strict=True)]
-    concepts = merged([*found, *(_canvas(one) if model == "canvas" else _by_name(one) for one in named)])
+    named = [
+        _Named(name, anchor, tuple(retain), kind) for name, anchor in zip(left, wanted, strict=True)
+    ]
+    concepts = merged(
+        [*found, *(_canvas(one) if model == "canvas" else _by_name(one) for one in named)]
+    )
     if model == "canvas":
         check_canvas(concepts)
     return concepts
 
 
-def _from_files(files: Sequence[str], names: Sequence[str], model: str) -> tuple[list[ConceptSpec], list[str]]:
-    """The files' concepts, or those of a file that `names` pick, in the file's order; and the names that no file has."""
+def _from_files(
+    files: Sequence[str], names: Sequence[str], model: str
+) -> tuple[list[ConceptSpec], list[str]]:
+    """The files' concepts, or those of a file that `names` pick, in the file's order; and the names
+    that no file has."""
     loaded = {file: load_concepts(file) for file in files}
     targets = {concept.target for concepts in loaded.values() for concept in concepts}
     left = [name for name in names if name not in targets]
@@ -96,10 +111,16 @@ def _by_name(named: _Named) -> ConceptSpec:
         return ConceptSpec(target=named.name.strip(), anchor=named.anchor, retain=named.retain)
     found = propose(named.name, named.kind)
     found = replace(found, anchor=named.anchor or found.anchor, retain=named.retain or found.retain)
-    idle = f"; it is a shipped concept, so --kind {named.kind} is not asked" if shipped and named.kind else ""
+    idle = (
+        f"; it is a shipped concept, so --kind {named.kind} is not asked"
+        if shipped and named.kind
+        else ""
+    )
     _note(
-        f"proposed for {named.name!r}: {found.target} -> {found.anchor}, {len(found.names)} names, {len(found.templates)} templates "
-        f"({found.templates[0]!r}, ...), {len(found.retain)} retain prompts ({found.retain[0]!r}, ...){idle}; add --propose to see "
+        f"proposed for {named.name!r}: {found.target} -> {found.anchor}, {len(found.names)} names, "
+        f"{len(found.templates)} templates "
+        f"({found.templates[0]!r}, ...), {len(found.retain)} retain prompts ({found.retain[0]!r}, "
+        f"...){idle}; add --propose to see "
         "all of it as YAML, which --concepts reads"
     )
     return found

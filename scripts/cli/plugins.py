@@ -31,7 +31,9 @@ def names_given(argv: list[str] | None, option: str, files: list[str]) -> list[s
         ErasureError: a config file gives a place that the command line does not.
     """
     early = ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument(f"--{option}", f"--{option}+", dest="given", action="append", default=[], nargs="?")
+    early.add_argument(
+        f"--{option}", f"--{option}+", dest="given", action="append", default=[], nargs="?"
+    )
     typed = list(chain.from_iterable(map(_names, early.parse_known_args(argv)[0].given)))
     if any(":" in name for name in typed) and not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
@@ -43,7 +45,8 @@ def names_given(argv: list[str] | None, option: str, files: list[str]) -> list[s
         for name in names:
             if ":" in name and name not in typed:
                 raise ErasureError(
-                    f"{path} gives {option} the code {name!r}, which no file may; put it on the command line, --{option}, "
+                    f"{path} gives {option} the code {name!r}, which no file may; put it on the "
+                    f"command line, --{option}, "
                     "or install its package and use the name that it has there"
                 )
         written += names

@@ -25,7 +25,14 @@ from erase.training.running import running
 from erase.training.trainable import Base, Trainable
 from tests.conftest import build_pico_pipeline
 from tests.families import FAMILIES
-from tests.programs.processes_job import METHOD, OFTEN, erase, plain, statistics_of_base, stopped_in_step
+from tests.programs.processes_job import (
+    METHOD,
+    OFTEN,
+    erase,
+    plain,
+    statistics_of_base,
+    stopped_in_step,
+)
 from tests.shards import (
     HALF,
     LAUNCHES,

@@ -1,4 +1,5 @@
-"""A training of the pico model that a test kills: `killed_training.py STATE OUT [slow]`; slow prints each step before it."""
+"""A training of the pico model that a test kills: `killed_training.py STATE OUT [slow]`; slow
+prints each step before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Single-file checkpoints: their formats, what they hold, and the way into stock pipelines and back."""
+"""Single-file checkpoints: their formats, what they hold, and the way into stock pipelines and
+back."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """The two ways, imported when asked for: they take seconds, and import modules that import this package."""
+        """The two ways, imported when asked for: they take seconds, and import modules that import
+        this package."""
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

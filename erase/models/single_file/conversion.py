@@ -1,4 +1,5 @@
-"""Single-file checkpoints (`.safetensors`, `.ckpt`), as A1111 and ComfyUI use them, to and from stock diffusers pipelines."""
+"""Single-file checkpoints (`.safetensors`, `.ckpt`), as A1111 and ComfyUI use them, to and from
+stock diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -35,21 +36,17 @@ def load_single_file(
     vae: str | Path | None = None,
     ignore: str | None = None,
 ) -> Pipeline:
-    """Load SD 1.x, SD 2.x or SDXL base from one file, without network; the safety checker is left out.
-
-    Weights are converted one by one, so the peak is about one copy of them in `dtype`. Pickles are not executed.
-
-    Args:
-        path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM layout.
-        dtype: of the weights in memory.
-        config: a diffusers folder whose configurations and tokenizers hold instead of the shipped ones.
-        prediction: `epsilon` or `v_prediction`; needed for SD 2 if neither the file nor `config` says.
-        ema: take the moving average of the UNet (`model_ema.*`), not the weights that A1111 and ComfyUI use.
-        vae: a folder or file whose VAE takes the place of the file's own, or the one that it lacks.
-        ignore: a regular expression; tensors whose names begin with it are not looked at.
-
-    Raises:
-        ErasureError: another kind of file, a damaged one, one that does not fit the architecture, or an SD 2 of unknown prediction.
+    """Load SD 1.x, SD 2.x or SDXL base from one file, without network; the safety checker is left
+    out. Weights are converted one by one, so the peak is about one copy of them in `dtype`.
+    Pickles are not executed. Args: path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM
+    layout. dtype: of the weights in memory. config: a diffusers folder whose configurations and
+    tokenizers hold instead of the shipped ones. prediction: `epsilon` or `v_prediction`; needed
+    for SD 2 if neither the file nor `config` says. ema: take the moving average of the UNet
+    (`model_ema.*`), not the weights that A1111 and ComfyUI use. vae: a folder or file whose VAE
+    takes the place of the file's own, or the one that it lacks. ignore: a regular expression;
+    tensors whose names begin with it are not looked at. Raises: ErasureError: another kind of
+    file, a damaged one, one that does not fit the architecture, or an SD 2 of unknown
+    prediction.
     """
     given = from_folder(config) if config is not None else None
     with open_tensors(path) as opened:
@@ -59,13 +56,20 @@ def load_single_file(
         modules = architecture.modules()
         if vae is not None:
             del modules["vae"]
-            file = replace(file, shapes={key: shape for key, shape in file.shapes.items() if not key.startswith(ldm.VAE)})
+            file = replace(
+                file,
+                shapes={
+                    key: shape for key, shape in file.shapes.items() if not key.startswith(ldm.VAE)
+                },
+            )
         table = ldm.table(family, modules)
         check_weights(file, table, modules)
         _check_rest(file, table, family, modules)
         if ema:
             if not any(key.startswith("model_ema.diffusion_model") for key in file.shapes):
-                raise ErasureError(f"{path} holds no moving average of the UNet (model_ema.*); load it without ema")
+                raise ErasureError(
+                    f"{path} holds no moving average of the UNet (model_ema.*); load it without ema"
+                )
             table = ldm.ema_table(table)
             check_weights(file, table, modules)
         fill(file, table, modules, dtype)
@@ -74,45 +78,59 @@ def load_single_file(
     return architecture.pipeline(modules)
 
 
-def _architecture(file: TensorFile, family: str, given: Architecture | None, asked: str | None) -> Architecture:
-    """The configurations to build from, given or shipped, with the prediction type that is stated somewhere."""
+def _architecture(
+    file: TensorFile, family: str, given: Architecture | None, asked: str | None
+) -> Architecture:
+    """The configurations to build from, given or shipped, with the prediction type that is stated
+    somewhere."""
     stated = given.configs["scheduler"].get("prediction_type", "epsilon") if given else None
     prediction = decide_prediction(file, family, stated, asked)
     architecture = given or shipped(family, prediction)
     schedule = {**architecture.configs["scheduler"], "prediction_type": prediction}
-    if "ztsnr" in file.shapes:  # the flag of ComfyUI and A1111 for a schedule that ends in pure noise
+    # the flag of ComfyUI and A1111 for a schedule that ends in pure noise
+    if "ztsnr" in file.shapes:
         schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         if not knows_zero_snr(getattr(diffusers, schedule["_class_name"])):
             schedule["_class_name"] = "DDIMScheduler"
     return replace(architecture, configs={**architecture.configs, "scheduler": schedule})
 
 
-def check_weights(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network]) -> None:
+def check_weights(
+    file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network]
+) -> None:
     """Every weight is there, in its shape; told from the header, before any is read."""
     expected = {entry.key: entry.shape(_shape(modules, entry.names[0])) for entry in table}
     missing = [key for key in expected if key not in file.shapes]
     if missing:
         raise ErasureError(
-            f"{file.path} lacks {len(missing)} of the {len(expected)} weights of this architecture, the first is {missing[0]} "
-            f"{list(expected[missing[0]])}; fetch the file again, or if it is of another size, give its configuration (load.config)"
+            f"{file.path} lacks {len(missing)} of the {len(expected)} weights of this "
+            f"architecture, the first is {missing[0]} "
+            f"{list(expected[missing[0]])}; fetch the file again, or if it is of another size, "
+            "give its configuration (load.config)"
         )
     for entry in table:
         shape, found = expected[entry.key], file.shapes[entry.key]
-        if found != shape and not (entry.form == "conv1x1" and found == shape[:2]):  # some programs write these as linear
+        # some programs write these as linear
+        if found != shape and not (entry.form == "conv1x1" and found == shape[:2]):
             raise ErasureError(
-                f"{file.path}: {entry.key} should have the shape {list(shape)}, but has {list(found)}; if the model is of another "
+                f"{file.path}: {entry.key} should have the shape {list(shape)}, but has "
+                f"{list(found)}; if the model is of another "
                 "size, give its configuration (load.config)"
             )
 
 
-def _check_rest(file: TensorFile, table: Sequence[ldm.Entry], family: str, modules: Mapping[str, ldm.Network]) -> None:
+def _check_rest(
+    file: TensorFile, table: Sequence[ldm.Entry], family: str, modules: Mapping[str, ldm.Network]
+) -> None:
     """Nothing else is there, but what the originals hold and the pipeline does not use."""
     known, spare = {entry.key for entry in table}, ldm.needless(family, modules)
     surplus = [key for key in file.shapes if key not in known and not spare.fullmatch(key)]
     if surplus:
         raise ErasureError(
-            f"{file.path} holds {len(surplus)} tensors for which {NAMES[family]} has no place, the first is {surplus[0]} "
-            f"{list(file.shapes[surplus[0]])}; if it is of another size, give its configuration (load.config); if they do no harm, leave them out (load.ignore, a "
+            f"{file.path} holds {len(surplus)} tensors for which {NAMES[family]} has no place, the "
+            f"first is {surplus[0]} "
+            f"{list(file.shapes[surplus[0]])}; if it is of another size, give its configuration "
+            "(load.config); if they do no harm, leave them out (load.ignore, a "
             "regular expression of how their names begin)"
         )
 
@@ -122,7 +140,12 @@ def _shape(modules: Mapping[str, ldm.Network], name: str) -> tuple[int, ...]:
     return tuple(modules[component].get_parameter(parameter).shape)
 
 
-def fill(file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network], dtype: torch.dtype) -> None:
+def fill(
+    file: TensorFile,
+    table: Sequence[ldm.Entry],
+    modules: Mapping[str, ldm.Network],
+    dtype: torch.dtype,
+) -> None:
     """Read the weights one by one into the modules."""
     states: dict[str, dict[str, Tensor]] = {component: {} for component in modules}
     for entry in table:
@@ -143,40 +166,45 @@ def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """
     if tensor.is_floating_point() and tensor.element_size() == 1:
         raise ErasureError(
-            f"{name} holds {tensor.dtype}, which is too coarse to train or to compare; fetch it in float16 or float32"
+            f"{name} holds {tensor.dtype}, which is too coarse to train or to compare; fetch it in "
+            "float16 or float32"
         )
     if not tensor.is_floating_point() or tensor.layout != torch.strided:
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise ErasureError(
-            f"{name} holds {kind}, not dense floating point numbers; a quantised or sparse checkpoint cannot be used"
+            f"{name} holds {kind}, not dense floating point numbers; a quantised or sparse "
+            "checkpoint cannot be used"
         )
     converted = tensor.to(dtype)
     if not all_finite(converted):
         if all_finite(tensor.double()):
             raise ErasureError(
-                f"{name} holds values up to {tensor.abs().max():.3g}, too large for {dtype}; use float32 or bfloat16"
+                f"{name} holds values up to {tensor.abs().max():.3g}, too large for {dtype}; use "
+                "float32 or bfloat16"
             )
-        raise ErasureError(f"{name} holds NaN or infinite values; the checkpoint is damaged, fetch or train it again")
+        raise ErasureError(
+            f"{name} holds NaN or infinite values; the checkpoint is damaged, fetch or train it "
+            "again"
+        )
     return converted
 
 
 @torch.no_grad()
 def write_single_file(
-    pipeline: Pipeline, path: str | Path, dtype: torch.dtype | None = None, metadata: Mapping[str, str] | None = None
+    pipeline: Pipeline,
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a pipeline as one safetensors file in the LDM layout, which A1111, ComfyUI and diffusers load.
-
-    It holds what the originals hold, except what no program needs: the noise schedule and the moving average. The last layer,
-    projection and temperature of SD 2's text encoder, which nothing uses and a diffusers pipeline does not have, are stand-ins.
-
-    Args:
-        pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
-        path: a `.safetensors` file that does not exist yet; it appears whole or not at all.
-        dtype: of the file; each weight's own by default.
-        metadata: further text for the header, e.g. `modelspec.title`; ModelSpec's other keys are there already.
-
-    Raises:
-        ErasureError: another pipeline, suffix, an existing file, a weight without a key in the layout or without a finite value in `dtype`.
+    """Write a pipeline as one safetensors file in the LDM layout, which A1111, ComfyUI and
+    diffusers load. It holds what the originals hold, except what no program needs: the noise
+    schedule and the moving average. The last layer, projection and temperature of SD 2's text
+    encoder, which nothing uses and a diffusers pipeline does not have, are stand-ins. Args:
+    pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`. path: a `.safetensors`
+    file that does not exist yet; it appears whole or not at all. dtype: of the file; each
+    weight's own by default. metadata: further text for the header, e.g. `modelspec.title`;
+    ModelSpec's other keys are there already. Raises: ErasureError: another pipeline, suffix, an
+    existing file, a weight without a key in the layout or without a finite value in `dtype`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -186,9 +214,18 @@ def write_single_file(
     family = _family(pipeline)
     modules = {name: getattr(pipeline, name) for name in ("unet", "vae", *ldm.TEXTS[family])}
     if lacking := [name for name, module in modules.items() if module is None]:
-        raise ErasureError(f"the pipeline has no {lacking[0]}, which a single file holds; load it whole")
-    states = {f"{part}.{name}": weight for part, module in modules.items() for name, weight in module.state_dict().items()}
-    entries, schedule = {entry.key: entry for entry in ldm.table(family, modules)}, pipeline.scheduler.config
+        raise ErasureError(
+            f"the pipeline has no {lacking[0]}, which a single file holds; load it whole"
+        )
+    states = {
+        f"{part}.{name}": weight
+        for part, module in modules.items()
+        for name, weight in module.state_dict().items()
+    }
+    entries, schedule = (
+        {entry.key: entry for entry in ldm.table(family, modules)},
+        pipeline.scheduler.config,
+    )
     beside = _beside(family, modules, schedule)
     twins = _last_layer(entries) if family == "sd2" else {}
     beside |= _head(modules["text_encoder"], dtype) if twins else {}
@@ -201,7 +238,10 @@ def write_single_file(
         weight = entries[key].pack([states[name] for name in names])
         return _converted(weight, dtype or weight.dtype, f"{names[0]} of the pipeline")
 
-    layout = {key: entry.pack([states[name].to("meta", dtype) for name in entry.names]) for key, entry in entries.items()}
+    layout = {
+        key: entry.pack([states[name].to("meta", dtype) for name in entry.names])
+        for key, entry in entries.items()
+    }
     layout |= {new: layout[old] for new, old in twins.items()}
     header = {"format": "pt", **model_spec(pipeline, path.stem, ORIGINAL), **(metadata or {})}
     stream_tensors(path, layout | beside, made, header)
@@ -213,12 +253,18 @@ def _family(pipeline: Pipeline) -> str:
     if isinstance(pipeline, StableDiffusionXLPipeline):
         return "sdxl"
     if not isinstance(pipeline, StableDiffusionPipeline) or unet is None:
-        raise ErasureError(f"a {type(pipeline).__name__} cannot be written as a single file; only SD 1, SD 2 and SDXL base can")
+        raise ErasureError(
+            f"a {type(pipeline).__name__} cannot be written as a single file; only SD 1, SD 2 and "
+            "SDXL base can"
+        )
     return sd_family(unet.config)
 
 
-def _beside(family: str, modules: Mapping[str, ldm.Network], schedule: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the originals hold beside weights: CLIP's position ids, and the flags that mark an SDXL of v prediction."""
+def _beside(
+    family: str, modules: Mapping[str, ldm.Network], schedule: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """What the originals hold beside weights: CLIP's position ids, and the flags that mark an SDXL
+    of v prediction."""
     tensors = {}
     for component, (layout, prefix) in ldm.TEXTS[family].items():
         if layout == "clip":
@@ -231,18 +277,21 @@ def _beside(family: str, modules: Mapping[str, ldm.Network], schedule: Mapping[s
 
 
 def _last_layer(entries: Mapping[str, ldm.Entry]) -> dict[str, str]:
-    """Keys of the 24th layer of SD 2's text encoder -> those of the 23rd, where the pipeline has no more, as diffusers' has.
-
-    Its output is never used, but ComfyUI and A1111 build the layer, and warn where it has no weights. sd-scripts fills it likewise.
+    """Keys of the 24th layer of SD 2's text encoder -> those of the 23rd, where the pipeline has no
+    more, as diffusers' has. Its output is never used, but ComfyUI and A1111 build the layer, and
+    warn where it has no weights. sd-scripts fills it likewise.
     """
-    last, missing = (f"{ldm.TEXTS['sd2']['text_encoder'][1]}transformer.resblocks.{i}." for i in (22, 23))
+    last, missing = (
+        f"{ldm.TEXTS['sd2']['text_encoder'][1]}transformer.resblocks.{i}." for i in (22, 23)
+    )
     if any(key.startswith(missing) for key in entries):
         return {}
     return {missing + key.removeprefix(last): key for key in entries if key.startswith(last)}
 
 
 def _head(text_encoder: ldm.Network, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Stand-ins of sd-scripts for the projection and temperature of OpenCLIP, which programs build and do not use."""
+    """Stand-ins of sd-scripts for the projection and temperature of OpenCLIP, which programs build
+    and do not use."""
     prefix, width = ldm.TEXTS["sd2"]["text_encoder"][1], text_encoder.config.hidden_size
     dtype = dtype or text_encoder.dtype
     return {

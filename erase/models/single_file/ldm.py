@@ -1,7 +1,8 @@
 """The LDM layout: which key of a single-file checkpoint holds which weight of a diffusers pipeline.
-
-The table is derived from the configuration of the modules, so it holds for every width and depth. The names are those of the
-original programs: CompVis/latent-diffusion (`openaimodel.py`, `diffusionmodules/model.py`), Stability-AI/stablediffusion and
+ The table is derived from the configuration of the modules, so it holds for every width and depth.
+The names are those of the
+original programs: CompVis/latent-diffusion (`openaimodel.py`, `diffusionmodules/model.py`),
+    Stability-AI/stablediffusion and
 generative-models (`encoders/modules.py`), openai/CLIP and OpenCLIP (`transformer.py`).
 """
 
@@ -18,7 +19,9 @@ from torch import Tensor
 from erase.prompts.errors import ErasureError
 
 Form = Literal["same", "conv1x1", "transposed", "stacked"]
-Network = Any  # a module of diffusers or transformers: its config is an attribute made at run time, which no type checker sees
+# a module of diffusers or transformers: its config is an attribute made at run time, which no type
+# checker sees
+Network = Any
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXTS = {
@@ -49,8 +52,20 @@ UNET_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-VAE_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "conv_shortcut": "nin_shortcut"}
-VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+VAE_RESNET = {
+    "norm1": "norm1",
+    "conv1": "conv1",
+    "norm2": "norm2",
+    "conv2": "conv2",
+    "conv_shortcut": "nin_shortcut",
+}
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
 OPEN_CLIP_ENDS = {
     "embeddings.token_embedding": "token_embedding",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -75,7 +90,8 @@ class Entry:
     names: tuple[str, ...]
     """`component.parameter` in the pipeline; query, key and value where the file stacks them"""
     form: Form = "same"
-    """how the values lie in the file: as they are, as a 1x1 convolution, transposed, or stacked along the first axis"""
+    """how the values lie in the file: as they are, as a 1x1 convolution, transposed, or stacked
+    along the first axis"""
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the file of a weight (or three) of this shape."""
@@ -100,7 +116,8 @@ class Entry:
         return weights[0]
 
     def unpack(self, tensor: Tensor) -> list[Tensor]:
-        """A tensor of the file as weights of the pipeline; each owns its memory if the tensor does."""
+        """A tensor of the file as weights of the pipeline; each owns its memory if the tensor
+        does."""
         match self.form:
             case "conv1x1":
                 return [tensor.reshape(tensor.shape[:2])]
@@ -112,7 +129,8 @@ class Entry:
 
 
 def table(family: str, modules: Mapping[str, Network]) -> list[Entry]:
-    """Every weight of the modules (`unet`, `vae`, `text_encoder`, ...) exactly once, in their order.
+    """Every weight of the modules (`unet`, `vae`, `text_encoder`, ...) exactly once, in their
+    order.
 
     Raises:
         ErasureError: a weight for which the layout has no key, or two for one key.
@@ -121,9 +139,14 @@ def table(family: str, modules: Mapping[str, Network]) -> list[Entry]:
     entries = list(_renamed("unet", unet, UNET, unet_places(unet.config)))
     entries += vae_table(modules["vae"]) if "vae" in modules else []
     for component, (layout, prefix) in TEXTS[family].items():
-        entries += (_clip if layout == "clip" else _open_clip)(component, modules[component], prefix)
+        entries += (_clip if layout == "clip" else _open_clip)(
+            component, modules[component], prefix
+        )
     if len({entry.key for entry in entries}) != len(entries):
-        raise ErasureError("this architecture gives two weights the same key in the single-file layout; export a folder instead")
+        raise ErasureError(
+            "this architecture gives two weights the same key in the single-file layout; export a "
+            "folder instead"
+        )
     return entries
 
 
@@ -133,7 +156,8 @@ def vae_table(vae: Network) -> list[Entry]:
 
 
 def ema_table(entries: Iterable[Entry]) -> list[Entry]:
-    """The same table, with the UNet taken from the moving average (`LitEma` drops the dots of a name)."""
+    """The same table, with the UNet taken from the moving average (`LitEma` drops the dots of a
+    name)."""
     return [
         replace(entry, key="model_ema." + entry.key.removeprefix("model.").replace(".", ""))
         if entry.key.startswith(UNET)
@@ -143,10 +167,10 @@ def ema_table(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def unet_places(config: Mapping[str, Any]) -> dict[str, str]:
-    """Module of the UNet -> its place under `model.diffusion_model.`; modules inside an attention keep their names.
-
-    The original counts blocks through: each level is `layers_per_block` layers and a down-sampler going down, one layer more
-    going up, where the up-sampler stands in the last layer, behind its attention if there is one.
+    """Module of the UNet -> its place under `model.diffusion_model.`; modules inside an attention
+    keep their names. The original counts blocks through: each level is `layers_per_block` layers
+    and a down-sampler going down, one layer more going up, where the up-sampler stands in the
+    last layer, behind its attention if there is one.
     """
     places, step = dict(UNET_ENDS), config["layers_per_block"] + 1
     for i, place in ((0, "middle_block.0"), (1, "middle_block.2")):
@@ -156,13 +180,17 @@ def unet_places(config: Mapping[str, Any]) -> dict[str, str]:
             place = f"input_blocks.{1 + level * step + i}"
             places |= _inside(f"down_blocks.{level}.resnets.{i}", f"{place}.0", UNET_RESNET)
             places[f"down_blocks.{level}.attentions.{i}"] = f"{place}.1"
-        places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{(level + 1) * step}.0.op"
+        places[f"down_blocks.{level}.downsamplers.0.conv"] = (
+            f"input_blocks.{(level + 1) * step}.0.op"
+        )
     for level, kind in enumerate(config["up_block_types"]):
         for i in range(step):
             place = f"output_blocks.{level * step + i}"
             places |= _inside(f"up_blocks.{level}.resnets.{i}", f"{place}.0", UNET_RESNET)
             places[f"up_blocks.{level}.attentions.{i}"] = f"{place}.1"
-        places[f"up_blocks.{level}.upsamplers.0.conv"] = f"{place}.{2 if 'Attn' in kind else 1}.conv"
+        places[f"up_blocks.{level}.upsamplers.0.conv"] = (
+            f"{place}.{2 if 'Attn' in kind else 1}.conv"
+        )
     return places
 
 
@@ -176,14 +204,19 @@ def unet_module(config: Mapping[str, Any], name: str) -> str:
 
 
 def vae_places(config: Mapping[str, Any]) -> dict[str, str]:
-    """Module of the VAE -> its place under `first_stage_model.`; the decoder's levels are counted from the finest."""
+    """Module of the VAE -> its place under `first_stage_model.`; the decoder's levels are counted
+    from the finest."""
     levels, layers = len(config["up_block_types"]), config["layers_per_block"]
     places = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     for half in ("encoder", "decoder"):
-        places |= _inside(half, half, {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"})
+        places |= _inside(
+            half, half, {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
+        )
         places |= _inside(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", VAE_ATTENTION)
         for i in (0, 1):
-            places |= _inside(f"{half}.mid_block.resnets.{i}", f"{half}.mid.block_{i + 1}", VAE_RESNET)
+            places |= _inside(
+                f"{half}.mid_block.resnets.{i}", f"{half}.mid.block_{i + 1}", VAE_RESNET
+            )
     for level in range(levels):
         down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{levels - 1 - level}"
         for i in range(layers):
@@ -199,7 +232,9 @@ def _inside(ours: str, theirs: str, parts: Mapping[str, str]) -> dict[str, str]:
     return {f"{ours}.{mine}": f"{theirs}.{other}" for mine, other in parts.items()}
 
 
-def _renamed(component: str, module: Network, prefix: str, places: Mapping[str, str]) -> Iterator[Entry]:
+def _renamed(
+    component: str, module: Network, prefix: str, places: Mapping[str, str]
+) -> Iterator[Entry]:
     for name in module.state_dict():
         yield Entry(prefix + _place(component, name, places), (f"{component}.{name}",))
 
@@ -212,21 +247,33 @@ def _place(component: str, name: str, places: Mapping[str, str]) -> str:
             return places[head] + tail
         head, dot, last = head.rpartition(".")
         tail = dot + last + tail
-    raise ErasureError(f"the single-file layout has no key for {component}.{name}; export a diffusers folder instead")
+    raise ErasureError(
+        f"the single-file layout has no key for {component}.{name}; export a diffusers folder "
+        "instead"
+    )
 
 
 def _as_convolution(entry: Entry) -> Entry:
     """The originals write the linear layers of the VAE's attention as 1x1 convolutions."""
-    return replace(entry, form="conv1x1") if re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", entry.key) else entry
+    return (
+        replace(entry, form="conv1x1")
+        if re.search(r"\.mid\.attn_1\.(q|k|v|proj_out)\.weight$", entry.key)
+        else entry
+    )
 
 
 def _clip(component: str, module: Network, prefix: str) -> list[Entry]:
-    """CLIP as transformers names it; `text_model.` stands before each name in some versions of transformers, not in all."""
-    return [Entry(prefix + name.removeprefix("text_model."), (f"{component}.{name}",)) for name in module.state_dict()]
+    """CLIP as transformers names it; `text_model.` stands before each name in some versions of
+    transformers, not in all."""
+    return [
+        Entry(prefix + name.removeprefix("text_model."), (f"{component}.{name}",))
+        for name in module.state_dict()
+    ]
 
 
 def _open_clip(component: str, module: Network, prefix: str) -> list[Entry]:
-    """CLIP as OpenCLIP names it: query, key and value stacked in one `in_proj`, the text projection transposed."""
+    """CLIP as OpenCLIP names it: query, key and value stacked in one `in_proj`, the text projection
+    transposed."""
     places = dict(OPEN_CLIP_ENDS)
     for i in range(module.config.num_hidden_layers):
         places |= _inside(f"encoder.layers.{i}", f"transformer.resblocks.{i}", OPEN_CLIP_LAYER)
@@ -236,26 +283,34 @@ def _open_clip(component: str, module: Network, prefix: str) -> list[Entry]:
         bare, full = name.removeprefix("text_model."), f"{component}.{name}"
         part = re.fullmatch(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", bare)
         if part:
-            stacks.setdefault(f"transformer.resblocks.{part[1]}.attn.in_proj_{part[3]}", {})[part[2]] = full
+            stacks.setdefault(f"transformer.resblocks.{part[1]}.attn.in_proj_{part[3]}", {})[
+                part[2]
+            ] = full
         else:
             form: Form = "transposed" if bare == "text_projection.weight" else "same"
             entries.append(Entry(prefix + _place(component, bare, places), (full,), form))
-    return entries + [Entry(prefix + key, tuple(parts[p] for p in "qkv"), "stacked") for key, parts in stacks.items()]
+    return entries + [
+        Entry(prefix + key, tuple(parts[p] for p in "qkv"), "stacked")
+        for key, parts in stacks.items()
+    ]
 
 
 SCHEDULE = (
-    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
-    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar", "scale_factor", "denoiser.sigmas",
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "logvar",
+    "scale_factor", "denoiser.sigmas",
 )  # fmt: skip
 
 
 def needless(family: str, modules: Mapping[str, Network]) -> re.Pattern[str]:
     """The keys of the originals that hold nothing which the pipeline uses.
-
-    They are the noise schedule, which every program computes from its configuration; the moving average; CLIP's position ids,
-    contrastive temperature and, where no pooled text is used, its projection; the last layer of SD 2's text encoder, which
-    attends to the layer before it (so diffusers' configuration has 23 of its 24); the flags of v prediction.
+    They are the noise schedule, which every program computes from its configuration; the moving
+       average; CLIP's position ids, contrastive temperature and, where no pooled text is used, its
+       projection; the last layer of SD 2's text encoder, which attends to the layer before it (so
+       diffusers' configuration has 23 of its 24); the flags of v prediction.
     """
     keys = [re.escape(key) for key in SCHEDULE] + [r"model_ema\..*", "v_pred", "ztsnr"]
     keys.append(r"(cond_stage_model|conditioner)\.(.*\.)?(position_ids|logit_scale|attn_mask)")

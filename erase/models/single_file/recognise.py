@@ -1,4 +1,5 @@
-"""What a single file is, told from its keys and shapes; whatever is not SD 1, SD 2 or SDXL base is refused by its name."""
+"""What a single file is, told from its keys and shapes; whatever is not SD 1, SD 2 or SDXL base is
+refused by its name."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 FOREIGN = (
     (
         r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale(_2)?|input_scale)$|(^|\.)comfy_quant$",
-        "a checkpoint in scaled float8, whose weights mean nothing without their scales (fetch it in float16 or float32)",
+        "a checkpoint in scaled float8, whose weights mean nothing without their scales (fetch it "
+        "in float16 or float32)",
     ),
     (
         r"\.(absmax|quant_map|qweight|qzeros|weight_packed)$|\.quant_state\.",
@@ -34,8 +36,14 @@ FOREIGN = (
     (r"(^|\.)(motion_modules|time_stack|time_mixer)\.", "a video model"),
     (r"^cond_stage_model\.roberta\.", "AltDiffusion"),
     (r"^(embedder\.model|noise_augmentor)\.", "Stable unCLIP"),
-    (r"^edm_(mean|std)$|^edm_vpred\.", "an EDM model (such as Playground 2.5), whose noise schedule is another"),
-    (r"^(down_blocks|up_blocks|mid_block|add_embedding)\.", "a bare UNet in the names of diffusers"),
+    (
+        r"^edm_(mean|std)$|^edm_vpred\.",
+        "an EDM model (such as Playground 2.5), whose noise schedule is another",
+    ),
+    (
+        r"^(down_blocks|up_blocks|mid_block|add_embedding)\.",
+        "a bare UNet in the names of diffusers",
+    ),
     (r"^(input_blocks|middle_block|output_blocks)\.", "a bare UNet"),
     (r"^(encoder|decoder)\.(conv_in|down|up|mid)", "a bare VAE"),
     (r"^(text_model|text_encoders?)\.|^transformer\.resblocks\.", "a bare text encoder"),
@@ -49,17 +57,26 @@ CHANNELS = {
 }
 WRAPPERS = ("module.", "_orig_mod.")
 STEPS = {875_000: "epsilon", 110_000: "v_prediction"}
-"""`global_step` of the official SD 2.0-base and 2.1 files, as diffusers' `convert_from_ckpt` tells them"""
+"""`global_step` of the official SD 2.0-base and 2.1 files, as diffusers' `convert_from_ckpt` tells
+them"""
 
 
 def modern(file: TensorFile) -> TensorFile:
-    """The file in the names of today.
-
-    Its CLIP keys have `text_model.`, which some early SD 1 files lack (A1111 and ComfyUI add it too); what torch's wrappers put
-    before every name (`module.`, `_orig_mod.`) is gone.
+    """The file in the names of today. Its CLIP keys have `text_model.`, which some early SD 1 files
+    lack (A1111 and ComfyUI add it too); what torch's wrappers put before every name (`module.`,
+    `_orig_mod.`) is gone.
     """
-    old = re.compile(r"(cond_stage_model\.transformer\.)((?:embeddings|encoder|final_layer_norm)\..*)")
-    wrapper = next((one for one in WRAPPERS if file.shapes and all(key.startswith(one) for key in file.shapes)), "")
+    old = re.compile(
+        r"(cond_stage_model\.transformer\.)((?:embeddings|encoder|final_layer_norm)\..*)"
+    )
+    wrapper = next(
+        (
+            one
+            for one in WRAPPERS
+            if file.shapes and all(key.startswith(one) for key in file.shapes)
+        ),
+        "",
+    )
     renamed = {key: old.sub(r"\1text_model.\2", key.removeprefix(wrapper)) for key in file.shapes}
     names = {key if new in file.shapes else new: key for key, new in renamed.items()}
     shapes = {name: file.shapes[key] for name, key in names.items()}
@@ -74,20 +91,21 @@ def without(file: TensorFile, pattern: str) -> TensorFile:
     """
     kept = {key: shape for key, shape in file.shapes.items() if not re.match(pattern, key)}
     if len(kept) == len(file.shapes):
-        raise ErasureError(f"{file.path} holds no tensor whose name begins with {pattern!r} (load.ignore); leave it out")
+        raise ErasureError(
+            f"{file.path} holds no tensor whose name begins with {pattern!r} (load.ignore); leave "
+            "it out"
+        )
     return replace(file, shapes=kept)
 
 
 def recognise(file: TensorFile, expected: str | None, has_vae: bool = False) -> str:
     """The family of a file: `sd1`, `sd2` or `sdxl`.
+    Args: file: an open checkpoint. expected: the family of the configuration that the user gave, if
+       any; without one the widths must be the stock ones. has_vae: the VAE comes from elsewhere, so
+       the file needs none.
 
-    Args:
-        file: an open checkpoint.
-        expected: the family of the configuration that the user gave, if any; without one the widths must be the stock ones.
-        has_vae: the VAE comes from elsewhere, so the file needs none.
-
-    Raises:
-        ErasureError: the file is something else, in a sentence that says what.
+       Raises:
+           ErasureError: the file is something else, in a sentence that says what.
     """
     keys = file.shapes.keys()
     if not keys:
@@ -109,7 +127,11 @@ def _family(file: TensorFile, has_vae: bool) -> str:
     def has(prefix: str) -> bool:
         return any(key.startswith(prefix) for key in file.shapes)
 
-    texts = {"conditioner.embedders.1.model.": "sdxl", "cond_stage_model.model.": "sd2", "cond_stage_model.transformer.": "sd1"}
+    texts = {
+        "conditioner.embedders.1.model.": "sdxl",
+        "cond_stage_model.model.": "sd2",
+        "cond_stage_model.transformer.": "sd1",
+    }
     family = next((name for prefix, name in texts.items() if has(prefix)), None)
     if family is None and has("conditioner.embedders.0.model."):
         raise _refused(file, "the SDXL refiner (or another model with OpenCLIP alone)")
@@ -120,38 +142,53 @@ def _family(file: TensorFile, has_vae: bool) -> str:
     if lacking == ["VAE"]:
         raise ErasureError(f"{file.path} has no VAE; give one, a folder or a file, with --load.vae")
     if lacking or family is None:
-        what = f"has no {lacking[0]}" if len(lacking) == 1 else f"has no key of Stable Diffusion, but {next(iter(file.shapes))!r}"
-        raise ErasureError(f"{file.path} {what}; a whole checkpoint with UNet, VAE and text encoder is needed")
+        what = (
+            f"has no {lacking[0]}"
+            if len(lacking) == 1
+            else f"has no key of Stable Diffusion, but {next(iter(file.shapes))!r}"
+        )
+        raise ErasureError(
+            f"{file.path} {what}; a whole checkpoint with UNet, VAE and text encoder is needed"
+        )
     return family
 
 
 def _check_family(file: TensorFile, family: str, expected: str | None) -> None:
     if expected not in (None, family):
         raise ErasureError(
-            f"{file.path} is {NAMES[family]}, but the configuration is for {NAMES[expected]}; give the folder of the same model"
+            f"{file.path} is {NAMES[family]}, but the configuration is for {NAMES[expected]}; give "
+            "the folder of the same model"
         )
-    width = next((s[-1] for key, s in file.shapes.items() if key.startswith(UNET) and key.endswith("attn2.to_k.weight")), None)
+    width = next(
+        (
+            s[-1]
+            for key, s in file.shapes.items()
+            if key.startswith(UNET) and key.endswith("attn2.to_k.weight")
+        ),
+        None,
+    )
     if expected is None and width != STOCK[family]:
         raise ErasureError(
-            f"{file.path} has the keys of {NAMES[family]}, but its cross-attention is {width} wide, not {STOCK[family]}; name a "
+            f"{file.path} has the keys of {NAMES[family]}, but its cross-attention is {width} "
+            f"wide, not {STOCK[family]}; name a "
             "diffusers folder with its configurations (load.config)"
         )
 
 
 def _refused(file: TensorFile, what: str) -> ErasureError:
     return ErasureError(
-        f"{file.path} is {what}; as a single file, only whole checkpoints of SD 1.x, SD 2.x and SDXL base are supported"
+        f"{file.path} is {what}; as a single file, only whole checkpoints of SD 1.x, SD 2.x and "
+        "SDXL base are supported"
     )
 
 
 def decide_prediction(file: TensorFile, family: str, stated: str | None, asked: str | None) -> str:
     """`epsilon` or `v_prediction`, which the weights do not tell.
+    The word of the caller (`asked`) holds over all; the sign in the file and the configuration
+       (`stated`) must agree. SD 1 and SDXL without a sign predict epsilon, SD 2 came in both kinds.
 
-    The word of the caller (`asked`) holds over all; the sign in the file and the configuration (`stated`) must agree. SD 1 and
-    SDXL without a sign predict epsilon, SD 2 came in both kinds.
-
-    Raises:
-        ErasureError: an unknown word, a contradiction, or an SD 2 of which nothing tells.
+       Raises:
+           ErasureError: an unknown word, a contradiction, or an SD 2 of which nothing tells.
     """
     if asked is not None and asked not in PREDICTIONS:
         raise unknown("prediction type", asked, PREDICTIONS)
@@ -165,29 +202,35 @@ def decide_prediction(file: TensorFile, family: str, stated: str | None, asked: 
         raise ErasureError(f"{file.path}: {told}; say which is right with load.prediction")
     if "ztsnr" in file.shapes and "v_prediction" not in signs.values():
         raise ErasureError(
-            f"{file.path} has the key ztsnr, a schedule for v prediction, but nothing says that it predicts v; say what it predicts "
+            f"{file.path} has the key ztsnr, a schedule for v prediction, but nothing says that it "
+            "predicts v; say what it predicts "
             "with load.prediction"
         )
     if not signs and family == "sd2":
         raise ErasureError(
-            f"{file.path} is SD 2, and nothing in it tells whether it predicts epsilon (512-base) or v (768-v); say which with "
+            f"{file.path} is SD 2, and nothing in it tells whether it predicts epsilon (512-base) "
+            "or v (768-v); say which with "
             "load.prediction=epsilon or load.prediction=v_prediction"
         )
     return next(iter(signs.values()), "epsilon")
 
 
 def _signs(file: TensorFile, family: str) -> dict[str, str]:
-    """What the file says: ModelSpec's metadata, the `v_pred` key of ComfyUI and A1111, the step of the official SD 2 files.
+    """What the file says: ModelSpec's metadata, the `v_pred` key of ComfyUI and A1111, the step of
+    the official SD 2 files.
 
     Raises:
         ErasureError: a word that ModelSpec does not have.
     """
     signs = {}
     if word := file.metadata.get("modelspec.prediction_type", "").strip():
-        kinds = {name: kind for kind, name in PREDICTIONS.items()} | {kind: kind for kind in PREDICTIONS}
+        kinds = {name: kind for kind, name in PREDICTIONS.items()} | {
+            kind: kind for kind in PREDICTIONS
+        }
         if word not in kinds:
             raise ErasureError(
-                f"{file.path}: its metadata says prediction type {word!r}; supported are {', '.join(PREDICTIONS.values())}; if it is "
+                f"{file.path}: its metadata says prediction type {word!r}; supported are "
+                f"{', '.join(PREDICTIONS.values())}; if it is "
                 "wrong, say which is right with load.prediction"
             )
         signs["its metadata says"] = kinds[word]

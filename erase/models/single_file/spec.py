@@ -1,4 +1,5 @@
-"""What checkpoint managers read of a file's header: ModelSpec (https://github.com/Stability-AI/ModelSpec)."""
+"""What checkpoint managers read of a file's header: ModelSpec
+(https://github.com/Stability-AI/ModelSpec)."""
 
 from __future__ import annotations
 
@@ -28,7 +29,11 @@ def family_name(pipeline: Pipeline) -> str:
     """`sd1`, `sd2`, `sdxl` or `sd3`."""
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return "sd3"
-    return "sdxl" if isinstance(pipeline, StableDiffusionXLPipeline) else sd_family(pipeline.unet.config)
+    return (
+        "sdxl"
+        if isinstance(pipeline, StableDiffusionXLPipeline)
+        else sd_family(pipeline.unet.config)
+    )
 
 
 def prediction(schedule: Mapping[str, Any]) -> str:
@@ -39,8 +44,11 @@ def prediction(schedule: Mapping[str, Any]) -> str:
     return stated
 
 
-def model_spec(pipeline: Pipeline, title: str, implementation: str, adapter: str = "") -> dict[str, str]:
-    """ModelSpec's keys for weights of a pipeline: those that must be there, and the prediction type.
+def model_spec(
+    pipeline: Pipeline, title: str, implementation: str, adapter: str = ""
+) -> dict[str, str]:
+    """ModelSpec's keys for weights of a pipeline: those that must be there, and the prediction
+    type.
 
     Args:
         pipeline: whose weights they are, or of the base that an adapter is for.
@@ -49,8 +57,14 @@ def model_spec(pipeline: Pipeline, title: str, implementation: str, adapter: str
         adapter: `lora`, or nothing for a checkpoint.
     """
     family, side = family_name(pipeline), image_size(pipeline)
-    stated = {} if family == "sd3" else {"prediction_type": PREDICTIONS[prediction(pipeline.scheduler.config)]}
-    architecture = ARCHITECTURES[f"sd2-{prediction(pipeline.scheduler.config)}" if family == "sd2" else family]
+    stated = (
+        {}
+        if family == "sd3"
+        else {"prediction_type": PREDICTIONS[prediction(pipeline.scheduler.config)]}
+    )
+    architecture = ARCHITECTURES[
+        f"sd2-{prediction(pipeline.scheduler.config)}" if family == "sd2" else family
+    ]
     spec = {
         "sai_model_spec": "1.0.0",
         "architecture": f"{architecture}/{adapter}" if adapter else architecture,
