@@ -118,10 +118,8 @@ def _caption(draw: ImageDraw, text: str, at: tuple[int, int]) -> None:
 
 @cache
 def _font(size: int, bold: bool = False) -> FreeTypeFont:
-    """DejaVu Sans, which matplotlib ships: it has the arrows and the scripts that Pillow's own font
-    lacks."""
-    import matplotlib
+    """DejaVu Sans: it has the arrows and the scripts that Pillow's own font lacks."""
     from PIL import ImageFont
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
+    return ImageFont.truetype(str(Path(__file__).parent / "fonts" / name), size)

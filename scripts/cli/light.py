@@ -12,7 +12,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 HEAVY = frozenset(
-    "accelerate diffusers huggingface_hub matplotlib nudenet numpy open_clip safetensors scipy "
+    "accelerate diffusers huggingface_hub nudenet numpy open_clip safetensors scipy "
     "torch torchvision transformers".split()
 )
 DESCRIBING = {"-h", "--help", "--version"}
