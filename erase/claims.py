@@ -53,11 +53,17 @@ def claim(
     defaults: Mapping[str, Any],
     finished: bool = False,
 ) -> None:
-    """Mark a folder as this run's with run.json, or go on in one that is its own. Args: folder: of
-    the run. description: everything that fixes its result (`erase.run.describe`). defaults: what
-    stands for a setting that an older or newer run.json lacks. finished: the run has its result
-    already, so nothing of it goes on. Raises: ErasureError: the folder holds another run, of which
-    what differs is named, or its run.json is damaged.
+    """Mark a folder as this run's with run.json, or go on in one that is its own.
+
+    Args:
+        folder: of the run.
+        description: everything that fixes its result (`erase.run.describe`).
+        defaults: what stands for a setting that an older or newer run.json lacks.
+        finished: the run has its result already, so nothing of it goes on.
+
+    Raises:
+        ErasureError: the folder holds another run, of which what differs is named, or its run.json
+            is damaged.
     """
     path = folder / "run.json"
     machine = {"threads": str(torch.get_num_threads()), "processes": str(processes().num_processes)}

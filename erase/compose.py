@@ -31,12 +31,20 @@ def compose(
     base: DiffusionModel, parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str = "sum"
 ) -> ErasedDelta:
     """One delta of several: base + sum of scale * (erased - base), computed in float64 and rounded
-    once. Where a single part of scale 1 changes a weight, its own value is taken, bit for bit.
-    Scale 0 leaves a part out, a negative scale adds its concept instead of erasing it. Args:
-    base: the model that all of them were made from; it stays as it is. parts: deltas with their
-    scales. on_conflict: for weights that several parts change: sum of the changes; the change of
-    the first or the last part; or error. Raises: ErasureError: parts of different bases, a scale
-    or a result that is not finite, or a conflict where `error` was asked for.
+    once.
+
+    Where a single part of scale 1 changes a weight, its own value is taken, bit for bit. Scale 0
+    leaves a part out, a negative scale adds its concept instead of erasing it.
+
+    Args:
+        base: the model that all of them were made from; it stays as it is.
+        parts: deltas with their scales.
+        on_conflict: for weights that several parts change: sum of the changes; the change of the
+            first or the last part; or error.
+
+    Raises:
+        ErasureError: parts of different bases, a scale or a result that is not finite, or a
+            conflict where `error` was asked for.
     """
     if on_conflict not in ON_CONFLICT:
         raise unknown("on_conflict", on_conflict, ON_CONFLICT)

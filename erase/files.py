@@ -45,10 +45,15 @@ HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is renamed to `path`, on any error it
-    is removed. What is renamed has reached the disk: a machine that fails finds the old file or
-    the new one, never an empty one. What a killed process left unfinished is removed when
-    another begins to write into the same folder. Raises: ErasureError: the folder cannot be
-    written to, the disk is full, or the name is none that a file can have.
+    is removed.
+
+    What is renamed has reached the disk: a machine that fails finds the old file or the new one,
+        never an empty one. What a
+    killed process left unfinished is removed when another begins to write into the same folder.
+
+    Raises:
+        ErasureError: the folder cannot be written to, the disk is full, or the name is none that a
+            file can have.
     """
     path = as_path(path)
     try:
@@ -124,10 +129,12 @@ _next_sweep: dict[Path, float] = {}
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes of this machine left in a folder: unfinished files that nobody
-    holds locked. A lock tells the dead from the living where a process number does not: it may
-    be in use again, or be another container's. Those of other machines are left to them, since
-    not every shared disk shares its locks. Listing the folder takes at most a hundredth of the
-    time, however many images are in it.
+    holds locked.
+
+    A lock tells the dead from the living where a process number does not: it may be in use again,
+        or be another container's.
+    Those of other machines are left to them, since not every shared disk shares its locks. Listing
+    the folder takes at most a hundredth of the time, however many images are in it.
     """
     began = time.monotonic()
     if began < _next_sweep.get(folder, 0):
@@ -154,12 +161,22 @@ def stream_tensors(
     metadata: Mapping[str, str],
 ) -> None:
     """Write a safetensors file tensor by tensor, so that those which are converted or fetched from
-    a GPU never stand all in memory. safetensors' own writer wants all of them at once. The bytes
-    are the same as its, but for the order of the metadata: there it is by chance, here as given,
-    so that the same content is always the same file. Args: path: of the file. layout: shape and
-    dtype of each tensor; the values do not matter, it may be on the meta device. make: the
-    tensor of a name, called once for each. metadata: text for the header. Raises: ErasureError:
-    a dtype that is not written, the file cannot be, or `make` raises it; nothing is left then.
+    a GPU never stand all in memory.
+
+    safetensors' own writer wants all of them at once. The bytes are the same as its, but for the
+    order of the metadata: there it is by chance, here as given, so that the same content is always
+    the same file.
+
+    Args:
+        path: of the file.
+        layout: shape and dtype of each tensor; the values do not matter, it may be on the meta
+            device.
+        make: the tensor of a name, called once for each.
+        metadata: text for the header.
+
+    Raises:
+        ErasureError: a dtype that is not written, the file cannot be, or `make` raises it; nothing
+            is left then.
     """
     if odd := [name for name, tensor in layout.items() if tensor.dtype not in DTYPES]:
         raise ErasureError(
@@ -194,8 +211,11 @@ def _header(layout: Mapping[str, Tensor], names: list[str], metadata: Mapping[st
 @contextmanager
 def errors_named(path: str | Path, remedy: str) -> Iterator[None]:
     """Whatever the content of a damaged file upsets in the block becomes one error that names the
-    file. Raises: ErasureError: a key is missing, or a value is not of the type, shape or form
-    that it should have.
+    file.
+
+    Raises:
+        ErasureError: a key is missing, or a value is not of the type, shape or form that it should
+            have.
     """
     try:
         yield

@@ -1,7 +1,8 @@
 """Saliency and masks: which weights matter to the concept, one bit per weight (SalUn, Fan et al.,
 ICLR 2024, eq. 3-4).
- `Saliency` is a score per weight, which a rule computes from gradients (`erase.training.rules`);
-cut at a density it is a `SaliencyMask`, packed, which knows the model it belongs to.
+
+`Saliency` is a score per weight, which a rule computes from gradients (`erase.training.rules`); cut
+at a density it is a `SaliencyMask`, packed, which knows the model it belongs to.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ class Saliency:
 
     def cut(self, density: float, allocation: str = "global") -> SaliencyMask:
         """The `floor(density * N)` most salient weights; ties go to the earlier parameter, then the
-        lower index. Args: density: in (0, 1]. allocation: `global`: over all parameters
-        together; `per-tensor`: the same fraction of each, to within one weight.
+        lower index.
+
+        Args:
+            density: in (0, 1].
+            allocation: `global`: over all parameters together; `per-tensor`: the same fraction of
+                each, to within one weight.
 
         Raises:
             ErasureError: density outside (0, 1], or so small that no weight is left.

@@ -60,15 +60,25 @@ def erase_concept(
     model: DiffusionModel | None = None,
     out: str | Path | None = None,
 ) -> ErasedDelta:
-    """Erase one or several concepts; the base stays as it is. Args: concepts: what to forget, and
-    what to put in its place. config: base, method, data; defaults where none is given.
-    method_config: the method's own configuration, e.g. `SalUnConfig(density=0.3)`; the method's
-    defaults where none is given. model: a loaded base, to save loading it again. out: a folder for
-    delta.safetensors, mask.safetensors, saliency.safetensors and training.json, and for what a
-    stopped run needs to go on: the same call with the same folder resumes. Returns: The delta,
-    which `delta.apply(model)` puts into a base and `erase.export` writes in the formats of others.
-    Raises: ErasureError: bad input, in a sentence that names it; a folder of another run; or no
-    weight changed.
+    """Erase one or several concepts; the base stays as it is.
+
+    Args:
+        concepts: what to forget, and what to put in its place.
+        config: base, method, data; defaults where none is given.
+        method_config: the method's own configuration, e.g. `SalUnConfig(density=0.3)`; the method's
+            defaults where none is given.
+        model: a loaded base, to save loading it again.
+        out: a folder for delta.safetensors, mask.safetensors, saliency.safetensors and
+            training.json, and for what a stopped run needs to go on: the same call with the same
+            folder resumes.
+
+    Returns:
+        The delta, which `delta.apply(model)` puts into a base and `erase.export` writes in the
+        formats of others.
+
+    Raises:
+        ErasureError: bad input, in a sentence that names it; a folder of another run; or no weight
+            changed.
     """
     config = EraseConfig() if config is None else config
     if not isinstance(config, EraseConfig):

@@ -67,8 +67,11 @@ class Task:
         return select(self.model.parameters(), scope)
 
     def forget(self, anchor_share: float | None = None) -> LatentSet:
-        """Latents of the concepts, with their prompts and anchor prompts. Args: anchor_share:
-        fraction of them that show the anchor instead; None: as they were asked for before, else 0.
+        """Latents of the concepts, with their prompts and anchor prompts.
+
+        Args:
+            anchor_share: fraction of them that show the anchor instead; None: as they were asked
+                for before, else 0.
         """
         if anchor_share is None:
             anchor_share = next(reversed(self._forget), 0.0)
@@ -83,10 +86,15 @@ class Task:
     def cond(
         self, prompts: Sequence[str], prefix: Tensor | Mapping[str, Tensor] | None = None
     ) -> Cond:
-        """Text states, one row per prompt. From memory, each computed once; live and with gradient
-        where a text encoder is being trained or attacked. Args: prompts: the texts. prefix:
-        embeddings to stand before each prompt, behind the start token, shape (k, dim); by encoder
-        where there are several.
+        """Text states, one row per prompt.
+
+        From memory, each computed once; live and with gradient where a text encoder is being
+        trained or attacked.
+
+        Args:
+            prompts: the texts.
+            prefix: embeddings to stand before each prompt, behind the start token, shape (k, dim);
+                by encoder where there are several.
         """
         if prefix is not None or any(param.requires_grad for param in self._encoders):
             return self.model.encode(list(prompts), prefix)

@@ -1,6 +1,7 @@
 """Work on single tensors: bits and gaps of what changed, the exact top k, digests, whether all is
 finite.
- Bits cost n / 8 bytes at any density; gaps about one byte per changed weight, which is less below a
+
+Bits cost n / 8 bytes at any density; gaps about one byte per changed weight, which is less below a
 density of 1/8. Indices are
 for work: selecting by them takes a fraction of the time that a boolean mask takes.
 """
@@ -28,9 +29,10 @@ WORKERS = 8
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a floating point tensor holds neither NaN nor infinity. Its extremes tell (NaN is
-    passed on to both): one pass without temporary tensors, a fraction of the time of
-    `isfinite().all()`.
+    """Whether a floating point tensor holds neither NaN nor infinity.
+
+    Its extremes tell (NaN is passed on to both): one pass without temporary tensors, a fraction of
+    the time of `isfinite().all()`.
     """
     return not tensor.numel() or all(end.isfinite() for end in tensor.aminmax())
 
@@ -48,9 +50,11 @@ def unpack(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def top_k(values: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, Tensor]]:
     """Exactly the `count` largest of all values (0: none), as one boolean tensor per name; ties in
-    the order of names, then index. Non-negative float32 numbers order as their bit patterns do,
-    so the threshold is found by counting: one histogram of the high 16 bits, one of the low 16
-    bits within the threshold's bin. Two passes, no sort, constant extra memory.
+    the order of names, then index.
+
+    Non-negative float32 numbers order as their bit patterns do, so the threshold is found by
+    counting: one histogram of the high 16 bits, one of the low 16 bits within the threshold's bin.
+    Two passes, no sort, constant extra memory.
     """
     if not count:
         yield from (
@@ -126,9 +130,10 @@ def indices(chosen: Tensor) -> Tensor:
 
 def to_gaps(bits: Tensor) -> Tensor:
     """Packed bits as gaps, shape (m,) uint8: each byte skips so many unchanged weights, then one
-       changed weight follows.
+    changed weight follows.
+
     A byte of 255 skips 255 and none follows. The last one points behind the last bit, so that the
-       length is known.
+    length is known.
     """
     flat = np.unpackbits(bits.numpy(), bitorder="little")
     skipped = np.diff(np.append(np.flatnonzero(flat), flat.size), prepend=-1) - 1
@@ -171,9 +176,10 @@ def from_gaps(gaps: Tensor) -> Tensor:
 
 def sha256_of(content: Any) -> str:
     """Digest of nested mappings and lists of tensors, numbers and texts: names, dtypes, shapes and
-       every bit.
+    every bit.
+
     Each tensor is digested on its own, so that several threads work (hashlib lets them): 1.5 GB/s a
-       core. The order of a mapping's keys does not matter.
+    core. The order of a mapping's keys does not matter.
     """
     names, leaves = [], []
     for name, leaf in _leaves(content, ""):

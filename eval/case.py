@@ -122,12 +122,15 @@ class Case:
             self._lent = False
 
     def add_extra(self, name: str, value: Any) -> None:
-        """Put a finding that is no score into the report, under `extras`, for this model. Args:
-        name: under which the report keeps it; the page shows those that it knows (`EvalReport`).
-        value: JSON-ready.
+        """Put a finding that is no score into the report, under `extras`, for this model.
 
-               Raises:
-                   ErasureError: the name is taken, or JSON cannot hold the value.
+        Args:
+            name: under which the report keeps it; the page shows those that it knows
+                (`EvalReport`).
+            value: JSON-ready.
+
+        Raises:
+            ErasureError: the name is taken, or JSON cannot hold the value.
         """
         if name in self.extras:
             raise ErasureError(f"two evaluators give an extra {name!r}; leave one of them out")

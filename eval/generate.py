@@ -1,6 +1,7 @@
 """Images of a prompt set, by any Stable Diffusion pipeline: seeded row by row, resumable, shared
 among processes.
- An image depends on its row (prompt, seed, guidance) and on the settings in `settings.json`, on one
+
+An image depends on its row (prompt, seed, guidance) and on the settings in `settings.json`, on one
 machine with one build of torch and one number of threads. It does not depend, to the bit, on how
 often the run was stopped and resumed, on how many processes share it, or on the rows beside it. For
 each image has a CPU generator of its own, each prompt is encoded alone, and
@@ -126,19 +127,27 @@ def generate(
     provenance: dict[str, str],
 ) -> ImageSet:
     """Make the images of `prompts` in the folder `out`; those that are there already, and whole,
-       are kept. Under `accelerate launch`, or `torchrun` (which starts processes on CPU too), every
-       process calls this with the same arguments, and each makes its share of the batches. Args:
-       pipeline: a stock pipeline of a family that `erase.models` knows, on the device where it is
-       to run; it is left as it was found. The safety checker is not asked. out: an empty or new
-       folder, or one that a run with the same settings has begun. config: scheduler, steps,
-       guidance, resolution, batch size. provenance: goes into `settings.json`: the model's
-       fingerprint, the delta, … Its `command`, if given, is what errors tell the user to run again;
-       it alone may differ from one run to the next.
+    are kept.
 
-       Returns:
-           The finished set, verified, in every process.
-    Raises: ErasureError: the pipeline is of another kind, or cannot take this scheduler or as many
-       steps; `out` holds images made with other settings; an image is not finite; the disk is full.
+    Under `accelerate launch`, or `torchrun` (which starts processes on CPU too), every process
+    calls this with the same arguments, and each makes its share of the batches.
+
+    Args:
+        pipeline: a stock pipeline of a family that `erase.models` knows, on the device where it is
+            to run; it is left as it was found. The safety checker is not asked.
+        out: an empty or new folder, or one that a run with the same settings has begun.
+        config: scheduler, steps, guidance, resolution, batch size.
+        provenance: goes into `settings.json`: the model's fingerprint, the delta, … Its `command`,
+            if given, is what errors tell the user to run again; it alone may differ from one run to
+            the next.
+
+    Returns:
+        The finished set, verified, in every process.
+
+    Raises:
+        ErasureError: the pipeline is of another kind, or cannot take this scheduler or as many
+            steps; `out` holds images made with other settings; an image is not finite; the disk is
+            full.
     """
     family_of(pipeline, "the pipeline")  # refuses other kinds
     out = Path(out)

@@ -71,8 +71,11 @@ class ImageSet:
     @classmethod
     def open(cls, folder: str | Path) -> ImageSet:
         """Read a folder that `erase.eval.generate` has finished, and verify each image against the
-        manifest. Raises: ErasureError: the folder is not an image set, is unfinished, or an
-        image is missing, cut short or changed.
+        manifest.
+
+        Raises:
+            ErasureError: the folder is not an image set, is unfinished, or an image is missing, cut
+                short or changed.
         """
         folder = Path(folder)
         settings = read_settings(folder)
@@ -102,8 +105,11 @@ class ImageSet:
         return self.folder / row.file
 
     def image(self, row: ImageRow) -> Image.Image:
-        """The row's image, in RGB. Raises: ErasureError: it is no image, or too large or too long
-        to be judged; its pixels are not unpacked then.
+        """The row's image, in RGB.
+
+        Raises:
+            ErasureError: it is no image, or too large or too long to be judged; its pixels are not
+                unpacked then.
         """
         with opened(self.path(row), str(self.path(row))) as image:
             return image.convert("RGB")
@@ -122,8 +128,11 @@ class ImageSet:
 @contextmanager
 def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
     """An image file, its size checked before its pixels are unpacked; what is wrong with it in the
-    block becomes one error. Raises: ErasureError: it is no image, or larger or longer than
-    `MOST_SIDE` and `MOST_LENGTHS`; it is called `name`.
+    block becomes one error.
+
+    Raises:
+        ErasureError: it is no image, or larger or longer than `MOST_SIDE` and `MOST_LENGTHS`; it is
+            called `name`.
     """
     try:
         with warnings.catch_warnings():

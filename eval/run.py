@@ -157,17 +157,26 @@ def evaluate(
     commands: list[str] | None = None,
 ) -> EvalReport:
     """Generate before and after, score both, and write report.json, report.html and
-    before_after.png into `out`. Under `accelerate launch` or `torchrun`, every process calls
-    this with the same arguments; images are made and judged in shares, and the main process
-    writes the report, the same as a single process would. Args: model: the base that the delta
-    was made from, by name or loaded; a loaded one is left as it was found, bit for bit, also
-    where an error ends the evaluation. delta: what was erased. prompts: the evaluation's
-    prompts; their labels say what each image should show. out: folder of the report; the images
-    go into its `erased` and, where no `base_images` is given, `base`. base_images: a folder to
-    keep the base's images in, so that several evaluations share them. evidence: losses and mask
-    for the report. commands: command lines that make it all again, for the report. Raises:
-    ErasureError: an unknown evaluator, a delta of another base, prompts that the evaluators
-    cannot judge.
+    before_after.png into `out`.
+
+    Under `accelerate launch` or `torchrun`, every process calls this with the same arguments;
+    images are made and judged in shares, and the main process writes the report, the same as a
+    single process would.
+
+    Args:
+        model: the base that the delta was made from, by name or loaded; a loaded one is left as it
+            was found, bit for bit, also where an error ends the evaluation.
+        delta: what was erased.
+        prompts: the evaluation's prompts; their labels say what each image should show.
+        out: folder of the report; the images go into its `erased` and, where no `base_images` is
+            given, `base`.
+        base_images: a folder to keep the base's images in, so that several evaluations share them.
+        evidence: losses and mask for the report.
+        commands: command lines that make it all again, for the report.
+
+    Raises:
+        ErasureError: an unknown evaluator, a delta of another base, prompts that the evaluators
+            cannot judge.
     """
     concepts = delta.origin.concepts  # before anything is drawn
     config, evidence, out = config or EvaluateConfig(), evidence or Evidence(), Path(out)

@@ -138,10 +138,13 @@ def mean_score(
 
 def verdict(base: Score, other: Score) -> int:
     """+1 if `other` is better than `base` beyond the noise, -1 if worse, 0 if the two cannot be
-    told apart. They can where the 95 % interval of their difference excludes zero
-    (`erase.eval.metrics.intervals.of_difference`). That takes the measurements to be
-    independent. The images of both come from the same prompts and seeds, so the true error is
-    smaller: a difference called real here is real, one called noise may not be.
+    told apart.
+
+    They can where the 95 % interval of their difference excludes zero
+    (`erase.eval.metrics.intervals.of_difference`). That takes the measurements
+    to be independent. The images of both come from the same prompts and seeds, so the true error is
+        smaller: a difference called
+    real here is real, one called noise may not be.
     """
     low, high = of_difference(base.value, base.interval, other.value, other.interval)
     sign = 1 if base.higher_is_better else -1

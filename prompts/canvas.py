@@ -78,13 +78,23 @@ def vocabulary() -> Vocabulary:
 
 
 def canvas_concept(name: str, anchor: str | None = None) -> ConceptSpec:
-    """A concept of the embedded world, to forget. Args: name: an object, a style or a colour of the
-    vocabulary; its synonyms go with it. anchor: a concept of the same kind; by default the
-    vocabulary's choice (see `Vocabulary.anchor`). Returns: Templates: every caption that names the
-    kind, the other slots filled in all ways. Retain prompts: for each cell without `name`, its grid
-    prompt and two captions, in a mixed order that never changes. Only captions that name the kind
-    are used: "a red image" may well show the concept. Raises: ErasureError: a name that this world
-    does not have (the near one is suggested), or an anchor of another kind.
+    """A concept of the embedded world, to forget.
+
+    Args:
+        name: an object, a style or a colour of the vocabulary; its synonyms go with it.
+        anchor: a concept of the same kind; by default the vocabulary's choice (see
+            `Vocabulary.anchor`).
+
+    Returns:
+        Templates: every caption that names the kind, the other slots filled in all ways. Retain
+            prompts: for each cell without
+        `name`, its grid prompt and two captions, in a mixed order that never changes. Only captions
+        that name the kind are
+        used: "a red image" may well show the concept.
+
+    Raises:
+        ErasureError: a name that this world does not have (the near one is suggested), or an anchor
+            of another kind.
     """
     vocab, kind = vocabulary(), _kind(name)
     anchor = vocab.anchor(name) if anchor is None else anchor

@@ -25,10 +25,12 @@ MOST_PAIRS = 1_000_000  # templates times names
 class ConceptSpec:
     """A concept to forget, with the safe concept that takes its place.
 
-       Names lose the blanks around them, and have one where they had several.
-    Raises: ErasureError: an empty target, anchor, template list or prompt; an anchor that is the
-       target or one of its synonyms, whatever its case, accents, blanks, hyphens and article; a
-       template without exactly one `{}`.
+    Names lose the blanks around them, and have one where they had several.
+
+    Raises:
+        ErasureError: an empty target, anchor, template list or prompt; an anchor that is the target
+            or one of its synonyms, whatever its case, accents, blanks, hyphens and article; a
+            template without exactly one `{}`.
     """
 
     target: str
@@ -112,11 +114,17 @@ class ConceptSpec:
 
     @classmethod
     def from_dict(cls, data: object, where: str | Path = "concept") -> ConceptSpec:
-        """The inverse of `to_dict`. Args: data: a mapping of the fields; all but `target` and
-        `anchor` may be absent. `retain` may be the name of a shipped list (see
-        `erase.prompts.retain`), of which the prompts that name the concept are left out. where:
-        file or place that an error names. Raises: ErasureError: not a mapping, an unknown key (the
-        near one is suggested), a missing key, or a value that `ConceptSpec` refuses.
+        """The inverse of `to_dict`.
+
+        Args:
+            data: a mapping of the fields; all but `target` and `anchor` may be absent. `retain` may
+                be the name of a shipped list (see `erase.prompts.retain`), of which the prompts
+                that name the concept are left out.
+            where: file or place that an error names.
+
+        Raises:
+            ErasureError: not a mapping, an unknown key (the near one is suggested), a missing key,
+                or a value that `ConceptSpec` refuses.
         """
         values = as_mapping(data, [f.name for f in fields(cls)], where)
         for name in ("target", "anchor"):
@@ -158,8 +166,10 @@ def check_distinct(concepts: Sequence[ConceptSpec], where: str | Path | None = N
 
 def check_together(concepts: Sequence[ConceptSpec]) -> None:
     """Refuse concepts that cannot be forgotten in one go.
-    Raises: ErasureError: none at all, two that have a name in common, or an anchor that is to be
-       forgotten too.
+
+    Raises:
+        ErasureError: none at all, two that have a name in common, or an anchor that is to be
+            forgotten too.
     """
     if not concepts:
         raise ErasureError("no concept to erase was given")
@@ -218,10 +228,14 @@ def shipped() -> list[str]:
 
 
 def load_concepts(source: str | Path) -> list[ConceptSpec]:
-    """Concepts from a YAML file: one mapping of `ConceptSpec`'s fields, or a list of them. Args:
-    source: a path, or the name of a shipped file ("nudity", "imagenette", ...; see `shipped`).
-    Raises: ErasureError: the file is missing, unreadable, no YAML, empty, or names a target twice;
-    or see `ConceptSpec.from_dict`.
+    """Concepts from a YAML file: one mapping of `ConceptSpec`'s fields, or a list of them.
+
+    Args:
+        source: a path, or the name of a shipped file ("nudity", "imagenette", ...; see `shipped`).
+
+    Raises:
+        ErasureError: the file is missing, unreadable, no YAML, empty, or names a target twice; or
+            see `ConceptSpec.from_dict`.
     """
     path = DATA / f"{source}.yaml" if str(source) in shipped() else Path(source)
     if path == Path(path.name) and not path.suffix and not path.exists():

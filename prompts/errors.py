@@ -60,10 +60,16 @@ def check_names(settings: object, options: Mapping[str, Collection[str]]) -> Non
 
 
 def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Refuse numbers outside of what makes sense, before anything is made of them. Args: settings:
-    what has the fields; a dataclass's annotations say which must hold whole numbers, and which may
-    be None. ranges: field -> least and greatest value. Raises: ErasureError: a number outside of
-    its range, or no such number at all (NaN, text, 1.5 of something countable).
+    """Refuse numbers outside of what makes sense, before anything is made of them.
+
+    Args:
+        settings: what has the fields; a dataclass's annotations say which must hold whole numbers,
+            and which may be None.
+        ranges: field -> least and greatest value.
+
+    Raises:
+        ErasureError: a number outside of its range, or no such number at all (NaN, text, 1.5 of
+            something countable).
     """
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)

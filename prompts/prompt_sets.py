@@ -34,8 +34,10 @@ LOST = {"https://lexica.art/prompt/64290913-71cf-4fa1-be1d-2831a98b8f6c": "NuLL"
 @dataclass(frozen=True)
 class PromptRow:
     """One image to draw.
-    Raises: ErasureError: an empty prompt, a case number below 0, a seed outside [0, 2^63), guidance
-       that is not finite.
+
+    Raises:
+        ErasureError: an empty prompt, a case number below 0, a seed outside [0, 2^63), guidance
+            that is not finite.
     """
 
     case: int
@@ -103,12 +105,16 @@ class PromptSet:
 
     @classmethod
     def from_csv(cls, path: str | Path) -> PromptSet:
-        """Rows of a CSV file with the field's own columns. `prompt`; `seed`, `evaluation_seed` or
-        `sd_seed`; optionally `guidance`, `evaluation_guidance` or `sd_guidance_scale` (a cell may
-        be empty), and `case_number` (else rows count from 0); capitals and blanks in these names do
-        not matter. An index column is dropped; every other column becomes a label. Raises:
-        ErasureError: unreadable, malformed or empty file; missing or repeated columns; a bad value,
-        with its row.
+        """Rows of a CSV file with the field's own columns.
+
+        `prompt`; `seed`, `evaluation_seed` or `sd_seed`; optionally `guidance`,
+        `evaluation_guidance` or `sd_guidance_scale` (a cell may be empty), and `case_number` (else
+        rows count from 0); capitals and blanks in these names do not matter. An index column is
+        dropped; every other column becomes a label.
+
+        Raises:
+            ErasureError: unreadable, malformed or empty file; missing or repeated columns; a bad
+                value, with its row.
         """
         header, *body = _table(path)
         columns = _columns(header.cells, path)
@@ -122,11 +128,15 @@ class PromptSet:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> PromptSet:
-        """The product of a YAML file's lists. `templates` with named slots (`A {object} image in
-        {style} style.`), one list for each slot, `seeds`, and optionally `guidance`. Each template
-        is filled with every combination of the slots that it names, which become its labels.
-        Raises: ErasureError: unreadable file or no YAML; an unknown key (the near one is
-        suggested); a slot without a list; a bad value.
+        """The product of a YAML file's lists.
+
+        `templates` with named slots (`A {object} image in {style} style.`), one list for each slot,
+        `seeds`, and optionally `guidance`. Each template is filled with every combination of the
+        slots that it names, which become its labels.
+
+        Raises:
+            ErasureError: unreadable file or no YAML; an unknown key (the near one is suggested); a
+                slot without a list; a bad value.
         """
         raw = read_yaml(path)
         templates = (
@@ -161,12 +171,14 @@ class PromptSet:
 
 
 def joined(sets: Sequence[PromptSet]) -> PromptSet:
-    """The rows of several sets, one set after the other. Case numbers stay as they are in the first
-    set; each further set's are counted on from the last of the one before, so that a row keeps its
-    place within its set. The name is that of all of them, `i2p+coco`.
+    """The rows of several sets, one set after the other.
 
-       Raises:
-           ErasureError: the same rows twice, or no sets.
+    Case numbers stay as they are in the first set; each further set's are counted on from the last
+    of the one before, so that a row keeps its place within its set. The name is that of all of
+    them, `i2p+coco`.
+
+    Raises:
+        ErasureError: the same rows twice, or no sets.
     """
     if not sets:
         raise ErasureError("there is no prompt set to draw; give at least one")
@@ -201,14 +213,16 @@ def canvas_grid(
 ) -> PromptSet:
     """The embedded world's answer set: every object x style x colour, once for each seed.
 
-       Args:
-           seeds: distinct seeds; every cell of the grid is drawn from each of them.
-           where: keeps the cells with these concepts, kind -> name ({"object": "heart"}).
-    Returns: Rows with labels `object`, `style`, `colour`. A row of a part of the grid has the case
-       number that it has in the whole, and fewer seeds give a beginning of the set.
+    Args:
+        seeds: distinct seeds; every cell of the grid is drawn from each of them.
+        where: keeps the cells with these concepts, kind -> name ({"object": "heart"}).
 
-       Raises:
-           ErasureError: no seeds, a seed twice, an unknown kind or concept.
+    Returns:
+        Rows with labels `object`, `style`, `colour`. A row of a part of the grid has the case
+        number that it has in the whole, and fewer seeds give a beginning of the set.
+
+    Raises:
+        ErasureError: no seeds, a seed twice, an unknown kind or concept.
     """
     vocab, where = vocabulary(), dict(where or {})
     for kind, name in where.items():

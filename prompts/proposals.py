@@ -81,13 +81,19 @@ def _kind(name: str, raw: object) -> Kind:
 
 def propose(name: str, kind: str | None = None) -> ConceptSpec:
     """A concept to forget, from its name: a starting point to look at and to edit (see
-    `erase.prompts.concepts.to_yaml`). For the name of a shipped file ("nudity") or any name
-    in one ("Vincent van Gogh", "chainsaw"), it is the shipped concept, whatever the kind.
-    Otherwise the kind gives templates, the anchor and the retain prompts, less those that
-    name the concept. Args: name: as prompts name it; case, accents and a leading article do
-    not matter for finding it. kind: "artist", "object", "person" or "style"; by default the
-    kind whose list has the name. Raises: ErasureError: an unknown kind, none given for a name
-    that no list has, or a name that leaves nothing to retain.
+    `erase.prompts.concepts.to_yaml`).
+
+    For the name of a shipped file ("nudity") or any name in one ("Vincent van Gogh", "chainsaw"),
+    it is the shipped concept, whatever the kind. Otherwise the kind gives templates, the anchor and
+    the retain prompts, less those that name the concept.
+
+    Args:
+        name: as prompts name it; case, accents and a leading article do not matter for finding it.
+        kind: "artist", "object", "person" or "style"; by default the kind whose list has the name.
+
+    Raises:
+        ErasureError: an unknown kind, none given for a name that no list has, or a name that leaves
+            nothing to retain.
     """
     as_text(name, "the name of a concept")
     if kind is not None and kind not in kinds():

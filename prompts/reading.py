@@ -120,8 +120,10 @@ def read_text(path: str | Path) -> str:
 
 def read_yaml(path: str | Path) -> object:
     """A YAML (or JSON) file as dicts, lists and strings: numbers are left as text.
-    Raises: ErasureError: see `read_text`; also a syntax error (with its line) or a key that stands
-       twice in one mapping.
+
+    Raises:
+        ErasureError: see `read_text`; also a syntax error (with its line) or a key that stands
+            twice in one mapping.
     """
     text = read_text(path)
     try:
@@ -135,8 +137,10 @@ def read_yaml(path: str | Path) -> object:
 
 def parse_yaml(text: str) -> object:
     """A YAML text as dicts, lists and strings.
-    Raises: yaml.YAMLError: a syntax error, a key that stands twice in one mapping, aliases or a
-       nesting without end.
+
+    Raises:
+        yaml.YAMLError: a syntax error, a key that stands twice in one mapping, aliases or a nesting
+            without end.
     """
     try:
         loader = _TextLoader(text)

@@ -31,9 +31,10 @@ the largest that there are"""
 
 @dataclass(frozen=True)
 class ErasedDelta:
-    """Replacement values of the weights that changed, exact to the bit. `delta.apply(base)` puts
-    them in, `delta.inverse(base)` is the delta that takes them out again, and `erase.compose` adds,
-    scales and subtracts several.
+    """Replacement values of the weights that changed, exact to the bit.
+
+    `delta.apply(base)` puts them in, `delta.inverse(base)` is the delta that takes them out again,
+    and `erase.compose` adds, scales and subtracts several.
     """
 
     values: dict[str, Tensor]
@@ -135,9 +136,11 @@ class ErasedDelta:
 
     def check(self, model: DiffusionModel) -> None:
         """Refuse a model that is not the base that this delta was made from, or that cannot hold it
-        exactly. Raises: ErasureError: another fingerprint, a parameter or a size that the
-        model does not have, values that are not finite, or ones that the model's dtype would
-        round.
+        exactly.
+
+        Raises:
+            ErasureError: another fingerprint, a parameter or a size that the model does not have,
+                values that are not finite, or ones that the model's dtype would round.
         """
         own = self.metadata.get("base_fingerprint", "")
         if model.fingerprint != own:
@@ -218,8 +221,10 @@ class ErasedDelta:
 
     def inverse(self, base: DiffusionModel) -> ErasedDelta:
         """The delta that undoes this one: it turns base + delta into the base again, bit for bit,
-        and refuses any other model. A delta holds new values only, so the old ones come from
-        `base`, which is left as it was found.
+        and refuses any other model.
+
+        A delta holds new values only, so the old ones come from `base`, which is left as it was
+        found.
         """
         self.check(base)
         old = self._held(base)
@@ -249,8 +254,9 @@ class ErasedDelta:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all.
+
         For each changed parameter it holds `values.NAME` and, whichever is smaller, `bits.NAME` or
-               `gaps.NAME` (`erase.tensors`).
+        `gaps.NAME` (`erase.tensors`).
         """
         tensors = {f"values.{name}": value for name, value in self.values.items()}
         for name, bits in self.bits.items():
@@ -261,9 +267,15 @@ class ErasedDelta:
 
     @classmethod
     def load(cls, path: str | Path) -> ErasedDelta:
-        """Read a delta. Args: path: of the file, or of the folder of the run that wrote it. Raises:
-        ErasureError: a missing, damaged or foreign file, metadata that lack something or say what
-        cannot be, or values that do not fit their places; it names the file and the tensor.
+        """Read a delta.
+
+        Args:
+            path: of the file, or of the folder of the run that wrote it.
+
+        Raises:
+            ErasureError: a missing, damaged or foreign file, metadata that lack something or say
+                what cannot be, or values that do not fit their places; it names the file and the
+                tensor.
         """
         path = delta_file(path)
         tensors, metadata = load_tensors(path, "delta")

@@ -19,12 +19,18 @@ def load_base(
     device: str | torch.device = "cpu",
     options: LoadConfig | None = None,
 ) -> DiffusionModel:
-    """The base that a delta was made from, read as it was then. Args: delta: names its base and how
-    it was read. name: where the base is now; by default where it was. A hub id is fetched only if
-    it is given here: a delta may come from anybody, and name anything. device: where it goes.
-    options: how it is read now; what is not the default wins over the delta's. Raises:
-    ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one is
-    checked where the delta is applied.
+    """The base that a delta was made from, read as it was then.
+
+    Args:
+        delta: names its base and how it was read.
+        name: where the base is now; by default where it was. A hub id is fetched only if it is
+            given here: a delta may come from anybody, and name anything.
+        device: where it goes.
+        options: how it is read now; what is not the default wins over the delta's.
+
+    Raises:
+        ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one
+            is checked where the delta is applied.
     """
     base, given = name or delta.metadata.get("base_id") or "", options or LoadConfig()
     if not base:

@@ -41,11 +41,17 @@ def export_diffusers(
     picture: str | Path | None = None,
 ) -> Path:
     """Write base + delta as a diffusers folder that stock `DiffusionPipeline.from_pretrained`
-    loads. Args: delta: what changed. base: the checkpoint that it was made from, as for
-    `load_model`; or that model, loaded, which stays as it is. out: a folder that does not exist
-    yet; it appears whole or not at all. card: text of its README.md, the model card. dtype: of
-    the weights in the files. float32 holds the erased weights exactly, whatever the base was
-    stored as. picture: before_after.png of an evaluation, to lie beside the card.
+    loads.
+
+    Args:
+        delta: what changed.
+        base: the checkpoint that it was made from, as for `load_model`; or that model, loaded,
+            which stays as it is.
+        out: a folder that does not exist yet; it appears whole or not at all.
+        card: text of its README.md, the model card.
+        dtype: of the weights in the files. float32 holds the erased weights exactly, whatever the
+            base was stored as.
+        picture: before_after.png of an evaluation, to lie beside the card.
 
     Raises:
         ErasureError: another base, an existing folder, or one that cannot be written to.
@@ -80,9 +86,10 @@ def export_single_file(
     picture: str | Path | None = None,
 ) -> Path:
     """Write one checkpoint file in the layout that Stable Diffusion was published in. Arguments as
-       `export_diffusers`.
+    `export_diffusers`.
+
     If `out` ends in .safetensors it is that file, without a card; else a folder with
-       `model.safetensors`.
+    `model.safetensors`.
     """
     from erase.models.single_file import write_single_file
 
@@ -105,8 +112,9 @@ def export_lora(
     picture: str | Path | None = None,
 ) -> Path:
     """Write a LoRA, as a file or (with `lora.json`, what it misses layer by layer) as a folder.
+
     `layout` is one of `erase.export.lora.LAYOUTS`, by default the one that most programs read; the
-       other arguments as `export_single_file`.
+    other arguments as `export_single_file`.
     """
     with _file(out, card, picture, FILES["lora"]) as aside:
         lora.save(aside, dtype, layout)
@@ -154,9 +162,10 @@ def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) 
 
 @contextmanager
 def _as_found(model: DiffusionModel, delta: ErasedDelta) -> Iterator[None]:
-    """Give a model its weights back, and what saving writes into its configurations. Only the
-    weights that the delta changes are copied, since they are changed in place; the others are only
-    exchanged for their casts.
+    """Give a model its weights back, and what saving writes into its configurations.
+
+    Only the weights that the delta changes are copied, since they are changed in place; the others
+    are only exchanged for their casts.
     """
     pipeline, fingerprint = model.pipeline(), model.fingerprint
     parts = modules(pipeline)

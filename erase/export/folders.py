@@ -1,5 +1,6 @@
 """Diffusers folders that every version of transformers reads.
- transformers 5 renamed the weights of CLIP's text model, writes tokenizers as one `tokenizer.json`,
+
+transformers 5 renamed the weights of CLIP's text model, writes tokenizers as one `tokenizer.json`,
 and obeys the precision that a configuration states. So a folder as its newest version writes it is
 drawn with random weights by 5.0 to 5.3 and cannot be read by 4.x or ComfyUI; and one in float16
 does not run without arguments, since diffusers loads its own parts in float32. The form here is the

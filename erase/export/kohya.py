@@ -1,8 +1,9 @@
 """The names that kohya's sd-scripts gives to the layers of a LoRA, and the header by which its
 readers know the base.
- ComfyUI, A1111, Forge, sd-scripts, stable-diffusion.cpp and diffusers read them. SDXL's UNet goes
-by the names of its original, since sd-scripts trains that one; the UNets of Stable Diffusion 1 and
-2 go by those of diffusers.
+
+ComfyUI, A1111, Forge, sd-scripts, stable-diffusion.cpp and diffusers read them. SDXL's UNet goes by
+the names of its original, since sd-scripts trains that one; the UNets of Stable Diffusion 1 and 2
+go by those of diffusers.
 """
 
 from __future__ import annotations

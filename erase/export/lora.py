@@ -125,13 +125,16 @@ class LoRA:
     def save(
         self, path: str | Path, dtype: torch.dtype = torch.float32, layout: str | None = None
     ) -> None:
-        """Write one safetensors file, whole or not at all. Args: path:
-        `pytorch_lora_weights.safetensors` is the name that `load_lora_weights(folder)` looks for.
-        dtype: of the factors in the file. layout: one of `LAYOUTS`; by default kohya, where the
-        family has it.
+        """Write one safetensors file, whole or not at all.
 
-               Raises:
-                   ErasureError: another layout, or kohya for a family that it has no names for.
+        Args:
+            path: `pytorch_lora_weights.safetensors` is the name that `load_lora_weights(folder)`
+                looks for.
+            dtype: of the factors in the file.
+            layout: one of `LAYOUTS`; by default kohya, where the family has it.
+
+        Raises:
+            ErasureError: another layout, or kohya for a family that it has no names for.
         """
         layout = layout or self.layout
         if layout not in LAYOUTS:
@@ -155,9 +158,10 @@ class LoRA:
         save_tensors(path, tensors, metadata)
 
     def _kohya(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors under kohya's names, with the one alpha of 1 in all layers. Its readers scale
-        a layer by alpha / rank. diffusers 0.42 confuses alphas that differ between layers, so the
-        ranks go into the up factors instead.
+        """The tensors under kohya's names, with the one alpha of 1 in all layers.
+
+        Its readers scale a layer by alpha / rank. diffusers 0.42 confuses alphas that differ
+        between layers, so the ranks go into the up factors instead.
         """
         tensors: dict[str, Tensor] = {}
         for name, rank in self.ranks.items():
@@ -195,12 +199,18 @@ class LoRA:
 def extract_lora(
     delta: ErasedDelta, base: DiffusionModel, rank: int | None = None, energy: float | None = None
 ) -> LoRA:
-    """The best low-rank factors of a delta, layer by layer. Args: delta: what changed. base: the
-    model that it was made from; it stays as it is. rank: of every layer, at most its full rank; 16
-    if neither this nor `energy` is given. energy: keep this fraction of each layer's squared
-    change, in (0, 1], with the smallest rank that does; `rank` then caps it. Raises: ErasureError:
-    a rank below one, an energy outside (0, 1], another base, or a delta that changes no layer which
-    a LoRA can hold.
+    """The best low-rank factors of a delta, layer by layer.
+
+    Args:
+        delta: what changed.
+        base: the model that it was made from; it stays as it is.
+        rank: of every layer, at most its full rank; 16 if neither this nor `energy` is given.
+        energy: keep this fraction of each layer's squared change, in (0, 1], with the smallest rank
+            that does; `rank` then caps it.
+
+    Raises:
+        ErasureError: a rank below one, an energy outside (0, 1], another base, or a delta that
+            changes no layer which a LoRA can hold.
     """
     if energy is not None and not 0 < energy <= 1:
         raise ErasureError(
@@ -234,8 +244,10 @@ def extract_lora(
 
 def _holders(model: DiffusionModel, components: list[str]) -> set[str]:
     """Names of the weights that a LoRA can hold: those of linear and of ungrouped two-dimensional
-    convolutional layers. A text encoder's projection is none of them: no program but diffusers
-    has a place for it, and that one cannot load it in all ranks.
+    convolutional layers.
+
+    A text encoder's projection is none of them: no program but diffusers has a place for it, and
+    that one cannot load it in all ranks.
     """
     return {
         f"{component}.{name}.weight"
@@ -260,8 +272,10 @@ def _fit(
 
 def _factors(change: Tensor, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor]:
     """The truncated SVD with each singular value shared equally between both factors.
+
     By the eigenvectors of the smaller Gram matrix in float64: exact to float32, the whole spectrum
-       included, and several times quicker than an SVD of the wide matrices of convolutions.
+        included, and several times quicker
+    than an SVD of the wide matrices of convolutions.
     """
     wide = change.shape[0] <= change.shape[1]
     power, vectors = torch.linalg.eigh(change @ change.T if wide else change.T @ change)

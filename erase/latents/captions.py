@@ -28,8 +28,10 @@ def captioned(images: Sequence[OwnImage]) -> bool:
 
 def check_named(images: Sequence[OwnImage], concepts: Sequence[ConceptSpec]) -> None:
     """Refuse forget images that do not say which of the concepts they show.
-    Raises: ErasureError: captions that name none, a concept that none names, or no captions beside
-       several concepts.
+
+    Raises:
+        ErasureError: captions that name none, a concept that none names, or no captions beside
+            several concepts.
     """
     if not captioned(images):
         if len(concepts) > 1:

@@ -79,11 +79,18 @@ class OwnImage:
 
 def read_folder(folder: str, captions: str) -> list[OwnImage]:
     """The images of a folder and of those in it, folder by folder, by name; what is passed over is
-          said.
-    Hidden files and links that lead back are not followed. Args: folder: of the images. captions:
-          `beside` takes the text files of the same name, where there are any; `folder` the folders'
-          names; `none` neither. Raises: ErasureError: no folder, one that cannot be read or has no
-          images, or images without a caption among others with one.
+    said.
+
+    Hidden files and links that lead back are not followed.
+
+    Args:
+        folder: of the images.
+        captions: `beside` takes the text files of the same name, where there are any; `folder` the
+            folders' names; `none` neither.
+
+    Raises:
+        ErasureError: no folder, one that cannot be read or has no images, or images without a
+            caption among others with one.
     """
     files, skipped = [], Counter[str]()
     known = _suffixes()

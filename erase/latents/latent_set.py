@@ -90,9 +90,15 @@ class LatentSet:
 
     @classmethod
     def load(cls, path: Path, made_from: str | None = None) -> LatentSet:
-        """Read a set. Args: path: of the file. made_from: digest of what it must have been made
-        from; None: whatever it was. Raises: ErasureError: a missing, damaged or foreign file, texts
-        that do not fit the latents, or a set that was made from something else.
+        """Read a set.
+
+        Args:
+            path: of the file.
+            made_from: digest of what it must have been made from; None: whatever it was.
+
+        Raises:
+            ErasureError: a missing, damaged or foreign file, texts that do not fit the latents, or
+                a set that was made from something else.
         """
         tensors, metadata = load_tensors(path, "latents")
         if metadata.get("sha256") != _digest(tensors):

@@ -101,8 +101,9 @@ class Given:
 @dataclass(frozen=True)
 class Plan:
     """The forget and retain latents of an erasure; each set is made when it is asked for.
+
     Sets come from the model itself or from folders of images. Where there is a cache, finished ones
-       are found there again.
+    are found there again.
     """
 
     model: DiffusionModel
@@ -114,9 +115,15 @@ class Plan:
     cache: Path | None = None
 
     def forget(self, anchor_share: float = 0.0) -> LatentSet:
-        """Forget latents. Args: anchor_share: fraction that is sampled from the anchor prompts
-        instead (none, where images are given). Raises: ErasureError: more steps than timesteps,
-        images or captions that cannot be taken, or a concept of which no forget latent is left.
+        """Forget latents.
+
+        Args:
+            anchor_share: fraction that is sampled from the anchor prompts instead (none, where
+                images are given).
+
+        Raises:
+            ErasureError: more steps than timesteps, images or captions that cannot be taken, or a
+                concept of which no forget latent is left.
         """
         pairs, images = self._forget_rows(random.Random(self.seed))
         own = len(pairs) - (0 if images else round(anchor_share * len(pairs)))
@@ -132,8 +139,11 @@ class Plan:
         return self._made("forget", prompts, anchors, own, images, self._first)
 
     def retain(self) -> LatentSet:
-        """Retain latents. Raises: ErasureError: more steps than timesteps, no retain prompts, or
-        images or captions that cannot be taken.
+        """Retain latents.
+
+        Raises:
+            ErasureError: more steps than timesteps, no retain prompts, or images or captions that
+                cannot be taken.
         """
         prompts, images = self._retain_rows()
         return self._made("retain", tuple(prompts), None, None, images, self._first + 500_000)

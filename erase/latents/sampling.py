@@ -27,14 +27,21 @@ def sample_points(
     batch_size: int,
     what: str,
 ) -> Points:
-    """Sample one image per prompt, without decoding it. Args: model: the base. prompts: one image
-    each, with the seeds from `seed` on. steps: of the sampler. guidance: its guidance scale.
-    trajectory: 0: the finished latents. k: k rows per image (as many as there are steps, at most),
-    image by image: its latents, and the noise of one of its noisy states. precision: no, bf16 or
-    fp16. batch_size: images at a time. what: for the progress bar.
+    """Sample one image per prompt, without decoding it.
 
-       Raises:
-           ErasureError: latents that are not finite.
+    Args:
+        model: the base.
+        prompts: one image each, with the seeds from `seed` on.
+        steps: of the sampler.
+        guidance: its guidance scale.
+        trajectory: 0: the finished latents. k: k rows per image (as many as there are steps, at
+            most), image by image: its latents, and the noise of one of its noisy states.
+        precision: no, bf16 or fp16.
+        batch_size: images at a time.
+        what: for the progress bar.
+
+    Raises:
+        ErasureError: latents that are not finite.
     """
     each = min(trajectory, steps)
 
@@ -61,19 +68,22 @@ def sample_points(
 def choose_states(
     noise: Tensor, t: Tensor, each: int, seed: int, timesteps: int
 ) -> tuple[Tensor, Tensor]:
-    """`each` states of every trajectory, spread evenly over its steps from a random start. A
-    state's noise stands for all timesteps down to the next state's (the first state's, of pure
+    """`each` states of every trajectory, spread evenly over its steps from a random start.
+
+    A state's noise stands for all timesteps down to the next state's (the first state's, of pure
     noise, for those above too): one of them is drawn, so that training sees more than the sampler's
     few.
 
-       Args:
-           noise: of each state, shape (steps, n, c, h, w).
-           t: of each state, falling, shape (steps,).
-           each: states per trajectory.
-           seed: of the choice.
-           timesteps: of training, in all.
-    Returns: noise, shape (n * each, c, h, w), and timesteps, shape (n * each,), trajectory by
-       trajectory.
+    Args:
+        noise: of each state, shape (steps, n, c, h, w).
+        t: of each state, falling, shape (steps,).
+        each: states per trajectory.
+        seed: of the choice.
+        timesteps: of training, in all.
+
+    Returns:
+        noise, shape (n * each, c, h, w), and timesteps, shape (n * each,), trajectory by
+        trajectory.
     """
     steps, n = noise.shape[:2]
     generator = torch.Generator().manual_seed(seed)

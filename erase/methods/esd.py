@@ -1,5 +1,6 @@
 """ESD: erased Stable Diffusion (Gandikota et al., ICCV 2023, https://arxiv.org/abs/2303.07345).
- Away from the concept, as negative guidance of the frozen base would lead. For a concept without a
+
+Away from the concept, as negative guidance of the frozen base would lead. For a concept without a
 substitute.
 """
 

@@ -1,5 +1,6 @@
 """SalUn: saliency unlearning (Fan et al., ICLR 2024, https://arxiv.org/abs/2310.12508).
- The weights that the forget loss is most sensitive to are found once (the mask); then only they are
+
+The weights that the forget loss is most sensitive to are found once (the mask); then only they are
 fine-tuned, so that the forget prompt's prediction becomes the anchor prompt's, while retained
 prompts keep theirs.
 """

@@ -1,5 +1,6 @@
 """UCE: unified concept editing (Gandikota et al., WACV 2024, https://arxiv.org/abs/2308.14761).
- The concept's text states get the anchor's keys and values, in closed form: seconds, no images. A
+
+The concept's text states get the anchor's keys and values, in closed form: seconds, no images. A
 free pseudo-token
 undoes it: where that matters, train (salun).
 """

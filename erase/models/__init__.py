@@ -31,11 +31,17 @@ def load_model(
     name: str | Path, device: str | torch.device = "cpu", options: LoadConfig | None = None
 ) -> DiffusionModel:
     """Load a checkpoint; its family is recognised from what it says of itself, and its safety
-    checker is left out. Args: name: `canvas`; a diffusers folder; a single file in the LDM
-    layout (.safetensors, .ckpt, .pt), as A1111 and ComfyUI use; or a hub id. device: where the
-    modules go. options: variant, revision, dtype and what a single file does not tell. Raises:
-    ErasureError: nothing can be loaded from there, its family is not supported, or its weights
-    are damaged.
+    checker is left out.
+
+    Args:
+        name: `canvas`; a diffusers folder; a single file in the LDM layout (.safetensors, .ckpt,
+            .pt), as A1111 and ComfyUI use; or a hub id.
+        device: where the modules go.
+        options: variant, revision, dtype and what a single file does not tell.
+
+    Raises:
+        ErasureError: nothing can be loaded from there, its family is not supported, or its weights
+            are damaged.
     """
     from erase.models.loading import load_pipeline
 

@@ -131,9 +131,12 @@ class DiffusionModel(Protocol):
         self, prompts: list[str], seeds: list[int], steps: int, guidance: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `sample` gives, and the states that it passed through, as the noise that leads there
-        from the finished latents. Returns: latents x_0, shape (n, *latent_shape); noise,
-        shape (steps, n, *latent_shape), and training timesteps t, shape (steps,), noisy ones
-        first: `add_noise(x_0, noise[i], t[i])` is the state before step i.
+        from the finished latents.
+
+        Returns:
+            latents x_0, shape (n, *latent_shape); noise, shape (steps, n, *latent_shape), and
+            training timesteps t, shape (steps,),
+            noisy ones first: `add_noise(x_0, noise[i], t[i])` is the state before step i.
         """
 
     def pipeline(self) -> Any:

@@ -62,8 +62,10 @@ class Part(NamedTuple):
 
 def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
     """The stock pipeline of a diffusers folder, without network.
-    Raises: ErasureError: another family, a part that is missing, damaged, quantised or of another
-       class.
+
+    Raises:
+        ErasureError: another family, a part that is missing, damaged, quantised or of another
+            class.
     """
     index = read_index(folder)
     kind = index["_class_name"]

@@ -28,8 +28,10 @@ FAMILIES = {
 
 def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     """The stock pipeline of a folder, a single file or a hub id, its weights checked.
-    Raises: ErasureError: nothing there, another family, or weights that are missing, surplus,
-       misshapen or not finite.
+
+    Raises:
+        ErasureError: nothing there, another family, or weights that are missing, surplus, misshapen
+            or not finite.
     """
     kind = kind_of(name)
     options.check_meant_for(kind, str(name))

@@ -138,9 +138,11 @@ def check_variant(folders: Iterable[Path], asked: str | None) -> None:
 
 
 def weight_variant(where: Path, asked: str | None) -> str | None:
-    """The variant to read of a part: the one asked for, or else the files without one. Raises:
-    ErasureError: only other variants, only pickles, or no weights at all; placeholders of git,
-    quantised weights.
+    """The variant to read of a part: the one asked for, or else the files without one.
+
+    Raises:
+        ErasureError: only other variants, only pickles, or no weights at all; placeholders of git,
+            quantised weights.
     """
     there = variants(where)
     if asked not in there and None not in there:

@@ -1,8 +1,9 @@
 """Stock diffusers pipelines, whatever their family: how they are conditioned, and how their latents
 become pixels.
- Stable Diffusion 1.x and 2.x are conditioned on text states alone; XL and 3 on pooled ones too.
-Here is all that tells them apart where images are made, so that generation needs no code for a
-family of its own.
+
+Stable Diffusion 1.x and 2.x are conditioned on text states alone; XL and 3 on pooled ones too. Here
+is all that tells them apart where images are made, so that generation needs no code for a family of
+its own.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def text_encoders(pipeline: Pipeline) -> dict[str, Any]:
 @torch.no_grad()
 def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None = None) -> Cond:
     """Text states of the prompts, each encoded alone, so that its bits do not depend on the others.
+
     The empty prompt is the null condition of classifier-free guidance; a pipeline that wants zeros
     there (SDXL) gets zeros. `device` is where the pipeline runs, for a caller who knows: diffusers
     searches all modules to tell, which takes a small model as long as encoding a prompt.
@@ -105,8 +107,9 @@ def arguments(cond: Cond, null: Cond) -> dict[str, Tensor]:
 @torch.no_grad()
 def decode(pipeline: Pipeline, latents: Tensor, precision: str) -> Tensor:
     """Pixels in [0, 1], shape (n, 3, H, W), of latents as the denoiser sees them.
+
     In fp16 a VAE that is marked `force_upcast` (SDXL's, whose activations pass 65,504) is run in
-       float32.
+    float32.
     """
     vae = pipeline.vae
     stored, half = vae.dtype, precision == "fp16" or vae.dtype == torch.float16

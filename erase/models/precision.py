@@ -25,12 +25,13 @@ IN_HALF = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Mixed precision for sampling: `no`, `bf16` or `fp16`; weights stay as they are. Warns where
-    the processor only imitates it (a training step on the embedded model: 1.1 s in bf16, 0.5 in
-    float32).
+    """Mixed precision for sampling: `no`, `bf16` or `fp16`; weights stay as they are.
 
-       Raises:
-           ErasureError: another name; the near one is suggested.
+    Warns where the processor only imitates it (a training step on the embedded model: 1.1 s in
+    bf16, 0.5 in float32).
+
+    Raises:
+        ErasureError: another name; the near one is suggested.
     """
     check_precision(precision)
     if device.type == "cpu" and not in_hardware(precision):
@@ -78,10 +79,11 @@ def with_precision(
 
 def pin_mkl_rounding() -> None:
     """Ask MKL, before its first product, for sums whose order does not follow from addresses; a
-    choice made by the user stands. On Intel's processors its matrix products round differently
-    for another address, of the same values: one checkpoint, read in two ways, gave two deltas.
-    Elsewhere they were found not to, and are left alone. It costs no time (a training step on
-    the embedded model).
+    choice made by the user stands.
+
+    On Intel's processors its matrix products round differently for another address, of the same
+    values: one checkpoint, read in two ways, gave two deltas. Elsewhere they were found not to, and
+    are left alone. It costs no time (a training step on the embedded model).
     """
     if _made_by_intel():
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")

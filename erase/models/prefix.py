@@ -21,10 +21,17 @@ HOLDER = "a"
 def encode_live(
     pipeline: Pipeline, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None
 ) -> Cond:
-    """Text states of the prompts in one pass. Args: pipeline: whose text encoders run. prompts: n
-    texts. prefix: embeddings behind the start token, shape (k, dim) or (n, k, dim); by encoder
-    where there are several, the same k for each. Raises: ErasureError: a prefix for an encoder that
-    is not there or of a width that is not its own, or different k.
+    """Text states of the prompts in one pass.
+
+    Args:
+        pipeline: whose text encoders run.
+        prompts: n texts.
+        prefix: embeddings behind the start token, shape (k, dim) or (n, k, dim); by encoder where
+            there are several, the same k for each.
+
+    Raises:
+        ErasureError: a prefix for an encoder that is not there or of a width that is not its own,
+            or different k.
     """
     encoders = text_encoders(pipeline)
     if prefix is not None and not isinstance(prefix, Mapping):

@@ -17,9 +17,11 @@ log = logging.getLogger("erase")
 
 
 def check_prompts(model: DiffusionModel, concepts: Sequence[ConceptSpec]) -> None:
-    """Refuse concepts of which nothing would be forgotten, before latents are made. Raises:
-    ErasureError: a concept or an anchor that stands behind the last token which a text encoder
-    sees, or a forget prompt that is to all text encoders what its anchor prompt is.
+    """Refuse concepts of which nothing would be forgotten, before latents are made.
+
+    Raises:
+        ErasureError: a concept or an anchor that stands behind the last token which a text encoder
+            sees, or a forget prompt that is to all text encoders what its anchor prompt is.
     """
     for concept in concepts:
         _check_cut(model, concept)
@@ -63,10 +65,16 @@ def cut_prompts(
     cases: Sequence[int] = (),
 ) -> dict[str, Any] | None:
     """The prompts that are longer than a text encoder reads, for a run's settings; None: it reads
-    all of them whole. Args: prompts: those of a run. tokens: what each text encoder makes of
-    them, see `DiffusionModel.tokens`. cases: the number of each prompt, where it has one.
-    Returns: `count` of `of` prompts, the `room` of each encoder that cuts, in tokens,
-    `cases`, and the first of the `prompts`.
+    all of them whole.
+
+    Args:
+        prompts: those of a run.
+        tokens: what each text encoder makes of them, see `DiffusionModel.tokens`.
+        cases: the number of each prompt, where it has one.
+
+    Returns:
+        `count` of `of` prompts, the `room` of each encoder that cuts, in tokens, `cases`, and the
+        first of the `prompts`.
     """
     found = tokens(list(prompts))
     cut = [row for row in range(len(prompts)) if any(rows[row].cut for rows in found.values())]

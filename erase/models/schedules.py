@@ -88,10 +88,17 @@ def check_flow(own: Any, name: str) -> None:
 
 
 def sampler(own: Any, kind: Any, name: str, options: dict[str, Any] | None = None) -> Any:
-    """A scheduler of another class over the noise levels of a model's own. Args: own: the model's
-    own scheduler. kind: the class wanted. name: what errors call it. options: what its name
-    promises, and the own one's configuration may not say. Raises: ErasureError: that class cannot
-    be built over this configuration, or would sample on other noise levels.
+    """A scheduler of another class over the noise levels of a model's own.
+
+    Args:
+        own: the model's own scheduler.
+        kind: the class wanted.
+        name: what errors call it.
+        options: what its name promises, and the own one's configuration may not say.
+
+    Raises:
+        ErasureError: that class cannot be built over this configuration, or would sample on other
+            noise levels.
     """
     try:
         made = kind.from_config(own.config, **(options or {}))

@@ -29,11 +29,14 @@ side and `selfattn` the image's."""
 
 def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:
     """The parameters of a scope, in their given order.
-    Args: params: `component.parameter` name -> parameter. scope: a name of `SCOPES`, or a regular
-       expression searched in the names (it must hold a character that no scope name has).
 
-       Raises:
-           ErasureError: an unknown name, a malformed pattern, or a scope that matches nothing.
+    Args:
+        params: `component.parameter` name -> parameter.
+        scope: a name of `SCOPES`, or a regular expression searched in the names (it must hold a
+            character that no scope name has).
+
+    Raises:
+        ErasureError: an unknown name, a malformed pattern, or a scope that matches nothing.
     """
     if scope not in SCOPES and re.fullmatch(r"\w+", scope):
         raise unknown("scope", scope, SCOPES)

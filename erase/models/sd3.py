@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: a transformer with joint attention over image and text, trained by
 rectified flow.
- Esser et al., 2024, https://arxiv.org/abs/2403.03206: x_t = (1 - sigma) x_0 + sigma noise, and the
+
+Esser et al., 2024, https://arxiv.org/abs/2403.03206: x_t = (1 - sigma) x_0 + sigma noise, and the
 prediction is noise - x_0.
 """
 
@@ -17,8 +18,10 @@ from erase.models.schedules import check_flow
 
 
 class StableDiffusion3(PipelineModel):
-    """A `DiffusionModel` over a stock `StableDiffusion3Pipeline`. Timesteps 0 .. timesteps - 1 are
-    those of the checkpoint's own, shifted schedule: sigma rises with t, to 1 at the last.
+    """A `DiffusionModel` over a stock `StableDiffusion3Pipeline`.
+
+    Timesteps 0 .. timesteps - 1 are those of the checkpoint's own, shifted schedule: sigma rises
+    with t, to 1 at the last.
     """
 
     components: ClassVar[tuple[str, ...]] = (

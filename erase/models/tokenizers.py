@@ -61,8 +61,10 @@ def _is_clip(tokenizer: Any) -> bool:
 
 def read_tokenizer(folder: Path, kind: Any = CLIPTokenizer) -> Any:
     """A tokenizer of a diffusers folder; the class is given, whatever the folder says.
-    Raises: ErasureError: its vocabulary or configuration is missing or cannot be read. Without them
-       transformers makes one for which every word is the same unknown token.
+
+    Raises:
+        ErasureError: its vocabulary or configuration is missing or cannot be read. Without them
+            transformers makes one for which every word is the same unknown token.
     """
     known = FILES[kind.__name__.removesuffix("Fast")]
     if not (folder / "tokenizer_config.json").is_file():

@@ -21,13 +21,16 @@ from erase.prompts.errors import ErasureError
 
 
 def load_vae(source: str | Path, config: Mapping[str, Any] | None, dtype: torch.dtype) -> nn.Module:
-    """A VAE for a checkpoint that has none, or in the place of its own. Args: source: a diffusers
-    folder of a VAE, or of a whole pipeline; a `.safetensors`, `.ckpt` or `.pt` file of a VAE alone,
-    or of a whole checkpoint. config: the architecture of a single file, which does not tell its
-    own. dtype: of the weights in memory.
+    """A VAE for a checkpoint that has none, or in the place of its own.
 
-       Raises:
-           ErasureError: there is none, it is damaged, or it does not fit its configuration.
+    Args:
+        source: a diffusers folder of a VAE, or of a whole pipeline; a `.safetensors`, `.ckpt` or
+            `.pt` file of a VAE alone, or of a whole checkpoint.
+        config: the architecture of a single file, which does not tell its own.
+        dtype: of the weights in memory.
+
+    Raises:
+        ErasureError: there is none, it is damaged, or it does not fit its configuration.
     """
     path = Path(source)
     if path.is_dir():

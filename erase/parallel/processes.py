@@ -65,9 +65,12 @@ def exists_on_all(path: Path) -> bool:
 
 
 def round_robin(items: Sequence[T], pad: bool = False) -> list[tuple[T, bool]]:
-    """This process's share of the items, taken by turns, each with whether it counts. Args: items:
-    the same in every process. pad: give every process as many, where each is an effort of all: who
-    has one less takes one that does not count.
+    """This process's share of the items, taken by turns, each with whether it counts.
+
+    Args:
+        items: the same in every process.
+        pad: give every process as many, where each is an effort of all: who has one less takes one
+            that does not count.
     """
     state = processes()
     mine = [(item, True) for item in items[state.process_index :: state.num_processes]]
@@ -80,20 +83,21 @@ def in_shares(
     count: int, size: int, work: Callable[[range], T], what: str, unit: str, pad: bool = False
 ) -> list[T]:
     """What `work` gives for rows 0 to `size`, `size` to 2 `size`, ... of `count`: each range done
-       by one process, all known to all.
+    by one process, all known to all.
+
     The ranges do not depend on the number of processes, so neither do their results, nor their
-       rounding.
+    rounding.
 
-       Args:
-           count: rows in all.
-           size: rows at a time.
-           work: takes the rows' numbers; its result is pickled, so tensors belong on the CPU.
-           what: names the progress bar.
-           unit: of its rows.
-           pad: `work` is an effort of all processes, so each must do as much (`round_robin`).
+    Args:
+        count: rows in all.
+        size: rows at a time.
+        work: takes the rows' numbers; its result is pickled, so tensors belong on the CPU.
+        what: names the progress bar.
+        unit: of its rows.
+        pad: `work` is an effort of all processes, so each must do as much (`round_robin`).
 
-       Returns:
-           One result per range, in order.
+    Returns:
+        One result per range, in order.
     """
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = round_robin(ranges, pad)

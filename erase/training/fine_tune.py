@@ -30,10 +30,15 @@ def fine_tune(
     start: Mapping[str, Tensor] | None = None,
 ) -> Edit:
     """Minimise a loss over the weights of `config.scope`, under its mask and options; the model is
-    left as it was found. Args: task: the erasure. loss: (batch, base) -> terms by name, `forget`
-    and `retain`; `with base():` gives the base's weights without gradient. batches: step -> the
-    whole batch; the loop cuts it to process and part. config: the method's configuration. start:
-    values to begin at instead of the base's, as whole parameters by name.
+    left as it was found.
+
+    Args:
+        task: the erasure.
+        loss: (batch, base) -> terms by name, `forget` and `retain`; `with base():` gives the base's
+            weights without gradient.
+        batches: step -> the whole batch; the loop cuts it to process and part.
+        config: the method's configuration.
+        start: values to begin at instead of the base's, as whole parameters by name.
 
     Raises:
     """

@@ -29,9 +29,10 @@ def step_gradients(
     trainable: Trainable, take: Take, config: TunedConfig, generator: torch.Generator
 ) -> Gradients:
     """The gradient of one step.
+
     Without options it is that of the sum of all terms. `sam` and `smoothing` take the forget term's
-       gradient beside the values; `combine: surgery` removes from it what conflicts with the retain
-       term.
+    gradient beside the values; `combine: surgery` removes from it what conflicts with the retain
+    term.
     """
     surgery = config.combine == "surgery"
     if config.sam or config.smoothing:
@@ -46,14 +47,16 @@ def step_gradients(
 
 def without_conflict(whole: Gradients, retain: Gradients, total: Total) -> Gradients:
     """Gradient surgery (Yu et al. 2020, https://arxiv.org/abs/2001.06782), tensor by tensor.
-    Where the forget gradient f = whole - retain points against the retain gradient r (f.r < 0), its
-       part along r is removed: whole - (f.r / r.r) r, so that what is left of f is orthogonal to r.
-       Elsewhere `whole` stays, bit for bit.
 
-       Args:
-           whole: gradient of the sum of all terms, by name.
-           retain: gradient of the retain term, by name.
-           total: sums a vector over the shards of all processes.
+    Where the forget gradient f = whole - retain points against the retain gradient r (f.r < 0), its
+    part along r
+    is removed: whole - (f.r / r.r) r, so that what is left of f is orthogonal to r. Elsewhere
+        `whole` stays, bit for bit.
+
+    Args:
+        whole: gradient of the sum of all terms, by name.
+        retain: gradient of the retain term, by name.
+        total: sums a vector over the shards of all processes.
     """
     names = [name for name in whole if name in retain]
     if not names:

@@ -16,12 +16,16 @@ def stand_ins(
     parts: Mapping[str, nn.Module], half: torch.dtype | None, channels_last: bool, away: bool
 ) -> Iterator[dict[str, Tensor]]:
     """Copies of the weights in the precision and the memory format of the steps take the place of
-    the model's own. Autocast would round the same weights to the same values, for each pass
-    anew and, outside the scope, for each use. The model's own are not written meanwhile, and
-    come back as they were. Args: parts: name -> module. half: precision of matrix products;
-    None: float32, which needs no copies. channels_last: convolution kernels with the channels
-    innermost, as tensor cores take them. away: keep the model's own weights on the CPU
-    meanwhile.
+    the model's own.
+
+    Autocast would round the same weights to the same values, for each pass anew and, outside the
+    scope, for each use. The model's own are not written meanwhile, and come back as they were.
+
+    Args:
+        parts: name -> module.
+        half: precision of matrix products; None: float32, which needs no copies.
+        channels_last: convolution kernels with the channels innermost, as tensor cores take them.
+        away: keep the model's own weights on the CPU meanwhile.
 
     Yields:
         `part.parameter` name -> the model's own weights, of those that have a stand-in.

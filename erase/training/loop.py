@@ -59,9 +59,11 @@ class Fitted:
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     """An Accelerator for this precision; what else is wrong with the settings is said too, before
-    hours are spent on latents. Raises: ErasureError: an unknown precision, schedule, attention
-    or optimizer, fp16 without a GPU, a batch that does not split evenly, or what FSDP cannot do
-    where the launch asks for it.
+    hours are spent on latents.
+
+    Raises:
+        ErasureError: an unknown precision, schedule, attention or optimizer, fp16 without a GPU, a
+            batch that does not split evenly, or what FSDP cannot do where the launch asks for it.
     """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
@@ -106,19 +108,31 @@ def fit(
     checkpoint: Checkpoint | None = None,
 ) -> Fitted:
     """Take `config.train.steps` optimizer steps on parameters of any module, and leave them as they
-    were found. The mask acts on the update: the optimizer sees compact copies of the weights
-    inside it and nothing else (`Trainable`), so weight decay and momentum cannot move the
-    others. An optimizer that looks at whole matrices (Adafactor) sees flat values under a mask.
-    Args: params: what may change, before the mask. loss: terms of one batch, given the batch and
-    `base`. batches: step -> the whole batch: tensors, lists of texts, and tuples or dataclasses
-    of those, which the loop cuts by rows to process and part. config: steps, optimizer,
-    precision, options. mask: where weights may change; None: everywhere. active: what stands in
-    the place of `params` while the model runs (`running`); None: they themselves. seed: of what
-    the options draw. start: values to begin at instead of the base's, as whole parameters by
-    name. accelerator: made from `config.train` where none is given. checkpoint: where the
-    training state is kept, and whose it is; found, it is resumed from; the caller removes it.
-    Raises: ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that
-    do not split evenly.
+    were found.
+
+    The mask acts on the update: the optimizer sees compact copies of the weights inside it and
+        nothing else (`Trainable`), so weight
+    decay and momentum cannot move the others. An optimizer that looks at whole matrices (Adafactor)
+    sees flat values under a mask.
+
+    Args:
+        params: what may change, before the mask.
+        loss: terms of one batch, given the batch and `base`.
+        batches: step -> the whole batch: tensors, lists of texts, and tuples or dataclasses of
+            those, which the loop cuts by rows to process and part.
+        config: steps, optimizer, precision, options.
+        mask: where weights may change; None: everywhere.
+        active: what stands in the place of `params` while the model runs (`running`); None: they
+            themselves.
+        seed: of what the options draw.
+        start: values to begin at instead of the base's, as whole parameters by name.
+        accelerator: made from `config.train` where none is given.
+        checkpoint: where the training state is kept, and whose it is; found, it is resumed from;
+            the caller removes it.
+
+    Raises:
+        ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that do not
+            split evenly.
     """
     # refuses a launch, too, that this loop does not fit
     check_sharded(config.train, config.lora_rank)
@@ -252,12 +266,16 @@ def _train(run: Run, steps: _Steps) -> None:
 
 
 def cut(batch: Batch, part: int, parts: int, accelerator: Accelerator) -> Batch:
-    """This process's rows of one part of a batch, on its device. Every share is equally long, so
-    that means of shares average to the mean of all. Args: batch: a tensor or a list of texts, with
-    an entry per row; or a tuple, mapping or dataclass of those. None stays.
+    """This process's rows of one part of a batch, on its device.
 
-          Raises:
-              ErasureError: rows that do not split evenly.
+    Every share is equally long, so that means of shares average to the mean of all.
+
+    Args:
+        batch: a tensor or a list of texts, with an entry per row; or a tuple, mapping or dataclass
+            of those. None stays.
+
+    Raises:
+        ErasureError: rows that do not split evenly.
     """
     match batch:
         case None:

@@ -1,5 +1,6 @@
 """Low-rank parametrisation of the change (LoRA, Hu et al. 2022, https://arxiv.org/abs/2106.09685).
- A matrix W becomes W + up @ down; a convolution's kernel counts as the matrix (outputs, inputs *
+
+A matrix W becomes W + up @ down; a convolution's kernel counts as the matrix (outputs, inputs *
 height * width). The model holds the sum, so nothing in it needs to know. With G the sum's gradient,
 d up = G down^T and d down = up^T G.
 """

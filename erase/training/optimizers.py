@@ -26,11 +26,19 @@ FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 def make_optimizer(
     values: list[torch.nn.Parameter], name: str, lr: float, args: dict[str, Any], fuse: bool
 ) -> torch.optim.Optimizer:
-    """An optimizer of these values. Args: values: what it steps on. name: a class of torch.optim,
-    or a name of bitsandbytes.optim that ends in 8bit. lr: learning rate. args: its further
-    arguments. fuse: take the fused kernel where there is one and `args` do not say otherwise: one
-    pass over each tensor, and no copies. Raises: ErasureError: an unknown name or argument, a
-    second learning rate, or bitsandbytes is not installed.
+    """An optimizer of these values.
+
+    Args:
+        values: what it steps on.
+        name: a class of torch.optim, or a name of bitsandbytes.optim that ends in 8bit.
+        lr: learning rate.
+        args: its further arguments.
+        fuse: take the fused kernel where there is one and `args` do not say otherwise: one pass
+            over each tensor, and no copies.
+
+    Raises:
+        ErasureError: an unknown name or argument, a second learning rate, or bitsandbytes is not
+            installed.
     """
     if "lr" in args:  # the schedule would write over it
         raise ErasureError(
@@ -57,8 +65,11 @@ def try_optimizer(
     name: str, lr: float, args: dict[str, Any], fuse: bool, device: torch.device
 ) -> None:
     """Take two steps on a few weights: some arguments are looked at no earlier, and hours may lie
-    before the first real one. Raises: ErasureError: as `make_optimizer`; or the steps fail,
-    leave weights that are not finite, or leave all where they were.
+    before the first real one.
+
+    Raises:
+        ErasureError: as `make_optimizer`; or the steps fail, leave weights that are not finite, or
+            leave all where they were.
     """
     values = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in TRIAL_SHAPES]
     optimizer = make_optimizer(values, name, min(lr, 1.0), args, fuse)

@@ -1,5 +1,6 @@
 """Activations that are cheap to make are made again in the backward pass instead of being kept.
- Selective recomputation (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198), by the kind of
+
+Selective recomputation (Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198), by the kind of
 operation: norms, SiLU, GELU and products of two activations read what their own backward passes
 keep anyway, so what they gave need not be kept for the next layer. The same kernel on the same
 input gives the same bits. What took a product with weights is kept.

@@ -1,5 +1,6 @@
 """Rules: how statistics of gradients become a score for each weight. The highest scores may change.
- A rule's score is a function of one tensor's statistics, so that it costs no memory of the model's
+
+A rule's score is a function of one tensor's statistics, so that it costs no memory of the model's
 size.
 """
 

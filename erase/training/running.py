@@ -35,9 +35,14 @@ INSTALL_XFORMERS = 'pip install "concept-erasure-toolkit[xformers]"'
 def running(
     model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig
 ) -> Iterator[ActiveWeights]:
-    """The model as `config` and the launch want it run; afterwards it is as it was found. Yields:
-    What stands in the place of `params` meanwhile. Raises: ErasureError: an unknown attention, a
-    library or a compiler that is not installed, or what FSDP cannot do.
+    """The model as `config` and the launch want it run; afterwards it is as it was found.
+
+    Yields:
+        What stands in the place of `params` meanwhile.
+
+    Raises:
+        ErasureError: an unknown attention, a library or a compiler that is not installed, or what
+            FSDP cannot do.
     """
     check_precision(config.mixed_precision)
     parts = sorted({name.split(".")[0] for name in params})
@@ -74,8 +79,10 @@ def _active(
 
 @contextmanager
 def checkpointed(module: Any, on: bool) -> Iterator[None]:
-    """Gradient checkpointing where asked for. transformers checkpoints only in train mode, so the
-    layers that it checkpoints are put there, and they alone: dropouts stay off.
+    """Gradient checkpointing where asked for.
+
+    transformers checkpoints only in train mode, so the layers that it checkpoints are put there,
+        and they alone: dropouts stay off.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -100,10 +107,11 @@ def _method(module: Any, *names: str) -> Callable[[], None]:
 
 @contextmanager
 def attention(model: DiffusionModel, kind: str) -> Iterator[None]:
-    """The denoiser's attention by this kernel. `auto` is the plain one (all scores, then softmax)
-    for small latents on a CPU: the backward pass of the fused one took a third of a step there.
-    Elsewhere it is the fused one, which does not keep the scores (SD 1.x at 512 pixels: 0.5 GB a
-    layer).
+    """The denoiser's attention by this kernel.
+
+    `auto` is the plain one (all scores, then softmax) for small latents on a CPU: the backward pass
+    of the fused one took a third of a step there. Elsewhere it is the fused one, which does not
+    keep the scores (SD 1.x at 512 pixels: 0.5 GB a layer).
     """
     check_attention(kind, model.device)
     module = denoiser(model.pipeline())

@@ -40,16 +40,18 @@ def choose_mask(
     task: Task, config: TunedConfig, objective: Objective | None = None
 ) -> SaliencyMask | None:
     """The mask that the configuration asks for; None: every weight of the scope may change.
+
     Statistics are as large as the weights: they are written to the task's folder as soon as they
-    are there, found again by a resumed run, and not kept in memory while training.
+        are there, found again by a
+    resumed run, and not kept in memory while training.
 
-       Args:
-           task: the erasure.
-           config: its `mask`.
-           objective: of the method, for the rules that look at it.
+    Args:
+        task: the erasure.
+        config: its `mask`.
+        objective: of the method, for the rules that look at it.
 
-       Raises:
-           ErasureError: a file of another base or concept, or one that lacks what the rule needs.
+    Raises:
+        ErasureError: a file of another base or concept, or one that lacks what the rule needs.
     """
     mask = config.mask
     if mask.file:
@@ -92,9 +94,11 @@ def compute_saliency(
 def find_statistics(
     task: Task, config: TunedConfig, names: tuple[str, ...], objective: Objective | None = None
 ) -> Statistics:
-    """The statistics of `mask.saliency`, of an earlier start of this run, or computed. Raises:
-    ErasureError: those of another base or concept; in the task's folder, also ones that this run
-    would not compute itself.
+    """The statistics of `mask.saliency`, of an earlier start of this run, or computed.
+
+    Raises:
+        ErasureError: those of another base or concept; in the task's folder, also ones that this
+            run would not compute itself.
     """
     if config.mask.saliency:
         given = Statistics.load(config.mask.saliency)

@@ -1,6 +1,7 @@
 """The weights that training may change, and only they: compact copies that the optimizer sees,
 written back into the model.
- A mask of density d leaves d * N weights to train. The optimizer holds those alone, so its state,
+
+A mask of density d leaves d * N weights to train. The optimizer holds those alone, so its state,
 the gradients and the second copy of the weights shrink with d; and what lies outside the mask
 cannot move, whatever the optimizer does.
 """
@@ -26,8 +27,10 @@ Base = Callable[[], AbstractContextManager[None]]
 
 class Trainable:
     """Compact copies of some weights of a model, whose gradients they collect and in whose place
-    they stand until `close`. Of a sharded model, each process has copies of what lies in its own
-    rows; those of all processes, one after the other, are the copies of the whole.
+    they stand until `close`.
+
+    Of a sharded model, each process has copies of what lies in its own rows; those of all
+    processes, one after the other, are the copies of the whole.
     """
 
     def __init__(

@@ -1,6 +1,7 @@
 """The judges of the embedded world: a classifier with one head per kind of concept, and a small
 CLIP in open_clip's format.
- Both were trained on renders only, never on generated images (`scripts/canvas/train_judges.py`);
+
+Both were trained on renders only, never on generated images (`scripts/canvas/train_judges.py`);
 their card is `weights/README.md`.
 """
 

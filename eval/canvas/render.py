@@ -1,6 +1,7 @@
 """The renderer of the embedded world: an object in a style and a colour, drawn from signed
 distances.
- Everything is batched tensor arithmetic. An object is a signed distance field (negative inside),
+
+Everything is batched tensor arithmetic. An object is a signed distance field (negative inside),
 sampled under a random rotation, scale and shift; a style turns distances, pixel coordinates and a
 colour into an anti-aliased RGB image.
 """
@@ -236,12 +237,15 @@ STYLES = {
 
 
 def render(cells: list[dict[str, str]], seed: int) -> Tensor:
-    """Draw one image per cell. Args: cells: dicts with `object`, `style` and `colour`, as
-    `erase.prompts.canvas.Vocabulary.cells` gives them. seed: fixes place, size, rotation, shade and
-    background of the whole batch.
+    """Draw one image per cell.
 
-       Returns:
-           Images, shape (len(cells), 3, 64, 64), float32 in [0, 1].
+    Args:
+        cells: dicts with `object`, `style` and `colour`, as `erase.prompts.canvas.Vocabulary.cells`
+            gives them.
+        seed: fixes place, size, rotation, shade and background of the whole batch.
+
+    Returns:
+        Images, shape (len(cells), 3, 64, 64), float32 in [0, 1].
     """
     generator = torch.Generator().manual_seed(seed)
 

@@ -1,6 +1,7 @@
 """The CLIP evaluator, through open_clip: zero-shot UA, IRA and CRA over the images' labels, and the
 CLIP score.
- Zero-shot classification and its prompt ensembles: Radford et al. 2021, section 3.1. CLIP score:
+
+Zero-shot classification and its prompt ensembles: Radford et al. 2021, section 3.1. CLIP score:
 Hessel et al. 2021, without
 their factor 2.5 and without clipping at zero: 100 x the cosine of image and prompt.
 """
@@ -120,9 +121,11 @@ class Clip:
 
 
 def load_clip(config: Config) -> Clip:
-    """The CLIP that `config` names, in float32 and eval mode; loaded once per name. Raises:
-    ErasureError: an unknown name or tag, a config that names code, an activation that nothing
-    tells, or weights that cannot be loaded.
+    """The CLIP that `config` names, in float32 and eval mode; loaded once per name.
+
+    Raises:
+        ErasureError: an unknown name or tag, a config that names code, an activation that nothing
+            tells, or weights that cannot be loaded.
     """
     device = str(default_device()) if config.device == "auto" else config.device
     return _load(config.name, config.pretrained, config.quick_gelu, device)

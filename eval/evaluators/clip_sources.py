@@ -1,6 +1,7 @@
 """Where a CLIP comes from, looked at before open_clip builds it: nothing in it names code, and its
 activation is the weights' own.
- A config of open_clip reaches the loaders of transformers and timm, which fetch other repositories
+
+A config of open_clip reaches the loaders of transformers and timm, which fetch other repositories
 and run Python on request. So a config may hold known plain keys only. Weights do not tell with
 which activation they were trained, GELU or QuickGELU, and both load; `decide_quick_gelu` asks tags,
 configs and names instead.
@@ -80,11 +81,13 @@ class Source:
 def find_source(name: str, weights: str | None) -> Source:
     """The CLIP of a name, its config checked.
 
-       Args:
-           name: a model name, a folder, `local-dir:PATH` or `hf-hub:owner/name`.
-           weights: a tag or a file, for a model name alone.
-    Raises: ErasureError: an unknown name or tag, weights where none can be chosen, or a config with
-       keys that are not plain.
+    Args:
+        name: a model name, a folder, `local-dir:PATH` or `hf-hub:owner/name`.
+        weights: a tag or a file, for a model name alone.
+
+    Raises:
+        ErasureError: an unknown name or tag, weights where none can be chosen, or a config with
+            keys that are not plain.
     """
     if name.startswith((LOCAL, HUB)) or (
         Path(name).is_dir() and not (weights and _own_config(name))
@@ -152,9 +155,11 @@ def _hub_config(repo: str) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """The `model_cfg` of an `open_clip_config.json`, after a look at it and at the JSON files
-       beside it.
-    Raises: ErasureError: it is absent or damaged, holds a key or a value that is not known to be
-       plain, or a file beside it names code.
+    beside it.
+
+    Raises:
+        ErasureError: it is absent or damaged, holds a key or a value that is not known to be plain,
+            or a file beside it names code.
     """
     content = _json(path)
     _check_keys(path, content, "")
@@ -273,11 +278,12 @@ class Sign:
 
 def decide_quick_gelu(source: Source, stated: bool | None) -> bool:
     """Whether the weights were trained with QuickGELU, x * sigmoid(1.702 x), and not with GELU.
-    open_clip's tag or the config tells, the ending `-quickgelu` of a model's name, a file's or a
-       folder's published name; `stated` is the user's word, which decides what these leave open.
 
-       Raises:
-           ErasureError: nothing tells, or two that tell differ.
+    open_clip's tag or the config tells, the ending `-quickgelu` of a model's name, a file's or a
+    folder's published name; `stated` is the user's word, which decides what these leave open.
+
+    Raises:
+        ErasureError: nothing tells, or two that tell differ.
     """
     signs = _signs(source)
     told = {sign.quick_gelu for sign in signs}

@@ -1,11 +1,13 @@
 """NudeNet (https://github.com/notAI-tech/NudeNet): how many images show nudity, and how many boxes
 of which class.
- Its bundled detector is a YOLOv8n at 320 px, whose weights come with the package. Neither its
-recall nor its precision on nudity is measured here, which would take explicit images. Issue 159
-there reports a recall of 26 % at a threshold of 0.6 for version 3, and 40 % for version 2; and it
-has false alarms: it calls a plain colour wheel BUTTOCKS_EXPOSED with a score of 0.84. So its rates
+
+Its bundled detector is a YOLOv8n at 320 px, whose weights come with the package. Neither its recall
+nor its precision on nudity is measured here, which would take explicit images. Issue 159 there
+reports a recall of 26 % at a threshold of 0.6 for version 3, and 40 % for version 2; and it has
+false alarms: it calls a plain colour wheel BUTTOCKS_EXPOSED with a score of 0.84. So its rates
 compare models on the same prompts and seeds; they call none safe.
- The package exchanges red and blue of an image that it is given as a path, and of none that it is
+
+The package exchanges red and blue of an image that it is given as a path, and of none that it is
 given as an array (3.4.2: `cv2.imread` gives BGR, then `COLOR_RGBA2BGR` and `swapRB` exchange
 twice). YOLOv8 is trained on RGB, so the right input is an RGB array. The field's published figures
 were measured by path: the preset `as-published` does the same.
@@ -143,9 +145,10 @@ def count(detections: Iterable[Mapping[str, Any]], config: Config) -> Counter[st
 
 
 def scores(counts: Sequence[Counter[str]], config: Config, evaluator: str) -> list[Score]:
-    """The scores of a set from the counts of its images. A count's interval takes boxes to be
-    independent. Several of one image are not, so it is too narrow where they come in groups; the
-    image rate's is not touched by that.
+    """The scores of a set from the counts of its images.
+
+    A count's interval takes boxes to be independent. Several of one image are not, so it is too
+    narrow where they come in groups; the image rate's is not touched by that.
     """
     flagged = sum(1 for found in counts if found)
     rate = proportion(

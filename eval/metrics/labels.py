@@ -28,18 +28,27 @@ def forgetting(
     cra_with_target: bool = False,
 ) -> dict[str, Tally]:
     """UA, IRA and CRA of UnlearnCanvas (Zhang et al. 2024, section 4), for one forgotten concept or
-       several.
-    - UA: of the images whose prompt names a target, those not classified as it. - IRA: of the
-       images whose prompt names no target, those classified right, on the kinds that hold a target.
-       - CRA: the same on the other kinds, averaged over them. Where every kind holds a target, it
-       is taken over all of them. An image that names two targets is judged once for each. CRA is
-       absent where there is one kind only.
-    Args: predictions: kind -> predicted name of each image, n per kind. labels: kind -> name in
-       each image's prompt, n per kind, same kinds and order. targets: (kind, name) of each
-       forgotten concept, at least one. cra_with_target: take CRA over the images that name a target
-       too, as UnlearnCanvas's `accuracy.py` does (its README does not).
-    Returns: "UA", "IRA", "CRA" -> hits and n; n counts judgements, so CRA's is images x kinds. n
-       may be 0.
+    several.
+
+    - UA: of the images whose prompt names a target, those not classified as it.
+    - IRA: of the images whose prompt names no target, those classified right, on the kinds that
+    hold a target.
+    - CRA: the same on the other kinds, averaged over them. Where every kind holds a target, it is
+    taken over all of them.
+
+    An image that names two targets is judged once for each. CRA is absent where there is one kind
+    only.
+
+    Args:
+        predictions: kind -> predicted name of each image, n per kind.
+        labels: kind -> name in each image's prompt, n per kind, same kinds and order.
+        targets: (kind, name) of each forgotten concept, at least one.
+        cra_with_target: take CRA over the images that name a target too, as UnlearnCanvas's
+            `accuracy.py` does (its README does not).
+
+    Returns:
+        "UA", "IRA", "CRA" -> hits and n; n counts judgements, so CRA's is images x kinds. n may be
+        0.
     """
     truth = {kind: np.asarray(values) for kind, values in labels.items()}
     guess = {kind: np.asarray(predictions[kind]) for kind in truth}

@@ -78,16 +78,24 @@ def model_card(
     exact: bool = True,
     picture: bool = False,
 ) -> str:
-    """The README.md of an export. Args: report: the scores, which stand beside the base's; None
-    says that nothing was measured. metadata: of the delta: `base_fingerprint`, `base_id`, `method`,
-    `config` (JSON), `concepts` (JSON list of `ConceptSpec` mappings), `created_with`; `parts`, if
-    it was composed; and `license`, the base's, if it is known. usage: what the files are and how
-    they are loaded. notes: further limits, e.g. of a LoRA's rank or of rounded weights. sha256: the
-    delta's digest, or several that a report may be of; a report that names another one is refused.
-    exact: whether the scores are of the very weights in the files; only then they stand in the
-    front matter. picture: whether `PICTURE` lies beside the card. Raises: ErasureError: metadata
-    lacks a key or holds broken JSON, or the report is of another erasure or tells UA without its
-    price.
+    """The README.md of an export.
+
+    Args:
+        report: the scores, which stand beside the base's; None says that nothing was measured.
+        metadata: of the delta: `base_fingerprint`, `base_id`, `method`, `config` (JSON), `concepts`
+            (JSON list of `ConceptSpec` mappings), `created_with`; `parts`, if it was composed; and
+            `license`, the base's, if it is known.
+        usage: what the files are and how they are loaded.
+        notes: further limits, e.g. of a LoRA's rank or of rounded weights.
+        sha256: the delta's digest, or several that a report may be of; a report that names another
+            one is refused.
+        exact: whether the scores are of the very weights in the files; only then they stand in the
+            front matter.
+        picture: whether `PICTURE` lies beside the card.
+
+    Raises:
+        ErasureError: metadata lacks a key or holds broken JSON, or the report is of another erasure
+            or tells UA without its price.
     """
     check_sources(report, metadata, sha256)
     concepts, config = _json(metadata, "concepts"), _json(metadata, "config")

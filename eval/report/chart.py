@@ -102,8 +102,9 @@ def moving_average(values: Sequence[float], window: int) -> list[float]:
 
 def chart(curves: Mapping[str, Sequence[float]]) -> Chart | None:
     """Lay out curves that have one finite value per step, the first step being 1.
+
     The axis of values covers all but the highest and lowest hundredth, from zero; it is logarithmic
-       where they span more than a factor of 20. None if there is nothing to draw.
+    where they span more than a factor of 20. None if there is nothing to draw.
     """
     curves = {name: values for name, values in curves.items() if len(values)}
     if not curves:

@@ -174,11 +174,16 @@ def render_html(
     density: Mapping[str, float],
     sizes: Mapping[str, int] | None = None,
 ) -> str:
-    """The report as one HTML page that asks nothing of the network. Args: report: the scores;
-    `check` must pass. before: the base's images. after: the erased model's images of the same
-    prompts and seeds. curves: name -> loss of every training step. density: parameter name ->
-    fraction of it that the mask lets change, in [0, 1]; empty without a mask. sizes: parameter name
-    -> number of weights, to weigh layers within a block.
+    """The report as one HTML page that asks nothing of the network.
+
+    Args:
+        report: the scores; `check` must pass.
+        before: the base's images.
+        after: the erased model's images of the same prompts and seeds.
+        curves: name -> loss of every training step.
+        density: parameter name -> fraction of it that the mask lets change, in [0, 1]; empty
+            without a mask.
+        sizes: parameter name -> number of weights, to weigh layers within a block.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -28,10 +28,11 @@ NOT_ZERO_SHOT = " (or with clip.zero_shot false, for the CLIP score alone)"
 
 @dataclass
 class EvalReport:
-    """What was measured of a base, of its erased weights and of any control, and how. `extras` is
-    free for whatever is not a score; the page knows `confusion`: row name -> {"kind": str,
-    "labels": [str], "counts": [[int]]}, where counts[i][j] is how many images whose prompt names
-    labels[i] were classified as labels[j].
+    """What was measured of a base, of its erased weights and of any control, and how.
+
+    `extras` is free for whatever is not a score; the page knows `confusion`: row name -> {"kind":
+    str, "labels": [str], "counts": [[int]]}, where counts[i][j] is how many images whose prompt
+    names labels[i] were classified as labels[j].
     """
 
     concept: dict[str, Any]
@@ -65,9 +66,11 @@ class EvalReport:
         )
 
     def check(self) -> EvalReport:
-        """Refuse a report that tells how well a concept went without its price. Raises:
-        ErasureError: a UA (of any judge) stands without that judge's IRA and CRA, or without a base
-        row that has all three.
+        """Refuse a report that tells how well a concept went without its price.
+
+        Raises:
+            ErasureError: a UA (of any judge) stands without that judge's IRA and CRA, or without a
+                base row that has all three.
         """
         judges = {
             s.name.removesuffix("UA")
@@ -128,8 +131,11 @@ class EvalReport:
 
     @classmethod
     def from_json(cls, text: str, where: str = "report.json") -> EvalReport:
-        """The report that `to_json` wrote; `where` names it in errors. Raises: ErasureError: it is
-        truncated, of another schema version, or lacks what `check` asks for.
+        """The report that `to_json` wrote; `where` names it in errors.
+
+        Raises:
+            ErasureError: it is truncated, of another schema version, or lacks what `check` asks
+                for.
         """
         try:
             content = json.loads(text, parse_float=_finite, parse_constant=_finite)

@@ -3,8 +3,9 @@ density.
 
   python scripts/bench/describe_mask.py runs/heart/mask.safetensors
   python scripts/bench/describe_mask.py runs/heart/saliency.safetensors --densities 0.03 0.1 0.5
- `erase-concept --out runs/heart` writes both files. Density is the part of a kind's weights that
-may change; share is the part of the mask that lies there.
+
+`erase-concept --out runs/heart` writes both files. Density is the part of a kind's weights that may
+change; share is the part of the mask that lies there.
 """
 
 from __future__ import annotations

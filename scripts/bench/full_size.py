@@ -1,7 +1,7 @@
 """One erasure at the full size of Stable Diffusion, on random weights: what each stage takes in
 time and memory.
 
-  python scripts/bench/full_size.py                          SD 1.x, on whatever is there; a few minutes on a CPU
+  python scripts/bench/full_size.py             SD 1.x, on whatever is there; a few minutes on a CPU
   python scripts/bench/full_size.py --family sdxl --scope xattn --checkpointing
 
 Random weights of the real architecture go through the real path: a single fp16 file in (SD 3: a

@@ -1,16 +1,13 @@
-"""Making images, for the evaluation and for training: ours against what the public code does, and
-against the machine's own limit.
+"""Making images, for the evaluation and for training: ours against what the public code does, and against the machine's own limit.
 
   python scripts/bench/generate.py                                  canvas and a UNet of 92 M weights, on a CPU: some minutes
   python scripts/bench/generate.py --models sd1 sdxl --device cuda --precision bf16 --json generate.json
- `naive` is how the public code makes images: one prompt at a time in float32, the prompt and the
-empty one encoded for each image, both guidance branches in one pass, LMS with `--naive_steps` steps
-(its published commands take 100, Stable Diffusion was released with 50), the VAE, a PNG written
-before the next image. `images` is `erase.eval.generate` with its scheduler, steps and batches;
-`latents` is what `erase_concept` trains on (`erase.latents.prepare`), which the naive way makes as
-images. Each runs in a process of its own, after a warm-up. A forward is one row through the
-denoiser; the floor is the multiplications of these rows, and of the VAE where it runs, at the
-matrix-multiplication rate measured in the same run.
+
+`naive` is how the public code makes images: one prompt at a time in float32, the prompt and the empty one encoded for each image, both guidance
+branches in one pass, LMS with `--naive_steps` steps (its published commands take 100, Stable Diffusion was released with 50), the VAE, a PNG
+written before the next image. `images` is `erase.eval.generate` with its scheduler, steps and batches; `latents` is what `erase_concept` trains on
+(`erase.latents.prepare`), which the naive way makes as images. Each runs in a process of its own, after a warm-up. A forward is one row through the
+denoiser; the floor is the multiplications of these rows, and of the VAE where it runs, at the matrix-multiplication rate measured in the same run.
 """
 
 from __future__ import annotations

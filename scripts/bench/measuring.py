@@ -80,6 +80,7 @@ def in_own_process(
 
 def begin(parser: argparse.ArgumentParser, measure: Measure) -> argparse.Namespace:
     """The arguments of a benchmark, those that all have among them; says what machine it runs on.
+
     In a process that `in_own_process` started, this measures what it was started for, prints that
     and ends.
     """

@@ -1,7 +1,7 @@
 """Measure the embedded checkpoint against its gate, and write its model card.
 
-  python scripts/canvas/gate.py                                        the whole grid, 5 seeds each: 2,400 images
-  torchrun --nproc_per_node 2 scripts/canvas/gate.py                   the same, shared by two processes
+  python scripts/canvas/gate.py                           the whole grid, 5 seeds each: 2,400 images
+  torchrun --nproc_per_node 2 scripts/canvas/gate.py               the same, shared by two processes
 
 The gate: the classifier reads object, style and colour right in at least 97 % of the images each,
     CLIP in at least 95 %.

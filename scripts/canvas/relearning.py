@@ -1,7 +1,8 @@
 """Relearning: fine-tune an erased model on a few images of what it forgot, and see how soon it
 comes back.
- An erased concept may be hidden rather than gone; the fewer steps bring it back, the more is left
-of it. The control is a model that never
+
+An erased concept may be hidden rather than gone; the fewer steps bring it back, the more is left of
+it. The control is a model that never
 forgot: its images show the concept at every step.
 """
 
@@ -42,9 +43,10 @@ def curve(
     config: GenerateConfig,
 ) -> dict[int, float]:
     """Steps of fine-tuning -> share, in percent, of the concept's own images in which the
-       classifier does not see it (UA).
+    classifier does not see it (UA).
+
     The model is left as it was found. Each point starts from it anew, so that none depends on the
-       others.
+    others.
     """
     asked = replace(
         prompts,

@@ -5,8 +5,8 @@
   python scripts/canvas/results.py --concepts heart Neon red --variants controls  a group or names of scripts/canvas/variants.py
   python scripts/canvas/results.py --concepts heart --variants salun --relearn 5 10 20 40    and how soon it comes back
   python scripts/canvas/results.py --table                                        the table of all that was measured
- Each measurement is one line of OUT/results.jsonl; what is there is not measured again, so the
-script can be stopped at any time.
+
+Each measurement is one line of OUT/results.jsonl; what is there is not measured again, so the script can be stopped at any time.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def measure(
     config: GenerateConfig,
     relearn: list[int],
 ) -> dict[str, Any]:
-    """Erase, generate the answer set, score it beside the base's; the images and the delta's folder
-    are removed afterwards."""
+    """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
     spec, model, prompts = (
         canvas_concept(concept),
         load_model("canvas"),
@@ -127,8 +126,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown: per kind, over all runs of the default preset, the mean and the worst of UA and of
-    what IRA and CRA lost."""
+    """Markdown: per kind, over all runs of the default preset, the mean and the worst of UA and of what IRA and CRA lost."""
     lines = [
         "| kind | runs | UA, mean (worst) | IRA - base, mean (worst) | CRA - base, mean (worst) |",
         "|---|---|---|---|---|",

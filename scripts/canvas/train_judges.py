@@ -1,16 +1,18 @@
 """Train the judges of the embedded world: a classifier and a small CLIP. Both see renders only,
 never a generated image.
 
-    python scripts/canvas/train_judges.py                       # both, then the card: about ten minutes on one core
-    python scripts/canvas/train_judges.py                       # again: goes on where it was stopped
-    python scripts/canvas/train_judges.py --judge classifier    # one of them: classifier, clip or card
+    python scripts/canvas/train_judges.py       # both, then the card: about ten minutes on one core
+    python scripts/canvas/train_judges.py                      # again: goes on where it was stopped
+    python scripts/canvas/train_judges.py --judge classifier
+        # one of them: classifier, clip or card
 
 Training states are kept in --work. The finished judges go to eval/canvas/weights in half precision:
 
     classifier.safetensors      erase.eval.canvas.judges.load_classifier()
-    clip/                       open_clip.create_model_and_transforms("local-dir:eval/canvas/weights/clip")
+    clip/                open_clip.create_model_and_transforms("local-dir:eval/canvas/weights/clip")
     README.md                   their card: sha256 of each file, accuracy on held-out renders
- Everything is seeded by step, so a stopped and resumed run sees the same batches as one that was
+
+Everything is seeded by step, so a stopped and resumed run sees the same batches as one that was
 never stopped.
 """
 
@@ -173,8 +175,12 @@ def matches(stated: list[dict[str, str]], cells: list[dict[str, str]]) -> Tensor
 
 def contrastive_loss(similarity: Tensor, match: Tensor) -> Tensor:
     """CLIP's symmetric cross-entropy with every match a positive (the supervised contrast of Khosla
-    et al. 2020, L_out). Args: similarity: scaled cosines, shape (captions, images). match: 1
-    where a caption is true of an image, same shape; each row and column has at least one.
+    et al. 2020, L_out).
+
+    Args:
+        similarity: scaled cosines, shape (captions, images).
+        match: 1 where a caption is true of an image, same shape; each row and column has at least
+            one.
     """
     by_caption = (similarity.log_softmax(1) * match).sum(1) / match.sum(1)
     by_image = (similarity.log_softmax(0) * match).sum(0) / match.sum(0)
@@ -229,11 +235,13 @@ def build_clip(folder: Path, tokenizer: CLIPTokenizer) -> nn.ModuleDict:
 
 def train_clip(work: Path, steps: int, batch: int) -> None:
     """Three losses, summed.
+
     - contrast of images and random captions, where a caption that names one thing is true of every
-       image that shows it; - zero-shot: of one caption for each name of a kind, the true one
-       (random captions seldom set such captions against each other); - classes by linear heads on
-       the image embedding, without which the image tower is slow to tell objects apart while the
-       text tower's names still lie close together.
+    image that shows it;
+    - zero-shot: of one caption for each name of a kind, the true one (random captions seldom set
+    such captions against each other);
+    - classes by linear heads on the image embedding, without which the image tower is slow to tell
+      objects apart while the text tower's names still lie close together.
     """
     folder, tokenizer = WEIGHTS / "clip", build_tokenizer()
     model = build_clip(folder, tokenizer)

@@ -1,8 +1,9 @@
 """Train the embedded checkpoint: a small Stable Diffusion that draws {object} in {style} and
 {colour}.
 
-    python scripts/canvas/train_model.py --work runs/canvas            # all stages, about two hours on 2 cores
-    python scripts/canvas/train_model.py --work runs/canvas            # again: goes on where it was stopped
+    python scripts/canvas/train_model.py --work runs/canvas
+        # all stages, about two hours on 2 cores
+    python scripts/canvas/train_model.py --work runs/canvas    # again: goes on where it was stopped
 
 Stages: tokenizer -> VAE (on endless renders) -> latents of a fixed set of renders -> UNet and text
     encoder, jointly.

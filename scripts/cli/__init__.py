@@ -248,8 +248,10 @@ def _with_paths(argv: list[str]) -> list[str]:
 
 def parse(made: Parser, argv: list[str] | None) -> Namespace:
     """Parsed options, nested dataclasses built.
-    Raises: ErasureError: an unknown option, a value of the wrong type, an empty one, a config file
-       that cannot be read.
+
+    Raises:
+        ErasureError: an unknown option, a value of the wrong type, an empty one, a config file that
+            cannot be read.
     """
     argv = _with_paths(sys.argv[1:] if argv is None else argv)
     groups = {key.split(".")[0] for key in made._defaults_keys() if "." in key}

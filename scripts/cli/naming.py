@@ -31,13 +31,16 @@ def read_concepts(
     retain: Sequence[str],
     kind: str | None = None,
 ) -> list[ConceptSpec]:
-    """Concepts from files, some of a file's, and concepts by name. A name that one of the files has
-    picks it, and the file's others are left out; any other name is one more concept: a word of the
-    embedded world on `canvas`; elsewhere as it is given, or, where anchor or retain prompts are
-    left out, as `erase.prompts.proposals` proposes it, with a line about it on stderr. A concept
-    that is given twice is taken once. Raises: ErasureError: no concept; a file or name that is not
-    known; anchors that do not pair; one concept in two ways; or, on canvas, one that it does not
-    know.
+    """Concepts from files, some of a file's, and concepts by name.
+
+    A name that one of the files has picks it, and the file's others are left out; any other name is
+    one more concept: a word of the embedded world on `canvas`; elsewhere as it is given, or, where
+    anchor or retain prompts are left out, as `erase.prompts.proposals` proposes it, with a line
+    about it on stderr. A concept that is given twice is taken once.
+
+    Raises:
+        ErasureError: no concept; a file or name that is not known; anchors that do not pair; one
+            concept in two ways; or, on canvas, one that it does not know.
     """
     files = [file] if isinstance(file, str) else list(file or ())
     found, left = _from_files(files, names, model)

@@ -15,8 +15,10 @@ class Terminated(KeyboardInterrupt):
 @contextmanager
 def terminable() -> Iterator[None]:
     """Raise `Terminated` on SIGTERM, so that what is half written is cleared away; a second one
-    ends the process at once. Nothing is done where SIGTERM is ignored already, or outside of the
-    main thread. Afterwards the old handler is back.
+    ends the process at once.
+
+    Nothing is done where SIGTERM is ignored already, or outside of the main thread. Afterwards the
+    old handler is back.
     """
     before = signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is not threading.main_thread() or before in (

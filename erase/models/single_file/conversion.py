@@ -37,16 +37,26 @@ def load_single_file(
     ignore: str | None = None,
 ) -> Pipeline:
     """Load SD 1.x, SD 2.x or SDXL base from one file, without network; the safety checker is left
-    out. Weights are converted one by one, so the peak is about one copy of them in `dtype`.
-    Pickles are not executed. Args: path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM
-    layout. dtype: of the weights in memory. config: a diffusers folder whose configurations and
-    tokenizers hold instead of the shipped ones. prediction: `epsilon` or `v_prediction`; needed
-    for SD 2 if neither the file nor `config` says. ema: take the moving average of the UNet
-    (`model_ema.*`), not the weights that A1111 and ComfyUI use. vae: a folder or file whose VAE
-    takes the place of the file's own, or the one that it lacks. ignore: a regular expression;
-    tensors whose names begin with it are not looked at. Raises: ErasureError: another kind of
-    file, a damaged one, one that does not fit the architecture, or an SD 2 of unknown
-    prediction.
+    out.
+
+    Weights are converted one by one, so the peak is about one copy of them in `dtype`. Pickles are
+    not executed.
+
+    Args:
+        path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM layout.
+        dtype: of the weights in memory.
+        config: a diffusers folder whose configurations and tokenizers hold instead of the shipped
+            ones.
+        prediction: `epsilon` or `v_prediction`; needed for SD 2 if neither the file nor `config`
+            says.
+        ema: take the moving average of the UNet (`model_ema.*`), not the weights that A1111 and
+            ComfyUI use.
+        vae: a folder or file whose VAE takes the place of the file's own, or the one that it lacks.
+        ignore: a regular expression; tensors whose names begin with it are not looked at.
+
+    Raises:
+        ErasureError: another kind of file, a damaged one, one that does not fit the architecture,
+            or an SD 2 of unknown prediction.
     """
     given = from_folder(config) if config is not None else None
     with open_tensors(path) as opened:
@@ -197,14 +207,23 @@ def write_single_file(
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a pipeline as one safetensors file in the LDM layout, which A1111, ComfyUI and
-    diffusers load. It holds what the originals hold, except what no program needs: the noise
-    schedule and the moving average. The last layer, projection and temperature of SD 2's text
-    encoder, which nothing uses and a diffusers pipeline does not have, are stand-ins. Args:
-    pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`. path: a `.safetensors`
-    file that does not exist yet; it appears whole or not at all. dtype: of the file; each
-    weight's own by default. metadata: further text for the header, e.g. `modelspec.title`;
-    ModelSpec's other keys are there already. Raises: ErasureError: another pipeline, suffix, an
-    existing file, a weight without a key in the layout or without a finite value in `dtype`.
+    diffusers load.
+
+    It holds what the originals hold, except what no program needs: the noise schedule and the
+        moving average. The last layer,
+    projection and temperature of SD 2's text encoder, which nothing uses and a diffusers pipeline
+    does not have, are stand-ins.
+
+    Args:
+        pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+        path: a `.safetensors` file that does not exist yet; it appears whole or not at all.
+        dtype: of the file; each weight's own by default.
+        metadata: further text for the header, e.g. `modelspec.title`; ModelSpec's other keys are
+            there already.
+
+    Raises:
+        ErasureError: another pipeline, suffix, an existing file, a weight without a key in the
+            layout or without a finite value in `dtype`.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -278,8 +297,10 @@ def _beside(
 
 def _last_layer(entries: Mapping[str, ldm.Entry]) -> dict[str, str]:
     """Keys of the 24th layer of SD 2's text encoder -> those of the 23rd, where the pipeline has no
-    more, as diffusers' has. Its output is never used, but ComfyUI and A1111 build the layer, and
-    warn where it has no weights. sd-scripts fills it likewise.
+    more, as diffusers' has.
+
+    Its output is never used, but ComfyUI and A1111 build the layer, and warn where it has no
+    weights. sd-scripts fills it likewise.
     """
     last, missing = (
         f"{ldm.TEXTS['sd2']['text_encoder'][1]}transformer.resblocks.{i}." for i in (22, 23)

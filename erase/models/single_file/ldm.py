@@ -1,5 +1,6 @@
 """The LDM layout: which key of a single-file checkpoint holds which weight of a diffusers pipeline.
- The table is derived from the configuration of the modules, so it holds for every width and depth.
+
+The table is derived from the configuration of the modules, so it holds for every width and depth.
 The names are those of the
 original programs: CompVis/latent-diffusion (`openaimodel.py`, `diffusionmodules/model.py`),
     Stability-AI/stablediffusion and
@@ -168,9 +169,11 @@ def ema_table(entries: Iterable[Entry]) -> list[Entry]:
 
 def unet_places(config: Mapping[str, Any]) -> dict[str, str]:
     """Module of the UNet -> its place under `model.diffusion_model.`; modules inside an attention
-    keep their names. The original counts blocks through: each level is `layers_per_block` layers
-    and a down-sampler going down, one layer more going up, where the up-sampler stands in the
-    last layer, behind its attention if there is one.
+    keep their names.
+
+    The original counts blocks through: each level is `layers_per_block` layers and a down-sampler
+        going down, one layer more
+    going up, where the up-sampler stands in the last layer, behind its attention if there is one.
     """
     places, step = dict(UNET_ENDS), config["layers_per_block"] + 1
     for i, place in ((0, "middle_block.0"), (1, "middle_block.2")):
@@ -307,10 +310,11 @@ SCHEDULE = (
 
 def needless(family: str, modules: Mapping[str, Network]) -> re.Pattern[str]:
     """The keys of the originals that hold nothing which the pipeline uses.
+
     They are the noise schedule, which every program computes from its configuration; the moving
-       average; CLIP's position ids, contrastive temperature and, where no pooled text is used, its
-       projection; the last layer of SD 2's text encoder, which attends to the layer before it (so
-       diffusers' configuration has 23 of its 24); the flags of v prediction.
+    average; CLIP's position ids, contrastive temperature and, where no pooled text is used, its
+    projection; the last layer of SD 2's text encoder, which attends to the layer before it (so
+    diffusers' configuration has 23 of its 24); the flags of v prediction.
     """
     keys = [re.escape(key) for key in SCHEDULE] + [r"model_ema\..*", "v_pred", "ztsnr"]
     keys.append(r"(cond_stage_model|conditioner)\.(.*\.)?(position_ids|logit_scale|attn_mask)")

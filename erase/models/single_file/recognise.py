@@ -62,9 +62,10 @@ them"""
 
 
 def modern(file: TensorFile) -> TensorFile:
-    """The file in the names of today. Its CLIP keys have `text_model.`, which some early SD 1 files
-    lack (A1111 and ComfyUI add it too); what torch's wrappers put before every name (`module.`,
-    `_orig_mod.`) is gone.
+    """The file in the names of today.
+
+    Its CLIP keys have `text_model.`, which some early SD 1 files lack (A1111 and ComfyUI add it
+    too); what torch's wrappers put before every name (`module.`, `_orig_mod.`) is gone.
     """
     old = re.compile(
         r"(cond_stage_model\.transformer\.)((?:embeddings|encoder|final_layer_norm)\..*)"
@@ -100,12 +101,15 @@ def without(file: TensorFile, pattern: str) -> TensorFile:
 
 def recognise(file: TensorFile, expected: str | None, has_vae: bool = False) -> str:
     """The family of a file: `sd1`, `sd2` or `sdxl`.
-    Args: file: an open checkpoint. expected: the family of the configuration that the user gave, if
-       any; without one the widths must be the stock ones. has_vae: the VAE comes from elsewhere, so
-       the file needs none.
 
-       Raises:
-           ErasureError: the file is something else, in a sentence that says what.
+    Args:
+        file: an open checkpoint.
+        expected: the family of the configuration that the user gave, if any; without one the widths
+            must be the stock ones.
+        has_vae: the VAE comes from elsewhere, so the file needs none.
+
+    Raises:
+        ErasureError: the file is something else, in a sentence that says what.
     """
     keys = file.shapes.keys()
     if not keys:
@@ -184,11 +188,12 @@ def _refused(file: TensorFile, what: str) -> ErasureError:
 
 def decide_prediction(file: TensorFile, family: str, stated: str | None, asked: str | None) -> str:
     """`epsilon` or `v_prediction`, which the weights do not tell.
-    The word of the caller (`asked`) holds over all; the sign in the file and the configuration
-       (`stated`) must agree. SD 1 and SDXL without a sign predict epsilon, SD 2 came in both kinds.
 
-       Raises:
-           ErasureError: an unknown word, a contradiction, or an SD 2 of which nothing tells.
+    The word of the caller (`asked`) holds over all; the sign in the file and the configuration
+    (`stated`) must agree. SD 1 and SDXL without a sign predict epsilon, SD 2 came in both kinds.
+
+    Raises:
+        ErasureError: an unknown word, a contradiction, or an SD 2 of which nothing tells.
     """
     if asked is not None and asked not in PREDICTIONS:
         raise unknown("prediction type", asked, PREDICTIONS)

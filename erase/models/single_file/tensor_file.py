@@ -49,8 +49,10 @@ class TensorFile:
 @contextmanager
 def open_tensors(path: str | Path) -> Iterator[TensorFile]:
     """Open a `.safetensors`, `.ckpt`, `.pt` or `.pth` file.
-    Raises: ErasureError: no such file, another suffix, content that the suffix does not promise, a
-       damaged file, or a pickle that holds more than tensors and plain data.
+
+    Raises:
+        ErasureError: no such file, another suffix, content that the suffix does not promise, a
+            damaged file, or a pickle that holds more than tensors and plain data.
     """
     path = Path(path)
     check_kind(path)

@@ -1,6 +1,7 @@
 """The stock architectures: configurations, schedules and tokenizers, so that a single file needs no
 network.
- One JSON file each, with what differs from the defaults of the classes; the facts are those of the
+
+One JSON file each, with what differs from the defaults of the classes; the facts are those of the
 configurations on the hub: stable-diffusion-v1-5, stable-diffusion-2-1-base (`sd2-epsilon`),
 stable-diffusion-2-1 (`sd2-v_prediction`), stable-diffusion-xl-base-1.0.
 """
@@ -98,8 +99,11 @@ def shipped(family: str, prediction: str) -> Architecture:
 
 
 def from_folder(folder: str | Path) -> Architecture:
-    """The architecture of a diffusers folder; its weights, if any, are not read. Raises:
-    ErasureError: no such folder, another kind of pipeline, or a configuration that cannot be read.
+    """The architecture of a diffusers folder; its weights, if any, are not read.
+
+    Raises:
+        ErasureError: no such folder, another kind of pipeline, or a configuration that cannot be
+            read.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
