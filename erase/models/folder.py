@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import diffusers
 import transformers
-from torch import nn
 
 from erase.models.config import LoadConfig
-from erase.models.part_files import check_part, check_variant, read_config, weight_variant
+from erase.models.part_files import check_part, check_variant, read_config
+from erase.models.parts import load_part
 from erase.models.pipelines import Pipeline
 from erase.models.schedules import scheduler_class
 from erase.models.tokenizers import read_tokenizer
@@ -219,41 +219,6 @@ def _load_scheduler(part: Part, where: Path) -> Any:
         raise ErasureError(
             f"cannot build the {part.kind} of {where}: {reason(error)}; mend its configuration"
         ) from error
-
-
-def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
-    """One part of a pipeline, with every one of its weights from the file and none left over.
-
-    Raises:
-        ErasureError: see `weight_variant`; or weights that do not fit the part's configuration.
-    """
-    variant = weight_variant(where, options.variant)
-    try:
-        module, found = kind.from_pretrained(
-            where,
-            dtype=options.torch_dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=True,
-            **({"variant": variant} if variant else {}),
-        )
-    except Exception as error:
-        raise ErasureError(f"cannot load {where}: {reason(error)}") from error
-    what = {
-        "missing_keys": "lacks",
-        "mismatched_keys": "holds with another shape",
-        "unexpected_keys": "holds in surplus",
-    }
-    for problem, words in what.items():
-        keys = [str(key) for key in found.get(problem, ()) if "position_ids" not in str(key)]
-        if problem == "unexpected_keys":
-            keys = [key for key in keys if not options.ignores(key)]
-        if keys:
-            raise ErasureError(
-                f"{where} {words} {keys[0]} ({len(keys)} such keys); it does not fit its "
-                "config.json"
-            )
-    return module  # type: ignore[no-any-return]
 
 
 def _vae_config(folder: Path) -> dict[str, Any] | None:

@@ -15,7 +15,9 @@ from torch import nn
 
 from erase.models.config import DTYPES, LoadConfig
 from erase.models.part_files import read_config
+from erase.models.parts import load_part
 from erase.models.single_file import ldm
+from erase.models.single_file.filling import check_weights, fill
 from erase.models.single_file.tensor_file import SINGLE_FILES, TensorFile, open_tensors
 from erase.prompts.errors import ErasureError
 
@@ -52,8 +54,6 @@ def load_vae(source: str | Path, config: Mapping[str, Any] | None, dtype: torch.
 
 
 def _from_folder(path: Path, dtype: torch.dtype) -> nn.Module:
-    from erase.models.folder import load_part  # which reads folders, and asks for VAEs here
-
     folder = path / "vae" if (path / "model_index.json").is_file() else path
     kind = read_config(folder / "config.json").get("_class_name")
     if kind != "AutoencoderKL":
@@ -63,8 +63,6 @@ def _from_folder(path: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _from_file(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    from erase.models.single_file.conversion import check_weights, fill  # which asks for VAEs here
-
     with init_empty_weights():
         modules = {"vae": AutoencoderKL.from_config(dict(config))}
     table = ldm.vae_table(modules["vae"])

@@ -18,12 +18,12 @@ from erase.models.pipelines import Pipeline
 from erase.models.schedules import knows_zero_snr
 from erase.models.single_file import ldm
 from erase.models.single_file.architectures import Architecture, from_folder, sd_family, shipped
+from erase.models.single_file.filling import check_weights, converted, fill
 from erase.models.single_file.recognise import NAMES, decide_prediction, modern, recognise, without
 from erase.models.single_file.spec import ORIGINAL, model_spec
 from erase.models.single_file.tensor_file import TensorFile, open_tensors
 from erase.models.vae import load_vae
 from erase.prompts.errors import ErasureError
-from erase.tensors import all_finite
 
 
 def load_single_file(
@@ -105,30 +105,6 @@ def _architecture(
     return replace(architecture, configs={**architecture.configs, "scheduler": schedule})
 
 
-def check_weights(
-    file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network]
-) -> None:
-    """Every weight is there, in its shape; told from the header, before any is read."""
-    expected = {entry.key: entry.shape(_shape(modules, entry.names[0])) for entry in table}
-    missing = [key for key in expected if key not in file.shapes]
-    if missing:
-        raise ErasureError(
-            f"{file.path} lacks {len(missing)} of the {len(expected)} weights of this "
-            f"architecture, the first is {missing[0]} "
-            f"{list(expected[missing[0]])}; fetch the file again, or if it is of another size, "
-            "give its configuration (load.config)"
-        )
-    for entry in table:
-        shape, found = expected[entry.key], file.shapes[entry.key]
-        # some programs write these as linear
-        if found != shape and not (entry.form == "conv1x1" and found == shape[:2]):
-            raise ErasureError(
-                f"{file.path}: {entry.key} should have the shape {list(shape)}, but has "
-                f"{list(found)}; if the model is of another "
-                "size, give its configuration (load.config)"
-            )
-
-
 def _check_rest(
     file: TensorFile, table: Sequence[ldm.Entry], family: str, modules: Mapping[str, ldm.Network]
 ) -> None:
@@ -143,60 +119,6 @@ def _check_rest(
             "(load.config); if they do no harm, leave them out (load.ignore, a "
             "regular expression of how their names begin)"
         )
-
-
-def _shape(modules: Mapping[str, ldm.Network], name: str) -> tuple[int, ...]:
-    component, _, parameter = name.partition(".")
-    return tuple(modules[component].get_parameter(parameter).shape)
-
-
-def fill(
-    file: TensorFile,
-    table: Sequence[ldm.Entry],
-    modules: Mapping[str, ldm.Network],
-    dtype: torch.dtype,
-) -> None:
-    """Read the weights one by one into the modules."""
-    states: dict[str, dict[str, Tensor]] = {component: {} for component in modules}
-    for entry in table:
-        tensor = _converted(file.read(entry.key), dtype, f"{file.path}: {entry.key}")
-        for name, weight in zip(entry.names, entry.unpack(tensor), strict=True):
-            component, _, parameter = name.partition(".")
-            states[component][parameter] = weight
-    for component, module in modules.items():
-        module.load_state_dict(states.pop(component), assign=True)
-        module.eval()
-
-
-def _converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor in another precision.
-
-    Raises:
-        ErasureError: it is not of floating point, or holds values that are not finite there.
-    """
-    if tensor.is_floating_point() and tensor.element_size() == 1:
-        raise ErasureError(
-            f"{name} holds {tensor.dtype}, which is too coarse to train or to compare; fetch it in "
-            "float16 or float32"
-        )
-    if not tensor.is_floating_point() or tensor.layout != torch.strided:
-        kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
-        raise ErasureError(
-            f"{name} holds {kind}, not dense floating point numbers; a quantised or sparse "
-            "checkpoint cannot be used"
-        )
-    converted = tensor.to(dtype)
-    if not all_finite(converted):
-        if all_finite(tensor.double()):
-            raise ErasureError(
-                f"{name} holds values up to {tensor.abs().max():.3g}, too large for {dtype}; use "
-                "float32 or bfloat16"
-            )
-        raise ErasureError(
-            f"{name} holds NaN or infinite values; the checkpoint is damaged, fetch or train it "
-            "again"
-        )
-    return converted
 
 
 @torch.no_grad()
@@ -255,7 +177,7 @@ def write_single_file(
         key = twins.get(key, key)
         names = entries[key].names
         weight = entries[key].pack([states[name] for name in names])
-        return _converted(weight, dtype or weight.dtype, f"{names[0]} of the pipeline")
+        return converted(weight, dtype or weight.dtype, f"{names[0]} of the pipeline")
 
     layout = {
         key: entry.pack([states[name].to("meta", dtype) for name in entry.names])

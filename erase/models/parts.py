@@ -1,0 +1,47 @@
+"""One part of a diffusers folder, loaded with every one of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from erase.models.config import LoadConfig
+from erase.models.part_files import weight_variant
+from erase.prompts.errors import ErasureError, reason
+
+
+def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
+    """One part of a pipeline, with every one of its weights from the file and none left over.
+
+    Raises:
+        ErasureError: see `weight_variant`; or weights that do not fit the part's configuration.
+    """
+    variant = weight_variant(where, options.variant)
+    try:
+        module, found = kind.from_pretrained(
+            where,
+            dtype=options.torch_dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            **({"variant": variant} if variant else {}),
+        )
+    except Exception as error:
+        raise ErasureError(f"cannot load {where}: {reason(error)}") from error
+    what = {
+        "missing_keys": "lacks",
+        "mismatched_keys": "holds with another shape",
+        "unexpected_keys": "holds in surplus",
+    }
+    for problem, words in what.items():
+        keys = [str(key) for key in found.get(problem, ()) if "position_ids" not in str(key)]
+        if problem == "unexpected_keys":
+            keys = [key for key in keys if not options.ignores(key)]
+        if keys:
+            raise ErasureError(
+                f"{where} {words} {keys[0]} ({len(keys)} such keys); it does not fit its "
+                "config.json"
+            )
+    return module  # type: ignore[no-any-return]

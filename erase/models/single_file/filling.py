@@ -1,0 +1,91 @@
+"""Weights of a single file, checked against its header and read one by one into modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from erase.models.single_file import ldm
+from erase.models.single_file.tensor_file import TensorFile
+from erase.prompts.errors import ErasureError
+from erase.tensors import all_finite
+
+
+def check_weights(
+    file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network]
+) -> None:
+    """Every weight is there, in its shape; told from the header, before any is read."""
+    expected = {entry.key: entry.shape(_shape(modules, entry.names[0])) for entry in table}
+    missing = [key for key in expected if key not in file.shapes]
+    if missing:
+        raise ErasureError(
+            f"{file.path} lacks {len(missing)} of the {len(expected)} weights of this "
+            f"architecture, the first is {missing[0]} "
+            f"{list(expected[missing[0]])}; fetch the file again, or if it is of another size, "
+            "give its configuration (load.config)"
+        )
+    for entry in table:
+        shape, found = expected[entry.key], file.shapes[entry.key]
+        # some programs write these as linear
+        if found != shape and not (entry.form == "conv1x1" and found == shape[:2]):
+            raise ErasureError(
+                f"{file.path}: {entry.key} should have the shape {list(shape)}, but has "
+                f"{list(found)}; if the model is of another "
+                "size, give its configuration (load.config)"
+            )
+
+
+def _shape(modules: Mapping[str, ldm.Network], name: str) -> tuple[int, ...]:
+    component, _, parameter = name.partition(".")
+    return tuple(modules[component].get_parameter(parameter).shape)
+
+
+def fill(
+    file: TensorFile,
+    table: Sequence[ldm.Entry],
+    modules: Mapping[str, ldm.Network],
+    dtype: torch.dtype,
+) -> None:
+    """Read the weights one by one into the modules."""
+    states: dict[str, dict[str, Tensor]] = {component: {} for component in modules}
+    for entry in table:
+        tensor = converted(file.read(entry.key), dtype, f"{file.path}: {entry.key}")
+        for name, weight in zip(entry.names, entry.unpack(tensor), strict=True):
+            component, _, parameter = name.partition(".")
+            states[component][parameter] = weight
+    for component, module in modules.items():
+        module.load_state_dict(states.pop(component), assign=True)
+        module.eval()
+
+
+def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another precision.
+
+    Raises:
+        ErasureError: it is not of floating point, or holds values that are not finite there.
+    """
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        raise ErasureError(
+            f"{name} holds {tensor.dtype}, which is too coarse to train or to compare; fetch it in "
+            "float16 or float32"
+        )
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
+        raise ErasureError(
+            f"{name} holds {kind}, not dense floating point numbers; a quantised or sparse "
+            "checkpoint cannot be used"
+        )
+    cast = tensor.to(dtype)
+    if not all_finite(cast):
+        if all_finite(tensor.double()):
+            raise ErasureError(
+                f"{name} holds values up to {tensor.abs().max():.3g}, too large for {dtype}; use "
+                "float32 or bfloat16"
+            )
+        raise ErasureError(
+            f"{name} holds NaN or infinite values; the checkpoint is damaged, fetch or train it "
+            "again"
+        )
+    return cast
