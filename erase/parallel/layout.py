@@ -51,9 +51,9 @@ class Layout:
         """What `mine` chooses of a tensor that was gathered."""
         return whole
 
-    def gather(self, piece: Tensor) -> Tensor:
+    def gather(self, part: Tensor) -> Tensor:
         """All rows, given those of this process; every process must ask."""
-        return piece
+        return part
 
 
 @dataclass(frozen=True)

@@ -102,12 +102,12 @@ def in_shares(
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = round_robin(ranges, pad)
     done = []
-    with progress(what, unit, sum(len(rows) for rows, _ in mine)) as shown:
+    with progress(what, unit, sum(len(rows) for rows, _ in mine)) as progress_bar:
         for rows, counts in mine:
             result = work(rows)
             if counts:
                 done.append(result)
-            shown.update(len(rows))
+            progress_bar.update(len(rows))
     shares = gather_object([done])
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(ranges))]
 

@@ -171,8 +171,8 @@ class Trainable:
     def base_values(self, name: str) -> Tensor:
         """The base's compact values of a parameter, in the precision of the trained ones."""
         value = self.values[name]
-        kept = self._read(name, self._own[name]) if name in self._own else self._base[name]
-        return kept.to(value)
+        base = self._read(name, self._own[name]) if name in self._own else self._base[name]
+        return base.to(value)
 
     @torch.no_grad()
     def start_from(self, values: Mapping[str, Tensor]) -> None:
