@@ -76,7 +76,7 @@ def claim(
         log.warning(
             "%s goes on, but %s: its result is the same to rounding, not to the bit",
             folder,
-            _told(changes),
+            _text_of(changes),
         )
     if processes().is_main_process:
         with atomic_write(path) as aside:
@@ -179,7 +179,9 @@ def _facts(description: Mapping[str, str]) -> dict[str, Any]:
 
 def _concept_facts(description: Mapping[str, str]) -> dict[str, Any]:
     concepts = json.loads(description.get("concepts", "[]"))
-    return {f"{name} of {each['target']}": told for each in concepts for name, told in each.items()}
+    return {
+        f"{name} of {each['target']}": value for each in concepts for name, value in each.items()
+    }
 
 
 def _same_path(one: Any, other: Any) -> bool:
@@ -196,15 +198,15 @@ def _same_path(one: Any, other: Any) -> bool:
 def _refuse(what: str, changes: list[Difference], remedy: str) -> None:
     grave = [change for change in changes if change[0] not in TO_ROUNDING]
     if grave:
-        raise ErasureError(f"{what}: {_told(grave)}; {remedy}")
+        raise ErasureError(f"{what}: {_text_of(grave)}; {remedy}")
 
 
-def _told(changes: list[Difference]) -> str:
-    told = [
+def _text_of(changes: list[Difference]) -> str:
+    differences = [
         f"{name} was {_short(was)} and is now {_short(now)}" for name, was, now in changes[:SHOWN]
     ]
     more = len(changes) - SHOWN
-    return ", ".join(told) + (f", and {more} more differ" if more > 0 else "")
+    return ", ".join(differences) + (f", and {more} more differ" if more > 0 else "")
 
 
 def _short(value: Any) -> str:

@@ -124,13 +124,13 @@ def erase_concept(
         **description,
         **_cut(model, concepts),
     }
-    made = (
+    earlier = (
         _finished(folder / "delta.safetensors", metadata, defaults) if folder and finished else None
     )
     if folder:
         claim(folder, metadata, defaults, finished)
-    if made:
-        return made
+    if earlier:
+        return earlier
 
     edit = method.edit(Task(model, concepts, config.latents, config.seed, folder), settings)
     delta = ErasedDelta.between(

@@ -54,8 +54,8 @@ class ErasedDelta:
         """The difference of two states: `erased` values wherever they differ from `base`."""
         values, bits = {}, {}
         for name, new in erased.items():
-            if found := difference(base[name], new.detach()):
-                values[name], bits[name] = found
+            if change := difference(base[name], new.detach()):
+                values[name], bits[name] = change
         return cls(values, bits, dict(metadata))
 
     def __repr__(self) -> str:

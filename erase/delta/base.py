@@ -38,14 +38,14 @@ def load_base(
             f"{delta.source} does not say which base it was made from; give the base with --model"
         )
     stored = load_options(delta.metadata, delta.source)
-    chosen = stored.meant_for("folder" if base == "canvas" else kind_of(base)).updated(given)
+    config = stored.meant_for("folder" if base == "canvas" else kind_of(base)).updated(given)
     if name is None and base != "canvas":
-        if not is_here(base, chosen):
-            revision = f" --load.revision {chosen.revision}" if chosen.revision else ""
+        if not is_here(base, config):
+            revision = f" --load.revision {config.revision}" if config.revision else ""
             raise ErasureError(
                 f"{delta.source} names {base!r} as its base, which is not on this machine; to "
                 "fetch it from the hub, say so with --model "
                 f"{base}{revision}, or give with --model where it is"
             )
-        chosen = replace(chosen, offline=True)
-    return load_model(base, device, chosen)
+        config = replace(config, offline=True)
+    return load_model(base, device, config)

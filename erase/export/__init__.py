@@ -192,11 +192,11 @@ def _as_found(model: DiffusionModel, delta: ErasedDelta) -> Iterator[None]:
     finally:
         for tensor, data in tensors:
             tensor.data = data
-        for config, found in configs:
+        for config, old in configs:
             config.clear()
-            config.update(found)
-        for one, found in frozen:
-            one._internal_dict = found
+            config.update(old)
+        for one, old in frozen:
+            one._internal_dict = old
         model.fingerprint = fingerprint
 
 

@@ -126,5 +126,7 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
         "load_base": f"{base_class}.{'from_single_file' if one_file else 'from_pretrained'}",
         "config": "" if one_file else ', config="path/to/base"',
     }
-    chosen = USAGES[format]
-    return replace(chosen, about=chosen.about.format(**texts), code=chosen.code.format(**texts))
+    template = USAGES[format]
+    return replace(
+        template, about=template.about.format(**texts), code=template.code.format(**texts)
+    )

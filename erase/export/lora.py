@@ -284,11 +284,11 @@ def _factors(change: Tensor, rank: int | None, energy: float | None) -> tuple[Te
         power.flip(0).clamp(min=0),
         vectors.flip(1),
     )
-    kept = int((power > power[0] * 1e-14).sum())  # what is below is rounding
+    size = int((power > power[0] * 1e-14).sum())  # what is below is rounding
     if energy is not None:
-        kept = min(kept, int((power.cumsum(0) < energy * power.sum()).sum()) + 1)
-    kept = min(kept, rank or kept)
-    basis, root = vectors[:, :kept], power[:kept].sqrt().sqrt()
+        size = min(size, int((power.cumsum(0) < energy * power.sum()).sum()) + 1)
+    size = min(size, rank or size)
+    basis, root = vectors[:, :size], power[:size].sqrt().sqrt()
     if wide:
         return ((basis.T @ change) / root[:, None]).float(), (basis * root).float()
     return (basis * root).T.float(), ((change @ basis) / root).float()

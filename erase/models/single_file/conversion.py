@@ -119,12 +119,12 @@ def check_weights(
             "give its configuration (load.config)"
         )
     for entry in table:
-        shape, found = expected[entry.key], file.shapes[entry.key]
+        shape, actual = expected[entry.key], file.shapes[entry.key]
         # some programs write these as linear
-        if found != shape and not (entry.form == "conv1x1" and found == shape[:2]):
+        if actual != shape and not (entry.form == "conv1x1" and actual == shape[:2]):
             raise ErasureError(
                 f"{file.path}: {entry.key} should have the shape {list(shape)}, but has "
-                f"{list(found)}; if the model is of another "
+                f"{list(actual)}; if the model is of another "
                 "size, give its configuration (load.config)"
             )
 
@@ -249,7 +249,7 @@ def write_single_file(
     twins = _last_layer(entries) if family == "sd2" else {}
     beside |= _head(modules["text_encoder"], dtype) if twins else {}
 
-    def made(key: str) -> Tensor:
+    def tensor_of(key: str) -> Tensor:
         if key in beside:
             return beside[key]
         key = twins.get(key, key)
@@ -263,7 +263,7 @@ def write_single_file(
     }
     layout |= {new: layout[old] for new, old in twins.items()}
     header = {"format": "pt", **model_spec(pipeline, path.stem, ORIGINAL), **(metadata or {})}
-    stream_tensors(path, layout | beside, made, header)
+    stream_tensors(path, layout | beside, tensor_of, header)
     return path
 
 
