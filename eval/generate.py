@@ -236,14 +236,14 @@ def _settings(
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder whose images were made in another way; else write `settings.json`, before any
     image."""
-    found = read_settings(out)
-    if found is None and any(out.glob("*.png")):
+    earlier = read_settings(out)
+    if earlier is None and any(out.glob("*.png")):
         raise ErasureError(
             f"{out} holds images but no {SETTINGS} that says how they were made; choose another "
             "output folder"
         )
-    for field in [] if found is None else [*settings, *found]:
-        mine, theirs = settings.get(field), (found or {}).get(field)
+    for field in [] if earlier is None else [*settings, *earlier]:
+        mine, theirs = settings.get(field), (earlier or {}).get(field)
         if field != "command" and mine != theirs:
             raise ErasureError(
                 f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another "
