@@ -44,7 +44,7 @@ for the whole pass"""
 
 
 class Settings(Protocol):
-    """What shards look at of a training's settings (`TrainConfig`)."""
+    """The settings of a training that shards read (`TrainConfig`)."""
 
     optimizer: str
     mixed_precision: str

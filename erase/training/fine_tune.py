@@ -69,8 +69,8 @@ def fine_tune(
 
 
 def _settings(config: TunedConfig) -> dict[str, str]:
-    """What a training state must agree on: the kind of configuration, and what departs from its
-    defaults."""
+    """The settings that a training state must share: the kind of configuration, and the departures
+    from its defaults."""
     usual = flat(asdict(type(config)()))
     departures = {
         name: value for name, value in flat(asdict(config)).items() if usual.get(name) != value

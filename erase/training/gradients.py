@@ -1,4 +1,4 @@
-"""How a step gets its gradient from the terms of the loss, and what acts on the values after the
+"""The gradient of a step, from the terms of the loss, and the operations on the values after the
 step.
 
 Every option is off at zero, and then leaves the plain step's bits.

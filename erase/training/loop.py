@@ -49,7 +49,7 @@ would have seen."""
 
 @dataclass
 class Fitted:
-    """What training gives back."""
+    """The result of a training."""
 
     values: Mapping[str, Tensor]
     """parameter name -> trained values"""
@@ -58,7 +58,7 @@ class Fitted:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator for this precision; what else is wrong with the settings is said too, before
+    """An Accelerator for this precision. Other faults of the settings are refused here too, before
     hours are spent on latents.
 
     Raises:
@@ -156,7 +156,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Steps:
-    """What every step of a training takes."""
+    """The inputs of every step of a training."""
 
     run: Run
     loss: LossFn

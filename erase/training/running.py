@@ -1,5 +1,5 @@
-"""How the denoiser is run while it trains: what saves time or memory in a step, and is undone after
-the last one."""
+"""The denoiser while it trains: settings that save time or memory in a step, undone after the last
+one."""
 
 from __future__ import annotations
 

@@ -29,8 +29,8 @@ from erase.training.trainable import gradients_on
 
 @dataclass(frozen=True)
 class Objective:
-    """What a method trains: the gradients of its forget term say what training will ask of each
-    weight."""
+    """The training objective of a method: the gradients of its forget term tell how training will
+    change each weight."""
 
     loss: LossFn
     batches: Batches

@@ -124,8 +124,8 @@ class Run:
 
 
 def gathered(parts: Mapping[Any, Any], gather: Gather, keep: bool) -> dict[Any, Any]:
-    """All pieces put together, one after the other in the same order everywhere; what is no tensor,
-    or a single number, stays as it is."""
+    """The parts of all processes, concatenated in the same order everywhere; an entry that is no
+    tensor, or a single number, stays as it is."""
     whole = {}
     for name, part in parts.items():
         value = gather(part) if torch.is_tensor(part) and part.dim() else part
