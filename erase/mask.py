@@ -1,5 +1,5 @@
-"""Saliency and masks: which weights matter to the concept, one bit per weight (SalUn, Fan et al.,
-ICLR 2024, eq. 3-4).
+"""Saliency and masks: the weights that matter to the concept, one bit per weight (SalUn, Fan et
+al., ICLR 2024, eq. 3-4).
 
 `Saliency` is a score per weight, which a rule computes from gradients (`erase.training.rules`); cut
 at a density it is a `SaliencyMask`, packed, which knows the model it belongs to.
@@ -152,8 +152,8 @@ class SaliencyMask:
         )
 
     def matched_random(self, seed: int) -> SaliencyMask:
-        """Random weights, as many in every tensor as here: the control for which weights, not
-        where."""
+        """Random weights, as many in every tensor as here: the control for the choice of weights,
+        not of layers."""
         generator = torch.Generator().manual_seed(seed)
         bits = {}
         for name, shape in self.shapes.items():
@@ -225,7 +225,7 @@ def _sorted(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_density(density: float) -> None:
-    """Refuse what is no fraction of the weights.
+    """Refuse a density that is no fraction of the weights.
 
     Raises:
         ErasureError: density outside (0, 1].

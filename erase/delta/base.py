@@ -26,7 +26,7 @@ def load_base(
         name: where the base is now; by default where it was. A hub id is fetched only if it is
             given here: a delta may come from anybody, and name anything.
         device: where it goes.
-        options: how it is read now; what is not the default wins over the delta's.
+        options: how it is read now; settings other than the defaults win over the delta's.
 
     Raises:
         ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one

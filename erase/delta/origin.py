@@ -1,5 +1,5 @@
-"""What a delta's metadata say: read, checked, and refused in a sentence before anything is made of
-it."""
+"""The metadata of a delta: read, checked, and refused in a sentence before anything is made of
+them."""
 
 from __future__ import annotations
 

@@ -27,10 +27,10 @@ for"""
 
 @dataclass(frozen=True)
 class Usage:
-    """What an export's model card says of it."""
+    """The text of a model card on the files of an export."""
 
     about: str
-    """what the files are, after `This is`"""
+    """the noun phrase for the files, after `This is`"""
     code: str
     """Python that makes `pipeline` of them; it has the placeholders path/to/this/folder and, where
     it is needed, path/to/base"""

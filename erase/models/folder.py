@@ -54,7 +54,7 @@ log = logging.getLogger("erase")
 
 
 class Part(NamedTuple):
-    """What the index says of a part."""
+    """The entry of a part in the index."""
 
     library: str
     kind: str

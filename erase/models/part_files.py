@@ -1,5 +1,4 @@
-"""The files of one part of a diffusers folder: what they are is told before a library reads
-them."""
+"""The files of one part of a diffusers folder: their kind is known before a library reads them."""
 
 from __future__ import annotations
 
@@ -157,7 +156,7 @@ def weight_variant(where: Path, asked: str | None) -> str | None:
 
 
 def _lacking(where: Path, named: list[str]) -> str:
-    """What a part without readable weights has instead, and what to do about it."""
+    """The files of a part without readable weights, and the way out."""
     if named:
         return f"has weights only as {', '.join(named)}; add --load.variant {named[0]}"
     pickles = [match.string for match in _weights(where) if match["kind"] == "bin"]

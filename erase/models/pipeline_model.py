@@ -1,4 +1,4 @@
-"""What every family has in common: a `DiffusionModel` over a stock diffusers pipeline."""
+"""The part that every family shares: a `DiffusionModel` over a stock diffusers pipeline."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None =
 
 
 def arguments(cond: Cond, null: Cond) -> dict[str, Tensor]:
-    """What a pipeline's call takes instead of prompts: these conditions, each guided away from its
-    null condition."""
+    """The keyword arguments of a pipeline's call in the place of prompts: these conditions, each
+    guided away from its null condition."""
     keywords = {"prompt_embeds": cond.embeddings, "negative_prompt_embeds": null.embeddings}
     if POOLED in cond.extras:
         keywords |= {

@@ -1,4 +1,4 @@
-"""Noise schedules: which of diffusers' schedulers a model can be trained and sampled by."""
+"""Noise schedules: the schedulers of diffusers that a model can be trained and sampled by."""
 
 from __future__ import annotations
 

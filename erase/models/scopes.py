@@ -1,4 +1,4 @@
-"""Which parameters may change."""
+"""Scopes: the parameters that may change, by pattern."""
 
 from __future__ import annotations
 
