@@ -78,7 +78,7 @@ class EvaluateConfig:
 
 @dataclass
 class Evidence:
-    """What a run folder holds beside its delta, for the report."""
+    """The other files of a run folder, beside its delta, for the report."""
 
     losses: list[float] = field(default_factory=list)
     mask: SaliencyMask | None = None
@@ -166,7 +166,7 @@ def evaluate(
     Args:
         model: the base that the delta was made from, by name or loaded; a loaded one is left as it
             was found, bit for bit, also where an error ends the evaluation.
-        delta: what was erased.
+        delta: the erasure to evaluate.
         prompts: the evaluation's prompts; their labels say what each image should show.
         out: folder of the report; the images go into its `erased` and, where no `base_images` is
             given, `base`.
@@ -263,7 +263,7 @@ def _scores(case: Case, chosen: Chosen) -> list[Score]:
 
 
 def _extras(cases: Mapping[str, Case]) -> dict[str, Any]:
-    """Name -> row -> what an evaluator found of it."""
+    """Name -> row -> extras of the evaluators."""
     extras: dict[str, Any] = {}
     for row, case in cases.items():
         for name, value in case.extras.items():

@@ -1,4 +1,5 @@
-"""What evaluators that read labels share: labels out of a case, scores out of predictions."""
+"""Functions shared by evaluators that read labels: labels out of a case, scores out of
+predictions."""
 
 from __future__ import annotations
 
