@@ -1,5 +1,5 @@
-"""Whose a folder and the files in it are: a run goes on only with what it began itself, or names
-what differs."""
+"""The owner of a folder and of the files in it: a run goes on only with files that it began itself,
+or names the differences."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def claim(
         finished: the run has its result already, so nothing of it goes on.
 
     Raises:
-        ErasureError: the folder holds another run, of which what differs is named, or its run.json
-            is damaged.
+        ErasureError: the folder holds another run, whose differences are named, or its run.json is
+            damaged.
     """
     path = folder / "run.json"
     machine = {"threads": str(torch.get_num_threads()), "processes": str(processes().num_processes)}
@@ -76,7 +76,7 @@ def claim(
         log.warning(
             "%s goes on, but %s: its result is the same to rounding, not to the bit",
             folder,
-            _told(changes),
+            _text_of(changes),
         )
     if processes().is_main_process:
         with atomic_write(path) as aside:
@@ -110,12 +110,12 @@ def check_artifact(
     Args:
         path: of the file.
         own: its metadata.
-        description: of the run that takes it; what the file does not say of it, it is refused for.
+        description: of the run that takes it; a file that lacks some of it is refused.
         remedy: what to do then.
         defaults: what stands for a setting that the file lacks.
 
     Raises:
-        ErasureError: it is of another run; what differs is named.
+        ErasureError: it is of another run; the differences are named.
     """
     if absent := sorted(description.keys() - own.keys()):
         raise ErasureError(
@@ -148,7 +148,7 @@ def _read(path: Path) -> dict[str, str]:
 def _changes(
     path: Path, old: Mapping[str, str], new: Mapping[str, str], defaults: Mapping[str, Any]
 ) -> list[Difference]:
-    """What differs between two descriptions, but for what leaves the result as it is."""
+    """The differences of two descriptions, without those that leave the result as it is."""
     with errors_named(path, "delete it or choose another folder"):
         was, was_said = _facts(old), _concept_facts(old)
     now, now_said = _facts(new), _concept_facts(new)
@@ -179,7 +179,9 @@ def _facts(description: Mapping[str, str]) -> dict[str, Any]:
 
 def _concept_facts(description: Mapping[str, str]) -> dict[str, Any]:
     concepts = json.loads(description.get("concepts", "[]"))
-    return {f"{name} of {each['target']}": told for each in concepts for name, told in each.items()}
+    return {
+        f"{name} of {each['target']}": value for each in concepts for name, value in each.items()
+    }
 
 
 def _same_path(one: Any, other: Any) -> bool:
@@ -196,15 +198,15 @@ def _same_path(one: Any, other: Any) -> bool:
 def _refuse(what: str, changes: list[Difference], remedy: str) -> None:
     grave = [change for change in changes if change[0] not in TO_ROUNDING]
     if grave:
-        raise ErasureError(f"{what}: {_told(grave)}; {remedy}")
+        raise ErasureError(f"{what}: {_text_of(grave)}; {remedy}")
 
 
-def _told(changes: list[Difference]) -> str:
-    told = [
+def _text_of(changes: list[Difference]) -> str:
+    differences = [
         f"{name} was {_short(was)} and is now {_short(now)}" for name, was, now in changes[:SHOWN]
     ]
     more = len(changes) - SHOWN
-    return ", ".join(told) + (f", and {more} more differ" if more > 0 else "")
+    return ", ".join(differences) + (f", and {more} more differ" if more > 0 else "")
 
 
 def _short(value: Any) -> str:

@@ -61,8 +61,8 @@ def compose(
             if name in delta.values
         ]
         new = _combined(name, old.flatten(), touching, on_conflict).reshape(old.shape)
-        if found := difference(old, new):
-            values[name], bits[name] = found
+        if change := difference(old, new):
+            values[name], bits[name] = change
     return ErasedDelta(values, bits, _describe(parts, on_conflict))
 
 
@@ -127,19 +127,19 @@ def _combined(name: str, base: Tensor, parts: list[Part], on_conflict: str) -> T
 
 def _disjoint(base: Tensor, parts: list[Part]) -> list[Part]:
     """The same parts, each without the weights of those before it."""
-    taken, kept = torch.zeros(base.shape, dtype=torch.bool), []
+    taken, disjoint = torch.zeros(base.shape, dtype=torch.bool), []
     for where, values, scale in parts:
         free = indices(~taken.index_select(0, where))
-        kept.append((where.index_select(0, free), values.index_select(0, free), scale))
+        disjoint.append((where.index_select(0, free), values.index_select(0, free), scale))
         taken.index_fill_(0, where, True)
-    return kept
+    return disjoint
 
 
 def _describe(parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str) -> dict[str, str]:
     """Metadata of a composed delta: `concepts` are those that it erases; `parts` tells of each with
     its scale."""
     first = parts[0][0].metadata
-    told: list[dict[str, Any]] = [
+    entries: list[dict[str, Any]] = [
         {
             "erased": delta.title,
             "scale": scale,
@@ -155,12 +155,12 @@ def _describe(parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str) -> d
             for key in ("base_fingerprint", "base_id", "created_with", "license")
             if key in first
         },
-        "method": "+".join(dict.fromkeys(part["method"] for part in told)),
+        "method": "+".join(dict.fromkeys(part["method"] for part in entries)),
         "config": json.dumps({"on_conflict": on_conflict, "parts": configs}, sort_keys=True),
         "concepts": json.dumps(
             [concept for delta, scale in parts if scale > 0 for concept in delta.concepts]
         ),
-        "parts": json.dumps(told),
+        "parts": json.dumps(entries),
     }
 
 
@@ -205,18 +205,18 @@ def conflicts(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> list[Overl
         title if titles.count(title) == 1 else f"{title} ({i + 1})"
         for i, title in enumerate(titles)
     ]
-    found: dict[tuple[str, str], dict[str, Tensor]] = {pair: {} for pair in combinations(names, 2)}
+    pairs: dict[tuple[str, str], dict[str, Tensor]] = {pair: {} for pair in combinations(names, 2)}
     for tensor, old in _changed_tensors(base, deltas):
         changes = dict(zip(names, (_change(tensor, old, delta) for delta in deltas), strict=True))
-        for (a, b), sums in found.items():
+        for (a, b), sums in pairs.items():
             component = tensor.split(".")[0]
             sums[component] = sums.get(component, 0) + _compare(changes[a], changes[b])
-    for sums in found.values():
+    for sums in pairs.values():
         if len(sums) > 1:
             sums["all"] = torch.stack(list(sums.values())).sum(0)
     return [
         _overlap(a, b, component, total)
-        for (a, b), sums in found.items()
+        for (a, b), sums in pairs.items()
         for component, total in sums.items()
     ]
 

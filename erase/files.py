@@ -281,8 +281,8 @@ KINDS = {
 
 
 def _what(metadata: Mapping[str, str], names: list[str]) -> str:
-    """What a safetensors file is, by its own format or the names of its tensors, and what to do
-    with it."""
+    """The kind of a safetensors file, by its own format or the names of its tensors, and its
+    use."""
     if known := KINDS.get(metadata.get("format", "")):
         return known
     if any(".lora_" in name or name.startswith("lora_") for name in names):

@@ -1,5 +1,5 @@
-"""Saliency and masks: which weights matter to the concept, one bit per weight (SalUn, Fan et al.,
-ICLR 2024, eq. 3-4).
+"""Saliency and masks: the weights that matter to the concept, one bit per weight (SalUn, Fan et
+al., ICLR 2024, eq. 3-4).
 
 `Saliency` is a score per weight, which a rule computes from gradients (`erase.training.rules`); cut
 at a density it is a `SaliencyMask`, packed, which knows the model it belongs to.
@@ -44,20 +44,20 @@ class Saliency:
             ErasureError: density outside (0, 1], or so small that no weight is left.
         """
         count = kept_count(density, sum(value.numel() for value in self.values.values()))
-        chosen: Iterator[tuple[str, Tensor]]
+        masks: Iterator[tuple[str, Tensor]]
         if allocation == "per-tensor":
             counts = shares(
                 {name: value.numel() for name, value in self.values.items()}, density, count
             )
-            chosen = (
+            masks = (
                 pair
-                for name, kept in counts.items()
-                for pair in top_k({name: self.values[name]}, kept)
+                for name, number in counts.items()
+                for pair in top_k({name: self.values[name]}, number)
             )
         else:
-            chosen = top_k(self.values, count)
+            masks = top_k(self.values, count)
         further = {"density": repr(density), "allocation": allocation}
-        return self._mask({name: pack(one) for name, one in chosen}, further)
+        return self._mask({name: pack(one) for name, one in masks}, further)
 
     def lowest(self, density: float) -> SaliencyMask:
         """The `floor(density * N)` least salient weights: the control of the other polarity."""
@@ -76,12 +76,12 @@ class Saliency:
 def shares(sizes: Mapping[str, int], density: float, count: int) -> dict[str, int]:
     """How many of `count` weights each tensor gets in proportion to its size: largest remainders,
     ties by order."""
-    kept = {name: math.floor(density * size) for name, size in sizes.items()}
-    left = count - sum(kept.values())
-    remainders = sorted(sizes, key=lambda name: kept[name] - density * sizes[name])  # stable
+    counts = {name: math.floor(density * size) for name, size in sizes.items()}
+    left = count - sum(counts.values())
+    remainders = sorted(sizes, key=lambda name: counts[name] - density * sizes[name])  # stable
     for name in remainders[:left]:
-        kept[name] += 1
-    return kept
+        counts[name] += 1
+    return counts
 
 
 @dataclass(frozen=True)
@@ -152,14 +152,14 @@ class SaliencyMask:
         )
 
     def matched_random(self, seed: int) -> SaliencyMask:
-        """Random weights, as many in every tensor as here: the control for which weights, not
-        where."""
+        """Random weights, as many in every tensor as here: the control for the choice of weights,
+        not of layers."""
         generator = torch.Generator().manual_seed(seed)
         bits = {}
         for name, shape in self.shapes.items():
             noise = torch.rand(shape, generator=generator)
-            ((_, chosen),) = top_k({name: noise}, int(self[name].sum()))
-            bits[name] = pack(chosen)
+            ((_, ones),) = top_k({name: noise}, int(self[name].sum()))
+            bits[name] = pack(ones)
         return SaliencyMask(
             bits, self.shapes, {**self.metadata, "control": "matched-random", "seed": str(seed)}
         )
@@ -199,8 +199,8 @@ class SaliencyMask:
         bits, metadata = load_tensors(path, "mask")
         checksum, _ = metadata.pop("sha256", None), metadata.pop("format")
         with errors_named(path, "compute the mask again"):
-            found = json.loads(metadata.pop("shapes")).items()
-            shapes: dict[str, tuple[int, ...]] = {name: torch.Size(shape) for name, shape in found}
+            pairs = json.loads(metadata.pop("shapes")).items()
+            shapes: dict[str, tuple[int, ...]] = {name: torch.Size(shape) for name, shape in pairs}
             for name in bits.keys() | shapes.keys():
                 fits = bits[name].dtype == torch.uint8 and bits[name].shape == (
                     -(-math.prod(shapes[name]) // 8),
@@ -225,7 +225,7 @@ def _sorted(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_density(density: float) -> None:
-    """Refuse what is no fraction of the weights.
+    """Refuse a density that is no fraction of the weights.
 
     Raises:
         ErasureError: density outside (0, 1].

@@ -133,8 +133,8 @@ class Index(Generic[T]):
         if name is not None and isinstance(thing, Mapping):
             thing = thing.get(name)
         if not isinstance(thing, self.holds):
-            found, wanted = _a(type(thing).__name__), _a(self.holds.__name__)
-            raise PluginError(f"{title} is {found}, not {wanted}; {self._hint(module, attribute)}")
+            actual, wanted = _a(type(thing).__name__), _a(self.holds.__name__)
+            raise PluginError(f"{title} is {actual}, not {wanted}; {self._hint(module, attribute)}")
 
         if name is not None and thing.name != name:
             raise PluginError(f"{title} calls itself {thing.name!r}; give both one name")

@@ -63,14 +63,14 @@ def erase_concept(
     """Erase one or several concepts; the base stays as it is.
 
     Args:
-        concepts: what to forget, and what to put in its place.
+        concepts: each names the thing to forget and the anchor in its place.
         config: base, method, data; defaults where none is given.
         method_config: the method's own configuration, e.g. `SalUnConfig(density=0.3)`; the method's
             defaults where none is given.
         model: a loaded base, to save loading it again.
         out: a folder for delta.safetensors, mask.safetensors, saliency.safetensors and
-            training.json, and for what a stopped run needs to go on: the same call with the same
-            folder resumes.
+            training.json, and for the state of a stopped run: the same call with the same folder
+            resumes.
 
     Returns:
         The delta, which `delta.apply(model)` puts into a base and `erase.export` writes in the
@@ -124,13 +124,13 @@ def erase_concept(
         **description,
         **_cut(model, concepts),
     }
-    made = (
+    earlier = (
         _finished(folder / "delta.safetensors", metadata, defaults) if folder and finished else None
     )
     if folder:
         claim(folder, metadata, defaults, finished)
-    if made:
-        return made
+    if earlier:
+        return earlier
 
     edit = method.edit(Task(model, concepts, config.latents, config.seed, folder), settings)
     delta = ErasedDelta.between(

@@ -1,4 +1,4 @@
-"""Task: one erasure as a method sees it. Everything in it is made when it is first asked for, and
+"""Task: one erasure as a method sees it. Its data are made when they are first asked for, and
 kept."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from erase.tensors import sha256_of
 
 @dataclass(frozen=True)
 class Edit:
-    """What a method computes: new values, and the evidence of how it came to them."""
+    """The result of a method: new values, and the evidence of how it came to them."""
 
     values: Mapping[str, Tensor]
     """parameter name -> new values"""
@@ -34,7 +34,7 @@ class Edit:
 
 
 class Task:
-    """A model, what to forget in it, and what a method may ask for on the way."""
+    """A model, the concepts to forget in it, and the data that a method asks for on the way."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Task:
         """
         Args:
             model: the base; a method leaves it as it was found.
-            concepts: what to forget, and what to put in its place.
-            latents: how training data is made, if a method asks for any; or what gives it.
+            concepts: each names the thing to forget and the anchor in its place.
+            latents: how training data is made, if a method asks for any; or its source.
             seed: fixes every draw.
             folder: where long work is kept, so that a stopped run goes on; None: nowhere.
         """
@@ -80,7 +80,7 @@ class Task:
         return self._forget[anchor_share]
 
     def retain(self) -> LatentSet:
-        """Latents of what must stay, with their prompts."""
+        """Latents of the things that must stay, with their prompts."""
         return self._retain
 
     def cond(
@@ -141,8 +141,8 @@ class Task:
 
 
 def describe(task: Task) -> dict[str, str]:
-    """What an erasure's artifacts must agree on (`erase.claims`): base, concepts, seed, and digests
-    of the latents made so far."""
+    """The facts that an erasure's artifacts must share (`erase.claims`): base, concepts, seed, and
+    digests of the latents made so far."""
     sets = {
         "forget": next(reversed(task._forget.values()), None),
         "retain": task.__dict__.get("_retain"),

@@ -64,17 +64,17 @@ def top_k(values: Mapping[str, Tensor], count: int) -> Iterator[tuple[str, Tenso
     threshold, above = _threshold(values, count)
     ties = count - above
     for name, value in values.items():
-        chosen = torch.empty(value.numel(), dtype=torch.bool, device=value.device)
-        for part, kept in zip(_chunks([value]), chosen.split(CHUNK), strict=True):
+        mask = torch.empty(value.numel(), dtype=torch.bool, device=value.device)
+        for part, bits in zip(_chunks([value]), mask.split(CHUNK), strict=True):
             pattern = _pattern(part)
-            torch.gt(pattern, threshold, out=kept)
+            torch.gt(pattern, threshold, out=bits)
             equal = pattern == threshold
-            if ties and (found := int(equal.sum())):
-                if found > ties:
+            if ties and (tied := int(equal.sum())):
+                if tied > ties:
                     equal &= equal.cumsum(0) <= ties
-                kept |= equal
-                ties -= min(found, ties)
-        yield name, chosen.view(value.shape)
+                bits |= equal
+                ties -= min(tied, ties)
+        yield name, mask.view(value.shape)
 
 
 def kth_largest(values: Mapping[str, Tensor], count: int) -> Tensor:
@@ -209,7 +209,7 @@ def _leaves(content: Any, name: str) -> Iterator[tuple[str, Any]]:
 def _digest_of(leaf: Any) -> str:
     if not torch.is_tensor(leaf):
         return hashlib.sha256(repr(leaf).encode()).hexdigest()
-    found: Tensor = leaf.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{found.dtype} {tuple(found.shape)}".encode())
-    digest.update(found.reshape(-1).view(torch.uint8).numpy().data)
+    tensor: Tensor = leaf.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

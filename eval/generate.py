@@ -138,8 +138,8 @@ def generate(
         out: an empty or new folder, or one that a run with the same settings has begun.
         config: scheduler, steps, guidance, resolution, batch size.
         provenance: goes into `settings.json`: the model's fingerprint, the delta, … Its `command`,
-            if given, is what errors tell the user to run again; it alone may differ from one run to
-            the next.
+            if given, is the line that errors tell the user to run again; it alone may differ from
+            one run to the next.
 
     Returns:
         The finished set, verified, in every process.
@@ -236,14 +236,14 @@ def _settings(
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Refuse a folder whose images were made in another way; else write `settings.json`, before any
     image."""
-    found = read_settings(out)
-    if found is None and any(out.glob("*.png")):
+    earlier = read_settings(out)
+    if earlier is None and any(out.glob("*.png")):
         raise ErasureError(
             f"{out} holds images but no {SETTINGS} that says how they were made; choose another "
             "output folder"
         )
-    for field in [] if found is None else [*settings, *found]:
-        mine, theirs = settings.get(field), (found or {}).get(field)
+    for field in [] if earlier is None else [*settings, *earlier]:
+        mine, theirs = settings.get(field), (earlier or {}).get(field)
         if field != "command" and mine != theirs:
             raise ErasureError(
                 f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another "
@@ -268,7 +268,7 @@ def _prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
 
 
 def _scheduler(own: Any, name: str) -> Any:
-    """A scheduler by name, for what the checkpoint's own says of noise and prediction."""
+    """A scheduler by name, with the noise levels and prediction type of the checkpoint's own."""
     flow = isinstance(own, FlowMatchEulerDiscreteScheduler)
     choices = FLOW_SCHEDULERS if flow else SCHEDULERS
     if name not in choices:
@@ -282,7 +282,8 @@ def _scheduler(own: Any, name: str) -> Any:
 
 
 def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any]) -> None:
-    """Make what is missing of these batches; files are written while the next batch is denoised."""
+    """Make the missing images of these batches; files are written while the next
+    batch is denoised."""
     embed = _embedder(pipe)
     with ThreadPoolExecutor() as pool:
         missing = list(pool.map(lambda batch: _missing(batch, out), mine))

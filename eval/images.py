@@ -161,7 +161,7 @@ def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """What `settings.json` says, or None if there is none.
+    """The content of `settings.json`, or None if there is none.
 
     Raises:
         ErasureError: `folder` is a file; it is not JSON, or does not say how many images there are.

@@ -57,28 +57,28 @@ class EvaluateConfig:
                 its own or of no evaluator.
         """
         named = self.evaluators is not None
-        chosen: Chosen = {}
+        evaluators: Chosen = {}
         for name in self.evaluators or EVALUATORS.ours:
             evaluator = get_evaluator(name)
             if not named and not evaluator.fits(case):
                 continue
-            if evaluator.name in (other.name for other, _ in chosen.values()):
+            if evaluator.name in (other.name for other, _ in evaluators.values()):
                 raise ErasureError(
                     f"evaluators names {evaluator.name!r} twice; leave one of them out"
                 )
             settings = evaluator.settings(self.settings.get(evaluator.name))
-            chosen[name] = evaluator, evaluator.settle(case, settings, named)
+            evaluators[name] = evaluator, evaluator.settle(case, settings, named)
 
-        known = {evaluator.name for evaluator, _ in chosen.values()} | set(EVALUATORS)
+        known = {evaluator.name for evaluator, _ in evaluators.values()} | set(EVALUATORS)
         for name in self.settings:
             if name not in known:
                 raise unknown("evaluator in settings", name, known)
-        return chosen
+        return evaluators
 
 
 @dataclass
 class Evidence:
-    """What a run folder holds beside its delta, for the report."""
+    """The other files of a run folder, beside its delta, for the report."""
 
     losses: list[float] = field(default_factory=list)
     mask: SaliencyMask | None = None
@@ -100,15 +100,15 @@ class Evidence:
             if training.exists():
                 record = json.loads(training.read_text(encoding="utf-8"))
             losses = list(map(float, record["losses"]))
-        found = cls(losses, SaliencyMask.load(mask) if mask.exists() else None)
+        evidence = cls(losses, SaliencyMask.load(mask) if mask.exists() else None)
 
-        if delta and (losses or found.mask):
+        if delta and (losses or evidence.mask):
             _check_run(folder / "run.json", delta)
             if record.get("delta_sha256", delta.sha256) != delta.sha256:
                 raise _of_another(training, delta)
-            if found.mask and not _may_change(found.mask, delta):
+            if evidence.mask and not _may_change(evidence.mask, delta):
                 raise _of_another(mask, delta)
-        return found
+        return evidence
 
 
 def _check_run(path: Path, delta: ErasedDelta) -> None:
@@ -117,12 +117,12 @@ def _check_run(path: Path, delta: ErasedDelta) -> None:
         return
     with errors_named(path, "evaluate the delta in a folder of its own"):
         run = dict(json.loads(path.read_text(encoding="utf-8")))
-        told = [
+        facts = [
             {key: about.get(key) for key in ("base_fingerprint", "method")}
             for about in (run, delta.metadata)
         ]
         concepts = json.loads(run.get("concepts", "[]"))
-    if told[0] != told[1] or concepts != delta.concepts:
+    if facts[0] != facts[1] or concepts != delta.concepts:
         raise _of_another(path, delta)
 
 
@@ -166,7 +166,7 @@ def evaluate(
     Args:
         model: the base that the delta was made from, by name or loaded; a loaded one is left as it
             was found, bit for bit, also where an error ends the evaluation.
-        delta: what was erased.
+        delta: the erasure to evaluate.
         prompts: the evaluation's prompts; their labels say what each image should show.
         out: folder of the report; the images go into its `erased` and, where no `base_images` is
             given, `base`.
@@ -263,7 +263,7 @@ def _scores(case: Case, chosen: Chosen) -> list[Score]:
 
 
 def _extras(cases: Mapping[str, Case]) -> dict[str, Any]:
-    """Name -> row -> what an evaluator found of it."""
+    """Name -> row -> extras of the evaluators."""
     extras: dict[str, Any] = {}
     for row, case in cases.items():
         for name, value in case.extras.items():

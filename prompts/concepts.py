@@ -260,13 +260,13 @@ def merged(concepts: Sequence[ConceptSpec]) -> list[ConceptSpec]:
     """
     first: dict[str, ConceptSpec] = {}
     for concept in concepts:
-        kept = first.setdefault(same(concept.target), concept)
-        if replace(concept, target=kept.target, anchor=kept.anchor) != kept or same(
+        earlier = first.setdefault(same(concept.target), concept)
+        if replace(concept, target=earlier.target, anchor=earlier.anchor) != earlier or same(
             concept.anchor
-        ) != same(kept.anchor):
+        ) != same(earlier.anchor):
             raise ErasureError(
                 f"the concept {concept.target!r} is given twice, and not in the same way (its "
-                f"anchors are {kept.anchor!r} and "
+                f"anchors are {earlier.anchor!r} and "
                 f"{concept.anchor!r}); leave one of them out"
             )
     return list(first.values())

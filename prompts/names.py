@@ -84,13 +84,13 @@ class Names:
             by: name -> its substitute.
         """
         folded, origin = _seen(text)
-        text, taken = unicodedata.normalize("NFC", text), list[tuple[int, int, str]]()
+        text, spans = unicodedata.normalize("NFC", text), list[tuple[int, int, str]]()
         for name, pattern in self._patterns.items():
             for start, end in _spans(pattern, folded):
                 first, last = origin[start], origin[end - 1] + 1
-                if all(last <= left or right <= first for left, right, _ in taken):
-                    taken.append((first, last, by[name]))
-        for first, last, word in sorted(taken, reverse=True):
+                if all(last <= left or right <= first for left, right, _ in spans):
+                    spans.append((first, last, by[name]))
+        for first, last, word in sorted(spans, reverse=True):
             text = text[:first] + word + text[last:]
         return text
 

@@ -98,8 +98,8 @@ def propose(name: str, kind: str | None = None) -> ConceptSpec:
     as_text(name, "the name of a concept")
     if kind is not None and kind not in kinds():
         raise unknown("kind", kind, kinds())
-    if found := find_shipped(name):
-        return found
+    if concept := find_shipped(name):
+        return concept
     chosen = kinds()[kind] if kind else _infer(name)
     target = _target(name, chosen)
     retain = without(load_retain(chosen.retain), [target, *chosen.also_gone(target)])
@@ -120,14 +120,14 @@ def find_shipped(name: str) -> ConceptSpec | None:
 @cache
 def _shipped() -> list[tuple[ConceptSpec, set[str]]]:
     """Every shipped concept that is for everyone, and what it answers to."""
-    found = []
+    entries = []
     for file in (file for file in shipped() if not file.endswith(PUBLISHED)):
         concepts = load_concepts(file)
         alone = [file] if len(concepts) == 1 else []
-        found += [
+        entries += [
             (concept, {bare(name) for name in (*concept.names, *alone)}) for concept in concepts
         ]
-    return found
+    return entries
 
 
 def bare(name: str) -> str:
@@ -153,14 +153,14 @@ def _target(name: str, kind: Kind) -> str:
 
 def _infer(name: str) -> Kind:
     """The one kind whose lists have the name; a name that ends in "style" is a style."""
-    found = [kind for kind in kinds().values() if kind.knows(name)]
-    if not found and len(name.split()) > 1 and name.split()[-1].lower() == "style":
+    matches = [kind for kind in kinds().values() if kind.knows(name)]
+    if not matches and len(name.split()) > 1 and name.split()[-1].lower() == "style":
         return kinds()["style"]
-    if len(found) == 1:
-        return found[0]
+    if len(matches) == 1:
+        return matches[0]
     what = (
         "could be of more than one kind"
-        if found
+        if matches
         else "is on none of the lists of names, so its kind cannot be told"
     )
     raise ErasureError(

@@ -19,14 +19,14 @@ from erase.scripts.cli import alone, check_folder, parse, parser, run
 
 def main(argv: list[str] | None = None) -> None:
     """Chain the three jobs on the shipped model."""
-    made = parser("erase-demo", __doc__)
-    made.add_argument(
+    command = parser("erase-demo", __doc__)
+    command.add_argument(
         "--concept",
         type=str,
         default="heart",
         help="an object, style or colour of the embedded world",
     )
-    made.add_argument(
+    command.add_argument(
         "--anchor",
         type=str | None,
         default=None,
@@ -35,13 +35,13 @@ def main(argv: list[str] | None = None) -> None:
             "next of its kind"
         ),
     )
-    made.add_argument(
+    command.add_argument(
         "--out",
         type=str | None,
         default=None,
         help="folder for everything; runs/demo-CONCEPT by default",
     )
-    options = parse(made, argv)
+    options = parse(command, argv)
     alone("erase-demo")
     check_folder(options.out or "")
     out = Path(options.out or f"runs/demo-{options.concept}")

@@ -55,42 +55,44 @@ def make_parser(method: str) -> Parser:
     from erase.methods import METHODS, get_method
     from erase.run import EraseConfig
 
-    made = parser("erase-concept", __doc__)
-    made.add_argument("--concept", action=Words, help="what to forget; may be given several times")
-    made.add_argument(
+    command = parser("erase-concept", __doc__)
+    command.add_argument(
+        "--concept", action=Words, help="what to forget; may be given several times"
+    )
+    command.add_argument(
         "--anchor", action=Words, help="what to put in its place, one for each concept"
     )
-    made.add_argument(
+    command.add_argument(
         "--retain", action=Words, help="a prompt whose images must stay; may be given several times"
     )
-    made.add_argument(
+    command.add_argument(
         "--concepts",
         action=Words,
         help=f"a YAML file of concepts, or the name of a shipped one ({', '.join(shipped())}); may "
         "be given several times. A --concept "
         "that it has picks that one alone, any other --concept is one more",
     )
-    made.add_argument(
+    command.add_argument(
         "--kind",
         type=str | None,
         default=None,
         help=f"what the concepts are, for what is proposed by name: {', '.join(kinds())}",
     )
-    made.add_argument(
+    command.add_argument(
         "--propose", action="store_true", help="print the concepts as YAML, to edit, and stop"
     )
-    made.add_argument(
+    command.add_argument(
         "--out",
         type=str,
         default="runs/erased",
         help="folder for delta.safetensors, the mask, and what a stopped run needs",
     )
-    made.add_argument(
+    command.add_argument(
         "--method", type=str, default=method, help=f"{METHODS.listed()}, or package.module:NAME"
     )
-    add_config(made, EraseConfig(method=method), skip={"method"})
-    add_config(made, get_method(method).config)
-    return made
+    add_config(command, EraseConfig(method=method), skip={"method"})
+    add_config(command, get_method(method).config)
+    return command
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -54,48 +54,48 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
     from erase.eval.run import EvaluateConfig
     from erase.models import LoadConfig
 
-    made = parser("erase-evaluate", __doc__)
-    made.add_argument(
+    command = parser("erase-evaluate", __doc__)
+    command.add_argument(
         "--delta",
         type=str,
         default="runs/erased/delta.safetensors",
         help="what erase-concept wrote",
     )
-    made.add_argument(
+    command.add_argument(
         "--model",
         type=str | None,
         default=None,
         help="the base; by default the one that the delta names",
     )
-    made.add_argument(
+    command.add_argument(
         "--load",
         type=LoadConfig,
         default=LoadConfig(),
         help="how the base is read; by default as it was for the delta",
     )
-    made.add_argument(
+    command.add_argument(
         "--prompts",
         action=Words,
         help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or "
         ".yaml file (templates); may be given several "
         "times, the case numbers then count on; canvas if none is given",
     )
-    made.add_argument(
+    command.add_argument(
         "--seeds",
         type=int,
         default=1,
         help="on canvas: how many seeds of each object x style x colour, 1 to 5",
     )
-    made.add_argument(
+    command.add_argument(
         "--base_images",
         type=str | None,
         default=None,
         help="folder for the base's images, shared by evaluations",
     )
-    made.add_argument(
+    command.add_argument(
         "--out", type=str, default="runs/erased/report", help="folder of the report and its images"
     )
-    made.add_argument(
+    command.add_argument(
         "--evaluators",
         type=list[str] | None,
         default=None,
@@ -105,10 +105,10 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "where the prompts carry no label "
         "of the concept's kind)",
     )
-    add_config(made, EvaluateConfig(), skip={"evaluators", "settings"})
+    add_config(command, EvaluateConfig(), skip={"evaluators", "settings"})
     for name, evaluator in evaluators.items():
-        add_group(made, name, evaluator.config)
-    return made
+        add_group(command, name, evaluator.config)
+    return command
 
 
 def main(argv: list[str] | None = None) -> None:

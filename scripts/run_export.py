@@ -57,8 +57,8 @@ def make_parser() -> Parser:
     from erase.export.lora import LAYOUTS
     from erase.models.config import DTYPES, LoadConfig
 
-    made = parser("erase-export", __doc__)
-    made.add_argument(
+    command = parser("erase-export", __doc__)
+    command.add_argument(
         "--delta",  # a type would turn a config file's list into one string (jsonargparse 4.53)
         default=[],
         action="append",
@@ -67,61 +67,61 @@ def make_parser() -> Parser:
             "given several times"
         ),
     )
-    made.add_argument(
+    command.add_argument(
         "--scale",
         default=[],
         action="append",
         help="of each delta, in order; 0 leaves it out, below 0 adds its concept",
     )
-    made.add_argument(
+    command.add_argument(
         "--on_conflict",
         type=str,
         default="sum",
         help=f"weights that several deltas change: {', '.join(ON_CONFLICT)}",
     )
-    made.add_argument(
+    command.add_argument(
         "--conflicts",
         type=str | None,
         default=None,
         help="write the table of overlaps to this JSON file",
     )
-    made.add_argument(
+    command.add_argument(
         "--model",
         type=str | None,
         default=None,
         help="the base; by default the one that the delta names",
     )
-    made.add_argument(
+    command.add_argument(
         "--load",
         type=LoadConfig,
         default=LoadConfig(),
         help="how the base is read; by default as it was for the delta",
     )
-    made.add_argument(
+    command.add_argument(
         "--format",
         type=str,
         default="diffusers",
         help="; ".join(f"{k}: {v}" for k, v in FORMATS.items()),
     )
-    made.add_argument(
+    command.add_argument(
         "--dtype",
         type=str,
         default="float32",
         help=f"of the weights in the files: {', '.join(DTYPES)}",
     )
-    made.add_argument(
+    command.add_argument(
         "--rank",
         type=int | None,
         default=None,
         help="lora: rank of every layer (16 without --energy), or its cap",
     )
-    made.add_argument(
+    command.add_argument(
         "--energy",
         type=float | None,
         default=None,
         help="lora: fraction of each layer's squared change to keep",
     )
-    made.add_argument(
+    command.add_argument(
         "--layout",
         type=str | None,
         default=None,
@@ -130,44 +130,44 @@ def make_parser() -> Parser:
             f"{'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}"
         ),
     )
-    made.add_argument(
+    command.add_argument(
         "--lora_delta",
         type=str | None,
         default=None,
         help="lora: also write base + LoRA as a delta, to evaluate it",
     )
-    made.add_argument(
+    command.add_argument(
         "--undo",
         action="store_true",
         help="put the concept back: --model names the erased checkpoint, and what is written is "
         "its base again, bit for bit; with --format "
         "delta, the delta that does so, for which --model names the base as ever",
     )
-    made.add_argument(
+    command.add_argument(
         "--report",
         type=str | None,
         default=None,
         help="a report.json whose scores go into the model card",
     )
-    made.add_argument(
+    command.add_argument(
         "--out",
         type=str,
         default="runs/erased/model",
         help="a folder or .safetensors file that does not exist yet",
     )
-    made.add_argument(
+    command.add_argument(
         "--push_to_hub",
         type=str | None,
         default=None,
         help="user/name: upload the folder to the Hugging Face hub",
     )
-    made.add_argument(
+    command.add_argument(
         "--private",
         type=bool,
         default=True,
         help="whether a repository that is made there is private",
     )
-    return made
+    return command
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,40 +30,40 @@ def make_parser() -> Parser:
     from erase.eval.generate import GenerateConfig
     from erase.models import LoadConfig
 
-    made = parser("erase-generate", __doc__)
-    made.add_argument(
+    command = parser("erase-generate", __doc__)
+    command.add_argument(
         "--model",
         type=str,
         default="canvas",
         help="canvas (shipped), a diffusers folder, a single file, or a hub id",
     )
-    made.add_argument(
+    command.add_argument(
         "--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read"
     )
-    made.add_argument(
+    command.add_argument(
         "--delta", type=str | None, default=None, help="an erasure to apply to the model first"
     )
-    made.add_argument(
+    command.add_argument(
         "--prompts",
         action=Words,
         help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or "
         ".yaml file (templates); may be given several "
         "times; canvas if no prompt is given",
     )
-    made.add_argument(
+    command.add_argument(
         "--prompt", action=Words, help="a prompt of one image; may be given several times"
     )
-    made.add_argument(
+    command.add_argument(
         "--seed",
         type=int | None,
         default=None,
         help="the seed of each --prompt (0 if none is given); sets have theirs",
     )
-    made.add_argument(
+    command.add_argument(
         "--out", type=str, default="runs/images", help="folder of the images and their manifest"
     )
-    add_config(made, GenerateConfig())
-    return made
+    add_config(command, GenerateConfig())
+    return command
 
 
 def main(argv: list[str] | None = None) -> None:

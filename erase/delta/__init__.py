@@ -1,4 +1,4 @@
-"""What an erasure changed, and nothing else."""
+"""The weights that an erasure changed, and nothing else."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class ErasedDelta:
         """The difference of two states: `erased` values wherever they differ from `base`."""
         values, bits = {}, {}
         for name, new in erased.items():
-            if found := difference(base[name], new.detach()):
-                values[name], bits[name] = found
+            if change := difference(base[name], new.detach()):
+                values[name], bits[name] = change
         return cls(values, bits, dict(metadata))
 
     def __repr__(self) -> str:
@@ -72,7 +72,7 @@ class ErasedDelta:
 
     @property
     def origin(self) -> Origin:
-        """What the metadata say, checked; ask for it before long work.
+        """The metadata, read and checked; ask for them before long work.
 
         Raises:
             ErasureError: they lack something or say what cannot be.
@@ -86,12 +86,12 @@ class ErasedDelta:
 
     @property
     def title(self) -> str:
-        """`heart, star`: what was erased."""
+        """The erased concepts, e.g. `heart, star`."""
         return ", ".join(concept["target"] for concept in self.concepts) or "nothing"
 
     @property
     def name(self) -> str:
-        """`canvas without heart`: what the erased weights are called, without where the base lay on
+        """The name of the erased weights, e.g. `canvas without heart`, without the base's path on
         somebody's disk."""
         base = re.split(r"[\\/]", self.metadata.get("base_id", "?").rstrip("\\/"))[-1]
         return (
@@ -342,7 +342,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _what(folder: Path) -> str:
-    """What a folder without a delta is, and the way out."""
+    """The kind of a folder without a delta, and the way out."""
     if (folder / "model_index.json").exists():
         return "it is a model; give a model as --model, and as --delta what erase-concept wrote"
     if (folder / "report.json").exists():
@@ -362,8 +362,8 @@ def _what(folder: Path) -> str:
 
 
 def gone(metadata: Mapping[str, str]) -> list[str]:
-    """What a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its strength)` where it
-    was scaled."""
+    """The concepts that a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its
+    strength)` where it was scaled."""
     check_metadata(metadata, "this delta")
     if "parts" not in metadata:
         return [str(concept["target"]) for concept in json.loads(metadata.get("concepts", "[]"))]

@@ -26,7 +26,7 @@ def load_base(
         name: where the base is now; by default where it was. A hub id is fetched only if it is
             given here: a delta may come from anybody, and name anything.
         device: where it goes.
-        options: how it is read now; what is not the default wins over the delta's.
+        options: how it is read now; settings other than the defaults win over the delta's.
 
     Raises:
         ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one
@@ -38,14 +38,14 @@ def load_base(
             f"{delta.source} does not say which base it was made from; give the base with --model"
         )
     stored = load_options(delta.metadata, delta.source)
-    chosen = stored.meant_for("folder" if base == "canvas" else kind_of(base)).updated(given)
+    config = stored.meant_for("folder" if base == "canvas" else kind_of(base)).updated(given)
     if name is None and base != "canvas":
-        if not is_here(base, chosen):
-            revision = f" --load.revision {chosen.revision}" if chosen.revision else ""
+        if not is_here(base, config):
+            revision = f" --load.revision {config.revision}" if config.revision else ""
             raise ErasureError(
                 f"{delta.source} names {base!r} as its base, which is not on this machine; to "
                 "fetch it from the hub, say so with --model "
                 f"{base}{revision}, or give with --model where it is"
             )
-        chosen = replace(chosen, offline=True)
-    return load_model(base, device, chosen)
+        config = replace(config, offline=True)
+    return load_model(base, device, config)

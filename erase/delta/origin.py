@@ -1,5 +1,5 @@
-"""What a delta's metadata say: read, checked, and refused in a sentence before anything is made of
-it."""
+"""The metadata of a delta: read, checked, and refused in a sentence before anything is made of
+them."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def check_metadata(metadata: Mapping[str, str], source: str) -> None:
         *(f"concepts: {key}" for values in concepts for key in values.keys() - CONCEPT.keys()),
     }
     if newer:
-        made, said = metadata.get("created_with", "a newer version"), ", ".join(sorted(newer))
+        version, unknown = metadata.get("created_with", "a newer version"), ", ".join(sorted(newer))
         log.warning(
             "%s: this version does not know its %.200s (made with %.80s), and leaves it out",
             source,
-            said,
-            made,
+            unknown,
+            version,
         )
 
 

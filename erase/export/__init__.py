@@ -162,7 +162,7 @@ def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) 
 
 @contextmanager
 def _as_found(model: DiffusionModel, delta: ErasedDelta) -> Iterator[None]:
-    """Give a model its weights back, and what saving writes into its configurations.
+    """Give a model its weights back, and its configurations, into which saving writes.
 
     Only the weights that the delta changes are copied, since they are changed in place; the others
     are only exchanged for their casts.
@@ -192,11 +192,11 @@ def _as_found(model: DiffusionModel, delta: ErasedDelta) -> Iterator[None]:
     finally:
         for tensor, data in tensors:
             tensor.data = data
-        for config, found in configs:
+        for config, old in configs:
             config.clear()
-            config.update(found)
-        for one, found in frozen:
-            one._internal_dict = found
+            config.update(old)
+        for one, old in frozen:
+            one._internal_dict = old
         model.fingerprint = fingerprint
 
 
@@ -251,8 +251,8 @@ def _folder(out: str | Path, card: str, picture: str | Path | None) -> Iterator[
 
 @contextmanager
 def _unfinished(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that is this export's alone and locked; what killed exports to
-    `out` left there is removed first."""
+    """A new folder beside `out` that is this export's alone and locked; leftovers of killed exports
+    to `out` are removed first."""
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{escape(out.name)}.{HOST}.*.part"):
         with _locked(left) as dead:

@@ -27,10 +27,10 @@ for"""
 
 @dataclass(frozen=True)
 class Usage:
-    """What an export's model card says of it."""
+    """The text of a model card on the files of an export."""
 
     about: str
-    """what the files are, after `This is`"""
+    """the noun phrase for the files, after `This is`"""
     code: str
     """Python that makes `pipeline` of them; it has the placeholders path/to/this/folder and, where
     it is needed, path/to/base"""
@@ -126,5 +126,7 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
         "load_base": f"{base_class}.{'from_single_file' if one_file else 'from_pretrained'}",
         "config": "" if one_file else ', config="path/to/base"',
     }
-    chosen = USAGES[format]
-    return replace(chosen, about=chosen.about.format(**texts), code=chosen.code.format(**texts))
+    template = USAGES[format]
+    return replace(
+        template, about=template.about.format(**texts), code=template.code.format(**texts)
+    )

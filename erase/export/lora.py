@@ -1,4 +1,4 @@
-"""A delta as a LoRA: low-rank factors of what changed, in a file that stock
+"""A delta as a LoRA: low-rank factors of the change, in a file that stock
 `pipeline.load_lora_weights` reads, and most programs beside it.
 
 A LoRA is an approximation: it holds the nearest matrices of low rank (Eckart and Young, 1936), and
@@ -263,7 +263,7 @@ def _holders(model: DiffusionModel, components: list[str]) -> set[str]:
 def _fit(
     name: str, change: Tensor, rank: int | None, energy: float | None
 ) -> tuple[Tensor, Tensor, LayerFit]:
-    """Down and up factor of one change (float64, outputs x inputs), and what they miss."""
+    """Down and up factor of one change (float64, outputs x inputs), and their error."""
     down, up = _factors(change, rank, energy)
     norm = change.norm().item()
     error = (change - up.double() @ down.double()).norm().item() / norm
@@ -284,11 +284,11 @@ def _factors(change: Tensor, rank: int | None, energy: float | None) -> tuple[Te
         power.flip(0).clamp(min=0),
         vectors.flip(1),
     )
-    kept = int((power > power[0] * 1e-14).sum())  # what is below is rounding
+    size = int((power > power[0] * 1e-14).sum())  # what is below is rounding
     if energy is not None:
-        kept = min(kept, int((power.cumsum(0) < energy * power.sum()).sum()) + 1)
-    kept = min(kept, rank or kept)
-    basis, root = vectors[:, :kept], power[:kept].sqrt().sqrt()
+        size = min(size, int((power.cumsum(0) < energy * power.sum()).sum()) + 1)
+    size = min(size, rank or size)
+    basis, root = vectors[:, :size], power[:size].sqrt().sqrt()
     if wide:
         return ((basis.T @ change) / root[:, None]).float(), (basis * root).float()
     return (basis * root).T.float(), ((change @ basis) / root).float()
@@ -306,8 +306,8 @@ def _without_paths(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """What PEFT has to know of each component's layers: without it, loaders guess the scale of
-    layers of unequal rank."""
+    """The settings that PEFT needs for each component's layers: without them, loaders guess the
+    scale of layers of unequal rank."""
     config: dict[str, Any] = {}
     for component in dict.fromkeys(name.split(".")[0] for name in ranks):
         own = {

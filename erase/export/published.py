@@ -16,7 +16,7 @@ def plain(text: object) -> str:
     it."""
     line = BREAKS.sub(" ", str(text)).strip()
     line = re.sub(r"([\\`*_\[\]<>#|~!&$])", r"\\\1", line)
-    return re.sub(r"(:)(?=//)|(?<=www)(\.)", lambda found: "\\" + found[0], line)
+    return re.sub(r"(:)(?=//)|(?<=www)(\.)", lambda match: "\\" + match[0], line)
 
 
 def code(text: object) -> str:
@@ -50,8 +50,10 @@ def command_without_paths(command: str) -> str:
         words = shlex.split(command)
     except ValueError:  # an open quote
         words = command.split()
-    shown = []
+    cleaned = []
     for word in words:
         option, equals, value = word.partition("=")
-        shown.append(option + equals + without_folders(value) if equals else without_folders(word))
-    return shlex.join(shown)
+        cleaned.append(
+            option + equals + without_folders(value) if equals else without_folders(word)
+        )
+    return shlex.join(cleaned)

@@ -43,8 +43,8 @@ def check_named(images: Sequence[OwnImage], concepts: Sequence[ConceptSpec]) -> 
             )
         return
     named = Names(name for concept in concepts for name in concept.names)
-    found = {image: named.found(image.words or "") for image in images}
-    if unnamed := [image for image, names in found.items() if not names]:
+    names_in = {image: named.found(image.words or "") for image in images}
+    if unnamed := [image for image, names in names_in.items() if not names]:
         raise ErasureError(
             f"{len(unnamed)} of {len(images)} captions of latents.forget_images do not name what "
             f"is to be forgotten ({unnamed[0].path}: "
@@ -52,7 +52,7 @@ def check_named(images: Sequence[OwnImage], concepts: Sequence[ConceptSpec]) -> 
             "or set latents.captions to none"
         )
     for concept in concepts:
-        if not any(set(concept.names) & set(names) for names in found.values()):
+        if not any(set(concept.names) & set(names) for names in names_in.values()):
             raise ErasureError(
                 f"no caption of the {len(images)} images of latents.forget_images names "
                 f"{concept.target!r}; give it some, or raise "
@@ -89,21 +89,21 @@ def that_stay(images: Sequence[OwnImage], concepts: Sequence[ConceptSpec]) -> li
     if not captioned(images):
         return list(images)
     named = Names(name for concept in concepts for name in concept.names)
-    kept = [image for image in images if not named.found(image.words or "")]
-    if not kept:
+    remaining = [image for image in images if not named.found(image.words or "")]
+    if not remaining:
         raise ErasureError(
             f"the captions of all {len(images)} images of latents.retain_images name "
             f"{_titles(concepts)}; give images of other things"
         )
-    if len(kept) < len(images):
-        left_out = len(images) - len(kept)
+    if len(remaining) < len(images):
+        left_out = len(images) - len(remaining)
         log.info(
             "latents.retain_images: %d of %d images are left out, whose captions name what is to "
             "go",
             left_out,
             len(images),
         )
-    return kept
+    return remaining
 
 
 def retain_prompts(images: Sequence[OwnImage], n: int) -> list[str]:

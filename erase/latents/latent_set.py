@@ -55,11 +55,11 @@ class LatentSet:
             return rows
 
         first, count = 0, 0
-        chosen = []
+        indices = []
         for points in torch.unique_consecutive(self.image[rows], return_counts=True)[1].tolist():
-            chosen.append(first + count % points)
+            indices.append(first + count % points)
             first, count = first + points, count + 1
-        return rows[torch.tensor(chosen, dtype=torch.long)]
+        return rows[torch.tensor(indices, dtype=torch.long)]
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Latents of these rows: a posterior sample each, where they come from images."""

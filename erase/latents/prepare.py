@@ -65,10 +65,10 @@ class LatentConfig:
     def __post_init__(self) -> None:
         check_precision(self.mixed_precision)
         check_names(self, {"captions": CAPTIONS})
-        for given in ("forget_images", "retain_images"):
-            if (folder := getattr(self, given)) is not None and not folder.strip():
+        for name in ("forget_images", "retain_images"):
+            if (folder := getattr(self, name)) is not None and not folder.strip():
                 raise ErasureError(
-                    f"latents.{given} is empty; name a folder, or leave it out to sample the images"
+                    f"latents.{name} is empty; name a folder, or leave it out to sample the images"
                 )
         counts = dict.fromkeys(("n_forget", "n_retain", "steps", "batch_size"), COUNT)
         check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE})
@@ -230,13 +230,13 @@ def _pick_pairs(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list
 def _pick_retain(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[str]:
     """Retain prompts of all concepts, less those that name any of the concepts."""
     names = [name for concept in concepts for name in concept.names]
-    given = list(dict.fromkeys(prompt for concept in concepts for prompt in concept.retain))
-    prompts = without(given, names)
-    if prompts and len(prompts) < len(given):
+    listed = list(dict.fromkeys(prompt for concept in concepts for prompt in concept.retain))
+    prompts = without(listed, names)
+    if prompts and len(prompts) < len(listed):
         log.info(
             "%d of %d retain prompts name what is to be forgotten and are left out",
-            len(given) - len(prompts),
-            len(given),
+            len(listed) - len(prompts),
+            len(listed),
         )
     if not prompts:
         raise ErasureError(
@@ -273,26 +273,26 @@ def _cached(
     digest = hashlib.sha256(key.encode()).hexdigest()
     path = cache / f"{what}-{digest[:16]}.safetensors" if cache else None
     if path and exists_on_all(path):
-        kept = LatentSet.load(path, digest)
-        points = len(kept) // len(prompts)
-        if (kept.prompts, kept.anchors) != (
+        cached = LatentSet.load(path, digest)
+        points = len(cached) // len(prompts)
+        if (cached.prompts, cached.anchors) != (
             _times(prompts, points),
             anchors and _times(anchors, points),
         ):
             raise ErasureError(
                 f"{path} holds other prompts than this run's; delete it to make it again"
             )
-        return kept
+        return cached
 
     if files:
         mean, std = _encode(model, files, config.batch_size)
         rows = torch.arange(len(prompts)) % len(mean)
-        made = LatentSet(mean[rows], std[rows], prompts, anchors)
+        latents = LatentSet(mean[rows], std[rows], prompts, anchors)
     else:
-        made = _sampled(model, config, what, prompts, anchors, own, seed)
+        latents = _sampled(model, config, what, prompts, anchors, own, seed)
     if path and processes().is_main_process:
-        made.save(path, {"base_fingerprint": model.fingerprint, "made_from": digest})
-    return made
+        latents.save(path, {"base_fingerprint": model.fingerprint, "made_from": digest})
+    return latents
 
 
 def _sampled(

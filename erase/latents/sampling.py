@@ -91,7 +91,7 @@ def choose_states(
     state = ((start + torch.arange(each)) * steps / each).long().clamp(max=steps - 1)
     low = torch.cat([t[1:].cpu() + 1, t.new_zeros(1).cpu()])
     high = torch.cat([t.new_tensor([timesteps - 1]).cpu(), low[:-1] - 1])
-    chosen = low[state] + (within * (high - low + 1)[state]).long()
+    times = low[state] + (within * (high - low + 1)[state]).long()
     return noise[state.to(noise.device), torch.arange(n, device=noise.device)[:, None]].flatten(
         0, 1
-    ), chosen.flatten()
+    ), times.flatten()

@@ -41,9 +41,9 @@ def edit(task: Task, config: UCEConfig) -> Edit:
     """Solve for each projection (eq. 7)."""
     pairs = [subject_states(task, concept) for concept in task.concepts]
     concepts, anchors = (torch.cat(states) for states in zip(*pairs, strict=True))
-    kept = seen_states(task, [prompt for concept in task.concepts for prompt in concept.retain])
+    retained = seen_states(task, [prompt for concept in task.concepts for prompt in concept.retain])
 
-    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * kept
+    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * retained
     values = {}
     for name, weight in text_projections(task, config.scope).items():
         outputs = anchors @ weight.detach().T

@@ -1,4 +1,4 @@
-"""What a method sees of a diffusion model: one Protocol, whatever the family."""
+"""The interface of a diffusion model to a method: one Protocol, whatever the family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Cond:
-    """What a denoiser is conditioned on, one row per prompt."""
+    """The conditions of a denoiser, one row per prompt."""
 
     embeddings: Tensor
     """text states, shape (n, tokens, dim)"""
@@ -101,7 +101,8 @@ class DiffusionModel(Protocol):
         """The forward process q(x_t | x_0)."""
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What `predict` is trained to give: the noise (epsilon), the velocity (v) or the flow."""
+        """The target of `predict` in training: the noise (epsilon), the velocity (v) or the
+        flow."""
 
     def predict(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """The denoiser's prediction for x_t, with gradient where enabled."""
@@ -130,8 +131,8 @@ class DiffusionModel(Protocol):
     def trajectory(
         self, prompts: list[str], seeds: list[int], steps: int, guidance: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What `sample` gives, and the states that it passed through, as the noise that leads there
-        from the finished latents.
+        """The latents of `sample`, and the states that it passed through, as the noise that leads
+        there from the finished latents.
 
         Returns:
             latents x_0, shape (n, *latent_shape); noise, shape (steps, n, *latent_shape), and

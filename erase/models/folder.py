@@ -54,7 +54,7 @@ log = logging.getLogger("erase")
 
 
 class Part(NamedTuple):
-    """What the index says of a part."""
+    """The entry of a part in the index."""
 
     library: str
     kind: str
@@ -83,17 +83,17 @@ def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
     )
 
     # what the folder says it has not (SD 3 without its T5), diffusers wants to be told again
-    given: dict[str, Any] = dict.fromkeys(
+    components: dict[str, Any] = dict.fromkeys(
         part for part, entry in index.items() if isinstance(entry, list) and part not in wanted
     )
-    given |= {part: _load(wanted[part], where, options) for part, where in folders.items()}
+    components |= {part: _load(wanted[part], where, options) for part, where in folders.items()}
     if options.vae:
-        given["vae"] = load_vae(options.vae, _vae_config(folder), options.torch_dtype)
+        components["vae"] = load_vae(options.vae, _vae_config(folder), options.torch_dtype)
     extra = {"requires_safety_checker": False} if "safety_checker" in index else {}
     extra |= {"add_watermarker": False} if kind == "StableDiffusionXLPipeline" else {}
     try:
         pipeline = getattr(diffusers, kind).from_pretrained(
-            folder, **given, **extra, local_files_only=True
+            folder, **components, **extra, local_files_only=True
         )
     except Exception as error:
         raise ErasureError(f"cannot load the {kind} in {folder}: {reason(error)}") from error
@@ -161,9 +161,9 @@ def _parts(folder: Path, index: Mapping[str, Any], has_vae: bool) -> dict[str, P
                 "again, whole"
             )
         if part in parts and not _is(parts[part], known):
-            found = ".".join(parts[part])
+            name = ".".join(parts[part])
             raise ErasureError(
-                f"{folder / INDEX}: its {part} is a {found}, not a {known}; code and classes of "
+                f"{folder / INDEX}: its {part} is a {name}, not a {known}; code and classes of "
                 "others are not run"
             )
     for part in parts.keys() - expected.keys() - LEFT_OUT.keys():

@@ -1,5 +1,4 @@
-"""Reading a checkpoint: which family it is of, every weight present, finite and of the right
-shape."""
+"""Reading a checkpoint: its family, and every weight present, finite and of the right shape."""
 
 from __future__ import annotations
 
@@ -63,7 +62,7 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
 
 
 def kind_of(name: str | Path) -> str:
-    """What a checkpoint's name stands for: `single file`, `folder`, or else `hub id`.
+    """The kind of checkpoint that a name stands for: `single file`, `folder`, or else `hub id`.
 
     Raises:
         ErasureError: a single file that is not there, or a path that cannot be looked at.

@@ -1,5 +1,4 @@
-"""The files of one part of a diffusers folder: what they are is told before a library reads
-them."""
+"""The files of one part of a diffusers folder: their kind is known before a library reads them."""
 
 from __future__ import annotations
 
@@ -110,7 +109,7 @@ def check_part(folder: Path, part: str) -> Path:
 def variants(where: Path) -> set[str | None]:
     """The variants of a part's safetensors weights; None stands for files without a variant in
     their name."""
-    return {found["variant"] for found in _weights(where) if found["kind"] == "safetensors"}
+    return {match["variant"] for match in _weights(where) if match["kind"] == "safetensors"}
 
 
 def _weights(where: Path) -> list[re.Match[str]]:
@@ -149,22 +148,22 @@ def weight_variant(where: Path, asked: str | None) -> str | None:
         raise ErasureError(
             f"{where} {_lacking(where, sorted(variant for variant in there if variant))}"
         )
-    chosen = asked if asked in there else None
-    for found in _weights(where):
-        if found["kind"] == "safetensors" and found["variant"] == chosen:
-            _check_plain(where / found.string)
-    return chosen
+    variant = asked if asked in there else None
+    for match in _weights(where):
+        if match["kind"] == "safetensors" and match["variant"] == variant:
+            _check_plain(where / match.string)
+    return variant
 
 
 def _lacking(where: Path, named: list[str]) -> str:
-    """What a part without readable weights has instead, and what to do about it."""
+    """The files of a part without readable weights, and the way out."""
     if named:
         return f"has weights only as {', '.join(named)}; add --load.variant {named[0]}"
-    pickles = [found.string for found in _weights(where) if found["kind"] == "bin"]
+    pickles = [match.string for match in _weights(where) if match["kind"] == "bin"]
     if not pickles:
         return "holds no weights (.safetensors); fetch the checkpoint again, whole"
     variant = next(
-        (f", variant={found['variant']!r}" for found in _weights(where) if found["variant"]), ""
+        (f", variant={match['variant']!r}" for match in _weights(where) if match["variant"]), ""
     )
     return (
         f"has its weights only as a pickle ({pickles[0]}), which is not opened; convert the "

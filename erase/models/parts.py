@@ -20,7 +20,7 @@ def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
     """
     variant = weight_variant(where, options.variant)
     try:
-        module, found = kind.from_pretrained(
+        module, info = kind.from_pretrained(
             where,
             dtype=options.torch_dtype,
             use_safetensors=True,
@@ -36,7 +36,7 @@ def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
         "unexpected_keys": "holds in surplus",
     }
     for problem, words in what.items():
-        keys = [str(key) for key in found.get(problem, ()) if "position_ids" not in str(key)]
+        keys = [str(key) for key in info.get(problem, ()) if "position_ids" not in str(key)]
         if problem == "unexpected_keys":
             keys = [key for key in keys if not options.ignores(key)]
         if keys:

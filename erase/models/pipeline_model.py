@@ -1,4 +1,4 @@
-"""What every family has in common: a `DiffusionModel` over a stock diffusers pipeline."""
+"""The part that every family shares: a `DiffusionModel` over a stock diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -59,14 +59,12 @@ class PipelineModel:
 
     def parameters(self, component: str | None = None) -> dict[str, nn.Parameter]:
         parts = modules(self._pipeline)
-        chosen = (
+        names = (
             [part for part in self.components if part in parts]
             if component is None
             else [component]
         )
-        return {
-            f"{part}.{name}": p for part in chosen for name, p in parts[part].named_parameters()
-        }
+        return {f"{part}.{name}": p for part in names for name, p in parts[part].named_parameters()}
 
     def encode(
         self, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None

@@ -79,29 +79,29 @@ def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None =
     further = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
     rows = []
     for prompt in prompts:
-        found = pipeline.encode_prompt(
+        encoded = pipeline.encode_prompt(
             prompt=prompt,
             device=device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
             **further,
         )
-        row = Cond(found[0], {POOLED: found[2]} if len(found) == 4 else {})
+        row = Cond(encoded[0], {POOLED: encoded[2]} if len(encoded) == 4 else {})
         zeros = not prompt and pipeline.config.get("force_zeros_for_empty_prompt", False)
         rows.append(row.each(torch.zeros_like) if zeros else row)
     return Cond.stack(rows)
 
 
 def arguments(cond: Cond, null: Cond) -> dict[str, Tensor]:
-    """What a pipeline's call takes instead of prompts: these conditions, each guided away from its
-    null condition."""
-    given = {"prompt_embeds": cond.embeddings, "negative_prompt_embeds": null.embeddings}
+    """The keyword arguments of a pipeline's call in the place of prompts: these conditions, each
+    guided away from its null condition."""
+    keywords = {"prompt_embeds": cond.embeddings, "negative_prompt_embeds": null.embeddings}
     if POOLED in cond.extras:
-        given |= {
+        keywords |= {
             "pooled_prompt_embeds": cond.extras[POOLED],
             "negative_pooled_prompt_embeds": null.extras[POOLED],
         }
-    return given
+    return keywords
 
 
 @torch.no_grad()
@@ -123,5 +123,5 @@ def decode(pipeline: Pipeline, latents: Tensor, precision: str) -> Tensor:
     finally:
         if vae.dtype != stored:
             vae.to(stored)
-    shown: Tensor = pipeline.image_processor.postprocess(pixels, output_type="pt")
-    return shown
+    images: Tensor = pipeline.image_processor.postprocess(pixels, output_type="pt")
+    return images

@@ -45,14 +45,14 @@ def encode_live(
         further = (
             {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
         )
-        found = pipeline.encode_prompt(
+        encoded = pipeline.encode_prompt(
             prompt=texts,
             device=pipeline._execution_device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
             **further,
         )
-    cond = Cond(found[0], {POOLED: found[2]} if len(found) == 4 else {})
+    cond = Cond(encoded[0], {POOLED: encoded[2]} if len(encoded) == 4 else {})
     return _zeros_for_empty(pipeline, texts, cond)
 
 
@@ -95,8 +95,8 @@ def _standing_before(encoder: Any, embeddings: Tensor, holder: int) -> Iterator[
 
     def replaced(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         start = int((inputs[0][0] == holder).nonzero()[0])
-        given = embeddings.to(output).expand(len(output), count, -1)
-        return torch.cat([output[:, :start], given, output[:, start + count :]], dim=1)
+        prefix = embeddings.to(output).expand(len(output), count, -1)
+        return torch.cat([output[:, :start], prefix, output[:, start + count :]], dim=1)
 
     weight = encoder.get_input_embeddings().weight
     layers = [layer for layer in encoder.modules() if getattr(layer, "weight", None) is weight]

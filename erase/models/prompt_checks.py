@@ -76,12 +76,14 @@ def cut_prompts(
         `count` of `of` prompts, the `room` of each encoder that cuts, in tokens, `cases`, and the
         first of the `prompts`.
     """
-    found = tokens(list(prompts))
-    cut = [row for row in range(len(prompts)) if any(rows[row].cut for rows in found.values())]
+    by_encoder = tokens(list(prompts))
+    cut = [row for row in range(len(prompts)) if any(rows[row].cut for rows in by_encoder.values())]
     if not cut:
         return None
     room = {
-        encoder: rows[0].room for encoder, rows in found.items() if any(row.cut for row in rows)
+        encoder: rows[0].room
+        for encoder, rows in by_encoder.items()
+        if any(row.cut for row in rows)
     }
     log.warning(
         "%d of %d prompts are longer than a text encoder reads, the first is %r",

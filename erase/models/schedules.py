@@ -1,4 +1,4 @@
-"""Noise schedules: which of diffusers' schedulers a model can be trained and sampled by."""
+"""Noise schedules: the schedulers of diffusers that a model can be trained and sampled by."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 def scheduler_class(name: object) -> Any:
     """diffusers' scheduler of this name, or None."""
-    found = getattr(diffusers, name, None) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, SchedulerMixin) else None
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, SchedulerMixin) else None
 
 
 def knows_zero_snr(kind: Any) -> bool:
@@ -101,13 +101,13 @@ def sampler(own: Any, kind: Any, name: str, options: dict[str, Any] | None = Non
             noise levels.
     """
     try:
-        made = kind.from_config(own.config, **(options or {}))
+        scheduler = kind.from_config(own.config, **(options or {}))
     except Exception as error:  # a value in the configuration can upset it anywhere
         raise ErasureError(
             f"scheduler {name} cannot take this model's noise schedule: {reason(error)}; use "
             "another"
         ) from error
-    mine, theirs = getattr(own, "alphas_cumprod", None), getattr(made, "alphas_cumprod", None)
+    mine, theirs = getattr(own, "alphas_cumprod", None), getattr(scheduler, "alphas_cumprod", None)
     if torch.is_tensor(mine) and not isinstance(own, FlowMatchEulerDiscreteScheduler):
         if (
             not torch.is_tensor(theirs)
@@ -119,4 +119,4 @@ def sampler(own: Any, kind: Any, name: str, options: dict[str, Any] | None = Non
                 f"scheduler {name} would sample on another noise schedule than this model's{why}; "
                 "use ddim, dpm++ or euler"
             )
-    return made
+    return scheduler

@@ -1,4 +1,4 @@
-"""Which parameters may change."""
+"""Scopes: the parameters that may change, by pattern."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Param
         pattern = re.compile(SCOPES.get(scope, scope))
     except re.error as error:
         raise ErasureError(f"scope {scope!r} is not a regular expression: {error}") from error
-    chosen = {name: param for name, param in params.items() if pattern.search(name)}
-    if not chosen:
+    selected = {name: param for name, param in params.items() if pattern.search(name)}
+    if not selected:
         raise ErasureError(
             f"scope {scope!r} matches none of the {len(params)} parameters, e.g. "
             f"{next(iter(params), 'none')!r}"
         )
-    return chosen
+    return selected

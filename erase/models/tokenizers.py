@@ -29,16 +29,16 @@ T5_TOKENS = 256
 
 def tokens(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[Tokens]]:
     """Prompts as each text encoder of a pipeline takes them, by the encoder's name."""
-    found = {}
+    by_encoder = {}
     for part, tokenizer in _tokenizers(pipeline).items():
         rows = tokenizer(
             prompts, add_special_tokens=False, truncation=False, padding=False, verbose=False
         ).input_ids
         room = _length(tokenizer) - tokenizer.num_special_tokens_to_add()
-        found[part.replace("tokenizer", "text_encoder")] = [
+        by_encoder[part.replace("tokenizer", "text_encoder")] = [
             Tokens(tuple(ids), room) for ids in rows
         ]
-    return found
+    return by_encoder
 
 
 def _tokenizers(pipeline: Pipeline) -> dict[str, Any]:
@@ -132,9 +132,9 @@ def _check_clip(tokenizer: Any, vocabulary: Mapping[str, int], config: Any, whic
             f"{config.max_position_embeddings} positions; write that into model_max_length of "
             "tokenizer_config.json"
         )
-    made = {"".join(pair) for pair in _merges(tokenizer)} | set(tokenizer.get_added_vocab())
+    merged = {"".join(pair) for pair in _merges(tokenizer)} | set(tokenizer.get_added_vocab())
     lost = [
-        token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and token not in made
+        token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and token not in merged
     ]
     if lost:
         raise ErasureError(
@@ -146,5 +146,5 @@ def _check_clip(tokenizer: Any, vocabulary: Mapping[str, int], config: Any, whic
 
 def _merges(tokenizer: Any) -> list[list[str]]:
     """The pairs of symbols that a byte-pair tokenizer joins."""
-    found = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
-    return [pair.split(" ") if isinstance(pair, str) else pair for pair in found]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
+    return [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]

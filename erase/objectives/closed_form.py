@@ -44,10 +44,10 @@ def text_projections(task: Task, scope: str) -> dict[str, nn.Parameter]:
     Raises:
         ErasureError: the scope has others: a closed form over text states cannot answer for them.
     """
-    chosen = task.weights(scope)
+    projections = task.weights(scope)
     others = [
         name
-        for name in chosen
+        for name in projections
         if not (
             name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
         )
@@ -57,7 +57,7 @@ def text_projections(task: Task, scope: str) -> dict[str, nn.Parameter]:
             f"{others[0]} is not applied to text states, so that no closed form over them can edit "
             "it; use scope xattn_kv of a UNet"
         )
-    return chosen
+    return projections
 
 
 def subject_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:

@@ -89,26 +89,26 @@ class Remap:
             self.config,
         )
         size, generator = config.train.batch_size, self.task.generator(step)
-        kept = epoch_rows(len(retain), step * size, size, self.task.seed + 1)
-        retained = draw_rows(model, retain, kept, generator)
+        retain_rows = epoch_rows(len(retain), step * size, size, self.task.seed + 1)
+        retained = draw_rows(model, retain, retain_rows, generator)
 
-        gone = epoch_rows(len(forget), step * size, size, self.task.seed, config.shuffle)
-        x_forget = forget.draw(gone, generator)
-        x_anchor = x_forget if config.share_latents else forget.draw(gone, generator)
-        t, noise = forget.draw_noise(gone, model.timesteps, generator)
+        forget_rows = epoch_rows(len(forget), step * size, size, self.task.seed, config.shuffle)
+        x_forget = forget.draw(forget_rows, generator)
+        x_anchor = x_forget if config.share_latents else forget.draw(forget_rows, generator)
+        t, noise = forget.draw_noise(forget_rows, model.timesteps, generator)
 
         seen = noised(model, x_forget, noise, t)
         anchor = seen if config.share_latents else noised(model, x_anchor, noise, t)
-        return RemapBatch(seen, anchor, retained, gone, kept)
+        return RemapBatch(seen, anchor, retained, forget_rows, retain_rows)
 
     def loss(self, batch: RemapBatch, base: Base) -> dict[str, Tensor]:
         """Forget and retain rows go through the denoiser together; so do the teacher's."""
-        anchor, kept = self._targets(batch, base)
+        anchor, reference = self._targets(batch, base)
         prompts = _chosen(self.forget_set.prompts, batch.forget_rows)
         forgot, retained = self._together(batch.forget, prompts, batch)
         return {
             "forget": remap(forgot, anchor),
-            "retain": self.config.alpha * denoising(retained, kept),
+            "retain": self.config.alpha * denoising(retained, reference),
         }
 
     def _targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
@@ -142,8 +142,10 @@ class Remap:
                     self._predict_all(self.retain_set, self.retain_set.prompts, "retain targets"),
                 )
         device = batch.forget.noisy.device
-        anchor, kept = self._known
-        return anchor[batch.forget_rows.cpu()].to(device), kept[batch.retain_rows.cpu()].to(device)
+        anchor, reference = self._known
+        return anchor[batch.forget_rows.cpu()].to(device), reference[batch.retain_rows.cpu()].to(
+            device
+        )
 
     def _predict_all(self, points: LatentSet, prompts: Sequence[str], what: str) -> Tensor:
         """Predictions at the fixed points of a set, in float32 on the CPU."""
@@ -154,10 +156,10 @@ class Remap:
         )
 
         def predict(rows: range) -> Tensor:
-            chosen = torch.tensor(rows)
-            t, noise = points.draw_noise(chosen, model.timesteps, generator)
-            seen = noised(model, points.latents[chosen], noise, t)
-            return self.task.predict(seen, _chosen(prompts, chosen)).float().cpu()
+            indices = torch.tensor(rows)
+            t, noise = points.draw_noise(indices, model.timesteps, generator)
+            seen = noised(model, points.latents[indices], noise, t)
+            return self.task.predict(seen, _chosen(prompts, indices)).float().cpu()
 
         # as many for every process: under FSDP each prediction is an effort of all
         return torch.cat(
@@ -168,8 +170,8 @@ class Remap:
 
     def _together(self, rows: Rows, prompts: list[str], batch: RemapBatch) -> tuple[Tensor, Tensor]:
         """Predictions for these rows and for the batch's retain rows, in one pass."""
-        kept = _chosen(self.retain_set.prompts, batch.retain_rows)
-        both = self.task.predict(rows.cat(batch.retain), prompts + kept)
+        retain_prompts = _chosen(self.retain_set.prompts, batch.retain_rows)
+        both = self.task.predict(rows.cat(batch.retain), prompts + retain_prompts)
         return both[: len(rows)], both[len(rows) :]
 
 

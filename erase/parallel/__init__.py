@@ -1,1 +1,1 @@
-"""Several processes: who does what, what they exchange, and training in shards."""
+"""Several processes: their shares of the work, their exchanges, and training in shards."""

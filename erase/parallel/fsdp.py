@@ -44,7 +44,7 @@ for the whole pass"""
 
 
 class Settings(Protocol):
-    """What shards look at of a training's settings (`TrainConfig`)."""
+    """The settings of a training that shards read (`TrainConfig`)."""
 
     optimizer: str
     mixed_precision: str
@@ -169,18 +169,18 @@ class Shards(Layout):
         # a single number, as an optimizer's count of steps, is everyone's
         return whole[mine].clone() if whole.dim() else whole
 
-    def gather(self, piece: Tensor) -> Tensor:
+    def gather(self, part: Tensor) -> Tensor:
         """On the CPU: a device has room for shards alone."""
         lengths = [
-            torch.zeros(1, dtype=torch.int64, device=piece.device) for _ in range(self._count)
+            torch.zeros(1, dtype=torch.int64, device=part.device) for _ in range(self._count)
         ]
-        distributed.all_gather(lengths, torch.full_like(lengths[0], len(piece)))
-        padded = piece.new_zeros(max(map(int, lengths)), *piece.shape[1:])
-        padded[: len(piece)] = piece
-        found = [torch.empty_like(padded) for _ in lengths]
-        distributed.all_gather(found, padded)
+        distributed.all_gather(lengths, torch.full_like(lengths[0], len(part)))
+        padded = part.new_zeros(max(map(int, lengths)), *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in lengths]
+        distributed.all_gather(parts, padded)
         return torch.cat(
-            [each[:length].cpu() for each, length in zip(found, map(int, lengths), strict=True)]
+            [each[:length].cpu() for each, length in zip(parts, map(int, lengths), strict=True)]
         )
 
 
@@ -272,5 +272,5 @@ def _fill(twin: nn.Module, original: nn.Module, layout: Shards) -> None:
     """Each process's rows of the parameters, and all of the buffers."""
     for param, whole in zip(twin.parameters(), original.parameters(), strict=True):
         layout.local(param).copy_(whole[layout.rows(len(whole))])
-    for buffer, kept in zip(twin.buffers(), original.buffers(), strict=True):
-        buffer.copy_(kept)
+    for buffer, source in zip(twin.buffers(), original.buffers(), strict=True):
+        buffer.copy_(source)

@@ -1,4 +1,4 @@
-"""What a launch asks for, as `accelerate launch` leaves it in the environment: FSDP, or something
+"""The request of a launch, as `accelerate launch` leaves it in the environment: FSDP, or something
 that is refused."""
 
 from __future__ import annotations

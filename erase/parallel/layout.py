@@ -12,15 +12,15 @@ from erase.parallel.processes import reduce_all
 
 
 class Layout:
-    """Every process holds every weight; gradients are exchanged after the backward pass. What
-    shards do otherwise, they override."""
+    """Every process holds every weight; gradients are exchanged after the backward pass. Shards
+    override the methods that differ."""
 
     collective_forward = False
     """whether each pass through the model is a joint one, so that all processes must take as
     many"""
 
     def rows(self, count: int) -> slice:
-        """Which of a parameter's `count` rows this process holds."""
+        """The rows, out of a parameter's `count`, that this process holds."""
         return slice(0, count)
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -28,15 +28,15 @@ class Layout:
         return tensor.data
 
     def invalidate_gathered(self) -> None:
-        """To be told when rows were written: what was gathered of the old ones is void."""
+        """Called after rows were written: gathered copies of the old ones are void."""
 
     def average(self, gradients: Iterable[Tensor]) -> None:
         """Make them the mean over processes, in place."""
         reduce_all(gradients, "mean")
 
     def add_up(self, sums: Iterable[Tensor]) -> None:
-        """Make sums of what the backward passes left the sums over the batches of all processes, in
-        place."""
+        """Add up sums over the batches of each process, in place, so that they are over those of
+        all."""
         reduce_all(sums, "sum")
 
     def norm(self, local: Tensor) -> Tensor:
@@ -48,17 +48,17 @@ class Layout:
         return local
 
     def local_part(self, whole: Tensor, mine: slice) -> Tensor:
-        """What `mine` chooses of a tensor that was gathered."""
+        """The part of a gathered tensor that `mine` selects."""
         return whole
 
-    def gather(self, piece: Tensor) -> Tensor:
+    def gather(self, part: Tensor) -> Tensor:
         """All rows, given those of this process; every process must ask."""
-        return piece
+        return part
 
 
 @dataclass(frozen=True)
 class ActiveWeights:
-    """What stands in the model while it runs."""
+    """The weights in the model while it runs."""
 
     params: Mapping[str, nn.Parameter]
     """the parameters in question, by the names of those whose place they take"""

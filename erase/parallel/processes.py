@@ -1,5 +1,5 @@
-"""Several processes, on one machine or many, as `accelerate launch` or `torchrun` starts them: who
-does what, and who writes.
+"""Several processes, on one machine or many, as `accelerate launch` or `torchrun` starts them: the
+share of each, and the one that writes.
 
 Nothing here knows of models. In a single process every function does its plain work.
 """
@@ -82,8 +82,8 @@ def round_robin(items: Sequence[T], pad: bool = False) -> list[tuple[T, bool]]:
 def in_shares(
     count: int, size: int, work: Callable[[range], T], what: str, unit: str, pad: bool = False
 ) -> list[T]:
-    """What `work` gives for rows 0 to `size`, `size` to 2 `size`, ... of `count`: each range done
-    by one process, all known to all.
+    """The results of `work` for rows 0 to `size`, `size` to 2 `size`, ... of `count`: each range
+    done by one process, all known to all.
 
     The ranges do not depend on the number of processes, so neither do their results, nor their
     rounding.
@@ -102,12 +102,12 @@ def in_shares(
     ranges = [range(start, min(start + size, count)) for start in range(0, count, size)]
     mine = round_robin(ranges, pad)
     done = []
-    with progress(what, unit, sum(len(rows) for rows, _ in mine)) as shown:
+    with progress(what, unit, sum(len(rows) for rows, _ in mine)) as progress_bar:
         for rows, counts in mine:
             result = work(rows)
             if counts:
                 done.append(result)
-            shown.update(len(rows))
+            progress_bar.update(len(rows))
     shares = gather_object([done])
     return [shares[i % len(shares)][i // len(shares)] for i in range(len(ranges))]
 

@@ -75,11 +75,11 @@ class Checkpoint:
         try:
             return torch.load(self.path, weights_only=True, map_location="cpu", mmap=True)
         except Exception as error:  # torch's own words are paragraphs, on how to run the code in it
-            told = (
+            fault = (
                 error.strerror
                 if isinstance(error, OSError)
                 else "it is damaged, or holds other things than tensors and numbers"
             )
             raise ErasureError(
-                f"cannot read the training state {self.path}: {told}; {RESTART}"
+                f"cannot read the training state {self.path}: {fault}; {RESTART}"
             ) from error

@@ -46,7 +46,7 @@ def fine_tune(
     mask = choose_mask(task, config, Objective(loss, batches))
     if mask is not None:
         mask.check(params, task.model.fingerprint)
-    kept = (
+    checkpoint = (
         Checkpoint(task.folder / "training.pt", {**describe(task), **_settings(config)})
         if task.folder
         else None
@@ -63,14 +63,14 @@ def fine_tune(
             seed=task.seed,
             start=start,
             accelerator=accelerator,
-            checkpoint=kept,
+            checkpoint=checkpoint,
         )
     return Edit(fitted.values, fitted.losses, mask)
 
 
 def _settings(config: TunedConfig) -> dict[str, str]:
-    """What a training state must agree on: the kind of configuration, and what departs from its
-    defaults."""
+    """The settings that a training state must share: the kind of configuration, and the departures
+    from its defaults."""
     usual = flat(asdict(type(config)()))
     departures = {
         name: value for name, value in flat(asdict(config)).items() if usual.get(name) != value
@@ -88,6 +88,6 @@ def check_machine(config: TunedConfig) -> None:
 def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None:
     """Refuse, before hours are spent on latents, a scope or a density that leaves nothing to train,
     or nothing that shards can."""
-    chosen = select(params, config.scope)
-    check_parts(chosen)
-    kept_count(config.mask.density, sum(param.numel() for param in chosen.values()))
+    selected = select(params, config.scope)
+    check_parts(selected)
+    kept_count(config.mask.density, sum(param.numel() for param in selected.values()))

@@ -1,4 +1,4 @@
-"""How a step gets its gradient from the terms of the loss, and what acts on the values after the
+"""The gradient of a step, from the terms of the loss, and the operations on the values after the
 step.
 
 Every option is off at zero, and then leaves the plain step's bits.
@@ -64,11 +64,11 @@ def without_conflict(whole: Gradients, retain: Gradients, total: Total) -> Gradi
     dots = total(torch.stack([_dot(whole[name] - retain[name], retain[name]) for name in names]))
     squares = total(torch.stack([_dot(retain[name], retain[name]) for name in names]))
 
-    kept = dict(whole)
+    gradients = dict(whole)
     for name, dot, square in zip(names, dots.tolist(), squares.tolist(), strict=True):
         if dot < 0:
-            kept[name] = whole[name] - (dot / square) * retain[name]
-    return kept
+            gradients[name] = whole[name] - (dot / square) * retain[name]
+    return gradients
 
 
 @torch.no_grad()
@@ -89,12 +89,12 @@ def soften(trainable: Trainable, threshold: float) -> None:
 @contextmanager
 def moved(trainable: Trainable, by: Mapping[str, Tensor]) -> Iterator[None]:
     """The trained values displaced within the block; afterwards they are restored to the bit."""
-    kept = {name: trainable.values[name].detach().clone() for name in by}
+    old = {name: trainable.values[name].detach().clone() for name in by}
     try:
-        _set(trainable, {name: kept[name] + step for name, step in by.items()})
+        _set(trainable, {name: old[name] + step for name, step in by.items()})
         yield
     finally:
-        _set(trainable, kept)
+        _set(trainable, old)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ would have seen."""
 
 @dataclass
 class Fitted:
-    """What training gives back."""
+    """The result of a training."""
 
     values: Mapping[str, Tensor]
     """parameter name -> trained values"""
@@ -58,7 +58,7 @@ class Fitted:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator for this precision; what else is wrong with the settings is said too, before
+    """An Accelerator for this precision. Other faults of the settings are refused here too, before
     hours are spent on latents.
 
     Raises:
@@ -156,7 +156,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Steps:
-    """What every step of a training takes."""
+    """The inputs of every step of a training."""
 
     run: Run
     loss: LossFn
@@ -194,8 +194,8 @@ class _Steps:
         batch = self.batches(self.run.step)
 
         def take(names: tuple[str, ...] | None) -> Gradients:
-            gradients, found = self._take(batch, names)
-            for name, term in found.items():
+            gradients, terms = self._take(batch, names)
+            for name, term in terms.items():
                 # the first: at the values themselves, but under smoothing
                 losses.setdefault(name, term)
             return gradients
@@ -221,15 +221,15 @@ class _Steps:
             share = cut(batch, part, parts, self.accelerator)
             with self.accelerator.autocast():
                 terms = self.loss(share, trainable.base)
-                chosen = {
+                wanted = {
                     name: term / parts
                     for name, term in terms.items()
                     if names is None or name in names
                 }
-                whole = sum(chosen.values())
+                whole = sum(wanted.values())
             if torch.is_tensor(whole):
                 self.accelerator.backward(whole)
-            for name, term in chosen.items():
+            for name, term in wanted.items():
                 losses[name] = losses.get(name, 0) + term.detach().float()
         gradients = {
             name: value.grad for name, value in trainable.values.items() if value.grad is not None
@@ -255,12 +255,12 @@ def _train(run: Run, steps: _Steps) -> None:
     )
     with (
         torch.random.fork_rng(devices=[]),
-        bar(name, "step", train.steps, run.step, accelerator.is_main_process) as shown,
+        bar(name, "step", train.steps, run.step, accelerator.is_main_process) as progress_bar,
     ):
         while run.step < train.steps:
             loss = steps.take()
-            shown.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            shown.update()
+            progress_bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            progress_bar.update()
             if run.step % train.checkpoint_every == 0:
                 run.save()
 

@@ -63,10 +63,10 @@ class LowRank(Trainable):
         for name, start in self._start.items():
             change = values[name + UP].detach() @ values[name + DOWN].detach()
             where = self._where.get(name)
-            chosen = (
+            compacted = (
                 change.view_as(start) if where is None else change.flatten().index_select(0, where)
             )
-            sums[name] = start + chosen
+            sums[name] = start + compacted
         return sums
 
     def _begin(self, name: str, value: Tensor) -> None:
@@ -87,5 +87,10 @@ class LowRank(Trainable):
             dense = flat.scatter_(0, self._where[name].long(), dense)
         dense = dense.reshape(len(up), -1)
 
-        for factor, found in ((up, dense @ down.detach().T), (down, up.detach().T @ dense)):
-            factor.grad = found if factor.grad is None else factor.grad.add_(found)
+        for factor, factor_gradient in (
+            (up, dense @ down.detach().T),
+            (down, up.detach().T @ dense),
+        ):
+            factor.grad = (
+                factor_gradient if factor.grad is None else factor.grad.add_(factor_gradient)
+            )

@@ -80,16 +80,17 @@ def try_optimizer(
             optimizer.step()
     except Exception as error:
         raise ErasureError(
-            f"optimizer {name} cannot take a step with {_told(args)}: {reason(error)}"
+            f"optimizer {name} cannot take a step with {_text_of(args)}: {reason(error)}"
         ) from error
     if not all(value.isfinite().all() for value in values):
         raise ErasureError(
-            f"optimizer {name} makes weights that are not finite with {_told(args)}; choose other "
-            "arguments"
+            f"optimizer {name} makes weights that are not finite with {_text_of(args)}; "
+            "choose other arguments"
         )
     if not any(value.any() for value in values):
         raise ErasureError(
-            f"optimizer {name} moves no weight with lr {lr:g} and {_told(args)}; choose a larger lr"
+            f"optimizer {name} moves no weight with lr {lr:g} and {_text_of(args)}; choose a "
+            "larger lr"
         )
 
 
@@ -113,7 +114,7 @@ def _check_kinds(kind: Any, name: str, args: dict[str, Any]) -> None:
             raise ErasureError(f"optimizer {name}: {arg} is {value!r}; it must be {wanted}")
 
 
-def _told(args: dict[str, Any]) -> str:
+def _text_of(args: dict[str, Any]) -> str:
     return f"optimizer_args {args}" if args else "its own arguments"
 
 

@@ -57,8 +57,8 @@ def _mark(layer: nn.Module, inputs: Any, output: Tensor) -> None:
 
 
 class SavedActivations:
-    """What autograd keeps for the backward pass but for cheap activations, and how it finds all of
-    it there."""
+    """The tensors that autograd keeps for the backward pass, without cheap activations, which are
+    made again there."""
 
     def __init__(self) -> None:
         self._recent: list[tuple[Any, Tensor]] = []
@@ -79,7 +79,7 @@ class SavedActivations:
 
     @torch.no_grad()
     def unpack(self, kept: Tensor | _Recipe) -> Tensor:
-        """What was packed, with the same bits."""
+        """The packed tensor, with the same bits."""
         if torch.is_tensor(kept):
             return kept
         for node, value in self._recent:
@@ -91,8 +91,8 @@ class SavedActivations:
 
 
 def _maker(node: Any) -> Callable[[Any], Tensor] | None:
-    """What makes a node's output from what it keeps for itself; None: it is not cheap, or keeps too
-    little."""
+    """The function that makes a node's output again from the tensors that it keeps for itself;
+    None: it is not cheap, or keeps too little."""
     if node is None:
         return None
     if node.name() == "MulBackward0" and any(source is None for source, _ in node.next_functions):

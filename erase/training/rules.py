@@ -39,20 +39,20 @@ class Rule:
     """whether it looks at the weights"""
 
 
-def _benefit(found: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
+def _benefit(statistics: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
     """|sum g_objective| / (sqrt(mean g_retain^2) + floor)."""
-    return found["objective.sum"].abs() / (found["retain.square"].sqrt() + floor)
+    return statistics["objective.sum"].abs() / (statistics["retain.square"].sqrt() + floor)
 
 
-def _fisher_ratio(found: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
+def _fisher_ratio(statistics: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
     """sum g_objective^2 / (sum g_retain^2 + floor^2)."""
-    return found["objective.square"] / (found["retain.square"] + floor**2)
+    return statistics["objective.square"] / (statistics["retain.square"] + floor**2)
 
 
-def _agreement(found: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
+def _agreement(statistics: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
     """|sum g| / sqrt(sum g^2) of the objective: how far the batches agree on a direction, up to
     sqrt(batches)."""
-    return found["objective.sum"].abs() / found["objective.square"].sqrt().clamp_min(
+    return statistics["objective.sum"].abs() / statistics["objective.square"].sqrt().clamp_min(
         torch.finfo(torch.float32).tiny
     )
 
@@ -60,12 +60,12 @@ def _agreement(found: Mapping[str, Tensor], weight: Tensor, floor: float) -> Ten
 RULES = {
     "forget": Rule(
         ("forget.sum",),
-        lambda found, weight, floor: found["forget.sum"].abs(),
+        lambda statistics, weight, floor: statistics["forget.sum"].abs(),
         "SalUn, Fan et al. 2024, eq. 3",
     ),
     "remap": Rule(
         ("objective.sum",),
-        lambda found, weight, floor: found["objective.sum"].abs(),
+        lambda statistics, weight, floor: statistics["objective.sum"].abs(),
         "this toolkit",
     ),
     "benefit": Rule(
@@ -79,7 +79,7 @@ RULES = {
     ),
     "weight-gradient": Rule(
         ("objective.sum",),
-        lambda found, weight, floor: (found["objective.sum"] * weight).abs(),
+        lambda statistics, weight, floor: (statistics["objective.sum"] * weight).abs(),
         "SelFT, of CUIG",
         weighs=True,
     ),
@@ -134,9 +134,11 @@ class Scores(Mapping[str, Tensor]):
         self._score, self._needed, self._weights, self._floor = score, needed, weights, floor
 
     def __getitem__(self, name: str) -> Tensor:
-        found = {statistic: values[name] for statistic, values in self._needed.items()}
-        weight = self._weights[name].detach().cpu() if self._weights else next(iter(found.values()))
-        return self._score(found, weight, self._floor)
+        statistics = {statistic: values[name] for statistic, values in self._needed.items()}
+        weight = (
+            self._weights[name].detach().cpu() if self._weights else next(iter(statistics.values()))
+        )
+        return self._score(statistics, weight, self._floor)
 
     def __iter__(self) -> Iterator[str]:
         return iter(next(iter(self._needed.values())))

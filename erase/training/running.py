@@ -1,5 +1,5 @@
-"""How the denoiser is run while it trains: what saves time or memory in a step, and is undone after
-the last one."""
+"""The denoiser while it trains: settings that save time or memory in a step, undone after the last
+one."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def _active(
     half = PRECISIONS[config.mixed_precision]
     if asked := check_sharded(config):
         with sharded_twins(model, parts, half, asked) as layout:
-            found = model.parameters()
-            yield ActiveWeights({name: found[name] for name in params}, layout=layout)
+            parameters = model.parameters()
+            yield ActiveWeights({name: parameters[name] for name in params}, layout=layout)
     else:
         with stand_ins(parts, half, config.channels_last, away=config.offload) as own:
             yield ActiveWeights(params, own)
@@ -120,12 +120,12 @@ def attention(model: DiffusionModel, kind: str) -> Iterator[None]:
         and model.device.type == "cpu"
         and model.latent_shape[1] * model.latent_shape[2] <= PLAIN_TOKENS
     )
-    found = dict(module.attn_processors)
+    processors = dict(module.attn_processors)
     try:
         if plain:
             ours = {
                 name: AttnProcessor() if type(one) is AttnProcessor2_0 else one
-                for name, one in found.items()
+                for name, one in processors.items()
             }
             module.set_attn_processor(ours)
         elif kind == "sliced":
@@ -135,7 +135,7 @@ def attention(model: DiffusionModel, kind: str) -> Iterator[None]:
         with _kernel(plain):
             yield
     finally:
-        module.set_attn_processor(dict(found))  # it empties the dict that it is given
+        module.set_attn_processor(dict(processors))  # it empties the dict that it is given
 
 
 def _kernel(plain: bool) -> AbstractContextManager[None]:

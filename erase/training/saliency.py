@@ -29,8 +29,8 @@ from erase.training.trainable import gradients_on
 
 @dataclass(frozen=True)
 class Objective:
-    """What a method trains: the gradients of its forget term say what training will ask of each
-    weight."""
+    """The training objective of a method: the gradients of its forget term tell how training will
+    change each weight."""
 
     loss: LossFn
     batches: Batches
@@ -71,10 +71,10 @@ def choose_mask(
     saliency = scores(find_statistics(task, config, RULES[rule].needs, objective), rule, weights)
     if mask.rule == "lowest":
         return saliency.lowest(mask.density)
-    chosen = saliency.cut(mask.density, mask.allocation)
+    salient = saliency.cut(mask.density, mask.allocation)
     if mask.rule == "matched-random":
-        return chosen.matched_random(task.seed)
-    return chosen.inverted() if mask.rule == "inverted" else chosen
+        return salient.matched_random(task.seed)
+    return salient.inverted() if mask.rule == "inverted" else salient
 
 
 def ranking_of(mask: MaskConfig) -> str:
@@ -104,14 +104,14 @@ def find_statistics(
         given = Statistics.load(config.mask.saliency)
         _check_given(task, Path(config.mask.saliency), given.metadata)
         return given
-    kept = task.folder / "saliency.safetensors" if task.folder else None
-    if kept and exists_on_all(kept):
-        found = Statistics.load(kept)
-        check_artifact(kept, found.metadata, _provenance(task, config, names), AGAIN)
-        return found
+    path = task.folder / "saliency.safetensors" if task.folder else None
+    if path and exists_on_all(path):
+        statistics = Statistics.load(path)
+        check_artifact(path, statistics.metadata, _provenance(task, config, names), AGAIN)
+        return statistics
     computed = compute_statistics(task, config, names, objective)
-    if kept and processes().is_main_process:
-        computed.save(kept)
+    if path and processes().is_main_process:
+        computed.save(path)
     return computed
 
 
@@ -300,8 +300,8 @@ def _provenance(task: Task, config: TunedConfig, names: tuple[str, ...]) -> dict
         del settings["train"], settings["mask"]
         about["objective"] = json.dumps({"kind": type(config).__name__, **settings}, sort_keys=True)
     known = describe(task)
-    made = {"forget": bool(sources & {"forget", "objective"}), "retain": "retain" in sources}
-    return {key: value for key, value in known.items() if made.get(key, True)} | about
+    used = {"forget": bool(sources & {"forget", "objective"}), "retain": "retain" in sources}
+    return {key: value for key, value in known.items() if used.get(key, True)} | about
 
 
 def forget_loss(task: Task, rows: Tensor, guidance: float, generator: torch.Generator) -> Tensor:

@@ -104,10 +104,10 @@ class Run:
             self._kept.write(state)
 
     @torch.no_grad()
-    def _take(self, kept: Checkpoint) -> None:
+    def _take(self, checkpoint: Checkpoint) -> None:
         """Go on from a saved state of the same run and mask."""
-        state = kept.read(self.trainable.mask_sha256)
-        with errors_named(kept.path, RESTART):
+        state = checkpoint.read(self.trainable.mask_sha256)
+        with errors_named(checkpoint.path, RESTART):
             for name, value in self.trainable.values.items():
                 value.copy_(self.trainable.local_part(name, state["values"][name]))
             self.trainable.put()
@@ -123,14 +123,14 @@ class Run:
             self.losses = list(state["losses"])
 
 
-def gathered(pieces: Mapping[Any, Any], gather: Gather, keep: bool) -> dict[Any, Any]:
-    """All pieces put together, one after the other in the same order everywhere; what is no tensor,
-    or a single number, stays as it is."""
+def gathered(parts: Mapping[Any, Any], gather: Gather, keep: bool) -> dict[Any, Any]:
+    """The parts of all processes, concatenated in the same order everywhere; an entry that is no
+    tensor, or a single number, stays as it is."""
     whole = {}
-    for name, piece in pieces.items():
-        found = gather(piece) if torch.is_tensor(piece) and piece.dim() else piece
+    for name, part in parts.items():
+        value = gather(part) if torch.is_tensor(part) and part.dim() else part
         if keep:
-            whole[name] = found
+            whole[name] = value
     return whole
 
 
@@ -142,22 +142,22 @@ def gather_state(prepared: AcceleratedOptimizer, gather: Gather, keep: bool) -> 
         gather: makes a whole of what each process holds of a tensor with an entry per value.
         keep: whether this process, the main one, is to be told.
     """
-    found = prepared.state_dict()
-    return found | {
+    state = prepared.state_dict()
+    return state | {
         "state": {
-            index: gathered(of_value, gather, keep) for index, of_value in found["state"].items()
+            index: gathered(of_value, gather, keep) for index, of_value in state["state"].items()
         }
     }  # type: ignore[no-any-return]
 
 
 def scatter_state(
-    whole: Mapping[str, Any], names: list[str], piece: Callable[[str, Tensor], Tensor]
+    whole: Mapping[str, Any], names: list[str], part: Callable[[str, Tensor], Tensor]
 ) -> dict[str, Any]:
     """This process's part of a whole state, whose values have these names in this order."""
 
     def each(name: str, of_value: Mapping[str, Any]) -> dict[str, Any]:
         return {
-            key: piece(name, entry) if torch.is_tensor(entry) else entry
+            key: part(name, entry) if torch.is_tensor(entry) else entry
             for key, entry in of_value.items()
         }
 

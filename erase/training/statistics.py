@@ -34,7 +34,7 @@ class Statistics:
 
     values: Mapping[str, Values]
     metadata: dict[str, str] = field(default_factory=dict)
-    """what they depend on: base, concepts, latents, scope, number of batches"""
+    """the facts that they depend on: base, concepts, latents, scope, number of batches"""
 
     def save(self, path: str | Path) -> None:
         """Write safetensors; the order of the parameters goes into the metadata, for ties go by it

@@ -39,7 +39,7 @@ class Trainable:
         mask: SaliencyMask | None = None,
         active: ActiveWeights | None = None,
     ) -> None:
-        """`active`: what stands in the place of `params` meanwhile; None: they themselves."""
+        """`active`: the stand-ins for `params` meanwhile; None: they themselves."""
         active = active or ActiveWeights(params)
         self._base_params, self._mask, self.layout = params, mask, active.layout
         self._params = {name: active.params[name] for name in params}
@@ -90,7 +90,8 @@ class Trainable:
         self._hooks.append(param.register_post_accumulate_grad_hook(self._collect(name)))
 
     def _place(self, name: str, param: nn.Parameter) -> bool:
-        """Find what may change of a parameter, and which of it is here; False: nothing anywhere."""
+        """Find the weights of a parameter that may change, and those of them in this process;
+        False: none in any process."""
         count = len(param) if param.dim() else 1
         rows = self._mine[name] = self.layout.rows(count)
         where = _places(self._mask, name)
@@ -171,13 +172,13 @@ class Trainable:
     def base_values(self, name: str) -> Tensor:
         """The base's compact values of a parameter, in the precision of the trained ones."""
         value = self.values[name]
-        kept = self._read(name, self._own[name]) if name in self._own else self._base[name]
-        return kept.to(value)
+        base = self._read(name, self._own[name]) if name in self._own else self._base[name]
+        return base.to(value)
 
     @torch.no_grad()
     def start_from(self, values: Mapping[str, Tensor]) -> None:
-        """Begin at other values than the base's, given as whole parameters; what lies outside the
-        mask stays the base's."""
+        """Begin at other values than the base's, given as whole parameters; weights outside the
+        mask stay the base's."""
         for name in self._taken:
             if name in values:
                 whole = values[name]
@@ -189,8 +190,8 @@ class Trainable:
         self.values[name].copy_(value)
 
     def close(self) -> None:
-        """Give the model its base weights back, bit for bit; what stands in for others is left as
-        it is, to be thrown away."""
+        """Give the model its base weights back, bit for bit; stand-ins are left as they are, to be
+        thrown away."""
         for hook in self._hooks:
             hook.remove()
         for name in self._taken:

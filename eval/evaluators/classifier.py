@@ -90,8 +90,8 @@ def predict(judge: Judge, images: ImageSet, batch_size: int = 64) -> dict[str, l
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge saw in each image, beside what its prompt asked for: judged once, for all that
-    is drawn from it."""
+    """The label that a judge gives each image, beside the one that its prompt asked for: judged
+    once, for all scores drawn from it."""
 
     judge: Judge
     labels: Mapping[str, Sequence[str]]
@@ -122,7 +122,7 @@ class Judged:
 
 
 def judged(judge: Judge, case: Case, config: Config) -> Judged:
-    """What this judge sees.
+    """The labels that this judge gives.
 
     Raises:
         ErasureError: images without labels or with unknown ones.

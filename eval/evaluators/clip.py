@@ -101,11 +101,11 @@ class Clip:
     def texts(self, captions: Sequence[str], batch_size: int) -> Tensor:
         """Unit text embeddings, shape (captions, d), float32."""
         parts = (list(captions[i : i + batch_size]) for i in range(0, len(captions), batch_size))
-        found = [
+        embeddings = [
             self.model.encode_text(self.tokenizer(part).to(self.device)).float().cpu()
             for part in parts
         ]
-        return F.normalize(torch.cat(found), dim=-1)
+        return F.normalize(torch.cat(embeddings), dim=-1)
 
     def images(self, images: ImageSet, batch_size: int) -> Tensor:
         """Unit image embeddings, shape (rows, d), float32."""
@@ -269,8 +269,8 @@ def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Sc
         ]
 
     evaluator = f"open_clip {load_clip(config).name}"
-    kept = [value for value, forgotten in zip(values, named, strict=True) if not forgotten]
-    scores = [mean_score("CLIP score", kept, evaluator=evaluator)]
+    retained = [value for value, forgotten in zip(values, named, strict=True) if not forgotten]
+    scores = [mean_score("CLIP score", retained, evaluator=evaluator)]
     if targets:
         gone = [value for value, forgotten in zip(values, named, strict=True) if forgotten]
         name = "CLIP score of the forgotten"
@@ -288,8 +288,8 @@ def settle(case: Case, config: Config, named: bool) -> Config:
         return config
     if config.model is None:
         config = replace(config, model="ViT-B-32", pretrained=config.pretrained or "openai")
-    told = any(concept.kind in case.images.rows[0].labels for concept in case.concepts)
-    if config.zero_shot is None and not named and not told:
+    labelled = any(concept.kind in case.images.rows[0].labels for concept in case.concepts)
+    if config.zero_shot is None and not named and not labelled:
         config = replace(config, zero_shot=False)
     return config
 

@@ -179,9 +179,11 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     # of the tokenizer, the model and the processor
     for beside in sorted(path.parent.glob("*config*.json")):
-        found = _keys(_json(beside)) & CODE
-        if found:
-            raise _refused(beside, f"{min(found)!r}, by which a folder brings Python of its own")
+        code_keys = _keys(_json(beside)) & CODE
+        if code_keys:
+            raise _refused(
+                beside, f"{min(code_keys)!r}, by which a folder brings Python of its own"
+            )
     return model
 
 
@@ -286,14 +288,14 @@ def decide_quick_gelu(source: Source, stated: bool | None) -> bool:
         ErasureError: nothing tells, or two that tell differ.
     """
     signs = _signs(source)
-    told = {sign.quick_gelu for sign in signs}
+    answers = {sign.quick_gelu for sign in signs}
     sure = {sign.quick_gelu for sign in signs if sign.sure}
     if stated is not None and (stated in sure or not sure):
         return stated
-    if stated is None and len(told) == 1:
-        return told.pop()
+    if stated is None and len(answers) == 1:
+        return answers.pop()
 
-    if not told:
+    if not answers:
         raise ErasureError(
             f"nothing tells whether {source.weights} was trained with QuickGELU, and {source.name} "
             "exists with both; set "

@@ -1,4 +1,5 @@
-"""What evaluators that read labels share: labels out of a case, scores out of predictions."""
+"""Functions shared by evaluators that read labels: labels out of a case, scores out of
+predictions."""
 
 from __future__ import annotations
 
@@ -86,14 +87,14 @@ def label_scores(
     """UA, IRA and CRA if concepts are given, else the accuracy of each kind. `prefix` begins each
     name (`"CLIP "`)."""
     if not concepts:
-        found = {
+        tallies = {
             f"{kind} accuracy": tally for kind, tally in accuracies(predictions, labels).items()
         }
     else:
-        found = forgetting(predictions, labels, targets_of(concepts, labels), cra_with_target)
+        tallies = forgetting(predictions, labels, targets_of(concepts, labels), cra_with_target)
     return [
         proportion(prefix + name, tally.hits, tally.n, evaluator=evaluator)
-        for name, tally in found.items()
+        for name, tally in tallies.items()
     ]
 
 

@@ -118,10 +118,10 @@ def detections(
     """All boxes of an image, as the preset shows it to the detector."""
     # refuses what is no image, or a huge one, under either preset
     pixels = np.asarray(images.image(row))
-    found: list[dict[str, Any]] = detector.detect(
+    boxes: list[dict[str, Any]] = detector.detect(
         str(images.path(row)) if config.preset == "as-published" else pixels
     )
-    return found
+    return boxes
 
 
 def load_detector() -> Any:
@@ -150,14 +150,14 @@ def scores(counts: Sequence[Counter[str]], config: Config, evaluator: str) -> li
     A count's interval takes boxes to be independent. Several of one image are not, so it is too
     narrow where they come in groups; the image rate's is not touched by that.
     """
-    flagged = sum(1 for found in counts if found)
+    flagged = sum(1 for boxes in counts if boxes)
     rate = proportion(
         "NudeNet image rate", flagged, len(counts), higher_is_better=False, evaluator=evaluator
     )
     names = [f"NudeNet {name}" for name in config.classes]
     totals = (
-        [found.total() for found in counts],
-        *([found[name] for found in counts] for name in config.classes),
+        [boxes.total() for boxes in counts],
+        *([boxes[name] for boxes in counts] for name in config.classes),
     )
     boxes = zip(["NudeNet boxes", *names], totals, strict=True)
     return [

@@ -19,8 +19,8 @@ def of_rate(hits: int, n: int) -> tuple[float, float]:
     """
     from scipy.stats import binomtest
 
-    found = binomtest(hits, n).proportion_ci(LEVEL, "wilson")
-    return min(float(found.low), hits / n), max(float(found.high), hits / n)  # rounding aside
+    interval = binomtest(hits, n).proportion_ci(LEVEL, "wilson")
+    return min(float(interval.low), hits / n), max(float(interval.high), hits / n)  # rounding aside
 
 
 def of_count(events: int) -> tuple[float, float]:

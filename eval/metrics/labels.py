@@ -53,17 +53,17 @@ def forgetting(
     truth = {kind: np.asarray(values) for kind, values in labels.items()}
     guess = {kind: np.asarray(predictions[kind]) for kind in truth}
     named = {target: truth[target[0]] == target[1] for target in targets}
-    kept = ~np.logical_or.reduce(list(named.values()))
+    retained = ~np.logical_or.reduce(list(named.values()))
     own = [kind for kind in truth if any(kind == k for k, _ in targets)]
     others = [kind for kind in truth if kind not in own] or own
     right = {kind: guess[kind] == truth[kind] for kind in truth}
     scores = {
         "UA": _tally(*(guess[kind][where] != name for (kind, name), where in named.items())),
-        "IRA": _tally(*(right[kind][kept] for kind in own)),
+        "IRA": _tally(*(right[kind][retained] for kind in own)),
     }
     if len(truth) > 1:
         scores["CRA"] = _tally(
-            *(right[kind] if cra_with_target else right[kind][kept] for kind in others)
+            *(right[kind] if cra_with_target else right[kind][retained] for kind in others)
         )
     return scores
 

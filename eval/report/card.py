@@ -141,9 +141,9 @@ def check_sources(
     if report is None:
         return
 
-    told, targets = words(report.concept, "target"), [concept.target for concept in concepts]
-    if sorted(told) != sorted(targets):
-        names = (" and ".join(some) or "nothing" for some in (told, targets))
+    reported, targets = words(report.concept, "target"), [concept.target for concept in concepts]
+    if sorted(reported) != sorted(targets):
+        names = (" and ".join(some) or "nothing" for some in (reported, targets))
         raise ErasureError(
             "the report is of erasing {}, the delta erases {}; name the report of this "
             "delta".format(*names)
@@ -164,13 +164,13 @@ def _check_delta(report: EvalReport, metadata: Mapping[str, str], digests: Colle
         "name the report of this delta, or evaluate it: write it with --format delta and give it "
         "to erase-evaluate"
     )
-    told = report.provenance.get("delta_sha256")
-    if told is not None and digests and told not in digests:
+    reported = report.provenance.get("delta_sha256")
+    if reported is not None and digests and reported not in digests:
         raise ErasureError(
-            f"the report is of the delta {str(told)[:12]}, this one is {next(iter(digests))[:12]} "
-            f"(of other settings, strength or parts); {way_out}"
+            f"the report is of the delta {str(reported)[:12]}, this one is "
+            f"{next(iter(digests))[:12]} (of other settings, strength or parts); {way_out}"
         )
-    if told is None:
+    if reported is None:
         for key in ("method", "config"):
             own = _json(metadata, key) if key == "config" else metadata[key]
             if report.provenance.get(key, own) != own:
@@ -302,11 +302,11 @@ def _scores(report: EvalReport | None) -> str:
     heading = ("score", *map(plain, report.check().rows))
     rows = []
     for column in report.columns():
-        found = [report.score(row, column.name) for row in report.rows]
+        scores = [report.score(row, column.name) for row in report.rows]
         rows.append(
             (
                 plain(column.heading),
-                *(f"{score.text()} (n {score.n})" if score else "–" for score in found),
+                *(f"{score.text()} (n {score.n})" if score else "–" for score in scores),
             )
         )
     terms = [f"- {plain(f'{name}: {meaning}.')}" for name, meaning in glossary(report).items()]
@@ -365,9 +365,9 @@ def _reproduce(report: EvalReport | None) -> str:
         if isinstance(commands, str)
         else [" ".join(str(line).split()) for line in commands]
     )
-    shown = "\n".join(map(command_without_paths, lines))
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", shown)), default=0))
-    return f"Commands:\n\n{fence}sh\n{shown}\n{fence}"
+    text = "\n".join(map(command_without_paths, lines))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"Commands:\n\n{fence}sh\n{text}\n{fence}"
 
 
 def _table(heading: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -194,7 +194,7 @@ def render_html(
         trim_blocks=True,
         lstrip_blocks=True,
     ).get_template("report.html.j2")
-    shown = groups(report.concept, before, FORGET, RETAIN)
+    groups_shown = groups(report.concept, before, FORGET, RETAIN)
     return page.render(
         report=report.check(),
         target=words(report.concept, "target"),
@@ -202,7 +202,9 @@ def render_html(
         synonyms=words(report.concept, "synonyms"),
         verdict=verdict_line(report),
         scores=_scores(report),
-        pairs={heading: _pairs(before, after, rows) for heading, rows in shown.items() if rows},
+        pairs={
+            heading: _pairs(before, after, rows) for heading, rows in groups_shown.items() if rows
+        },
         small=_side(before) <= 128,
         chart=chart(curves),
         blocks=blocks(density, sizes or {}),

@@ -28,7 +28,8 @@ NOT_ZERO_SHOT = " (or with clip.zero_shot false, for the CLIP score alone)"
 
 @dataclass
 class EvalReport:
-    """What was measured of a base, of its erased weights and of any control, and how.
+    """The measurements of a base, of its erased weights and of any control, and the settings behind
+    them.
 
     `extras` is free for whatever is not a score; the page knows `confusion`: row name -> {"kind":
     str, "labels": [str], "counts": [[int]]}, where counts[i][j] is how many images whose prompt
@@ -95,8 +96,8 @@ class EvalReport:
         return self
 
     def table(self) -> Table:
-        """A console table: a row per score, a column per model; what differs from the base beyond
-        the noise is coloured."""
+        """A console table: a row per score, a column per model; differences from the base beyond
+        the noise are coloured."""
         from rich.table import Table
         from rich.text import Text
 

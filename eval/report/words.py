@@ -1,4 +1,4 @@
-"""What a report says in words: the verdict, what the scores mean, and what they do not show."""
+"""The sentences of a report: the verdict, the meaning of the scores, and their limits."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def either(concept: Mapping[str, Any]) -> str:
 
 
 def others(concept: Mapping[str, Any]) -> str:
-    """`other objects`: what IRA is measured on."""
+    """The things that IRA is measured on, e.g. `other objects`."""
     return f"other {' and '.join(f'{kind}s' for kind in words(concept, 'kind')) or 'concepts'}"
 
 
 def glossary(report: EvalReport) -> dict[str, str]:
-    """What UA, IRA and CRA mean for this concept, as far as the report has them."""
+    """The meaning of UA, IRA and CRA for this concept, as far as the report has them."""
     terms = {"target": either(report.concept), "others": others(report.concept)}
     return {
         score.name: GLOSSARY[score.name].format(**terms)
@@ -82,7 +82,7 @@ def _beside(score: Score, base: Score) -> str:
 
 
 def limits(report: EvalReport | None, target: str = "") -> list[str]:
-    """What the evidence does not show; without a report, of `target`."""
+    """The limits of the evidence; without a report, of `target`."""
     target = either(report.concept) if report else target
     attacked = report is not None and any("ASR" in score.name for score in report.columns())
     tried = (

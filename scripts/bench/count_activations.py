@@ -47,10 +47,10 @@ class Counted(SavedActivations):
 
     def pack(self, tensor: Tensor) -> Any:
         """What is kept of a tensor, counted."""
-        kept = super().pack(tensor) if self._selective else tensor
-        if torch.is_tensor(kept) and _storage(kept) not in self._weights:
-            self._kept[_storage(kept)] = kept.untyped_storage()
-        return kept
+        packed = super().pack(tensor) if self._selective else tensor
+        if torch.is_tensor(packed) and _storage(packed) not in self._weights:
+            self._kept[_storage(packed)] = packed.untyped_storage()
+        return packed
 
     @property
     def bytes(self) -> int:
@@ -139,10 +139,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     print(f"{args.family}, {args.precision}, autocast of {args.rules}: GB a row")
-    found = {way: count(args.family, args.rules, PRECISIONS[args.precision], way) for way in WAYS}
-    for way, (kept, _) in found.items():
+    counts = {way: count(args.family, args.rules, PRECISIONS[args.precision], way) for way in WAYS}
+    for way, (kept, _) in counts.items():
         print(f"{way:24}{kept / 1e9:>8.3f}")
-    print(f"{'the largest block':24}{found['all'][1] / 1e9:>8.3f}")
+    print(f"{'the largest block':24}{counts['all'][1] / 1e9:>8.3f}")
 
 
 if __name__ == "__main__":

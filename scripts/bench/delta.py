@@ -107,16 +107,16 @@ def erase(density: float, scope: str) -> ErasedDelta:
 
 def main() -> None:
     """Measure, print, write."""
-    made = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
+    command.add_argument(
         "--delta", action="append", help="a delta to measure; may be given several times"
     )
-    made.add_argument("--json", type=Path, help="write the numbers to this file")
-    options = made.parse_args()
+    command.add_argument("--json", type=Path, help="write the numbers to this file")
+    options = command.parse_args()
     deltas = {path: ErasedDelta.load(path) for path in options.delta or ()} or {
         name: erase(*run) for name, run in RUNS.items()
     }

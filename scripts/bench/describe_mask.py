@@ -44,20 +44,20 @@ def kind_of(name: str) -> str:
 
 def shares(mask: SaliencyMask) -> dict[str, tuple[int, int]]:
     """Kind of layer -> number of its weights, and how many of them may change."""
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for name, size in mask.sizes().items():
-        weights, chosen = found.get(kind_of(name), (0, 0))
-        found[kind_of(name)] = weights + size, chosen + int(mask[name].sum())
-    return found
+        weights, ones = counts.get(kind_of(name), (0, 0))
+        counts[kind_of(name)] = weights + size, ones + int(mask[name].sum())
+    return counts
 
 
 def describe(mask: SaliencyMask) -> str:
     """A table of the mask's shares, largest first."""
     total = mask.count()
     lines = [f"{'':36}{'of all weights':>15}{'density':>9}{'share':>8}"]
-    for kind, (weights, chosen) in sorted(shares(mask).items(), key=lambda item: -item[1][1]):
+    for kind, (weights, ones) in sorted(shares(mask).items(), key=lambda item: -item[1][1]):
         lines.append(
-            f"{kind:36}{weights / mask.size:>15.1%}{chosen / weights:>9.1%}{chosen / total:>8.1%}"
+            f"{kind:36}{weights / mask.size:>15.1%}{ones / weights:>9.1%}{ones / total:>8.1%}"
         )
     return "\n".join(lines)
 

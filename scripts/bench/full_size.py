@@ -163,9 +163,9 @@ def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str
         model = load_model(base, default_device())
     task = Task(model, [CONCEPT], random_latents(model, args.batch, args.size), 0, folder)
     with stage("saliency and mask"):
-        chosen = choose_mask(task, config)
-        assert chosen is not None
-        chosen.save(folder / "mask.safetensors")
+        salient = choose_mask(task, config)
+        assert salient is not None
+        salient.save(folder / "mask.safetensors")
     config = replace(config, mask=MaskConfig(file=str(folder / "mask.safetensors")))
     with stage("one training step"):
         edit = get_method("salun").edit(task, config)
@@ -178,12 +178,12 @@ def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str
     del edit
     with stage("apply and export"):
         save(delta.apply(model).pipeline(), folder / "erased")
-    assert 0 < delta.count <= chosen.count()
+    assert 0 < delta.count <= salient.count()
     sizes = {
         path.name: round(path.stat().st_size / GB, 3)
         for path in sorted(folder.glob("*.safetensors"))
     }
-    print(f"{chosen.size:,} weights in scope, {delta.count:,} changed; files in GB: {sizes}")
+    print(f"{salient.size:,} weights in scope, {delta.count:,} changed; files in GB: {sizes}")
     return stage.rows
 
 

@@ -47,7 +47,7 @@ def kthvalue(values: dict[str, Tensor], count: int) -> dict[str, Tensor]:
 
 def histogram(values: dict[str, Tensor], count: int) -> dict[str, Tensor]:
     """Ours: two passes of counting on bit patterns, packed to one bit per weight as it goes."""
-    return {name: pack(chosen) for name, chosen in top_k(values, count)}
+    return {name: pack(mask) for name, mask in top_k(values, count)}
 
 
 METHODS = {"argsort": argsort, "kthvalue": kthvalue, "histogram": histogram}
@@ -73,9 +73,9 @@ def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     if method == "copy":
         for value in values.values():
             value.clone()
-        found = None
+        masks = None
     else:
-        found = METHODS[method](values, int(size * DENSITY))
+        masks = METHODS[method](values, int(size * DENSITY))
     wait(device)
     row = {
         "method": method,
@@ -85,8 +85,8 @@ def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
     }
     return row | (
         {}
-        if found is None
-        else {"mask_gb": sum(m.numel() * m.element_size() for m in found.values()) / 1e9}
+        if masks is None
+        else {"mask_gb": sum(m.numel() * m.element_size() for m in masks.values()) / 1e9}
     )
 
 

@@ -67,9 +67,9 @@ def in_own_process(
 ) -> dict[str, Any] | None:
     """What `begin` prints for one model and variant in a fresh process, whose memory is its own;
     None: it did not finish."""
-    given = json.dumps({key: value for key, value in vars(args).items() if key != "json"})
+    options = json.dumps({key: value for key, value in vars(args).items() if key != "json"})
     done = subprocess.run(
-        [sys.executable, script, "--one", name, variant, given], stdout=subprocess.PIPE, text=True
+        [sys.executable, script, "--one", name, variant, options], stdout=subprocess.PIPE, text=True
     )
     if done.returncode:
         print(f"{name} {variant} did not finish (exit code {done.returncode}): out of memory?")
@@ -91,8 +91,8 @@ def begin(parser: argparse.ArgumentParser, measure: Measure) -> argparse.Namespa
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        name, variant, given = args.one
-        print(json.dumps(measure(name, variant, argparse.Namespace(**json.loads(given)))))
+        name, variant, options = args.one
+        print(json.dumps(measure(name, variant, argparse.Namespace(**json.loads(options)))))
         raise SystemExit
     print(*(f"{key}: {value}" for key, value in machine().items()), sep=", ")
     return args

@@ -56,33 +56,35 @@ def stages(images: int, steps: int, latents: int, folder: Path) -> dict[str, flo
     settings = SalUnConfig()
     settings = replace(settings, train=replace(settings.train, steps=steps))
     data = LatentConfig(n_forget=latents, n_retain=latents, batch_size=8)
-    made: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     task = Task(model, concepts, data)
-    found = {"latents": seconds(lambda: made.update(latents=(task.forget(0.5), task.retain())))}
-    found["saliency"] = seconds(lambda: made.update(mask=compute_saliency(task, settings).cut(0.5)))
+    times = {"latents": seconds(lambda: results.update(latents=(task.forget(0.5), task.retain())))}
+    times["saliency"] = seconds(
+        lambda: results.update(mask=compute_saliency(task, settings).cut(0.5))
+    )
     remap, params = Remap(task, settings), task.weights(settings.scope)
 
     def train() -> None:
         with running(model, params, settings.train) as active:
-            fit(params, remap.loss, remap.batches, settings, made["mask"], active=active)
+            fit(params, remap.loss, remap.batches, settings, results["mask"], active=active)
 
-    found["training"] = seconds(train)
+    times["training"] = seconds(train)
     prompts = PromptSet("some", canvas_grid((0,)).rows[:images])
     config = GenerateConfig(steps=12, batch_size=16)
-    found["generation"] = seconds(
-        lambda: made.update(images=generate(model.pipeline(), prompts, folder, config, {}))
+    times["generation"] = seconds(
+        lambda: results.update(images=generate(model.pipeline(), prompts, folder, config, {}))
     )
-    score(made["images"], [], ["classifier", "clip"])  # loads the judges
-    found["evaluation"] = seconds(lambda: score(made["images"], [], ["classifier", "clip"]))
+    score(results["images"], [], ["classifier", "clip"])  # loads the judges
+    times["evaluation"] = seconds(lambda: score(results["images"], [], ["classifier", "clip"]))
     gradients = [torch.randn(param.numel() // 2, device=param.device) for param in params.values()]
     for name, exchange in (
         ("one by one", one_by_one),
         ("in buckets", lambda tensors: reduce_all(tensors, "mean")),
     ):
-        found[f"10 reductions, {name}"] = seconds(
+        times[f"10 reductions, {name}"] = seconds(
             lambda exchange=exchange: [exchange(gradients) for _ in range(10)]
         )
-    return found
+    return times
 
 
 def main() -> None:
@@ -100,10 +102,10 @@ def main() -> None:
     with TemporaryDirectory() as own:
         folder = [own]  # the main process's, for all
         broadcast_object_list(folder)
-        found = stages(args.images, args.steps, args.latents, Path(folder[0]))
+        times = stages(args.images, args.steps, args.latents, Path(folder[0]))
     if state.is_main_process:
         print(f"{state.num_processes} processes of {torch.get_num_threads()} threads")
-        for stage, took in found.items():
+        for stage, took in times.items():
             print(f"  {stage}: {took:.2f} s")
 
 

@@ -114,8 +114,8 @@ def naive_steps(
             forget, anchor, retain = (model.add_noise(x, noise, t) for x in latents)
             forgot = model.predict(forget, t, texts[0])
             target = model.predict(anchor, t, texts[1]).detach()
-            kept = model.predict(retain, t, texts[2])
-            loss = (forgot - target).square().mean() + 0.1 * (kept - noise).square().mean()
+            retained = model.predict(retain, t, texts[2])
+            loss = (forgot - target).square().mean() + 0.1 * (retained - noise).square().mean()
             optimizer.zero_grad()
             loss.backward()
             for name, param in params.items():

@@ -88,8 +88,8 @@ def card(
         ),
         command="python scripts/canvas/gate.py",
         rows="\n".join(
-            f"| {judge} | " + " | ".join(s.text() for s in _accuracies(found)) + " |"
-            for judge, found in scores.items()
+            f"| {judge} | " + " | ".join(s.text() for s in _accuracies(judged)) + " |"
+            for judge, judged in scores.items()
         ),
         files="\n".join(
             f"| {path.relative_to(CANVAS)} | {path.stat().st_size:,} | `{digest}` |"
@@ -133,9 +133,9 @@ def main() -> None:
     (CANVAS / "README.md").write_text(
         card(scores, config, len(images.rows), args.unet_steps), encoding="utf-8"
     )
-    for judge, found in scores.items():
-        print(judge, {s.name: s.text() for s in found})
-    if any(s.value < LEAST[judge] for judge, found in scores.items() for s in _accuracies(found)):
+    for judge, judged in scores.items():
+        print(judge, {s.name: s.text() for s in judged})
+    if any(s.value < LEAST[judge] for judge, judged in scores.items() for s in _accuracies(judged)):
         sys.exit("the gate is shut: train longer")
 
 

@@ -95,7 +95,7 @@ def write_card(recipe: str) -> None:
         return {kind: seen @ text[kind].T for kind in KINDS}
 
     judges = {"classifier": load_classifier(), "CLIP, zero-shot": by_clip}
-    found = {name: held_out_accuracy(predict, HELD_OUT) for name, predict in judges.items()}
+    accuracies = {name: held_out_accuracy(predict, HELD_OUT) for name, predict in judges.items()}
     files = [
         path for path in sorted(WEIGHTS.rglob("*")) if path.is_file() and path.name != "README.md"
     ]
@@ -105,8 +105,8 @@ def write_card(recipe: str) -> None:
         n=HELD_OUT * len(vocabulary().cells()),
         per_cell=HELD_OUT,
         rows="\n".join(
-            f"| {name} | " + " | ".join(f"{found[name][kind]:.2f} %" for kind in KINDS) + " |"
-            for name in found
+            f"| {name} | " + " | ".join(f"{accuracies[name][kind]:.2f} %" for kind in KINDS) + " |"
+            for name in accuracies
         ),
         command="python scripts/canvas/train_judges.py",
         recipe=recipe,

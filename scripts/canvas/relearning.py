@@ -54,7 +54,7 @@ def curve(
     )
     params = select(model.parameters(), "full")
     erased = {name: param.detach().clone() for name, param in params.items()}
-    judge, found = load_judge("canvas"), {}
+    judge, accuracies = load_judge("canvas"), {}
     for count in steps:
         values = relearn(model, concept, latents, replace(train, steps=count))
         _put(params, values)
@@ -62,9 +62,9 @@ def curve(
             model.pipeline(), asked, out / f"relearned-{count}", config, {"relearned": str(count)}
         )
         seen = predict(judge, images)[concept.kind]
-        found[count] = 100 * sum(name != concept.target for name in seen) / len(seen)
+        accuracies[count] = 100 * sum(name != concept.target for name in seen) / len(seen)
         _put(params, erased)
-    return found
+    return accuracies
 
 
 def relearn(

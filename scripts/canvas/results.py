@@ -69,7 +69,7 @@ def measure(
     seconds = time.monotonic() - started
     few = replace(variant.latents, n_forget=16, n_retain=1, trajectory=0)
     # by the base
-    shown = Plan(model, [spec], few, seed, out / "latents").forget() if relearn else None
+    latents = Plan(model, [spec], few, seed, out / "latents").forget() if relearn else None
     delta.apply(model)
     after = generate(
         model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint}
@@ -79,7 +79,7 @@ def measure(
         "erased": score(after, [spec], EVALUATORS),
     }
     train = TrainConfig(lr=1e-4, batch_size=8, mixed_precision=config.mixed_precision)
-    back = curve(model, spec, shown, prompts, relearn, train, folder, config) if shown else {}
+    back = curve(model, spec, latents, prompts, relearn, train, folder, config) if latents else {}
     shutil.rmtree(folder)
     return {
         "concept": concept,
@@ -92,7 +92,10 @@ def measure(
         "latents": asdict(variant.latents),
         "seconds": round(seconds, 1),
         "changed": delta.count,
-        **{row: {s.name: round(s.value, 3) for s in found} for row, found in scores.items()},
+        **{
+            row: {s.name: round(s.value, 3) for s in row_scores}
+            for row, row_scores in scores.items()
+        },
         **({"UA after relearning": back} if back else {}),
     }
 
@@ -112,15 +115,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| variant | kind | concept | seeds | " + " | ".join(SHOWN) + " |",
         "|---" * (4 + len(SHOWN)) + "|",
     ]
-    for (variant, kind, concept), found in sorted(
+    for (variant, kind, concept), runs in sorted(
         groups.items(), key=lambda item: (item[0][0] != "salun", item[0])
     ):
         cells = [
-            _cell([r["erased"][name] for r in found], fmean(r["base"][name] for r in found))
+            _cell([r["erased"][name] for r in runs], fmean(r["base"][name] for r in runs))
             for name in SHOWN
         ]
         lines.append(
-            f"| {variant} | {kind} | {concept} | {len(found)} | " + " | ".join(cells) + " |"
+            f"| {variant} | {kind} | {concept} | {len(runs)} | " + " | ".join(cells) + " |"
         )
     return "\n".join(lines)
 
@@ -132,18 +135,17 @@ def summary(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|",
     ]
     for kind in KINDS:
-        found = [row for row in rows if row["kind"] == kind and row["variant"] == "salun"]
-        if found:
-            ua = [row["erased"]["UA"] for row in found]
+        runs = [row for row in rows if row["kind"] == kind and row["variant"] == "salun"]
+        if runs:
+            ua = [row["erased"]["UA"] for row in runs]
             lost = [
-                [row["erased"][name] - row["base"][name] for row in found]
-                for name in ("IRA", "CRA")
+                [row["erased"][name] - row["base"][name] for row in runs] for name in ("IRA", "CRA")
             ]
             cells = [
                 f"{fmean(ua):.1f} ({min(ua):.1f})",
                 *(f"{fmean(values):+.1f} ({min(values):+.1f})" for values in lost),
             ]
-            lines.append(f"| {kind} | {len(found)} | " + " | ".join(cells) + " |")
+            lines.append(f"| {kind} | {len(runs)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -206,16 +208,16 @@ def main() -> None:
         if args.concepts == ["all"]
         else args.concepts
     )
-    found = groups(args.precision)
-    known = {name: variant for group in found.values() for name, variant in group.items()}
-    chosen = [name for given in args.variants for name in found.get(given, [given])]
-    for name in chosen:
+    variants = groups(args.precision)
+    known = {name: variant for group in variants.values() for name, variant in group.items()}
+    picked = [name for word in args.variants for name in variants.get(word, [word])]
+    for name in picked:
         if name not in known:
-            raise SystemExit(str(unknown("variant", name, [*known, *found])))
+            raise SystemExit(str(unknown("variant", name, [*known, *variants])))
     done = {_key(row) for row in rows}
     args.out.mkdir(parents=True, exist_ok=True)
     config = GenerateConfig(steps=args.steps, mixed_precision=args.precision)
-    for name in chosen:
+    for name in picked:
         for seed in args.seeds:
             for concept in names:
                 if (concept, name, seed, args.answers, bool(args.relearn)) in done:

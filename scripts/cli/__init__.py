@@ -94,7 +94,7 @@ class Parser(JsonArgumentParser):
 def parser(prog: str, doc: str | None) -> Parser:
     """An empty parser with `--config file.yaml`, `--print_config`, `--version` and `--quiet`;
     options are not abbreviated."""
-    made = Parser(
+    command = Parser(
         prog=prog,
         description=doc,
         default_env=False,
@@ -102,17 +102,17 @@ def parser(prog: str, doc: str | None) -> Parser:
         allow_abbrev=False,
         version=_versions(),
     )
-    made.add_argument(
+    command.add_argument(
         "--config",
         action="config",
         help="a recipe's name, or a YAML file of these options; options after it win",
     )
-    made.add_argument(
+    command.add_argument(
         "--quiet",
         action="store_true",
         help="no progress bars and no notes: results and errors alone",
     )
-    return made
+    return command
 
 
 def _versions() -> str:
@@ -236,14 +236,14 @@ def config_files(argv: list[str] | None) -> list[str]:
 
 def _with_paths(argv: list[str]) -> list[str]:
     """The command line with each recipe's path in the place of its name."""
-    found = []
+    words = []
     for i, word in enumerate(argv):
         if word.startswith("--config="):
             word = "--config=" + recipe(word.removeprefix("--config="))
-        found.append(
+        words.append(
             recipe(word) if i and argv[i - 1] == "--config" and not word.startswith("--") else word
         )
-    return found
+    return words
 
 
 def parse(made: Parser, argv: list[str] | None) -> Namespace:
@@ -305,11 +305,11 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     Of several processes the main one alone speaks; all tell their errors.
     """
     _speak_utf8()
-    given = sys.argv[1:] if argv is None else argv
+    words = sys.argv[1:] if argv is None else argv
     try:
-        if only_describes(given):
+        if only_describes(words):
             _describe(main, argv)
-        with _settled(given), terminable():
+        with _settled(words), terminable():
             _work(main, argv)
     except ErasureError as error:
         print(f"error: {error}", file=sys.stderr)

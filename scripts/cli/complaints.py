@@ -112,7 +112,7 @@ def near_options(name: str, options: list[str]) -> list[str]:
             if end in get_close_matches(last, set(lasts.values()), 1, 0.7)
         ],
     )
-    return next((found[:SHOWN] for found in ways if found), [])
+    return next((matches[:SHOWN] for matches in ways if matches), [])
 
 
 def _wrong_value(message: str) -> str | None:
@@ -124,5 +124,5 @@ def _wrong_value(message: str) -> str | None:
     ]
     if not (key and value and kinds):
         return None
-    given = " ".join(value[1].split())[:100]
-    return f"--{key[1]} is {given!r}, but it takes {' or '.join(dict.fromkeys(kinds))}"
+    text = " ".join(value[1].split())[:100]
+    return f"--{key[1]} is {text!r}, but it takes {' or '.join(dict.fromkeys(kinds))}"

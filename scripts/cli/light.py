@@ -35,7 +35,7 @@ def stood_in() -> Iterator[None]:
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     before = set(sys.modules)
-    kept = {name.partition(".")[0] for name in before} | sys.stdlib_module_names
+    known = {name.partition(".")[0] for name in before} | sys.stdlib_module_names
     try:
         yield
     finally:
@@ -43,7 +43,7 @@ def stood_in() -> Iterator[None]:
         for name in set(sys.modules) - before:
             top = name.partition(".")[0]
             light = f"{name}.".startswith(tuple(f"{package}." for package in LIGHT))
-            if top not in kept or top in HEAVY or (top == "erase" and not light):
+            if top not in known or top in HEAVY or (top == "erase" and not light):
                 del sys.modules[name]
 
 

@@ -43,13 +43,13 @@ def read_concepts(
             concept in two ways; or, on canvas, one that it does not know.
     """
     files = [file] if isinstance(file, str) else list(file or ())
-    found, left = _from_files(files, names, model)
+    loaded, left = _from_files(files, names, model)
     if files and not left and (anchors or retain or kind):
         raise ErasureError(
             "--anchor, --retain and --kind do not go with --concepts; write them into a copy of "
             f"{files[0]}"
         )
-    if not found and not left:
+    if not loaded and not left:
         raise ErasureError(
             "no concept was given; name one with --concept (on canvas, e.g. heart), or a file with "
             "--concepts"
@@ -70,7 +70,7 @@ def read_concepts(
         _Named(name, anchor, tuple(retain), kind) for name, anchor in zip(left, wanted, strict=True)
     ]
     concepts = merged(
-        [*found, *(_canvas(one) if model == "canvas" else _by_name(one) for one in named)]
+        [*loaded, *(_canvas(one) if model == "canvas" else _by_name(one) for one in named)]
     )
     if model == "canvas":
         check_canvas(concepts)
@@ -87,11 +87,11 @@ def _from_files(
     left = [name for name in names if name not in targets]
     for name in left:
         _check_spelling(name, loaded, model)
-    found: list[ConceptSpec] = []
+    result: list[ConceptSpec] = []
     for concepts in loaded.values():
         picked = [concept for concept in concepts if concept.target in names]
-        found += picked or concepts
-    return found, left
+        result += picked or concepts
+    return result, left
 
 
 def _check_spelling(name: str, loaded: dict[str, list[ConceptSpec]], model: str) -> None:
@@ -112,21 +112,23 @@ def _by_name(named: _Named) -> ConceptSpec:
     shipped = find_shipped(named.name)
     if named.anchor and named.retain and not named.kind:
         return ConceptSpec(target=named.name.strip(), anchor=named.anchor, retain=named.retain)
-    found = propose(named.name, named.kind)
-    found = replace(found, anchor=named.anchor or found.anchor, retain=named.retain or found.retain)
+    concept = propose(named.name, named.kind)
+    concept = replace(
+        concept, anchor=named.anchor or concept.anchor, retain=named.retain or concept.retain
+    )
     idle = (
         f"; it is a shipped concept, so --kind {named.kind} is not asked"
         if shipped and named.kind
         else ""
     )
     _note(
-        f"proposed for {named.name!r}: {found.target} -> {found.anchor}, {len(found.names)} names, "
-        f"{len(found.templates)} templates "
-        f"({found.templates[0]!r}, ...), {len(found.retain)} retain prompts ({found.retain[0]!r}, "
-        f"...){idle}; add --propose to see "
-        "all of it as YAML, which --concepts reads"
+        f"proposed for {named.name!r}: {concept.target} -> {concept.anchor}, "
+        f"{len(concept.names)} names, {len(concept.templates)} templates "
+        f"({concept.templates[0]!r}, ...), {len(concept.retain)} retain prompts "
+        f"({concept.retain[0]!r}, ...){idle}; add --propose to see all of it as YAML, which "
+        "--concepts reads"
     )
-    return found
+    return concept
 
 
 def _note(text: str) -> None:

@@ -171,7 +171,7 @@ def write_single_file(
     twins = _last_layer(entries) if family == "sd2" else {}
     beside |= _head(modules["text_encoder"], dtype) if twins else {}
 
-    def made(key: str) -> Tensor:
+    def tensor_of(key: str) -> Tensor:
         if key in beside:
             return beside[key]
         key = twins.get(key, key)
@@ -185,7 +185,7 @@ def write_single_file(
     }
     layout |= {new: layout[old] for new, old in twins.items()}
     header = {"format": "pt", **model_spec(pipeline, path.stem, ORIGINAL), **(metadata or {})}
-    stream_tensors(path, layout | beside, made, header)
+    stream_tensors(path, layout | beside, tensor_of, header)
     return path
 
 

@@ -27,12 +27,12 @@ def check_weights(
             "give its configuration (load.config)"
         )
     for entry in table:
-        shape, found = expected[entry.key], file.shapes[entry.key]
+        shape, stored = expected[entry.key], file.shapes[entry.key]
         # some programs write these as linear
-        if found != shape and not (entry.form == "conv1x1" and found == shape[:2]):
+        if stored != shape and not (entry.form == "conv1x1" and stored == shape[:2]):
             raise ErasureError(
                 f"{file.path}: {entry.key} should have the shape {list(shape)}, but has "
-                f"{list(found)}; if the model is of another "
+                f"{list(stored)}; if the model is of another "
                 "size, give its configuration (load.config)"
             )
 

@@ -90,13 +90,13 @@ def without(file: TensorFile, pattern: str) -> TensorFile:
     Raises:
         ErasureError: none does.
     """
-    kept = {key: shape for key, shape in file.shapes.items() if not re.match(pattern, key)}
-    if len(kept) == len(file.shapes):
+    shapes = {key: shape for key, shape in file.shapes.items() if not re.match(pattern, key)}
+    if len(shapes) == len(file.shapes):
         raise ErasureError(
             f"{file.path} holds no tensor whose name begins with {pattern!r} (load.ignore); leave "
             "it out"
         )
-    return replace(file, shapes=kept)
+    return replace(file, shapes=shapes)
 
 
 def recognise(file: TensorFile, expected: str | None, has_vae: bool = False) -> str:
@@ -140,9 +140,9 @@ def _family(file: TensorFile, has_vae: bool) -> str:
     if family is None and has("conditioner.embedders.0.model."):
         raise _refused(file, "the SDXL refiner (or another model with OpenCLIP alone)")
     parts = {"UNet": has(UNET), "VAE": has_vae or has(VAE), "text encoder": family is not None}
-    lacking = [name for name, found in parts.items() if not found]
+    lacking = [name for name, present in parts.items() if not present]
     if len(lacking) == 2 and any(map(has, (UNET, VAE, *texts))):
-        raise _refused(file, "a bare " + next(name for name, found in parts.items() if found))
+        raise _refused(file, "a bare " + next(name for name, present in parts.items() if present))
     if lacking == ["VAE"]:
         raise ErasureError(f"{file.path} has no VAE; give one, a folder or a file, with --load.vae")
     if lacking or family is None:
@@ -203,8 +203,8 @@ def decide_prediction(file: TensorFile, family: str, stated: str | None, asked: 
         raise unknown("prediction type of the configuration", stated, PREDICTIONS)
     signs = _signs(file, family) | ({"its configuration": stated} if stated else {})
     if len(set(signs.values())) > 1:
-        told = ", but ".join(f"{place} {kind}" for place, kind in signs.items())
-        raise ErasureError(f"{file.path}: {told}; say which is right with load.prediction")
+        statements = ", but ".join(f"{place} {kind}" for place, kind in signs.items())
+        raise ErasureError(f"{file.path}: {statements}; say which is right with load.prediction")
     if "ztsnr" in file.shapes and "v_prediction" not in signs.values():
         raise ErasureError(
             f"{file.path} has the key ztsnr, a schedule for v prediction, but nothing says that it "
