@@ -2,8 +2,8 @@
 finite.
 
 Bits cost n / 8 bytes at any density; gaps about one byte per changed weight, which is less below a
-density of 1/8. Indices are
-for work: selecting by them takes a fraction of the time that a boolean mask takes.
+density of 1/8. Indices are for work: selecting by them takes a fraction of the time that a boolean
+mask takes.
 """
 
 from __future__ import annotations

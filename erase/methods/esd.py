@@ -1,8 +1,6 @@
 """ESD: erased Stable Diffusion (Gandikota et al., ICCV 2023, https://arxiv.org/abs/2303.07345).
 
-Away from the concept, as negative guidance of the frozen base would lead. For a concept without a
-substitute.
-"""
+For a concept without a substitute: away from it, as negative guidance of the base would lead."""
 
 from __future__ import annotations
 
@@ -10,10 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from erase.latents.batches import Rows, draw_rows
-from erase.latents.latent_set import epoch_rows
 from erase.losses import denoising
 from erase.methods import Method
+from erase.objectives.concept_rows import ConceptBatch, concept_batches
 from erase.prompts.errors import FINITE, check_ranges
 from erase.task import Edit, Task
 from erase.training.config import TrainConfig, TunedConfig
@@ -38,23 +35,16 @@ class ESDConfig(TunedConfig):
 
 
 def edit(task: Task, config: ESDConfig) -> Edit:
-    """Minimise |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 (eq. 5) on the
-    concept's own latents."""
-    forget, size = task.forget(), config.train.batch_size
+    """Minimise |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 (eq. 5)."""
 
-    def batches(step: int) -> tuple[Rows, list[str]]:
-        rows = epoch_rows(len(forget), step * size, size, task.seed)
-        seen = draw_rows(task.model, forget, rows, task.generator(step))
-        return seen, [forget.prompts[row] for row in rows]
-
-    def loss(batch: tuple[Rows, list[str]], base: Base) -> dict[str, Tensor]:
+    def loss(batch: ConceptBatch, base: Base) -> dict[str, Tensor]:
         rows, prompts = batch
         with base():
             null, concept = task.predict(rows.cat(rows), [""] * len(rows) + prompts).chunk(2)
         target = null - config.guidance * (concept - null)
         return {"forget": denoising(task.predict(rows, prompts), target)}
 
-    return fine_tune(task, loss, batches, config)
+    return fine_tune(task, loss, concept_batches(task, config.train.batch_size), config)
 
 
 METHODS = {"esd": Method("esd", "https://arxiv.org/abs/2303.07345", ESDConfig(), edit)}

@@ -1,9 +1,6 @@
 """UCE: unified concept editing (Gandikota et al., WACV 2024, https://arxiv.org/abs/2308.14761).
 
-The concept's text states get the anchor's keys and values, in closed form: seconds, no images. A
-free pseudo-token
-undoes it: where that matters, train (salun).
-"""
+In closed form, in seconds, without images; a free pseudo-token undoes it, so train where it may."""
 
 from __future__ import annotations
 
@@ -32,9 +29,8 @@ class UCEConfig:
     """weight of staying near the base (the paper's lambda)"""
 
     def __post_init__(self) -> None:
-        check_ranges(
-            self, {"erase_scale": (0, inf), "retain_scale": (0, inf), "ridge": (1e-12, inf)}
-        )
+        check_ranges(self, dict.fromkeys(("erase_scale", "retain_scale"), (0, inf)))
+        check_ranges(self, {"ridge": (1e-12, inf)})
 
 
 def edit(task: Task, config: UCEConfig) -> Edit:
@@ -46,8 +42,8 @@ def edit(task: Task, config: UCEConfig) -> Edit:
     scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * retained
     values = {}
     for name, weight in text_projections(task, config.scope).items():
-        outputs = anchors @ weight.detach().T
-        values[name] = ridge_edit(weight, scale * concepts, scale * outputs, keep, config.ridge)
+        outputs = scale * anchors @ weight.detach().T
+        values[name] = ridge_edit(weight, scale * concepts, outputs, keep, config.ridge)
     return Edit(values)
 
 

@@ -1,8 +1,8 @@
 """A model in shards while it runs: FSDP2 (`torch.distributed.fsdp.fully_shard`), ZeRO stage 3 or 2.
 
 `fully_shard` changes a module for good. So it is given a twin of the denoiser, which stands in the
-pipeline for as long as steps are
-taken: made without weights, sharded, filled by each process from its own copy of the original. The
+pipeline for as long as steps are taken: made without weights, sharded, filled by each process from
+its own copy of the original. The
     original waits, untouched.
 """
 

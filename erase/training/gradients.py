@@ -49,8 +49,8 @@ def without_conflict(whole: Gradients, retain: Gradients, total: Total) -> Gradi
     """Gradient surgery (Yu et al. 2020, https://arxiv.org/abs/2001.06782), tensor by tensor.
 
     Where the forget gradient f = whole - retain points against the retain gradient r (f.r < 0), its
-    part along r
-    is removed: whole - (f.r / r.r) r, so that what is left of f is orthogonal to r. Elsewhere
+    part along r is removed: whole - (f.r / r.r) r, so that what is left of f is orthogonal to r.
+    Elsewhere
         `whole` stays, bit for bit.
 
     Args:

@@ -2,8 +2,8 @@
 CLIP score.
 
 Zero-shot classification and its prompt ensembles: Radford et al. 2021, section 3.1. CLIP score:
-Hessel et al. 2021, without
-their factor 2.5 and without clipping at zero: 100 x the cosine of image and prompt.
+Hessel et al. 2021, without their factor 2.5 and without clipping at zero: 100 x the cosine of image
+and prompt.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 comes back.
 
 An erased concept may be hidden rather than gone; the fewer steps bring it back, the more is left of
-it. The control is a model that never
-forgot: its images show the concept at every step.
+it. The control is a model that never forgot: its images show the concept at every step.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from erase.eval.evaluators.classifier import load_judge, predict
 from erase.eval.generate import GenerateConfig, generate
-from erase.latents.batches import Rows, draw_rows
-from erase.latents.latent_set import LatentSet, epoch_rows
+from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import Given
 from erase.losses import denoising
 from erase.models import DiffusionModel
 from erase.models.scopes import select
+from erase.objectives.concept_rows import ConceptBatch, concept_batches
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.prompt_sets import PromptSet
 from erase.task import Task
@@ -76,19 +75,13 @@ def relearn(
 ) -> Mapping[str, Tensor]:
     """Values of all of the denoiser's weights after plain fine-tuning (noise prediction) on these
     latents and their prompts."""
-    task, size = Task(model, [concept], Given(latents, latents), seed), train.batch_size
+    task = Task(model, [concept], Given(latents, latents), seed)
 
-    def batches(step: int) -> tuple[Rows, list[str]]:
-        rows = epoch_rows(len(latents), step * size, size, seed)
-        return draw_rows(model, latents, rows, task.generator(step)), [
-            latents.prompts[row] for row in rows.tolist()
-        ]
-
-    def loss(batch: tuple[Rows, list[str]], base: Base) -> dict[str, Tensor]:
+    def loss(batch: ConceptBatch, base: Base) -> dict[str, Tensor]:
         rows, prompts = batch
         return {"forget": denoising(task.predict(rows, prompts), rows.target)}
 
-    task.forget()  # embeds its prompts
+    batches = concept_batches(task, train.batch_size)
     return fine_tune(task, loss, batches, TunedConfig(train=train)).values
 
 

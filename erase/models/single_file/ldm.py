@@ -1,8 +1,8 @@
 """The LDM layout: which key of a single-file checkpoint holds which weight of a diffusers pipeline.
 
 The table is derived from the configuration of the modules, so it holds for every width and depth.
-The names are those of the
-original programs: CompVis/latent-diffusion (`openaimodel.py`, `diffusionmodules/model.py`),
+The names are those of the original programs: CompVis/latent-diffusion (`openaimodel.py`,
+`diffusionmodules/model.py`),
     Stability-AI/stablediffusion and
 generative-models (`encoders/modules.py`), openai/CLIP and OpenCLIP (`transformer.py`).
 """
