@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,6 +159,11 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def texts_of(texts: Sequence[str], rows: Tensor) -> list[str]:
+    """The texts of these rows, for example their prompts."""
+    return [texts[row] for row in rows.tolist()]
 
 
 def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) -> Tensor:

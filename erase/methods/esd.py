@@ -10,9 +10,9 @@ from torch import Tensor
 
 from erase.losses import denoising
 from erase.methods import Method
-from erase.objectives.concept_rows import ConceptBatch, concept_batches
 from erase.prompts.errors import FINITE, check_ranges
 from erase.task import Edit, Task
+from erase.training.batches import PromptedRows, row_batches
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
@@ -37,14 +37,14 @@ class ESDConfig(TunedConfig):
 def edit(task: Task, config: ESDConfig) -> Edit:
     """Minimise |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 (eq. 5)."""
 
-    def loss(batch: ConceptBatch, base: Base) -> dict[str, Tensor]:
+    def loss(batch: PromptedRows, base: Base) -> dict[str, Tensor]:
         rows, prompts = batch
         with base():
             null, concept = task.predict(rows.cat(rows), [""] * len(rows) + prompts).chunk(2)
         target = null - config.guidance * (concept - null)
         return {"forget": denoising(task.predict(rows, prompts), target)}
 
-    return fine_tune(task, loss, concept_batches(task, config.train.batch_size), config)
+    return fine_tune(task, loss, row_batches(task, task.forget(), config.train.batch_size), config)
 
 
 METHODS = {"esd": Method("esd", "https://arxiv.org/abs/2303.07345", ESDConfig(), edit)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from erase.latents.batches import Rows, draw_rows, noised
-from erase.latents.latent_set import LatentSet, epoch_rows
+from erase.latents.latent_set import LatentSet, epoch_rows, texts_of
 from erase.losses import denoising, remap
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import FRACTION, check_names, check_ranges
@@ -82,12 +82,8 @@ class Remap:
 
     def batches(self, step: int) -> RemapBatch:
         """Rows, timesteps and noise of one step."""
-        model, forget, retain, config = (
-            self.task.model,
-            self.forget_set,
-            self.retain_set,
-            self.config,
-        )
+        model, config = self.task.model, self.config
+        forget, retain = self.forget_set, self.retain_set
         size, generator = config.train.batch_size, self.task.generator(step)
         retain_rows = epoch_rows(len(retain), step * size, size, self.task.seed + 1)
         retained = draw_rows(model, retain, retain_rows, generator)
@@ -104,7 +100,7 @@ class Remap:
     def loss(self, batch: RemapBatch, base: Base) -> dict[str, Tensor]:
         """Forget and retain rows go through the denoiser together; so do the teacher's."""
         anchor, reference = self._targets(batch, base)
-        prompts = _chosen(self.forget_set.prompts, batch.forget_rows)
+        prompts = texts_of(self.forget_set.prompts, batch.forget_rows)
         forgot, retained = self._together(batch.forget, prompts, batch)
         return {
             "forget": remap(forgot, anchor),
@@ -113,7 +109,7 @@ class Remap:
 
     def _targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
         """Anchor and retain targets, each by the frozen base or not, as configured."""
-        config, anchors = self.config, _chosen(_anchors(self.forget_set), batch.forget_rows)
+        config, anchors = self.config, texts_of(_anchors(self.forget_set), batch.forget_rows)
         if config.anchor_from == config.retain_target == "frozen":
             if base is not torch.no_grad and _fixed(self.forget_set) and _fixed(self.retain_set):
                 return self._known_targets(batch, base)
@@ -125,62 +121,48 @@ class Remap:
         if config.retain_target == "noise":
             return anchor, batch.retain.target
         with base():
-            return anchor, self.task.predict(
-                batch.retain, _chosen(self.retain_set.prompts, batch.retain_rows)
-            )
+            prompts = texts_of(self.retain_set.prompts, batch.retain_rows)
+            return anchor, self.task.predict(batch.retain, prompts)
 
     def _known_targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
         """Of points that are fixed beforehand (trajectories): the base is asked about all of them
         once."""
+        forget, retain = self.forget_set, self.retain_set
         if self._known is None:
             with base():
-                anchor = self._predict_all(
-                    self.forget_set, _anchors(self.forget_set), "anchor targets"
-                )
-                self._known = (
-                    anchor,
-                    self._predict_all(self.retain_set, self.retain_set.prompts, "retain targets"),
-                )
-        device = batch.forget.noisy.device
+                anchor = self._predict_all(forget, _anchors(forget), "anchor targets")
+                reference = self._predict_all(retain, retain.prompts, "retain targets")
+            self._known = anchor, reference
+
         anchor, reference = self._known
-        return anchor[batch.forget_rows.cpu()].to(device), reference[batch.retain_rows.cpu()].to(
-            device
-        )
+        device = batch.forget.noisy.device
+        wanted = anchor[batch.forget_rows.cpu()].to(device)
+        return wanted, reference[batch.retain_rows.cpu()].to(device)
 
     def _predict_all(self, points: LatentSet, prompts: Sequence[str], what: str) -> Tensor:
         """Predictions at the fixed points of a set, in float32 on the CPU."""
-        # nothing is drawn: the points have noise and timesteps
-        model, generator = (
-            self.task.model,
-            torch.Generator(),
-        )
+        model = self.task.model
+        generator = torch.Generator()  # nothing is drawn: the points have noise and timesteps
+        size = 2 * self.config.train.batch_size
 
         def predict(rows: range) -> Tensor:
             indices = torch.tensor(rows)
             t, noise = points.draw_noise(indices, model.timesteps, generator)
             seen = noised(model, points.latents[indices], noise, t)
-            return self.task.predict(seen, _chosen(prompts, indices)).float().cpu()
+            return self.task.predict(seen, texts_of(prompts, indices)).float().cpu()
 
         # as many for every process: under FSDP each prediction is an effort of all
-        return torch.cat(
-            in_shares(
-                len(points), 2 * self.config.train.batch_size, predict, what, "point", pad=True
-            )
-        )
+        return torch.cat(in_shares(len(points), size, predict, what, "point", pad=True))
 
     def _together(self, rows: Rows, prompts: list[str], batch: RemapBatch) -> tuple[Tensor, Tensor]:
         """Predictions for these rows and for the batch's retain rows, in one pass."""
-        retain_prompts = _chosen(self.retain_set.prompts, batch.retain_rows)
+        retain_prompts = texts_of(self.retain_set.prompts, batch.retain_rows)
         both = self.task.predict(rows.cat(batch.retain), prompts + retain_prompts)
         return both[: len(rows)], both[len(rows) :]
 
 
 def _anchors(forget: LatentSet) -> tuple[str, ...]:
     return forget.anchors or forget.prompts
-
-
-def _chosen(texts: Sequence[str], rows: Tensor) -> list[str]:
-    return [texts[row] for row in rows.tolist()]
 
 
 def _fixed(points: LatentSet) -> bool:

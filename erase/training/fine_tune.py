@@ -41,6 +41,8 @@ def fine_tune(
         start: values to begin at instead of the base's, as whole parameters by name.
 
     Raises:
+        ErasureError: settings that this machine cannot train with, a mask of another base or
+            concept, or a loss that is not finite.
     """
     params, accelerator = task.weights(config.scope), make_accelerator(config.train)
     mask = choose_mask(task, config, Objective(loss, batches))

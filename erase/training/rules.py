@@ -20,9 +20,10 @@ from erase.training.statistics import Statistics, Values
 FLOOR = 0.1
 """of the median of the costs: what is added to each, so that a weight that costs nothing does not
 outweigh all others"""
-Score = Callable[[Mapping[str, Tensor], Tensor, float], Tensor]
-"""(statistics of one parameter, its base values, floor of the cost) -> not negative, the
-parameter's shape"""
+WEIGHT = "weight"
+"""name of the base values beside the statistics"""
+Score = Callable[[Mapping[str, Tensor], float], Tensor]
+"""(statistics of one parameter, floor of the cost) -> not negative, the parameter's shape"""
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,17 @@ class Rule:
     """whether it looks at the weights"""
 
 
-def _benefit(statistics: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
+def _benefit(statistics: Mapping[str, Tensor], floor: float) -> Tensor:
     """|sum g_objective| / (sqrt(mean g_retain^2) + floor)."""
     return statistics["objective.sum"].abs() / (statistics["retain.square"].sqrt() + floor)
 
 
-def _fisher_ratio(statistics: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
+def _fisher_ratio(statistics: Mapping[str, Tensor], floor: float) -> Tensor:
     """sum g_objective^2 / (sum g_retain^2 + floor^2)."""
     return statistics["objective.square"] / (statistics["retain.square"] + floor**2)
 
 
-def _agreement(statistics: Mapping[str, Tensor], weight: Tensor, floor: float) -> Tensor:
+def _agreement(statistics: Mapping[str, Tensor], floor: float) -> Tensor:
     """|sum g| / sqrt(sum g^2) of the objective: how far the batches agree on a direction, up to
     sqrt(batches)."""
     return statistics["objective.sum"].abs() / statistics["objective.square"].sqrt().clamp_min(
@@ -60,12 +61,12 @@ def _agreement(statistics: Mapping[str, Tensor], weight: Tensor, floor: float) -
 RULES = {
     "forget": Rule(
         ("forget.sum",),
-        lambda statistics, weight, floor: statistics["forget.sum"].abs(),
+        lambda statistics, floor: statistics["forget.sum"].abs(),
         "SalUn, Fan et al. 2024, eq. 3",
     ),
     "remap": Rule(
         ("objective.sum",),
-        lambda statistics, weight, floor: statistics["objective.sum"].abs(),
+        lambda statistics, floor: statistics["objective.sum"].abs(),
         "this toolkit",
     ),
     "benefit": Rule(
@@ -79,7 +80,7 @@ RULES = {
     ),
     "weight-gradient": Rule(
         ("objective.sum",),
-        lambda statistics, weight, floor: (statistics["objective.sum"] * weight).abs(),
+        lambda statistics, floor: (statistics["objective.sum"] * statistics[WEIGHT]).abs(),
         "SelFT, of CUIG",
         weighs=True,
     ),
@@ -112,33 +113,25 @@ def scores(
         )
     needed = {name: statistics.values[name] for name in chosen.needs}
     floor = _floor(needed[chosen.cost]) if chosen.cost else 0.0
-    if chosen.weighs and weights is None:
-        raise ValueError(f"rule {rule} looks at the weights; give them")
+    if chosen.weighs:
+        if weights is None:
+            raise ValueError(f"rule {rule} looks at the weights; give them")
+        needed[WEIGHT] = weights
 
-    return Saliency(
-        Scores(chosen.score, needed, weights, floor), {**statistics.metadata, "rule": rule}
-    )
+    values = Scores(chosen.score, needed, floor)
+    return Saliency(values, {**statistics.metadata, "rule": rule})
 
 
 class Scores(Mapping[str, Tensor]):
     """Parameter name -> scores, computed whenever they are asked for: they take no memory beside
     the statistics."""
 
-    def __init__(
-        self,
-        score: Score,
-        needed: Mapping[str, Values],
-        weights: Mapping[str, Tensor] | None,
-        floor: float,
-    ) -> None:
-        self._score, self._needed, self._weights, self._floor = score, needed, weights, floor
+    def __init__(self, score: Score, needed: Mapping[str, Values], floor: float) -> None:
+        self._score, self._needed, self._floor = score, needed, floor
 
     def __getitem__(self, name: str) -> Tensor:
-        statistics = {statistic: values[name] for statistic, values in self._needed.items()}
-        weight = (
-            self._weights[name].detach().cpu() if self._weights else next(iter(statistics.values()))
-        )
-        return self._score(statistics, weight, self._floor)
+        statistics = {key: values[name].detach().cpu() for key, values in self._needed.items()}
+        return self._score(statistics, self._floor)
 
     def __iter__(self) -> Iterator[str]:
         return iter(next(iter(self._needed.values())))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ import torch
 from torch import Tensor
 
 from erase.claims import check_artifact
-from erase.latents.batches import Rows, draw_rows
-from erase.latents.latent_set import epoch_rows
+from erase.latents.batches import draw_rows
+from erase.latents.latent_set import texts_of
 from erase.losses import denoising, forgetting, guided
 from erase.mask import Saliency, SaliencyMask
 from erase.parallel.layout import ActiveWeights
 from erase.parallel.processes import exists_on_all, processes, progress, round_robin
 from erase.task import Task, describe
+from erase.training.batches import PromptedRows, row_batches
 from erase.training.config import MaskConfig, TunedConfig
 from erase.training.loop import Batches, LossFn, cut
 from erase.training.rules import RULES, scores
@@ -41,9 +44,8 @@ def choose_mask(
 ) -> SaliencyMask | None:
     """The mask that the configuration asks for; None: every weight of the scope may change.
 
-    Statistics are as large as the weights: they are written to the task's folder as soon as they
-        are there, found again by a
-    resumed run, and not kept in memory while training.
+    Statistics are as large as the weights. They are written to the task's folder as soon as they
+    are there, found again by a resumed run, and not kept in memory while training.
 
     Args:
         task: the erasure.
@@ -137,82 +139,24 @@ def compute_statistics(
     with running(task.model, params, plain) as active:
         for source in dict.fromkeys(name.partition(".")[0] for name in names):
             kinds = tuple(kind for kind in ("sum", "square") if f"{source}.{kind}" in names)
-            steps = _steps_of(source, task, config, objective, active.layout.collective_forward)
-            totals = _accumulate(
-                active, steps, Accumulator(active.params, active.layout, kinds), source
-            )
+            work = _pass_of(source, task, config, objective, active.layout.collective_forward)
+            totals = _accumulate(active, work, kinds, source)
             values |= {f"{source}.{kind}": total for kind, total in totals.items()}
     return Statistics(values, provenance)
 
 
-class _Steps:
-    """Losses of one source, batch by batch, each in parts."""
+@dataclass(frozen=True)
+class _Pass:
+    """Batches whose gradients make the statistics of one source."""
 
-    parts = 1
-    joint = False
+    count: int
+    """batches"""
+    loss: Callable[[int, int], Tensor]
+    """(batch, part of it) -> the part's share of the batch's loss"""
+    parts: int = 1
+    """into which each batch is split to save memory"""
+    joint: bool = False
     """whether all processes take their rows of every batch, instead of whole batches in turn"""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def loss(self, index: int, part: int) -> Tensor:
-        raise NotImplementedError
-
-
-class _Forget(_Steps):
-    """Minus the denoising error of the guided prediction, one pass over the concept's latents, both
-    branches live (SalUn, eq. 3)."""
-
-    def __init__(self, task: Task, config: TunedConfig) -> None:
-        self.task, self.config, self.rows = task, config.mask, task.forget().concept_rows()
-
-    def __len__(self) -> int:
-        return -(-len(self.rows) // self.config.batch_size)
-
-    def loss(self, index: int, part: int) -> Tensor:
-        start = index * self.config.batch_size
-        rows = self.rows[start : start + self.config.batch_size]
-        return forget_loss(self.task, rows, self.config.guidance, self.task.generator(start))
-
-
-class _Trained(_Steps):
-    """The objective's forget term on the first batches of training, or the denoising loss on retain
-    latents drawn likewise."""
-
-    def __init__(
-        self, task: Task, config: TunedConfig, objective: Objective | None, joint: bool
-    ) -> None:
-        """`joint`: under shards, which average the gradients of all processes before they can be
-        squared."""
-        self.task, self.config, self.objective, self.joint = task, config, objective, joint
-        self._shares: Any = processes() if joint else _Alone(task.model.device)
-        self.parts = config.train.accumulation  # as few rows at a time as in training
-        if not joint:
-            self.parts *= processes().num_processes
-        self._batch: tuple[int, object] = (-1, None)
-
-    def __len__(self) -> int:
-        return self.config.mask.batches
-
-    def loss(self, index: int, part: int) -> Tensor:
-        if self._batch[0] != index:
-            drawn = self.objective.batches(index) if self.objective else self._retained(index)
-            self._batch = index, drawn
-        share = cut(self._batch[1], part, self.parts, self._shares)
-        if self.objective:
-            return self.objective.loss(share, torch.no_grad)["forget"] / self.parts
-        rows, prompts = share
-        return denoising(self.task.predict(rows, prompts), rows.target) / self.parts
-
-    def _retained(self, index: int) -> tuple[Rows, list[str]]:
-        retain, size = self.task.retain(), self.config.train.batch_size
-        rows, generator = (
-            epoch_rows(len(retain), index * size, size, self.task.seed + 1),
-            self.task.generator(index),
-        )
-        return draw_rows(self.task.model, retain, rows, generator), [
-            retain.prompts[row] for row in rows.tolist()
-        ]
 
 
 @dataclass(frozen=True)
@@ -224,52 +168,85 @@ class _Alone:
     process_index: int = 0
 
 
-def _steps_of(
+def _forget_pass(task: Task, mask: MaskConfig) -> _Pass:
+    """One pass over the concept's latents (SalUn, eq. 3)."""
+    rows, size = task.forget().concept_rows(), mask.batch_size
+
+    def loss(batch: int, part: int) -> Tensor:
+        start = batch * size
+        generator = task.generator(start)
+        return forget_loss(task, rows[start : start + size], mask.guidance, generator)
+
+    return _Pass(-(-len(rows) // size), loss)
+
+
+def _training_pass(
+    task: Task, config: TunedConfig, batches: Batches, loss: Callable[[Any], Tensor], joint: bool
+) -> _Pass:
+    """The first batches that training will see, in as small parts as there.
+
+    `joint`: under shards, which average the gradients of all processes before they can be squared.
+    """
+    whose: Any = processes() if joint else _Alone(task.model.device)
+    parts = config.train.accumulation * (1 if joint else processes().num_processes)
+    drawn = lru_cache(maxsize=1)(batches)  # the parts of one batch come one after the other
+
+    def part_loss(batch: int, part: int) -> Tensor:
+        return loss(cut(drawn(batch), part, parts, whose)) / parts
+
+    return _Pass(config.mask.batches, part_loss, parts, joint)
+
+
+def _pass_of(
     source: str, task: Task, config: TunedConfig, objective: Objective | None, joint: bool
-) -> _Steps:
+) -> _Pass:
+    """The pass of a source: `forget`, `objective` or `retain`."""
     if source == "forget":
-        return _Forget(task, config)
-    if source == "objective" and objective is None:
+        return _forget_pass(task, config.mask)
+    if source == "retain":
+        size, seed = config.train.batch_size, task.seed + 1
+        batches = row_batches(task, task.retain(), size, seed)
+        return _training_pass(task, config, batches, lambda batch: _retain_loss(task, batch), joint)
+
+    if objective is None:
         raise ValueError("statistics of the objective need one")
-    return _Trained(task, config, objective if source == "objective" else None, joint)
+    loss = objective.loss
+    return _training_pass(
+        task, config, objective.batches, lambda batch: loss(batch, torch.no_grad)["forget"], joint
+    )
+
+
+def _retain_loss(task: Task, batch: PromptedRows) -> Tensor:
+    rows, prompts = batch
+    return denoising(task.predict(rows, prompts), rows.target)
 
 
 def _accumulate(
-    active: ActiveWeights, steps: _Steps, totals: Accumulator, source: str
+    active: ActiveWeights, work: _Pass, kinds: tuple[str, ...], source: str
 ) -> dict[str, dict[str, Tensor]]:
     """Gradients of all batches, shared by the processes."""
-    every = range(len(steps))
-    mine = (
-        [(index, True) for index in every]
-        if steps.joint
-        else round_robin(every, active.layout.collective_forward)
-    )
+    totals = Accumulator(active.params, active.layout, kinds)
+    every = range(work.count)
+    mine = [(batch, True) for batch in every]
+    if not work.joint:
+        mine = round_robin(every, active.layout.collective_forward)
+
     what = f"{source} saliency" if source != "forget" else "saliency"
     with (
         torch.random.fork_rng(devices=[]),
         gradients_on(active.params),
+        # of a batch in parts, the gradient is summed up before it is squared
+        totals.collecting() if work.parts == 1 else nullcontext(),
         progress(what, "batch", len(mine)) as bar,
     ):
-        for index, counts in mine:
-            torch.manual_seed(index)
-            _add_batch(steps, index, 1.0 if counts else 0.0, totals)
+        for batch, counts in mine:
+            torch.manual_seed(batch)
+            for part in range(work.parts):
+                loss = work.loss(batch, part)
+                (loss if counts else 0 * loss).backward()
+            totals.add()
             bar.update()
-    return totals.finish(shared=not steps.joint)
-
-
-def _add_batch(steps: _Steps, index: int, factor: float, totals: Accumulator) -> None:
-    """One batch's gradient. Of a batch in parts it is summed up before it is squared."""
-    if steps.parts == 1:
-        with totals.collecting():
-            _scaled(steps.loss(index, 0), factor).backward()
-        return
-    for part in range(steps.parts):
-        _scaled(steps.loss(index, part), factor).backward()
-    totals.add()
-
-
-def _scaled(loss: Tensor, factor: float) -> Tensor:
-    return loss if factor == 1 else factor * loss
+    return totals.finish(shared=not work.joint)
 
 
 def _check_given(task: Task, path: Path, metadata: Mapping[str, str]) -> None:
@@ -308,6 +285,6 @@ def forget_loss(task: Task, rows: Tensor, guidance: float, generator: torch.Gene
     """Minus the denoising error of the guided prediction on these forget rows."""
     forget = task.forget()
     seen = draw_rows(task.model, forget, rows, generator)
-    prompts = [forget.prompts[row] for row in rows.tolist()] + [""] * len(rows)
+    prompts = texts_of(forget.prompts, rows) + [""] * len(rows)
     conditional, unconditional = task.predict(seen.cat(seen), prompts).chunk(2)
     return forgetting(guided(conditional, unconditional, guidance), seen.target)

@@ -22,10 +22,10 @@ from erase.latents.prepare import Given
 from erase.losses import denoising
 from erase.models import DiffusionModel
 from erase.models.scopes import select
-from erase.objectives.concept_rows import ConceptBatch, concept_batches
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.prompt_sets import PromptSet
 from erase.task import Task
+from erase.training.batches import PromptedRows, row_batches
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
@@ -77,11 +77,11 @@ def relearn(
     latents and their prompts."""
     task = Task(model, [concept], Given(latents, latents), seed)
 
-    def loss(batch: ConceptBatch, base: Base) -> dict[str, Tensor]:
+    def loss(batch: PromptedRows, base: Base) -> dict[str, Tensor]:
         rows, prompts = batch
         return {"forget": denoising(task.predict(rows, prompts), rows.target)}
 
-    batches = concept_batches(task, train.batch_size)
+    batches = row_batches(task, task.forget(), train.batch_size)
     return fine_tune(task, loss, batches, TunedConfig(train=train)).values
 
 
