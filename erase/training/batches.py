@@ -1,0 +1,33 @@
+"""Batches of one latent set under its own prompts, for losses that look at each row by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from erase.latents.batches import Rows, draw_rows
+from erase.latents.latent_set import LatentSet, epoch_rows, texts_of
+from erase.task import Task
+
+PromptedRows = tuple[Rows, list[str]]
+"""rows and the prompt of each"""
+
+
+def row_batches(
+    task: Task, latents: LatentSet, size: int, seed: int | None = None
+) -> Callable[[int], PromptedRows]:
+    """Step -> `size` rows of the set, each once per epoch, and their prompts.
+
+    Args:
+        task: gives the random stream of each step.
+        latents: whose rows they are.
+        size: rows per batch.
+        seed: of the order of the rows; None: the task's.
+    """
+    order = task.seed if seed is None else seed
+
+    def batches(step: int) -> PromptedRows:
+        rows = epoch_rows(len(latents), step * size, size, order)
+        drawn = draw_rows(task.model, latents, rows, task.generator(step))
+        return drawn, texts_of(latents.prompts, rows)
+
+    return batches
