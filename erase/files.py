@@ -48,8 +48,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     is removed.
 
     What is renamed has reached the disk: a machine that fails finds the old file or the new one,
-        never an empty one. What a
-    killed process left unfinished is removed when another begins to write into the same folder.
+    never an empty one. What a killed process left unfinished is removed when another begins to
+    write into the same folder.
 
     Raises:
         ErasureError: the folder cannot be written to, the disk is full, or the name is none that a
@@ -132,9 +132,9 @@ def _sweep(folder: Path) -> None:
     holds locked.
 
     A lock tells the dead from the living where a process number does not: it may be in use again,
-        or be another container's.
-    Those of other machines are left to them, since not every shared disk shares its locks. Listing
-    the folder takes at most a hundredth of the time, however many images are in it.
+    or be another container's. Those of other machines are left to them, since not every shared disk
+    shares its locks. Listing the folder takes at most a hundredth of the time, however many images
+    are in it.
     """
     began = time.monotonic()
     if began < _next_sweep.get(folder, 0):

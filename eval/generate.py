@@ -4,13 +4,12 @@ among processes.
 An image depends on its row (prompt, seed, guidance) and on the settings in `settings.json`, on one
 machine with one build of torch and one number of threads. It does not depend, to the bit, on how
 often the run was stopped and resumed, on how many processes share it, or on the rows beside it. For
-each image has a CPU generator of its own, each prompt is encoded alone, and
-all batches have one size, the last being filled up with its last row: the rounding of a UNet's
-    matrix products varies with
-the size of a batch, though not with its members. Measured on the canvas architecture, float32, CPU:
-    batches of 1, 2, 3, 8 and 17
-instead of 32 move at most 4 in 100,000 of the 8-bit values, each by one level; 1, 2 and 4 threads
-give the same bits, and 3 threads differ by 1e-6, which is gone in 8 bits. No GPU has been measured.
+each image has a CPU generator of its own, each prompt is encoded alone, and all batches have one
+size, the last being filled up with its last row: the rounding of a UNet's matrix products varies
+with the size of a batch, though not with its members. Measured on the canvas architecture, float32,
+CPU: batches of 1, 2, 3, 8 and 17 instead of 32 move at most 4 in 100,000 of the 8-bit values, each
+by one level; 1, 2 and 4 threads give the same bits, and 3 threads differ by 1e-6, which is gone in
+8 bits. No GPU has been measured.
 """
 
 from __future__ import annotations

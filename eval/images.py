@@ -2,8 +2,7 @@
 that it still is that image.
 
 On disk: `settings.json` (how all were made), `manifest.jsonl` (one ImageRow a line, by case),
-    `00000.png`, `00001.png`, …
-The manifest is written last, so a folder that has one was finished.
+`00000.png`, `00001.png`, … The manifest is written last, so a folder that has one was finished.
 """
 
 from __future__ import annotations

@@ -141,10 +141,9 @@ def verdict(base: Score, other: Score) -> int:
     told apart.
 
     They can where the 95 % interval of their difference excludes zero
-    (`erase.eval.metrics.intervals.of_difference`). That takes the measurements
-    to be independent. The images of both come from the same prompts and seeds, so the true error is
-        smaller: a difference called
-    real here is real, one called noise may not be.
+    (`erase.eval.metrics.intervals.of_difference`). That takes the measurements to be independent.
+    The images of both come from the same prompts and seeds, so the true error is smaller: a
+    difference called real here is real, one called noise may not be.
     """
     low, high = of_difference(base.value, base.interval, other.value, other.interval)
     sign = 1 if base.higher_is_better else -1

@@ -130,9 +130,8 @@ def test_noise_has_a_high_ua_and_is_caught_by_ira_and_cra(judge: str, noise: Ima
     it.
 
     Chance is exact in the mean over the K targets of a kind, whatever the judge sees in noise: UA 1
-        - 1/K (90 % for objects,
-    near 100 % where there are many), IRA 1/K. A single target's UA depends on what the judge likes
-    to call noise.
+    - 1/K (90 % for objects, near 100 % where there are many), IRA 1/K. A single target's UA depends
+    on what the judge likes to call noise.
     """
     guesses = predictions(judge, noise)
     labels = {kind: [row.labels[kind] for row in noise.rows] for kind in KINDS}

@@ -2,8 +2,7 @@
 paper and the notes on its code.
 
 The reference functions use plain torch on the bare UNet: one forward pass per prediction, no cache,
-    no packing, no batching of
-forget with retain rows.
+no packing, no batching of forget with retain rows.
 """
 
 import math

@@ -2,8 +2,7 @@
 `pipeline.load_lora_weights` reads, and most programs beside it.
 
 A LoRA is an approximation: it holds the nearest matrices of low rank (Eckart and Young, 1936), and
-    nothing of biases and norms.
-What that loses is measured layer by layer and kept with it.
+nothing of biases and norms. What that loses is measured layer by layer and kept with it.
 """
 
 from __future__ import annotations
@@ -274,8 +273,7 @@ def _factors(change: Tensor, rank: int | None, energy: float | None) -> tuple[Te
     """The truncated SVD with each singular value shared equally between both factors.
 
     By the eigenvectors of the smaller Gram matrix in float64: exact to float32, the whole spectrum
-        included, and several times quicker
-    than an SVD of the wide matrices of convolutions.
+    included, and several times quicker than an SVD of the wide matrices of convolutions.
     """
     wide = change.shape[0] <= change.shape[1]
     power, vectors = torch.linalg.eigh(change @ change.T if wide else change.T @ change)

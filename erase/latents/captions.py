@@ -2,9 +2,8 @@
 prompts.
 
 An image to forget needs a caption that names a concept: the anchor prompt is the caption with the
-    anchor in the concept's place. A folder's
-name stands for a thing, so it goes into templates: those of the concept that it names, or the
-    general ones.
+anchor in the concept's place. A folder's name stands for a thing, so it goes into templates: those
+of the concept that it names, or the general ones.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 `fully_shard` changes a module for good. So it is given a twin of the denoiser, which stands in the
 pipeline for as long as steps are taken: made without weights, sharded, filled by each process from
-its own copy of the original. The
-    original waits, untouched.
+its own copy of the original. The original waits, untouched.
 """
 
 from __future__ import annotations

@@ -50,8 +50,7 @@ def without_conflict(whole: Gradients, retain: Gradients, total: Total) -> Gradi
 
     Where the forget gradient f = whole - retain points against the retain gradient r (f.r < 0), its
     part along r is removed: whole - (f.r / r.r) r, so that what is left of f is orthogonal to r.
-    Elsewhere
-        `whole` stays, bit for bit.
+    Elsewhere `whole` stays, bit for bit.
 
     Args:
         whole: gradient of the sum of all terms, by name.

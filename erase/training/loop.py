@@ -111,9 +111,8 @@ def fit(
     were found.
 
     The mask acts on the update: the optimizer sees compact copies of the weights inside it and
-        nothing else (`Trainable`), so weight
-    decay and momentum cannot move the others. An optimizer that looks at whole matrices (Adafactor)
-    sees flat values under a mask.
+    nothing else (`Trainable`), so weight decay and momentum cannot move the others. An optimizer
+    that looks at whole matrices (Adafactor) sees flat values under a mask.
 
     Args:
         params: what may change, before the mask.

@@ -82,7 +82,7 @@ def checkpointed(module: Any, on: bool) -> Iterator[None]:
     """Gradient checkpointing where asked for.
 
     transformers checkpoints only in train mode, so the layers that it checkpoints are put there,
-        and they alone: dropouts stay off.
+    and they alone: dropouts stay off.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

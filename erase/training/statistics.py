@@ -1,10 +1,10 @@
 """Gradient statistics of an erasure, from which any rule cuts a mask at any density.
 
 A statistic is one number per weight of the scope: `forget.sum`, the signed sum of the forget loss's
-    gradients over
-batches (SalUn, eq. 3); `objective.sum` and `objective.square`, sum and sum of squares of the
-gradients of what training itself will minimise to forget; `retain.square`, the sum of squares of
-the gradients of the denoising loss on retain latents (the empirical Fisher information of a batch).
+gradients over batches (SalUn, eq. 3); `objective.sum` and `objective.square`, sum and sum of
+squares of the gradients of what training itself will minimise to forget; `retain.square`, the sum
+of squares of the gradients of the denoising loss on retain latents (the empirical Fisher
+information of a batch).
 """
 
 from __future__ import annotations

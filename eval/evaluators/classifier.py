@@ -1,7 +1,7 @@
 """The classifier evaluator: UA, IRA and CRA by a classifier with one head per kind of concept.
 
 UnlearnCanvas: Zhang et al. 2024, "UnlearnCanvas: A Stylized Image Dataset for Enhanced Machine
-    Unlearning Evaluation".
+Unlearning Evaluation".
 """
 
 from __future__ import annotations

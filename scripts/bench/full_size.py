@@ -5,9 +5,8 @@ time and memory.
   python scripts/bench/full_size.py --family sdxl --scope xattn --checkpointing
 
 Random weights of the real architecture go through the real path: a single fp16 file in (SD 3: a
-    folder), saliency, mask, one training step,
-delta, the same out. It proves sizes, not quality: nothing is erased from noise. Each stage prints
-    its seconds and the peak of the process so far.
+folder), saliency, mask, one training step, delta, the same out. It proves sizes, not quality:
+nothing is erased from noise. Each stage prints its seconds and the peak of the process so far.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
   torchrun --nproc_per_node 2 scripts/canvas/gate.py               the same, shared by two processes
 
 The gate: the classifier reads object, style and colour right in at least 97 % of the images each,
-    CLIP in at least 95 %.
+CLIP in at least 95 %.
 """
 
 from __future__ import annotations

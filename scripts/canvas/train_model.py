@@ -6,9 +6,9 @@
     python scripts/canvas/train_model.py --work runs/canvas    # again: goes on where it was stopped
 
 Stages: tokenizer -> VAE (on endless renders) -> latents of a fixed set of renders -> UNet and text
-    encoder, jointly.
-Each writes into --work; `erase/models/canvas` receives the finished diffusers folder. Everything is
-seeded by step, so a stopped and resumed run sees the same batches as one that was never stopped.
+encoder, jointly. Each writes into --work; `erase/models/canvas` receives the finished diffusers
+folder. Everything is seeded by step, so a stopped and resumed run sees the same batches as one that
+was never stopped.
 """
 
 from __future__ import annotations

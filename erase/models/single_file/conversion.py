@@ -132,9 +132,8 @@ def write_single_file(
     diffusers load.
 
     It holds what the originals hold, except what no program needs: the noise schedule and the
-        moving average. The last layer,
-    projection and temperature of SD 2's text encoder, which nothing uses and a diffusers pipeline
-    does not have, are stand-ins.
+    moving average. The last layer, projection and temperature of SD 2's text encoder, which nothing
+    uses and a diffusers pipeline does not have, are stand-ins.
 
     Args:
         pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.

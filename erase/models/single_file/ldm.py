@@ -2,9 +2,8 @@
 
 The table is derived from the configuration of the modules, so it holds for every width and depth.
 The names are those of the original programs: CompVis/latent-diffusion (`openaimodel.py`,
-`diffusionmodules/model.py`),
-    Stability-AI/stablediffusion and
-generative-models (`encoders/modules.py`), openai/CLIP and OpenCLIP (`transformer.py`).
+`diffusionmodules/model.py`), Stability-AI/stablediffusion and generative-models
+(`encoders/modules.py`), openai/CLIP and OpenCLIP (`transformer.py`).
 """
 
 from __future__ import annotations
@@ -172,8 +171,8 @@ def unet_places(config: Mapping[str, Any]) -> dict[str, str]:
     keep their names.
 
     The original counts blocks through: each level is `layers_per_block` layers and a down-sampler
-        going down, one layer more
-    going up, where the up-sampler stands in the last layer, behind its attention if there is one.
+    going down, one layer more going up, where the up-sampler stands in the last layer, behind its
+    attention if there is one.
     """
     places, step = dict(UNET_ENDS), config["layers_per_block"] + 1
     for i, place in ((0, "middle_block.0"), (1, "middle_block.2")):
