@@ -75,10 +75,9 @@ def _check_bases(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> None:
         if ours != theirs:
             raise ErasureError(
                 f"{first.source} ({first.title}) was made from base "
-                f"{first.metadata.get('base_id', '?')} (fingerprint {ours[:12]}), "
-                f"{delta.source} ({delta.title}) from {delta.metadata.get('base_id', '?')} "
-                f"({theirs[:12]}); only deltas of one base "
-                "can be composed"
+                f"{first.metadata.get('base_id', '?')} (fingerprint {ours[:12]}), {delta.source} "
+                f"({delta.title}) from {delta.metadata.get('base_id', '?')} ({theirs[:12]}); only "
+                "deltas of one base can be composed"
             )
     for delta in deltas:
         delta.check(base)

@@ -181,9 +181,8 @@ def _check_changed(delta: ErasedDelta) -> None:
     if not delta.count:
         raise ErasureError(
             f"erasing {delta.title} changed no weight, so there is no delta: either its prompts "
-            "are to the text encoder what their "
-            "anchors' are, or the steps are too small for float32; choose another name or anchor, "
-            "or raise train.lr or train.steps"
+            "are to the text encoder what their anchors' are, or the steps are too small for "
+            "float32; choose another name or anchor, or raise train.lr or train.steps"
         )
 
 
@@ -193,8 +192,7 @@ def _check_base(params: Mapping[str, nn.Parameter]) -> None:
         if param.dtype != torch.float32:
             raise ErasureError(
                 f"{name} is {param.dtype}, but training needs float32 weights; load the model in "
-                "float32, and use "
-                "train.mixed_precision instead"
+                "float32, and use train.mixed_precision instead"
             )
 
 

@@ -246,8 +246,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         if field != "command" and mine != theirs:
             raise ErasureError(
                 f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another "
-                "output folder, "
-                f"or delete this one to make its images anew"
+                "output folder, or delete this one to make its images anew"
             )
     processes().wait_for_everyone()  # nobody writes before everybody has looked
     if processes().is_main_process:
@@ -346,9 +345,8 @@ def denoise(
         if not finite:
             raise ErasureError(
                 f"the image of prompt {row.prompt!r}, seed {row.seed} (case {row.case}), is not "
-                "finite; "
-                f"the weights have diverged, or {settings['dtype']} is too narrow for them: try "
-                "float32"
+                f"finite; the weights have diverged, or {settings['dtype']} is too narrow for "
+                "them: try float32"
             )
     pixels = (images.permute(0, 2, 3, 1).float().cpu() * 255).round().to(torch.uint8).numpy()
     return {row.case: image for row, image in zip(batch.rows, pixels, strict=True)}
@@ -371,7 +369,7 @@ def _digest(path: Path) -> str:
     if digest is None:
         raise ErasureError(
             f"{path} was deleted while its set was being made, or was made on a machine that does "
-            "not share this disk; "
-            "run the same command again, on several machines with a folder that all of them share"
+            "not share this disk; run the same command again, on several machines with a folder "
+            "that all of them share"
         )
     return digest

@@ -143,8 +143,8 @@ def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
             if long > min(MOST_SIDE, MOST_LENGTHS * short):
                 raise ErasureError(
                     f"{name} is {image.width} x {image.height} pixels; an image may have "
-                    f"{MOST_SIDE} a side and be {MOST_LENGTHS} "
-                    "times as long as it is wide: make it smaller or leave it out"
+                    f"{MOST_SIDE} a side and be {MOST_LENGTHS} times as long as it is wide: make "
+                    "it smaller or leave it out"
                 )
             yield image
     except ErasureError:

@@ -124,9 +124,8 @@ def check_canvas(concepts: Iterable[ConceptSpec]) -> None:
         if strange := [word for word in _words(concept.target) if word not in _known_words()]:
             raise ErasureError(
                 f"canvas, the embedded model, does not know {concept.target!r}: it has never seen "
-                f"the word {strange[0]!r}; name the "
-                "checkpoint with --model (`EraseConfig(model=...)`), or choose one of: "
-                f"{', '.join(_names())}"
+                f"the word {strange[0]!r}; name the checkpoint with --model "
+                f"(`EraseConfig(model=...)`), or choose one of: {', '.join(_names())}"
             )
 
 

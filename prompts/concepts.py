@@ -159,8 +159,7 @@ def check_distinct(concepts: Sequence[ConceptSpec], where: str | Path | None = N
             if first is not concept:
                 raise ErasureError(
                     f"{where or 'this erasure'} names {name!r} twice, for {first.target!r} and for "
-                    f"{concept.target!r}; "
-                    "write its templates and synonyms in one concept"
+                    f"{concept.target!r}; write its templates and synonyms in one concept"
                 )
 
 
@@ -179,8 +178,7 @@ def check_together(concepts: Sequence[ConceptSpec]) -> None:
         if same(concept.anchor) in gone:
             raise ErasureError(
                 f"the anchor of {concept.target!r} is {concept.anchor!r}, which is to be forgotten "
-                "as well; choose another "
-                "anchor, or erase the concepts one at a time"
+                "as well; choose another anchor, or erase the concepts one at a time"
             )
 
 
@@ -266,7 +264,6 @@ def merged(concepts: Sequence[ConceptSpec]) -> list[ConceptSpec]:
         ) != same(earlier.anchor):
             raise ErasureError(
                 f"the concept {concept.target!r} is given twice, and not in the same way (its "
-                f"anchors are {earlier.anchor!r} and "
-                f"{concept.anchor!r}); leave one of them out"
+                f"anchors are {earlier.anchor!r} and {concept.anchor!r}); leave one of them out"
             )
     return list(first.values())

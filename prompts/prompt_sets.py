@@ -264,8 +264,7 @@ def _table(path: str | Path) -> list[_Line]:
             if len(cells) != len(lines[0].cells):
                 raise ErasureError(
                     f"{lines[-1].where} has {len(cells)} cells where the header has "
-                    f"{len(lines[0].cells)}; "
-                    "put cells with commas in quotes"
+                    f"{len(lines[0].cells)}; put cells with commas in quotes"
                 )
             if len(lines) > MOST_ROWS + 1:
                 raise ErasureError(f"{path} has more than {MOST_ROWS:,} rows; split it")
@@ -408,8 +407,8 @@ def _check_product(
     if rows > MOST_ROWS or characters > MOST_CHARACTERS:
         raise ErasureError(
             f"{path} would be {rows:,} prompts of {characters // rows:,} characters, and "
-            f"{MOST_ROWS:,} prompts or {MOST_CHARACTERS:,} "
-            "characters in all are the most; shorten its lists, or make several sets"
+            f"{MOST_ROWS:,} prompts or {MOST_CHARACTERS:,} characters in all are the most; shorten "
+            "its lists, or make several sets"
         )
 
 

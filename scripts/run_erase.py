@@ -69,8 +69,8 @@ def make_parser(method: str) -> Parser:
         "--concepts",
         action=Words,
         help=f"a YAML file of concepts, or the name of a shipped one ({', '.join(shipped())}); may "
-        "be given several times. A --concept "
-        "that it has picks that one alone, any other --concept is one more",
+        "be given several times. A --concept that it has picks that one alone, any other "
+        "--concept is one more",
     )
     command.add_argument(
         "--kind",

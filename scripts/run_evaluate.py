@@ -77,8 +77,8 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "--prompts",
         action=Words,
         help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or "
-        ".yaml file (templates); may be given several "
-        "times, the case numbers then count on; canvas if none is given",
+        ".yaml file (templates); may be given several times, the case numbers then count on; "
+        "canvas if none is given",
     )
     command.add_argument(
         "--seeds",
@@ -100,10 +100,8 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         type=list[str] | None,
         default=None,
         help=f"a list of {EVALUATORS.listed()}, or package.module:NAME; --help shows the options "
-        "of those that are named. "
-        "Default: classifier and clip on the embedded world, clip elsewhere (its score alone, "
-        "where the prompts carry no label "
-        "of the concept's kind)",
+        "of those that are named. Default: classifier and clip on the embedded world, clip "
+        "elsewhere (its score alone, where the prompts carry no label of the concept's kind)",
     )
     add_config(command, EvaluateConfig(), skip={"evaluators", "settings"})
     for name, evaluator in evaluators.items():

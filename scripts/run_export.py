@@ -140,8 +140,8 @@ def make_parser() -> Parser:
         "--undo",
         action="store_true",
         help="put the concept back: --model names the erased checkpoint, and what is written is "
-        "its base again, bit for bit; with --format "
-        "delta, the delta that does so, for which --model names the base as ever",
+        "its base again, bit for bit; with --format delta, the delta that does so, for which "
+        "--model names the base as ever",
     )
     command.add_argument(
         "--report",
@@ -292,8 +292,8 @@ def back(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -
     except ErasureError as error:
         raise ErasureError(
             f"--undo takes the old values from the base, and {error}; where it is elsewhere now, "
-            "write them down first, with --undo "
-            "--format delta --model BASE, and give that file as --delta"
+            "write them down first, with --undo --format delta --model BASE, and give that file "
+            "as --delta"
         ) from error
     return composed(base, deltas, options).inverse(base)
 
@@ -353,8 +353,8 @@ def missed(lora: LoRA) -> str:
     """What a LoRA loses, in words."""
     return (
         f"it misses {lora.error:.1%} of the change (relative Frobenius norm); "
-        f"{lora.left_out_share:.1%} of the squared change lies in "
-        f"{len(lora.left_out)} parameters that no LoRA holds (biases, norms)"
+        f"{lora.left_out_share:.1%} of the squared change lies in {len(lora.left_out)} parameters "
+        "that no LoRA holds (biases, norms)"
     )
 
 

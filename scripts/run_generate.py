@@ -47,8 +47,7 @@ def make_parser() -> Parser:
         "--prompts",
         action=Words,
         help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or "
-        ".yaml file (templates); may be given several "
-        "times; canvas if no prompt is given",
+        ".yaml file (templates); may be given several times; canvas if no prompt is given",
     )
     command.add_argument(
         "--prompt", action=Words, help="a prompt of one image; may be given several times"

@@ -146,8 +146,8 @@ class ErasedDelta:
         if model.fingerprint != own:
             raise ErasureError(
                 f"{self.source} belongs to base {self.metadata.get('base_id', '?')} (fingerprint "
-                f"{own[:12]}), but {model.name} has "
-                f"{model.fingerprint[:12]}; load that base, or erase from this one"
+                f"{own[:12]}), but {model.name} has {model.fingerprint[:12]}; load that base, or "
+                "erase from this one"
             )
         params = model.parameters()
         for name in self.values.keys() | self.bits.keys():
@@ -176,8 +176,8 @@ class ErasedDelta:
             kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (value, param)]
             raise ErasureError(
                 f"{self.source} holds {kinds[0]} values of {name} that {kinds[1]} weights would "
-                f"round; load the base in {kinds[0]}, "
-                f"or round on purpose with delta.rounded(torch.{kinds[1]})"
+                f"round; load the base in {kinds[0]}, or round on purpose with "
+                f"delta.rounded(torch.{kinds[1]})"
             )
 
     def apply(self, model: DiffusionModel) -> DiffusionModel:

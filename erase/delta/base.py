@@ -44,8 +44,8 @@ def load_base(
             revision = f" --load.revision {config.revision}" if config.revision else ""
             raise ErasureError(
                 f"{delta.source} names {base!r} as its base, which is not on this machine; to "
-                "fetch it from the hub, say so with --model "
-                f"{base}{revision}, or give with --model where it is"
+                f"fetch it from the hub, say so with --model {base}{revision}, or give with "
+                "--model where it is"
             )
         config = replace(config, offline=True)
     return load_model(base, device, config)

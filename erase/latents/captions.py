@@ -36,9 +36,8 @@ def check_named(images: Sequence[OwnImage], concepts: Sequence[ConceptSpec]) -> 
         if len(concepts) > 1:
             raise ErasureError(
                 f"{len(concepts)} concepts, and nothing says which of them each image of "
-                "latents.forget_images shows; name the folders "
-                "after the concepts and set latents.captions to folder, or write a .txt beside "
-                "each image"
+                "latents.forget_images shows; name the folders after the concepts and set "
+                "latents.captions to folder, or write a .txt beside each image"
             )
         return
     named = Names(name for concept in concepts for name in concept.names)
@@ -46,16 +45,15 @@ def check_named(images: Sequence[OwnImage], concepts: Sequence[ConceptSpec]) -> 
     if unnamed := [image for image, names in names_in.items() if not names]:
         raise ErasureError(
             f"{len(unnamed)} of {len(images)} captions of latents.forget_images do not name what "
-            f"is to be forgotten ({unnamed[0].path}: "
-            f"{unnamed[0].words!r}); name {_titles(concepts)} there, add a synonym to the concept, "
-            "or set latents.captions to none"
+            f"is to be forgotten ({unnamed[0].path}: {unnamed[0].words!r}); name "
+            f"{_titles(concepts)} there, add a synonym to the concept, or set latents.captions to "
+            "none"
         )
     for concept in concepts:
         if not any(set(concept.names) & set(names) for names in names_in.values()):
             raise ErasureError(
                 f"no caption of the {len(images)} images of latents.forget_images names "
-                f"{concept.target!r}; give it some, or raise "
-                "latents.n_forget"
+                f"{concept.target!r}; give it some, or raise latents.n_forget"
             )
 
 

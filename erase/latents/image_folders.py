@@ -273,8 +273,7 @@ def _with_texts(files: list[Path], folder: str) -> list[OwnImage]:
     if bare:
         raise ErasureError(
             f"{len(bare)} of {len(files)} images in {folder} have no caption beside them, "
-            f"{bare[0].with_suffix('.txt')} for one; "
-            "write them, or set latents.captions to none"
+            f"{bare[0].with_suffix('.txt')} for one; write them, or set latents.captions to none"
         )
     return [OwnImage(path, caption=_caption(text)) for path, text in zip(files, texts, strict=True)]
 
@@ -327,8 +326,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
     if max(width, height) > MOST_LENGTHS * min(width, height):
         raise ErasureError(
             f"cannot take the image {path}: of {width} x {height} pixels, only a square in the "
-            "middle would be seen; crop it, to at "
-            f"most {MOST_LENGTHS} times as long as wide"
+            f"middle would be seen; crop it, to at most {MOST_LENGTHS} times as long as wide"
         )
 
 

@@ -130,8 +130,7 @@ class Plan:
         if own < len(self.concepts):
             raise ErasureError(
                 f"{own} of {len(pairs)} forget latents show what is to be forgotten, which is "
-                f"{len(self.concepts)} concepts; "
-                "raise latents.n_forget or lower anchor_latents"
+                f"{len(self.concepts)} concepts; raise latents.n_forget or lower anchor_latents"
             )
         if self.config.retain_images or any(concept.retain for concept in self.concepts):
             self._retain_rows()  # what cannot be taken is refused before anything is sampled

@@ -136,9 +136,8 @@ def _download(name: str, options: LoadConfig) -> Path:
     ) as error:  # the hub client, its HTTP library and diffusers each raise their own kinds
         raise ErasureError(
             f"{name!r} is no file or folder here, and cannot be fetched from the hub as a "
-            "diffusers checkpoint with safetensors weights "
-            f"({reason(error)}); check the name, the network and your access to it, or give a "
-            "local path"
+            f"diffusers checkpoint with safetensors weights ({reason(error)}); check the name, the "
+            "network and your access to it, or give a local path"
         ) from error
 
 

@@ -89,8 +89,7 @@ def check_part(folder: Path, part: str) -> Path:
     if not where.is_dir():
         raise ErasureError(
             f"{folder} has no folder {part}/, which its model_index.json lists; fetch the "
-            f"checkpoint again, whole, or copy {part}/ "
-            "from another checkpoint of the same family"
+            f"checkpoint again, whole, or copy {part}/ from another checkpoint of the same family"
         )
     for file in sorted(where.iterdir()):
         if file.is_symlink() and not file.exists():

@@ -49,8 +49,7 @@ def latent_side(pipeline: Pipeline) -> int:
     ):
         raise ErasureError(
             f"the {type(denoiser(pipeline)).__name__}'s configuration has the sample_size "
-            f"{size!r}; a number is needed, of latents that "
-            "are square"
+            f"{size!r}; a number is needed, of latents that are square"
         )
     return side
 

@@ -42,8 +42,8 @@ def _check_cut(model: DiffusionModel, concept: ConceptSpec) -> None:
             most = max(seen, key=lambda tokens: tokens.room)
             raise ErasureError(
                 f"{name!r} is cut away from the prompt {template.replace('{}', name)!r}: it ends "
-                f"with token {len(most.ids)}, and the "
-                f"text encoder sees {most.room}; use a shorter name or template"
+                f"with token {len(most.ids)}, and the text encoder sees {most.room}; use a shorter "
+                "name or template"
             )
 
 
@@ -54,8 +54,8 @@ def _check_distinct(model: DiffusionModel, concept: ConceptSpec) -> None:
         if all(forget[encoder][row].seen == anchor[encoder][row].seen for encoder in forget):
             raise ErasureError(
                 f"the prompt {prompt!r} and its anchor {instead!r} are the same tokens to the text "
-                "encoder, so nothing would be "
-                f"forgotten; give {concept.target!r} another name or another anchor"
+                f"encoder, so nothing would be forgotten; give {concept.target!r} another name or "
+                "another anchor"
             )
 
 

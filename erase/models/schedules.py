@@ -61,8 +61,7 @@ def check_diffusion(own: Any, name: str) -> None:
     if config.get("rescale_betas_zero_snr") and not knows_zero_snr(type(own)):
         raise ErasureError(
             f"{name}: a {kind} does not know rescale_betas_zero_snr, which its configuration asks "
-            "for; name DDIMScheduler in "
-            "scheduler/scheduler_config.json and model_index.json"
+            "for; name DDIMScheduler in scheduler/scheduler_config.json and model_index.json"
         )
 
 

@@ -75,9 +75,8 @@ def _check_unet(config: Any, addition: str | None, name: str) -> None:
     if config.get("time_cond_proj_dim") is not None:
         raise ErasureError(
             f"{name}: its UNet is distilled by guidance (an LCM: time_cond_proj_dim "
-            f"{config.time_cond_proj_dim}) and wants the guidance "
-            "scale as an embedding, which is not supported; erase from the model that it was "
-            "distilled from"
+            f"{config.time_cond_proj_dim}) and wants the guidance scale as an embedding, which is "
+            "not supported; erase from the model that it was distilled from"
         )
     for option in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
         if config.get(option) is not None:

@@ -103,8 +103,7 @@ def _check(tokenizer: Any, config: Any, which: str) -> None:
     if max(vocabulary.values()) >= config.vocab_size:
         raise ErasureError(
             f"{which} has tokens up to number {max(vocabulary.values())}, but its text encoder "
-            f"embeds {config.vocab_size}; give the "
-            "tokenizer that belongs to it"
+            f"embeds {config.vocab_size}; give the tokenizer that belongs to it"
         )
     letters = {
         tuple(tokenizer(letter, add_special_tokens=False).input_ids) for letter in ascii_lowercase
@@ -122,15 +121,13 @@ def _check_clip(tokenizer: Any, vocabulary: Mapping[str, int], config: Any, whic
     if len(vocabulary) + SPARE < config.vocab_size:
         raise ErasureError(
             f"{which} knows {len(vocabulary)} tokens of the {config.vocab_size} that its text "
-            "encoder embeds; fetch the tokenizer "
-            "again, whole"
+            "encoder embeds; fetch the tokenizer again, whole"
         )
     if tokenizer.model_max_length > config.max_position_embeddings:
         raise ErasureError(
             f"{which} lets prompts be {tokenizer.model_max_length} tokens long, but its text "
-            "encoder has "
-            f"{config.max_position_embeddings} positions; write that into model_max_length of "
-            "tokenizer_config.json"
+            f"encoder has {config.max_position_embeddings} positions; write that into "
+            "model_max_length of tokenizer_config.json"
         )
     merged = {"".join(pair) for pair in _merges(tokenizer)} | set(tokenizer.get_added_vocab())
     lost = [
@@ -139,8 +136,7 @@ def _check_clip(tokenizer: Any, vocabulary: Mapping[str, int], config: Any, whic
     if lost:
         raise ErasureError(
             f"{which} never makes {len(lost)} tokens of its vocabulary, {lost[0]!r} among them: "
-            "its merges are not whole; fetch the "
-            "tokenizer again"
+            "its merges are not whole; fetch the tokenizer again"
         )
 
 

@@ -76,20 +76,18 @@ def check_sharded(config: Settings, lora_rank: int = 0) -> FullShard | None:
     if config.optimizer not in VALUE_BY_VALUE:
         raise ErasureError(
             f"optimizer {config.optimizer} looks at more than one value at a time, of which FSDP "
-            "leaves each "
-            f"process some; choose one of {', '.join(sorted(VALUE_BY_VALUE))}, or {WHOLE}"
+            f"leaves each process some; choose one of {', '.join(sorted(VALUE_BY_VALUE))}, or "
+            f"{WHOLE}"
         )
     if half == "fp16":
         raise ErasureError(
-            "mixed_precision fp16 scales its loss by what it finds in all gradients, of which FSDP "
-            "leaves each "
-            f"process some; use {'bf16 or no' if BF16 else 'no'}, or {WHOLE}"
+            "mixed_precision fp16 scales its loss by what it finds in all gradients, of which "
+            f"FSDP leaves each process some; use {'bf16 or no' if BF16 else 'no'}, or {WHOLE}"
         )
     if half != "no" and not BF16:
         raise ErasureError(
             f"{own} cannot gather norms in float32 beside matrices in {half}; take torch 2.15 or "
-            "newer, "
-            f"mixed_precision no, or {WHOLE}"
+            f"newer, mixed_precision no, or {WHOLE}"
         )
 
     whole = {

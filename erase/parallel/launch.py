@@ -51,9 +51,8 @@ def check_launch() -> None:
         if parse_flag_from_env(variable):
             raise ErasureError(
                 f"this launch asks for {name}, which takes the model apart in its own way, while "
-                "masked training holds its weights outside "
-                "of it; launch with scripts/launch/several-gpus.yaml, or, to split the model, "
-                f"with {CONFIGS}"
+                "masked training holds its weights outside of it; launch with "
+                f"scripts/launch/several-gpus.yaml, or, to split the model, with {CONFIGS}"
             )
     full_shard()
 
@@ -69,8 +68,8 @@ def full_shard() -> FullShard | None:
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ErasureError(
             f"this launch asks for FSDP version {version}, which takes the model apart and keeps "
-            f"it so; use version 2 with {CONFIGS}, "
-            "or whole models with scripts/launch/several-gpus.yaml"
+            f"it so; use version 2 with {CONFIGS}, or whole models with "
+            "scripts/launch/several-gpus.yaml"
         )
     for variable, reason in UNFIT.items():
         if parse_flag_from_env(variable):

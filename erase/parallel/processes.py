@@ -58,8 +58,7 @@ def exists_on_all(path: Path) -> bool:
     if any(seen) and not all(seen):
         raise ErasureError(
             f"{path} is seen by {sum(seen)} of {len(seen)} processes; put the output folder on a "
-            "disk that all machines share, or "
-            "delete it to start again"
+            "disk that all machines share, or delete it to start again"
         )
     return all(seen)
 

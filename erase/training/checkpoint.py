@@ -43,8 +43,7 @@ class Checkpoint:
             except RuntimeError as error:  # how torch's writer says that the disk is full
                 raise ErasureError(
                     f"cannot write {self.path}: the disk is full, or fails ({reason(error)}); free "
-                    "some space, or choose another output "
-                    "folder"
+                    "some space, or choose another output folder"
                 ) from error
 
     def read(self, mask: str) -> dict[str, Any]:

@@ -72,8 +72,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     if config.batch_size % (config.accumulation * processes().num_processes):
         raise ErasureError(
             f"batch_size {config.batch_size} cannot be split evenly into {config.accumulation} "
-            "accumulated parts on "
-            f"{processes().num_processes} processes"
+            f"accumulated parts on {processes().num_processes} processes"
         )
     check_names(config, {"schedule": SCHEDULES})
     check_attention(config.attention, processes().device)

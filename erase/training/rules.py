@@ -108,8 +108,7 @@ def scores(
     if absent:
         raise ErasureError(
             f"mask.rule {rule} needs the statistics {' and '.join(absent)}, which are not among "
-            f"{', '.join(sorted(statistics.values))}; "
-            "leave mask.saliency out to compute them"
+            f"{', '.join(sorted(statistics.values))}; leave mask.saliency out to compute them"
         )
     needed = {name: statistics.values[name] for name in chosen.needs}
     floor = _floor(needed[chosen.cost]) if chosen.cost else 0.0

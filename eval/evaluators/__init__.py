@@ -65,8 +65,7 @@ class Evaluator(Generic[C]):
             wanted = f"{type(self.config).__module__}.{type(self.config).__qualname__}"
             raise ErasureError(
                 f"evaluator {self.name} takes a {wanted}, not a "
-                f"{type(given).__module__}.{type(given).__qualname__}; "
-                "give that, or leave it out"
+                f"{type(given).__module__}.{type(given).__qualname__}; give that, or leave it out"
             )
         return given
 

@@ -149,8 +149,7 @@ def _load(model: str, pretrained: str | None, quick_gelu: bool | None, device: s
         weights = f" with weights {pretrained!r}" if pretrained else ""
         raise ErasureError(
             f"open_clip cannot load {model!r}{weights}: {reason(error)}; give a folder in "
-            "open_clip's format or a name and tag that "
-            "it lists"
+            "open_clip's format or a name and tag that it lists"
         ) from error
     return Clip(
         " ".join(filter(None, [model, pretrained])), network.eval(), preprocess, tokenizer, device

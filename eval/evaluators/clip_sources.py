@@ -38,17 +38,15 @@ KEYS = {
     "vision_cfg": TOWER_KEYS
     | set(
         "head_width patch_size image_size patch_dropout attentional_pool attn_pooler_queries "
-        "attn_pooler_heads no_ln_pre "
-        "pos_embed_type act_kwargs norm_kwargs timm_model_name timm_model_pretrained timm_pool "
-        "timm_proj timm_proj_bias "
+        "attn_pooler_heads no_ln_pre pos_embed_type act_kwargs norm_kwargs timm_model_name "
+        "timm_model_pretrained timm_pool timm_proj timm_proj_bias "
         "timm_drop timm_drop_path".split()
     ),
     "text_cfg": TOWER_KEYS
     | set(
         "context_length vocab_size hf_tokenizer_name tokenizer_mode tokenizer_kwargs heads "
-        "embed_cls pad_id eos_id "
-        "no_causal_mask proj_bias proj_type act_kwargs norm_kwargs hf_model_name "
-        "hf_model_pretrained hf_proj_type "
+        "embed_cls pad_id eos_id no_causal_mask proj_bias proj_type act_kwargs norm_kwargs "
+        "hf_model_name hf_model_pretrained hf_proj_type "
         "hf_pooler_type".split()
     ),
     "multimodal_cfg": TOWER_KEYS
@@ -260,8 +258,7 @@ def check_weights(path: Path) -> None:
             if any("/code/" in name for name in archive.namelist()):
                 raise ErasureError(
                     f"{path} is a TorchScript archive, which is a program and no plain weights; "
-                    "use the tag (clip.pretrained "
-                    "openai), or save its state_dict as safetensors"
+                    "use the tag (clip.pretrained openai), or save its state_dict as safetensors"
                 )
 
 
@@ -298,9 +295,8 @@ def decide_quick_gelu(source: Source, stated: bool | None) -> bool:
     if not answers:
         raise ErasureError(
             f"nothing tells whether {source.weights} was trained with QuickGELU, and {source.name} "
-            "exists with both; set "
-            "clip.quick_gelu: true for weights of OpenAI, DFN and MetaCLIP, false for LAION's and "
-            "DataComp's"
+            "exists with both; set clip.quick_gelu: true for weights of OpenAI, DFN and MetaCLIP, "
+            "false for LAION's and DataComp's"
         )
     words = [f"{sign.who} says {'QuickGELU' if sign.quick_gelu else 'GELU'}" for sign in signs]
     way_out = (

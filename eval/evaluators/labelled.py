@@ -35,8 +35,7 @@ def labels_of(case: Case, classes: Mapping[str, Sequence[str]]) -> dict[str, lis
     if not labels:
         raise ErasureError(
             f"the images in {images.folder} have no labels to judge them by "
-            f"({', '.join(classes)}); "
-            "generate them from a prompt set with these columns"
+            f"({', '.join(classes)}); generate them from a prompt set with these columns"
         )
 
     for kind, names in labels.items():
@@ -68,9 +67,8 @@ def targets_of(
         if kind is None or concept.target not in labels.get(kind, ()):
             raise ErasureError(
                 f"no image is labelled {concept.target!r}{f' as its {kind}' if kind else ''}, so "
-                "nothing can show that it was "
-                f"forgotten; labels of the images: {', '.join(labels)}; use a prompt set that "
-                "names it"
+                "nothing can show that it was forgotten; labels of the images: "
+                f"{', '.join(labels)}; use a prompt set that names it"
             )
         targets.append((kind, concept.target))
     return targets

@@ -44,8 +44,7 @@ def matched(
         if (row.case, row.prompt, row.seed) not in others:
             raise ErasureError(
                 f"{after.folder} has no image of case {row.case} ({row.prompt!r}, seed {row.seed}) "
-                "to set beside that in "
-                f"{before.folder}; generate both from one prompt set"
+                f"to set beside that in {before.folder}; generate both from one prompt set"
             )
     return [(row, others[row.case, row.prompt, row.seed]) for row in rows]
 

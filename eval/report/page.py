@@ -222,8 +222,8 @@ def _coverage(report: EvalReport, images: ImageSet) -> str:
     asked = sum(names_concept(row, report.concept) for row in images.rows)
     return (
         f"The images are of {len(images.rows)} prompts and seeds, {asked} of which ask for "
-        f"{either(report.concept)}, with one "
-        f"sampler and its settings. Other wordings, languages and settings were not looked at."
+        f"{either(report.concept)}, with one sampler and its settings. Other wordings, languages "
+        "and settings were not looked at."
     )
 
 

@@ -95,7 +95,6 @@ def limits(report: EvalReport | None, target: str = "") -> list[str]:
         "prove that none can be drawn.",
         f"{tried}. Prompts found by search, inversion of the text embedding, and fine-tuning of "
         "the weights may bring it back.",
-        "Intervals count the chance in sampling images, not the chance in the erasure itself: that "
-        "takes several runs with "
-        "different seeds.",
+        "Intervals count the chance in sampling images, not the chance in the erasure itself: "
+        "that takes several runs with different seeds.",
     ]

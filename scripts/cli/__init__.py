@@ -45,8 +45,8 @@ __all__ = [
 T = TypeVar("T")
 LEANER = (
     "do less at a time: a smaller batch_size (of latents, of generate), train.accumulation 4, "
-    "train.gradient_checkpointing true, "
-    "a narrower scope such as xattn; docs/performance.md says what each saves"
+    "train.gradient_checkpointing true, a narrower scope such as xattn; docs/performance.md says "
+    "what each saves"
 )
 RECIPES = Path(__file__).parents[1] / "recipes"
 WIDTH = 80  # columns of help, however wide the console is

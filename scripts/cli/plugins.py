@@ -46,8 +46,8 @@ def names_given(argv: list[str] | None, option: str, files: list[str]) -> list[s
             if ":" in name and name not in typed:
                 raise ErasureError(
                     f"{path} gives {option} the code {name!r}, which no file may; put it on the "
-                    f"command line, --{option}, "
-                    "or install its package and use the name that it has there"
+                    f"command line, --{option}, or install its package and use the name that it "
+                    "has there"
                 )
         written += names
     return written + typed

@@ -114,10 +114,9 @@ def _check_rest(
     if surplus:
         raise ErasureError(
             f"{file.path} holds {len(surplus)} tensors for which {NAMES[family]} has no place, the "
-            f"first is {surplus[0]} "
-            f"{list(file.shapes[surplus[0]])}; if it is of another size, give its configuration "
-            "(load.config); if they do no harm, leave them out (load.ignore, a "
-            "regular expression of how their names begin)"
+            f"first is {surplus[0]} {list(file.shapes[surplus[0]])}; if it is of another size, "
+            "give its configuration (load.config); if they do no harm, leave them out "
+            "(load.ignore, a regular expression of how their names begin)"
         )
 
 

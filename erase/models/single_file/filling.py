@@ -22,9 +22,8 @@ def check_weights(
     if missing:
         raise ErasureError(
             f"{file.path} lacks {len(missing)} of the {len(expected)} weights of this "
-            f"architecture, the first is {missing[0]} "
-            f"{list(expected[missing[0]])}; fetch the file again, or if it is of another size, "
-            "give its configuration (load.config)"
+            f"architecture, the first is {missing[0]} {list(expected[missing[0]])}; fetch the file "
+            "again, or if it is of another size, give its configuration (load.config)"
         )
     for entry in table:
         shape, stored = expected[entry.key], file.shapes[entry.key]
@@ -32,8 +31,8 @@ def check_weights(
         if stored != shape and not (entry.form == "conv1x1" and stored == shape[:2]):
             raise ErasureError(
                 f"{file.path}: {entry.key} should have the shape {list(shape)}, but has "
-                f"{list(stored)}; if the model is of another "
-                "size, give its configuration (load.config)"
+                f"{list(stored)}; if the model is of another size, give its configuration "
+                "(load.config)"
             )
 
 

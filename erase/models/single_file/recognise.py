@@ -174,8 +174,8 @@ def _check_family(file: TensorFile, family: str, expected: str | None) -> None:
     if expected is None and width != STOCK[family]:
         raise ErasureError(
             f"{file.path} has the keys of {NAMES[family]}, but its cross-attention is {width} "
-            f"wide, not {STOCK[family]}; name a "
-            "diffusers folder with its configurations (load.config)"
+            f"wide, not {STOCK[family]}; name a diffusers folder with its configurations "
+            "(load.config)"
         )
 
 
@@ -208,14 +208,12 @@ def decide_prediction(file: TensorFile, family: str, stated: str | None, asked: 
     if "ztsnr" in file.shapes and "v_prediction" not in signs.values():
         raise ErasureError(
             f"{file.path} has the key ztsnr, a schedule for v prediction, but nothing says that it "
-            "predicts v; say what it predicts "
-            "with load.prediction"
+            "predicts v; say what it predicts with load.prediction"
         )
     if not signs and family == "sd2":
         raise ErasureError(
             f"{file.path} is SD 2, and nothing in it tells whether it predicts epsilon (512-base) "
-            "or v (768-v); say which with "
-            "load.prediction=epsilon or load.prediction=v_prediction"
+            "or v (768-v); say which with load.prediction=epsilon or load.prediction=v_prediction"
         )
     return next(iter(signs.values()), "epsilon")
 
@@ -235,8 +233,8 @@ def _signs(file: TensorFile, family: str) -> dict[str, str]:
         if word not in kinds:
             raise ErasureError(
                 f"{file.path}: its metadata says prediction type {word!r}; supported are "
-                f"{', '.join(PREDICTIONS.values())}; if it is "
-                "wrong, say which is right with load.prediction"
+                f"{', '.join(PREDICTIONS.values())}; if it is wrong, say which is right with "
+                "load.prediction"
             )
         signs["its metadata says"] = kinds[word]
     if "v_pred" in file.shapes:

@@ -76,8 +76,7 @@ def _check_ours(path: Path, metadata: Mapping[str, str]) -> None:
     if metadata.get("format") == "delta":
         raise ErasureError(
             f"{path} is a delta, what an erasure changed, and no checkpoint; give it as --delta, "
-            "and as --model the base that it changes "
-            f"({metadata.get('base_id', 'unknown')})"
+            f"and as --model the base that it changes ({metadata.get('base_id', 'unknown')})"
         )
     if metadata.get("format") in ("mask", "saliency", "latents"):
         raise ErasureError(
@@ -170,8 +169,7 @@ def _unwrapped(path: Path, content: dict[Any, Any]) -> dict[Any, Any]:
     if len(weights) > 1:
         raise ErasureError(
             f"{path} holds several sets of weights ({', '.join(map(str, weights[:5]))}); save the "
-            "one that is meant alone: "
-            f"torch.save(torch.load(FILE)[{weights[0]!r}], NEW)"
+            f"one that is meant alone: torch.save(torch.load(FILE)[{weights[0]!r}], NEW)"
         )
     return dict(inner[weights[0]]) if weights else content
 
@@ -197,14 +195,13 @@ def _load_plain(path: Path) -> object:
         if code:
             raise ErasureError(
                 f"{path} is a pickle that asks for {code[1]}, which is code, so it was not opened: "
-                "that could run anything; get the "
-                "model as .safetensors, or convert it in a container without network and without "
-                "your files"
+                "that could run anything; get the model as .safetensors, or convert it in a "
+                "container without network and without your files"
             ) from error
         reason = str(error).partition("WeightsUnpickler error: ")[2] or str(error)
         raise ErasureError(
             f"cannot read {path}: "
             f"{reason.strip().splitlines()[0] if reason.strip() else type(error).__name__}; it was "
-            "cut short, "
-            "damaged, or holds more than tensors; fetch it again, or get the model as .safetensors"
+            "cut short, damaged, or holds more than tensors; fetch it again, or get the model as "
+            ".safetensors"
         ) from error
