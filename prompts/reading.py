@@ -18,10 +18,8 @@ DATA = Path(__file__).parent / "data"
 MOST_VALUES = 1_000_000  # in one YAML file
 MOST_BYTES = 256 << 20  # of one text file
 # bytes of one file's name, characters of a path: what Linux and macOS take
-MOST_NAME, MOST_PATH = (
-    255,
-    4095,
-)
+MOST_NAME = 255
+MOST_PATH = 4095
 
 
 class _TextLoader(yaml.BaseLoader):

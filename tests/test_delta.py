@@ -264,10 +264,8 @@ def test_a_weight_that_one_part_changes_gets_its_value_to_the_bit(model):
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (0.7, -0.3), (-1.0, 2.0), (0.0, 0.5)])
 def test_composition_is_the_scaled_sum(model, scales):
     deltas = make(model), make(model, "star", seed=1)
-    base, found = (
-        copies(model),
-        patched(model, compose(model, list(zip(deltas, scales, strict=True)))),
-    )
+    base = copies(model)
+    found = patched(model, compose(model, list(zip(deltas, scales, strict=True))))
     changed = [patched(model, delta) for delta in deltas]
     for name, value in base.items():
         change = sum(
@@ -370,11 +368,9 @@ def test_random_deltas_overlap_as_chance_has_it_and_do_not_agree(model):
 
 def test_overlap_of_known_deltas(model):
     heart = make(model)
-    same, opposite, elsewhere = (
-        heart,
-        compose(model, [(heart, -1.0)]),
-        make(model, "moon", scope="conv"),
-    )
+    same = heart
+    opposite = compose(model, [(heart, -1.0)])
+    elsewhere = make(model, "moon", scope="conv")
     named = {(one.a, one.b): one for one in conflicts(model, [same, same, opposite, elsewhere])}
     assert named["heart (1)", "heart (2)"].jaccard == 1 and named[
         "heart (1)", "heart (2)"

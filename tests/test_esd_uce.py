@@ -33,32 +33,24 @@ def model(make_pico_pipeline):
 def reference_esd(pipeline, latents, prompts, eta, lr, steps, size):
     """SGD on |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 over the
     cross-attention, by the bare UNet."""
-    unet, frozen = (
-        pipeline.unet,
-        {k: v.detach().clone() for k, v in pipeline.unet.state_dict().items()},
-    )
+    unet = pipeline.unet
+    frozen = {k: v.detach().clone() for k, v in pipeline.unet.state_dict().items()}
     trained = [p for name, p in unet.named_parameters() if "attn2" in name]
     schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
     text = {p: pipeline.encode_prompt(p, "cpu", 1, False)[0] for p in {"", *prompts}}
     for step in range(steps):
-        rows, generator = (
-            epoch_rows(len(latents), step * size, size, 0),
-            torch.Generator().manual_seed(step),
-        )
+        rows = epoch_rows(len(latents), step * size, size, 0)
+        generator = torch.Generator().manual_seed(step)
         t = torch.randint(1000, (size,), generator=generator)
         noise = torch.randn((size, *latents.shape[1:]), generator=generator)
         noisy = schedule.add_noise(latents[rows], noise, t)
-        concept, null = (
-            torch.cat([text[prompts[row]] for row in rows]),
-            text[""].expand(size, -1, -1),
-        )
+        concept = torch.cat([text[prompts[row]] for row in rows])
+        null = text[""].expand(size, -1, -1)
         with torch.no_grad():
             now = {k: v.clone() for k, v in unet.state_dict().items()}
             unet.load_state_dict(frozen)
-            target_null, target_concept = (
-                unet(noisy, t, null).sample,
-                unet(noisy, t, concept).sample,
-            )
+            target_null = unet(noisy, t, null).sample
+            target_concept = unet(noisy, t, concept).sample
             unet.load_state_dict(now)
         loss = (
             (unet(noisy, t, concept).sample - (target_null - eta * (target_concept - target_null)))
@@ -143,10 +135,8 @@ def reference_uce(pipeline, concept, ridge):
         old = module.weight.detach().double()
         left, right = ridge * old, ridge * torch.eye(old.shape[1], dtype=torch.double)
         for source, anchor in pairs:
-            left, right = (
-                left + torch.outer(old @ anchor, source),
-                right + torch.outer(source, source),
-            )
+            left = left + torch.outer(old @ anchor, source)
+            right = right + torch.outer(source, source)
         for row in kept:
             left, right = left + torch.outer(old @ row, row), right + torch.outer(row, row)
         found[f"unet.{name}.weight"] = (left @ torch.linalg.inv(right)).float()

@@ -117,10 +117,8 @@ def test_anchor_swap_forgets_the_target_and_nothing_else(judge: str, target: str
 def predictions(judge: str, images: ImageSet) -> dict[str, list[str]]:
     if judge == "classifier":
         return classifier.predict(classifier.load_judge("canvas"), images)
-    model, classes = (
-        clip.load_clip(clip.Config()),
-        {kind: vocabulary().names(kind) for kind in KINDS},
-    )
+    model = clip.load_clip(clip.Config())
+    classes = {kind: vocabulary().names(kind) for kind in KINDS}
     return clip.zero_shot(model, model.images(images, 64), classes, clip.Config())
 
 
@@ -142,10 +140,8 @@ def test_noise_has_a_high_ua_and_is_caught_by_ira_and_cra(judge: str, noise: Ima
             score: [100 * tally[score].hits / tally[score].n for tally in tallies]
             for score in ("UA", "IRA", "CRA")
         }
-        chance, cross = (
-            100 / len(names),
-            float(np.mean([100 / len(vocabulary().names(k)) for k in others])),
-        )
+        chance = 100 / len(names)
+        cross = float(np.mean([100 / len(vocabulary().names(k)) for k in others]))
         luck = 3 * 100 * np.sqrt(chance / 100 * (1 - chance / 100) / len(noise.rows))
         assert np.mean(shares["UA"]) == pytest.approx(100 - chance, abs=luck)
         assert np.mean(shares["IRA"]) == pytest.approx(chance, abs=luck)
@@ -263,10 +259,8 @@ def test_any_judge_will_do(oracle) -> None:
 
 
 def test_clip_score_falls_where_the_target_was_swapped(oracle) -> None:
-    kept, swapped = (
-        evaluate("clip", oracle(), "heart"),
-        evaluate("clip", oracle(heart="star"), "heart"),
-    )
+    kept = evaluate("clip", oracle(), "heart")
+    swapped = evaluate("clip", oracle(heart="star"), "heart")
     score, gone = "score", "score of the forgotten"
     assert swapped[gone].high < kept[gone].low
     assert swapped[score].value == pytest.approx(kept[score].value, abs=1)

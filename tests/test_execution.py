@@ -76,10 +76,8 @@ def close(a, b, start, tolerance):
 def test_an_option_changes_the_steps_by_rounding_alone(model, options):
     before = state(model)
     for density in (0.5, 1):  # of what is taken whole, gradients and values are not gathered
-        plain, other = (
-            trained(model, SGD, density),
-            trained(model, replace(SGD, **options), density),
-        )
+        plain = trained(model, SGD, density)
+        other = trained(model, replace(SGD, **options), density)
         assert close(plain, other, model.parameters(), 1e-3)
     assert state(model)[1:] == before[1:]
     for name, (p, *rest) in before[0].items():
@@ -102,11 +100,9 @@ def test_weights_that_do_not_fit_their_places_would_be_seen(model):
 
 @pytest.mark.parametrize("kind", ["auto", "sdpa", "sliced"])
 def test_attention_predicts_the_same_and_is_given_back(model, kind):
-    params, x, t = (
-        select(model.parameters(), "full"),
-        torch.randn(2, 4, 8, 8),
-        torch.tensor([10, 900]),
-    )
+    params = select(model.parameters(), "full")
+    x = torch.randn(2, 4, 8, 8)
+    t = torch.tensor([10, 900])
     cond = model.encode(["a red heart", "a blue star"])
     unet = model.component("unet")
     found, expected = dict(unet.attn_processors), model.predict(x, t, cond).detach()
@@ -191,10 +187,8 @@ def test_offload_moves_what_the_steps_do_not_use(model, monkeypatch):
 @pytest.mark.parametrize("kind", FUSED, ids=lambda kind: kind.__name__)
 def test_the_fused_step_is_the_plain_one(model, kind):
     config = replace(QUICK, optimizer=kind.__name__)
-    fused, plain = (
-        trained(model, config),
-        trained(model, replace(config, optimizer_args={"fused": False})),
-    )
+    fused = trained(model, config)
+    plain = trained(model, replace(config, optimizer_args={"fused": False}))
     assert close(fused, plain, model.parameters(), 1e-3)
     assert make_optimizer(
         [nn.Parameter(torch.zeros(1))], kind.__name__, 1e-3, {}, fuse=True

@@ -216,10 +216,8 @@ def damaged_header(raw: bytes, rng: random.Random) -> bytes:
     """A tensor's entry or a line of the metadata that is missing, renamed or nonsense."""
     header, body = parts_of(raw)
     meta = header["__metadata__"]
-    name, key = (
-        rng.choice([name for name in header if name != "__metadata__"]),
-        rng.choice(list(meta)),
-    )
+    name = rng.choice([name for name in header if name != "__metadata__"])
+    key = rng.choice(list(meta))
     match rng.randrange(7):
         case 0:
             header[name]["dtype"] = rng.choice(

@@ -92,10 +92,8 @@ def test_the_stock_families_are_recognised_by_their_own_keys(family, prediction)
 @pytest.mark.parametrize("family", TINY)
 def test_diffusers_reads_our_values_bit_for_bit(family):
     modules = tiny_modules(family)
-    expected, found = (
-        weights_of(modules),
-        read_by_diffusers(family, modules, file_of(family, modules)),
-    )
+    expected = weights_of(modules)
+    found = read_by_diffusers(family, modules, file_of(family, modules))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 

@@ -133,10 +133,8 @@ def test_smoothing_averages_over_displacements_that_the_seed_fixes(params):
         }
         for _ in range(2)
     ]
-    found, retain = (
-        [gradients(params, "forget", at=at) for at in drawn],
-        gradients(params, "retain"),
-    )
+    found = [gradients(params, "forget", at=at) for at in drawn]
+    retain = gradients(params, "retain")
     for name, param in params.items():
         mean = (found[0][name] + found[1][name]) / 2
         assert torch.allclose(one[name], param - 0.5 * (mean + retain[name]), atol=1e-6)

@@ -19,11 +19,9 @@ def test_the_interval_of_a_rate_is_wilsons(hits, n):
     normal quantile of 97.5 %."""
     p, z, score = hits / n, 1.959963984540054, proportion("UA", hits, n)
     # (p_hat - p)^2 = z^2 p(1-p)/n as a quadratic in p
-    a, b, c = (
-        1 + z * z / n,
-        -(2 * p + z * z / n),
-        p * p,
-    )
+    a = 1 + z * z / n
+    b = -(2 * p + z * z / n)
+    c = p * p
     low, high = sorted(np.roots([a, b, c]).real)
     assert score.value == pytest.approx(100 * p)
     assert score.interval == pytest.approx((100 * low, 100 * high), abs=1e-9)

@@ -126,10 +126,8 @@ def test_strip_shows_each_image_under_its_prompt(before, after):
     strip = before_after(before, after, rows, "heart → star")
     for column, row in enumerate(rows):
         for line, images in enumerate((before, after)):
-            x, y = (
-                EDGE + LEFT + column * (TILE + GAP),
-                strip.height - EDGE - (2 - line) * TILE - (1 - line) * GAP,
-            )
+            x = EDGE + LEFT + column * (TILE + GAP)
+            y = strip.height - EDGE - (2 - line) * TILE - (1 - line) * GAP
             tile = strip.crop((x, y, x + TILE, y + TILE)).resize((64, 64), Image.Resampling.BOX)
             error = np.abs(np.asarray(tile, float) - np.asarray(images.image(row), float))
             assert error.mean() < 3, (column, line)

@@ -74,10 +74,8 @@ def test_only_masked_weights_are_in_the_delta(erased, base):
     from erase.mask import SaliencyMask
     from erase.tensors import unpack
 
-    delta, mask = (
-        ErasedDelta.load(erased / "delta.safetensors"),
-        SaliencyMask.load(erased / "mask.safetensors"),
-    )
+    delta = ErasedDelta.load(erased / "delta.safetensors")
+    mask = SaliencyMask.load(erased / "mask.safetensors")
     assert 0 < delta.count <= mask.count() == mask.size // 2
     for name, bits in delta.bits.items():
         assert not (unpack(bits, mask.shapes[name]) & ~mask[name]).any()

@@ -392,10 +392,8 @@ def test_values_and_optimizer_are_gone_when_the_models_own_weights_come_back(
 
     monkeypatch.setattr("erase.training.state.make_optimizer", made)
     params, batches, loss = task(model)
-    config, mask = (
-        TunedConfig(train=replace(QUICK, mixed_precision=precision)),
-        mask_of(model, params),
-    )
+    config = TunedConfig(train=replace(QUICK, mixed_precision=precision))
+    mask = mask_of(model, params)
     with running(model, params, config.train) as active:
         fitted = fit(params, loss, batches, config, mask, active=active)
         left.extend(one for one in held if one() is not None)

@@ -102,10 +102,8 @@ USAGES = {
 def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
     """How one of `FORMATS` is loaded, in the classes of this base; `components` are those that
     changed."""
-    pipeline, one_file = (
-        type(model.pipeline()).__name__,
-        Path(model.name).suffix.lower() in SINGLE_FILES,
-    )
+    pipeline = type(model.pipeline()).__name__
+    one_file = Path(model.name).suffix.lower() in SINGLE_FILES
     base_class = pipeline if one_file else "DiffusionPipeline"
     classes = {name: type(model.component(name)) for name in components}
     imports = sorted(

@@ -278,10 +278,8 @@ def _factors(change: Tensor, rank: int | None, energy: float | None) -> tuple[Te
     wide = change.shape[0] <= change.shape[1]
     power, vectors = torch.linalg.eigh(change @ change.T if wide else change.T @ change)
     # squared singular values, largest first
-    power, vectors = (
-        power.flip(0).clamp(min=0),
-        vectors.flip(1),
-    )
+    power = power.flip(0).clamp(min=0)
+    vectors = vectors.flip(1)
     size = int((power > power[0] * 1e-14).sum())  # what is below is rounding
     if energy is not None:
         size = min(size, int((power.cumsum(0) < energy * power.sum()).sum()) + 1)

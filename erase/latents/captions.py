@@ -63,10 +63,8 @@ def forget_pairs(
     """`n` pairs of forget and anchor prompt, for captioned images in turn."""
     owner = {name: concept for concept in concepts for name in concept.names}
     anchors = {name: concept.anchor for name, concept in owner.items()}
-    named, turns = (
-        Names(owner),
-        {concept.target: _turns(concept.pairs(), rng) for concept in concepts},
-    )
+    named = Names(owner)
+    turns = {concept.target: _turns(concept.pairs(), rng) for concept in concepts}
     pairs = []
     for image in (images[i % len(images)] for i in range(n)):
         if image.caption is not None:

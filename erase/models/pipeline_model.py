@@ -83,13 +83,10 @@ class PipelineModel:
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         vae = self._pipeline.vae
-        posterior, shift = (
-            vae.encode(images.to(self.device, vae.dtype)).latent_dist,
-            getattr(vae.config, "shift_factor", None),
-        )
-        return (
-            posterior.mean - (shift or 0.0)
-        ) * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+        posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
+        shift = getattr(vae.config, "shift_factor", None)
+        scale = vae.config.scaling_factor
+        return (posterior.mean - (shift or 0.0)) * scale, posterior.std * scale
 
     def sampler(self) -> Any:
         """The scheduler that `sample` uses: the checkpoint's own, unless a family has a quicker
@@ -139,10 +136,8 @@ class PipelineModel:
         """Latents of generated images, the noisy states on the way there, and the sampler's
         timesteps of these."""
         # null encoded once
-        cond, null = (
-            self.encode(prompts),
-            self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)],
-        )
+        cond = self.encode(prompts)
+        null = self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)]
         # the same parts behind another scheduler; the caller's pipeline stays as it is
         pipe = copy(self._pipeline)
         pipe.scheduler = self.sampler()

@@ -52,13 +52,11 @@ def matched(
 # ---- the strip, drawn at twice its width in a README so that it is crisp on dense screens --------
 
 # px: an image, between images, between groups, row labels, margin
-TILE, GAP, BREAK, LEFT, EDGE = (
-    192,
-    12,
-    44,
-    150,
-    28,
-)
+TILE = 192
+GAP = 12
+BREAK = 44
+LEFT = 150
+EDGE = 28
 INK, MUTED, PAPER = "#1b1c1e", "#5f636a", "#ffffff"
 
 

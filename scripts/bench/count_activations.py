@@ -39,10 +39,8 @@ class Counted(SavedActivations):
 
     def __init__(self, module: nn.Module, selective: bool) -> None:
         super().__init__()
-        self._weights, self._selective = (
-            {_storage(param) for param in module.parameters()},
-            selective,
-        )
+        self._weights = {_storage(param) for param in module.parameters()}
+        self._selective = selective
         self._kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 
     def pack(self, tensor: Tensor) -> Any:
@@ -87,10 +85,8 @@ def count(family: str, device: str, half: torch.dtype | None, way: str) -> tuple
                 lambda *_, before=before: added.append(counted.bytes - before.pop())
             )
         side, width = config.sample_size, config.cross_attention_dim
-        x, text = (
-            torch.randn(1, 4, side, side, device=device),
-            torch.randn(1, 77, width, device=device),
-        )
+        x = torch.randn(1, 4, side, side, device=device)
+        text = torch.randn(1, 77, width, device=device)
         pooled = {
             "text_embeds": torch.randn(1, 1280, device=device),
             "time_ids": torch.zeros(1, 6, device=device),

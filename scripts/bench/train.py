@@ -107,10 +107,8 @@ def naive_steps(
                     * pipe.vae.config.scaling_factor
                     for _ in range(3)
                 ]
-            t, noise = (
-                torch.randint(model.timesteps, (rows,), device=device),
-                torch.randn_like(latents[0]),
-            )
+            t = torch.randint(model.timesteps, (rows,), device=device)
+            noise = torch.randn_like(latents[0])
             forget, anchor, retain = (model.add_noise(x, noise, t) for x in latents)
             forgot = model.predict(forget, t, texts[0])
             target = model.predict(anchor, t, texts[1]).detach()
@@ -184,11 +182,9 @@ def matmul_rate(device: str, precision: str) -> float:
     """Multiply-adds times two per second of a large matrix product, the best of several."""
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     n = 8192 if device == "cuda" else 2048
-    a, b, best = (
-        torch.randn(n, n, device=device, dtype=dtype),
-        torch.randn(n, n, device=device, dtype=dtype),
-        float("inf"),
-    )
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
         a @ b

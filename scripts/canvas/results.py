@@ -51,11 +51,9 @@ def measure(
     relearn: list[int],
 ) -> dict[str, Any]:
     """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
-    spec, model, prompts = (
-        canvas_concept(concept),
-        load_model("canvas"),
-        canvas_grid(ANSWER_SEEDS[:answers]),
-    )
+    spec = canvas_concept(concept)
+    model = load_model("canvas")
+    prompts = canvas_grid(ANSWER_SEEDS[:answers])
     generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
     folder = out / f"{concept}-{name.replace(' ', '-')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)

@@ -262,10 +262,8 @@ def train_clip(work: Path, steps: int, batch: int) -> None:
             return_tensors="pt",
         )
         with torch.autocast("cpu", torch.bfloat16):
-            seen, said = (
-                clip.encode_image(images * 2 - 1).float(),
-                clip.encode_text(texts.input_ids).float(),
-            )
+            seen = clip.encode_image(images * 2 - 1).float()
+            said = clip.encode_text(texts.input_ids).float()
         similarity = (
             F.normalize(said, dim=-1)
             @ F.normalize(seen, dim=-1).T

@@ -225,10 +225,8 @@ def train_unet(
         ema.load_state_dict(saved["ema"])
         start = saved["step"]
     cells, vocab = vocabulary().cells(), vocabulary()
-    bar, smooth = (
-        tqdm(range(start, steps), desc="UNet", initial=start, total=steps, mininterval=10),
-        1.0,
-    )
+    bar = tqdm(range(start, steps), desc="UNet", initial=start, total=steps, mininterval=10)
+    smooth = 1.0
     for step in bar:
         torch.manual_seed(2_000_000 + step)
         rng = random.Random(step)

@@ -66,10 +66,8 @@ STATISTICS = ("forget.sum", "objective.sum", "objective.square", "retain.square"
 def statistics_of_base() -> Statistics:
     """All statistics of the base, by as many processes as there are: five batches, three in one
     process."""
-    task, config = (
-        Task(load_model("base"), CONCEPT, DATA),
-        replace(METHOD, mask=MaskConfig(batch_size=2, batches=5)),
-    )
+    task = Task(load_model("base"), CONCEPT, DATA)
+    config = replace(METHOD, mask=MaskConfig(batch_size=2, batches=5))
     remap = Remap(task, config)
     return compute_statistics(task, config, STATISTICS, Objective(remap.loss, remap.batches))
 

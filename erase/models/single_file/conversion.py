@@ -161,10 +161,8 @@ def write_single_file(
         for part, module in modules.items()
         for name, weight in module.state_dict().items()
     }
-    entries, schedule = (
-        {entry.key: entry for entry in ldm.table(family, modules)},
-        pipeline.scheduler.config,
-    )
+    entries = {entry.key: entry for entry in ldm.table(family, modules)}
+    schedule = pipeline.scheduler.config
     beside = _beside(family, modules, schedule)
     twins = _last_layer(entries) if family == "sd2" else {}
     beside |= _head(modules["text_encoder"], dtype) if twins else {}
