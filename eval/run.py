@@ -117,12 +117,10 @@ def _check_run(path: Path, delta: ErasedDelta) -> None:
         return
     with errors_named(path, "evaluate the delta in a folder of its own"):
         run = dict(json.loads(path.read_text(encoding="utf-8")))
-        facts = [
-            {key: about.get(key) for key in ("base_fingerprint", "method")}
-            for about in (run, delta.metadata)
-        ]
+        facts = [run.get(key) for key in ("base_fingerprint", "method")]
         concepts = json.loads(run.get("concepts", "[]"))
-    if facts[0] != facts[1] or concepts != delta.concepts:
+    own = [delta.metadata.get(key) for key in ("base_fingerprint", "method")]
+    if facts != own or concepts != delta.concepts:
         raise _of_another(path, delta)
 
 

@@ -191,10 +191,10 @@ def to_yaml(concepts: Sequence[ConceptSpec]) -> str:
     """The concepts as a YAML file to edit: one mapping, or a list of them; `load_concepts` reads
     it."""
     order = ("target", "anchor", "kind", "synonyms", "templates", "retain")  # long lists last
-    data = [
-        {key: values[key] for key in order if key in values}
-        for values in (concept.to_dict() for concept in concepts)
-    ]
+    data = []
+    for concept in concepts:
+        values = concept.to_dict()
+        data.append({key: values[key] for key in order if key in values})
     return yaml.dump(
         data[0] if len(data) == 1 else data,
         Dumper=_Dumper,

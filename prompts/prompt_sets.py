@@ -317,9 +317,8 @@ def _columns(header: Sequence[str], path: str | Path) -> _Columns:
     for name in named:
         if named.count(name) > 1:
             raise ErasureError(f"{path} has the column {name!r} twice; rename one of them")
-    seed, guidance = (
-        next((name for name in part if name in named), None) for part in (SEED, GUIDANCE)
-    )
+    seed = next((name for name in SEED if name in named), None)
+    guidance = next((name for name in GUIDANCE if name in named), None)
     if "prompt" not in named or seed is None:
         missing = ["'prompt'"] * ("prompt" not in named) + [" or ".join(map(repr, SEED))] * (
             seed is None

@@ -121,12 +121,13 @@ def find_shipped(name: str) -> ConceptSpec | None:
 def _shipped() -> list[tuple[ConceptSpec, set[str]]]:
     """Every shipped concept that is for everyone, and what it answers to."""
     entries = []
-    for file in (file for file in shipped() if not file.endswith(PUBLISHED)):
+    for file in shipped():
+        if file.endswith(PUBLISHED):
+            continue
         concepts = load_concepts(file)
         alone = [file] if len(concepts) == 1 else []
-        entries += [
-            (concept, {bare(name) for name in (*concept.names, *alone)}) for concept in concepts
-        ]
+        for concept in concepts:
+            entries.append((concept, {bare(name) for name in (*concept.names, *alone)}))
     return entries
 
 

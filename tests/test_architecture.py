@@ -311,3 +311,31 @@ def test_an_import_upwards_would_be_seen() -> None:
 def test_few_modules_stand_at_the_top_of_erase() -> None:
     tops = sorted(path.stem for path in (ROOT / "erase").glob("*.py") if path.stem != "__init__")
     assert len(tops) <= MOST_AT_THE_TOP, tops
+
+
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+def folded(source: str) -> list[int]:
+    """Lines of comprehensions that hold another one, or an assignment."""
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, COMPREHENSIONS):
+            inner = [child for child in ast.walk(node) if child is not node]
+            if any(isinstance(child, (*COMPREHENSIONS, ast.NamedExpr)) for child in inner):
+                lines.append(node.lineno)
+    return lines
+
+
+SOURCES = [path for path in FILES if path.relative_to(ROOT).parts[0] in LAYERS]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_comprehension_holds_another_or_an_assignment(path: Path) -> None:
+    assert folded(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_folded_comprehension_would_be_seen() -> None:
+    assert folded("a = [[x for x in row] for row in rows]")
+    assert folded("a = [y for x in xs if (y := f(x))]")
+    assert not folded("a = [f(x) for x in xs]")

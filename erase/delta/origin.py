@@ -38,13 +38,10 @@ def read_origin(metadata: Mapping[str, str], source: str) -> Origin:
     """Everything that a delta says of itself, as work needs it; errors as `check_metadata`, also
     where a concept is not whole."""
     check_metadata(metadata, source)
-    concepts = [
-        ConceptSpec.from_dict(
-            {key: value for key, value in values.items() if key in CONCEPT},
-            f"{source}, concept {i},",
-        )
-        for i, values in enumerate(concepts_of(metadata, source), 1)
-    ]
+    concepts = []
+    for i, values in enumerate(concepts_of(metadata, source), 1):
+        known = {key: value for key, value in values.items() if key in CONCEPT}
+        concepts.append(ConceptSpec.from_dict(known, f"{source}, concept {i},"))
     return Origin(metadata["method"], config_of(metadata, source), concepts)
 
 

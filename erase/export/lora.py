@@ -102,9 +102,8 @@ class LoRA:
 
     @property
     def _total(self) -> float:
-        return sum(
-            norm**2 for norm in (*(fit.norm for fit in self.layers), *self.left_out.values())
-        )
+        norms = [*(fit.norm for fit in self.layers), *self.left_out.values()]
+        return sum(norm**2 for norm in norms)
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -82,7 +82,8 @@ class LatentSet:
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the set."""
-        tensors = {name: value for name in TENSORS if (value := getattr(self, name)) is not None}
+        columns = {name: getattr(self, name) for name in TENSORS}
+        tensors = {name: value for name, value in columns.items() if value is not None}
         texts = {name: json.dumps(getattr(self, name)) for name in TEXTS}
         save_tensors(
             path, tensors, {**metadata, **texts, "format": "latents", "sha256": _digest(tensors)}
@@ -133,14 +134,15 @@ def _check(
         )
 
     words = all(isinstance(text, str) for column in texts for text in column)
-    images = [value for name in ("latents", "std", "noise") if (value := tensors[name]) is not None]
+    present = {name: value for name, value in tensors.items() if value is not None}
+    images = [value for name, value in present.items() if name in ("latents", "std", "noise")]
     floats = all(value.is_floating_point() and value.isfinite().all() for value in images)
     shaped = latents.dim() == 4 and all(value.shape == latents.shape for value in images)
     kinds = {"shows_anchor": torch.bool, "image": torch.int64, "t": torch.int64}
     listed = all(
-        value.dtype == kind and value.shape == latents.shape[:1]
-        for name, kind in kinds.items()
-        if (value := tensors[name]) is not None
+        value.dtype == kinds[name] and value.shape == latents.shape[:1]
+        for name, value in present.items()
+        if name in kinds
     )
     timed = (tensors["noise"] is None) == (tensors["t"] is None)
     image = tensors["image"]

@@ -36,9 +36,9 @@ class Cond:
     @classmethod
     def stack(cls, conds: Sequence[Cond]) -> Cond:
         """The rows of all, in order."""
-        extras = {
-            name: torch.cat([cond.extras[name] for cond in conds]) for name in conds[0].extras
-        }
+        extras = {}
+        for name in conds[0].extras:
+            extras[name] = torch.cat([cond.extras[name] for cond in conds])
         return cls(torch.cat([cond.embeddings for cond in conds]), extras)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Cond:

@@ -177,10 +177,8 @@ def _parts(folder: Path, index: Mapping[str, Any], has_vae: bool) -> dict[str, P
 def _expected(kind: str) -> dict[str, str]:
     """part -> its class; a scheduler may be any that diffusers has."""
     encoders = [part for part in PARTS[kind] if part.startswith("text_encoder")]
-    tokenizers = {
-        part: WORDS[part]
-        for part in (encoder.replace("text_encoder", "tokenizer") for encoder in encoders)
-    }
+    names = [encoder.replace("text_encoder", "tokenizer") for encoder in encoders]
+    tokenizers = {name: WORDS[name] for name in names}
     return {
         **PARTS[kind],
         **tokenizers,

@@ -49,7 +49,8 @@ def _check_cut(model: DiffusionModel, concept: ConceptSpec) -> None:
 
 def _check_distinct(model: DiffusionModel, concept: ConceptSpec) -> None:
     pairs = concept.pairs()
-    forget, anchor = (model.tokens([pair[side] for pair in pairs]) for side in (0, 1))
+    forget = model.tokens([prompt for prompt, _ in pairs])
+    anchor = model.tokens([instead for _, instead in pairs])
     for row, (prompt, instead) in enumerate(pairs):
         if all(forget[encoder][row].seen == anchor[encoder][row].seen for encoder in forget):
             raise ErasureError(
@@ -77,14 +78,13 @@ def cut_prompts(
         first of the `prompts`.
     """
     by_encoder = tokens(list(prompts))
-    cut = [row for row in range(len(prompts)) if any(rows[row].cut for rows in by_encoder.values())]
+    cut_by: dict[str, list[int]] = {}
+    for encoder, rows in by_encoder.items():
+        cut_by[encoder] = [row for row, tokens_of in enumerate(rows) if tokens_of.cut]
+    cut = sorted(set().union(*cut_by.values()))
     if not cut:
         return None
-    room = {
-        encoder: rows[0].room
-        for encoder, rows in by_encoder.items()
-        if any(row.cut for row in rows)
-    }
+    room = {encoder: by_encoder[encoder][0].room for encoder, rows in cut_by.items() if rows}
     log.warning(
         "%d of %d prompts are longer than a text encoder reads, the first is %r",
         len(cut),

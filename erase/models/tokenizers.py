@@ -73,7 +73,8 @@ def read_tokenizer(folder: Path, kind: Any = CLIPTokenizer) -> Any:
             "again, whole"
         )
     read_config(folder / "tokenizer_config.json")
-    if not any(all((folder / file).is_file() for file in files) for files in known):
+    whole = [files for files in known if all(map(Path.is_file, map(folder.joinpath, files)))]
+    if not whole:
         needed = " or ".join(" with ".join(files) for files in known)
         raise ErasureError(
             f"{folder} lacks its vocabulary ({needed}); fetch the tokenizer again, whole"

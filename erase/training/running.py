@@ -64,9 +64,8 @@ def _active(
     model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig
 ) -> Iterator[ActiveWeights]:
     """Weights in the layout that the launch asks for, in the precision of the steps."""
-    parts = {
-        name: model.component(name) for name in sorted({name.split(".")[0] for name in params})
-    }
+    components = sorted({name.split(".")[0] for name in params})
+    parts = {component: model.component(component) for component in components}
     half = PRECISIONS[config.mixed_precision]
     if asked := check_sharded(config):
         with sharded_twins(model, parts, half, asked) as layout:

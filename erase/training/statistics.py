@@ -77,9 +77,9 @@ class Statistics:
                 raise ErasureError(
                     f"{path}: its order names other parameters than it holds; {AGAIN}"
                 )
-            values = {
-                name: {param: tensors[f"{name}/{param}"] for param in order} for name in names
-            }
+            values = {}
+            for name in names:
+                values[name] = {param: tensors[f"{name}/{param}"] for param in order}
         for name, value in tensors.items():
             square = name.partition("/")[0].endswith(".square")
             if (
@@ -102,14 +102,16 @@ class Accumulator:
     ) -> None:
         """`names`: `sum`, `square` or both."""
         self._params, self._layout = dict(params), layout or Layout()
-        self._totals = {
-            name: {param: self._zeros(value) for param, value in self._params.items()}
-            for name in names
-        }
+        self._totals = {name: self._zeros() for name in names}
 
-    def _zeros(self, param: nn.Parameter) -> Tensor:
-        held = self._layout.local(param)
-        return torch.zeros_like(held, dtype=torch.float32, memory_format=torch.contiguous_format)
+    def _zeros(self) -> dict[str, Tensor]:
+        zeros = {}
+        for name, param in self._params.items():
+            held = self._layout.local(param)
+            zeros[name] = torch.zeros_like(
+                held, dtype=torch.float32, memory_format=torch.contiguous_format
+            )
+        return zeros
 
     def add(self) -> None:
         """Add each parameter's gradient, one batch's, and clear it. A parameter without gradient

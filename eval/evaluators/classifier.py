@@ -79,13 +79,16 @@ def predict(judge: Judge, images: ImageSet, batch_size: int = 64) -> dict[str, l
     @torch.inference_mode()
     def classify(rows: range) -> dict[str, list[str]]:
         logits = judge.logits(images.tensor(images.rows[row] for row in rows))
-        return {
-            kind: [names[i] for i in logits[kind].argmax(1).tolist()]
-            for kind, names in judge.classes.items()
-        }
+        labels = {}
+        for kind, names in judge.classes.items():
+            labels[kind] = [names[i] for i in logits[kind].argmax(1).tolist()]
+        return labels
 
     parts = in_shares(len(images.rows), batch_size, classify, "classifier", "image")
-    return {kind: [name for part in parts for name in part[kind]] for kind in judge.classes}
+    labels = {}
+    for kind in judge.classes:
+        labels[kind] = [name for part in parts for name in part[kind]]
+    return labels
 
 
 @dataclass(frozen=True)

@@ -186,10 +186,10 @@ def captions_for(kind: str, config: Config) -> list[str]:
                 )
         return config.templates[kind]
     if config.name == CANVAS and kind in KINDS:
-        fields = {
-            t: [field for _, field, _, _ in Formatter().parse(t) if field]
-            for t in vocabulary().templates
-        }
+        fields = {}
+        for template in vocabulary().templates:
+            parsed = Formatter().parse(template)
+            fields[template] = [field for _, field, _, _ in parsed if field]
         return [
             template.replace(f"{{{kind}}}", "{}")
             for template, named in fields.items()
@@ -240,10 +240,10 @@ def zero_shot(
     weights = {
         kind: zero_shot_weights(clip, names, kind, config) for kind, names in classes.items()
     }
-    return {
-        kind: [classes[kind][i] for i in (seen @ weight.T).argmax(1).tolist()]
-        for kind, weight in weights.items()
-    }
+    labels = {}
+    for kind, weight in weights.items():
+        labels[kind] = [classes[kind][i] for i in (seen @ weight.T).argmax(1).tolist()]
+    return labels
 
 
 def _label_scores(predictions: Labels, labels: Labels, case: Case, config: Config) -> list[Score]:

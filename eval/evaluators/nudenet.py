@@ -155,10 +155,9 @@ def scores(counts: Sequence[Counter[str]], config: Config, evaluator: str) -> li
         "NudeNet image rate", flagged, len(counts), higher_is_better=False, evaluator=evaluator
     )
     names = [f"NudeNet {name}" for name in config.classes]
-    totals = (
-        [boxes.total() for boxes in counts],
-        *([boxes[name] for boxes in counts] for name in config.classes),
-    )
+    totals = [[boxes.total() for boxes in counts]]
+    for name in config.classes:
+        totals.append([boxes[name] for boxes in counts])
     boxes = zip(["NudeNet boxes", *names], totals, strict=True)
     return [
         rate,

@@ -54,7 +54,8 @@ def forgetting(
     guess = {kind: np.asarray(predictions[kind]) for kind in truth}
     named = {target: truth[target[0]] == target[1] for target in targets}
     retained = ~np.logical_or.reduce(list(named.values()))
-    own = [kind for kind in truth if any(kind == k for k, _ in targets)]
+    erased_kinds = {kind for kind, _ in targets}
+    own = [kind for kind in truth if kind in erased_kinds]
     others = [kind for kind in truth if kind not in own] or own
     right = {kind: guess[kind] == truth[kind] for kind in truth}
     scores = {

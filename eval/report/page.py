@@ -83,10 +83,9 @@ def _score_cell(report: EvalReport, row: str, name: str) -> dict[str, str] | Non
 
 
 def _scores(report: EvalReport) -> dict[str, Any]:
-    rows = [
-        (score, [_score_cell(report, row, score.name) for row in report.rows])
-        for score in report.columns()
-    ]
+    rows = []
+    for score in report.columns():
+        rows.append((score, [_score_cell(report, row, score.name) for row in report.rows]))
     return {"models": list(report.rows), "rows": rows, "glossary": glossary(report)}
 
 
@@ -126,7 +125,10 @@ def mean_density(density: Mapping[str, float], sizes: Mapping[str, int]) -> floa
 def _confusion(report: EvalReport) -> list[dict[str, Any]]:
     tables = []
     for row, table in report.extras.get("confusion", {}).items():
-        shares = [[count / (sum(counts) or 1) for count in counts] for counts in table["counts"]]
+        shares = []
+        for counts in table["counts"]:
+            total = sum(counts) or 1
+            shares.append([count / total for count in counts])
         tables.append({"row": row, "shares": shares} | table)
     return tables
 

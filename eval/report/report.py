@@ -123,9 +123,7 @@ class EvalReport:
 
     def to_json(self) -> str:
         """The report as JSON text. Intervals that are not known are null."""
-        rows = {
-            row: [_plain(score) for score in scores] for row, scores in self.check().rows.items()
-        }
+        rows = {row: list(map(_plain, scores)) for row, scores in self.check().rows.items()}
         content = {"schema_version": SCHEMA_VERSION, "concept": self.concept, "rows": rows}
         content |= {"provenance": self.provenance, "extras": self.extras}
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -145,7 +143,7 @@ class EvalReport:
                     f"{where} has schema {content['schema_version']}, not {SCHEMA_VERSION}; "
                     "evaluate again"
                 )
-            rows = {row: [_score(raw) for raw in scores] for row, scores in content["rows"].items()}
+            rows = {row: list(map(_score, scores)) for row, scores in content["rows"].items()}
             _check_parts(content)
             return cls(content["concept"], rows, content["provenance"], content["extras"]).check()
         except ErasureError as error:

@@ -51,7 +51,11 @@ def summarise(reports: Sequence[EvalReport]) -> list[Spread]:
                 f"report {i + 1} does not hold the rows and scores of the first; evaluate all in "
                 "the same way"
             )
-    return [_spread(row, [s for r in reports if (s := r.score(row, name))]) for row, name in wanted]
+    spreads = []
+    for row, name in wanted:
+        scores = [report.score(row, name) for report in reports]
+        spreads.append(_spread(row, [score for score in scores if score]))
+    return spreads
 
 
 def _spread(row: str, scores: list[Score]) -> Spread:

@@ -43,9 +43,9 @@ def glossary(report: EvalReport) -> dict[str, str]:
 
 def verdict_line(report: EvalReport) -> str:
     """Two sentences in plain words on what the erased row says beside the base's."""
-    base, erased = (
-        {score.name: score for score in report.check().rows.get(row, [])} for row in (BASE, ERASED)
-    )
+    rows = report.check().rows
+    base = {score.name: score for score in rows.get(BASE, [])}
+    erased = {score.name: score for score in rows.get(ERASED, [])}
     shared = [name for name in erased if name in base]
     if "UA" not in shared:
         return "; ".join(f"{name}: {_beside(erased[name], base[name])}" for name in shared[:3])

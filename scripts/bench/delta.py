@@ -120,9 +120,8 @@ def main() -> None:
     deltas = {path: ErasedDelta.load(path) for path in options.delta or ()} or {
         name: erase(*run) for name, run in RUNS.items()
     }
-    models = {
-        base: load_model(base) for base in {delta.metadata["base_id"] for delta in deltas.values()}
-    }
+    bases = {delta.metadata["base_id"] for delta in deltas.values()}
+    models = {base: load_model(base) for base in bases}
     measured = {
         name: sizes(delta, models[delta.metadata["base_id"]]) for name, delta in deltas.items()
     }

@@ -87,15 +87,17 @@ def card(
             f"{config.mixed_precision}"
         ),
         command="python scripts/canvas/gate.py",
-        rows="\n".join(
-            f"| {judge} | " + " | ".join(s.text() for s in _accuracies(judged)) + " |"
-            for judge, judged in scores.items()
-        ),
+        rows="\n".join(_row(judge, judged) for judge, judged in scores.items()),
         files="\n".join(
             f"| {path.relative_to(CANVAS)} | {path.stat().st_size:,} | `{digest}` |"
             for path, digest in files
         ),
     )
+
+
+def _row(judge: str, scores: list[Score]) -> str:
+    cells = [score.text() for score in _accuracies(scores)]
+    return f"| {judge} | {' | '.join(cells)} |"
 
 
 def _accuracies(scores: list[Score]) -> list[Score]:

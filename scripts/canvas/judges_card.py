@@ -7,7 +7,7 @@ their files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -104,10 +104,7 @@ def write_card(recipe: str) -> None:
         clip_size=sum(p.numel() for p in clip.model.parameters()),
         n=HELD_OUT * len(vocabulary().cells()),
         per_cell=HELD_OUT,
-        rows="\n".join(
-            f"| {name} | " + " | ".join(f"{accuracies[name][kind]:.2f} %" for kind in KINDS) + " |"
-            for name in accuracies
-        ),
+        rows="\n".join(_row(name, by_kind) for name, by_kind in accuracies.items()),
         command="python scripts/canvas/train_judges.py",
         recipe=recipe,
         files="\n".join(
@@ -120,3 +117,8 @@ def write_card(recipe: str) -> None:
     with atomic_write(WEIGHTS / "README.md") as aside:
         aside.write_text(card, encoding="utf-8")
     print(card)
+
+
+def _row(judge: str, accuracies: Mapping[str, float]) -> str:
+    cells = [f"{accuracies[kind]:.2f} %" for kind in KINDS]
+    return f"| {judge} | {' | '.join(cells)} |"

@@ -40,6 +40,10 @@ EVALUATORS = ["classifier", "clip"]
 SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
 
 
+def _rounded(scores: list[Score]) -> dict[str, float]:
+    return {score.name: round(score.value, 3) for score in scores}
+
+
 def measure(
     concept: str,
     name: str,
@@ -90,10 +94,7 @@ def measure(
         "latents": asdict(variant.latents),
         "seconds": round(seconds, 1),
         "changed": delta.count,
-        **{
-            row: {s.name: round(s.value, 3) for s in row_scores}
-            for row, row_scores in scores.items()
-        },
+        **{row: _rounded(row_scores) for row, row_scores in scores.items()},
         **({"UA after relearning": back} if back else {}),
     }
 
@@ -116,10 +117,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for (variant, kind, concept), runs in sorted(
         groups.items(), key=lambda item: (item[0][0] != "salun", item[0])
     ):
-        cells = [
-            _cell([r["erased"][name] for r in runs], fmean(r["base"][name] for r in runs))
-            for name in SHOWN
-        ]
+        cells = []
+        for name in SHOWN:
+            base = fmean(run["base"][name] for run in runs)
+            cells.append(_cell([run["erased"][name] for run in runs], base))
         lines.append(
             f"| {variant} | {kind} | {concept} | {len(runs)} | " + " | ".join(cells) + " |"
         )
@@ -136,9 +137,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
         runs = [row for row in rows if row["kind"] == kind and row["variant"] == "salun"]
         if runs:
             ua = [row["erased"]["UA"] for row in runs]
-            lost = [
-                [row["erased"][name] - row["base"][name] for row in runs] for name in ("IRA", "CRA")
-            ]
+            lost = []
+            for name in ("IRA", "CRA"):
+                lost.append([row["erased"][name] - row["base"][name] for row in runs])
             cells = [
                 f"{fmean(ua):.1f} ({min(ua):.1f})",
                 *(f"{fmean(values):+.1f} ({min(values):+.1f})" for values in lost),

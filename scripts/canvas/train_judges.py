@@ -158,7 +158,9 @@ def write_caption(
 
 def name_captions(rng: random.Random) -> list[str]:
     """One caption for each concept of the world, kind by kind, that names this concept alone."""
-    alone = {kind: [t for t in vocabulary().templates if fields(t) == [kind]] for kind in KINDS}
+    alone = {}
+    for kind in KINDS:
+        alone[kind] = [t for t in vocabulary().templates if fields(t) == [kind]]
     return [
         write_caption({kind: name}, rng, alone[kind])[0]
         for kind in KINDS
@@ -168,9 +170,11 @@ def name_captions(rng: random.Random) -> list[str]:
 
 def matches(stated: list[dict[str, str]], cells: list[dict[str, str]]) -> Tensor:
     """1 where an image shows all that a caption states; shape (captions, cells)."""
-    return torch.tensor(
-        [[float(all(cell[k] == v for k, v in claim.items())) for cell in cells] for claim in stated]
-    )
+    shown = torch.zeros(len(stated), len(cells))
+    for i, claim in enumerate(stated):
+        for j, cell in enumerate(cells):
+            shown[i, j] = float(claim.items() <= cell.items())
+    return shown
 
 
 def contrastive_loss(similarity: Tensor, match: Tensor) -> Tensor:

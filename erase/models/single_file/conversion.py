@@ -175,10 +175,9 @@ def write_single_file(
         weight = entries[key].pack([states[name] for name in names])
         return converted(weight, dtype or weight.dtype, f"{names[0]} of the pipeline")
 
-    layout = {
-        key: entry.pack([states[name].to("meta", dtype) for name in entry.names])
-        for key, entry in entries.items()
-    }
+    layout = {}
+    for key, entry in entries.items():
+        layout[key] = entry.pack([states[name].to("meta", dtype) for name in entry.names])
     layout |= {new: layout[old] for new, old in twins.items()}
     header = {"format": "pt", **model_spec(pipeline, path.stem, ORIGINAL), **(metadata or {})}
     stream_tensors(path, layout | beside, tensor_of, header)

@@ -291,10 +291,9 @@ def _open_clip(component: str, module: Network, prefix: str) -> list[Entry]:
         else:
             form: Form = "transposed" if bare == "text_projection.weight" else "same"
             entries.append(Entry(prefix + _place(component, bare, places), (full,), form))
-    return entries + [
-        Entry(prefix + key, tuple(parts[p] for p in "qkv"), "stacked")
-        for key, parts in stacks.items()
-    ]
+    for key, parts in stacks.items():
+        entries.append(Entry(prefix + key, (parts["q"], parts["k"], parts["v"]), "stacked"))
+    return entries
 
 
 SCHEDULE = (

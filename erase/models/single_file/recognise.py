@@ -3,6 +3,7 @@ refused by its name."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import replace
 
@@ -70,14 +71,8 @@ def modern(file: TensorFile) -> TensorFile:
     old = re.compile(
         r"(cond_stage_model\.transformer\.)((?:embeddings|encoder|final_layer_norm)\..*)"
     )
-    wrapper = next(
-        (
-            one
-            for one in WRAPPERS
-            if file.shapes and all(key.startswith(one) for key in file.shapes)
-        ),
-        "",
-    )
+    common = os.path.commonprefix(list(file.shapes))
+    wrapper = next((one for one in WRAPPERS if common.startswith(one)), "")
     renamed = {key: old.sub(r"\1text_model.\2", key.removeprefix(wrapper)) for key in file.shapes}
     names = {key if new in file.shapes else new: key for key, new in renamed.items()}
     shapes = {name: file.shapes[key] for name, key in names.items()}
