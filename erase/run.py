@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from erase.claims import check_artifact, check_settings, claim, flat
 from erase.delta import ErasedDelta
@@ -24,7 +23,7 @@ from erase.prompts.canvas import check_canvas
 from erase.prompts.concepts import ConceptSpec, check_together
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.reading import as_path
-from erase.task import Task
+from erase.task import Edit, Task
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import check_machine, check_scope
 
@@ -65,8 +64,8 @@ def erase_concept(
     Args:
         concepts: each names the thing to forget and the anchor in its place.
         config: base, method, data; defaults where none is given.
-        method_config: the method's own configuration, e.g. `SalUnConfig(density=0.3)`; the method's
-            defaults where none is given.
+        method_config: the method's own configuration, e.g.
+            `SalUnConfig(mask=MaskConfig(density=0.3))`; the method's defaults where none is given.
         model: a loaded base, to save loading it again.
         out: a folder for delta.safetensors, mask.safetensors, saliency.safetensors and
             training.json, and for the state of a stopped run: the same call with the same folder
@@ -81,41 +80,23 @@ def erase_concept(
             changed.
     """
     config = EraseConfig() if config is None else config
-    if not isinstance(config, EraseConfig):
-        raise ErasureError(
-            f"config is a {type(config).__name__}; give an EraseConfig, and the method's own as "
-            "method_config"
-        )
     concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
-    check_together(concepts)
-    if (model.name if model else config.model) == "canvas":
-        check_canvas(concepts)
+    _check_request(concepts, config, model)
     method = get_method(config.method)
     settings = method.settings(method_config)
     if isinstance(settings, TunedConfig):
         check_machine(settings)
-    if config.load.dtype != "float32":
-        raise ErasureError(
-            f"load.dtype is {config.load.dtype}, but training needs float32 weights; use "
-            "train.mixed_precision instead"
-        )
 
     folder, description = _folder(out), describe(concepts, config, settings)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
-    finished = folder is not None and exists_on_all(folder / "delta.safetensors")
+    path = folder / "delta.safetensors" if folder else None
+    finished = path is not None and exists_on_all(path)
     if folder:
         check_settings(folder, description, defaults)
     if finished:
-        log.info(
-            "%s/delta.safetensors is finished, so nothing is computed again; only its base is "
-            "checked",
-            folder,
-        )
+        log.info("%s is finished, so nothing is computed again; only its base is checked", path)
     model = model or load_model(config.model, default_device(), config.load)
-    base = model.parameters()
-    _check_base(base)
-    if isinstance(settings, TunedConfig):
-        check_scope(base, settings)
+    _check_base(model, settings)
     check_prompts(model, concepts)
 
     metadata = {
@@ -124,31 +105,54 @@ def erase_concept(
         **description,
         **_cut(model, concepts),
     }
-    earlier = (
-        _finished(folder / "delta.safetensors", metadata, defaults) if folder and finished else None
-    )
+    earlier = _finished(path, metadata, defaults) if path and finished else None
     if folder:
         claim(folder, metadata, defaults, finished)
     if earlier:
         return earlier
 
     edit = method.edit(Task(model, concepts, config.latents, config.seed, folder), settings)
+    base = model.parameters()
     delta = ErasedDelta.between(
         {name: base[name].data for name in edit.values}, edit.values, metadata
     )
     _check_changed(delta)
     if folder and processes().is_main_process:
-        if edit.mask:
-            edit.mask.save(folder / "mask.safetensors")
-        with atomic_write(folder / "training.json") as aside:
-            aside.write_text(
-                json.dumps({"losses": list(edit.losses), "delta_sha256": delta.sha256}),
-                encoding="utf-8",
-            )
-        delta.save(folder / "delta.safetensors")
-        (folder / "training.pt").unlink(missing_ok=True)
+        _save(folder, edit, delta)
     processes().wait_for_everyone()  # who goes on finds the files
     return delta
+
+
+def _check_request(
+    concepts: list[ConceptSpec], config: EraseConfig, model: DiffusionModel | None
+) -> None:
+    """Refuse, before anything is loaded, what no method could do."""
+    if not isinstance(config, EraseConfig):
+        raise ErasureError(
+            f"config is a {type(config).__name__}; give an EraseConfig, and the method's own as "
+            "method_config"
+        )
+    check_together(concepts)
+    if (model.name if model else config.model) == "canvas":
+        check_canvas(concepts)
+    if config.load.dtype != "float32":
+        raise ErasureError(
+            f"load.dtype is {config.load.dtype}, but training needs float32 weights; use "
+            "train.mixed_precision instead"
+        )
+
+
+def _save(folder: Path, edit: Edit, delta: ErasedDelta) -> None:
+    """Write the results of a run, the delta last: it says that the run is finished."""
+    if edit.mask:
+        edit.mask.save(folder / "mask.safetensors")
+    with atomic_write(folder / "training.json") as aside:
+        aside.write_text(
+            json.dumps({"losses": list(edit.losses), "delta_sha256": delta.sha256}),
+            encoding="utf-8",
+        )
+    delta.save(folder / "delta.safetensors")
+    (folder / "training.pt").unlink(missing_ok=True)
 
 
 def _folder(out: str | Path | None) -> Path | None:
@@ -186,14 +190,17 @@ def _check_changed(delta: ErasedDelta) -> None:
         )
 
 
-def _check_base(params: Mapping[str, nn.Parameter]) -> None:
+def _check_base(model: DiffusionModel, settings: Any) -> None:
     """Refuse weights that cannot be trained, before hours are spent on latents."""
+    params = model.parameters()
     for name, param in params.items():
         if param.dtype != torch.float32:
             raise ErasureError(
                 f"{name} is {param.dtype}, but training needs float32 weights; load the model in "
                 "float32, and use train.mixed_precision instead"
             )
+    if isinstance(settings, TunedConfig):
+        check_scope(params, settings)
 
 
 def _cut(model: DiffusionModel, concepts: list[ConceptSpec]) -> dict[str, str]:

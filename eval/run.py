@@ -188,8 +188,8 @@ def evaluate(
     chosen = config.chosen(foreseen)
     for evaluator, settings in chosen.values():
         evaluator.check(foreseen, settings)
-    versions = _versions(chosen)
 
+    versions = _versions(chosen)
     cases = _cases(model, delta, prompts, Path(base_images or out / "base"), out, config.generate)
     # the page shows them, whoever else looks at them
     before, after = (case.images for case in cases.values())
@@ -197,19 +197,19 @@ def evaluate(
     provenance = _provenance(delta, config, chosen, before)
     provenance |= {"versions": versions, "commands": commands or []}
     report = EvalReport(about, rows, provenance, _extras(cases))
-    mask = evidence.mask
     if processes().is_main_process:
-        save_report(
-            out,
-            report,
-            before,
-            after,
-            {"loss": evidence.losses} if evidence.losses else {},
-            mask.layer_density() if mask else {},
-            mask.sizes() if mask else None,
-        )
+        _save(out, report, before, after, evidence)
     processes().wait_for_everyone()  # who goes on finds the files
     return report
+
+
+def _save(
+    out: Path, report: EvalReport, before: ImageSet, after: ImageSet, evidence: Evidence
+) -> None:
+    losses = {"loss": evidence.losses} if evidence.losses else {}
+    mask = evidence.mask
+    density, sizes = (mask.layer_density(), mask.sizes()) if mask else ({}, None)
+    save_report(out, report, before, after, losses, density, sizes)
 
 
 def _cases(

@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from erase.prompts.errors import ErasureError
-from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, joined, shipped_sets
+from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, joined
 from erase.scripts.cli import (
     Parser,
-    Words,
+    add_base,
     add_config,
     add_group,
+    add_prompts,
     check_folder,
     config_files,
     parse,
@@ -52,7 +53,6 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
     """Options of the evaluation and of these evaluators."""
     from erase.eval.evaluators import EVALUATORS
     from erase.eval.run import EvaluateConfig
-    from erase.models import LoadConfig
 
     command = parser("erase-evaluate", __doc__)
     command.add_argument(
@@ -61,25 +61,8 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         default="runs/erased/delta.safetensors",
         help="what erase-concept wrote",
     )
-    command.add_argument(
-        "--model",
-        type=str | None,
-        default=None,
-        help="the base; by default the one that the delta names",
-    )
-    command.add_argument(
-        "--load",
-        type=LoadConfig,
-        default=LoadConfig(),
-        help="how the base is read; by default as it was for the delta",
-    )
-    command.add_argument(
-        "--prompts",
-        action=Words,
-        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or "
-        ".yaml file (templates); may be given several times, the case numbers then count on; "
-        "canvas if none is given",
-    )
+    add_base(command)
+    add_prompts(command, "canvas if none is given")
     command.add_argument(
         "--seeds",
         type=int,

@@ -39,7 +39,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from erase.prompts.errors import COUNT, FRACTION, ErasureError, check_names, check_ranges
-from erase.scripts.cli import FILES, Parser, alone, parse, parser, run
+from erase.scripts.cli import FILES, Parser, add_base, alone, parse, parser, run
 
 if TYPE_CHECKING:  # --help needs none of it
     from collections.abc import Collection
@@ -52,51 +52,12 @@ if TYPE_CHECKING:  # --help needs none of it
 
 def make_parser() -> Parser:
     """All options."""
-    from erase.compose import ON_CONFLICT
     from erase.export.formats import FORMATS
-    from erase.export.lora import LAYOUTS
-    from erase.models.config import DTYPES, LoadConfig
+    from erase.models.config import DTYPES
 
     command = parser("erase-export", __doc__)
-    command.add_argument(
-        "--delta",  # a type would turn a config file's list into one string (jsonargparse 4.53)
-        default=[],
-        action="append",
-        help=(
-            "what erase-concept wrote (runs/erased/delta.safetensors if none is given); may be "
-            "given several times"
-        ),
-    )
-    command.add_argument(
-        "--scale",
-        default=[],
-        action="append",
-        help="of each delta, in order; 0 leaves it out, below 0 adds its concept",
-    )
-    command.add_argument(
-        "--on_conflict",
-        type=str,
-        default="sum",
-        help=f"weights that several deltas change: {', '.join(ON_CONFLICT)}",
-    )
-    command.add_argument(
-        "--conflicts",
-        type=str | None,
-        default=None,
-        help="write the table of overlaps to this JSON file",
-    )
-    command.add_argument(
-        "--model",
-        type=str | None,
-        default=None,
-        help="the base; by default the one that the delta names",
-    )
-    command.add_argument(
-        "--load",
-        type=LoadConfig,
-        default=LoadConfig(),
-        help="how the base is read; by default as it was for the delta",
-    )
+    _add_deltas(command)
+    add_base(command)
     command.add_argument(
         "--format",
         type=str,
@@ -109,33 +70,7 @@ def make_parser() -> Parser:
         default="float32",
         help=f"of the weights in the files: {', '.join(DTYPES)}",
     )
-    command.add_argument(
-        "--rank",
-        type=int | None,
-        default=None,
-        help="lora: rank of every layer (16 without --energy), or its cap",
-    )
-    command.add_argument(
-        "--energy",
-        type=float | None,
-        default=None,
-        help="lora: fraction of each layer's squared change to keep",
-    )
-    command.add_argument(
-        "--layout",
-        type=str | None,
-        default=None,
-        help=(
-            "lora: key names (kohya, but for SD 3). "
-            f"{'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}"
-        ),
-    )
-    command.add_argument(
-        "--lora_delta",
-        type=str | None,
-        default=None,
-        help="lora: also write base + LoRA as a delta, to evaluate it",
-    )
+    _add_lora(command)
     command.add_argument(
         "--undo",
         action="store_true",
@@ -170,14 +105,82 @@ def make_parser() -> Parser:
     return command
 
 
+def _add_deltas(command: Parser) -> None:
+    """Options of the deltas and of their composition."""
+    from erase.compose import ON_CONFLICT
+
+    command.add_argument(
+        "--delta",  # a type would turn a config file's list into one string (jsonargparse 4.53)
+        default=[],
+        action="append",
+        help=(
+            "what erase-concept wrote (runs/erased/delta.safetensors if none is given); may be "
+            "given several times"
+        ),
+    )
+    command.add_argument(
+        "--scale",
+        default=[],
+        action="append",
+        help="of each delta, in order; 0 leaves it out, below 0 adds its concept",
+    )
+    command.add_argument(
+        "--on_conflict",
+        type=str,
+        default="sum",
+        help=f"weights that several deltas change: {', '.join(ON_CONFLICT)}",
+    )
+    command.add_argument(
+        "--conflicts",
+        type=str | None,
+        default=None,
+        help="write the table of overlaps to this JSON file",
+    )
+
+
+def _add_lora(command: Parser) -> None:
+    """Options of --format lora."""
+    from erase.export.lora import LAYOUTS
+
+    command.add_argument(
+        "--rank",
+        type=int | None,
+        default=None,
+        help="lora: rank of every layer (16 without --energy), or its cap",
+    )
+    command.add_argument(
+        "--energy",
+        type=float | None,
+        default=None,
+        help="lora: fraction of each layer's squared change to keep",
+    )
+    command.add_argument(
+        "--layout",
+        type=str | None,
+        default=None,
+        help=(
+            "lora: key names (kohya, but for SD 3). "
+            f"{'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}"
+        ),
+    )
+    command.add_argument(
+        "--lora_delta",
+        type=str | None,
+        default=None,
+        help="lora: also write base + LoRA as a delta, to evaluate it",
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, check what can be checked before long work, compose, export, say where it is."""
     from erase.delta import ErasedDelta
     from erase.delta.base import load_base
     from erase.eval.report.card import check_sources
     from erase.eval.report.report import EvalReport
+    from erase.export import write_export
     from erase.export.formats import FORMATS
     from erase.export.hub import push_to_hub
+    from erase.models.config import DTYPES
 
     options = parse(make_parser(), argv)
     alone("erase-export")
@@ -190,7 +193,17 @@ def main(argv: list[str] | None = None) -> None:
     check_sources(report, delta.metadata, () if options.format == "lora" else delta.sha256)
     lora = fitted(delta, model, options) if options.format == "lora" else None
     card = describe(delta, model, lora, report, options)
-    out = write(delta, model, lora, card, options)
+    out = write_export(
+        options.format,
+        delta,
+        model,
+        options.out,
+        card,
+        DTYPES[options.dtype],
+        lora=lora,
+        layout=options.layout,
+        picture=picture_of(options),
+    )
     what = "weights put back: the base again" if options.undo else f"weights changed, {delta.name}"
     print(f"{out}: {FORMATS[options.format]}; {delta.count:,} {what}")
     if options.push_to_hub:
@@ -336,6 +349,7 @@ def scales_of(given: list[str | float]) -> list[float]:
 def fitted(delta: ErasedDelta, model: DiffusionModel, options: Namespace) -> LoRA:
     """The LoRA, and on request base + LoRA as a delta."""
     from erase.export.lora import LAYOUTS, extract_lora
+    from erase.export.notes import missed, passed_over
 
     lora = extract_lora(delta, model, options.rank, options.energy)
     layout = options.layout or lora.layout
@@ -343,30 +357,10 @@ def fitted(delta: ErasedDelta, model: DiffusionModel, options: Namespace) -> LoR
         f"LoRA of {len(lora.layers)} layers, rank {min(lora.ranks.values())} to "
         f"{max(lora.ranks.values())}: {missed(lora)}"
     )
-    print(f"{layout} layout: {LAYOUTS[layout]}; {outside(lora)}")
+    print(f"{layout} layout: {LAYOUTS[layout]}; {passed_over(lora)}")
     if options.lora_delta:
         lora.as_delta(model).save(options.lora_delta)
     return lora
-
-
-def missed(lora: LoRA) -> str:
-    """What a LoRA loses, in words."""
-    return (
-        f"it misses {lora.error:.1%} of the change (relative Frobenius norm); "
-        f"{lora.left_out_share:.1%} of the squared change lies in {len(lora.left_out)} parameters "
-        "that no LoRA holds (biases, norms)"
-    )
-
-
-def outside(lora: LoRA) -> str:
-    """What some programs pass over, in words."""
-    if not lora.outside:
-        return "every layer of it lies in the blocks, which all of them read"
-    names = ", ".join(name.split(".", 1)[1] for name in lora.outside)
-    return (
-        f"sd-scripts and stable-diffusion.cpp pass over {names} ({lora.outside_share:.1%} of the "
-        "squared change)"
-    )
 
 
 def describe(
@@ -380,36 +374,17 @@ def describe(
     LoRA."""
     from erase.eval.report.card import model_card
     from erase.export.formats import usage
-    from erase.export.lora import LAYOUTS
+    from erase.export.notes import lora_notes, notes_on
 
     digests, exact = [delta.sha256], lora is None and options.dtype == "float32"
     measured = report.provenance.get("delta_sha256") if report else None
     if lora and measured and measured not in digests:
         digests.append(lora.as_delta(model).sha256)
     of_lora = len(digests) > 1 and measured == digests[1]
-    notes = (
-        ["The concept was put back: these are the weights of the base before it was erased."]
-        if options.undo
-        else []
-    )
-    if options.dtype != "float32":
-        notes.append(
-            f"The weights are rounded to {options.dtype}; scores are those of the float32 weights."
-        )
+
+    notes = notes_on(delta, options.dtype, restored=options.undo, measured=report is not None)
     if lora:
-        layout = options.layout or lora.layout
-        whose = (
-            "of base + LoRA"
-            if of_lora
-            else "of the exact weights; the LoRA itself was not measured"
-        )
-        notes.append(f"The LoRA is an approximation: {missed(lora)}. Scores are those {whose}.")
-        notes.append(f"Its keys are in the {layout} layout: {LAYOUTS[layout]}; {outside(lora)}.")
-    if report is None and "parts" in delta.metadata:
-        notes.append(
-            "These deltas, at these strengths, were not measured together; scores of each alone "
-            "say nothing of it."
-        )
+        notes += lora_notes(lora, options.layout or lora.layout, measured=of_lora)
     return model_card(
         report,
         delta.metadata,
@@ -431,32 +406,6 @@ def picture_of(options: Namespace) -> Path | None:
         if options.report and Path(options.out).suffix != ".safetensors" and picture.is_file()
         else None
     )
-
-
-def write(
-    delta: ErasedDelta, model: DiffusionModel, lora: LoRA | None, card: str, options: Namespace
-) -> Path:
-    """Write the chosen format."""
-    from erase.export import (
-        export_components,
-        export_delta,
-        export_diffusers,
-        export_lora,
-        export_single_file,
-    )
-    from erase.models.config import DTYPES
-
-    dtype, picture = DTYPES[options.dtype], picture_of(options)
-    if lora:
-        return export_lora(lora, options.out, card, dtype, options.layout, picture)
-    if options.format == "delta":
-        return export_delta(delta, options.out, card, dtype, picture)
-    writers = {
-        "diffusers": export_diffusers,
-        "components": export_components,
-        "single-file": export_single_file,
-    }
-    return writers[options.format](delta, model, options.out, card, dtype, picture)
 
 
 def cli() -> None:

@@ -21,8 +21,18 @@ import sys
 from jsonargparse import Namespace
 
 from erase.prompts.errors import ErasureError
-from erase.prompts.prompt_sets import PromptSet, joined, of_prompts, shipped_sets
-from erase.scripts.cli import Parser, Words, add_config, build, check_folder, parse, parser, run
+from erase.prompts.prompt_sets import PromptSet, joined, of_prompts
+from erase.scripts.cli import (
+    Parser,
+    Words,
+    add_config,
+    add_prompts,
+    build,
+    check_folder,
+    parse,
+    parser,
+    run,
+)
 
 
 def make_parser() -> Parser:
@@ -43,12 +53,7 @@ def make_parser() -> Parser:
     command.add_argument(
         "--delta", type=str | None, default=None, help="an erasure to apply to the model first"
     )
-    command.add_argument(
-        "--prompts",
-        action=Words,
-        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or "
-        ".yaml file (templates); may be given several times; canvas if no prompt is given",
-    )
+    add_prompts(command, "canvas if no prompt is given")
     command.add_argument(
         "--prompt", action=Words, help="a prompt of one image; may be given several times"
     )

@@ -26,7 +26,8 @@ from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptSet, joined, of_prompts
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import demo, run_erase, run_evaluate, run_export, run_generate
-from erase.scripts.cli import WIDTH, check_folder, hush, parse, read_concepts, recipe, recipes, run
+from erase.scripts.cli import WIDTH, check_folder, hush, parse, read_concepts, run
+from erase.scripts.cli.recipes import recipe, recipes
 from tests.texts import raises, written
 
 ROOT = Path(__file__).parents[1]

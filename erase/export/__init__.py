@@ -21,7 +21,7 @@ from erase.delta import ErasedDelta
 from erase.delta.base import load_base
 from erase.export.folders import save_part, save_pipeline
 from erase.export.formats import FILES
-from erase.export.lora import LoRA
+from erase.export.lora import LoRA, extract_lora
 from erase.models import DiffusionModel
 from erase.models.pipelines import modules
 from erase.prompts.errors import ErasureError
@@ -138,6 +138,32 @@ def export_delta(
     return Path(out)
 
 
+def write_export(
+    format: str,
+    delta: ErasedDelta,
+    base: str | DiffusionModel,
+    out: str | Path,
+    card: str = "",
+    dtype: torch.dtype = torch.float32,
+    *,
+    lora: LoRA | None = None,
+    layout: str | None = None,
+    picture: str | Path | None = None,
+) -> Path:
+    """Write one of `erase.export.formats.FORMATS`; arguments as its own function's above."""
+    if format == "lora":
+        fitted = lora or extract_lora(delta, _loaded(delta, base))
+        return export_lora(fitted, out, card, dtype, layout, picture)
+    if format == "delta":
+        return export_delta(delta, out, card, dtype, picture)
+    writers = {
+        "diffusers": export_diffusers,
+        "components": export_components,
+        "single-file": export_single_file,
+    }
+    return writers[format](delta, base, out, card, dtype, picture)
+
+
 @contextmanager
 def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) -> Iterator[Any]:
     """The stock pipeline of base + delta. A base that the caller holds is afterwards as it was
@@ -146,7 +172,7 @@ def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) 
     Raises:
         ErasureError: another base, or a weight beyond the dtype's range.
     """
-    model = load_base(delta, base) if isinstance(base, str) else base
+    model = _loaded(delta, base)
     with nullcontext() if isinstance(base, str) else _as_found(model, delta):
         pipeline = delta.apply(model).pipeline()
         for name, part in modules(pipeline).items():
@@ -158,6 +184,10 @@ def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) 
                     "float32"
                 )
         yield pipeline
+
+
+def _loaded(delta: ErasedDelta, base: str | DiffusionModel) -> DiffusionModel:
+    return load_base(delta, base) if isinstance(base, str) else base
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import sys
-from argparse import Action, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
@@ -19,19 +19,22 @@ from jsonargparse import ArgumentParser as JsonArgumentParser
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from erase.plugins import PluginError
-from erase.prompts.errors import ErasureError, near_name
+from erase.prompts.errors import ErasureError
 from erase.prompts.reading import read_text, read_yaml, why
 from erase.scripts.cli.complaints import complaint
 from erase.scripts.cli.guards import check_settings, guard_yaml, no_group, settle_paths
 from erase.scripts.cli.light import only_describes, stood_in
 from erase.scripts.cli.naming import read_concepts
+from erase.scripts.cli.recipes import config_files, with_paths
 from erase.scripts.cli.stopping import exit_code, terminable
 
 __all__ = [
     "Parser",
     "Words",
+    "add_base",
     "add_config",
     "add_group",
+    "add_prompts",
     "alone",
     "build",
     "check_folder",
@@ -48,7 +51,6 @@ LEANER = (
     "train.gradient_checkpointing true, a narrower scope such as xattn; docs/performance.md says "
     "what each saves"
 )
-RECIPES = Path(__file__).parents[1] / "recipes"
 WIDTH = 80  # columns of help, however wide the console is
 FILES = frozenset(
     ".bin .ckpt .csv .gguf .h5 .html .jpg .json .msgpack .onnx .pkl .png .pt .pth .safetensors "
@@ -131,6 +133,37 @@ def _version_of(package: str) -> str:
         return ""
 
 
+def add_base(command: Parser) -> None:
+    """Options of the base that a delta belongs to: `--model` and `--load`."""
+    from erase.models.config import LoadConfig
+
+    command.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="the base; by default the one that the delta names",
+    )
+    command.add_argument(
+        "--load",
+        type=LoadConfig,
+        default=LoadConfig(),
+        help="how the base is read; by default as it was for the delta",
+    )
+
+
+def add_prompts(command: Parser, otherwise: str) -> None:
+    """The option of prompt sets, `--prompts`; `otherwise` says what none means."""
+    from erase.prompts.prompt_sets import shipped_sets
+
+    command.add_argument(
+        "--prompts",
+        action=Words,
+        help=f"a shipped set ({', '.join(shipped_sets())}), or a .csv (the field's columns) or "
+        ".yaml file (templates); may be given several times, the case numbers then count on; "
+        f"{otherwise}",
+    )
+
+
 def add_config(parser: Parser, default: Any, skip: set[str] | None = None) -> None:
     """Options for every field of a dataclass, with the instance's values as defaults.
 
@@ -200,52 +233,6 @@ def build(kind: type[T], options: Namespace) -> T:
     return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})  # type: ignore[arg-type]
 
 
-def recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def recipe(name: str) -> str:
-    """The path of a config file: of a shipped recipe by its name, where there is no such file, else
-    as it is.
-
-    Raises:
-        ErasureError: a bare word that is neither a file nor a recipe.
-    """
-    stem = name.removesuffix(".yaml")
-    if Path(name).is_file() or Path(name).name != name:
-        return name
-    if stem in recipes():
-        return str(RECIPES / f"{stem}.yaml")
-    if Path(name).suffix in (".yaml", ".yml", ".json"):
-        return name  # a file that is not there, as its reader says
-    near = near_name(name, recipes())
-    hint = f"did you mean {near!r}? " if near else ""
-    raise ErasureError(
-        f"unknown recipe {name!r}; {hint}there are: {', '.join(recipes())}; or give a .yaml file"
-    )
-
-
-def config_files(argv: list[str] | None) -> list[str]:
-    """What stands behind --config, recipes as their paths."""
-    early = ArgumentParser(add_help=False, allow_abbrev=False)
-    # nothing behind it is for the real parser to say
-    early.add_argument("--config", action="append", default=[], nargs="?")
-    return [recipe(path) for path in early.parse_known_args(argv)[0].config if path]
-
-
-def _with_paths(argv: list[str]) -> list[str]:
-    """The command line with each recipe's path in the place of its name."""
-    words = []
-    for i, word in enumerate(argv):
-        if word.startswith("--config="):
-            word = "--config=" + recipe(word.removeprefix("--config="))
-        words.append(
-            recipe(word) if i and argv[i - 1] == "--config" and not word.startswith("--") else word
-        )
-    return words
-
-
 def parse(made: Parser, argv: list[str] | None) -> Namespace:
     """Parsed options, nested dataclasses built.
 
@@ -253,7 +240,7 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
         ErasureError: an unknown option, a value of the wrong type, an empty one, a config file that
             cannot be read.
     """
-    argv = _with_paths(sys.argv[1:] if argv is None else argv)
+    argv = with_paths(sys.argv[1:] if argv is None else argv)
     groups = {key.split(".")[0] for key in made._defaults_keys() if "." in key}
     for path in config_files(argv):
         # read_yaml names the line of a fault, a key that stands twice, and aliases that would never
