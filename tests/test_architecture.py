@@ -262,8 +262,8 @@ ROOMS = (
     ("parallel",),
     ("mask", "claims", "delta", "latents"),
     ("compose", "task"),
-    ("training", "attacks"),
-    ("objectives",),
+    ("training",),
+    ("attacks", "objectives"),
     ("methods", "export"),
     ("run",),
 )

@@ -124,9 +124,10 @@ class DiffusionModel(Protocol):
         steps: int,
         guidance: float,
         size: int | None = None,
+        prefix: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Latents of generated images, one seed each, shape (n, *latent_shape); the VAE does not
-        run."""
+        run. `prefix`: embeddings before every prompt, as for `encode`."""
 
     def trajectory(
         self, prompts: list[str], seeds: list[int], steps: int, guidance: float

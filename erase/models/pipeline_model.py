@@ -113,8 +113,9 @@ class PipelineModel:
         steps: int,
         guidance: float,
         size: int | None = None,
+        prefix: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        return self._denoise(prompts, seeds, steps, guidance, size)[0]
+        return self._denoise(prompts, seeds, steps, guidance, size, prefix)[0]
 
     def trajectory(
         self, prompts: list[str], seeds: list[int], steps: int, guidance: float
@@ -132,11 +133,12 @@ class PipelineModel:
         steps: int,
         guidance: float,
         size: int | None = None,
+        prefix: Tensor | Mapping[str, Tensor] | None = None,
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Latents of generated images, the noisy states on the way there, and the sampler's
         timesteps of these."""
         # null encoded once
-        cond = self.encode(prompts)
+        cond = self.encode(prompts, prefix)
         null = self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)]
         # the same parts behind another scheduler; the caller's pipeline stays as it is
         pipe = copy(self._pipeline)

@@ -1,165 +1,203 @@
-"""Measure erasures on the embedded world and write the table of docs/results.md.
+"""Measure erasures on the embedded world, for the tables of docs/results.md.
 
-  python scripts/canvas/results.py --concepts all                                 the default preset, every concept, seed 0
-  python scripts/canvas/results.py --concepts heart Neon red --seeds 0 1 2        three seeds of one concept of each kind
-  python scripts/canvas/results.py --concepts heart Neon red --variants controls  a group or names of scripts/canvas/variants.py
-  python scripts/canvas/results.py --concepts heart --variants salun --relearn 5 10 20 40    and how soon it comes back
-  python scripts/canvas/results.py --table                                        the table of all that was measured
+the default preset, every concept:
+  python scripts/canvas/results.py --concepts all
+a group of variants (scripts/canvas/variants.py), three concepts of three kinds, three seeds:
+  python scripts/canvas/results.py --variants sweep --seeds 0 1 2
+fewer images of other concepts, and the classifier alone:
+  python scripts/canvas/results.py --variants sweep --others 96 --evaluators classifier
+the tables of all that was measured:
+  python scripts/canvas/results.py --table
 
-Each measurement is one line of OUT/results.jsonl; what is there is not measured again, so the script can be stopped at any time.
+Each measurement is one line of OUT/results.jsonl; what is there is not measured again, so that the
+script can be stopped at any time, and several can share the work: `--part 1 2` takes every second
+one. Deltas are kept in OUT/deltas, for scripts/canvas/robustness.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import time
-from collections import defaultdict
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
+from erase.delta import ErasedDelta
 from erase.eval.generate import GenerateConfig, generate
 from erase.eval.images import ImageSet
 from erase.eval.run import score
 from erase.eval.scores import Score
 from erase.latents.prepare import Plan
-from erase.models import load_model
+from erase.models import DiffusionModel, load_model
+from erase.objectives.remap import Remap
 from erase.prompts.canvas import KINDS, canvas_concept, vocabulary
+from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import unknown
-from erase.prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
+from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
-from erase.scripts.canvas.relearning import curve
+from erase.scripts.canvas.tables import grid, summary, table
 from erase.scripts.canvas.variants import Variant, groups
-from erase.training.config import TrainConfig
+from erase.task import Task
+from erase.training.rules import RULES
+from erase.training.saliency import Objective, compute_statistics
 
 EVALUATORS = ["classifier", "clip"]
-SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
+RANKED = (*RULES, "matched-random", "lowest", "inverted")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement."""
+
+    concept: str
+    name: str
+    """of the variant"""
+    seed: int
+
+    @property
+    def slug(self) -> str:
+        """For names of files."""
+        name = self.name.replace(" ", "-").replace(",", "").replace("%", "")
+        return f"{self.concept}-{name}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The images that judge an erasure."""
+
+    answers: int
+    """seeds of the answer set"""
+    others: int | None
+    """images that ask for other concepts of its kind, spread over the set; None: all"""
+    evaluators: list[str]
+    config: GenerateConfig
+
+
+def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, Any]:
+    """Erase, generate, score beside the base's images of the same prompts and seeds."""
+    concept, model = canvas_concept(job.concept), load_model("canvas")
+    asked = asked_for(canvas_grid(ANSWER_SEEDS[: budget.answers]), concept, budget.others)
+    before = base_images(model, budget, out)
+
+    delta, seconds = erased(job, variant, model, concept, out)
+    delta.save(delta_path(job, out))
+    folder = out / "images" / job.slug
+    with delta.applied(model):
+        provenance = {"fingerprint": model.fingerprint}
+        after = generate(model.pipeline(), asked, folder, budget.config, provenance)
+        rows = {
+            "base": score(_same_cases(before, asked), [concept], budget.evaluators),
+            "erased": score(after, [concept], budget.evaluators),
+        }
+    shutil.rmtree(folder)
+    return {
+        "concept": job.concept,
+        "kind": concept.kind,
+        "variant": job.name,
+        "seed": job.seed,
+        "answers": budget.answers,
+        "others": budget.others,
+        "base_fingerprint": delta.metadata["base_fingerprint"],
+        "settings": asdict(variant.settings),
+        "latents": asdict(variant.latents),
+        "seconds": seconds,
+        "changed": delta.count,
+        **{row: _rounded(scores) for row, scores in rows.items()},
+    }
+
+
+def erased(
+    job: Job, variant: Variant, model: DiffusionModel, concept: ConceptSpec, out: Path
+) -> tuple[ErasedDelta, float]:
+    """The delta, and the CPU seconds that it took; where a rule ranks weights, without those of its
+    statistics, which the variants share."""
+    settings = variant.settings
+    if variant.shares and settings.mask.rule in RANKED:
+        path = _statistics(job, variant, model, concept, out)
+        settings = replace(settings, mask=replace(settings.mask, saliency=str(path)))
+
+    folder = out / "runs" / job.slug
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (out / "latents").mkdir(exist_ok=True)
+    # the same for all variants of a concept and seed
+    (folder / "latents").symlink_to((out / "latents").resolve())
+    config = EraseConfig(method=variant.method, seed=job.seed, latents=variant.latents)
+    started = time.process_time()
+    delta = erase_concept(concept, config, settings, model=model, out=folder)
+    seconds = time.process_time() - started
+    shutil.rmtree(folder)
+    return delta, round(seconds, 1)
+
+
+def _statistics(
+    job: Job, variant: Variant, model: DiffusionModel, concept: ConceptSpec, out: Path
+) -> Path:
+    """Those of every rule, computed once for all variants with the same batches."""
+    mask, settings = variant.settings.mask, variant.settings
+    about = json.dumps([asdict(variant.latents), mask.batches, mask.guidance, settings.scope])
+    digest = hashlib.sha256(about.encode()).hexdigest()[:8]
+    path = out / "statistics" / f"{job.concept}-{job.seed}-{digest}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plan = Plan(model, [concept], variant.latents, job.seed, out / "latents")
+        task = Task(model, [concept], plan, job.seed)
+        remap = Remap(task, settings)
+        needed = sorted({name for rule in RULES.values() for name in rule.needs})
+        objective = Objective(remap.loss, remap.batches)
+        compute_statistics(task, settings, tuple(needed), objective).save(path)
+    return path
+
+
+def asked_for(prompts: PromptSet, concept: ConceptSpec, others: int | None) -> PromptSet:
+    """All rows that ask for the concept, and so many of the others, spread evenly."""
+    own = [row for row in prompts.rows if row.labels.get(str(concept.kind)) == concept.target]
+    rest = [row for row in prompts.rows if row not in own]
+    if others is not None:
+        rest = [rest[i * len(rest) // others] for i in range(others)]
+    return replace(prompts, rows=tuple(sorted([*own, *rest], key=lambda row: row.case)))
+
+
+def base_images(model: DiffusionModel, budget: Budget, out: Path) -> ImageSet:
+    """The base's images of the whole answer set, made once."""
+    prompts = canvas_grid(ANSWER_SEEDS[: budget.answers])
+    folder = out / f"base-{budget.answers}"
+    return generate(
+        model.pipeline(), prompts, folder, budget.config, {"fingerprint": model.fingerprint}
+    )
+
+
+def delta_path(job: Job, out: Path) -> Path:
+    """The file of a measurement's delta."""
+    folder = out / "deltas"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{job.slug}.safetensors"
+
+
+def _same_cases(images: ImageSet, prompts: PromptSet) -> ImageSet:
+    cases = {row.case for row in prompts.rows}
+    return replace(images, rows=[row for row in images.rows if row.case in cases])
 
 
 def _rounded(scores: list[Score]) -> dict[str, float]:
     return {score.name: round(score.value, 3) for score in scores}
 
 
-def measure(
-    concept: str,
-    name: str,
-    variant: Variant,
-    seed: int,
-    out: Path,
-    answers: int,
-    config: GenerateConfig,
-    relearn: list[int],
-) -> dict[str, Any]:
-    """Erase, generate the answer set, score it beside the base's; the images and the delta's folder are removed afterwards."""
-    spec = canvas_concept(concept)
-    model = load_model("canvas")
-    prompts = canvas_grid(ANSWER_SEEDS[:answers])
-    generate(model.pipeline(), prompts, out / "base", config, {"fingerprint": model.fingerprint})
-    folder = out / f"{concept}-{name.replace(' ', '-')}-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (out / "latents").mkdir(exist_ok=True)
-    # the same for all variants of a concept and seed
-    (folder / "latents").symlink_to((out / "latents").resolve())
-    started = time.monotonic()
-    erasure = EraseConfig(method=variant.method, seed=seed, latents=variant.latents)
-    delta = erase_concept(spec, erasure, variant.settings, model=model, out=folder)
-    seconds = time.monotonic() - started
-    few = replace(variant.latents, n_forget=16, n_retain=1, trajectory=0)
-    # by the base
-    latents = Plan(model, [spec], few, seed, out / "latents").forget() if relearn else None
-    delta.apply(model)
-    after = generate(
-        model.pipeline(), prompts, folder / "images", config, {"fingerprint": model.fingerprint}
-    )
-    scores = {
-        "base": _base_scores(out / "base", concept),
-        "erased": score(after, [spec], EVALUATORS),
-    }
-    train = TrainConfig(lr=1e-4, batch_size=8, mixed_precision=config.mixed_precision)
-    back = curve(model, spec, latents, prompts, relearn, train, folder, config) if latents else {}
-    shutil.rmtree(folder)
-    return {
-        "concept": concept,
-        "kind": spec.kind,
-        "variant": name,
-        "seed": seed,
-        "answers": answers,
-        "base_fingerprint": delta.metadata["base_fingerprint"],
-        "settings": asdict(variant.settings),
-        "latents": asdict(variant.latents),
-        "seconds": round(seconds, 1),
-        "changed": delta.count,
-        **{row: _rounded(row_scores) for row, row_scores in scores.items()},
-        **({"UA after relearning": back} if back else {}),
-    }
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The measurements of a file; none where it is not there yet."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
-@cache
-def _base_scores(folder: Path, concept: str) -> list[Score]:
-    """The same for every variant and seed of a concept: the same images, the same judges."""
-    return score(ImageSet.open(folder), [canvas_concept(concept)], EVALUATORS)
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: per variant and concept, means over seeds (with their range) beside the base."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row["variant"], row["kind"], row["concept"]].append(row)
-    lines = [
-        "| variant | kind | concept | seeds | " + " | ".join(SHOWN) + " |",
-        "|---" * (4 + len(SHOWN)) + "|",
-    ]
-    for (variant, kind, concept), runs in sorted(
-        groups.items(), key=lambda item: (item[0][0] != "salun", item[0])
-    ):
-        cells = []
-        for name in SHOWN:
-            base = fmean(run["base"][name] for run in runs)
-            cells.append(_cell([run["erased"][name] for run in runs], base))
-        lines.append(
-            f"| {variant} | {kind} | {concept} | {len(runs)} | " + " | ".join(cells) + " |"
-        )
-    return "\n".join(lines)
-
-
-def summary(rows: list[dict[str, Any]]) -> str:
-    """Markdown: per kind, over all runs of the default preset, the mean and the worst of UA and of what IRA and CRA lost."""
-    lines = [
-        "| kind | runs | UA, mean (worst) | IRA - base, mean (worst) | CRA - base, mean (worst) |",
-        "|---|---|---|---|---|",
-    ]
-    for kind in KINDS:
-        runs = [row for row in rows if row["kind"] == kind and row["variant"] == "salun"]
-        if runs:
-            ua = [row["erased"]["UA"] for row in runs]
-            lost = []
-            for name in ("IRA", "CRA"):
-                lost.append([row["erased"][name] - row["base"][name] for row in runs])
-            cells = [
-                f"{fmean(ua):.1f} ({min(ua):.1f})",
-                *(f"{fmean(values):+.1f} ({min(values):+.1f})" for values in lost),
-            ]
-            lines.append(f"| {kind} | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float], base: float) -> str:
-    ends = [f"{end:.1f}" for end in (min(values), max(values))]
-    spread = f" ({' to '.join(ends)})" if ends[0] != ends[1] else ""
-    return f"{fmean(values):.1f}{spread} / {base:.1f}"
-
-
-def main() -> None:
-    """Measure what is asked for and not yet there."""
+def make_parser() -> argparse.ArgumentParser:
+    """Options that this script and that of robustness share."""
     parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all"
@@ -170,14 +208,64 @@ def main() -> None:
         default=["salun"],
         help="names or groups of scripts/canvas/variants.py",
     )
-    parser.add_argument(
-        "--relearn",
-        nargs="*",
-        type=int,
-        default=[],
-        help="steps of fine-tuning on 16 images of the concept, afterwards",
-    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--precision", default="no", help="no, bf16 or fp16; of sampling and training alike"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=12, help="sampling steps of the images that are judged"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/results"))
+    parser.add_argument(
+        "--part",
+        nargs=2,
+        type=int,
+        default=(1, 1),
+        metavar=("WHICH", "OF"),
+        help="measure this part of the work",
+    )
+    parser.add_argument("--table", action="store_true", help="print the tables and end")
+    return parser
+
+
+def jobs_of(args: argparse.Namespace) -> Iterator[tuple[Job, Variant]]:
+    """The measurements that are asked for: of the first variant all, then of the next."""
+    variants = groups(args.precision)
+    known = {name: variant for group in variants.values() for name, variant in group.items()}
+    picked = [name for word in args.variants for name in variants.get(word, [word])]
+    for name in picked:
+        if name not in known:
+            raise SystemExit(str(unknown("variant", name, [*known, *variants])))
+
+    names = args.concepts
+    if names == ["all"]:
+        names = [name for kind in KINDS for name in vocabulary().names(kind)]
+    which, of = args.part
+    jobs = [Job(concept, name, seed) for seed in args.seeds for name in picked for concept in names]
+    for job in jobs[which - 1 :: of]:
+        yield job, known[job.name]
+
+
+def tell(path: Path, row: dict[str, Any], words: Sequence[Any]) -> None:
+    """Add a measurement to its file, and say so."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(*words, flush=True)
+
+
+@cache
+def _done(path: Path) -> set[tuple[Any, ...]]:
+    return {_key(row) for row in read_rows(path)}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["concept"], row["variant"], row["seed"], row["answers"], row.get("others")
+
+
+def main() -> None:
+    """Measure what is asked for and not yet there."""
+    parser = make_parser()
+    parser.description = __doc__
     parser.add_argument(
         "--answers",
         type=int,
@@ -185,61 +273,25 @@ def main() -> None:
         help="seeds of the answer set: images of each object x style x colour",
     )
     parser.add_argument(
-        "--precision", default="bf16", help="no, bf16 or fp16; of sampling and training alike"
+        "--others", type=int, default=None, help="images of other concepts; default: all"
     )
-    parser.add_argument(
-        "--steps", type=int, default=12, help="sampling steps of the images that are judged"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/results"))
-    parser.add_argument("--table", action="store_true", help="print the tables and end")
+    parser.add_argument("--evaluators", nargs="+", default=EVALUATORS)
     args = parser.parse_args()
     record = args.out / "results.jsonl"
-    rows = (
-        [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
-        if record.exists()
-        else []
-    )
     if args.table:
-        print(f"{summary(rows)}\n\n{table(rows)}")
+        rows = read_rows(record)
+        swept = [row for row in rows if row["variant"].endswith("%")]
+        print(f"{summary(rows)}\n\n{table(rows)}\n\n{grid(swept)}")
         return
-    names = (
-        [name for kind in KINDS for name in vocabulary().names(kind)]
-        if args.concepts == ["all"]
-        else args.concepts
-    )
-    variants = groups(args.precision)
-    known = {name: variant for group in variants.values() for name, variant in group.items()}
-    picked = [name for word in args.variants for name in variants.get(word, [word])]
-    for name in picked:
-        if name not in known:
-            raise SystemExit(str(unknown("variant", name, [*known, *variants])))
-    done = {_key(row) for row in rows}
+
     args.out.mkdir(parents=True, exist_ok=True)
     config = GenerateConfig(steps=args.steps, mixed_precision=args.precision)
-    for name in picked:
-        for seed in args.seeds:
-            for concept in names:
-                if (concept, name, seed, args.answers, bool(args.relearn)) in done:
-                    continue
-                row = measure(
-                    concept, name, known[name], seed, args.out, args.answers, config, args.relearn
-                )
-                with record.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(
-                    concept,
-                    name,
-                    seed,
-                    row["seconds"],
-                    "s",
-                    row["erased"],
-                    row.get("UA after relearning", ""),
-                    flush=True,
-                )
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["concept"], row["variant"], row["seed"], row["answers"], "UA after relearning" in row
+    budget = Budget(args.answers, args.others, args.evaluators, config)
+    for job, variant in jobs_of(args):
+        if (job.concept, job.name, job.seed, budget.answers, budget.others) in _done(record):
+            continue
+        row = measure(job, variant, args.out, budget)
+        tell(record, row, [job.slug, row["seconds"], "s", row["changed"], row["erased"]])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ from typing import Any
 
 from erase.latents.prepare import LatentConfig
 from erase.methods import get_method
+from erase.training.config import ALLOCATIONS, CONTROLS, RULES
+
+DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
+PRESETS = ("salun", "salun-thin", "salun-paper")
 
 
 @dataclass(frozen=True)
@@ -19,51 +23,62 @@ class Variant:
     settings: Any
     """the method's configuration"""
     latents: LatentConfig
+    shares: bool = False
+    """whether the statistics of its gradients are shared with variants of the same batches"""
 
 
 def groups(precision: str) -> dict[str, dict[str, Variant]]:
-    """Group -> name -> variant; each control differs from the preset `salun` in what its name
-    says."""
-    ours, paper = (_preset(name, precision) for name in ("salun", "salun-paper"))
-    masks: dict[str, dict[str, Any]] = {
-        "no mask": {"mask.rule": "none"},
-        "random mask": {"mask.rule": "random"},
-        "inverted mask": {"mask.rule": "inverted"},
-        "xattn only": {"scope": "xattn"},
-        **{f"density {density}": {"mask.density": density} for density in (0.1, 0.3, 0.7, 0.9)},
-    }
-    few = {
-        f"density {density}{kind}": {"mask.density": density, "mask.rule": rule}
-        for density in (0.03, 0.01)
-        for kind, rule in (("", "forget"), (", random", "random"))
-    }
-    weights = {
-        "": {},
-        ", no mask": masks["no mask"],
-        ", random mask": masks["random mask"],
-        ", density 0.1": masks["density 0.1"],
-        ", density 0.1, random": masks["density 0.1"] | masks["random mask"],
-    }
-    fast = _with(ours, {"train": replace(ours.settings.train, lr=2e-3)})
-    sampling = {
-        "50 sampling steps": {"steps": 50},
-        "trajectory 10": {"trajectory": 10},
-        "trajectory 5, a fifth of the images": {"trajectory": 5, "n_forget": 20, "n_retain": 40},
-    }
+    """Group -> name -> variant; each differs from the preset `salun` in what its name says."""
+    presets = {name: _preset(name, precision) for name in PRESETS}
+    ours = presets["salun"]
+    swept = replace(ours, shares=True)
+    steps = {f"{count} steps": replace(ours.settings.train, steps=count) for count in (80, 300)}
     return {
-        "presets": {"salun": ours, "salun-paper": paper},
-        "controls": {name: _with(ours, change) for name, change in masks.items()},
-        "few weights": {name: _with(ours, change) for name, change in few.items()},
+        "presets": presets,
+        "sweep": _masks(swept, ("forget", "benefit", "matched-random", "random")),
+        "rules": _masks(swept, ("remap", "fisher-ratio", "weight-gradient", "agreement")),
+        "per tensor": _masks(swept, ("forget", "remap", "benefit"), "per-tensor"),
+        "polarity": _masks(swept, ("lowest", "inverted")),
+        "whole": {"none": _with(ours, {"mask.rule": "none"})},
+        "scopes": {"xattn only": _with(ours, {"scope": "xattn"})},
         "no retain": {
-            f"no retain{name}": _with(ours, {"alpha": 0.0, **change})
-            for name, change in weights.items()
+            f"no retain, {name}": _with(ours, {"alpha": 0.0, **change})
+            for name, change in _few().items()
         },
-        "large rate": {f"lr 2e-3{name}": _with(fast, change) for name, change in weights.items()},
-        "sampling": {
-            name: replace(ours, latents=replace(ours.latents, **change))
-            for name, change in sampling.items()
+        "longer": {
+            f"{name}, {rule} 0.1 %": _with(
+                replace(swept, settings=replace(swept.settings, train=train)),
+                {"mask.rule": rule, "mask.density": 0.001},
+            )
+            for name, train in steps.items()
+            for rule in ("forget", "benefit", "matched-random", "random")
         },
     }
+
+
+def _few() -> dict[str, dict[str, Any]]:
+    """Name -> mask, of those that are compared with no retain loss to hold the model back."""
+    few: dict[str, dict[str, Any]] = {"no mask": {"mask.rule": "none"}}
+    for rule in ("forget", "benefit", "random"):
+        for density in (0.1, 0.5):
+            few[f"{rule} {density:.0%}"] = {"mask.rule": rule, "mask.density": density}
+    return few
+
+
+def _masks(base: Variant, rules: tuple[str, ...], allocation: str = "global") -> dict[str, Variant]:
+    """Each rule at each density, by a name such as `benefit 0.1 %`."""
+    assert set(rules) <= {*RULES, *CONTROLS} and allocation in ALLOCATIONS
+    variants = {}
+    for density in DENSITIES:
+        for rule in rules:
+            kind = "" if allocation == "global" else ", per tensor"
+            change = {
+                "mask.rule": rule,
+                "mask.density": density,
+                "mask.allocation": allocation,
+            }
+            variants[f"{rule}{kind} {100 * density:g} %"] = _with(base, change)
+    return variants
 
 
 def _preset(name: str, precision: str) -> Variant:

@@ -1,0 +1,94 @@
+"""The free pseudo-token: embeddings of no word that make the model draw a concept again.
+
+Textual inversion (Gal et al., ICLR 2023, https://arxiv.org/abs/2208.01618) on the attacked model,
+as Concept Inversion does with erased ones (Pham et al., ICLR 2024, "Circumventing Concept Erasure
+Methods For Text-to-Image Generative Models"): the denoising error on images of the concept is
+minimised over the embeddings alone. The concept's names are left out of the prompts, so that the
+embeddings stand for it. A white-box attack: it has the weights and images of the concept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from erase.latents.latent_set import LatentSet
+from erase.losses import denoising
+from erase.models.pipelines import text_encoders
+from erase.parallel.processes import progress
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import COUNT, POSITIVE, check_ranges
+from erase.prompts.names import Names
+from erase.task import Task
+from erase.training.batches import row_batches
+
+
+@dataclass(frozen=True)
+class PseudoTokenConfig:
+    """The attacker's budget."""
+
+    vectors: int = 4
+    """embeddings in each text encoder"""
+    steps: int = 300
+    """of Adam"""
+    lr: float = 5e-3
+    """step size"""
+    batch_size: int = 8
+    """latents per step"""
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("vectors", "steps", "batch_size"), COUNT)
+        check_ranges(self, {**counts, "lr": POSITIVE})
+
+
+def find_pseudo_token(
+    task: Task, latents: LatentSet, config: PseudoTokenConfig, restart: int = 0
+) -> dict[str, Tensor]:
+    """Embeddings that stand before a nameless prompt and mean the concept to the task's model.
+
+    Args:
+        task: the attacked model, which is left as it was found, and the concepts.
+        latents: images of the concept, with prompts.
+        config: the budget.
+        restart: another start and another order of the latents.
+
+    Returns:
+        Text encoder -> embeddings, shape (vectors, width), as `DiffusionModel.encode` takes them.
+    """
+    seed = task.seed + 7919 * restart
+    prefix = _start(task, config.vectors, seed)
+    optimizer = torch.optim.Adam(list(prefix.values()), lr=config.lr)
+    batches = row_batches(task, latents, config.batch_size, seed)
+    unnamed = nameless(task.concepts)
+
+    with torch.enable_grad(), progress("pseudo-token", "step", config.steps) as bar:
+        for step in range(config.steps):
+            rows, prompts = batches(step)
+            cond = task.cond([unnamed(prompt) for prompt in prompts], prefix)
+            loss = denoising(task.model.predict(rows.noisy, rows.t, cond), rows.target)
+            gradients = torch.autograd.grad(loss, list(prefix.values()))
+            for embeddings, gradient in zip(prefix.values(), gradients, strict=True):
+                embeddings.grad = gradient
+            optimizer.step()
+            bar.update()
+    return {name: embeddings.detach() for name, embeddings in prefix.items()}
+
+
+def nameless(concepts: tuple[ConceptSpec, ...]) -> Callable[[str], str]:
+    """A function that leaves every name of the concepts out of a prompt."""
+    listed = [name for concept in concepts for name in concept.names]
+    names, nothing = Names(listed), dict.fromkeys(listed, "")
+    return lambda prompt: " ".join(names.replaced(prompt, nothing).split())
+
+
+def _start(task: Task, count: int, seed: int) -> dict[str, Tensor]:
+    """Embeddings of tokens drawn at random."""
+    generator, start = torch.Generator().manual_seed(seed), {}
+    for name, encoder in text_encoders(task.model.pipeline()).items():
+        table = encoder.get_input_embeddings().weight.detach()
+        rows = torch.randint(len(table), (count,), generator=generator)
+        start[name] = table[rows.to(table.device)].clone().requires_grad_()
+    return start

@@ -1,0 +1,161 @@
+"""How well a concept stays forgotten: attacks on erasures that scripts/canvas/results.py has made.
+
+  python scripts/canvas/robustness.py --variants presets --relearn 5 10 20 40 80
+  python scripts/canvas/robustness.py --variants presets --attack 5e-3 3e-2 --restarts 2
+  python scripts/canvas/robustness.py --base --attack 5e-3 3e-2       the control: nothing was erased
+  python scripts/canvas/robustness.py --table
+
+Relearning fine-tunes the erased model on 16 images of the concept, as the base drew them, for so
+many steps. The pseudo-token attack learns embeddings on the same images, at each rate and from each
+start, and reports all; the best of them is the attacker's. Each measurement is one line of
+OUT/robustness.jsonl; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token, nameless
+from erase.delta import ErasedDelta
+from erase.eval.evaluators.classifier import load_judge
+from erase.latents.latent_set import LatentSet
+from erase.latents.prepare import Given, LatentConfig, Plan
+from erase.models import DiffusionModel, load_model
+from erase.models.pipelines import decode
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
+from erase.scripts.canvas.relearning import changed_to, relearn
+from erase.scripts.canvas.results import delta_path, jobs_of, make_parser, read_rows, tell
+from erase.scripts.canvas.tables import spread
+from erase.task import Task
+from erase.training.config import TrainConfig
+
+IMAGES, GUIDANCE, BATCH = 16, 5.0, 32
+
+
+def shown(
+    model: DiffusionModel,
+    concept: ConceptSpec,
+    steps: int,
+    prefix: dict[str, Tensor] | None = None,
+) -> float:
+    """Percentage of the concept's own answer prompts under which the classifier sees it: 100 - UA.
+    With a prefix, of those prompts without its name."""
+    kind = str(concept.kind)
+    rows = canvas_grid(ANSWER_SEEDS[:1], {kind: concept.target}).rows
+    unnamed = nameless((concept,))
+    judge, seen = load_judge("canvas"), 0
+    for start in range(0, len(rows), BATCH):
+        part = rows[start : start + BATCH]
+        prompts = [unnamed(row.prompt) if prefix else row.prompt for row in part]
+        seeds = [row.seed for row in part]
+        latents = model.sample(prompts, seeds, steps, GUIDANCE, prefix=prefix)
+        with torch.inference_mode():
+            logits = judge.logits(decode(model.pipeline(), latents, "no"))[kind]
+        names = judge.classes[kind]
+        seen += sum(names[i] == concept.target for i in logits.argmax(1).tolist())
+    return 100 * seen / len(rows)
+
+
+def drawn_by_base(model: DiffusionModel, concept: ConceptSpec, seed: int, out: Path) -> LatentSet:
+    """The attacker's images: 16 of the concept, by the base, of other seeds than the erasure's."""
+    config = LatentConfig(n_forget=IMAGES, n_retain=1)
+    return Plan(model, [concept], config, seed + 1000, out / "latents").forget()
+
+
+def relearning(
+    model: DiffusionModel, concept: ConceptSpec, latents: LatentSet, steps: list[int], sampling: int
+) -> dict[str, float]:
+    """Steps of fine-tuning -> UA afterwards; each count starts from the erased model anew."""
+    left = {}
+    for count in steps:
+        train = TrainConfig(steps=count, lr=1e-4, batch_size=8)
+        with changed_to(model, relearn(model, concept, latents, train)):
+            left[str(count)] = 100 - shown(model, concept, sampling)
+    return left
+
+
+def attacked(
+    model: DiffusionModel,
+    concept: ConceptSpec,
+    latents: LatentSet,
+    rates: list[float],
+    restarts: int,
+    sampling: int,
+) -> dict[str, list[float]]:
+    """Rate -> success of each restart: images that show the concept, in percent."""
+    task, success = Task(model, [concept], Given(latents, latents)), {}
+    for rate in rates:
+        found = [
+            find_pseudo_token(task, latents, PseudoTokenConfig(lr=rate), restart)
+            for restart in range(restarts)
+        ]
+        success[f"{rate:g}"] = [shown(model, concept, sampling, prefix) for prefix in found]
+    return success
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: UA after so many steps of relearning, and the best attack at each rate; means over
+    concepts and seeds, with their range."""
+    cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        own = cells[row["variant"]]
+        for steps, ua in row.get("relearned", {}).items():
+            own[f"UA after {steps}"].append(ua)
+        for rate, found in row.get("pseudo-token", {}).items():
+            own[f"pseudo-token {rate}"].append(max(found))
+    columns = list(dict.fromkeys(column for own in cells.values() for column in own))
+    lines = [f"| erased with | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for variant, own in cells.items():
+        values = [spread(own.get(column, [])) for column in columns]
+        lines.append(f"| {variant} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is asked for and not yet there."""
+    parser = make_parser()
+    parser.description = __doc__
+    parser.add_argument("--relearn", nargs="*", type=int, default=[], help="steps of fine-tuning")
+    parser.add_argument(
+        "--attack", nargs="*", type=float, default=[], help="rates of the pseudo-token's Adam"
+    )
+    parser.add_argument("--restarts", type=int, default=1, help="of the attack, at each rate")
+    parser.add_argument("--base", action="store_true", help="attack the base instead")
+    args = parser.parse_args()
+    record = args.out / "robustness.jsonl"
+    if args.table:
+        print(table(read_rows(record)))
+        return
+
+    asked = (args.relearn, args.attack, args.restarts)
+    done = {tuple(map(str, row["key"])) for row in read_rows(record)}
+    model = load_model("canvas")
+    for job, _ in jobs_of(args):
+        name = "the base" if args.base else job.name
+        key = (job.concept, name, job.seed, *map(str, asked))
+        if tuple(map(str, key)) in done:
+            continue
+        concept = canvas_concept(job.concept)
+        latents = drawn_by_base(model, concept, job.seed, args.out)
+        delta = None if args.base else ErasedDelta.load(delta_path(job, args.out))
+        with delta.applied(model) if delta else nullcontext():
+            row: dict[str, Any] = {"concept": job.concept, "variant": name, "seed": job.seed}
+            row["UA"] = 100 - shown(model, concept, args.steps)
+            row["relearned"] = relearning(model, concept, latents, args.relearn, args.steps)
+            row["pseudo-token"] = attacked(
+                model, concept, latents, args.attack, args.restarts, args.steps
+            )
+        found = {name: row[name] for name in ("UA", "relearned", "pseudo-token")}
+        tell(record, {**row, "key": key}, [job.slug if not args.base else name, found])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Tables of measurements on the embedded world, as Markdown."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import fmean
+from typing import Any
+
+from erase.prompts.canvas import KINDS
+
+SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: per variant and concept, means over seeds (with their range) beside the base."""
+    runs_of: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        runs_of[row["variant"], row["kind"], row["concept"]].append(row)
+    shown = [name for name in SHOWN if any(name in row["erased"] for row in rows)]
+    lines = [
+        f"| variant | kind | concept | seeds | changed | {' | '.join(shown)} |",
+        "|---" * (5 + len(shown)) + "|",
+    ]
+    for (variant, kind, concept), runs in runs_of.items():
+        changed = f"{fmean(run['changed'] for run in runs):,.0f}"
+        cells = [variant, kind, concept, str(len(runs)), changed]
+        for name in shown:
+            with_it = [run for run in runs if name in run["erased"]]
+            base = fmean(run["base"][name] for run in with_it)
+            cells.append(_cell([run["erased"][name] for run in with_it], base))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Markdown: per variant and kind, the mean and the worst of UA and of what IRA and CRA lost."""
+    lines = [
+        "| variant | kind | runs | UA, mean (worst) | IRA - base, mean (worst) "
+        "| CRA - base, mean (worst) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        for kind in KINDS:
+            runs = [row for row in rows if (row["variant"], row["kind"]) == (variant, kind)]
+            if runs:
+                ua = [row["erased"]["UA"] for row in runs]
+                cells = [variant, kind, str(len(runs)), f"{fmean(ua):.1f} ({min(ua):.1f})"]
+                cells += [_lost(runs, name) for name in ("IRA", "CRA")]
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def grid(rows: list[dict[str, Any]], score_name: str = "UA") -> str:
+    """Markdown: rules down, densities across, mean (lowest to highest) over concepts and seeds."""
+    cells: dict[tuple[str, float], list[float]] = defaultdict(list)
+    for row in rows:
+        mask = row["settings"]["mask"]
+        name = row["variant"].rsplit(" ", 2)[0]
+        cells[name, mask["density"]].append(row["erased"][score_name])
+    densities = sorted({density for _, density in cells})
+    lines = [
+        f"| {score_name} | {' | '.join(f'{density:.1%}' for density in densities)} |",
+        "|---" * (1 + len(densities)) + "|",
+    ]
+    for rule in dict.fromkeys(rule for rule, _ in cells):
+        found = [cells.get((rule, density), []) for density in densities]
+        lines.append(f"| {rule} | {' | '.join(map(spread, found))} |")
+    return "\n".join(lines)
+
+
+def _lost(runs: list[dict[str, Any]], name: str) -> str:
+    values = [row["erased"][name] - row["base"][name] for row in runs]
+    return f"{fmean(values):+.1f} ({min(values):+.1f})"
+
+
+def _cell(values: list[float], base: float) -> str:
+    return f"{spread(values)} / {base:.1f}"
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return ""
+    ends = [f"{end:.1f}" for end in (min(values), max(values))]
+    return f"{fmean(values):.1f}" + (f" ({' to '.join(ends)})" if ends[0] != ends[1] else "")
