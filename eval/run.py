@@ -209,6 +209,10 @@ def _save(
     losses = {"loss": evidence.losses} if evidence.losses else {}
     mask = evidence.mask
     density, sizes = (mask.layer_density(), mask.sizes()) if mask else ({}, None)
+    if mask and "overlap" in mask.metadata:
+        share = mask.count() / mask.size
+        shared = {"iou": float(mask.metadata["overlap"]), "chance": share / (2 - share)}
+        report = replace(report, extras=report.extras | {"overlap": shared})
     save_report(out, report, before, after, losses, density, sizes)
 
 

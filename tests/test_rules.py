@@ -20,7 +20,7 @@ from erase.task import Task
 from erase.tensors import kth_largest
 from erase.training.config import CONTROLS, MaskConfig, TrainConfig
 from erase.training.config import RULES as NAMES
-from erase.training.rules import RULES, scores
+from erase.training.rules import RULES, overlap, scores
 from erase.training.saliency import Objective, choose_mask, compute_saliency, compute_statistics
 from erase.training.statistics import Accumulator, Statistics
 
@@ -279,3 +279,29 @@ def test_the_papers_saliency_needs_no_objective(task):
     assert (
         found.metadata["rule"] == "forget" and found.metadata["loss"] == "forgetting, guidance 7.5"
     )
+
+
+# ---- overlap of what is forgotten and what is retained -------------------------------------------
+
+
+def test_the_overlap_is_intersection_over_union():
+    ones = {"a": torch.tensor([4.0, 3.0, -2.0, 1.0])}
+    for retain, expected in (([4.0, 3.0, 2.0, 1.0], 1.0), ([1.0, 4.0, 2.0, 3.0], 1 / 3)):
+        squares = {"a": torch.tensor(retain)}
+        statistics = Statistics({"objective.sum": ones, "retain.square": squares})
+        assert overlap(statistics, 0.5) == pytest.approx(expected)
+    assert overlap(Statistics({"objective.sum": ones}), 0.5) is None
+
+
+def test_random_statistics_overlap_as_chance_says():
+    generator = torch.Generator().manual_seed(0)
+    draws = [{"a": torch.rand(100_000, generator=generator)} for _ in range(2)]
+    statistics = Statistics({"objective.sum": draws[0], "retain.square": draws[1]})
+    assert overlap(statistics, 0.1) == pytest.approx(0.1 / 1.9, abs=0.005)
+
+
+def test_a_mask_tells_its_overlap(task):
+    mask = replace(CONFIG.mask, rule="benefit", density=0.2)
+    chosen = choose_mask(task, replace(CONFIG, mask=mask), objective_of(task))
+    assert 0 <= float(chosen.metadata["overlap"]) <= 1
+    assert "overlap" not in choose_mask(task, CONFIG, objective_of(task)).metadata

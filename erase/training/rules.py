@@ -121,6 +121,26 @@ def scores(
     return Saliency(values, {**statistics.metadata, "rule": rule})
 
 
+def overlap(statistics: Statistics, density: float) -> float | None:
+    """How far forgetting and retaining look at the same weights: the intersection over the union of
+    the weights with the largest |objective.sum| and of those with the largest retain.square, a
+    fraction `density` of all each; None where one of them is not among the statistics.
+
+    Two random choices overlap by density / (2 - density).
+    """
+    if not {"objective.sum", "retain.square"} <= set(statistics.values):
+        return None
+    forget = scores(statistics, "remap").cut(density)
+    retain = Saliency(statistics.values["retain.square"]).cut(density)
+
+    shared = union = 0
+    for name in forget.bits:
+        ours, theirs = forget[name], retain[name]
+        shared += int((ours & theirs).sum())
+        union += int((ours | theirs).sum())
+    return shared / union
+
+
 class Scores(Mapping[str, Tensor]):
     """Parameter name -> scores, computed whenever they are asked for: they take no memory beside
     the statistics."""

@@ -24,7 +24,7 @@ from erase.task import Task, describe
 from erase.training.batches import PromptedRows, row_batches
 from erase.training.config import MaskConfig, TunedConfig
 from erase.training.loop import Batches, LossFn, cut
-from erase.training.rules import RULES, scores
+from erase.training.rules import RULES, overlap, scores
 from erase.training.running import running
 from erase.training.statistics import AGAIN, Accumulator, Statistics
 from erase.training.trainable import gradients_on
@@ -70,7 +70,11 @@ def choose_mask(
         return SaliencyMask.random(weights, mask.density, task.seed, provenance)
 
     rule = ranking_of(mask)
-    saliency = scores(find_statistics(task, config, RULES[rule].needs, objective), rule, weights)
+    statistics = find_statistics(task, config, RULES[rule].needs, objective)
+    saliency = scores(statistics, rule, weights)
+    if (shared := overlap(statistics, mask.density)) is not None:
+        saliency.metadata["overlap"] = repr(round(shared, 4))
+
     if mask.rule == "lowest":
         return saliency.lowest(mask.density)
     salient = saliency.cut(mask.density, mask.allocation)

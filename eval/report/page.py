@@ -212,6 +212,7 @@ def render_html(
         blocks=blocks(density, sizes or {}),
         overall=mean_density(density, sizes or {}),
         weighed=bool(sizes),
+        overlap=report.extras.get("overlap"),
         confusion=_confusion(report),
         provenance=_provenance(report),
         settings=_settings(before, after),
