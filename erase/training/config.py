@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from erase.mask import check_density
 from erase.prompts.errors import (
@@ -31,6 +31,9 @@ class TrainConfig:
     """learning rate of the first step"""
     schedule: str = "constant"
     """how it goes on: constant, linear or cosine (both down to zero after the last step)"""
+    warmup: int = 0
+    """first steps, over which the rate rises to that; adaptive optimizers take their largest steps
+    first"""
     batch_size: int = 16
     """forget rows per optimizer step, over all processes and accumulated parts; as many retain
     rows"""
@@ -71,6 +74,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "batch_size", "accumulation", "checkpoint_every"), COUNT)
         check_ranges(self, {**counts, "lr": POSITIVE, "max_grad_norm": POSITIVE, "ema": BELOW_ONE})
+        check_ranges(self, {"warmup": (0, MOST_STEPS)})
         check_ranges(self, {"steps": (1, MOST_STEPS), "batch_size": (1, MOST_ROWS)})
         if not isinstance(self.optimizer_args, dict) or not all(
             isinstance(name, str) for name in self.optimizer_args
@@ -89,6 +93,8 @@ class TrainConfig:
 RULES = ("forget", "remap", "benefit", "fisher-ratio", "weight-gradient", "agreement")
 CONTROLS = ("random", "matched-random", "lowest", "inverted", "none")
 ALLOCATIONS = ("global", "per-tensor")
+AUTO = ("benefit",)
+"""rules whose density can be found"""
 COMBINE = ("sum", "surgery")
 
 
@@ -102,9 +108,10 @@ class MaskConfig:
     mean square gradient of the retain latents. fisher-ratio, weight-gradient, agreement: see
     docs/masks.md. Or a control: random; matched-random (as many in each tensor as `like` has),
     lowest, inverted; none (all)"""
-    density: float = 0.5
+    density: float | Literal["auto"] = 0.5
     """fraction of the scope's weights that may change; at 1 no mask is needed, and none is
-    computed"""
+    computed. auto: the smallest of 0.001, 0.003, 0.01, ... that holds enough of what forgetting
+    gains at the expense of retaining (docs/masks.md); with the rules that look at both"""
     allocation: str = "global"
     """global: one ranking of all weights; per-tensor: the same fraction of each tensor"""
     like: str = "benefit"
@@ -125,7 +132,13 @@ class MaskConfig:
         check_names(self, {"rule": (*RULES, *CONTROLS), "like": RULES, "allocation": ALLOCATIONS})
         check_ranges(self, {"batch_size": COUNT, "batches": COUNT, "guidance": FINITE})
         check_ranges(self, {"guidance": (-1, 1000)})  # -1: the unconditional branch alone
-        check_density(self.density)
+        if self.density != "auto":
+            check_density(self.density)
+        elif self.rule not in AUTO:
+            raise ErasureError(
+                f"mask.density auto weighs forgetting against retaining, and mask.rule {self.rule} "
+                f"does not look at both; take {' or '.join(AUTO)}, or give a number"
+            )
         if self.file and (self.saliency or self.rule != "forget"):
             idle = "mask.saliency" if self.saliency else f"mask.rule {self.rule}"
             raise ErasureError(

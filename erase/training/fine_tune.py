@@ -17,6 +17,7 @@ from erase.task import Edit, Task, describe
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
 from erase.training.loop import Batches, LossFn, fit, make_accelerator
+from erase.training.rules import LADDER
 from erase.training.running import running
 from erase.training.saliency import Objective, choose_mask
 
@@ -92,4 +93,5 @@ def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None
     or nothing that shards can."""
     selected = select(params, config.scope)
     check_parts(selected)
-    kept_count(config.mask.density, sum(param.numel() for param in selected.values()))
+    density = config.mask.density if config.mask.density != "auto" else LADDER[0]
+    kept_count(density, sum(param.numel() for param in selected.values()))

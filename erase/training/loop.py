@@ -166,7 +166,8 @@ class _Steps:
     def take(self) -> float:
         """One optimizer step over all parts of one batch; returns its loss."""
         run, train = self.run, self.config.train
-        lr = train.lr * SCHEDULES[train.schedule](run.step / train.steps)
+        rise = min(1.0, (run.step + 1) / (train.warmup + 1))
+        lr = train.lr * rise * SCHEDULES[train.schedule](run.step / train.steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from erase.mask import Saliency
+from erase.mask import Saliency, SaliencyMask
 from erase.prompts.errors import ErasureError
 from erase.tensors import kth_largest
 from erase.training.statistics import Statistics, Values
@@ -20,6 +20,11 @@ from erase.training.statistics import Statistics, Values
 FLOOR = 0.1
 """of the median of the costs: what is added to each, so that a weight that costs nothing does not
 outweigh all others"""
+LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
+"""densities that `find_density` tries"""
+ENOUGH = 0.5
+"""share of the squared benefit of all weights (`held`) at which a mask is taken to be wide enough;
+measured on the embedded world (docs/results.md)"""
 WEIGHT = "weight"
 """name of the base values beside the statistics"""
 Score = Callable[[Mapping[str, Tensor], float], Tensor]
@@ -139,6 +144,33 @@ def overlap(statistics: Statistics, density: float) -> float | None:
         shared += int((ours & theirs).sum())
         union += int((ours | theirs).sum())
     return shared / union
+
+
+def held(statistics: Statistics, mask: SaliencyMask) -> float:
+    """The share of the squared benefit of all weights that a mask holds, 0 to 1.
+
+    With g the objective's mean gradient and r^2 the mean square of the retain gradients (a diagonal
+    Fisher information), the steepest descent of the objective at a given cost to what is retained
+    gains sum g^2 / r^2 to first order, which is a sum over weights: this share is what is left of
+    it where only those in the mask may move.
+    """
+    benefit = scores(statistics, "benefit").values
+    inside = total = 0.0
+    for name, score in benefit.items():
+        gain = score.double().square()
+        total += float(gain.sum())
+        inside += float(gain[mask[name]].sum())
+    return inside / total
+
+
+def find_density(statistics: Statistics, rule: str, allocation: str = "global") -> float:
+    """The smallest density of `LADDER` at which a rule's mask holds `ENOUGH`; the largest, where
+    none does."""
+    saliency = scores(statistics, rule)
+    for density in LADDER:
+        if held(statistics, saliency.cut(density, allocation)) >= ENOUGH:
+            return density
+    return LADDER[-1]
 
 
 class Scores(Mapping[str, Tensor]):

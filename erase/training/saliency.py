@@ -24,7 +24,7 @@ from erase.task import Task, describe
 from erase.training.batches import PromptedRows, row_batches
 from erase.training.config import MaskConfig, TunedConfig
 from erase.training.loop import Batches, LossFn, cut
-from erase.training.rules import RULES, overlap, scores
+from erase.training.rules import RULES, find_density, overlap, scores
 from erase.training.running import running
 from erase.training.statistics import AGAIN, Accumulator, Statistics
 from erase.training.trainable import gradients_on
@@ -67,17 +67,20 @@ def choose_mask(
     if mask.rule == "random":
         about = describe(task)
         provenance = {key: about[key] for key in ("base_fingerprint", "concepts")}
-        return SaliencyMask.random(weights, mask.density, task.seed, provenance)
+        return SaliencyMask.random(weights, float(mask.density), task.seed, provenance)
 
     rule = ranking_of(mask)
     statistics = find_statistics(task, config, RULES[rule].needs, objective)
+    density = (
+        find_density(statistics, rule, mask.allocation) if mask.density == "auto" else mask.density
+    )
     saliency = scores(statistics, rule, weights)
-    if (shared := overlap(statistics, mask.density)) is not None:
+    if (shared := overlap(statistics, density)) is not None:
         saliency.metadata["overlap"] = repr(round(shared, 4))
 
     if mask.rule == "lowest":
-        return saliency.lowest(mask.density)
-    salient = saliency.cut(mask.density, mask.allocation)
+        return saliency.lowest(density)
+    salient = saliency.cut(density, mask.allocation)
     if mask.rule == "matched-random":
         return salient.matched_random(task.seed)
     return salient.inverted() if mask.rule == "inverted" else salient

@@ -32,12 +32,13 @@ from erase.methods import get_method
 from erase.methods.salun import SalUnConfig
 from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import modules
+from erase.objectives.remap import Remap
 from erase.parallel.processes import default_device
 from erase.prompts.concepts import ConceptSpec
 from erase.scripts.bench.measuring import host_peak, peak
 from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig
-from erase.training.saliency import choose_mask
+from erase.training.saliency import Objective, choose_mask
 
 CONCEPT = ConceptSpec("a heart", "a star", retain=("a photo of a house",))
 GB = 1e9
@@ -156,13 +157,16 @@ def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str
         gradient_checkpointing=args.checkpointing,
         mixed_precision=args.precision,
     )
-    mask = MaskConfig(density=args.density, batch_size=args.batch)
+    mask = MaskConfig(
+        rule=args.rule, density=args.density, batch_size=args.batch, batches=args.batches
+    )
     config = SalUnConfig(scope=args.scope, mask=mask, train=train)
     with stage("load"):
         model = load_model(base, default_device())
     task = Task(model, [CONCEPT], random_latents(model, args.batch, args.size), 0, folder)
-    with stage("saliency and mask"):
-        salient = choose_mask(task, config)
+    remap = Remap(task, config)
+    with stage(f"statistics and mask, {args.rule}"):
+        salient = choose_mask(task, config, Objective(remap.loss, remap.batches))
         assert salient is not None
         salient.save(folder / "mask.safetensors")
     config = replace(config, mask=MaskConfig(file=str(folder / "mask.safetensors")))
@@ -196,7 +200,11 @@ def main() -> None:
     )
     parser.add_argument("--family", default="sd1", choices=["sd1", "sd2", "sdxl", "sd3"])
     parser.add_argument("--scope", default="full", help="as of erase-concept")
-    parser.add_argument("--density", type=float, default=0.5)
+    parser.add_argument("--rule", default="benefit", help="of the mask, as of erase-concept")
+    parser.add_argument("--density", type=float, default=0.01)
+    parser.add_argument(
+        "--batches", type=int, default=1, help="that the statistics look at; the forget rule: one"
+    )
     parser.add_argument(
         "--batch", type=int, default=1, help="forget rows, and retain rows, of a step"
     )

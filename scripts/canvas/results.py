@@ -33,6 +33,7 @@ from erase.eval.images import ImageSet
 from erase.eval.run import score
 from erase.eval.scores import Score
 from erase.latents.prepare import Plan
+from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
 from erase.objectives.remap import Remap
 from erase.prompts.canvas import KINDS, canvas_concept, vocabulary
@@ -43,8 +44,9 @@ from erase.run import EraseConfig, erase_concept
 from erase.scripts.canvas.tables import grid, summary, table
 from erase.scripts.canvas.variants import Variant, groups
 from erase.task import Task
-from erase.training.rules import RULES
+from erase.training.rules import RULES, held
 from erase.training.saliency import Objective, compute_statistics
+from erase.training.statistics import Statistics
 
 EVALUATORS = ["classifier", "clip"]
 RANKED = (*RULES, "matched-random", "lowest", "inverted")
@@ -84,7 +86,7 @@ def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, 
     asked = asked_for(canvas_grid(ANSWER_SEEDS[: budget.answers]), concept, budget.others)
     before = base_images(model, budget, out)
 
-    delta, seconds = erased(job, variant, model, concept, out)
+    delta, evidence = erased(job, variant, model, concept, out)
     delta.save(delta_path(job, out))
     folder = out / "images" / job.slug
     with delta.applied(model):
@@ -105,7 +107,7 @@ def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, 
         "base_fingerprint": delta.metadata["base_fingerprint"],
         "settings": asdict(variant.settings),
         "latents": asdict(variant.latents),
-        "seconds": seconds,
+        **evidence,
         "changed": delta.count,
         **{row: _rounded(scores) for row, scores in rows.items()},
     }
@@ -113,13 +115,15 @@ def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, 
 
 def erased(
     job: Job, variant: Variant, model: DiffusionModel, concept: ConceptSpec, out: Path
-) -> tuple[ErasedDelta, float]:
-    """The delta, and the CPU seconds that it took; where a rule ranks weights, without those of its
-    statistics, which the variants share."""
-    settings = variant.settings
-    if variant.shares and settings.mask.rule in RANKED:
-        path = _statistics(job, variant, model, concept, out)
-        settings = replace(settings, mask=replace(settings.mask, saliency=str(path)))
+) -> tuple[ErasedDelta, dict[str, Any]]:
+    """The delta, the CPU seconds that it took (where variants share the statistics of gradients,
+    without those), the loss of its last ten steps, and the share of the squared benefit that its
+    mask holds."""
+    settings, statistics = variant.settings, None
+    if variant.shares:
+        statistics = _statistics(job, variant, model, concept, out)
+        if settings.mask.rule in RANKED:
+            settings = replace(settings, mask=replace(settings.mask, saliency=str(statistics)))
 
     folder = out / "runs" / job.slug
     shutil.rmtree(folder, ignore_errors=True)
@@ -130,9 +134,15 @@ def erased(
     config = EraseConfig(method=variant.method, seed=job.seed, latents=variant.latents)
     started = time.process_time()
     delta = erase_concept(concept, config, settings, model=model, out=folder)
-    seconds = time.process_time() - started
+    evidence: dict[str, Any] = {"seconds": round(time.process_time() - started, 1)}
+
+    losses = json.loads((folder / "training.json").read_text(encoding="utf-8"))["losses"]
+    evidence["loss"] = sum(losses[-10:]) / len(losses[-10:]) if losses else None
+    if statistics and (folder / "mask.safetensors").exists():
+        mask = SaliencyMask.load(folder / "mask.safetensors")
+        evidence["held"] = held(Statistics.load(statistics), mask)
     shutil.rmtree(folder)
-    return delta, round(seconds, 1)
+    return delta, evidence
 
 
 def _statistics(
