@@ -22,15 +22,21 @@ PAPER = "https://arxiv.org/abs/2310.12508"
 class SalUnConfig(RemapConfig):
     """Settings of SalUn."""
 
-    mask: MaskConfig = field(default_factory=MaskConfig)
+    mask: MaskConfig = field(
+        default_factory=lambda: MaskConfig(rule="benefit", density=0.03, batches=8)
+    )
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=300, lr=4e-4, schedule="linear", batch_size=8)
+        default_factory=lambda: TrainConfig(
+            steps=60, lr=1e-3, schedule="linear", warmup=8, batch_size=8
+        )
     )
 
 
 @dataclass
 class SalUnPaperConfig(SalUnConfig):
     """Settings of the reference (https://github.com/OPTML-Group/Unlearn-Saliency), for nudity."""
+
+    mask: MaskConfig = field(default_factory=MaskConfig)
 
     alpha: float = 0.1
     anchor_from: str = "current"

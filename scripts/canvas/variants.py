@@ -12,7 +12,7 @@ from erase.methods import get_method
 from erase.training.config import ALLOCATIONS, CONTROLS, RULES
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
-PRESETS = ("salun", "salun-thin", "salun-paper")
+PRESETS = ("salun", "salun-paper")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     presets = {name: _preset(name, precision) for name in PRESETS}
     ours = presets["salun"]
     swept = replace(ours, shares=True)
-    steps = {f"{count} steps": replace(ours.settings.train, steps=count) for count in (80, 300)}
+    steps = {f"{count} steps": replace(ours.settings.train, steps=count) for count in (120, 300)}
     return {
         "presets": presets,
         "sweep": _masks(swept, ("forget", "benefit", "matched-random", "random")),
