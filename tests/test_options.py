@@ -1,6 +1,7 @@
 """Options of every method that takes gradient steps: each has its theorem, and is a no-op, bit for
 bit, where it is off."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -317,3 +318,27 @@ def test_values_to_begin_at_are_begun_at_and_stay_out_of_the_rest(params):
     fitted = train(params, config, mask, start=start).values
     for name, value in fitted.items():
         assert torch.allclose(value, params[name] + mask[name].float())
+
+
+# ---- the rate of each step -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_rate_rises_over_the_first_steps_and_then_follows_its_schedule(params, schedule):
+    """Under SGD and a loss of slope one every value falls by the sum of the rates."""
+
+    def slope(x, base):
+        return {"forget": sum(param.sum() for param in params.values())}
+
+    steps, shares = 8, []
+    for step in range(steps):
+        falling = {
+            "constant": 1.0,
+            "linear": 1 - step / steps,
+            "cosine": (1 + math.cos(math.pi * step / steps)) / 2,
+        }
+        shares.append(falling[schedule] * min(1, (step + 1) / 4))
+    config = replace(PLAIN, train=replace(SGD, steps=steps, warmup=3, schedule=schedule))
+    fitted = fit(params, slope, lambda step: INPUTS, config)
+    for name, value in fitted.values.items():
+        assert torch.allclose(params[name] - value, torch.tensor(0.5 * sum(shares)), atol=1e-5)

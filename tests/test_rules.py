@@ -20,7 +20,7 @@ from erase.task import Task
 from erase.tensors import kth_largest
 from erase.training.config import CONTROLS, MaskConfig, TrainConfig
 from erase.training.config import RULES as NAMES
-from erase.training.rules import RULES, overlap, scores
+from erase.training.rules import ENOUGH, LADDER, RULES, find_density, held, overlap, scores
 from erase.training.saliency import Objective, choose_mask, compute_saliency, compute_statistics
 from erase.training.statistics import Accumulator, Statistics
 
@@ -305,3 +305,58 @@ def test_a_mask_tells_its_overlap(task):
     chosen = choose_mask(task, replace(CONFIG, mask=mask), objective_of(task))
     assert 0 <= float(chosen.metadata["overlap"]) <= 1
     assert "overlap" not in choose_mask(task, CONFIG, objective_of(task)).metadata
+
+
+# ---- how much of the benefit a mask holds, and the density that is found by it --------------------
+
+
+def flat(values):
+    return torch.cat([value.flatten() for value in values.values()])
+
+
+def test_the_share_held_is_that_of_the_squared_benefit():
+    statistics, _ = made()
+    benefit = scores(statistics, "benefit")
+    gain = flat({name: benefit.values[name] for name in benefit.values}).double().square()
+    for density in (0.05, 0.5):
+        mask = scores(statistics, "remap").cut(density)
+        inside = flat({name: mask[name] for name in mask.bits})
+        assert held(statistics, mask) == pytest.approx(float(gain[inside].sum() / gain.sum()))
+    assert held(statistics, benefit.cut(1.0)) == pytest.approx(1.0)
+
+
+def test_no_mask_of_the_same_size_holds_more_than_the_rule_benefit():
+    statistics, weights = made()
+    best = held(statistics, scores(statistics, "benefit").cut(0.1))
+    for rule in RULES:
+        assert held(statistics, scores(statistics, rule, weights).cut(0.1)) <= best + 1e-12
+
+
+def test_the_density_found_is_the_first_that_holds_enough():
+    generator = torch.Generator().manual_seed(0)
+    draw = torch.randn(20_000, generator=generator)
+    for power in (1, 3, 9):
+        values = {"a": draw.sign() * draw.abs() ** power}
+        statistics = Statistics(
+            {"objective.sum": values, "retain.square": {"a": draw.new_ones(20_000)}}
+        )
+        shares = [held(statistics, scores(statistics, "benefit").cut(d)) for d in LADDER]
+        expected = next((d for d, s in zip(LADDER, shares, strict=True) if s >= ENOUGH), LADDER[-1])
+        assert find_density(statistics, "benefit") == expected
+    assert find_density(statistics, "benefit") < LADDER[-1]
+
+
+def test_a_density_can_be_found_while_erasing(task):
+    mask = replace(CONFIG.mask, rule="benefit", density="auto")
+    config, objective = replace(CONFIG, mask=mask), objective_of(task)
+    chosen = choose_mask(task, config, objective)
+    statistics = compute_statistics(task, config, RULES["benefit"].needs, objective)
+    assert float(chosen.metadata["density"]) == find_density(statistics, "benefit")
+    assert get_method("salun").edit(task, config).mask.sha256 == chosen.sha256
+
+
+def test_auto_is_refused_for_rules_that_weigh_nothing():
+    with pytest.raises(ErasureError, match="mask.rule forget does not look at both; take benefit"):
+        MaskConfig(rule="forget", density="auto")
+    with pytest.raises(ErasureError, match="density must be in"):
+        MaskConfig(density="automatic")

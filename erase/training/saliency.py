@@ -71,18 +71,23 @@ def choose_mask(
 
     rule = ranking_of(mask)
     statistics = find_statistics(task, config, RULES[rule].needs, objective)
-    density = (
-        find_density(statistics, rule, mask.allocation) if mask.density == "auto" else mask.density
-    )
+    density = mask.density
+    if density == "auto":
+        density = find_density(statistics, rule, mask.allocation)
     saliency = scores(statistics, rule, weights)
-    if (shared := overlap(statistics, density)) is not None:
+    shared = overlap(statistics, density)
+    if shared is not None:
         saliency.metadata["overlap"] = repr(round(shared, 4))
+    return _cut(saliency, mask, density, task.seed)
 
+
+def _cut(saliency: Saliency, mask: MaskConfig, density: float, seed: int) -> SaliencyMask:
+    """The mask of a rule, or of a control that goes by one."""
     if mask.rule == "lowest":
         return saliency.lowest(density)
     salient = saliency.cut(density, mask.allocation)
     if mask.rule == "matched-random":
-        return salient.matched_random(task.seed)
+        return salient.matched_random(seed)
     return salient.inverted() if mask.rule == "inverted" else salient
 
 
