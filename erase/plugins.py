@@ -14,7 +14,7 @@ from erase.prompts.errors import ErasureError, near_name, reason, unknown
 
 
 class Plugin(Protocol):
-    """What an index holds."""
+    """A member of an index."""
 
     @property
     def name(self) -> str:
@@ -145,7 +145,7 @@ class Index(Generic[T]):
         return thing
 
     def _hint(self, module: str, attribute: str) -> str:
-        """What the module has of this type."""
+        """The things of this type in the module, in words."""
         things = [
             key
             for key, value in vars(import_module(module)).items()
@@ -161,7 +161,8 @@ class Index(Generic[T]):
 
 @lru_cache(maxsize=8)
 def _entry_points(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
-    """What the packages on `sys.path` add to a group, sorted by name; read once for each `path`."""
+    """Entry points of a group in the packages on `sys.path`, sorted by name; read once for each
+    `path`."""
     return tuple(sorted(entry_points(group=group), key=lambda point: (point.name, _package(point))))
 
 

@@ -34,7 +34,7 @@ Chosen = dict[str, tuple[Evaluator[Any], Any]]
 
 @dataclass
 class EvaluateConfig:
-    """What is measured, and on which images."""
+    """Evaluators, and the images that they look at."""
 
     evaluators: list[str] | None = None
     """names of the index, or package.module:NAME; default: those of ours that fit the prompts"""

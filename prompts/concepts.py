@@ -1,4 +1,4 @@
-"""What to forget, what to put there, what to keep."""
+"""Concepts: the thing to forget, the anchor in its place, the prompts to keep."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ NAMED_FOR_ONE = ("artist", "person")  # their last word is a name too: "Kahlo"
 
 @dataclass(frozen=True)
 class Kind:
-    """What is proposed for concepts of one kind; one YAML file each in `prompts/data/kinds/`."""
+    """Proposals for concepts of one kind; one YAML file each in `prompts/data/kinds/`."""
 
     name: str
     axis: str
@@ -43,7 +43,7 @@ class Kind:
         return next(a for a in ((group,) if group else ()) + self.anchors if bare(a) != bare(name))
 
     def also_gone(self, name: str) -> list[str]:
-        """What a retain prompt must not name either: the last word of a person's name, and the
+        """Further names that no retain prompt may have: the last word of a person's name, and the
         members of a group."""
         last = [name.split()[-1]] if self.name in NAMED_FOR_ONE else []
         return last + [

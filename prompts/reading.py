@@ -63,7 +63,7 @@ WAYS_OUT = {
 
 
 def why(error: BaseException, otherwise: str = READING) -> str:
-    """What the system says of a file that cannot be read or written, and the way out: `Permission
+    """The system's reason why a file cannot be read or written, and the way out: `Permission
     denied; check its permissions`."""
     said = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
     return f"{said}; {WAYS_OUT.get(getattr(error, 'errno', None) or 0, otherwise)}"

@@ -169,7 +169,7 @@ def test_the_moving_average_has_the_names_that_lit_ema_gives():
 
 def test_only_what_the_pipeline_does_not_use_is_needless():
     modules = stock_modules("sd2")
-    spare, text = ldm.needless("sd2", modules), "cond_stage_model.model."
+    spare, text = ldm.spare_keys("sd2", modules), "cond_stage_model.model."
     unused = (
         "alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_mean_coef2", "model_ema.decay",
         f"{text}logit_scale",
@@ -181,7 +181,7 @@ def test_only_what_the_pipeline_does_not_use_is_needless():
     ) and not spare.fullmatch("betas2")
     for family in TINY:
         modules = stock_modules(family)
-        spare = ldm.needless(family, modules)
+        spare = ldm.spare_keys(family, modules)
         assert not [entry.key for entry in ldm.table(family, modules) if spare.fullmatch(entry.key)]
 
 

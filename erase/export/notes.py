@@ -7,7 +7,7 @@ from erase.export.lora import LAYOUTS, LoRA
 
 
 def notes_on(delta: ErasedDelta, dtype: str, *, restored: bool, measured: bool) -> list[str]:
-    """What a card must say of these weights beside their scores.
+    """Sentences of a card on these weights, beside their scores.
 
     Args:
         delta: what changed.

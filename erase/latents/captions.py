@@ -1,5 +1,4 @@
-"""What a user's own images are trained with: their captions, or the names of their folders, as
-prompts.
+"""Prompts for a user's own images: their captions, or the names of their folders.
 
 An image to forget needs a caption that names a concept: the anchor prompt is the caption with the
 anchor in the concept's place. A folder's name stands for a thing, so it goes into templates: those

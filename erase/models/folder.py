@@ -109,7 +109,7 @@ def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
 
 
 def read_index(folder: Path) -> Mapping[str, Any]:
-    """What `model_index.json` says; its class is one of `PARTS`.
+    """The content of `model_index.json`; its class is one of `PARTS`.
 
     Raises:
         ErasureError: no index, a malformed one, or another class.

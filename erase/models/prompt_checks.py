@@ -1,4 +1,4 @@
-"""What text encoders see of prompts: concepts that they cannot see are refused, prompts whose ends
+"""Prompts as text encoders see them: concepts that they cannot see are refused, prompts whose ends
 they cut are counted."""
 
 from __future__ import annotations

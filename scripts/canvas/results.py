@@ -41,7 +41,7 @@ from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import unknown
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
-from erase.scripts.canvas.tables import grid, summary, table
+from erase.scripts.canvas.tables import grid, prediction, summary, table
 from erase.scripts.canvas.variants import Variant, groups
 from erase.task import Task
 from erase.training.rules import RULES, held
@@ -291,7 +291,7 @@ def main() -> None:
     if args.table:
         rows = read_rows(record)
         swept = [row for row in rows if row["variant"].endswith("%")]
-        print(f"{summary(rows)}\n\n{table(rows)}\n\n{grid(swept)}")
+        print(f"{summary(rows)}\n\n{table(rows)}\n\n{grid(swept)}\n\n{prediction(rows)}")
         return
 
     args.out.mkdir(parents=True, exist_ok=True)

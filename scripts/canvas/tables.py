@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -66,6 +67,24 @@ def grid(rows: list[dict[str, Any]], score_name: str = "UA") -> str:
     for rule in dict.fromkeys(rule for rule, _ in cells):
         found = [cells.get((rule, density), []) for density in densities]
         lines.append(f"| {rule} | {' | '.join(map(spread, found))} |")
+    return "\n".join(lines)
+
+
+def prediction(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the share of the squared benefit that masks held, whatever their rule, against what
+    became of the concept."""
+    edges = (0.0, 0.01, 0.03, 0.1, 0.3, 0.5, 1.0001)
+    lines = [
+        "| share held | masks | UA, mean (worst to best) | of them UA 97 and more |",
+        "|---" * 4 + "|",
+    ]
+    for low, high in pairwise(edges):
+        found = [row["erased"]["UA"] for row in rows if low <= row.get("held", -1) < high]
+        if found:
+            gone = sum(ua >= 97 for ua in found)
+            lines.append(
+                f"| {low:.0%} to {min(high, 1):.0%} | {len(found)} | {spread(found)} | {gone} |"
+            )
     return "\n".join(lines)
 
 

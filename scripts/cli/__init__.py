@@ -1,4 +1,4 @@
-"""What the commands share: parsers that teach, unknown keys with a suggestion, errors in one
+"""Shared by the commands: parsers that teach, unknown keys with a suggestion, errors in one
 sentence, configs from dataclasses."""
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ def _work(main: Callable[[list[str] | None], None], argv: list[str] | None) -> N
 
 @contextmanager
 def _settled(argv: list[str]) -> Iterator[None]:
-    """What was decided on the user's behalf is said, unless --quiet; afterwards both are as they
+    """Decisions on the user's behalf are said, unless --quiet; afterwards log and bars are as they
     were."""
     logging.basicConfig(format="%(message)s")
     log, bars = logging.getLogger("erase"), os.environ.get("TQDM_DISABLE")

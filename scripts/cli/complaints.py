@@ -1,4 +1,4 @@
-"""What is wrong with an option, in one sentence: the parser library's messages said again."""
+"""Faults of options in one sentence each: the parser library's messages said again."""
 
 from __future__ import annotations
 

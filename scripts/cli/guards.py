@@ -1,4 +1,4 @@
-"""What is looked at in options before they are used: texts that would not end, files that name
+"""Checks of options before they are used: texts that would not end, files that name
 files, paths that cannot be."""
 
 from __future__ import annotations

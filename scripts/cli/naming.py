@@ -1,4 +1,4 @@
-"""Which concepts a command line means: by name, from files, some of a file's."""
+"""The concepts that a command line means: by name, from files, some of a file's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from erase.prompts.proposals import find_shipped, propose
 
 @dataclass(frozen=True)
 class _Named:
-    """What a concept given by name is to be made of."""
+    """The parts of a concept that is given by name."""
 
     name: str
     anchor: str | None

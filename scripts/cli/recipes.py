@@ -37,7 +37,7 @@ def recipe(name: str) -> str:
 
 
 def config_files(argv: list[str] | None) -> list[str]:
-    """What stands behind --config, recipes as their paths."""
+    """The words behind --config, recipes as their paths."""
     early = ArgumentParser(add_help=False, allow_abbrev=False)
     # nothing behind it is for the real parser to say
     early.add_argument("--config", action="append", default=[], nargs="?")

@@ -109,7 +109,7 @@ def _check_rest(
     file: TensorFile, table: Sequence[ldm.Entry], family: str, modules: Mapping[str, ldm.Network]
 ) -> None:
     """Nothing else is there, but what the originals hold and the pipeline does not use."""
-    known, spare = {entry.key for entry in table}, ldm.needless(family, modules)
+    known, spare = {entry.key for entry in table}, ldm.spare_keys(family, modules)
     surplus = [key for key in file.shapes if key not in known and not spare.fullmatch(key)]
     if surplus:
         raise ErasureError(
@@ -199,7 +199,7 @@ def _family(pipeline: Pipeline) -> str:
 def _beside(
     family: str, modules: Mapping[str, ldm.Network], schedule: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """What the originals hold beside weights: CLIP's position ids, and the flags that mark an SDXL
+    """Keys of the originals beside weights: CLIP's position ids, and the flags that mark an SDXL
     of v prediction."""
     tensors = {}
     for component, (layout, prefix) in ldm.TEXTS[family].items():

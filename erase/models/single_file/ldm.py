@@ -306,7 +306,7 @@ SCHEDULE = (
 )  # fmt: skip
 
 
-def needless(family: str, modules: Mapping[str, Network]) -> re.Pattern[str]:
+def spare_keys(family: str, modules: Mapping[str, Network]) -> re.Pattern[str]:
     """The keys of the originals that hold nothing which the pipeline uses.
 
     They are the noise schedule, which every program computes from its configuration; the moving

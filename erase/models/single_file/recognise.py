@@ -1,5 +1,5 @@
-"""What a single file is, told from its keys and shapes; whatever is not SD 1, SD 2 or SDXL base is
-refused by its name."""
+"""The family of a single file, told from its keys and shapes; whatever is not SD 1, SD 2 or SDXL
+base is refused by its name."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def decide_prediction(file: TensorFile, family: str, stated: str | None, asked: 
 
 
 def _signs(file: TensorFile, family: str) -> dict[str, str]:
-    """What the file says: ModelSpec's metadata, the `v_pred` key of ComfyUI and A1111, the step of
+    """Signs in the file: ModelSpec's metadata, the `v_pred` key of ComfyUI and A1111, the step of
     the official SD 2 files.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What checkpoint managers read of a file's header: ModelSpec
+"""The header that checkpoint managers read: ModelSpec
 (https://github.com/Stability-AI/ModelSpec)."""
 
 from __future__ import annotations
