@@ -1,0 +1,74 @@
+"""The measurements on the embedded world: which images judge an erasure, and the tables."""
+
+import pytest
+
+from erase.prompts.canvas import canvas_concept
+from erase.prompts.prompt_sets import canvas_grid
+from erase.scripts.canvas.results import Job, asked_for
+from erase.scripts.canvas.tables import grid, prediction, spread, summary
+from erase.scripts.canvas.variants import groups
+
+
+@pytest.mark.parametrize(("name", "own"), [("heart", 48), ("Neon", 60), ("red", 80)])
+def test_all_prompts_of_the_concept_are_asked_and_some_of_every_other(name, own):
+    concept, prompts = canvas_concept(name), canvas_grid((188,))
+    few = asked_for(prompts, concept, 96).rows
+    named = [row for row in few if row.labels[concept.kind] == concept.target]
+    others = [row for row in few if row not in named]
+    assert len(named) == own and len(others) == 96
+    assert {row.labels[concept.kind] for row in others} == {
+        row.labels[concept.kind] for row in prompts.rows
+    } - {concept.target}
+    assert asked_for(prompts, concept, None).rows == prompts.rows
+    assert [row.case for row in few] == sorted({row.case for row in few})
+
+
+def row(variant, density, ua, held, seed=0):
+    scores = {"UA": ua, "IRA": 99.0, "CRA": 100.0}
+    return {
+        "concept": "heart",
+        "kind": "object",
+        "variant": variant,
+        "seed": seed,
+        "settings": {"mask": {"density": density}},
+        "base": {"UA": 2.0, "IRA": 99.5, "CRA": 100.0},
+        "erased": scores,
+        "held": held,
+    }
+
+
+ROWS = [
+    row("benefit 1 %", 0.01, 100.0, 0.7),
+    row("benefit 1 %", 0.01, 98.0, 0.6, seed=1),
+    row("random 1 %", 0.01, 0.0, 0.02),
+    row("benefit 0.1 %", 0.001, 40.0, 0.4),
+]
+
+
+def test_the_grid_has_a_mean_and_a_range_in_each_cell():
+    lines = grid(ROWS).splitlines()
+    assert lines[0] == "| UA | 0.1% | 1.0% |"
+    assert lines[2:] == ["| benefit | 40.0 | 99.0 (98.0 to 100.0) |", "| random |  | 0.0 |"]
+
+
+def test_masks_are_counted_by_the_share_that_they_held():
+    lines = prediction(ROWS).splitlines()[2:]
+    assert lines == [
+        "| 1% to 3% | 1 | 0.0 | 0 |",
+        "| 30% to 50% | 1 | 40.0 | 0 |",
+        "| 50% to 100% | 2 | 99.0 (98.0 to 100.0) | 2 |",
+    ]
+
+
+def test_the_summary_tells_the_worst_and_what_was_lost():
+    assert "| benefit 1 % | object | 2 | 99.0 (98.0) | -0.5 (-0.5) | +0.0 (+0.0) |" in summary(ROWS)
+
+
+def test_a_spread_without_range_is_one_number():
+    assert (spread([]), spread([1.0, 1.0]), spread([1.0, 2.0])) == ("", "1.0", "1.5 (1.0 to 2.0)")
+
+
+def test_every_variant_has_a_file_name_of_its_own():
+    names = [name for group in groups("no").values() for name in group]
+    slugs = {Job("heart", name, 0).slug for name in names}
+    assert len(slugs) == len(set(names)) and not any("/" in slug for slug in slugs)
