@@ -51,6 +51,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Any:
+        """Time the block in seconds; its row has the peaks of the process so far, in GB."""
         started = time.monotonic()
         yield
         row = {

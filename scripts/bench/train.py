@@ -172,6 +172,7 @@ def our_steps(
     seconds, laps = [], [time.perf_counter()]
 
     def batches(step: int) -> Any:
+        """The rows of one step; notes the seconds since it was asked for those before."""
         seconds.append(_lap(laps[-1], model.device))
         laps.append(time.perf_counter())
         return remap.batches(step)
