@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erase.delta import gone
-from erase.delta.origin import read_origin
+from erase.delta.origin import gone, read_origin
 from erase.eval.report.report import EvalReport, words
 from erase.eval.report.words import glossary, limits, verdict_line
 from erase.export.formats import DIFFUSERS, Usage
