@@ -25,15 +25,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-)
 
+from erase.eval.generate_config import GenerateConfig, scheduler_of
 from erase.eval.images import (
     SETTINGS,
     ImageRow,
@@ -45,69 +38,18 @@ from erase.eval.images import (
     write_settings,
 )
 from erase.files import file_sha256
-from erase.models import Cond, autocast, check_precision
+from erase.models import Cond, autocast
 from erase.models.loading import family_of
 from erase.models.pipelines import Pipeline, arguments, decode, denoiser, encode, image_size
 from erase.models.prompt_checks import cut_prompts
-from erase.models.schedules import sampler
 from erase.models.tokenizers import tokens
 from erase.parallel.processes import processes, progress
-from erase.prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
+from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.prompt_sets import PromptRow, PromptSet
 
-# name -> class, and what its name promises but another scheduler's config may not say
-SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),  # latents are not bounded by 1
-    "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "lms": (LMSDiscreteScheduler, {}),
-    # PLMS, as Stable Diffusion was released with
-    "pndm": (
-        PNDMScheduler,
-        {"skip_prk_steps": True},
-    ),
-}
-FLOW_SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "dpm++": (
-        DPMSolverMultistepScheduler,
-        {
-            "algorithm_type": "dpmsolver++",
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-        },
-    ),
-    "euler": (FlowMatchEulerDiscreteScheduler, {}),
-}
+__all__ = ["Batch", "GenerateConfig", "batches", "denoise", "generate", "planned"]
+
 EMBEDDINGS = 2048  # kept at most; 230 KB each for SD 1.x in float32, 630 KB for SDXL
-
-
-@dataclass
-class GenerateConfig:
-    """How images are made of prompts."""
-
-    scheduler: str = "dpm++"
-    """ddim, dpm++, euler, lms or pndm"""
-    steps: int = 20
-    """denoising steps"""
-    guidance: float = 5.0
-    """classifier-free guidance scale, as diffusers counts it (1 is none); a row's own wins"""
-    resolution: int | None = None
-    """pixels per side, a multiple of 8; default: the model's own"""
-    batch_size: int = 32
-    """images per batch, at most; it is one of the settings that an image depends on, by rounding"""
-
-    mixed_precision: str = "no"
-    """no, bf16 or fp16: denoise and decode under autocast; on a CPU that has bf16 1.6 times as fast
-    (docs/performance.md)"""
-
-    def __post_init__(self) -> None:
-        check_precision(self.mixed_precision)
-        check_ranges(self, {"steps": COUNT, "batch_size": COUNT, "guidance": FINITE})
-        check_names(self, {"scheduler": SCHEDULERS})
-        if self.resolution is not None and (self.resolution < 8 or self.resolution % 8):
-            raise ErasureError(
-                f"resolution is {self.resolution} pixels; it must be a multiple of 8"
-            )
 
 
 @dataclass(frozen=True)
@@ -259,24 +201,10 @@ def _prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
     # no more than there are noise levels
     check_ranges(config, {"steps": (1, pipeline.scheduler.config.num_train_timesteps)})
     pipe = copy(pipeline)
-    pipe.scheduler = _scheduler(pipeline.scheduler, config.scheduler)
+    pipe.scheduler = scheduler_of(pipeline.scheduler, config.scheduler)
     pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def _scheduler(own: Any, name: str) -> Any:
-    """A scheduler by name, with the noise levels and prediction type of the checkpoint's own."""
-    flow = isinstance(own, FlowMatchEulerDiscreteScheduler)
-    choices = FLOW_SCHEDULERS if flow else SCHEDULERS
-    if name not in choices:
-        raise ErasureError(
-            f"scheduler {name} does not know flow matching, which this model was trained by; use "
-            f"{' or '.join(choices)}"
-        )
-    scheduler, options = choices[name]
-    shift = {"flow_shift": own.config.shift} if flow else {}
-    return sampler(own, scheduler, name, {**options, **shift})
 
 
 def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from erase.files import atomic_write, file_sha256
 from erase.prompts.errors import ErasureError, reason
-from erase.prompts.prompt_sets import PromptRow
+from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.reading import as_path, why
 
 SETTINGS, MANIFEST = "settings.json", "manifest.jsonl"

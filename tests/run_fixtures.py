@@ -13,7 +13,10 @@ DATA = LatentConfig(n_forget=6, n_retain=8, steps=2, batch_size=4)
 METHOD = SalUnConfig(
     mask=MaskConfig(batch_size=4), train=TrainConfig(steps=3, batch_size=4, lr=1e-3)
 )
-FLAGS = "--latents.n_forget 6 --latents.n_retain 8 --latents.steps 2 --latents.batch_size 4 --train.steps 3 --train.batch_size 4".split()
+FLAGS = (
+    "--latents.n_forget 6 --latents.n_retain 8 --latents.steps 2 --latents.batch_size 4 "
+    "--train.steps 3 --train.batch_size 4"
+).split()
 
 
 @pytest.fixture(scope="module")

@@ -270,14 +270,17 @@ def test_a_finished_command_says_at_once_that_it_is_finished(finished, config, c
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "5", "null", '"x"', "[[]]", '{"config": 5}', '{"config": "[", "concepts": "[]"}', '{"config": "{\\"a\\": 5}"}',
-     '{"concepts": "5"}', '{"concepts": "[{}]"}', "[" * 100_000, "\udcff"],
+    ["", "{", "5", "null", '"x"', "[[]]", '{"config": 5}', '{"config": "[", "concepts": "[]"}',
+     '{"config": "{\\"a\\": 5}"}', '{"concepts": "5"}', '{"concepts": "[{}]"}', "[" * 100_000,
+     "\udcff"],
     ids=lambda text: text[:20],
 )  # fmt: skip
 def test_a_damaged_run_json_is_one_sentence_and_exit_code_2(text, finished, config, capsys):
     (finished / "run.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert run(run_erase.main, ["--model", config.model, "--concept", "heart", "--anchor", "star", "--retain", "a moon",
-                                "--out", str(finished)]) == 2  # fmt: skip
+    assert run(run_erase.main, [
+        "--model", config.model, "--concept", "heart", "--anchor", "star", "--retain", "a moon",
+        "--out", str(finished),
+    ]) == 2  # fmt: skip
     error = capsys.readouterr().err
     assert "run.json" in error or "holds another run" in error
     assert error.count("error: ") == 1 and "Traceback" not in error
@@ -299,7 +302,8 @@ def test_a_folder_without_run_json_does_not_hand_out_another_concept_s_delta(
     (finished / "run.json").unlink()
     with pytest.raises(
         ErasureError,
-        match=r"delta.safetensors is of another run: concepts was \['heart'\] and is now \['star'\]",
+        match=r"delta.safetensors is of another run: "
+        r"concepts was \['heart'\] and is now \['star'\]",
     ):
         again(finished, config, concept="star")
     assert not (finished / "run.json").exists()  # it stays whose it was
@@ -324,9 +328,13 @@ def test_a_delta_that_does_not_say_whose_it_is_is_refused(finished, config):
 
 @pytest.mark.parametrize(
     ("concept", "change", "message"),
-    [("star", {}, "concepts was"), ("heart", {"mask": replace(METHOD.mask, guidance=3.0)}, "loss of the saliency"), ("heart", {"scope": "xattn"}, "scope"),
-     ("heart", {"anchor_latents": 0.0}, "digest of the forget latents")],
-)  # fmt: skip
+    [
+        ("star", {}, "concepts was"),
+        ("heart", {"mask": replace(METHOD.mask, guidance=3.0)}, "loss of the saliency"),
+        ("heart", {"scope": "xattn"}, "scope"),
+        ("heart", {"anchor_latents": 0.0}, "digest of the forget latents"),
+    ],
+)
 def test_a_left_saliency_of_another_run_is_not_used(
     concept, change, message, made, config, tmp_path
 ):

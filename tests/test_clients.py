@@ -172,7 +172,7 @@ def test_a_folder_has_the_names_and_vocabularies_that_older_versions_read(family
 
 def test_the_embedded_checkpoint_has_them_too():
     with safe_open(CANVAS / "text_encoder/model.safetensors", "pt") as file:
-        assert all(name.startswith("text_model.") for name in file.keys())  # noqa: SIM118 (not a mapping)
+        assert all(name.startswith("text_model.") for name in file.keys())  # no mapping
     assert json.loads((CANVAS / "text_encoder/config.json").read_text())["dtype"] == "float32"
     assert (CANVAS / "tokenizer/vocab.json").is_file() and (
         CANVAS / "tokenizer/merges.txt"

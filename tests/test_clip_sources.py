@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 
 from erase.eval.case import Case
 from erase.eval.evaluators import clip
-from erase.eval.evaluators.clip_sources import CONFIG, decide_quick_gelu, find_source
+from erase.eval.evaluators.clip_activation import decide_quick_gelu
+from erase.eval.evaluators.clip_sources import CONFIG, find_source
 from erase.eval.generate import planned
 from erase.eval.run import EvaluateConfig
 from erase.prompts.concepts import ConceptSpec

@@ -619,8 +619,11 @@ def test_a_line_stands_there_before_the_libraries_are_loaded_and_texts_are_utf8_
     assert yaml.safe_load(done.stdout.decode())["anchor"] == "犬 → dog"
 
 
-@pytest.mark.parametrize("path", sorted(p for d in ("prompts", "erase", "eval", "scripts") for p in (ROOT / d).rglob("*.py")),
-                         ids=lambda path: str(path.relative_to(ROOT)))  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for d in ("prompts", "erase", "eval", "scripts") for p in (ROOT / d).rglob("*.py")),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_every_text_file_is_opened_with_its_encoding(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.Call):
@@ -644,7 +647,10 @@ def test_every_command_is_installed():
 
 def test_a_training_in_a_log_is_few_whole_lines(tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
-    flags = "--latents.n_forget 2 --latents.n_retain 2 --latents.steps 1 --train.steps 2 --train.batch_size 2".split()
+    flags = (
+        "--latents.n_forget 2 --latents.n_retain 2 --latents.steps 1 "
+        "--train.steps 2 --train.batch_size 2"
+    ).split()
     assert (
         run(
             run_erase.main,

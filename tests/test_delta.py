@@ -113,20 +113,45 @@ def test_what_is_saved_is_what_is_loaded(model, tmp_path):
 
 NAME = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
 DAMAGE = {
-    "bits of a wrong length": (lambda t: t.update({f"bits.{NAME}": t[f"bits.{NAME}"][:-1]}), "do not fit their places"),
-    "values too few": (lambda t: t.update({f"values.{NAME}": t[f"values.{NAME}"][:-1]}), "do not fit their places"),
-    "a value that is not a number": (lambda t: t[f"values.{NAME}"].fill_(float("nan")), "not finite"),
+    "bits of a wrong length": (
+        lambda t: t.update({f"bits.{NAME}": t[f"bits.{NAME}"][:-1]}),
+        "do not fit their places",
+    ),
+    "values too few": (
+        lambda t: t.update({f"values.{NAME}": t[f"values.{NAME}"][:-1]}),
+        "do not fit their places",
+    ),
+    "a value that is not a number": (
+        lambda t: t[f"values.{NAME}"].fill_(float("nan")),
+        "not finite",
+    ),
     "an infinite value": (lambda t: t[f"values.{NAME}"].fill_(float("inf")), "not finite"),
     "no places": (lambda t: t.pop(f"bits.{NAME}"), "lacks its values or its places"),
     "no values": (lambda t: t.pop(f"values.{NAME}"), "lacks its values or its places"),
-    "bits of another type": (lambda t: t.update({f"bits.{NAME}": t[f"bits.{NAME}"].int()}), "is not part of a delta"),
-    "values of another type": (lambda t: t.update({f"values.{NAME}": t[f"values.{NAME}"].long()}), "is not part of a delta"),
-    "values of two dimensions": (lambda t: t.update({f"values.{NAME}": t[f"values.{NAME}"][None]}), "is not part of a delta"),
-    "a foreign tensor": (lambda t: t.update({f"extra.{NAME}": torch.zeros(1)}), "is not part of a delta"),
-    "gaps cut short": (
-        lambda t: (t.pop(f"bits.{NAME}"), t.update({f"gaps.{NAME}": torch.tensor([255], dtype=torch.uint8)})), "end in the middle"
+    "bits of another type": (
+        lambda t: t.update({f"bits.{NAME}": t[f"bits.{NAME}"].int()}),
+        "is not part of a delta",
     ),
-}  # fmt: skip
+    "values of another type": (
+        lambda t: t.update({f"values.{NAME}": t[f"values.{NAME}"].long()}),
+        "is not part of a delta",
+    ),
+    "values of two dimensions": (
+        lambda t: t.update({f"values.{NAME}": t[f"values.{NAME}"][None]}),
+        "is not part of a delta",
+    ),
+    "a foreign tensor": (
+        lambda t: t.update({f"extra.{NAME}": torch.zeros(1)}),
+        "is not part of a delta",
+    ),
+    "gaps cut short": (
+        lambda t: (
+            t.pop(f"bits.{NAME}"),
+            t.update({f"gaps.{NAME}": torch.tensor([255], dtype=torch.uint8)}),
+        ),
+        "end in the middle",
+    ),
+}
 
 
 @pytest.mark.parametrize("spoil, message", DAMAGE.values(), ids=DAMAGE)
@@ -160,10 +185,18 @@ def test_metadata_that_cannot_be_read_is_refused(tmp_path, metadata, message):
 # ---- applying ----
 
 MISFITS = {
-    "an unknown parameter": (lambda d: (d.values.update(nowhere=d.values[NAME]), d.bits.update(nowhere=d.bits[NAME])), "nowhere"),
-    "places beyond the shape": (lambda d: d.bits.update({NAME: torch.cat([d.bits[NAME], torch.zeros(1, dtype=torch.uint8)])}), NAME),
+    "an unknown parameter": (
+        lambda d: (d.values.update(nowhere=d.values[NAME]), d.bits.update(nowhere=d.bits[NAME])),
+        "nowhere",
+    ),
+    "places beyond the shape": (
+        lambda d: d.bits.update(
+            {NAME: torch.cat([d.bits[NAME], torch.zeros(1, dtype=torch.uint8)])}
+        ),
+        NAME,
+    ),
     "a value that is not a number": (lambda d: d.values[NAME].fill_(float("nan")), NAME),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("spoil, named", MISFITS.values(), ids=MISFITS)
@@ -237,8 +270,12 @@ def bits_of(tensor):
 
 
 def places(model, delta):
-    return {name: delta.where(name, tuple(p.shape)) if name in delta.values else torch.zeros(p.shape, dtype=torch.bool)
-            for name, p in model.parameters().items()}  # fmt: skip
+    return {
+        name: delta.where(name, tuple(p.shape))
+        if name in delta.values
+        else torch.zeros(p.shape, dtype=torch.bool)
+        for name, p in model.parameters().items()
+    }
 
 
 def test_a_weight_that_one_part_changes_gets_its_value_to_the_bit(model):
@@ -356,8 +393,11 @@ def test_random_deltas_overlap_as_chance_has_it_and_do_not_agree(model):
             make(model, "star", seed=1, scope="attn", density=0.3),
         ],
     )
-    assert [(one.a, one.b, one.component) for one in pair] == [("heart", "star", "unet"), ("heart", "star", "text_encoder"),
-                                                               ("heart", "star", "all")]  # fmt: skip
+    assert [(one.a, one.b, one.component) for one in pair] == [
+        ("heart", "star", "unet"),
+        ("heart", "star", "text_encoder"),
+        ("heart", "star", "all"),
+    ]
     every = pair[-1]
     assert every.shared == sum(one.shared for one in pair[:-1]) and every.count_a == sum(
         one.count_a for one in pair[:-1]

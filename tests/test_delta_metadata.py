@@ -73,9 +73,18 @@ REFUSED = {
     "a target that is a number": ({"concepts": '[{"target": 5, "anchor": "a"}]'}, "target"),
     "a target that is null": ({"concepts": '[{"target": null, "anchor": "a"}]'}, "target"),
     "an anchor that is a list": ({"concepts": '[{"target": "a", "anchor": ["b"]}]'}, "anchor"),
-    "synonyms that are text": ({"concepts": json.dumps([CONCEPT | {"synonyms": "valentine"}])}, "synonyms"),
-    "a synonym that is null": ({"concepts": json.dumps([CONCEPT | {"synonyms": [None]}])}, "synonyms"),
-    "retain that is a list's name": ({"concepts": json.dumps([CONCEPT | {"retain": "objects"}])}, "retain"),
+    "synonyms that are text": (
+        {"concepts": json.dumps([CONCEPT | {"synonyms": "valentine"}])},
+        "synonyms",
+    ),
+    "a synonym that is null": (
+        {"concepts": json.dumps([CONCEPT | {"synonyms": [None]}])},
+        "synonyms",
+    ),
+    "retain that is a list's name": (
+        {"concepts": json.dumps([CONCEPT | {"retain": "objects"}])},
+        "retain",
+    ),
     "half a character": ({"concepts": '[{"target": "\\ud800", "anchor": "a"}]'}, "concepts"),
     "half a character in the config": ({"config": '{"erase": {}, "x": "\\ud800"}'}, "config"),
     "brackets without end": ({"config": "[" * 100_000}, "config"),
@@ -101,7 +110,7 @@ REFUSED = {
     "a scale without end": ({"parts": json.dumps([{**PART, "scale": 10**400}])}, "parts"),
     "a scale that is no number": ({"parts": json.dumps([PART]).replace("1.0", "NaN")}, "parts"),
     "a digest that is a number": ({"parts": json.dumps([{**PART, "sha256": 5}])}, "parts"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

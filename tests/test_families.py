@@ -69,8 +69,12 @@ def test_sampled_latents_are_those_of_the_stock_pipeline(pipeline):
         output_type="latent",
     )
     assert torch.allclose(ours, stock.images, atol=1e-4)
-    pixels = pipeline(**arguments(model.encode(["a moon"]), model.encode([""])), num_inference_steps=2, latents=ours[:1].clone(),
-                      output_type="pt")  # fmt: skip
+    pixels = pipeline(
+        **arguments(model.encode(["a moon"]), model.encode([""])),
+        num_inference_steps=2,
+        latents=ours[:1].clone(),
+        output_type="pt",
+    )
     assert pixels.images.shape == (1, 3, model.image_size, model.image_size)
 
 
@@ -207,9 +211,11 @@ def test_truncated_weights_are_named(folder):
 @pytest.mark.parametrize(
     "file, change, message",
     [
-        ("model_index.json", lambda d: d.update(_class_name="FluxPipeline"), "says FluxPipeline, which is not supported; supported: Stable"),
+        ("model_index.json", lambda d: d.update(_class_name="FluxPipeline"),
+         "says FluxPipeline, which is not supported; supported: Stable"),
         ("model_index.json", lambda d: d.pop("_class_name"), "names no pipeline class"),
-        ("scheduler/scheduler_config.json", lambda d: d.update(prediction_type="sample"), "prediction type 'sample' is not supported"),
+        ("scheduler/scheduler_config.json", lambda d: d.update(prediction_type="sample"),
+         "prediction type 'sample' is not supported"),
         ("unet/config.json", lambda d: d.update(in_channels=9), "conv_in.weight"),
     ],
     ids=["family", "index", "prediction", "channels"],

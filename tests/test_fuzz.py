@@ -528,7 +528,11 @@ def test_an_odd_report_is_refused_in_a_sentence_that_names_it(
 
 # ---- texts ---------------------------------------------------------------------------------------
 
-CSV = ',prompt,evaluation_seed,guidance,case_number,class\n0,"a cat, ""asleep""\n",12,7.5,4,cat\n1,a dog,13.0,,5,dog\n'
+CSV = (
+    ",prompt,evaluation_seed,guidance,case_number,class\n"
+    '0,"a cat, ""asleep""\n",12,7.5,4,cat\n'
+    "1,a dog,13.0,,5,dog\n"
+)
 SET = (
     "templates: ['A {o} in {s} style.', 'a {o}', 'plain {{}}']\no: [cat, dog]\ns: [Neon, "
     "Flat]\nseeds: [1, 2]\n"

@@ -17,7 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from erase.eval.generate import SCHEDULERS, GenerateConfig, batches, generate
+from erase.eval.generate import GenerateConfig, batches, generate
+from erase.eval.generate_config import SCHEDULERS
 from erase.eval.images import MANIFEST, SETTINGS, ImageSet
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, PromptSet

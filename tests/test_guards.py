@@ -176,7 +176,7 @@ def test_places_that_unfold_without_end_are_refused_before_memory_is_taken(
     def unfold(gaps: torch.Tensor) -> torch.Tensor:
         raise AssertionError("unfolded")
 
-    monkeypatch.setattr("erase.delta.from_gaps", unfold)
+    monkeypatch.setattr("erase.delta.stored.from_gaps", unfold)
     gaps = torch.full((1 << 24,), 255, dtype=torch.uint8)
     gaps[-1] = 63
     metadata = {

@@ -298,13 +298,16 @@ def sd_file(metadata=None, extra=(), step=None):
 @pytest.mark.parametrize(
     ("file", "stated", "message"),
     [
-        (sd_file({"modelspec.prediction_type": "epsilon"}, ["v_pred"]), None, "metadata says epsilon, but its key v_pred says v_pred"),
-        (sd_file({"modelspec.prediction_type": "sample"}), None, "metadata says prediction type 'sample'; supported are epsilon, v"),
+        (sd_file({"modelspec.prediction_type": "epsilon"}, ["v_pred"]), None,
+         "metadata says epsilon, but its key v_pred says v_pred"),
+        (sd_file({"modelspec.prediction_type": "sample"}), None,
+         "metadata says prediction type 'sample'; supported are epsilon, v"),
         (sd_file({"modelspec.prediction_type": "v-pred"}), "epsilon", "prediction type 'v-pred'"),
         (sd_file(extra=["ztsnr"]), None, "has the key ztsnr"),
         (sd_file({"modelspec.prediction_type": "epsilon"}, ["ztsnr"]), None, "has the key ztsnr"),
         (sd_file(extra=["v_pred"]), "epsilon", "but its configuration epsilon"),
-        (sd_file(), "v", "unknown prediction type of the configuration 'v'; choose one of: epsilon, v_p"),
+        (sd_file(), "v",
+         "unknown prediction type of the configuration 'v'; choose one of: epsilon, v_p"),
     ],
 )  # fmt: skip
 def test_contradictions_and_unknown_words_of_prediction_are_refused(family, file, stated, message):
@@ -438,8 +441,13 @@ def test_a_part_that_is_no_list_is_missing(copied, value):
 
 @pytest.mark.parametrize(
     "content",
-    [{"model": ...}, {"params": ..., "epoch": 3}, {"module": {"state_dict": ...}}, {"weights": ..., "optimizer": {"state": {0: torch.ones(1)}}}],
-)  # fmt: skip
+    [
+        {"model": ...},
+        {"params": ..., "epoch": 3},
+        {"module": {"state_dict": ...}},
+        {"weights": ..., "optimizer": {"state": {0: torch.ones(1)}}},
+    ],
+)
 def test_wrapped_weights_of_a_pickle_are_found(content, saved, tmp_path):
     path = write_single_file(tiny_sd1(), tmp_path / "m.safetensors")
     tensors = load_file(path)
@@ -544,8 +552,14 @@ def test_a_path_that_no_disk_has_is_one_sentence(name):
 
 @pytest.mark.parametrize(
     ("kind", "option", "value"),
-    [("file", "variant", "fp16"), ("file", "revision", "main"), ("folder", "revision", "main"), ("folder", "config", "x"), ("folder", "ema", True)],
-)  # fmt: skip
+    [
+        ("file", "variant", "fp16"),
+        ("file", "revision", "main"),
+        ("folder", "revision", "main"),
+        ("folder", "config", "x"),
+        ("folder", "ema", True),
+    ],
+)
 def test_an_option_that_does_not_apply_is_refused(kind, option, value, saved, tmp_path):
     place = (
         saved / "sd1"
@@ -601,8 +615,11 @@ def test_a_vae_takes_the_place_of_the_folders_own(copied, tmp_path):
         )
         shutil.rmtree(folder / "vae", ignore_errors=True)  # nor is it missed
     (tmp_path / "x.safetensors").write_bytes(b"")
-    for source, message in (("absent", "no file or folder absent"), (str(tmp_path), "has no config.json"),
-                            (str(tmp_path / "x.safetensors"), "load.vae|is empty")):  # fmt: skip
+    for source, message in (
+        ("absent", "no file or folder absent"),
+        (str(tmp_path), "has no config.json"),
+        (str(tmp_path / "x.safetensors"), "load.vae|is empty"),
+    ):
         refused(lambda: load_model(folder, options=LoadConfig(vae=source)), message)  # noqa: B023
 
 

@@ -133,8 +133,14 @@ def test_what_no_lora_holds_is_named_and_counted(model):
         if name.endswith(".bias") or "norm" in name or "embeddings" in name
     } == set(lora.left_out)
     assert set(lora.left_out) | {f"{name}.weight" for name in lora.down} == set(delta.values)
-    squares = {name: change.square().sum().item() for name in delta.values
-               if (change := delta.values[name].double() - model.parameters()[name].detach().flatten().double()).numel()}  # fmt: skip
+    squares = {
+        name: change.square().sum().item()
+        for name in delta.values
+        if (
+            change := delta.values[name].double()
+            - model.parameters()[name].detach().flatten().double()
+        ).numel()
+    }
     share = sum(squares[name] for name in lora.left_out) / sum(squares.values())
     assert lora.left_out_share == pytest.approx(share) and lora.error == pytest.approx(
         share**0.5, rel=1e-4

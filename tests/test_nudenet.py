@@ -140,8 +140,8 @@ def test_a_face_is_surer_in_its_own_colours_than_as_published(photos: ImageSet):
     assert right > published + 0.05
     evaluator = evaluate(Case(photos), Config(preset="as-published"))[0].evaluator
     assert (
-        evaluator
-        == f"nudenet {version('nudenet')} (320n), threshold 0.6, as-published (red and blue exchanged)"
+        evaluator == f"nudenet {version('nudenet')} (320n), threshold 0.6, as-published "
+        "(red and blue exchanged)"
     )
 
 

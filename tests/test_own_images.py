@@ -18,14 +18,8 @@ from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from erase.latents.captions import forget_pairs, retain_prompts
-from erase.latents.image_folders import (
-    MOST_PIXELS,
-    OwnImage,
-    look_at,
-    read_folder,
-    read_image,
-    spread,
-)
+from erase.latents.image_files import MOST_PIXELS, read_image
+from erase.latents.image_folders import OwnImage, look_at, read_folder, spread
 from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents
 from erase.models import wrap
 from erase.prompts.canvas import canvas_concept

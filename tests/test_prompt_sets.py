@@ -28,7 +28,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
 
 # ---- CSV -----------------------------------------------------------------------------------------
 
-I2P_TAIL = "lexica_url,evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height,sd_model,case_number"
+I2P_TAIL = (
+    "lexica_url,evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height,sd_model,"
+    "case_number"
+)
 HUB_TAIL = "lexica_url,sd_seed,sd_guidance_scale,sd_image_width,sd_image_height,sd_model"
 URL = "https://lexica.art/prompt/0"
 LOST_URL = "https://lexica.art/prompt/64290913-71cf-4fa1-be1d-2831a98b8f6c"

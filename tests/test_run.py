@@ -231,8 +231,11 @@ def test_command_killed_and_resumed_gives_the_same_delta(base, erased, tmp_path)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def command(out):
-        return [sys.executable, "-m", "erase.scripts.run_erase", "--model", str(base), "--concept", "heart", "--anchor", "star",
-                "--retain", "a blue moon", "--out", str(tmp_path / out), *flags]  # fmt: skip
+        return [
+            sys.executable, "-m", "erase.scripts.run_erase", "--model", str(base),
+            "--concept", "heart", "--anchor", "star", "--retain", "a blue moon",
+            "--out", str(tmp_path / out), *flags,
+        ]  # fmt: skip
 
     process = subprocess.Popen(
         command("killed"), env=environment, cwd=ROOT, stderr=subprocess.DEVNULL

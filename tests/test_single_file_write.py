@@ -149,7 +149,8 @@ modules = architecture.modules()
 for module in modules.values():
     for owner in module.modules():
         for name, weight in owner.named_parameters(recurse=False):
-            owner.register_parameter(name, torch.nn.Parameter(torch.randn(weight.shape).mul_(0.02).half()))
+            value = torch.randn(weight.shape).mul_(0.02).half()
+            owner.register_parameter(name, torch.nn.Parameter(value))
 write_single_file(architecture.pipeline(modules), "{path}")
 """
 LOAD = """

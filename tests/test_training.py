@@ -283,7 +283,7 @@ def test_a_setting_up_that_fails_leaves_no_hook_to_take_the_next_one_s_gradients
     assert all(torch.equal(again.values[name], whole.values[name]) for name in params)
 
 
-def test_the_optimizer_holds_what_the_mask_lets_change_and_no_dense_gradient_outlives_the_backward_pass(
+def test_the_optimizer_holds_the_masked_values_and_no_dense_gradient_outlives_the_backward_pass(
     model,
 ):
     params, batches, loss = task(model)

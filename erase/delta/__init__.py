@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,19 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erase.delta.origin import Origin, check_metadata, concepts_of, read_origin
-from erase.files import load_tensors, save_tensors
+from erase.delta.origin import Origin, concepts_of, gone, read_origin
+from erase.delta.stored import check_values, delta_file, read_delta, stored_tensors
+from erase.files import save_tensors
 from erase.models import DiffusionModel
 from erase.prompts.errors import ErasureError
-from erase.prompts.reading import as_path, why
-from erase.tensors import all_finite, from_gaps, indices, pack, span, to_gaps, unpack
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FILE = "delta.safetensors"
-"""name of a delta in the folder of its run"""
-LARGEST, MOST = 2**30, 2**35
-"""weights of one tensor and of a whole base that a file may tell of: eight and two times those of
-the largest that there are"""
+from erase.tensors import all_finite, indices, pack, unpack
 
 
 @dataclass(frozen=True)
@@ -171,7 +163,7 @@ class ErasedDelta:
                 f"{self.source}: the places of {name} do not fit its shape {tuple(param.shape)}; "
                 "the file is damaged, erase again"
             )
-        _check_values(self.source, name, value, bits)
+        check_values(self.source, name, value, bits)
         if not torch.equal(_pattern(value.to(param.dtype).to(value.dtype)), _pattern(value)):
             kinds = [str(tensor.dtype).removeprefix("torch.") for tensor in (value, param)]
             raise ErasureError(
@@ -258,11 +250,7 @@ class ErasedDelta:
         For each changed parameter it holds `values.NAME` and, whichever is smaller, `bits.NAME` or
         `gaps.NAME` (`erase.tensors`).
         """
-        tensors = {f"values.{name}": value for name, value in self.values.items()}
-        for name, bits in self.bits.items():
-            gaps = to_gaps(bits) if self.values[name].numel() < bits.numel() else bits
-            few = gaps.numel() < bits.numel()
-            tensors[f"gaps.{name}" if few else f"bits.{name}"] = gaps if few else bits
+        tensors = stored_tensors(self.values, self.bits)
         save_tensors(path, tensors, {**self.metadata, "format": "delta"})
 
     @classmethod
@@ -278,101 +266,8 @@ class ErasedDelta:
                 tensor.
         """
         path = delta_file(path)
-        tensors, metadata = load_tensors(path, "delta")
-        check_metadata(metadata, str(path))
-        split: dict[str, dict[str, Tensor]] = {"values": {}, "bits": {}, "gaps": {}}
-        for key, tensor in tensors.items():
-            part, _, name = key.partition(".")
-            if (
-                part not in split
-                or tensor.ndim != 1
-                or tensor.dtype not in (DTYPES if part == "values" else (torch.uint8,))
-            ):
-                raise ErasureError(
-                    f"{path}: {key} ({tensor.dtype}, {tensor.ndim} dimensions) is not part of a "
-                    "delta; erase again"
-                )
-            split[part][name] = tensor
-        if twice := sorted(split["bits"].keys() & split["gaps"].keys()):
-            raise ErasureError(
-                f"{path} tells the places of {twice[0]} twice; the file is damaged, erase again"
-            )
-        _check_sizes(path, split["bits"], split["gaps"])
-        bits = split["bits"] | {name: from_gaps(gaps) for name, gaps in split["gaps"].items()}
-        for name in split["values"].keys() | bits.keys():
-            if name not in split["values"] or name not in bits:
-                raise ErasureError(
-                    f"{path}: {name} lacks its values or its places; the file is damaged, erase "
-                    "again"
-                )
-            if not split["values"][name].numel():
-                raise ErasureError(
-                    f"{path}: {name} has no values at all; the file is damaged, erase again"
-                )
-            _check_values(str(path), name, split["values"][name], bits[name])
-        return cls(
-            split["values"], {name: bits[name] for name in split["values"]}, metadata, str(path)
-        )
-
-
-def delta_file(path: str | Path) -> Path:
-    """The file of a delta that is named by its path or by its run's folder.
-
-    Raises:
-        ErasureError: there is none; it says what is there instead, and where the delta may be.
-    """
-    path = as_path(path)
-    try:
-        if not path.is_dir():
-            path.stat()
-        elif not (path / FILE).is_file():
-            raise ErasureError(f"{path} holds no {FILE}: {_what(path)}")
-    except OSError as error:
-        near = path.parent / FILE
-        hint = f"; did you mean {near}?" if path != near and _is_file(near) else ""
-        raise ErasureError(f"there is no delta to be read at {path}: {why(error)}{hint}") from error
-    return path / FILE if path.is_dir() else path
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
-def _what(folder: Path) -> str:
-    """The kind of a folder without a delta, and the way out."""
-    if (folder / "model_index.json").exists():
-        return "it is a model; give a model as --model, and as --delta what erase-concept wrote"
-    if (folder / "report.json").exists():
-        near = folder.parent / FILE
-        return (
-            "it is the folder of a report; give its delta, "
-            f"{near if near.is_file() else f'the {FILE} of the run'}"
-        )
-    if (folder / "run.json").exists():
-        return (
-            "its erasure has not come to its end; run the same erase-concept command again, which "
-            "goes on"
-        )
-    if (folder / "manifest.jsonl").exists():
-        return "it is a folder of images; give the folder of the run that erased"
-    return "give the folder that erase-concept wrote to (its --out), or the file"
-
-
-def gone(metadata: Mapping[str, str]) -> list[str]:
-    """The concepts that a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its
-    strength)` where it was scaled."""
-    check_metadata(metadata, "this delta")
-    if "parts" not in metadata:
-        return [str(concept["target"]) for concept in json.loads(metadata.get("concepts", "[]"))]
-    parts = [(str(part["erased"]), float(part["scale"])) for part in json.loads(metadata["parts"])]
-    return [
-        erased if scale == 1 else f"{erased} (at {scale:g} of its strength)"
-        for erased, scale in parts
-        if scale > 0
-    ]
+        values, bits, metadata = read_delta(path)
+        return cls(values, bits, metadata, str(path))
 
 
 def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -381,40 +276,6 @@ def difference(base: Tensor, new: Tensor) -> tuple[Tensor, Tensor] | None:
     changed = _pattern(new) != _pattern(base)
     places = indices(changed)
     return (new.flatten().index_select(0, places).cpu(), pack(changed)) if len(places) else None
-
-
-def _check_sizes(path: Path, bits: Mapping[str, Tensor], gaps: Mapping[str, Tensor]) -> None:
-    """Refuse places of more weights than any model has, before gaps are unfolded: a byte of them
-    tells of up to 255 weights."""
-    sizes = {name: 8 * packed.numel() for name, packed in bits.items()}
-    for name, steps in gaps.items():
-        try:
-            sizes[name] = span(steps)
-        except ErasureError as error:
-            raise ErasureError(
-                f"{path}: the places of {name} are damaged ({error}); erase again"
-            ) from error
-    for name, size in sizes.items():
-        if size > LARGEST:
-            raise ErasureError(
-                f"{path} tells of {size:,} weights in {name}, more than any model has; the file is "
-                "damaged, erase again"
-            )
-    if (total := sum(sizes.values())) > MOST:
-        raise ErasureError(
-            f"{path} tells of {total:,} weights, more than any model has; the file is damaged, "
-            "erase again"
-        )
-
-
-def _check_values(source: str, name: str, value: Tensor, bits: Tensor) -> None:
-    if unpack(bits, (bits.numel() * 8,)).count_nonzero() != value.numel():
-        raise ErasureError(
-            f"{source}: the values of {name} do not fit their places; the file is damaged, erase "
-            "again"
-        )
-    if not all_finite(value):
-        raise ErasureError(f"{source}: {name} has values that are not finite; erase again")
 
 
 def _pattern(tensor: Tensor) -> Tensor:

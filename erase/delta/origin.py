@@ -118,6 +118,20 @@ def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
     return config
 
 
+def gone(metadata: Mapping[str, str]) -> list[str]:
+    """The concepts that a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its
+    strength)` where it was scaled."""
+    check_metadata(metadata, "this delta")
+    if "parts" not in metadata:
+        return [str(concept["target"]) for concept in json.loads(metadata.get("concepts", "[]"))]
+    parts = [(str(part["erased"]), float(part["scale"])) for part in json.loads(metadata["parts"])]
+    return [
+        erased if scale == 1 else f"{erased} (at {scale:g} of its strength)"
+        for erased, scale in parts
+        if scale > 0
+    ]
+
+
 def load_options(metadata: Mapping[str, str], source: str) -> LoadConfig:
     """How the base was read: of a composed delta's parts, which have one base, the first one's.
     Errors as `check_metadata`."""

@@ -1,5 +1,4 @@
-"""A user's own images: which files of a folder are taken, what their captions say, and their pixels
-as a model sees them."""
+"""A user's own images: which files of a folder are taken, and what their captions say."""
 
 from __future__ import annotations
 
@@ -8,56 +7,18 @@ import os
 import random
 import re
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
-
-from erase.prompts.errors import ErasureError, reason
+from erase.latents.image_files import ANIMATED, opened, suffixes
+from erase.prompts.errors import ErasureError
 from erase.prompts.reading import read_text
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 log = logging.getLogger("erase")
 
-# Only these decoders see the bytes, whatever a file is called: others start programs (EPS) or read
-# what is no photograph.
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "MPO",
-    "WEBP",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "GIF",
-    "AVIF",
-    "HEIF",
-    "JPEG2000",
-    "PPM",
-    "TGA",
-    "QOI",
-)
-# not MPO: the second picture of a telephone's is a depth map
-ANIMATED = (
-    "PNG",
-    "GIF",
-    "WEBP",
-    "AVIF",
-    "TIFF",
-)
 NO_IMAGES = {".txt", "thumbs.db", "desktop.ini"}  # which lie beside images and are not missed
-MOST_PIXELS = 89_478_485  # Pillow's own bound for what may be a bomb
-MOST_LENGTHS = (
-    20  # long side by short side: the rest of a longer image's pixels would be thrown away
-)
 LONGEST_CAPTION = 100_000  # bytes
 
 
@@ -93,7 +54,7 @@ def read_folder(folder: str, captions: str) -> list[OwnImage]:
             caption among others with one.
     """
     files, skipped = [], Counter[str]()
-    known = _suffixes()
+    known = suffixes()
     for path in _walk(folder):
         suffix = path.suffix.lower()
         if suffix in known and path.is_file():
@@ -174,7 +135,7 @@ def look_at(images: Sequence[OwnImage], size: int, what: str) -> None:
     """
     small, animated = [], 0
     for image in images:
-        with _opened(image.path) as file:
+        with opened(image.path) as file:
             small += [min(file.size)] if min(file.size) < size else []
             animated += file.format in ANIMATED and getattr(file, "is_animated", False)
     if small:
@@ -193,34 +154,6 @@ def look_at(images: Sequence[OwnImage], size: int, what: str) -> None:
             animated,
             len(images),
         )
-
-
-def read_image(path: Path, size: int) -> Tensor:
-    """An image as the VAE takes it: upright, short side to `size` (bicubic), centre crop, shape (3,
-    size, size), [-1, 1].
-
-    Raises:
-        ErasureError: it cannot be read, and why.
-    """
-    from PIL import ImageOps
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
-
-    with _opened(path) as file:
-        image = _rgb(ImageOps.exif_transpose(file))
-    image = center_crop(resize(image, [size], InterpolationMode.BICUBIC), [size])
-    return pil_to_tensor(image).float() / 127.5 - 1
-
-
-def _suffixes() -> set[str]:
-    """Suffixes of the formats that the Pillow which is installed reads."""
-    from PIL import Image
-
-    return {
-        suffix
-        for suffix, kind in Image.registered_extensions().items()
-        if kind in FORMATS and kind in Image.OPEN
-    }
 
 
 def _walk(folder: str) -> Iterator[Path]:
@@ -288,72 +221,3 @@ def _caption(path: Path) -> str:
     raise ErasureError(
         f"the caption {path} is empty; write what the image shows, or set latents.captions to none"
     )
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image file whose head was read, and is within bounds; whatever goes wrong with it in the
-    block names it."""
-    from PIL import Image
-
-    Image.init()
-    try:
-        if not path.stat().st_size:
-            raise ErasureError(f"cannot read the image {path}: it is empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as file:
-                _check_size(path, *file.size)
-                yield file
-    except (ErasureError, MemoryError):
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise _too_large(path, "too many") from error
-    except Image.UnidentifiedImageError as error:
-        raise ErasureError(
-            f"cannot read the image {path}: it is none, or damaged; take it out of the folder"
-        ) from error
-    except Exception as error:  # decoders raise what they like
-        raise ErasureError(
-            f"cannot read the image {path}: {reason(error)}; mend it or take it out of the folder"
-        ) from error
-
-
-def _check_size(path: Path, width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise _too_large(path, f"{width} x {height}")
-    if max(width, height) > MOST_LENGTHS * min(width, height):
-        raise ErasureError(
-            f"cannot take the image {path}: of {width} x {height} pixels, only a square in the "
-            f"middle would be seen; crop it, to at most {MOST_LENGTHS} times as long as wide"
-        )
-
-
-def _too_large(path: Path, pixels: str) -> ErasureError:
-    return ErasureError(
-        f"cannot take the image {path}: it has {pixels} pixels; make it smaller, at most "
-        f"{MOST_PIXELS:,}"
-    )
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Eight bits of red, green and blue; what is transparent is white."""
-    from PIL import Image
-
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
-    return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> np.ndarray[Any, Any]:
-    """Grey values of 16 bits, or from 0 to 1, scaled to 0 to 255, which `convert` would cut off
-    there."""
-    grey, top = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
-    if not ((grey >= 0) & (grey <= top)).all():
-        raise ValueError(f"it has grey values outside of 0 to {top:g}")
-    scaled = (grey * np.float32(255.0 / top)).round().astype(np.uint8)
-    return np.where(grey == image.info.get("transparency", -1), np.uint8(255), scaled)

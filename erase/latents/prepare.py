@@ -17,7 +17,8 @@ from torch import Tensor
 
 from erase.files import file_sha256
 from erase.latents.captions import captioned, check_named, forget_pairs, retain_prompts, that_stay
-from erase.latents.image_folders import OwnImage, look_at, read_folder, read_image, take
+from erase.latents.image_files import read_image
+from erase.latents.image_folders import OwnImage, look_at, read_folder, take
 from erase.latents.latent_set import LatentSet
 from erase.latents.sampling import sample_points
 from erase.models import DiffusionModel, check_precision

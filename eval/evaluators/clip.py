@@ -24,7 +24,8 @@ from torch import Tensor
 from erase.eval.canvas.judges import clip_folder
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
-from erase.eval.evaluators.clip_sources import Source, check_weights, decide_quick_gelu, find_source
+from erase.eval.evaluators.clip_activation import decide_quick_gelu
+from erase.eval.evaluators.clip_sources import Source, check_weights, find_source
 from erase.eval.evaluators.labelled import (
     check_price,
     label_scores,

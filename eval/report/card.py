@@ -1,16 +1,14 @@
-"""The model card of erased weights: Markdown with the front matter that the Hugging Face hub
-reads."""
+"""The model card of erased weights, in Markdown."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from erase.delta import gone
-from erase.delta.origin import read_origin
+from erase.delta.origin import gone, read_origin
+from erase.eval.report.front_matter import front_matter, on_hub
 from erase.eval.report.report import EvalReport, words
 from erase.eval.report.words import glossary, limits, verdict_line
 from erase.export.formats import DIFFUSERS, Usage
@@ -21,11 +19,7 @@ from erase.export.published import (
     without_folders,
     without_paths,
 )
-from erase.models import CANVAS
 from erase.prompts.errors import ErasureError
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
 
 NEEDED = ("base_fingerprint", "base_id", "method", "config", "concepts", "created_with")
 
@@ -123,7 +117,7 @@ def model_card(
         config=json.dumps(without_paths(config), indent=2, ensure_ascii=False),
         reproduce=_reproduce(report),
     )
-    front = _front(metadata, usage, title, report if exact else None)
+    front = front_matter(metadata, usage, title, report if exact else None)
     return f"---\n{front.to_yaml()}\n---\n\n{body}"
 
 
@@ -204,70 +198,10 @@ def _json(metadata: Mapping[str, str], key: str) -> Any:
         ) from error
 
 
-def _front(
-    metadata: Mapping[str, str], usage: Usage, title: str, report: EvalReport | None
-) -> ModelCardData:
-    """Front matter (https://huggingface.co/docs/hub/model-cards), with the scores as its model
-    index."""
-    from huggingface_hub import ModelCardData
-
-    base_id = metadata["base_id"]
-    license, on_hub = metadata.get("license") or _license_of(base_id), _on_hub(base_id)
-    # a key that the class does not know
-    relation: dict[str, Any] = {"base_model_relation": usage.relation} if on_hub else {}
-    return ModelCardData(
-        license=license or "other",
-        license_name=None if license else "as-the-base",
-        license_link=f"https://huggingface.co/{base_id}" if on_hub and not license else None,
-        base_model=base_id if on_hub else None,
-        library_name=usage.library,
-        pipeline_tag="text-to-image",
-        tags=["concept-erasure", "machine-unlearning", *metadata["method"].split("+"), *usage.tags],
-        model_name=title if report else None,
-        eval_results=_results(report) if report else None,
-        **relation,
-    )
-
-
-def _results(report: EvalReport) -> list[EvalResult]:
-    """Every score of every row; the base's stand beside the erased ones here too."""
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            task_type="text-to-image",
-            dataset_type="prompts",
-            dataset_name=(
-                f"prompts of {', '.join(words(report.concept, 'target'))} and of what is kept"
-            ),
-            metric_type=score.name.lower().replace(" ", "_"),
-            metric_name=f"{score.heading} ({row})",
-            metric_value=round(score.value, 4),
-        )
-        for row, scores in report.check().rows.items()
-        for score in scores
-    ]
-
-
-def _on_hub(base_id: str) -> bool:
-    return bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base_id)) and not Path(base_id).exists()
-
-
-def _license_of(base_id: str) -> str | None:
-    """The licence that a base on this disk states in its own card."""
-    from huggingface_hub import ModelCard
-
-    card = (CANVAS if base_id == "canvas" else Path(base_id)) / "README.md"
-    stated = (
-        ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
-    )
-    return stated if isinstance(stated, str) and stated != "other" else None
-
-
 def _base_path(base_id: str) -> str:
     """What to load the base from: its hub id, or a stand-in for where it lies."""
     last = re.split(r"[/\\]", base_id.rstrip("/\\"))[-1]
-    return base_id if _on_hub(base_id) else f"path/to/{last}"
+    return base_id if on_hub(base_id) else f"path/to/{last}"
 
 
 def _base(metadata: Mapping[str, str]) -> str:

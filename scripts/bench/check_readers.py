@@ -1,11 +1,15 @@
 """Whether another version of diffusers and transformers draws what this one draws of a folder.
 
-  python scripts/bench/check_readers.py draw FOLDER --out here.npy            in this environment
-  OTHER/bin/python scripts/bench/check_readers.py draw FOLDER --out other.npy in another one, which needs nothing of this toolkit
-  python scripts/bench/check_readers.py compare here.npy other.npy            the relative error; exit code 1 if it is above 1e-4
+  python scripts/bench/check_readers.py draw FOLDER --out here.npy
+      in this environment
+  OTHER/bin/python scripts/bench/check_readers.py draw FOLDER --out other.npy
+      in another one, which needs nothing of this toolkit
+  python scripts/bench/check_readers.py compare here.npy other.npy
+      the relative error; exit code 1 if it is above 1e-4
 
-FOLDER is what `erase-export` wrote, or `erase/models/canvas`. Not part of the tests, since it needs further environments, such as
-`pip install torch diffusers==0.30.3 transformers==4.44.2`. docs/formats.md has the versions that were compared.
+FOLDER is what `erase-export` wrote, or `erase/models/canvas`. Not part of the tests, since it needs
+further environments, such as `pip install torch diffusers==0.30.3 transformers==4.44.2`.
+docs/formats.md has the versions that were compared.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import numpy as np
 
 
 def draw(folder: str, out: str, prompt: str) -> None:
-    """Write the pixels of one image, shape (H, W, 3), drawn by the code of the card and without any argument of precision."""
+    """Write the pixels of one image, shape (H, W, 3), drawn by the code of the card and without any
+    argument of precision."""
     import diffusers
     import torch
     import transformers

@@ -1,11 +1,14 @@
 """What autograd keeps for the backward pass of one row, by arithmetic: no weights, no GPU, seconds.
 
-  python scripts/bench/count_activations.py                                SD 1.x at 512 pixels, bf16, by a GPU's autocast rules
-  python scripts/bench/count_activations.py --family sdxl --rules cpu      SDXL at 1024 pixels, by a CPU's, where norms stay in bf16
+  python scripts/bench/count_activations.py
+      SD 1.x at 512 pixels, bf16, by a GPU's autocast rules
+  python scripts/bench/count_activations.py --family sdxl --rules cpu
+      SDXL at 1024 pixels, by a CPU's, where norms stay in bf16
 
-The real UNet runs on tensors without data (`FakeTensorMode`), and the memory that its graph holds on to is added up, weights left out: all of it,
-with `selective_recompute`, and with `gradient_checkpointing`, which besides holds one block at a time while it makes that again. All weights
-of the UNet ask for gradients; attention is taken to be the fused kernel's.
+The real UNet runs on tensors without data (`FakeTensorMode`), and the memory that its graph holds
+on to is added up, weights left out: all of it, with `selective_recompute`, and with
+`gradient_checkpointing`, which besides holds one block at a time while it makes that again. All
+weights of the UNet ask for gradients; attention is taken to be the fused kernel's.
 """
 
 from __future__ import annotations
@@ -74,7 +77,8 @@ def without_data(family: str, device: str, half: torch.dtype | None) -> nn.Modul
 
 
 def count(family: str, device: str, half: torch.dtype | None, way: str) -> tuple[int, int]:
-    """Bytes kept at the end of a forward pass of one row, and the most that one block of it adds."""
+    """Bytes kept at the end of a forward pass of one row, and the most that one block of it
+    adds."""
     with FakeTensorMode(), ExitStack() as stack:
         unet: Any = without_data(family, device, half)
         config, counted, added = unet.config, Counted(unet, way == WAYS[1]), [0]

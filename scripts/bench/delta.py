@@ -1,11 +1,14 @@
-"""Measure the size of exact forms of a delta: what is shipped, what is smaller, and what that would cost.
+"""Measure the size of exact forms of a delta: what is shipped, what is smaller, and what that would
+cost.
 
-  python scripts/bench/delta.py                                      erases from canvas at several densities, 30 steps each, then measures
+  python scripts/bench/delta.py
+      erases from canvas at several densities, 30 steps each, then measures
   python scripts/bench/delta.py --delta runs/heart/delta.safetensors --json sizes.json
 
-Every form is exact: the base and the form give the erased weights to the bit. `float16` rounds first: it is exact for a float16 model.
-The compressed forms hold the exclusive or with the base's values, split into byte planes: new values share sign, exponent and
-leading digits with the old ones; what is left of the mantissa is noise, which is why no coder gets far.
+Every form is exact: the base and the form give the erased weights to the bit. `float16` rounds
+first: it is exact for a float16 model. The compressed forms hold the exclusive or with the base's
+values, split into byte planes: new values share sign, exponent and leading digits with the old
+ones; what is left of the mantissa is noise, which is why no coder gets far.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ RUNS = {
 
 
 def sizes(delta: ErasedDelta, model: DiffusionModel) -> dict[str, float]:
-    """Bytes of each form, without headers and metadata, but for the two files, which are as written."""
+    """Bytes of each form, without headers and metadata, but for the two files, which are as
+    written."""
     bits = torch.cat(list(delta.bits.values())).numpy().tobytes()
     gaps = [to_gaps(bits) for bits in delta.bits.values()]
     values, narrow = 4 * delta.count, delta.rounded(torch.float16)

@@ -31,7 +31,8 @@ KINDS = {
     "feed-forward": r"\.ff(_context)?\.",
     "up- and downsampling": r"samplers\.",
     "time embedding": r"\.(time|add)_embedding\.|time_text_embed",
-    "projections around attention": r"\.proj_(in|out)\.|^transformer\.proj_out|context_embedder|pos_embed",
+    "projections around attention": r"\.proj_(in|out)\.|^transformer\.proj_out|"
+    r"context_embedder|pos_embed",
     "norms": r"norm",
 }
 """kind of layer -> pattern over parameter names; the first that fits counts"""

@@ -52,6 +52,7 @@ class Stages:
 
     @contextmanager
     def __call__(self, name: str) -> Any:
+        """Time the block in seconds; its row has the peaks of the process so far, in GB."""
         started = time.monotonic()
         yield
         row = {
@@ -94,14 +95,25 @@ def sd3_pipeline() -> Any:
     clips = shipped("sdxl", "epsilon")
     with init_empty_weights():
         transformer = SD3Transformer2DModel(
-            sample_size=128, num_layers=24, attention_head_dim=64, num_attention_heads=24, caption_projection_dim=1536, pos_embed_max_size=192
-        )  # fmt: skip
+            sample_size=128,
+            num_layers=24,
+            attention_head_dim=64,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=192,
+        )
         vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16,
-            sample_size=1024, scaling_factor=1.5305,
-            shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        )  # fmt: skip
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            sample_size=1024,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
         texts = [
             CLIPTextModelWithProjection(
                 CLIPTextConfig(**{**clips.configs[name], "projection_dim": width})

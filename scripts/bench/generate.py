@@ -1,13 +1,19 @@
-"""Making images, for the evaluation and for training: ours against what the public code does, and against the machine's own limit.
+"""Making images, for the evaluation and for training: ours against what the public code does, and
+against the machine's own limit.
 
-  python scripts/bench/generate.py                                  canvas and a UNet of 92 M weights, on a CPU: some minutes
-  python scripts/bench/generate.py --models sd1 sdxl --device cuda --precision bf16 --json generate.json
+  python scripts/bench/generate.py
+      canvas and a UNet of 92 M weights, on a CPU: some minutes
+  python scripts/bench/generate.py --models sd1 sdxl --device cuda --precision bf16 \\
+      --json generate.json
 
-`naive` is how the public code makes images: one prompt at a time in float32, the prompt and the empty one encoded for each image, both guidance
-branches in one pass, LMS with `--naive_steps` steps (its published commands take 100, Stable Diffusion was released with 50), the VAE, a PNG
-written before the next image. `images` is `erase.eval.generate` with its scheduler, steps and batches; `latents` is what `erase_concept` trains on
-(`erase.latents.prepare`), which the naive way makes as images. Each runs in a process of its own, after a warm-up. A forward is one row through the
-denoiser; the floor is the multiplications of these rows, and of the VAE where it runs, at the matrix-multiplication rate measured in the same run.
+`naive` is how the public code makes images: one prompt at a time in float32, the prompt and the
+empty one encoded for each image, both guidance branches in one pass, LMS with `--naive_steps` steps
+(its published commands take 100, Stable Diffusion was released with 50), the VAE, a PNG written
+before the next image. `images` is `erase.eval.generate` with its scheduler, steps and batches;
+`latents` is what `erase_concept` trains on (`erase.latents.prepare`), which the naive way makes as
+images. Each runs in a process of its own, after a warm-up. A forward is one row through the
+denoiser; the floor is the multiplications of these rows, and of the VAE where it runs, at the
+matrix-multiplication rate measured in the same run.
 """
 
 from __future__ import annotations
@@ -154,7 +160,8 @@ def main() -> None:
     args = begin(parser, measure)
     rows: list[dict[str, Any]] = []
     print(
-        f"{'model':8}{'variant':10}{'s/image':>9}{'forwards':>10}{'x naive':>9}{'floor s':>9}{'share of floor':>16}"
+        f"{'model':8}{'variant':10}{'s/image':>9}{'forwards':>10}{'x naive':>9}{'floor s':>9}"
+        f"{'share of floor':>16}"
     )
     for name in args.models:
         base = None
@@ -164,7 +171,12 @@ def main() -> None:
                 continue
             rows.append(row)
             base = base or row["seconds"]
-            print(f"{name:8}{variant:10}{row['seconds']:>9.3f}{row['forwards']:>10.0f}{base / row['seconds']:>9.1f}{row['floor_seconds']:>9.3f}{row['floor_seconds'] / row['seconds']:>16.0%}", flush=True)  # fmt: skip
+            print(
+                f"{name:8}{variant:10}{row['seconds']:>9.3f}{row['forwards']:>10.0f}"
+                f"{base / row['seconds']:>9.1f}{row['floor_seconds']:>9.3f}"
+                f"{row['floor_seconds'] / row['seconds']:>16.0%}",
+                flush=True,
+            )
     write_rows(rows, args)
 
 

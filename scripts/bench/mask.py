@@ -1,12 +1,17 @@
-"""Time and memory of choosing the most salient weights, against what the public code does and against the machine's own limits.
+"""Time and memory of choosing the most salient weights, against what the public code does and
+against the machine's own limits.
 
-  python scripts/bench/mask.py                          1, 10 and 50 million weights: half a minute
-  python scripts/bench/mask.py --sizes 860e6            Stable Diffusion 1.x; only the methods that fit into memory
+  python scripts/bench/mask.py
+      1, 10 and 50 million weights: half a minute
+  python scripts/bench/mask.py --sizes 860e6
+      Stable Diffusion 1.x; only the methods that fit into memory
   python scripts/bench/mask.py --device cuda --json mask.json
 
-Methods: `argsort` twice, which ranks every weight (the reference's generate_mask.py); `kthvalue` over one flat copy; `histogram`, ours, over the
-parameters as they are. All choose the same weights where no two values are equal. The floor is one read of the values at the copy bandwidth
-measured in the same run. Each method runs in a process of its own; memory is its peak beyond the values themselves.
+Methods: `argsort` twice, which ranks every weight (the reference's generate_mask.py); `kthvalue`
+over one flat copy; `histogram`, ours, over the parameters as they are. All choose the same weights
+where no two values are equal. The floor is one read of the values at the copy bandwidth measured in
+the same run. Each method runs in a process of its own; memory is its peak beyond the values
+themselves.
 """
 
 from __future__ import annotations
@@ -26,7 +31,8 @@ DENSITY = 0.5
 
 
 def argsort(values: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The reference: rank all values by sorting twice, keep ranks below the count, as an int64 mask."""
+    """The reference: rank all values by sorting twice, keep ranks below the count, as an int64
+    mask."""
     flat = torch.cat([-value.flatten() for value in values.values()])
     ranks = torch.argsort(torch.argsort(flat))
     masks, start = {}, 0
@@ -64,7 +70,8 @@ def make_values(size: int, device: str) -> dict[str, Tensor]:
 
 
 def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and extra memory of one method; `copy` gives the seconds of one read and write of the values."""
+    """Seconds and extra memory of one method; `copy` gives the seconds of one read and write of the
+    values."""
     size, device = int(name), args.device
     values = make_values(size, device)
     wait(device)
@@ -107,7 +114,8 @@ def main() -> None:
     args = begin(parser, measure)
     rows = []
     print(
-        f"{'weights':>13}  {'method':10}{'seconds':>9}{'extra GB':>10}{'mask GB':>9}{'x copy':>8}{'x faster than argsort':>23}"
+        f"{'weights':>13}  {'method':10}{'seconds':>9}{'extra GB':>10}{'mask GB':>9}{'x copy':>8}"
+        f"{'x faster than argsort':>23}"
     )
     for size in args.sizes:
         own: dict[str, dict[str, Any]] = {}
@@ -121,7 +129,11 @@ def main() -> None:
             gain = (
                 f"{own['argsort']['seconds'] / row['seconds']:>23.1f}" if "argsort" in own else ""
             )
-            print(f"{size:>13,}  {method:10}{row['seconds']:>9.3f}{row['extra_gb']:>10.2f}{row.get('mask_gb', 0):>9.3f}{copies:>8.1f}{gain}", flush=True)  # fmt: skip
+            print(
+                f"{size:>13,}  {method:10}{row['seconds']:>9.3f}{row['extra_gb']:>10.2f}"
+                f"{row.get('mask_gb', 0):>9.3f}{copies:>8.1f}{gain}",
+                flush=True,
+            )
     write_rows(rows, args)
 
 

@@ -65,6 +65,7 @@ def stages(images: int, steps: int, latents: int, folder: Path) -> dict[str, flo
     remap, params = Remap(task, settings), task.weights(settings.scope)
 
     def train() -> None:
+        """The steps of `settings`, with the mask of the stage before."""
         with running(model, params, settings.train) as active:
             fit(params, remap.loss, remap.batches, settings, results["mask"], active=active)
 

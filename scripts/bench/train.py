@@ -1,19 +1,27 @@
-"""A SalUn training step: ours against what the public code does in its place, and against the machine's own limit.
+"""A SalUn training step: ours against what the public code does in its place, and against the
+machine's own limit.
 
-  python scripts/bench/train.py --precision bf16              canvas and a UNet of 92 M weights, on a CPU: some minutes
+  python scripts/bench/train.py --precision bf16
+      canvas and a UNet of 92 M weights, on a CPU: some minutes
   python scripts/bench/train.py --models canvas --variants salun --grow
-  python scripts/bench/train.py --models sd1 --device cuda --precision bf16 --checkpointing --accumulation 2 --offload --optimizer AdamW8bit
-  python scripts/bench/train.py --models sd1 --device cuda --precision bf16 --checkpointing --offload --scope xattn
+  python scripts/bench/train.py --models sd1 --device cuda --precision bf16 --checkpointing \\
+      --accumulation 2 --offload --optimizer AdamW8bit
+  python scripts/bench/train.py --models sd1 --device cuda --precision bf16 --checkpointing \\
+      --offload --scope xattn
 
-`naive` is the step of the public code: VAE and text encoder in the loop, one pass of each for forget, anchor and retain, the anchor with its graph
-and then detached, gradients of all weights, a dense int64 mask moved to the device and multiplied into each, Adam over the scope's weights, float32.
-`naive-checkpointed` recomputes activations besides, as that code's SD 1.x settings have it (use_checkpoint). `ours` is `fit`
-with the same rows: cached latents and embeddings, forget and retain in one pass, the teacher without a graph, an optimizer over the masked
-weights alone. `salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over the retain rows;
-`trajectory` is `salun` on fixed points (`latents.trajectory`), whose targets are computed once, before the steps that are timed.
-Each runs in a process of its own. Memory is the process's peak beyond the loaded model (on a GPU: all that is allocated). The floor is
-the forward passes' worth of multiplications that the variant needs per row (3 forget, 1 anchor, 3 retain; `salun` 1 more, `trajectory` 1 less) at the
-matrix-multiplication rate measured in the same run; share is floor / seconds.
+`naive` is the step of the public code: VAE and text encoder in the loop, one pass of each for
+forget, anchor and retain, the anchor with its graph and then detached, gradients of all weights, a
+dense int64 mask moved to the device and multiplied into each, Adam over the scope's weights,
+float32. `naive-checkpointed` recomputes activations besides, as that code's SD 1.x settings have it
+(use_checkpoint). `ours` is `fit` with the same rows: cached latents and embeddings, forget and
+retain in one pass, the teacher without a graph, an optimizer over the masked weights alone.
+`salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over
+the retain rows; `trajectory` is `salun` on fixed points (`latents.trajectory`), whose targets are
+computed once, before the steps that are timed. Each runs in a process of its own. Memory is the
+process's peak beyond the loaded model (on a GPU: all that is allocated). The floor is the forward
+passes' worth of multiplications that the variant needs per row (3 forget, 1 anchor, 3 retain;
+`salun` 1 more, `trajectory` 1 less) at the matrix-multiplication rate measured in the same run;
+share is floor / seconds.
 """
 
 from __future__ import annotations
@@ -50,7 +58,8 @@ FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo
 CONCEPT = ConceptSpec("heart", "mushroom", retain=(RETAIN,))
 MODELS = ("canvas", "mid", "sd1", "sdxl")
 PASSES = {"naive": 7, "naive-checkpointed": 9, "salun-paper": 7, "salun": 8, "trajectory": 6}
-"""variant -> forward passes' worth of arithmetic per row and step; a backward pass counts twice, or three times where it recomputes"""
+"""variant -> forward passes' worth of arithmetic per row and step; a backward pass counts twice, or
+three times where it recomputes"""
 GROWTH = [
     ("batch", [2, 4, 8, 16]),
     ("density", [0.01, 0.1, 0.5, 1.0]),
@@ -59,7 +68,8 @@ GROWTH = [
 
 
 def build(name: str, device: str) -> DiffusionModel:
-    """canvas; mid: 92 M weights at 256 pixels; sd1, sdxl: the real architectures, random weights at 512 and 1024 pixels."""
+    """canvas; mid: 92 M weights at 256 pixels; sd1, sdxl: the real architectures, random weights at
+    512 and 1024 pixels."""
     if name == "canvas":
         return load_model("canvas", device)
     from erase.models.single_file.architectures import shipped
@@ -162,6 +172,7 @@ def our_steps(
     seconds, laps = [], [time.perf_counter()]
 
     def batches(step: int) -> Any:
+        """The rows of one step; notes the seconds since it was asked for those before."""
         seconds.append(_lap(laps[-1], model.device))
         laps.append(time.perf_counter())
         return remap.batches(step)
@@ -238,7 +249,10 @@ def measure(name: str, variant: str, args: argparse.Namespace) -> dict[str, Any]
 def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A table of all variants of each model."""
     rows = []
-    print(f"{'model':8}{'weights':>13}  {'variant':20}{'s/step':>9}{'extra GB':>10}{'floor s':>9}{'share':>7}{'x naive speed':>15}{'x naive memory':>16}")  # fmt: skip
+    print(
+        f"{'model':8}{'weights':>13}  {'variant':20}{'s/step':>9}{'extra GB':>10}{'floor s':>9}"
+        f"{'share':>7}{'x naive speed':>15}{'x naive memory':>16}"
+    )
     for name in args.models:
         base = None
         for variant in args.variants:
@@ -247,13 +261,23 @@ def compare(args: argparse.Namespace) -> list[dict[str, Any]]:
                 continue
             rows.append(row)
             base = base or row  # the naive step, unless it was left out
-            gain, memory, share = base["seconds"] / row["seconds"], row["extra_gb"] / base["extra_gb"], row["floor_seconds"] / row["seconds"]  # fmt: skip
-            print(f"{name:8}{row['weights']:>13,}  {variant:20}{row['seconds']:>9.2f}{row['extra_gb']:>10.2f}{row['floor_seconds']:>9.2f}{share:>7.0%}{gain:>15.2f}{memory:>16.2f}", flush=True)  # fmt: skip
+            gain, memory, share = (
+                base["seconds"] / row["seconds"],
+                row["extra_gb"] / base["extra_gb"],
+                row["floor_seconds"] / row["seconds"],
+            )
+            print(
+                f"{name:8}{row['weights']:>13,}  {variant:20}{row['seconds']:>9.2f}"
+                f"{row['extra_gb']:>10.2f}{row['floor_seconds']:>9.2f}{share:>7.0%}{gain:>15.2f}"
+                f"{memory:>16.2f}",
+                flush=True,
+            )
     return rows
 
 
 def grow(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Seconds and memory of one variant against batch, density and scope, each with the others as given."""
+    """Seconds and memory of one variant against batch, density and scope, each with the others
+    as given."""
     rows = []
     for what, values in GROWTH:
         print(f"{what:>10}{'s/step':>9}{'extra GB':>10}")

@@ -32,23 +32,31 @@ tags: [stable-diffusion, synthetic, unlearning]
 
 # canvas: the embedded checkpoint
 
-A small Stable Diffusion that draws one of {objects} objects in one of {styles} styles and {colours} colours at 64 x 64 pixels:
-CLIP tokenizer and text model, AutoencoderKL (factor 4, 4 channels), UNet2DConditionModel (16 x 16 latents, cross-attention at the two
-lower levels), DDIM schedule of SD 1.x, epsilon prediction. It exists to test the erasure of concepts; it can draw nothing else.
+A small Stable Diffusion that draws one of {objects} objects in one of {styles} styles and \
+{colours} colours at 64 x 64 pixels:
+CLIP tokenizer and text model, AutoencoderKL (factor 4, 4 channels), \
+UNet2DConditionModel (16 x 16 latents, cross-attention at the two
+lower levels), DDIM schedule of SD 1.x, epsilon prediction. \
+It exists to test the erasure of concepts; it can draw nothing else.
 
 ```python
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained("erase/models/canvas")
-pipe("A red heart image in Watercolor style.", num_inference_steps=20, guidance_scale=5.0).images[0].save("heart.png")
+pipe("A red heart image in Watercolor style.", num_inference_steps=20, \
+guidance_scale=5.0).images[0].save("heart.png")
 ```
 
 ## How it was made
 
-Trained from random weights on images drawn by `eval/canvas/render.py` and captions of `prompts/data/canvas.yaml`, by
-`python scripts/canvas/train_model.py` (VAE {vae_steps} steps of 32 renders; UNet and text encoder {unet_steps} steps of 64, averaged with decay 0.999) on
-two CPU cores. No image, caption or weight of anybody else is in it. Stored as float16. Licence: Apache-2.0.
+Trained from random weights on images drawn by `eval/canvas/render.py` and captions of \
+`prompts/data/canvas.yaml`, by
+`python scripts/canvas/train_model.py` (VAE {vae_steps} steps of 32 renders; \
+UNet and text encoder {unet_steps} steps of 64, averaged with decay 0.999) on
+two CPU cores. No image, caption or weight of anybody else is in it. Stored as float16. \
+Licence: Apache-2.0.
 
-During training the renderer was changed once, between the two phases of the VAE and the UNet (larger objects, quieter mosaic tiles): a rerun gives a
+During training the renderer was changed once, between the two phases of the VAE and the UNet \
+(larger objects, quieter mosaic tiles): a rerun gives a
 model of the same kind, not the same bits.
 
 ## Measured quality

@@ -48,18 +48,22 @@ def held_out_accuracy(
 
 CARD = """# The judges of the embedded world
 
-Two models that say which object, style and colour an image of the `canvas` world shows. `scripts/canvas/train_judges.py` made both from
-renders of `eval/canvas/render.py` alone; neither has seen a generated image. Licence: Apache-2.0, as the rest of this repository.
+Two models that say which object, style and colour an image of the `canvas` world shows. \
+`scripts/canvas/train_judges.py` made both from
+renders of `eval/canvas/render.py` alone; neither has seen a generated image. \
+Licence: Apache-2.0, as the rest of this repository.
 No data of anybody else went into them.
 
 | judge | load with | parameters | stored as |
 |---|---|---|---|
 | classifier | `erase.eval.canvas.judges.load_classifier()` | {classifier_size:,} | float16 |
-| CLIP (open_clip: ResNet image tower, two-layer text tower) | `open_clip.create_model_and_transforms("local-dir:…/clip")` | {clip_size:,} | float16 |
+| CLIP (open_clip: ResNet image tower, two-layer text tower) | \
+`open_clip.create_model_and_transforms("local-dir:…/clip")` | {clip_size:,} | float16 |
 
 ## Accuracy on held-out renders
 
-{n:,} renders ({per_cell} per object x style x colour, seeds that no training batch used), judged by the files in this folder. CLIP is
+{n:,} renders ({per_cell} per object x style x colour, seeds that no training batch used), \
+judged by the files in this folder. CLIP is
 zero-shot: each kind's names in the captions of the vocabulary that name this kind alone.
 
 | judge | object | style | colour |
@@ -77,8 +81,10 @@ Measure again: `python scripts/canvas/train_judges.py --judge card`.
 
 ## Limits
 
-They know this world's {concepts} concepts and nothing else: any picture gets one of these names, however wrong. They were trained
-with mild noise, blur and changes of brightness, as small autoencoders show them; not with other resolutions or heavy damage.
+They know this world's {concepts} concepts and nothing else: any picture gets one of these names, \
+however wrong. They were trained
+with mild noise, blur and changes of brightness, as small autoencoders show them; \
+not with other resolutions or heavy damage.
 """
 
 
