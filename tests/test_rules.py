@@ -307,7 +307,7 @@ def test_a_mask_tells_its_overlap(task):
     assert "overlap" not in choose_mask(task, CONFIG, objective_of(task)).metadata
 
 
-# ---- how much of the benefit a mask holds, and the density that is found by it --------------------
+# ---- how much of the benefit a mask holds, and the density that is found by it -------------------
 
 
 def flat(values):

@@ -2,7 +2,7 @@
 
   python scripts/canvas/robustness.py --variants presets --relearn 5 10 20 40 80
   python scripts/canvas/robustness.py --variants presets --attack 5e-3 3e-2 --restarts 2
-  python scripts/canvas/robustness.py --base --attack 5e-3 3e-2       the control: nothing was erased
+  python scripts/canvas/robustness.py --base --attack 5e-3 3e-2      the control: nothing was erased
   python scripts/canvas/robustness.py --table
 
 Relearning fine-tunes the erased model on 16 images of the concept, as the base drew them, for so
