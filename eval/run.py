@@ -82,6 +82,8 @@ class Evidence:
 
     losses: list[float] = field(default_factory=list)
     mask: SaliencyMask | None = None
+    overlap: float | None = None
+    """of the weights that forgetting and retaining look at, where the mask tells it"""
 
     @classmethod
     def of(cls, folder: Path, delta: ErasedDelta | None = None) -> Evidence:
@@ -101,6 +103,9 @@ class Evidence:
                 record = json.loads(training.read_text(encoding="utf-8"))
             losses = list(map(float, record["losses"]))
         evidence = cls(losses, SaliencyMask.load(mask) if mask.exists() else None)
+        if evidence.mask and "overlap" in evidence.mask.metadata:
+            with errors_named(mask, "delete it to report without the mask, or erase again"):
+                evidence.overlap = float(evidence.mask.metadata["overlap"])
 
         if delta and (losses or evidence.mask):
             _check_run(folder / "run.json", delta)
@@ -209,9 +214,9 @@ def _save(
     losses = {"loss": evidence.losses} if evidence.losses else {}
     mask = evidence.mask
     density, sizes = (mask.layer_density(), mask.sizes()) if mask else ({}, None)
-    if mask and "overlap" in mask.metadata:
+    if mask and evidence.overlap is not None:
         share = mask.count() / mask.size
-        shared = {"iou": float(mask.metadata["overlap"]), "chance": share / (2 - share)}
+        shared = {"iou": evidence.overlap, "chance": share / (2 - share)}
         report = replace(report, extras=report.extras | {"overlap": shared})
     save_report(out, report, before, after, losses, density, sizes)
 

@@ -235,6 +235,20 @@ def test_the_evidence_of_a_run_is_taken_for_its_delta(model, tmp_path: Path):
     assert Evidence.of(tmp_path / "nothing", delta) == Evidence()
 
 
+def test_a_mask_brings_the_overlap_that_it_tells(model, tmp_path: Path):
+    folder, name = tmp_path / "run", "unet.conv_in.weight"
+    folder.mkdir()
+    params = {name: model.parameters()[name]}
+    for told, expected in (("0.25", 0.25), (None, None), ("a quarter", ErasureError)):
+        about = {"base_fingerprint": model.fingerprint} | ({"overlap": told} if told else {})
+        SaliencyMask.random(params, 0.5, 0, about).save(folder / "mask.safetensors")
+        if expected is ErasureError:
+            with pytest.raises(ErasureError, match="mask.safetensors"):
+                Evidence.of(folder)
+        else:
+            assert Evidence.of(folder).overlap == expected
+
+
 @pytest.mark.parametrize(
     ("change", "file"),
     [

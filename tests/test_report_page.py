@@ -256,6 +256,13 @@ def test_page_without_training_data_has_no_empty_sections(before, after):
     Page(text)
 
 
+def test_page_tells_how_far_forgetting_and_retaining_overlap_beside_chance(before, after):
+    told = replace(report(), extras={"overlap": {"iou": 0.155, "chance": 0.0152}})
+    text = render_html(told, before, after, {}, DENSITY)
+    assert "15.5 % are the same" in text and "two random choices: 1.5 %" in text
+    assert "are the same" not in render_html(report(), before, after, {}, DENSITY)
+
+
 def test_page_names_the_kind_that_its_confusions_are_of(before, after):
     table = {"kind": "object", "labels": ["heart"], "counts": [[1]]}
     several = CONCEPT | {
