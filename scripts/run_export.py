@@ -31,19 +31,17 @@ from __future__ import annotations
 
 import json
 import sys
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 from rich.console import Console
 
-from erase.prompts.errors import COUNT, FRACTION, ErasureError, check_names, check_ranges
-from erase.scripts.cli import FILES, Parser, add_base, alone, parse, parser, run
+from erase.prompts.errors import ErasureError
+from erase.scripts.cli import Parser, add_base, alone, parse, parser, run
+from erase.scripts.cli.exporting import check_options, scales_of
 
 if TYPE_CHECKING:  # --help needs none of it
-    from collections.abc import Collection
-
     from erase.delta import ErasedDelta
     from erase.eval.report.report import EvalReport
     from erase.export.lora import LoRA
@@ -210,86 +208,6 @@ def main(argv: list[str] | None = None) -> None:
         print(push_to_hub(out, options.push_to_hub, options.private))
 
 
-def check_options(options: Namespace) -> None:
-    """Refuse what would only fail later."""
-    from erase.compose import ON_CONFLICT
-    from erase.export import check_free
-    from erase.export.formats import FORMATS
-    from erase.export.hub import hub_login
-    from erase.export.lora import LAYOUTS
-    from erase.models.config import DTYPES
-
-    known: dict[str, Collection[str]] = {
-        "format": FORMATS,
-        "dtype": DTYPES,
-        "on_conflict": ON_CONFLICT,
-    }
-    check_names(options, known | ({"layout": LAYOUTS} if options.layout else {}))
-    if options.scale and len(options.scale) != max(len(options.delta), 1):
-        raise ErasureError(
-            f"{len(options.scale)} scales for {max(len(options.delta), 1)} deltas; give one "
-            "--scale for each --delta, in the same order"
-        )
-    scales_of(options.scale)
-    if options.conflicts and len(options.delta) < 2:
-        raise ErasureError(
-            "--conflicts compares several deltas; give more than one --delta, or leave it out"
-        )
-    lora_only = [
-        name for name in ("rank", "energy", "layout", "lora_delta") if options[name] is not None
-    ]
-    if lora_only and options.format != "lora":
-        raise ErasureError(f"--{lora_only[0]} is for --format lora, not for {options.format}")
-    check_ranges(options, {"rank": COUNT, "energy": FRACTION})
-    check_undo(options)
-    for name in ("out", "lora_delta"):
-        check_ending(name, options)
-    check_free(options.out)
-    one_file = Path(options.out).suffix == ".safetensors"
-    if options.push_to_hub:
-        if one_file:
-            raise ErasureError(
-                f"only a folder with its card can be pushed; leave .safetensors off {options.out}"
-            )
-        hub_login(options.push_to_hub)
-
-
-def check_ending(name: str, options: Namespace) -> None:
-    """Refuse an output whose name is that of another kind of file than what will be there."""
-    path = options[name]
-    if path is None:
-        return
-    ending = Path(path).suffix
-    if name == "out" and options.format in ("diffusers", "components"):
-        if ending.lower() in FILES:
-            raise ErasureError(
-                f"--format {options.format} writes a folder; leave {ending} off {path}"
-            )
-    elif ending != ".safetensors" and (name != "out" or ending.lower() in FILES):
-        instead = f"--{name} {Path(path).with_suffix('.safetensors')}"
-        folder = ", or name a folder" if name == "out" else ""
-        raise ErasureError(
-            f"what is written is a .safetensors file, and {path} is none by its name; give "
-            f"{instead}{folder}"
-        )
-
-
-def check_undo(options: Namespace) -> None:
-    """Refuse what --undo cannot do, or would undo into nothing new."""
-    if not options.undo:
-        return
-    if options.report or options.format in ("components", "lora"):
-        idle = "--report" if options.report else f"--format {options.format}"
-        raise ErasureError(
-            f"{idle} does not go with --undo, which gives the base back; leave it out"
-        )
-    if options.format != "delta" and not options.model:
-        raise ErasureError(
-            "--undo puts a concept back into an erased checkpoint; name that one with --model, or "
-            "add --format delta"
-        )
-
-
 def back(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -> ErasedDelta:
     """The delta that makes the base of the erased model; the base itself has the values that it
     brings."""
@@ -330,20 +248,6 @@ def composed(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespac
         deltas[0].check(model)
         return deltas[0]
     return compose(model, list(zip(deltas, scales, strict=True)), options.on_conflict)
-
-
-def scales_of(given: list[str | float]) -> list[float]:
-    """The scales as numbers."""
-    try:
-        scales = [float(scale) for scale in given]
-    except (ValueError, TypeError) as error:
-        raise ErasureError(f"--scale is a number such as 1.0 or -0.5 ({error})") from error
-    for scale in scales:
-        if not isfinite(scale):
-            raise ErasureError(
-                f"--scale is {scale}; it must be a finite number such as 1.0 or -0.5"
-            )
-    return scales
 
 
 def fitted(delta: ErasedDelta, model: DiffusionModel, options: Namespace) -> LoRA:
