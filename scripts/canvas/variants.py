@@ -35,6 +35,7 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     steps = {f"{count} steps": replace(ours.settings.train, steps=count) for count in (120, 300)}
     return {
         "presets": presets,
+        "before": {"before": _before(ours)},
         "sweep": _masks(swept, ("forget", "benefit", "matched-random", "random")),
         "rules": _masks(swept, ("remap", "fisher-ratio", "weight-gradient", "agreement")),
         "per tensor": _masks(swept, ("forget", "remap", "benefit"), "per-tensor"),
@@ -54,6 +55,14 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
             for rule in ("forget", "benefit", "matched-random", "random")
         },
     }
+
+
+def _before(ours: Variant) -> Variant:
+    """The preset `salun` until its mask was chosen by `benefit`."""
+    train = replace(ours.settings.train, steps=300, lr=4e-4, warmup=0)
+    mask = replace(ours.settings.mask, rule="forget", density=0.5)
+    latents = replace(ours.latents, n_forget=96, n_retain=192, steps=10)
+    return replace(ours, settings=replace(ours.settings, train=train, mask=mask), latents=latents)
 
 
 def _few() -> dict[str, dict[str, Any]]:
