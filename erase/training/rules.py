@@ -22,7 +22,7 @@ FLOOR = 0.1
 outweigh all others"""
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """densities that `find_density` tries"""
-ENOUGH = 0.5
+ENOUGH = 0.6
 """share of the squared benefit of all weights (`held`) at which a mask is taken to be wide enough;
 measured on the embedded world (docs/results.md)"""
 WEIGHT = "weight"
