@@ -31,6 +31,7 @@ OUT_OF_RANGE = {
     (TrainConfig, "accumulation"): (0, -1, 1.5),
     (TrainConfig, "checkpoint_every"): (0, -1, 1.5),
     (TrainConfig, "lr"): (0, 0.0, -1e-4, None),
+    (TrainConfig, "warmup"): (-1, 1.5, 10**12),
     (TrainConfig, "max_grad_norm"): (0, -1),
     (TrainConfig, "ema"): (1, 1.0, -0.1, 2),
     (SalUnConfig, "alpha"): (-1, -1e-9, 1e300),

@@ -117,7 +117,7 @@ class MaskConfig:
     like: str = "benefit"
     """the rule that the controls matched-random, lowest and inverted go by"""
     file: str | None = None
-    """a saved mask to use instead of computing one"""
+    """a saved mask to use as it is, whatever rule and density say"""
     saliency: str | None = None
     """saved statistics (saliency.safetensors of a run) to rank by instead of computing them
     again"""
@@ -139,7 +139,7 @@ class MaskConfig:
                 f"mask.density auto weighs forgetting against retaining, and mask.rule {self.rule} "
                 f"does not look at both; take {' or '.join(AUTO)}, or give a number"
             )
-        if self.file and (self.saliency or self.rule != "forget"):
+        if self.file and (self.saliency or self.rule in CONTROLS):
             idle = "mask.saliency" if self.saliency else f"mask.rule {self.rule}"
             raise ErasureError(
                 f"mask.file is taken as it is, so {idle} would do nothing; leave one of them out"
