@@ -27,7 +27,7 @@ class SalUnConfig(RemapConfig):
     )
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=60, lr=1e-3, schedule="linear", warmup=8, batch_size=8
+            steps=120, lr=1e-3, schedule="linear", warmup=8, batch_size=8
         )
     )
 
