@@ -28,10 +28,12 @@ class Variant:
 
 
 def groups(precision: str) -> dict[str, dict[str, Variant]]:
-    """Group -> name -> variant; each differs from the preset `salun` in what its name says."""
+    """Group -> name -> variant; each differs from the preset `salun` in what its name says, and those
+    with a density in their names in that they take 60 steps."""
     presets = {name: _preset(name, precision) for name in PRESETS}
     ours = presets["salun"]
-    swept = replace(ours, shares=True)
+    short = replace(ours.settings, train=replace(ours.settings.train, steps=60))
+    swept = replace(ours, settings=short, shares=True)
     steps = {f"{count} steps": replace(ours.settings.train, steps=count) for count in (120, 300)}
     return {
         "presets": presets,
