@@ -28,8 +28,8 @@ class Variant:
 
 
 def groups(precision: str) -> dict[str, dict[str, Variant]]:
-    """Group -> name -> variant; each differs from the preset `salun` in what its name says, and those
-    with a density in their names in that they take 60 steps."""
+    """Group -> name -> variant; each differs from the preset `salun` in what its name says, and
+    those with a density in their names in that they take 60 steps."""
     presets = {name: _preset(name, precision) for name in PRESETS}
     ours = presets["salun"]
     short = replace(ours.settings, train=replace(ours.settings.train, steps=60))
