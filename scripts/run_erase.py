@@ -1,13 +1,13 @@
 """Erase a concept from a Stable Diffusion checkpoint.
 
-Finds the weights that the concept can be taken out of at the least cost (the
-mask), fine-tunes only those so that the concept's prompts draw the anchor
-instead, and writes what changed: OUT/delta.safetensors. The base is not
-touched. Stopped at any time, the same command goes on.
+Finds the weights that matter to the concept (SalUn's saliency mask),
+fine-tunes only those so that the concept's prompts draw the anchor instead, and
+writes what changed: OUT/delta.safetensors. The base is not touched. Stopped at
+any time, the same command goes on.
 
-on the shipped model, a minute:
+on the shipped model, a few minutes; the thin preset changes 3 % of the weights:
   erase-concept --concept heart --anchor mushroom --out runs/heart
-  erase-concept --concept Neon --mask.density auto --out runs/neon
+  erase-concept --concept Neon --method salun-thin --out runs/neon
 on a diffusers folder, a single file or a hub id:
   erase-concept --model PATH --concepts nudity --out runs/nudity
   erase-concept --model PATH --concepts nudity --concept "Van Gogh" --out runs/2

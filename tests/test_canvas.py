@@ -2,6 +2,7 @@
 works on it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from diffusers import StableDiffusionPipeline
 
 from erase.eval.generate import GenerateConfig, generate
 from erase.eval.run import EvaluateConfig, Evidence, evaluate, score
+from erase.latents.prepare import LatentConfig
+from erase.methods import get_method
 from erase.models import CANVAS, load_model
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.prompt_sets import PromptSet, canvas_grid
-from erase.run import erase_concept
+from erase.run import EraseConfig, erase_concept
 
 QUICK = GenerateConfig(steps=12, batch_size=24)
 
@@ -73,8 +76,12 @@ def test_it_draws_what_it_is_asked(base_images):
 
 
 def test_the_main_job(base_images, tmp_path):
-    """The default erasure of the heart: the hearts go, the rest stays, and the report says both."""
-    delta = erase_concept(canvas_concept("heart"), out=tmp_path)
+    """A quick erasure of the heart: the hearts go, the rest stays, and the report says both."""
+    data = LatentConfig(n_forget=32, n_retain=64, steps=5)
+    method = get_method("salun-thin").config
+    settings = replace(method, train=replace(method.train, steps=60))
+    config = EraseConfig(method="salun-thin", latents=data)
+    delta = erase_concept(canvas_concept("heart"), config, settings, out=tmp_path)
     prompts = PromptSet(
         "sample",
         tuple(

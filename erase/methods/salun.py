@@ -22,6 +22,16 @@ PAPER = "https://arxiv.org/abs/2310.12508"
 class SalUnConfig(RemapConfig):
     """Settings of SalUn."""
 
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=300, lr=4e-4, schedule="linear", batch_size=8)
+    )
+
+
+@dataclass
+class SalUnThinConfig(SalUnConfig):
+    """The smallest edit: few weights, far moved, chosen by the benefit of moving them."""
+
     mask: MaskConfig = field(
         default_factory=lambda: MaskConfig(rule="benefit", density=0.03, batches=8)
     )
@@ -35,8 +45,6 @@ class SalUnConfig(RemapConfig):
 @dataclass
 class SalUnPaperConfig(SalUnConfig):
     """Settings of the reference (https://github.com/OPTML-Group/Unlearn-Saliency), for nudity."""
-
-    mask: MaskConfig = field(default_factory=MaskConfig)
 
     alpha: float = 0.1
     anchor_from: str = "current"
@@ -58,5 +66,6 @@ def edit(task: Task, config: SalUnConfig) -> Edit:
 
 METHODS = {
     "salun": Method("salun", PAPER, SalUnConfig(), edit),
+    "salun-thin": Method("salun-thin", PAPER, SalUnThinConfig(), edit),
     "salun-paper": Method("salun-paper", PAPER, SalUnPaperConfig(), edit),
 }

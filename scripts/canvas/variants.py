@@ -12,7 +12,7 @@ from erase.methods import get_method
 from erase.training.config import ALLOCATIONS, CONTROLS, RULES
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
-PRESETS = ("salun", "salun-paper")
+PRESETS = ("salun", "salun-thin", "salun-paper")
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,65 @@ class Variant:
 
 
 def groups(precision: str) -> dict[str, dict[str, Variant]]:
-    """Group -> name -> variant; each differs from the preset `salun` in what its name says, and
-    those with a density in their names in that they take 60 steps."""
+    """Group -> name -> variant."""
     presets = {name: _preset(name, precision) for name in PRESETS}
-    ours = presets["salun"]
-    short = replace(ours.settings, train=replace(ours.settings.train, steps=60))
-    swept = replace(ours, settings=short, shares=True)
-    steps = {f"{count} steps": replace(ours.settings.train, steps=count) for count in (120, 300)}
+    return {"presets": presets, **_of_default(presets["salun"]), **_of_thin(presets["salun-thin"])}
+
+
+def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
+    """Groups around the preset `salun`."""
+    masks: dict[str, dict[str, Any]] = {
+        "no mask": {"mask.rule": "none"},
+        "random mask": {"mask.rule": "random"},
+        "inverted mask": {"mask.rule": "inverted", "mask.like": "forget"},
+        "xattn only": {"scope": "xattn"},
+        **{f"density {density}": {"mask.density": density} for density in (0.1, 0.3, 0.7, 0.9)},
+    }
+    few = {
+        f"density {density}{kind}": {"mask.density": density, "mask.rule": rule}
+        for density in (0.03, 0.01)
+        for kind, rule in (("", "forget"), (", random", "random"))
+    }
+    weights = {
+        "": {},
+        ", no mask": masks["no mask"],
+        ", random mask": masks["random mask"],
+        ", density 0.1": masks["density 0.1"],
+        ", density 0.1, random": masks["density 0.1"] | masks["random mask"],
+    }
+    fast = _with(ours, {"train": replace(ours.settings.train, lr=2e-3)})
+    sampling = {
+        "50 sampling steps": {"steps": 50},
+        "trajectory 10": {"trajectory": 10},
+        "trajectory 5, a fifth of the images": {"trajectory": 5, "n_forget": 20, "n_retain": 40},
+    }
     return {
-        "presets": presets,
-        "before": {"before": _before(ours)},
+        "controls": {name: _with(ours, change) for name, change in masks.items()},
+        "few weights": {name: _with(ours, change) for name, change in few.items()},
+        "no retain": {
+            f"no retain{name}": _with(ours, {"alpha": 0.0, **change})
+            for name, change in weights.items()
+        },
+        "large rate": {f"lr 2e-3{name}": _with(fast, change) for name, change in weights.items()},
+        "sampling": {
+            name: replace(ours, latents=replace(ours.latents, **change))
+            for name, change in sampling.items()
+        },
+    }
+
+
+def _of_thin(thin: Variant) -> dict[str, dict[str, Variant]]:
+    """Groups around the preset `salun-thin`: rules and densities, with half of its steps and few
+    latents."""
+    short = replace(thin.settings, train=replace(thin.settings.train, steps=60))
+    few = replace(thin.latents, n_forget=32, n_retain=64, steps=5)
+    swept = replace(thin, settings=short, latents=few, shares=True)
+    steps = {f"{count} steps": replace(thin.settings.train, steps=count) for count in (120, 300)}
+    return {
         "sweep": _masks(swept, ("forget", "benefit", "matched-random", "random")),
         "rules": _masks(swept, ("remap", "fisher-ratio", "weight-gradient", "agreement")),
         "per tensor": _masks(swept, ("forget", "remap", "benefit"), "per-tensor"),
         "polarity": _masks(swept, ("lowest", "inverted")),
-        "whole": {"none": _with(ours, {"mask.rule": "none"})},
-        "scopes": {"xattn only": _with(ours, {"scope": "xattn"})},
-        "no retain": {
-            f"no retain, {name}": _with(ours, {"alpha": 0.0, **change})
-            for name, change in _few().items()
-        },
         "longer": {
             f"{name}, {rule} 0.1 %": _with(
                 replace(swept, settings=replace(swept.settings, train=train)),
@@ -57,23 +96,6 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
             for rule in ("forget", "benefit", "matched-random", "random")
         },
     }
-
-
-def _before(ours: Variant) -> Variant:
-    """The preset `salun` until its mask was chosen by `benefit`."""
-    train = replace(ours.settings.train, steps=300, lr=4e-4, warmup=0)
-    mask = replace(ours.settings.mask, rule="forget", density=0.5)
-    latents = replace(ours.latents, n_forget=96, n_retain=192, steps=10)
-    return replace(ours, settings=replace(ours.settings, train=train, mask=mask), latents=latents)
-
-
-def _few() -> dict[str, dict[str, Any]]:
-    """Name -> mask, of those that are compared with no retain loss to hold the model back."""
-    few: dict[str, dict[str, Any]] = {"no mask": {"mask.rule": "none"}}
-    for rule in ("forget", "benefit", "random"):
-        for density in (0.1, 0.5):
-            few[f"{rule} {density:.0%}"] = {"mask.rule": rule, "mask.density": density}
-    return few
 
 
 def _masks(base: Variant, rules: tuple[str, ...], allocation: str = "global") -> dict[str, Variant]:
