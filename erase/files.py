@@ -253,7 +253,8 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
                 raise ErasureError(
                     f"{path} is not a {kind} file: it is {_what(metadata, list(file.keys()))}"
                 )
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a mapping)
+            # no mapping
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except OSError as error:
         raise ErasureError(f"cannot read {path}: {why(error)}") from error
     except (

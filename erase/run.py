@@ -112,14 +112,19 @@ def erase_concept(
     if earlier:
         return earlier
 
-    edit = method.edit(Task(model, concepts, config.latents, config.seed, folder), settings)
-    base = model.parameters()
+    task = Task(model, concepts, config.latents, config.seed, folder)
+    return _erased(task, method.edit(task, settings), metadata)
+
+
+def _erased(task: Task, edit: Edit, metadata: dict[str, str]) -> ErasedDelta:
+    """The delta of an edit, kept in the task's folder."""
+    base = task.model.parameters()
     delta = ErasedDelta.between(
         {name: base[name].data for name in edit.values}, edit.values, metadata
     )
     _check_changed(delta)
-    if folder and processes().is_main_process:
-        _save(folder, edit, delta)
+    if task.folder and processes().is_main_process:
+        _save(task.folder, edit, delta)
     processes().wait_for_everyone()  # who goes on finds the files
     return delta
 

@@ -132,7 +132,8 @@ class ConceptSpec:
                 raise ErasureError(f"{where} has no {name!r}; add a line `{name}: …`")
         shared = values.pop("retain") if isinstance(values.get("retain"), str) else None
         try:
-            concept = cls(**values)  # type: ignore[arg-type]  # the constructor checks each value's type
+            # the constructor checks each value's type
+            concept = cls(**values)  # type: ignore[arg-type]
             return (
                 concept
                 if shared is None

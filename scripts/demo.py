@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 
 from erase.scripts import run_erase, run_evaluate, run_export
-from erase.scripts.cli import alone, check_folder, parse, parser, run
+from erase.scripts.cli import Parser, alone, check_folder, parse, parser, run
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Chain the three jobs on the shipped model."""
+def make_parser() -> Parser:
+    """All options."""
     command = parser("erase-demo", __doc__)
     command.add_argument(
         "--concept",
@@ -41,7 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         default=None,
         help="folder for everything; runs/demo-CONCEPT by default",
     )
-    options = parse(command, argv)
+    return command
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Chain the three jobs on the shipped model."""
+    options = parse(make_parser(), argv)
     alone("erase-demo")
     check_folder(options.out or "")
     out = Path(options.out or f"runs/demo-{options.concept}")

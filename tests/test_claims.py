@@ -24,6 +24,7 @@ from erase.scripts import run_erase
 from erase.scripts.cli import run
 from erase.training.config import MaskConfig, TrainConfig
 from erase.training.statistics import Statistics
+from tests.run_fixtures import base as base
 
 TRAIN = TrainConfig(steps=4, batch_size=4, lr=1e-3, checkpoint_every=1)
 METHOD = SalUnConfig(mask=MaskConfig(batch_size=4), train=TRAIN)
@@ -34,13 +35,6 @@ OPTION = {"mask": "file", "saliency": "saliency"}
 def masked(**change):
     """The method with other settings of its mask."""
     return replace(METHOD, mask=replace(METHOD.mask, **change))
-
-
-@pytest.fixture(scope="module")
-def base(make_pico_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "pico"
-    make_pico_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -33,6 +33,7 @@ from erase.prompts.errors import ErasureError
 from erase.scripts import run_export
 from erase.scripts.cli import run
 from tests.families import FAMILIES, tiny_sd2
+from tests.run_fixtures import base as base
 
 ROOT = Path(__file__).parents[1]
 CONCEPT = {"target": "heart", "anchor": "moon", "templates": ["a {}"], "kind": "object"}
@@ -65,13 +66,6 @@ def moved(model, chosen: str = "", size: float = 0.02, **metadata: str) -> Erase
 def model_of(family: str):
     pipeline = FAMILIES[family]()
     return family_of(pipeline, family)(pipeline, f"/home/somebody/{family}")
-
-
-@pytest.fixture(scope="module")
-def base(make_pico_pipeline, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "pico"
-    make_pico_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -342,8 +342,8 @@ def test_the_density_found_is_the_first_that_holds_enough():
         )
         shares = [held(statistics, scores(statistics, "benefit").cut(d)) for d in LADDER]
         expected = next((d for d, s in zip(LADDER, shares, strict=True) if s >= ENOUGH), LADDER[-1])
-        assert find_density(statistics, "benefit") == expected
-    assert find_density(statistics, "benefit") < LADDER[-1]
+        assert find_density(statistics) == expected
+    assert find_density(statistics) < LADDER[-1]
 
 
 def test_a_density_can_be_found_while_erasing(task):
@@ -351,7 +351,7 @@ def test_a_density_can_be_found_while_erasing(task):
     config, objective = replace(CONFIG, mask=mask), objective_of(task)
     chosen = choose_mask(task, config, objective)
     statistics = compute_statistics(task, config, RULES["benefit"].needs, objective)
-    assert float(chosen.metadata["density"]) == find_density(statistics, "benefit")
+    assert float(chosen.metadata["density"]) == find_density(statistics)
     assert get_method("salun").edit(task, config).mask.sha256 == chosen.sha256
 
 

@@ -69,9 +69,8 @@ def find_pseudo_token(
             rows, prompts = batches(step)
             cond = task.cond([unnamed(prompt) for prompt in prompts], prefix)
             loss = denoising(task.model.predict(rows.noisy, rows.t, cond), rows.target)
-            gradients = torch.autograd.grad(loss, list(prefix.values()))
-            for embeddings, gradient in zip(prefix.values(), gradients, strict=True):
-                embeddings.grad = gradient
+            optimizer.zero_grad()
+            loss.backward(inputs=list(prefix.values()))
             optimizer.step()
             bar.update()
     return {name: embeddings.detach() for name, embeddings in prefix.items()}

@@ -178,7 +178,8 @@ def _check_plain(file: Path) -> None:
     check_kind(file)
     try:
         with safe_open(file, framework="pt", backend="pread") as opened:
-            kinds = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+            names = opened.keys()
+            kinds = {key: opened.get_slice(key).get_dtype() for key in names}
     except (OSError, SafetensorError) as error:
         raise ErasureError(
             f"cannot load {file.parent}: {file.name}: {error}; if it was cut short, fetch it again"

@@ -53,7 +53,8 @@ def recomputing(parts: Iterable[nn.Module], memory: SavedActivations | None) -> 
 def _mark(layer: nn.Module, inputs: Any, output: Tensor) -> None:
     """A norm's node of the graph does not know its bias; the layer does."""
     if output.grad_fn is not None:
-        output.grad_fn.metadata[NORM] = layer  # type: ignore[index]  # torch declares a method, and has a dict
+        # torch declares a method, and has a dict
+        output.grad_fn.metadata[NORM] = layer  # type: ignore[index]
 
 
 class SavedActivations:

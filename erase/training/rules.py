@@ -154,21 +154,24 @@ def held(statistics: Statistics, mask: SaliencyMask) -> float:
     gains sum g^2 / r^2 to first order, which is a sum over weights: this share is what is left of
     it where only those in the mask may move.
     """
-    benefit = scores(statistics, "benefit").values
+    return _share(scores(statistics, "benefit"), mask)
+
+
+def _share(benefit: Saliency, mask: SaliencyMask) -> float:
     inside = total = 0.0
-    for name, score in benefit.items():
+    for name, score in benefit.values.items():
         gain = score.double().square()
         total += float(gain.sum())
         inside += float(gain[mask[name]].sum())
     return inside / total
 
 
-def find_density(statistics: Statistics, rule: str, allocation: str = "global") -> float:
-    """The smallest density of `LADDER` at which a rule's mask holds `ENOUGH`; the largest, where
-    none does."""
-    saliency = scores(statistics, rule)
+def find_density(statistics: Statistics, allocation: str = "global") -> float:
+    """The smallest density of `LADDER` at which the mask of `benefit` holds `ENOUGH`; the largest,
+    where none does."""
+    benefit = scores(statistics, "benefit")
     for density in LADDER:
-        if held(statistics, saliency.cut(density, allocation)) >= ENOUGH:
+        if _share(benefit, benefit.cut(density, allocation)) >= ENOUGH:
             return density
     return LADDER[-1]
 

@@ -73,7 +73,7 @@ def choose_mask(
     statistics = find_statistics(task, config, RULES[rule].needs, objective)
     density = mask.density
     if density == "auto":
-        density = find_density(statistics, rule, mask.allocation)
+        density = find_density(statistics, mask.allocation)
     saliency = scores(statistics, rule, weights)
     shared = overlap(statistics, density)
     if shared is not None:

@@ -114,7 +114,8 @@ class Clip:
         @torch.inference_mode()
         def embed(rows: range) -> Tensor:
             pixels = torch.stack([self.preprocess(images.image(images.rows[row])) for row in rows])
-            return self.model.encode_image(pixels.to(self.device)).float().cpu()  # type: ignore[no-any-return]
+            features: Tensor = self.model.encode_image(pixels.to(self.device))
+            return features.float().cpu()
 
         return F.normalize(
             torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image")), dim=-1

@@ -44,6 +44,7 @@ def compare(one: str, other: str) -> float:
 
 
 def main() -> int:
+    """Run one job; the exit code says whether it agreed."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

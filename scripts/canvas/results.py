@@ -84,18 +84,17 @@ def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, 
     """Erase, generate, score beside the base's images of the same prompts and seeds."""
     concept, model = canvas_concept(job.concept), load_model("canvas")
     asked = asked_for(canvas_grid(ANSWER_SEEDS[: budget.answers]), concept, budget.others)
-    before = base_images(model, budget, out)
-
     delta, evidence = erased(job, variant, model, concept, out)
     delta.save(delta_path(job, out))
     folder = out / "images" / job.slug
     with delta.applied(model):
         provenance = {"fingerprint": model.fingerprint}
         after = generate(model.pipeline(), asked, folder, budget.config, provenance)
-        rows = {
-            "base": score(_same_cases(before, asked), [concept], budget.evaluators),
-            "erased": score(after, [concept], budget.evaluators),
-        }
+    cases, evaluators = tuple(row.case for row in asked.rows), tuple(budget.evaluators)
+    rows = {
+        "base": _base_scores(base_folder(budget, out), cases, job.concept, evaluators),
+        "erased": score(after, [concept], budget.evaluators),
+    }
     shutil.rmtree(folder)
     return {
         "concept": job.concept,
@@ -173,13 +172,26 @@ def asked_for(prompts: PromptSet, concept: ConceptSpec, others: int | None) -> P
     return replace(prompts, rows=tuple(sorted([*own, *rest], key=lambda row: row.case)))
 
 
-def base_images(model: DiffusionModel, budget: Budget, out: Path) -> ImageSet:
-    """The base's images of the whole answer set, made once."""
-    prompts = canvas_grid(ANSWER_SEEDS[: budget.answers])
-    folder = out / f"base-{budget.answers}"
-    return generate(
-        model.pipeline(), prompts, folder, budget.config, {"fingerprint": model.fingerprint}
-    )
+def base_folder(budget: Budget, out: Path) -> Path:
+    """The folder of the base's images of the whole answer set."""
+    return out / f"base-{budget.answers}"
+
+
+def draw_base(budget: Budget, out: Path) -> None:
+    """Make the base's images, once for all measurements."""
+    model, prompts = load_model("canvas"), canvas_grid(ANSWER_SEEDS[: budget.answers])
+    provenance = {"fingerprint": model.fingerprint}
+    generate(model.pipeline(), prompts, base_folder(budget, out), budget.config, provenance)
+
+
+@cache
+def _base_scores(
+    folder: Path, cases: tuple[int, ...], concept: str, evaluators: tuple[str, ...]
+) -> list[Score]:
+    """The same for every variant and seed of a concept: the same images, the same judges."""
+    images = ImageSet.open(folder)
+    images = replace(images, rows=[row for row in images.rows if row.case in cases])
+    return score(images, [canvas_concept(concept)], list(evaluators))
 
 
 def delta_path(job: Job, out: Path) -> Path:
@@ -187,11 +199,6 @@ def delta_path(job: Job, out: Path) -> Path:
     folder = out / "deltas"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{job.slug}.safetensors"
-
-
-def _same_cases(images: ImageSet, prompts: PromptSet) -> ImageSet:
-    cases = {row.case for row in prompts.rows}
-    return replace(images, rows=[row for row in images.rows if row.case in cases])
 
 
 def _rounded(scores: list[Score]) -> dict[str, float]:
@@ -297,6 +304,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     config = GenerateConfig(steps=args.steps, mixed_precision=args.precision)
     budget = Budget(args.answers, args.others, args.evaluators, config)
+    draw_base(budget, args.out)
     for job, variant in jobs_of(args):
         if (job.concept, job.name, job.seed, budget.answers, budget.others) in _done(record):
             continue

@@ -252,6 +252,7 @@ def train_clip(work: Path, steps: int, batch: int) -> None:
     clip, sizes = model["clip"], [len(vocabulary().names(kind)) for kind in KINDS]
 
     def loss_at(step: int) -> Tensor:
+        """Of one step's renders: captions, class names and linear heads together."""
         cells, images = draw("clip", step, batch)
         rng = random.Random(SEEDS["clip"] + step)
         names = name_captions(rng)
@@ -287,6 +288,7 @@ def train_clip(work: Path, steps: int, batch: int) -> None:
 
 
 def main() -> None:
+    """Make what is asked for."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,

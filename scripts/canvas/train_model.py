@@ -95,6 +95,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text encoder of the embedded size, random weights."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -264,6 +265,7 @@ def train_unet(
 
 
 def main() -> None:
+    """Train the embedded checkpoint and save it."""
     parser = argparse.ArgumentParser(
         allow_abbrev=False,
         description=__doc__,

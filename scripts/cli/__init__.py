@@ -80,7 +80,8 @@ class Parser(JsonArgumentParser):
         return self.parse_string(read_text(path), os.path.basename(path), **options)
 
     def _defaults_keys(self) -> list[str]:
-        return [key for key in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118 (a Namespace)
+        # a Namespace, which is no mapping
+        return [key for key in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118
 
 
 def parser(prog: str, doc: str | None) -> Parser:
@@ -220,7 +221,8 @@ def _as_words(value: object) -> list[str]:
 
 def build(kind: type[T], options: Namespace) -> T:
     """The dataclass whose fields are among the parsed (and instantiated) options."""
-    return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})  # type: ignore[arg-type]
+    given = {f.name: options[f.name] for f in fields(kind) if f.name in options}  # type: ignore[arg-type]
+    return kind(**given)
 
 
 def parse(made: Parser, argv: list[str] | None) -> Namespace:

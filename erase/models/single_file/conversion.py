@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase.files import stream_tensors
 from erase.models.pipelines import Pipeline
@@ -156,11 +156,7 @@ def write_single_file(
         raise ErasureError(
             f"the pipeline has no {lacking[0]}, which a single file holds; load it whole"
         )
-    states = {
-        f"{part}.{name}": weight
-        for part, module in modules.items()
-        for name, weight in module.state_dict().items()
-    }
+    states = _states(modules)
     entries = {entry.key: entry for entry in ldm.table(family, modules)}
     schedule = pipeline.scheduler.config
     beside = _beside(family, modules, schedule)
@@ -182,6 +178,14 @@ def write_single_file(
     header = {"format": "pt", **model_spec(pipeline, path.stem, ORIGINAL), **(metadata or {})}
     stream_tensors(path, layout | beside, tensor_of, header)
     return path
+
+
+def _states(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {
+        f"{part}.{name}": weight
+        for part, module in modules.items()
+        for name, weight in module.state_dict().items()
+    }
 
 
 def _family(pipeline: Pipeline) -> str:

@@ -18,7 +18,8 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 FOREIGN = (
     (
-        r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale(_2)?|input_scale)$|(^|\.)comfy_quant$",
+        r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale(_2)?|input_scale)$"
+        r"|(^|\.)comfy_quant$",
         "a checkpoint in scaled float8, whose weights mean nothing without their scales (fetch it "
         "in float16 or float32)",
     ),

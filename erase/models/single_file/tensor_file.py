@@ -63,7 +63,8 @@ def open_tensors(path: str | Path) -> Iterator[TensorFile]:
             # pread: a memory map would keep the pages of the file resident beside the copies
             with safe_open(path, framework="pt", backend="pread") as file:
                 _check_ours(path, file.metadata() or {})
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+                names = file.keys()
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in names}
                 yield TensorFile(path, shapes, file.get_tensor, file.metadata() or {})
     except (OSError, EOFError, SafetensorError) as error:
         raise ErasureError(
