@@ -113,13 +113,21 @@ class Clip:
 
         @torch.inference_mode()
         def embed(rows: range) -> Tensor:
-            pixels = torch.stack([self.preprocess(images.image(images.rows[row])) for row in rows])
-            features: Tensor = self.model.encode_image(pixels.to(self.device))
-            return features.float().cpu()
+            return self._features([images.image(images.rows[row]) for row in rows])
 
         return F.normalize(
             torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image")), dim=-1
         )
+
+    @torch.inference_mode()
+    def look(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit embeddings of a few images in memory, shape (n, d), float32."""
+        return F.normalize(self._features(images), dim=-1)
+
+    def _features(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = torch.stack([self.preprocess(image) for image in images])
+        features: Tensor = self.model.encode_image(pixels.to(self.device))
+        return features.float().cpu()
 
 
 def load_clip(config: Config) -> Clip:
