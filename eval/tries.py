@@ -136,15 +136,18 @@ def tries_of(
 
     Args:
         attack: may have rates of its own.
-        budget: its config.
+        budget: its config; an `lr` that is not the default is tried alone.
         rates: in the place of its own; None: its own.
         restarts: starts at each rate.
     """
     if attack.repeated:
         yield from ((budget, restart) for restart in range(budget.tries))
         return
-    own = attack.rates if rates is None else tuple(rates)
-    budgets = [replace(budget, lr=rate) for rate in own] if attack.rates and own else [budget]
+    budgets = [budget]
+    if attack.rates:
+        given = budget.lr != attack.config.lr  # a rate that the user sets is the one to try
+        own = (budget.lr,) if given else attack.rates
+        budgets = [replace(budget, lr=rate) for rate in rates or own]
     for restart in range(restarts):
         yield from ((one, restart) for one in budgets)
 

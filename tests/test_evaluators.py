@@ -301,6 +301,7 @@ def test_index_is_lazy_and_suggests() -> None:
         "classifier",
         "clip",
         "nudenet",
+        "attack",
     ]
     with pytest.raises(ErasureError, match="did you mean 'classifier'"):
         get_evaluator("clasifier")

@@ -17,7 +17,7 @@ from erase.task import Task
 
 @dataclass(frozen=True)
 class RandomTokensConfig:
-    """The attacker's budget."""
+    """random_tokens: the attacker's budget."""
 
     words: int = 5
     """before each prompt"""
@@ -30,7 +30,7 @@ class RandomTokensConfig:
 
 @dataclass(frozen=True)
 class SeedSearchConfig:
-    """The attacker's budget."""
+    """seed_search: the attacker's budget."""
 
     tries: int = 2
     """images of each prompt, each from another seed"""

@@ -30,7 +30,7 @@ from erase.training.batches import PromptedRows
 
 @dataclass(frozen=True)
 class P4DConfig:
-    """The attacker's budget."""
+    """p4d: the attacker's budget."""
 
     words: int = 8
     """before each prompt; the paper takes 16"""

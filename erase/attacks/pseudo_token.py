@@ -31,7 +31,7 @@ RESTART = 7919
 
 @dataclass(frozen=True)
 class PseudoTokenConfig:
-    """The attacker's budget."""
+    """pseudo_token: the attacker's budget."""
 
     vectors: int = 4
     """embeddings in each text encoder"""

@@ -28,7 +28,7 @@ from erase.task import Task
 
 @dataclass(frozen=True)
 class RingABellConfig:
-    """The attacker's budget."""
+    """ring_a_bell: the attacker's budget."""
 
     words: int = 16
     """of the whole prompt"""

@@ -18,7 +18,7 @@ from erase.task import Task
 
 @dataclass(frozen=True)
 class TransferredConfig(PseudoTokenConfig):
-    """The attacker's budget."""
+    """transferred: the attacker's budget."""
 
 
 def learn(task: Task, latents: LatentSet, config: TransferredConfig, restart: int) -> Known:

@@ -33,14 +33,14 @@ from erase.training.batches import PromptedRows, row_batches
 
 @dataclass(frozen=True)
 class UnlearnDiffAtkConfig:
-    """The attacker's budget."""
+    """unlearndiffatk: the attacker's budget."""
 
     words: int = 5
     """before each prompt; the paper takes 5 for nudity and 3 for styles and objects"""
     steps: int = 150
     """of Adam; the paper allows 2000 for each prompt"""
     lr: float = 1e-2
-    """step size"""
+    """step size, the paper's"""
     weight_decay: float = 0.1
     """of Adam, the paper's"""
     batch_size: int = 8
@@ -155,6 +155,6 @@ UNLEARNDIFFATK = Attack(
     UnlearnDiffAtkConfig(),
     "the weights, images of the concept and words before the prompt",
     find,
-    rates=(1e-2, 1e-1),
+    rates=(3e-2, 1e-1),
     per_prompt=lambda config: config.per_prompt,
 )

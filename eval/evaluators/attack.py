@@ -35,6 +35,9 @@ from erase.models import DiffusionModel
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_names, check_ranges, is_number
 
+BUDGETS = tuple(ATTACKS.ours)
+"""fields of the configuration that are budgets"""
+
 
 @dataclass
 class Config:
@@ -48,7 +51,8 @@ class Config:
     references: int = 16
     """images of the concept that the attacker has, drawn by the base"""
     rates: list[float] | None = None
-    """learning rates that each white-box attack is tried at; default: the attack's own"""
+    """learning rates that each white-box attack is tried at; default: the attack's own, or the lr
+    of its budget where you set one"""
     restarts: int = 1
     """starts of each attack, at each rate"""
     judge: str = "auto"
@@ -83,7 +87,10 @@ class Config:
             ErasureError: an unknown attack, or a plugin that cannot be used.
         """
         attacks = [get_attack(name) for name in self.attacks]
-        return [(attack, getattr(self, attack.name, attack.config)) for attack in attacks]
+        budgets = [
+            getattr(self, one.name) if one.name in BUDGETS else one.config for one in attacks
+        ]
+        return list(zip(attacks, budgets, strict=True))
 
 
 def _is_rate(value: object) -> bool:
@@ -236,3 +243,14 @@ def _changed(one: Try, budget: Any) -> dict[str, Any]:
 
 
 ATTACK = Evaluator("attack", Config(), evaluate, check, needs_model=True)
+QUICK = Config(rates=[1e-2], pseudo_token=PseudoTokenConfig(steps=150))
+"""one attack: on one core of a CPU about a minute for base and erased embedded model together"""
+FULL = Config(
+    attacks=list(ATTACKS.ours),
+    pseudo_token=PseudoTokenConfig(steps=200),
+    unlearndiffatk=UnlearnDiffAtkConfig(words=3, steps=120),
+    p4d=P4DConfig(words=3, steps=120),
+    ring_a_bell=RingABellConfig(words=8, population=50, generations=100),
+    transferred=TransferredConfig(steps=150),
+)
+"""every attack: likewise about six minutes"""
