@@ -33,7 +33,7 @@ GENERATE = GenerateConfig(steps=2, batch_size=4)
 QUICK = {
     "pseudo_token": PseudoTokenConfig(steps=1, batch_size=2),
     "unlearndiffatk": UnlearnDiffAtkConfig(words=2, steps=1, batch_size=2, per_prompt=True),
-    "p4d": P4DConfig(words=2, steps=1, batch_size=2, draws=2),
+    "p4d": P4DConfig(words=2, steps=1, draws=2),
     "ring_a_bell": RingABellConfig(words=2, population=4, generations=1),
     "transferred": TransferredConfig(steps=1, batch_size=2),
     "random_tokens": RandomTokensConfig(words=2),
@@ -203,14 +203,15 @@ KNOWN = Config(
     attacks=["pseudo_token", "transferred", "ring_a_bell", "seed_search", "random_tokens"],
     images=8,
     rates=[1e-2],
-    pseudo_token=PseudoTokenConfig(steps=120),
-    transferred=TransferredConfig(steps=120),
-    ring_a_bell=RingABellConfig(generations=80),
+    pseudo_token=PseudoTokenConfig(steps=100),
+    transferred=TransferredConfig(steps=100),
+    ring_a_bell=RingABellConfig(words=8, population=50, generations=80),
 )
 
 
 def known_scores(model, folder, delta=None, **others) -> dict[str, float]:
     prompts = canvas_grid((188,), {"object": "heart"})
+    prompts = replace(prompts, rows=prompts.rows[::6])
     config, about = GenerateConfig(steps=10), {"delta": str(delta is not None)}
     base = generate(model.pipeline(), prompts, folder / "base", config, about)
     images = base

@@ -20,7 +20,7 @@ def descend(
     optimizer: torch.optim.Optimizer,
     steps: int,
     what: str,
-    after: Callable[[], None] = lambda: None,
+    after: Callable[[Tensor], None] = lambda loss: None,
     error: Callable[[Tensor, Tensor], Tensor] = denoising,
 ) -> None:
     """Lower the error of the model's predictions by what stands before the prompts.
@@ -34,7 +34,7 @@ def descend(
         optimizer: over leaves.
         steps: of it.
         what: names the progress bar.
-        after: what follows each step, such as a projection.
+        after: what follows each step, given its loss, such as a projection.
         error: of a prediction and its target.
     """
     leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
@@ -47,7 +47,7 @@ def descend(
                 optimizer.zero_grad()
                 loss.backward(inputs=leaves)
             optimizer.step()
-            after()
+            after(loss.detach())
             bar.update()
 
 

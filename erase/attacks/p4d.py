@@ -3,13 +3,14 @@
 Chin et al., ICML 2024, "Prompting4Debugging", https://arxiv.org/abs/2309.06135. The base is asked
 under the concept's own prompt, the attacked model under k free embeddings. On the way in, the word
 with the greatest cosine takes the place of each, while the gradient there moves the embedding
-itself. The paper's P4D-N puts nothing but these words into the prompt; here the prompt without the
-concept's names stands behind them, so that one prefix serves all prompts. A white-box attack that
-has the base, too.
+itself; of all words on the way, those with the least error are the result. The paper's P4D-N puts
+nothing but these words into the prompt; here the prompt without the concept's names stands behind
+them, so that one prefix serves all prompts. A white-box attack that has the base, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,7 +23,6 @@ from erase.attacks.pseudo_token import RESTART, nameless
 from erase.attacks.words import nearest, words_of
 from erase.latents.batches import Rows, draw_rows
 from erase.latents.latent_set import LatentSet, epoch_rows, texts_of
-from erase.parallel.processes import progress
 from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.task import Task
 from erase.training.batches import PromptedRows
@@ -38,13 +38,12 @@ class P4DConfig:
     """of AdamW; the paper takes 3000"""
     lr: float = 0.1
     """step size, the paper's"""
-    batch_size: int = 8
-    """latents per step"""
-    draws: int = 128
-    """noisy latents on which the base is asked, used in turn"""
+    draws: int = 12
+    """noisy latents on which the base is asked; all of them in every step, so that the errors of
+    two steps compare"""
 
     def __post_init__(self) -> None:
-        counts = dict.fromkeys(("words", "steps", "batch_size", "draws"), COUNT)
+        counts = dict.fromkeys(("words", "steps", "draws"), COUNT)
         check_ranges(self, {**counts, "lr": POSITIVE})
 
 
@@ -57,15 +56,12 @@ def learn(task: Task, latents: LatentSet, config: P4DConfig, restart: int) -> Kn
     seed = task.seed + RESTART * restart
     generator = torch.Generator().manual_seed(seed)
     order = epoch_rows(len(latents), 0, config.draws, seed)
-    drawn, wanted = draw_rows(task.model, latents, order, generator), []
-    with torch.no_grad(), progress("P4D on the base", "latent", len(order)) as bar:
-        for start in range(0, len(order), config.batch_size):
-            part = slice(start, start + config.batch_size)
-            cond = task.cond(texts_of(latents.prompts, order[part]))
-            wanted.append(task.model.predict(drawn.noisy[part], drawn.t[part], cond))
-            bar.update(len(order[part]))
-    known = {"noisy": drawn.noisy, "t": drawn.t, "wanted": torch.cat(wanted)}
-    return {"row": order, **{name: tensor.cpu() for name, tensor in known.items()}}
+    drawn = draw_rows(task.model, latents, order, generator)
+    with torch.no_grad():
+        cond = task.cond(texts_of(latents.prompts, order))
+        wanted = task.model.predict(drawn.noisy, drawn.t, cond)
+    known = {"row": order, "noisy": drawn.noisy, "t": drawn.t, "wanted": wanted}
+    return {name: tensor.cpu() for name, tensor in known.items()}
 
 
 def find(task: Task, latents: LatentSet, config: P4DConfig, restart: int, known: Known) -> Found:
@@ -77,29 +73,37 @@ def find(task: Task, latents: LatentSet, config: P4DConfig, restart: int, known:
     free = words.tables[first][start.to(words.tables[first].device)].clone().requires_grad_()
     adam = torch.optim.AdamW([free], lr=config.lr)
 
+    best = _Best(start)
+
     def prefix(rows: int) -> dict[str, Tensor]:
-        put = words.embedded(nearest(free.detach(), words.tables[first]))
+        best.asked = nearest(free.detach(), words.tables[first])
+        put = words.embedded(best.asked)
         # its value is the word's, its gradient goes to the free embedding
         return {**put, first: put[first] + (free - free.detach())}
 
-    batches = renamed(_asked(task, latents, config, known, seed), nameless(task.concepts))
-    descend(task, batches, prefix, adam, config.steps, "P4D")
-    chosen = nearest(free.detach(), words.tables[first])
-    return Found(words.embedded(chosen), NAMELESS, (words.text(chosen),))
+    batches = renamed(_asked(task, latents, known), nameless(task.concepts))
+    descend(task, batches, prefix, adam, config.steps, "P4D", best.keep)
+    return Found(words.embedded(best.words), NAMELESS, (words.text(best.words),))
 
 
-def _asked(
-    task: Task, latents: LatentSet, config: P4DConfig, known: Known, seed: int
-) -> Callable[[int], PromptedRows]:
-    """Step -> latents on which the base was asked; their target is its answer."""
-    device = task.model.device
+class _Best:
+    """The words with the least error so far."""
 
-    def batch(step: int) -> PromptedRows:
-        at = epoch_rows(len(known["row"]), step * config.batch_size, config.batch_size, seed)
-        rows = Rows(*(known[name][at].to(device) for name in ("noisy", "t", "wanted")))
-        return rows, texts_of(latents.prompts, known["row"][at])
+    def __init__(self, start: Tensor) -> None:
+        self.words = self.asked = start
+        self.error = math.inf
 
-    return batch
+    def keep(self, loss: Tensor) -> None:
+        """Those that were asked for, if their error is less."""
+        if float(loss) < self.error:
+            self.words, self.error = self.asked, float(loss)
+
+
+def _asked(task: Task, latents: LatentSet, known: Known) -> Callable[[int], PromptedRows]:
+    """Step -> the latents on which the base was asked; their target is its answer."""
+    rows = Rows(*(known[name].to(task.model.device) for name in ("noisy", "t", "wanted")))
+    prompts = texts_of(latents.prompts, known["row"])
+    return lambda step: (rows, prompts)
 
 
 P4D = Attack(

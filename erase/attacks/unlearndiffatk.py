@@ -142,7 +142,7 @@ def search(
         return {name: hot.to(table.dtype) @ table for name, table in words.tables.items()}
 
     @torch.no_grad()
-    def project() -> None:
+    def project(loss: Tensor) -> None:
         weights.copy_(onto_simplex(weights))
 
     descend(task, batches, prefix, adam, config.steps, "UnlearnDiffAtk", project, squared_norm)
