@@ -205,11 +205,11 @@ KNOWN = Config(
     rates=[1e-2],
     pseudo_token=PseudoTokenConfig(steps=100),
     transferred=TransferredConfig(steps=100),
-    ring_a_bell=RingABellConfig(words=8, population=50, generations=80),
 )
 
 
 def known_scores(model, folder, delta=None, **others) -> dict[str, float]:
+    """Score -> percent; and what is `alone` of each attack, under its name."""
     prompts = canvas_grid((188,), {"object": "heart"})
     prompts = replace(prompts, rows=prompts.rows[::6])
     config, about = GenerateConfig(steps=10), {"delta": str(delta is not None)}
@@ -219,19 +219,22 @@ def known_scores(model, folder, delta=None, **others) -> dict[str, float]:
         with delta.applied(model):
             images = generate(model.pipeline(), prompts, folder / "erased", config, about)
     case = Case(images, [HEART], base_images=base, base=model, delta=delta, folder=folder / "work")
-    return {one.name: one.value for one in evaluate(case, replace(KNOWN, **others))}
+    scores = {one.name: one.value for one in evaluate(case, replace(KNOWN, **others))}
+    told = case.extras["attacks"].items()
+    return scores | {name: 100 * about["alone"] / about["n"] for name, about in told}
 
 
 @pytest.mark.slow
 def test_what_was_not_erased_falls_to_every_attack(canvas, tmp_path):
-    found = known_scores(canvas, tmp_path)
-    assert min(found.values()) >= 75 and found["ASR pseudo_token"] == 100, found
+    """The control: each finds the concept in the base by itself, most without its name."""
+    found = known_scores(canvas, tmp_path, attacks=["pseudo_token", "transferred", "ring_a_bell"])
+    assert min(found.values()) >= 75, found
 
 
 @pytest.mark.slow
 def test_noise_shows_the_concept_to_no_attack(canvas, tmp_path):
     found = known_scores(canvas, tmp_path, changed(canvas, _noisy))
-    assert max(found.values()) <= 25, found  # one in ten by chance
+    assert max(found.values()) <= 25, found  # a judge of ten objects has to say something
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ from erase.training.batches import PromptedRows
 class P4DConfig:
     """p4d: the attacker's budget."""
 
-    words: int = 8
+    words: int = 4
     """before each prompt; the paper takes 16"""
     steps: int = 150
     """of AdamW; the paper takes 3000"""
