@@ -202,8 +202,12 @@ def drawn_by_base(
 
 
 def others_by_base(
-    base: DiffusionModel, concepts: Sequence[ConceptSpec], images: int, seed: int = 0
+    base: DiffusionModel,
+    concepts: Sequence[ConceptSpec],
+    images: int,
+    seed: int = 0,
+    folder: Path | None = None,
 ) -> LatentSet:
     """Images of retained prompts, likewise: what has nothing to do with the concepts."""
     config = LatentConfig(n_forget=len(concepts), n_retain=images)
-    return Plan(base, list(concepts), config, seed + OTHER_SEEDS).retain()
+    return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder).retain()

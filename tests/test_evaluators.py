@@ -301,6 +301,9 @@ def test_index_is_lazy_and_suggests() -> None:
         "classifier",
         "clip",
         "nudenet",
+        "attack",
+        "probes",
+        "relearning",
     ]
     with pytest.raises(ErasureError, match="did you mean 'classifier'"):
         get_evaluator("clasifier")

@@ -22,7 +22,7 @@ from erase.attacks.walk import Level, Walker, levels, start_noise
 from erase.eval.case import Case
 from erase.eval.detectors import Detector
 from erase.eval.evaluators import probes
-from erase.eval.evaluators.probes import ProbesConfig, check, evaluate
+from erase.eval.evaluators.probes import Config, check, evaluate
 from erase.eval.images import ImageRow, ImageSet
 from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec
@@ -177,7 +177,7 @@ def case(model, tmp_path, monkeypatch):
         return (left.mean(-1) > right.mean(-1)).tolist()
 
     monkeypatch.setattr(probes, "detector", lambda case, judge: Detector("left", sees))
-    return make_case(model, tmp_path)
+    return make_case(model, tmp_path / "work" / "base")
 
 
 def make_case(model, folder):
@@ -186,7 +186,7 @@ def make_case(model, folder):
     return Case(images, [CONCEPT], base=model, folder=folder)
 
 
-SMALL = ProbesConfig(images=3, etas=[1.0, 1.85], levels=[0.7, 1.0])
+SMALL = Config(images=3, etas=[1.0, 1.85], levels=[0.7, 1.0])
 
 
 def test_each_probe_has_a_share_with_its_interval_and_inversion_a_control(case, model):
@@ -212,12 +212,12 @@ def test_each_probe_has_a_share_with_its_interval_and_inversion_a_control(case, 
         assert torch.equal(param, before[name])
 
 
-def test_the_same_again_in_other_batches_and_nothing_when_all_is_kept(case, model, tmp_path):
+def test_the_same_again_in_other_batches_and_nothing_when_all_is_kept(case, model, tmp_path, monkeypatch):
     whole = evaluate(case, SMALL)
-    asked, again = [], make_case(model, tmp_path)
-    unet = model.component("unet")
-    with unet.register_forward_hook(lambda *_: asked.append(1)) as _:
-        kept = evaluate(again, replace(SMALL, probes=["noise", "inpainting"]))
+    monkeypatch.setattr(probes.Attempts, "judged", None)  # nothing is judged anew
+    again = make_case(model, tmp_path / "work" / "base")
+    kept = evaluate(again, replace(SMALL, probes=["noise", "inpainting"]))
+    monkeypatch.undo()
     assert kept == [score for score in whole if score.name in ("boosted noise", "inpainting")]
     other = make_case(model, None)
     other.images.settings["batch_size"] = 3
@@ -238,7 +238,7 @@ def test_the_same_again_in_other_batches_and_nothing_when_all_is_kept(case, mode
 )
 def test_impossible_settings_are_refused(wrong, said):
     with pytest.raises(ErasureError, match=said):
-        ProbesConfig(**wrong)
+        Config(**wrong)
 
 
 def test_check_refuses_what_cannot_be_probed(case, monkeypatch):

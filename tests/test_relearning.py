@@ -11,7 +11,7 @@ from erase.attacks.relearning import changed_to, relearn
 from erase.eval.case import Case
 from erase.eval.detectors import Detector
 from erase.eval.evaluators import relearning
-from erase.eval.evaluators.relearning import Curve, RelearningConfig, evaluate
+from erase.eval.evaluators.relearning import Curve, Config, evaluate
 from erase.eval.images import ImageRow, ImageSet
 from erase.eval.metrics.intervals import of_rate
 from erase.latents.latent_set import LatentSet
@@ -25,7 +25,7 @@ from erase.training.config import TrainConfig, TunedConfig
 
 CONCEPT = ConceptSpec("heart", "star", retain=("a moon", "a sun"))
 TUNED = TunedConfig(train=TrainConfig(lr=1e-3, batch_size=2))
-SMALL = RelearningConfig(
+SMALL = Config(
     images=[1, 2], steps=[1, 3], kinds=["full", "lora"], lr=[1e-3], batch_size=2, prompts=2
 )
 
@@ -142,7 +142,7 @@ def case(model, tmp_path, monkeypatch):
         return (images[:, 0, 0, 0] > 0.5).tolist()
 
     monkeypatch.setattr(relearning, "detector", lambda case, judge: Detector("a pixel", sees))
-    return make_case(model, tmp_path)
+    return make_case(model, tmp_path / "work" / "base")
 
 
 def make_case(model, folder):
@@ -191,14 +191,14 @@ def test_of_several_rates_the_best_for_the_attacker_counts(case, model, tmp_path
 
 def test_a_stopped_evaluation_goes_on_and_ends_the_same(case, model, tmp_path, monkeypatch):
     whole = evaluate(case, SMALL)
-    again = make_case(model, tmp_path)
+    again = make_case(model, tmp_path / "work" / "base")
     shown, asked = relearning.Attempts.shown, []
     monkeypatch.setattr(
         relearning.Attempts, "shown", lambda *a, **k: (asked.append(1), shown(*a, **k))[1]
     )
     assert evaluate(again, SMALL) == whole and not asked, "all was kept"
 
-    for folder in tmp_path.glob("relearning-*"):
+    for folder in tmp_path.rglob("relearning-*"):
         shutil.rmtree(folder)
 
     def stop(*given, **named):
@@ -209,8 +209,8 @@ def test_a_stopped_evaluation_goes_on_and_ends_the_same(case, model, tmp_path, m
 
     monkeypatch.setattr(relearning.Attempts, "shown", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(make_case(model, tmp_path), SMALL)
-    assert evaluate(make_case(model, tmp_path), SMALL) == whole
+        evaluate(make_case(model, tmp_path / "work" / "base"), SMALL)
+    assert evaluate(make_case(model, tmp_path / "work" / "base"), SMALL) == whole
     assert not list(tmp_path.rglob("training.pt"))
 
 
@@ -226,7 +226,7 @@ def test_a_stopped_evaluation_goes_on_and_ends_the_same(case, model, tmp_path, m
 )
 def test_an_impossible_budget_is_refused(wrong, said):
     with pytest.raises(ErasureError, match=said):
-        RelearningConfig(**wrong)
+        Config(**wrong)
 
 
 def test_check_refuses_images_alone_and_benign_without_retained_prompts(case):

@@ -78,6 +78,7 @@ EVALUATORS: Index[Evaluator[Any]] = Index(
         "classifier": "erase.eval.evaluators.classifier:CLASSIFIER",
         "clip": "erase.eval.evaluators.clip:CLIP",
         "nudenet": "erase.eval.evaluators.nudenet:NUDENET",
+        "attack": "erase.eval.evaluators.attack:ATTACK",
         "probes": "erase.eval.evaluators.probes:PROBES",
         "relearning": "erase.eval.evaluators.relearning:RELEARNING",
     },

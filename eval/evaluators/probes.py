@@ -38,7 +38,7 @@ Draw = Callable[[slice], Tensor]
 
 
 @dataclass
-class ProbesConfig:
+class Config:
     """probes: whether the concept can be drawn without its name."""
 
     probes: list[str] = field(default_factory=lambda: list(PROBE_NAMES))
@@ -73,7 +73,7 @@ class ProbesConfig:
         check_names(self, {"prompt": PROMPTS, "judge": JUDGES})
 
 
-def check(case: Case, config: ProbesConfig) -> None:
+def check(case: Case, config: Config) -> None:
     """Refuse a case without a model or prompts, a judge that does not fit, and noise for flow
     matching."""
     with case.base_model() as base:
@@ -87,7 +87,7 @@ def check(case: Case, config: ProbesConfig) -> None:
         )
 
 
-def evaluate(case: Case, config: ProbesConfig) -> list[Score]:
+def evaluate(case: Case, config: Config) -> list[Score]:
     """The share of images that show the concept, by probe.
 
     Args:
@@ -129,13 +129,15 @@ class _Material:
 
     @classmethod
     def of(
-        cls, base: DiffusionModel, case: Case, config: ProbesConfig, attempts: Attempts
+        cls, base: DiffusionModel, case: Case, config: Config, attempts: Attempts
     ) -> _Material:
-        own = drawn_by_base(base, case.concepts, config.images)
+        shared = case.folder and case.folder.parent / "attacker"
+        own = drawn_by_base(base, case.concepts, config.images, folder=shared)
         if "inversion" not in config.probes:
             return cls(own)
         starts = _inverted(base, own.latents, config, attempts)
-        return cls(own, others_by_base(base, case.concepts, config.images), starts)
+        others = others_by_base(base, case.concepts, config.images, folder=shared)
+        return cls(own, others, starts)
 
 
 def _sampling(attempts: Attempts) -> Sampling:
@@ -148,7 +150,7 @@ def _unguided(attempts: Attempts) -> Sampling:
 
 
 def _inverted(
-    model: DiffusionModel, latents: Tensor, config: ProbesConfig, attempts: Attempts
+    model: DiffusionModel, latents: Tensor, config: Config, attempts: Attempts
 ) -> Tensor:
     """Start noise of each image."""
 
@@ -168,7 +170,7 @@ class _Probing:
 
     model: DiffusionModel
     concepts: Sequence[ConceptSpec]
-    config: ProbesConfig
+    config: Config
     attempts: Attempts
     material: _Material
     kept: Kept
@@ -317,4 +319,4 @@ RUNS: dict[str, Callable[[_Probing], list[Score]]] = {
     "inpainting": _Probing.inpainting,
     "inversion": _Probing.inversion,
 }
-PROBES = Evaluator("probes", ProbesConfig(), evaluate, check, needs_model=True)
+PROBES = Evaluator("probes", Config(), evaluate, check, needs_model=True)

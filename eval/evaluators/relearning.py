@@ -30,7 +30,7 @@ KINDS = ("full", "lora", "benign")
 
 
 @dataclass
-class RelearningConfig:
+class Config:
     """relearning: whether fine-tuning on a few images brings the concept back."""
 
     images: list[int] = field(default_factory=lambda: [1, 4, 16])
@@ -40,10 +40,10 @@ class RelearningConfig:
     kinds: list[str] = field(default_factory=lambda: list(KINDS))
     """full: all weights of the denoiser; lora: low-rank changes of them; benign: all weights, on as
     many images of retained prompts as the most above"""
-    lr: list[float] = field(default_factory=lambda: [1e-4])
+    lr: list[float] = field(default_factory=lambda: [3e-4])
     """rates of full and benign; each is tried with the most images, and the best for the attacker
     counts and serves the fewer images too"""
-    lora_lr: list[float] = field(default_factory=lambda: [1e-3])
+    lora_lr: list[float] = field(default_factory=lambda: [3e-3])
     """rates of lora, likewise"""
     lora_rank: int = 4
     """rank of its changes"""
@@ -133,7 +133,7 @@ class Curve:
         return 100 * sum(strips) / self.steps[-1]
 
 
-def check(case: Case, config: RelearningConfig) -> None:
+def check(case: Case, config: Config) -> None:
     """Refuse a case without a model, without prompts to attack, or of a judge that does not fit."""
     with case.base_model():
         pass
@@ -145,7 +145,7 @@ def check(case: Case, config: RelearningConfig) -> None:
         )
 
 
-def evaluate(case: Case, config: RelearningConfig) -> list[Score]:
+def evaluate(case: Case, config: Config) -> list[Score]:
     """UA before and after fine-tuning, with the most images; the area under each curve.
 
     Args:
@@ -161,16 +161,15 @@ def evaluate(case: Case, config: RelearningConfig) -> list[Score]:
     """
     attempts = Attempts.of(case, detector(case, config.judge), config.prompts)
     most = max(config.images)
+    count, shared = most * len(case.concepts), case.folder and case.folder.parent / "attacker"
     with case.base_model() as base:
-        fingerprint = base.fingerprint
-        latents = {"full": drawn_by_base(base, case.concepts, most * len(case.concepts))}
+        own, others = drawn_by_base(base, case.concepts, count, folder=shared), None
         if "benign" in config.kinds:
-            latents["benign"] = others_by_base(base, case.concepts, most * len(case.concepts))
-    settings = {name: getattr(config, name) for name in ("batch_size", "lora_rank")}
-    kept = Kept.of(case, "relearning", attempts, fingerprint, {**settings, "most": most})
+            others = others_by_base(base, case.concepts, count, folder=shared)
+        settings = {name: getattr(config, name) for name in ("batch_size", "lora_rank")}
+        kept = Kept.of(case, "relearning", attempts, base.fingerprint, settings | {"most": most})
     with case.model() as model:
-        run = _Relearning(model, case, config, attempts, kept)
-        curves = run.curves(latents["full"], latents.get("benign"))
+        curves = _Relearning(model, case, config, attempts, kept).curves(own, others)
     case.add_extra("relearning", [asdict(curve) for curve in curves])
 
     by = attempts.detector.name
@@ -187,7 +186,7 @@ class _Relearning:
 
     model: DiffusionModel
     case: Case
-    config: RelearningConfig
+    config: Config
     attempts: Attempts
     kept: Kept
 
@@ -228,4 +227,6 @@ class _Relearning:
         return self.attempts.shown(self.model, what="relearned")
 
 
-RELEARNING = Evaluator("relearning", RelearningConfig(), evaluate, check, needs_model=True)
+QUICK = Config(images=[16], steps=[20], kinds=["full"])
+"""one point"""
+RELEARNING = Evaluator("relearning", Config(), evaluate, check, needs_model=True)
