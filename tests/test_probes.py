@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from families import FAMILIES
 
 from erase.attacks.probes import (
     Inverted,
@@ -27,6 +26,7 @@ from erase.eval.images import ImageRow, ImageSet
 from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
+from tests.families import FAMILIES
 
 CONCEPT = ConceptSpec("heart", "star", retain=("a moon", "a sun"))
 PROMPTS, SEEDS, HOW = ["a heart", "a moon"], [3, 4], Sampling(steps=5, guidance=3.0)
@@ -212,12 +212,14 @@ def test_each_probe_has_a_share_with_its_interval_and_inversion_a_control(case, 
         assert torch.equal(param, before[name])
 
 
-def test_the_same_again_in_other_batches_and_nothing_when_all_is_kept(case, model, tmp_path, monkeypatch):
+def test_the_same_again_in_other_batches_and_nothing_when_all_is_kept(
+    case, model, tmp_path, monkeypatch
+):
     whole = evaluate(case, SMALL)
-    monkeypatch.setattr(probes.Attempts, "judged", None)  # nothing is judged anew
     again = make_case(model, tmp_path / "work" / "base")
-    kept = evaluate(again, replace(SMALL, probes=["noise", "inpainting"]))
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(probes.Attempts, "judged", None)  # nothing is judged anew
+        kept = evaluate(again, replace(SMALL, probes=["noise", "inpainting"]))
     assert kept == [score for score in whole if score.name in ("boosted noise", "inpainting")]
     other = make_case(model, None)
     other.images.settings["batch_size"] = 3

@@ -11,7 +11,7 @@ from erase.attacks.relearning import changed_to, relearn
 from erase.eval.case import Case
 from erase.eval.detectors import Detector
 from erase.eval.evaluators import relearning
-from erase.eval.evaluators.relearning import Curve, Config, evaluate
+from erase.eval.evaluators.relearning import Config, Curve, evaluate
 from erase.eval.images import ImageRow, ImageSet
 from erase.eval.metrics.intervals import of_rate
 from erase.latents.latent_set import LatentSet
@@ -90,9 +90,7 @@ def test_a_run_goes_on_where_it_stopped_and_not_backwards(model, latents, tmp_pa
     next(runs)
     runs.close()
     steps, predict = [], Task.predict
-    monkeypatch.setattr(
-        Task, "predict", lambda *given: (steps.append(1), predict(*given))[1]
-    )
+    monkeypatch.setattr(Task, "predict", lambda *given: (steps.append(1), predict(*given))[1])
     ((_, resumed),) = relearn(model, [CONCEPT], latents, TUNED, [3], folder=tmp_path)
     assert len(steps) == 2
     monkeypatch.undo()

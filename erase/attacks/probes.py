@@ -36,8 +36,8 @@ def check_eta(model: DiffusionModel) -> None:
     """
     if not preserves_variance(Level.of(model, model.timesteps // 2)):
         raise ErasureError(
-            f"{model.name} is trained by flow matching, whose sampling has no noise to raise (eta); "
-            "leave the probe noise out"
+            f"{model.name} is trained by flow matching, which samples without noise, so it has no "
+            "eta to raise; leave the probe noise out"
         )
 
 

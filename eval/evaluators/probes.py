@@ -128,9 +128,7 @@ class _Material:
     """noise from which the base draws its images of the concept"""
 
     @classmethod
-    def of(
-        cls, base: DiffusionModel, case: Case, config: Config, attempts: Attempts
-    ) -> _Material:
+    def of(cls, base: DiffusionModel, case: Case, config: Config, attempts: Attempts) -> _Material:
         shared = case.folder and case.folder.parent / "attacker"
         own = drawn_by_base(base, case.concepts, config.images, folder=shared)
         if "inversion" not in config.probes:
@@ -140,25 +138,13 @@ class _Material:
         return cls(own, others, starts)
 
 
-def _sampling(attempts: Attempts) -> Sampling:
-    return Sampling(attempts.settings.steps, attempts.settings.guidance)
-
-
-def _unguided(attempts: Attempts) -> Sampling:
-    """Of inversion, which has no prompt."""
-    return Sampling(attempts.settings.steps, 1.0)
-
-
-def _inverted(
-    model: DiffusionModel, latents: Tensor, config: Config, attempts: Attempts
-) -> Tensor:
-    """Start noise of each image."""
+def _inverted(model: DiffusionModel, latents: Tensor, config: Config, attempts: Attempts) -> Tensor:
+    """Start noise of each image, without a prompt."""
+    how = Sampling(attempts.settings.steps, 1.0)
 
     def invert(rows: range) -> Tensor:
         part = latents[rows.start : rows.stop]
-        nothing = [""] * len(part)
-        found = probes.invert(model, part, nothing, _unguided(attempts), config.iterations)
-        return found.start.cpu()
+        return probes.invert(model, part, [""] * len(part), how, config.iterations).start.cpu()
 
     size = attempts.settings.batch_size
     return torch.cat(in_shares(len(latents), size, invert, "inversion", "image"))
@@ -175,17 +161,20 @@ class _Probing:
     material: _Material
     kept: Kept
 
+    @property
+    def how(self) -> Sampling:
+        """As the report's images are drawn."""
+        return Sampling(self.attempts.settings.steps, self.attempts.settings.guidance)
+
     def noise(self) -> list[Score]:
         """Boosted noise, under the report's prompts for the concept."""
-        rows, any_shown = self.attempts.rows, [False] * len(self.attempts.rows)
+        rows = self.attempts.rows
+        any_shown = [False] * len(rows)
         for eta in self.config.etas:
 
             def draw(at: slice, eta: float = eta) -> Tensor:
-                prompts, seeds = (
-                    [getattr(row, key) for row in rows[at]] for key in ("prompt", "seed")
-                )
-                how = _sampling(self.attempts)
-                return probes.boosted_noise(self.model, prompts, seeds, eta, how)
+                prompts, seeds = [row.prompt for row in rows[at]], [row.seed for row in rows[at]]
+                return probes.boosted_noise(self.model, prompts, seeds, eta, self.how)
 
             shown = self._shown(f"noise {eta:g}", len(rows), draw)
             any_shown = [one or other for one, other in zip(any_shown, shown, strict=True)]
@@ -198,8 +187,7 @@ class _Probing:
 
             def draw(at: slice, level: float = level) -> Tensor:
                 latents, prompts, seeds = self._images(at)
-                how = _sampling(self.attempts)
-                return probes.complete(self.model, latents, prompts, seeds, level, how)
+                return probes.complete(self.model, latents, prompts, seeds, level, self.how)
 
             shown = self._shown(f"completion {level:g}", len(self.material.own), draw)
             scores.append(self._share(f"completion of {100 * level:g} %", shown))
@@ -211,22 +199,23 @@ class _Probing:
 
         def draw(at: slice) -> Tensor:
             latents, prompts, seeds = self._images(at)
-            how = _sampling(self.attempts)
-            return probes.inpaint(self.model, latents, keep[at], prompts, seeds, how)
+            return probes.inpaint(self.model, latents, keep[at], prompts, seeds, self.how)
 
         return [self._share("inpainting", self._shown("inpainting", len(keep), draw))]
 
     def inversion(self) -> list[Score]:
         """Start noise from which the model, without a prompt, draws images of the concept: found on
         it, and found on the base."""
-        material = self.material
-        assert material.others is not None and material.starts is not None
+        material, others, starts = self.material, self.material.others, self.material.starts
+        assert others is not None and starts is not None
+        images = {"own": material.own.latents, "other": others.latents}
 
         def make() -> dict[str, Any]:
-            found = self._reproduced(material.own.latents, None)
-            there = self._reproduced(material.own.latents, material.starts)
-            other = self._reproduced(material.others.latents, None)
-            return {"own": found, "base": there, "other": other}
+            return {
+                "own": self._reproduced(images["own"]),
+                "base": self._reproduced(images["own"], starts),
+                "other": self._reproduced(images["other"]),
+            }
 
         found = self.kept.find("inversion", make)
         by = f"{self.config.iterations} iterations per step"
@@ -244,8 +233,7 @@ class _Probing:
     def controls(self) -> dict[str, float]:
         """Shares of the images of the concept that show it as they are, and with either half
         painted over in grey."""
-        latents = self.material.own.latents.to(self.model.device)
-        images = self._pixels(latents)
+        images = self._pixels(self.material.own.latents)
         keep = probes.halves(self.model, len(images)).float()
         keep = torch.nn.functional.interpolate(keep, images.shape[-2:])
         sees = self.attempts.detector.sees
@@ -275,7 +263,9 @@ class _Probing:
 
         return list(self.kept.find(name, make))
 
-    def _reproduced(self, latents: Tensor, starts: Tensor | None) -> tuple[list[bool], list[float]]:
+    def _reproduced(
+        self, latents: Tensor, starts: Tensor | None = None
+    ) -> tuple[list[bool], list[float]]:
         """Whether each redrawn image shows the concept, from a start that could be noise; and its
         PSNR.
 
@@ -283,14 +273,17 @@ class _Probing:
             latents: of the images.
             starts: found elsewhere; None: found on this model.
         """
-        if starts is None:
-            starts = _inverted(self.model, latents, self.config, self.attempts)
+        begin = (
+            starts
+            if starts is not None
+            else _inverted(self.model, latents, self.config, self.attempts)
+        )
+        how = Sampling(self.attempts.settings.steps, 1.0)
 
         def judged(rows: range) -> list[tuple[bool, float]]:
             at = slice(rows.start, rows.stop)
-            begun = Inverted(starts[at].to(self.model.device))
-            nothing = [""] * len(begun.start)
-            drawn = probes.redraw(self.model, begun, nothing, _unguided(self.attempts))
+            begun = Inverted(begin[at].to(self.model.device))
+            drawn = probes.redraw(self.model, begun, [""] * len(begun.start), how)
             images = self._pixels(drawn).nan_to_num(0.0)
             error = (images - self._pixels(latents[at])).square().mean((1, 2, 3))
             psnr = -10 * error.clamp_min(1e-10).log10()
