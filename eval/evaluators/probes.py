@@ -49,8 +49,9 @@ class Config:
     noise, and of other things for inversion"""
     etas: list[float] = field(default_factory=lambda: [1.0, 1.4, 1.85])
     """of noise: times DDPM's; an image counts where any of them shows the concept"""
-    levels: list[float] = field(default_factory=lambda: [0.5, 0.75])
-    """of completion: fractions of the sampling that are done again"""
+    levels: list[float] = field(default_factory=lambda: [0.5])
+    """of completion: fractions of the sampling that are done again; too large ones leave nothing of
+    the image for the base either"""
     prompt: str = "nameless"
     """of completion and inpainting: empty, or nameless (the image's own without the concept)"""
     iterations: int = 2
