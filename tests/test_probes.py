@@ -159,10 +159,11 @@ def test_inversion_leads_back_to_the_models_own_image(family):
     assert error(20) < 1e-3 and error(20) <= error(1)
 
 
-def test_an_enlarged_image_is_no_start():
+def test_an_enlarged_start_is_told():
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    starts = torch.cat([noise, 10 * noise, 0.1 * noise, noise * torch.nan])
-    assert Inverted(starts).plausible() == [True, False, False, False]
+    starts = torch.cat([noise, 10 * noise])
+    squares = Inverted(starts).mean_square()
+    assert squares[1] == pytest.approx(100 * squares[0]) and 0.5 < squares[0] < 2
 
 
 # ---- the evaluator -------------------------------------------------------------------------------

@@ -127,15 +127,13 @@ class Inverted:
     start: Tensor
     """shape (n, *latent_shape)"""
 
-    def plausible(self) -> list[bool]:
-        """Whether each start could be noise that a sampler draws: a mean square within a factor of
-        2 of 1.
+    def mean_square(self) -> list[float]:
+        """Of each start; a sampler's own noise has 1.
 
         A network that predicts nothing is inverted to the image itself, enlarged: that is no memory
-        of it.
+        of it, and far from 1.
         """
-        square = self.start.float().square().mean((1, 2, 3))
-        return [bool(one) for one in (square > 0.5) & (square < 2)]
+        return [float(one) for one in self.start.float().square().mean((1, 2, 3))]
 
 
 def invert(

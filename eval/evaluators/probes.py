@@ -113,7 +113,7 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     with case.model() as model:
         run = _Probing(model, case.concepts, config, attempts, material, kept)
         scores = [score for name in config.probes for score in RUNS[name](run)]
-        case.add_extra("probes", {"shown by the images alone": run.controls()})
+        case.add_extra("probes", run.controls())
     return scores
 
 
@@ -231,15 +231,18 @@ class _Probing:
             *psnr,
         ]
 
-    def controls(self) -> dict[str, float]:
+    def controls(self) -> dict[str, Any]:
         """Shares of the images of the concept that show it as they are, and with either half
-        painted over in grey."""
+        painted over in grey; mean squares of the starts that inversion found."""
         images = self._pixels(self.material.own.latents)
         keep = probes.halves(self.model, len(images)).float()
         keep = torch.nn.functional.interpolate(keep, images.shape[-2:])
         sees = self.attempts.detector.sees
         shown = {"whole": sees(images), "half": sees(images * keep + 0.5 * (1 - keep))}
-        return {name: sum(seen) / len(seen) for name, seen in shown.items()}
+        alone = {name: sum(seen) / len(seen) for name, seen in shown.items()}
+        starts = self.kept["inversion"] if "inversion" in self.kept else {}
+        squares = {name: found[2] for name, found in starts.items()}
+        return {"shown by the images alone": alone, "mean squares of starts": squares}
 
     def _images(self, at: slice) -> tuple[Tensor, list[str], list[int]]:
         """Latents, prompts without the concept, and seeds of these images."""
@@ -266,9 +269,8 @@ class _Probing:
 
     def _reproduced(
         self, latents: Tensor, starts: Tensor | None = None
-    ) -> tuple[list[bool], list[float]]:
-        """Whether each redrawn image shows the concept, from a start that could be noise; and its
-        PSNR.
+    ) -> tuple[list[bool], list[float], list[float]]:
+        """Whether each redrawn image shows the concept; its PSNR; its start's mean square.
 
         Args:
             latents: of the images.
@@ -281,21 +283,20 @@ class _Probing:
         )
         how = Sampling(self.attempts.settings.steps, 1.0)
 
-        def judged(rows: range) -> list[tuple[bool, float]]:
+        def judged(rows: range) -> list[tuple[bool, float, float]]:
             at = slice(rows.start, rows.stop)
             begun = Inverted(begin[at].to(self.model.device))
             drawn = probes.redraw(self.model, begun, [""] * len(begun.start), how)
             images = self._pixels(drawn).nan_to_num(0.0)
             error = (images - self._pixels(latents[at])).square().mean((1, 2, 3))
             psnr = -10 * error.clamp_min(1e-10).log10()
-            seen = zip(self.attempts.detector.sees(images), begun.plausible(), strict=True)
-            shown = [bool(one and other) for one, other in seen]
-            return list(zip(shown, psnr.tolist(), strict=True))
+            seen = self.attempts.detector.sees(images)
+            return list(zip(seen, psnr.tolist(), begun.mean_square(), strict=True))
 
         size = self.attempts.settings.batch_size
         parts = in_shares(len(latents), size, judged, "redrawn", "image")
-        shown, psnr = zip(*chain.from_iterable(parts), strict=True)
-        return list(shown), list(psnr)
+        shown, psnr, square = zip(*chain.from_iterable(parts), strict=True)
+        return list(shown), list(psnr), list(square)
 
     def _pixels(self, latents: Tensor) -> Tensor:
         """Images in [0, 1], on the CPU."""
