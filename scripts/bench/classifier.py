@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -59,22 +58,24 @@ class Record:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(measurement) + "\n")
 
-    def best(self, scenario: str, name: str) -> dict[str, float]:
+    def best(self, scenario: str, name: str, row: Row) -> dict[str, float]:
         """The setting of a row with the smallest mean gap on the tuning seeds; the first of equal
         ones.
 
         Raises:
-            ErasureError: none was measured there.
+            ErasureError: one was not measured there.
         """
-        gaps: dict[str, list[float]] = defaultdict(list)
-        for found in self.found.values():
-            if (found["scenario"], found["row"]) == (scenario, name):
-                if found["seed"] in TUNING_SEEDS:
-                    gaps[json.dumps(found["setting"])].append(found["gap"])
-        if not gaps:
-            raise ErasureError(f"{name} has no setting for {scenario}; measure the tuning seeds")
-        chosen: dict[str, float] = json.loads(min(gaps, key=lambda setting: fmean(gaps[setting])))
-        return chosen
+
+        def of(setting: dict[str, float]) -> float:
+            keys = [_key(scenario, seed, name, setting) for seed in TUNING_SEEDS]
+            if not all(key in self.found for key in keys):
+                raise ErasureError(
+                    f"{name} was not measured on all tuning seeds of {scenario}; run "
+                    f"--seeds {' '.join(map(str, TUNING_SEEDS))} first"
+                )
+            return fmean(self.found[key]["gap"] for key in keys)
+
+        return min(row.settings, key=of)
 
 
 def _key(
@@ -113,7 +114,7 @@ def measure_all(
             world = World(scenario, seed)
             for name, row in chosen.items():
                 tuning = seed in TUNING_SEEDS
-                settings = row.settings if tuning else (record.best(scenario, name),)
+                settings = row.settings if tuning else [record.best(scenario, name, row)]
                 for setting in settings:
                     if not record.has(world, name, setting):
                         record.add(measure(world, name, row, setting))

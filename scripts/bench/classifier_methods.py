@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from itertools import product
@@ -185,7 +185,7 @@ def terms(
     """The terms of the loss of one step.
 
     fine-tune: cross entropy of retained images. ascent: minus that of forgotten ones (Thudi et al.
-    2022). l1-sparse: fine-tune + gamma (1 - progress) |theta|_1 (Jia et al. 2023, eq. 3, with the
+    2022). l1-sparse: fine-tune + gamma (1 - progress) |theta|_1 (Jia et al. 2023, with the
     decreasing gamma that they found best). random-label: share x cross entropy of forgotten images
     under wrong labels + that of retained ones, so that each image counts the same (Golatkar et al.
     2020; under a mask, Fan et al. 2024, eq. 5).
@@ -242,7 +242,8 @@ def gathered(world: World, needs: tuple[str, ...]) -> tuple[Statistics, float]:
 
 
 def dampened(world: World, setting: Mapping[str, float]) -> tuple[nn.Module, float]:
-    """Selective Synaptic Dampening (Foster et al., AAAI 2024, eq. 5-6)."""
+    """Selective Synaptic Dampening (Foster et al., AAAI 2024): see `dampen`; importance is the mean
+    squared gradient, image by image."""
     whole, first = statistics(world, "train-each")
     part, second = statistics(world, "forget-each")
     started = time.process_time()
@@ -269,29 +270,28 @@ def retrained(world: World, shift: int) -> tuple[nn.Module, float]:
     return net, time.process_time() - started
 
 
-def grid(**options: tuple[float, ...]) -> tuple[dict[str, float], ...]:
+def grid(options: Mapping[str, Sequence[float]]) -> tuple[dict[str, float], ...]:
     """All combinations."""
     return tuple(dict(zip(options, each, strict=True)) for each in product(*options.values()))
 
 
 def rows() -> dict[str, Row]:
     """Name -> row of the table."""
+    fast, slow = grid({"lr": FAST}), grid({"lr": SLOW})
+    sparse = grid({"lr": (3e-3, 1e-2), "gamma": (3e-4, 3e-3)})
+    dampening = grid({"alpha": (1.0, 3.0, 10.0, 30.0), "strength": (1.0,)})
     plain = {
         "Retrain": Row(({},), lambda world, setting: world.retrain),
         "Retrain, other start": Row(({},), lambda world, setting: retrained(world, AGAIN_SEED)),
         "nothing": Row(({},), lambda world, setting: (world.base, 0.0)),
-        "fine-tune": Row(grid(lr=FAST), partial(tuned, kind="fine-tune")),
-        "gradient ascent": Row(grid(lr=SLOW), partial(tuned, kind="ascent")),
-        "L1-sparse": Row(
-            grid(lr=(3e-3, 1e-2), gamma=(3e-4, 3e-3)), partial(tuned, kind="l1-sparse")
-        ),
-        "SSD": Row(grid(alpha=(1.0, 3.0), strength=(0.1, 1.0)), dampened),
-        "random label (no mask)": Row(grid(lr=FAST), partial(tuned, kind="random-label")),
+        "fine-tune": Row(fast, partial(tuned, kind="fine-tune")),
+        "gradient ascent": Row(slow, partial(tuned, kind="ascent")),
+        "L1-sparse": Row(sparse, partial(tuned, kind="l1-sparse")),
+        "SSD": Row(dampening, dampened),
+        "random label (no mask)": Row(fast, partial(tuned, kind="random-label")),
     }
     masks = {
-        f"SalUn, {rule} {100 * density:g} %": Row(
-            grid(lr=FAST), partial(masked, rule=rule, density=density)
-        )
+        f"SalUn, {rule} {100 * density:g} %": Row(fast, partial(masked, rule=rule, density=density))
         for density in DENSITIES
         for rule in (*RULES, *CONTROLS)
     }
