@@ -10,7 +10,7 @@ a part of it, on the tuning seeds first (several processes can share the work):
 the tables of what is measured:
   python scripts/bench/classifier.py --table
 
-First every row is measured with each of its eight settings on the tuning seeds; the setting with
+First every row is measured with each of its four settings on the tuning seeds; the setting with
 the smallest mean gap to Retrain is then measured on the seeds that are reported. Each measurement
 is one line of OUT/classifier.jsonl; what is there is not measured again.
 """
@@ -144,7 +144,10 @@ def main() -> None:
         # every training ends with a garbage collection, which need not look at the libraries
         gc.freeze()
         chosen = {name: known[name] for name in args.rows or known}
-        measure_all(record, chosen, args.scenarios, args.seeds)
+        try:
+            measure_all(record, chosen, args.scenarios, args.seeds)
+        except ErasureError as error:
+            raise SystemExit(str(error)) from error
     print(tables(record.found.values(), set(TUNING_SEEDS)))
 
 

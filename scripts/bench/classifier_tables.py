@@ -34,8 +34,9 @@ def table(found: Measurements) -> str:
         "|---" * (4 + len(shown)) + "|",
     ]
     runs_of = {name: [each for each in found if each["row"] == name] for name in _names(found)}
-    exact = _means(runs_of.get(RETRAIN, []))
     for name, runs in runs_of.items():
+        seeds = {run["seed"] for run in runs}
+        exact = _means([run for run in runs_of.get(RETRAIN, []) if run["seed"] in seeds])
         setting = ", ".join(f"{key} {value:g}" for key, value in runs[0]["setting"].items())
         cells = [around([run[column] for run in runs]) for column in shown]
         cells.append(f"{gap(_means(runs), exact):.2f}" if exact else "")
