@@ -33,23 +33,27 @@ def table(found: Measurements) -> str:
         f"| row | setting | seeds | {' | '.join(shown)} | gap of means |",
         "|---" * (4 + len(shown)) + "|",
     ]
-    runs_of = {name: [each for each in found if each["row"] == name] for name in _names(found)}
-    for name, runs in runs_of.items():
+    for name in dict.fromkeys(each["row"] for each in found):
+        runs = _runs(found, name)
         seeds = {run["seed"] for run in runs}
-        exact = _means([run for run in runs_of.get(RETRAIN, []) if run["seed"] in seeds])
+        exact = [run for run in _runs(found, RETRAIN) if run["seed"] in seeds]
         setting = ", ".join(f"{key} {value:g}" for key, value in runs[0]["setting"].items())
-        cells = [around([run[column] for run in runs]) for column in shown]
-        cells.append(f"{gap(_means(runs), exact):.2f}" if exact else "")
+        cells = [around(_values(runs, column)) for column in shown]
+        cells.append(f"{gap(_means(runs), _means(exact)):.2f}" if exact else "")
         lines.append(f"| {name} | {setting} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _names(found: Measurements) -> list[str]:
-    return list(dict.fromkeys(each["row"] for each in found))
+def _runs(found: Measurements, name: str) -> Measurements:
+    return [each for each in found if each["row"] == name]
+
+
+def _values(runs: Measurements, column: str) -> list[float]:
+    return [run[column] for run in runs]
 
 
 def _means(runs: Measurements) -> dict[str, float]:
-    return {column: fmean(run[column] for run in runs) for column in COLUMNS} if runs else {}
+    return {column: fmean(_values(runs, column)) for column in COLUMNS}
 
 
 def comparison(found: Measurements) -> str:
