@@ -41,6 +41,8 @@ class EvaluateConfig:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     settings: dict[str, Any] = field(default_factory=dict)
     """an evaluator's own name -> its configuration, where it is not the default"""
+    protocol: str | None = None
+    """name and version of the protocol that these settings come from, for the report"""
 
     def __post_init__(self) -> None:
         if self.evaluators is not None and not self.evaluators:
@@ -286,6 +288,8 @@ def _provenance(
     evaluation: dict[str, Any] = {"evaluators": list(chosen), "generate": asdict(config.generate)}
     for evaluator, settings in chosen.values():
         evaluation[evaluator.name] = asdict(settings)
+    if config.protocol:
+        evaluation["protocol"] = config.protocol
     cut = images.settings.get("cut_prompts")
     return {
         **{key: value for key, value in sorted(delta.metadata.items()) if key not in elsewhere},
