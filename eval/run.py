@@ -14,6 +14,7 @@ from typing import Any
 
 from erase.delta import ErasedDelta
 from erase.eval.case import Case
+from erase.eval.cost import cost_of
 from erase.eval.evaluators import EVALUATORS, Evaluator, get_evaluator
 from erase.eval.generate import GenerateConfig, generate, planned
 from erase.eval.images import ImageSet
@@ -298,6 +299,7 @@ def _provenance(
         "delta_settings": _settings(delta),
         "evaluation": evaluation,
         "changed_weights": delta.count,
+        "cost": cost_of(delta),
         **({"cut_evaluation_prompts": cut} if cut else {}),
     }
 

@@ -137,9 +137,10 @@ def _of_book(
     told: dict[str, dict[str, str]] = {}
     for concept in concepts:
         if concept.target not in book.concepts:
+            what = f"concept of the book {book.where}:"
             raise ErasureError(
-                f"{unknown(f'concept of the book {book.where}:', concept.target, book.concepts)}; give your "
-                "own book, or a prompt set with the label `wording` by --prompts"
+                f"{unknown(what, concept.target, book.concepts)}; or give a prompt set of your own "
+                "with the label `wording`, by --prompts"
             )
         for wording in wordings:
             if wording not in WORDINGS:
@@ -149,7 +150,7 @@ def _of_book(
     for wording in wordings:
         if all(labels["wording"] != wording for labels in told.values()):
             raise ErasureError(
-                f"the book {book.where} has no prompts by {wording!r} for this erasure; give the concept "
-                "synonyms, or leave the wording out"
+                f"the book {book.where} has no prompts by {wording!r} for this erasure; give the "
+                "concept synonyms, or leave the wording out"
             )
     return list(told.items())
