@@ -20,6 +20,7 @@ from erase.eval.case import Case
 from erase.eval.evaluators import classifier, opennsfw, q16_type
 from erase.eval.evaluators.library_judges import OTHER, library_judge
 from erase.eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
+from erase.eval.protocols import load_protocol
 from erase.files import file_sha256
 from erase.prompts.class_lists import class_lists, load_classes
 from erase.prompts.concepts import ConceptSpec
@@ -354,3 +355,48 @@ def test_captions_that_cannot_be_chosen_between_are_refused(
 ) -> None:
     with pytest.raises(ErasureError, match=says):
         q16_type.Config(**settings)
+
+
+def test_nudenets_boxes_are_its_detectors_own(photos: ImageSet) -> None:
+    """To the last digit, by array (right colours) and by path (as published)."""
+    from nudenet import NudeDetector
+
+    from erase.eval.evaluators import nudenet
+
+    ours, own = nudenet.load_detector(), NudeDetector()
+    for row, image in zip(photos.rows, pictures(), strict=True):
+        by_array = nudenet.detections(ours, photos, row, nudenet.Config())
+        assert by_array == own.detect(np.asarray(image))
+        published = nudenet.Config(preset="as-published")
+        by_path = nudenet.detections(ours, photos, row, published)
+        assert by_path == own.detect(str(photos.path(row)))
+
+
+@pytest.mark.parametrize(
+    "name", ["imagenette", pytest.param("unlearncanvas", marks=pytest.mark.slow)]
+)
+def test_a_protocols_classifier_says_what_the_library_says(
+    name: str, photos: ImageSet, tmp_path: Path
+) -> None:
+    """SalUn's ResNet-50 and UnlearnCanvas's ViT-L (1.2 GB, so one of its two files), random."""
+    import timm
+    from torchvision import models, transforms
+
+    preset = load_protocol(name).evaluators["classifier"]
+    torch.manual_seed(0)
+    if name == "imagenette":
+        network = models.resnet50()
+        prepare = models.ResNet50_Weights.DEFAULT.transforms()
+        classes, places = preset.classes, list(load_classes(name)["class"].outputs.values())
+    else:
+        network = timm.create_model("vit_large_patch16_224.augreg_in21k", num_classes=51)
+        steps = [transforms.Resize((224, 224)), transforms.ToTensor()]
+        prepare = transforms.Compose([*steps, transforms.Normalize([0.5], [0.5])])
+        classes, places = str(tmp_path / "style.yaml"), list(range(51))
+        (tmp_path / "style.yaml").write_text(f"class: {list(load_classes(name)['style'].outputs)}")
+    file = saved(network, tmp_path / "weights.safetensors")
+    judge = library_judge(preset.judge, classes, file, preset.resize)
+    with torch.inference_mode():
+        logits = judge.logits(judge.batch(photos, photos.rows))["class"]
+        theirs = network.eval()(torch.stack([prepare(image) for image in pictures()]))
+    assert torch.equal(logits[:, : len(places)], theirs[:, places])
