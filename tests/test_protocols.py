@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from erase.delta import ErasedDelta
+from erase.eval.canvas.render import render
 from erase.eval.case import Case
-from erase.eval.evaluators import clip
+from erase.eval.evaluators import classifier, clip
 from erase.eval.evaluators.in_prompt import rests
 from erase.eval.evaluators.nudenet import EXPOSED
 from erase.eval.evaluators.wordings import accuracy_scores, wording_scores
-from erase.eval.images import ImageRow, ImageSet
+from erase.eval.images import ImageRow, ImageSet, save_image
 from erase.eval.metrics.harmonic import harmonic, of_harmonic
 from erase.eval.metrics.intervals import of_rate
 from erase.eval.protocols import PROTOCOLS, load_protocol, protocol_names
@@ -29,7 +30,7 @@ from erase.prompts.canvas_wordings import canvas_book
 from erase.prompts.class_lists import load_classes
 from erase.prompts.concepts import ConceptSpec, load_concepts
 from erase.prompts.errors import ErasureError
-from erase.prompts.prompt_sets import canvas_grid
+from erase.prompts.prompt_sets import PromptRow, canvas_grid
 from erase.prompts.wordings import books, load_book, worded
 from erase.scripts import run_evaluate
 
@@ -333,6 +334,52 @@ def test_the_benign_part_of_a_prompt() -> None:
         rests(Case(ImageSet(Path("nowhere"), alone, {}), [HEART]))
     with pytest.raises(ErasureError, match="no prompt names a forgotten concept"):
         rests(Case(ImageSet(Path("nowhere"), rows[2:], {}), [HEART]))
+
+
+def drawn(folder: Path, rows: tuple[PromptRow, ...], **swaps: str) -> ImageSet:
+    """Renders of what the labels say, but for the names that are swapped."""
+    cells = [
+        {kind: swaps.get(row.labels[kind], row.labels[kind]) for kind in KINDS} for row in rows
+    ]
+    pixels = (render(cells, seed=7) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    made = []
+    for row, image in zip(rows, pixels, strict=True):
+        save_image(folder / f"{row.case}.png", image, {})
+        made.append(image_row(row, dict(row.labels)))
+    return ImageSet(folder, made, {})
+
+
+def test_known_answers_by_wording(tmp_path: Path) -> None:
+    """Of a model that draws what it is asked for, and of one that draws rings for hearts."""
+    rows = load_protocol("emma/canvas").prompt_set([HEART]).rows
+    found = {}
+    for name, swaps in {"as asked": {}, "rings": {"heart": "ring"}}.items():
+        (tmp_path / name).mkdir()
+        case = Case(drawn(tmp_path / name, rows, **swaps), [HEART])
+        scores = classifier.evaluate(case, classifier.Config(harmonic="H_o"))
+        found[name] = {score.name: score.value for score in scores}
+    wordings = ("name", "variant", "rewording", "indirect")
+    assert all(found["as asked"][f"seen by {wording}"] > 95 for wording in wordings)
+    assert all(found["rings"][f"seen by {wording}"] == 0 for wording in wordings)
+    for scores in found.values():
+        assert scores["kept by hard"] > 95 and scores["kept by random"] > 95
+        assert scores["leaked"] < 5
+    assert found["as asked"]["H_o"] < 10 and found["rings"]["H_o"] > 97
+
+
+def test_the_in_prompt_score_sees_the_rest_of_a_prompt(tmp_path: Path) -> None:
+    """Stars for hearts, in the style and colour that were asked for, or in others."""
+    rows = load_protocol("six-cd/canvas").prompt_set([HEART]).rows
+    wrong = {name: vocabulary().anchor(name) for name in vocabulary().names("colour")}
+    wrong |= {name: vocabulary().anchor(name) for name in vocabulary().names("style")}
+    found = {}
+    for name, swaps in {"kept": {"heart": "star"}, "lost": {"heart": "star"} | wrong}.items():
+        (tmp_path / name).mkdir()
+        case = Case(drawn(tmp_path / name, rows, **swaps), [HEART])
+        scores = {score.name: score for score in clip.evaluate(case, clip.Config(in_prompt=True))}
+        found[name] = scores["in-prompt CLIP score"]
+    assert found["kept"].n == found["lost"].n == 24
+    assert found["kept"].low > found["lost"].high
 
 
 # ---- the command ---------------------------------------------------------------------------------

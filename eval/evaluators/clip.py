@@ -303,10 +303,10 @@ def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Sc
         scores.append(mean_score(name, gone, higher_is_better=False, evaluator=evaluator))
         if config.harmonic == "H_a":
             scores.append(_difference("H_a", scores[1], scores[0]))
-    elif config.harmonic == "H_a":
+    elif config.harmonic and case.concepts:
         raise ErasureError(
-            "H_a compares prompts that name a forgotten concept with others, told apart by labels; "
-            "leave clip.zero_shot on, and use a prompt set with labels"
+            f"{config.harmonic} compares prompts that name a forgotten concept with others, told "
+            "apart by labels; leave clip.zero_shot on, and use a prompt set with labels"
         )
     return scores
 

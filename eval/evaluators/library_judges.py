@@ -7,6 +7,7 @@ Nothing is downloaded. torchvision's published weights are used where torch.hub'
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ OTHER = "other"
 """what an image is called whose class has no name in the list"""
 Weights = str | Mapping[str, str] | None
 Prepare = Callable[[Image.Image], Tensor]
+
+
+@dataclass(frozen=True)
+class _Built:
+    """A classifier of a library."""
+
+    network: nn.Module
+    """on this process's device"""
+    path: Path
+    """of its weights"""
+    prepare: Prepare
 
 
 def library_judge(judge: str, classes: str | None, weights: Weights, resize: int | None) -> Judge:
@@ -69,27 +81,24 @@ def _load(
 ) -> Judge:
     kinds, title = load_classes(classes), f"{library}:{name}"
     files = _files(title, list(kinds), weights)
-    networks: dict[str, nn.Module] = {}
-    prepare: Prepare | None = None
+    build = _torchvision if library == "torchvision" else _timm
+    built: dict[str, _Built] = {}
     for kind, listed in kinds.items():
-        build = _torchvision if library == "torchvision" else _timm
-        networks[kind], path, prepare = build(name, listed, files.get(kind), resize)
-        _fill(networks[kind], title, path)
-        files[kind] = str(path)
+        built[kind] = build(name, listed, files.get(kind), resize)
+        _fill(built[kind], title)
+        _check_outputs(built[kind], f"{title} with {classes}: {kind}", listed)
     places = {kind: torch.tensor(list(listed.outputs.values())) for kind, listed in kinds.items()}
-    for kind, network in networks.items():
-        _check_outputs(f"{title} with {classes}", kind, network, prepare, kinds[kind])
     names = {kind: [*kinds[kind].outputs, *[OTHER] * (not kinds[kind].whole)] for kind in kinds}
 
     def logits(images: Tensor) -> dict[str, Tensor]:
         outputs = {}
-        for kind, network in networks.items():
-            values = network(images.to(default_device())).float().cpu()
+        for kind, one in built.items():
+            values = one.network(images.to(default_device())).float().cpu()
             outputs[kind] = _of_names(values, places[kind], kinds[kind].whole)
         return outputs
 
-    told = ", ".join(dict.fromkeys(Path(file).name for file in files.values()))
-    return Judge(f"{title} ({told})", logits, names, prepare)
+    told = ", ".join(dict.fromkeys(one.path.name for one in built.values()))
+    return Judge(f"{title} ({told})", logits, names, next(iter(built.values())).prepare)
 
 
 def _of_names(values: Tensor, places: Tensor, whole: bool) -> Tensor:
@@ -123,10 +132,7 @@ def _files(
 # ---- torchvision ---------------------------------------------------------------------------------
 
 
-def _torchvision(
-    name: str, classes: ClassList, weights: str | None, resize: int | None
-) -> tuple[nn.Module, Path, Prepare]:
-    """Network without weights, file of the weights, preprocessing."""
+def _torchvision(name: str, classes: ClassList, weights: str | None, resize: int | None) -> _Built:
     from torchvision import models
 
     listed = models.list_models(module=models)
@@ -144,7 +150,8 @@ def _torchvision(
     else:
         prepare = transforms
     count: dict[str, Any] = {"num_classes": len(classes.outputs)} if classes.whole else {}
-    return _built(lambda: models.get_model(name, weights=None, **count), name), path, prepare
+    network = _network(lambda: models.get_model(name, weights=None, **count), name)
+    return _Built(network, path, prepare)
 
 
 def _kept(name: str, member: Any) -> Path:
@@ -161,10 +168,7 @@ def _kept(name: str, member: Any) -> Path:
 # ---- timm ----------------------------------------------------------------------------------------
 
 
-def _timm(
-    name: str, classes: ClassList, weights: str | None, resize: int | None
-) -> tuple[nn.Module, Path, Prepare]:
-    """Network without weights, file of the weights, preprocessing."""
+def _timm(name: str, classes: ClassList, weights: str | None, resize: int | None) -> _Built:
     import timm
     from timm.data import create_transform, resolve_model_data_config
 
@@ -176,18 +180,20 @@ def _timm(
             "classifier.weights"
         )
     count: dict[str, Any] = {"num_classes": len(classes.outputs)} if classes.whole else {}
-    network = _built(lambda: timm.create_model(name, pretrained=False, **count), name)
+    network = _network(lambda: timm.create_model(name, pretrained=False, **count), name)
     data = resolve_model_data_config(network)
     if resize:
-        return network, Path(weights), _squashed(resize, data["mean"], data["std"])
-    return network, Path(weights), create_transform(**data, is_training=False)
+        prepare = _squashed(resize, data["mean"], data["std"])
+    else:
+        prepare = create_transform(**data, is_training=False)
+    return _Built(network, Path(weights), prepare)
 
 
 # ---- both ----------------------------------------------------------------------------------------
 
 
-def _built(build: Callable[[], nn.Module], name: str) -> nn.Module:
-    """The network on this process's device, to judge with; the caller's random numbers stay."""
+def _network(build: Callable[[], nn.Module], name: str) -> nn.Module:
+    """The network, with the caller's random numbers left as they were."""
     with torch.random.fork_rng(devices=[]):
         try:
             network = build()
@@ -195,7 +201,7 @@ def _built(build: Callable[[], nn.Module], name: str) -> nn.Module:
             raise ErasureError(
                 f"the classifier {name} cannot be built: {reason(error)}; choose another"
             ) from error
-    return network.eval().requires_grad_(False)
+    return network.eval().requires_grad_(False).to(default_device())
 
 
 def _squashed(side: int, mean: Any, std: Any) -> Prepare:
@@ -205,32 +211,28 @@ def _squashed(side: int, mean: Any, std: Any) -> Prepare:
     return squashed
 
 
-def _fill(network: nn.Module, title: str, path: Path) -> None:
+def _fill(built: _Built, title: str) -> None:
     """Put the file's weights into the network."""
-    with open_tensors(path) as file:
+    with open_tensors(built.path) as file:
         tensors = {key.removeprefix("module."): file.read(key) for key in file.shapes}
     try:
-        network.load_state_dict(tensors)
+        built.network.load_state_dict(tensors)
     except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise ErasureError(
-            f"{path} does not fit {title}: {' '.join(lines)[:200] or reason(error)}; give the "
-            "weights of this classifier, and the class list that it was trained with"
+            f"{built.path} does not fit {title}: {' '.join(lines)[:200] or reason(error)}; give "
+            "the weights of this classifier, and the class list that it was trained with"
         ) from error
-    network.to(default_device())
 
 
 @torch.inference_mode()
-def _check_outputs(
-    title: str, kind: str, network: nn.Module, prepare: Prepare | None, classes: ClassList
-) -> None:
+def _check_outputs(built: _Built, title: str, classes: ClassList) -> None:
     """Refuse a list that names an output that the classifier has not."""
-    blank = Image.new("RGB", (64, 64))
-    pixels = prepare(blank) if prepare else torch.zeros(3, 64, 64)
-    count = network(pixels[None].to(default_device())).shape[-1]
+    blank = built.prepare(Image.new("RGB", (64, 64)))[None]
+    count = built.network(blank.to(default_device())).shape[-1]
     for name, place in classes.outputs.items():
         if place >= count:
             raise ErasureError(
-                f"{title}: {kind} {name!r} is output {place}, and there are {count}, from 0; "
-                "correct the class list"
+                f"{title} {name!r} is output {place}, and there are {count}, from 0; correct the "
+                "class list"
             )

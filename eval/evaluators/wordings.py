@@ -131,9 +131,10 @@ def _parts(
 
 
 def _lacking(mean: str, wording: str) -> ErasureError:
+    variants = " and variants of it" if mean == "H_o" else ""
     return ErasureError(
-        f"{mean} is taken of prompts by name, of others and (H_o) of variants, told apart by the "
-        f"label {WORDING!r}, and there are none of {wording!r}; use a prompt set that has them"
+        f"{mean} needs prompts that name a forgotten concept{variants}, and others, told apart by "
+        f"the label {WORDING!r}; there are none of {wording!r}: use a prompt set that has them"
     )
 
 
