@@ -84,7 +84,7 @@ def _prompts(
                 f"wording {wording!r} out"
             )
     rng, new = random.Random(f"{target} {wording}"), canvas_book().templates
-    told = []
+    told: list[tuple[str, dict[str, str]]] = []
     for cell in _cells(kind, names, gone, rng)[:count]:
         synonyms, place = vocab.synonyms[kind][cell[kind]], len(told)
         word = synonyms[place % len(synonyms)] if wording in ("variant", "indirect") else cell[kind]
@@ -98,12 +98,10 @@ def _cells(
 ) -> list[dict[str, str]]:
     """The cells of these names without what is forgotten of other kinds, in a mixed order that
     takes each name as often."""
-    whole = vocabulary().cells()
-    first = [cell for cell in whole if cell[kind] == names[0]]
-    others = [
-        cell
-        for cell in first
-        if gone.isdisjoint(name for other, name in cell.items() if other != kind)
-    ]
+    others: list[dict[str, str]] = []
+    for cell in vocabulary().cells():
+        beside = {name for other, name in cell.items() if other != kind}
+        if cell[kind] == names[0] and gone.isdisjoint(beside):
+            others.append(cell)
     rng.shuffle(others)
     return [{**cell, kind: name} for cell in others for name in names]

@@ -109,7 +109,7 @@ def _told(
     named = np.logical_or.reduce(list(asked.values()))
     own = np.logical_or.reduce([asked[target] & saw[target] for target in asked])
     right = [np.asarray(predictions[kind]) == np.asarray(labels[kind]) for kind in kinds]
-    seen: np.ndarray = np.where(named, own, np.logical_or.reduce(list(saw.values())))
+    seen = (named & own) | (~named & np.logical_or.reduce(list(saw.values())))
     return named, seen, np.logical_and.reduce(right)
 
 

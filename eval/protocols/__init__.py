@@ -144,9 +144,10 @@ def load_protocol(name: str, folder: Path = PROTOCOLS) -> Protocol:
     if not path.is_file():
         raise unknown("protocol", name, protocol_names())
     content = as_mapping(read_yaml(path), (*KEYS, "variants"), path)
-    variants = content.pop("variants", {})
+    given = content.pop("variants", {})
     if variant:
-        if not isinstance(variants, Mapping) or variant not in variants:
+        variants = given if isinstance(given, Mapping) else {}
+        if variant not in variants:
             raise unknown(f"variant of {stem}", variant, variants)
         changed = as_mapping(variants[variant], (*KEYS, "no"), f"{path}: {variant}")
         if "no" in changed:
