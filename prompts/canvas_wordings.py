@@ -35,7 +35,7 @@ class CanvasBook:
 @cache
 def canvas_book() -> CanvasBook:
     """The embedded world's wordings and neighbours."""
-    content = read_yaml(DATA / "canvas_wordings.yaml")
+    content = read_yaml(DATA / "wordings" / "canvas.yaml")
     assert isinstance(content, dict)  # of our own data
     return CanvasBook(tuple(content["templates"]), content["neighbours"])
 

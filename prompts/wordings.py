@@ -61,8 +61,8 @@ class Book:
 
 
 def books() -> list[str]:
-    """Names of the shipped books."""
-    return sorted(path.stem for path in BOOKS.glob("*.yaml"))
+    """Names of the shipped books; canvas has another form."""
+    return sorted(path.stem for path in BOOKS.glob("*.yaml") if path.stem != CANVAS)
 
 
 def load_book(source: str) -> Book:
