@@ -16,7 +16,13 @@ from torch import Tensor
 from erase.eval.canvas.judges import load_classifier
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
-from erase.eval.evaluators.labelled import check_price, label_scores, labels_of, of_canvas
+from erase.eval.evaluators.labelled import (
+    cases_of,
+    check_price,
+    label_scores,
+    labels_of,
+    of_canvas,
+)
 from erase.eval.images import ImageSet
 from erase.eval.metrics.labels import confusion
 from erase.eval.scores import Score
@@ -101,12 +107,20 @@ class Judged:
     """kind -> name in each image's prompt"""
     predictions: Mapping[str, Sequence[str]]
     """kind -> predicted name of each image"""
+    cases: Sequence[int] = ()
+    """number of each image's case"""
 
     def scores(self, concepts: list[ConceptSpec], config: Config) -> list[Score]:
         """See `evaluate`."""
         evaluator = f"classifier {self.judge.name}"
         return label_scores(
-            self.predictions, self.labels, concepts, config.cra_with_target, "", evaluator
+            self.predictions,
+            self.labels,
+            concepts,
+            config.cra_with_target,
+            "",
+            evaluator,
+            self.cases,
         )
 
     def confusions(self) -> dict[str, dict[str, Any]]:
@@ -130,16 +144,15 @@ def judged(judge: Judge, case: Case, config: Config) -> Judged:
     Raises:
         ErasureError: images without labels or with unknown ones.
     """
-    return Judged(
-        judge, labels_of(case, judge.classes), predict(judge, case.images, config.batch_size)
-    )
+    labels = labels_of(case, judge.classes)
+    return Judged(judge, labels, predict(judge, case.images, config.batch_size), cases_of(case))
 
 
 def check(case: Case, config: Config) -> None:
     """Refuse what `evaluate` would refuse, and a UA that would stand without its price."""
     judge = load_judge(config.judge)
     labels = labels_of(case, judge.classes)
-    scores = Judged(judge, labels, labels).scores(case.concepts, config)
+    scores = Judged(judge, labels, labels, cases_of(case)).scores(case.concepts, config)
     check_price(scores)
 
 

@@ -27,6 +27,7 @@ from erase.eval.evaluators import Evaluator
 from erase.eval.evaluators.clip_activation import decide_quick_gelu
 from erase.eval.evaluators.clip_sources import Source, check_weights, find_source
 from erase.eval.evaluators.labelled import (
+    cases_of,
     check_price,
     label_scores,
     labels_of,
@@ -251,7 +252,13 @@ def zero_shot(
 def _label_scores(predictions: Labels, labels: Labels, case: Case, config: Config) -> list[Score]:
     evaluator = f"open_clip {load_clip(config).name}"
     return label_scores(
-        predictions, labels, case.concepts, config.cra_with_target, "CLIP ", evaluator
+        predictions,
+        labels,
+        case.concepts,
+        config.cra_with_target,
+        "CLIP ",
+        evaluator,
+        cases_of(case),
     )
 
 
@@ -270,13 +277,20 @@ def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Sc
         ]
 
     evaluator = f"open_clip {load_clip(config).name}"
-    retained = [value for value, forgotten in zip(values, named, strict=True) if not forgotten]
-    scores = [mean_score("CLIP score", retained, evaluator=evaluator)]
-    if targets:
-        gone = [value for value, forgotten in zip(values, named, strict=True) if forgotten]
-        name = "CLIP score of the forgotten"
-        scores.append(mean_score(name, gone, higher_is_better=False, evaluator=evaluator))
-    return scores
+
+    def mean(name: str, of_named: bool) -> Score:
+        places = [place for place, forgotten in enumerate(named) if forgotten is of_named]
+        cases = [case.images.rows[place].case for place in places]
+        return mean_score(
+            name,
+            [values[place] for place in places],
+            higher_is_better=not of_named,
+            evaluator=evaluator,
+            cases=cases,
+        )
+
+    scores = [mean("CLIP score", False)]
+    return [*scores, mean("CLIP score of the forgotten", True)] if targets else scores
 
 
 def settle(case: Case, config: Config, named: bool) -> Config:
