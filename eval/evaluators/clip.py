@@ -9,7 +9,7 @@ and prompt.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -109,18 +109,20 @@ class Clip:
         ]
         return F.normalize(torch.cat(embeddings), dim=-1)
 
+    @torch.inference_mode()
+    def embed(self, images: Iterable[Image.Image]) -> Tensor:
+        """Unit image embeddings, shape (images, d), float32."""
+        pixels = torch.stack([self.preprocess(image) for image in images])
+        features: Tensor = self.model.encode_image(pixels.to(self.device))
+        return F.normalize(features.float().cpu(), dim=-1)
+
     def images(self, images: ImageSet, batch_size: int) -> Tensor:
         """Unit image embeddings, shape (rows, d), float32."""
 
-        @torch.inference_mode()
         def embed(rows: range) -> Tensor:
-            pixels = torch.stack([self.preprocess(images.image(images.rows[row])) for row in rows])
-            features: Tensor = self.model.encode_image(pixels.to(self.device))
-            return features.float().cpu()
+            return self.embed(images.image(images.rows[row]) for row in rows)
 
-        return F.normalize(
-            torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image")), dim=-1
-        )
+        return torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image"))
 
 
 def load_clip(config: Config) -> Clip:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,11 +35,7 @@ MASK = (
 
 def names_concept(row: ImageRow, concept: Mapping[str, Any]) -> bool:
     """Whether the row's labels or its prompt name what was forgotten, or a synonym of it."""
-    lost = {word.lower() for key in ("target", "synonyms") for word in words(concept, key)}
-    asked = {label.lower() for label in row.labels.values()}
-    return bool(lost & asked) or any(
-        re.search(rf"\b{re.escape(word)}\b", row.prompt.lower()) for word in lost
-    )
+    return row.asks_for([word for key in ("target", "synonyms") for word in words(concept, key)])
 
 
 def spread_out(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:
