@@ -33,7 +33,7 @@ from erase.eval.evaluators.retained import (
 from erase.eval.metrics.distances import frechet_interval, mmd, polynomial
 from erase.eval.scores import Score
 from erase.parallel.processes import default_device, in_shares
-from erase.prompts.errors import COUNT, check_names, check_ranges
+from erase.prompts.errors import COUNT, ErasureError, check_names, check_ranges, reason
 
 WIDTHS = {"canvas": 128, "inception": 2048}
 """features -> how many there are"""
@@ -176,8 +176,14 @@ def _load_inception(path: str | None, device: str) -> Look:
     # the library unpickles whatever file it is given, so it gets one of ours
     torch.save(file, weights)
     weights.seek(0)
-    with torch.random.fork_rng(devices=[]):  # it draws weights before it loads them
-        network = FeatureExtractorInceptionV3("inception", ["2048"], weights).to(device)
+    try:
+        with torch.random.fork_rng(devices=[]):  # it draws weights before it loads them
+            network = FeatureExtractorInceptionV3("inception", ["2048"], weights).to(device)
+    except RuntimeError as error:
+        raise ErasureError(
+            f"{path or URL_INCEPTION_V3} holds no weights of torch-fidelity's Inception "
+            f"({reason(error)}); give the file of {URL_INCEPTION_V3} with fid.weights"
+        ) from error
     return Look(lambda images: network(images)[0], 0, device)
 
 
