@@ -92,7 +92,7 @@ def test_only_prompts_that_ask_for_no_concept_are_looked_at(base: ImageSet) -> N
 
 def test_images_of_other_prompts_or_sizes_are_not_compared(base: ImageSet, tmp_path: Path) -> None:
     others = replace(base, rows=[replace(row, seed=row.seed + 1) for row in base.rows])
-    with pytest.raises(ErasureError, match="has no image of case 13"):
+    with pytest.raises(ErasureError, match="has no image of case"):
         retained_pairs(case_of(base, others))
     half = image_set(tmp_path / "half", ROWS, lambda pixels: pixels[:, ::2, ::2])
     with pytest.raises(ErasureError, match="is 32 x 32 pixels, the base's 64 x 64"):
@@ -204,11 +204,12 @@ def inception(tmp_path_factory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_inceptions_fid_and_kid_are_torch_fidelitys_to_the_last_digit(
     base: ImageSet, brighter: ImageSet, inception: Path, tmp_path: Path
 ) -> None:
     fidelity = pytest.importorskip("torch_fidelity")
-    some = [replace(images, rows=images.rows[1:9]) for images in (base, brighter)]
+    some = [replace(images, rows=images.rows[1:5]) for images in (base, brighter)]
     folders = []
     for place, images in enumerate(some):
         folder = tmp_path / str(place)
@@ -224,7 +225,7 @@ def test_inceptions_fid_and_kid_are_torch_fidelitys_to_the_last_digit(
         fid=True,
         kid=True,
         kid_subsets=1,
-        kid_subset_size=8,
+        kid_subset_size=4,
         feature_extractor_weights_path=str(inception),
         cache=False,
         verbose=False,
