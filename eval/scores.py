@@ -178,7 +178,8 @@ def paired(base: Score, other: Score) -> Difference | None:
     cases = [case for case, _ in base.outcomes]
     if not cases or cases != [case for case, _ in other.outcomes] or base.unit != other.unit:
         return None
-    before, after = ([value for _, value in score.outcomes] for score in (base, other))
+    before = [value for _, value in base.outcomes]
+    after = [value for _, value in other.outcomes]
     if base.counts:
         return of_events(cases, before, after, total=True)
     if base.unit == "%" and {*before, *after} <= {0, 100}:
