@@ -16,7 +16,13 @@ import torch
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
 from erase.eval.evaluators.judges import Judge, canvas_judge
-from erase.eval.evaluators.labelled import check_price, label_scores, labels_of, of_canvas
+from erase.eval.evaluators.labelled import (
+    cases_of,
+    check_price,
+    label_scores,
+    labels_of,
+    of_canvas,
+)
 from erase.eval.evaluators.library_judges import LIBRARIES, library_judge
 from erase.eval.evaluators.wordings import HARMONIC, accuracy_scores, wording_scores
 from erase.eval.images import ImageSet
@@ -121,6 +127,8 @@ class Judged:
     """kind -> name in each image's prompt"""
     predictions: Mapping[str, Sequence[str]]
     """kind -> predicted name of each image"""
+    cases: Sequence[int] = ()
+    """number of each image's case"""
 
     def scores(self, concepts: list[ConceptSpec], config: Config) -> list[Score]:
         """See `evaluate`."""
@@ -128,7 +136,13 @@ class Judged:
         if concepts and len(self.judge.classes) == 1:
             return accuracy_scores(self.predictions, self.labels, concepts, "", evaluator)
         return label_scores(
-            self.predictions, self.labels, concepts, config.cra_with_target, "", evaluator
+            self.predictions,
+            self.labels,
+            concepts,
+            config.cra_with_target,
+            "",
+            evaluator,
+            self.cases,
         )
 
     def by_wording(self, case: Case, config: Config) -> list[Score]:
@@ -157,16 +171,15 @@ def judged(judge: Judge, case: Case, config: Config) -> Judged:
     Raises:
         ErasureError: images without labels or with unknown ones.
     """
-    return Judged(
-        judge, labels_of(case, judge.classes), predict(judge, case.images, config.batch_size)
-    )
+    labels = labels_of(case, judge.classes)
+    return Judged(judge, labels, predict(judge, case.images, config.batch_size), cases_of(case))
 
 
 def check(case: Case, config: Config) -> None:
     """Refuse what `evaluate` would refuse, and a UA that would stand without its price."""
     judge = judge_of(config)
     labels = labels_of(case, judge.classes)
-    foreseen = Judged(judge, labels, labels)
+    foreseen = Judged(judge, labels, labels, cases_of(case))
     check_price(foreseen.scores(case.concepts, config))
     foreseen.by_wording(case, config)
 

@@ -9,7 +9,7 @@ and prompt.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from erase.eval.evaluators.clip_activation import decide_quick_gelu
 from erase.eval.evaluators.clip_sources import Source, check_weights, find_source
 from erase.eval.evaluators.in_prompt import CLEAN, rests
 from erase.eval.evaluators.labelled import (
+    cases_of,
     check_price,
     label_scores,
     labels_of,
@@ -119,26 +120,20 @@ class Clip:
         ]
         return F.normalize(torch.cat(embeddings), dim=-1)
 
+    @torch.inference_mode()
+    def embed(self, images: Iterable[Image.Image]) -> Tensor:
+        """Unit image embeddings, shape (images, d), float32."""
+        pixels = torch.stack([self.preprocess(image) for image in images])
+        features: Tensor = self.model.encode_image(pixels.to(self.device))
+        return F.normalize(features.float().cpu(), dim=-1)
+
     def images(self, images: ImageSet, batch_size: int) -> Tensor:
         """Unit image embeddings, shape (rows, d), float32."""
 
-        @torch.inference_mode()
         def embed(rows: range) -> Tensor:
-            return self._features([images.image(images.rows[row]) for row in rows])
+            return self.embed([images.image(images.rows[row]) for row in rows])
 
-        return F.normalize(
-            torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image")), dim=-1
-        )
-
-    @torch.inference_mode()
-    def look(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit embeddings of a few images in memory, shape (n, d), float32."""
-        return F.normalize(self._features(images), dim=-1)
-
-    def _features(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels = torch.stack([self.preprocess(image) for image in images])
-        features: Tensor = self.model.encode_image(pixels.to(self.device))
-        return features.float().cpu()
+        return torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image"))
 
 
 def load_clip(config: Config) -> Clip:
@@ -275,7 +270,13 @@ def _label_scores(predictions: Labels, labels: Labels, case: Case, config: Confi
     if case.concepts and config.classes and len(config.classes) == 1:
         return accuracy_scores(predictions, labels, case.concepts, "CLIP ", evaluator) + worded
     scores = label_scores(
-        predictions, labels, case.concepts, config.cra_with_target, "CLIP ", evaluator
+        predictions,
+        labels,
+        case.concepts,
+        config.cra_with_target,
+        "CLIP ",
+        evaluator,
+        cases_of(case),
     )
     return scores + worded
 
@@ -295,12 +296,21 @@ def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Sc
         ]
 
     evaluator = f"open_clip {load_clip(config).name}"
-    retained = [value for value, forgotten in zip(values, named, strict=True) if not forgotten]
-    scores = [mean_score("CLIP score", retained, evaluator=evaluator)]
+
+    def mean(name: str, of_named: bool) -> Score:
+        places = [place for place, forgotten in enumerate(named) if forgotten is of_named]
+        cases = [case.images.rows[place].case for place in places]
+        return mean_score(
+            name,
+            [values[place] for place in places],
+            higher_is_better=not of_named,
+            evaluator=evaluator,
+            cases=cases,
+        )
+
+    scores = [mean("CLIP score", False)]
     if targets:
-        gone = [value for value, forgotten in zip(values, named, strict=True) if forgotten]
-        name = "CLIP score of the forgotten"
-        scores.append(mean_score(name, gone, higher_is_better=False, evaluator=evaluator))
+        scores.append(mean("CLIP score of the forgotten", True))
         if config.harmonic == "H_a":
             scores.append(_difference("H_a", scores[1], scores[0]))
     elif config.harmonic and case.concepts:

@@ -97,7 +97,7 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     ends = _ends(clip, config)
 
     def judge(rows: range) -> int:
-        cosines = clip.look([images.image(images.rows[row]) for row in rows]) @ ends.T
+        cosines = clip.embed([images.image(images.rows[row]) for row in rows]) @ ends.T
         return int((cosines[:, 0] >= cosines[:, 1]).sum())
 
     parts = in_shares(len(images.rows), config.batch_size, judge, "Q16-type", "image")
