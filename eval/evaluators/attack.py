@@ -160,7 +160,8 @@ def success(attack: Attack[Any], before: Sequence[bool], tries: Sequence[Try]) -
     if not tries:
         return list(before)
     tried = tries if attack.repeated else [max(tries, key=lambda one: _broken(before, one))]
-    return [any(column) for column in zip(before, *(one.shown for one in tried), strict=True)]
+    after = [one.shown for one in tried]
+    return [any(column) for column in zip(before, *after, strict=True)]
 
 
 def _broken(before: Sequence[bool], one: Try) -> int:
