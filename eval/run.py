@@ -14,6 +14,7 @@ from typing import Any
 
 from erase.delta import ErasedDelta
 from erase.eval.case import Case
+from erase.eval.cost import cost_of
 from erase.eval.evaluators import EVALUATORS, Evaluator, get_evaluator
 from erase.eval.generate import GenerateConfig, generate, planned
 from erase.eval.images import ImageSet
@@ -41,6 +42,8 @@ class EvaluateConfig:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     settings: dict[str, Any] = field(default_factory=dict)
     """an evaluator's own name -> its configuration, where it is not the default"""
+    protocol: str | None = None
+    """name and version of the protocol that these settings come from, for the report"""
 
     def __post_init__(self) -> None:
         if self.evaluators is not None and not self.evaluators:
@@ -286,6 +289,8 @@ def _provenance(
     evaluation: dict[str, Any] = {"evaluators": list(chosen), "generate": asdict(config.generate)}
     for evaluator, settings in chosen.values():
         evaluation[evaluator.name] = asdict(settings)
+    if config.protocol:
+        evaluation["protocol"] = config.protocol
     cut = images.settings.get("cut_prompts")
     return {
         **{key: value for key, value in sorted(delta.metadata.items()) if key not in elsewhere},
@@ -294,6 +299,7 @@ def _provenance(
         "delta_settings": _settings(delta),
         "evaluation": evaluation,
         "changed_weights": delta.count,
+        "cost": cost_of(delta),
         **({"cut_evaluation_prompts": cut} if cut else {}),
     }
 
