@@ -6,9 +6,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from erase.prompts.canvas import canvas_concept, check_canvas
-from erase.prompts.concepts import ConceptSpec, load_concepts, merged
+from erase.prompts.concepts import ConceptSpec, load_concepts, merged, shipped
 from erase.prompts.errors import ErasureError, near_name, unknown
 from erase.prompts.proposals import find_shipped, propose
 
@@ -77,6 +78,14 @@ def read_concepts(
     return concepts
 
 
+def concepts_named(words: Sequence[str], model: str) -> list[ConceptSpec]:
+    """Concepts of one option that takes names and files alike: a `.yaml` file, a shipped file's
+    name, or else the name of a concept, as `read_concepts` takes it."""
+    files = [word for word in words if word in shipped() or Path(word).suffix in (".yaml", ".yml")]
+    names = [word for word in words if word not in files]
+    return read_concepts(names, [], files, model, [])
+
+
 def _from_files(
     files: Sequence[str], names: Sequence[str], model: str
 ) -> tuple[list[ConceptSpec], list[str]]:
@@ -125,8 +134,8 @@ def _by_name(named: _Named) -> ConceptSpec:
         f"proposed for {named.name!r}: {concept.target} -> {concept.anchor}, "
         f"{len(concept.names)} names, {len(concept.templates)} templates "
         f"({concept.templates[0]!r}, ...), {len(concept.retain)} retain prompts "
-        f"({concept.retain[0]!r}, ...){idle}; add --propose to see all of it as YAML, which "
-        "--concepts reads"
+        f"({concept.retain[0]!r}, ...){idle}; erase-concept --propose shows all of it as "
+        "YAML, which --concepts reads"
     )
     return concept
 
