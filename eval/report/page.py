@@ -18,6 +18,7 @@ from erase.eval.report.report import BASE, SCHEMA_VERSION, EvalReport, words
 from erase.eval.report.words import either, glossary, limits, verdict_line
 from erase.eval.scores import verdict
 from erase.files import atomic_write
+from erase.prompts.prompt_rows import PromptRow
 
 FORGET, RETAIN = 18, 30  # before/after pairs on the page: that ask for the concept, and that do not
 STRIP = 4  # columns of the strip that ask for the concept, and as many that do not
@@ -27,7 +28,7 @@ MASK = (
 )
 
 
-def names_concept(row: ImageRow, concept: Mapping[str, Any]) -> bool:
+def names_concept(row: ImageRow | PromptRow, concept: Mapping[str, Any]) -> bool:
     """Whether the row's labels or its prompt name what was forgotten, or a synonym of it."""
     lost = {word.lower() for key in ("target", "synonyms") for word in words(concept, key)}
     asked = {label.lower() for label in row.labels.values()}

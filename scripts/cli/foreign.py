@@ -12,8 +12,10 @@ from erase.scripts.cli import Parser, Words
 from erase.scripts.cli.naming import concepts_named
 
 if TYPE_CHECKING:  # --help needs none of it
+    import torch
+
     from erase.delta import ErasedDelta
-    from erase.models import DiffusionModel, LoadConfig
+    from erase.models import DiffusionModel
 
 
 def add_erased(command: Parser, further: str = "") -> None:
@@ -50,21 +52,34 @@ def check_erased(options: Namespace, delta: str | list[str] | None) -> None:
         )
 
 
-def foreign_delta(
-    model: DiffusionModel, erased: list[str], concepts: list[str], load: LoadConfig
-) -> ErasedDelta:
-    """What was erased from a loaded base, with the concepts that are named.
+def erased_model(
+    options: Namespace, device: str | torch.device
+) -> tuple[DiffusionModel, ErasedDelta]:
+    """The base, loaded, and what `--erased` names as a delta of it.
+
+    Where all of it are deltas, the base is the one that the first of them names, unless another is
+    given; else it is canvas, unless another is given.
 
     Raises:
         ErasureError: as `erase.foreign.read_erased`; or no concept is named, by an option or by a
             delta.
     """
+    from erase.delta import ErasedDelta
+    from erase.delta.base import load_base
     from erase.foreign import read_erased
+    from erase.foreign.files import find
+    from erase.models import load_model
 
-    named = concepts_named(concepts, model.name) if concepts else []
-    delta = read_erased(model, erased, named, load)
+    sources = [find(path) for path in options.erased]
+    if all(source.kind == "delta" for source in sources):
+        first = ErasedDelta.load(sources[0].path)
+        model = load_base(first, options.model, device, options.load)
+    else:
+        model = load_model(options.model or "canvas", device, options.load)
+    concepts = concepts_named(options.concepts, model.name) if options.concepts else []
+    delta = read_erased(model, options.erased, concepts, options.load)
     if not delta.concepts:
         raise ErasureError(
             f"{delta.source} does not say what was forgotten; name it with --concepts"
         )
-    return delta
+    return model, delta
