@@ -34,7 +34,7 @@ class Part:
     """begins the names of its scores, `i2p: CLIP score`; empty where it is the only set"""
     prompts: PromptSet
     concepts: list[ConceptSpec]
-    """those that its prompts ask for; of an only set, all"""
+    """those that it is judged on; of an only set, all"""
     chosen: Chosen
     unjudged: dict[str, str] = field(default_factory=dict)
     """evaluator that cannot judge prompts which ask for no concept -> its reason"""
@@ -48,7 +48,7 @@ class Part:
     def told(self) -> dict[str, Any]:
         """For the report."""
         told: dict[str, Any] = {"prompts": len(self.prompts.rows), "sha256": self.prompts.sha256}
-        told["asks_for"] = [concept.target for concept in self.concepts]
+        told["judged_on"] = [concept.target for concept in self.concepts]
         return told | ({"not_judged_by": self.unjudged} if self.unjudged else {})
 
 
@@ -60,8 +60,9 @@ def parts_of(
 ) -> list[Part]:
     """What is judged of each set, checked before any image is made.
 
-    Of several sets, each is judged on those concepts that its prompts ask for. A set that asks for
-    none is of what must stay; an evaluator that needs a concept is left out there, and it is said.
+    Of several sets, each is judged on those concepts that its prompts name, and on those that no
+    set names (I2P's prompts seldom say what they are of). A set that is left with none is of what
+    must stay: an evaluator that needs a concept is left out there, and it is said.
 
     Args:
         sets: numbered apart.
@@ -70,28 +71,24 @@ def parts_of(
         choose: the evaluators of a case.
 
     Raises:
-        ErasureError: an evaluator refuses a set; or a concept that no set asks for.
+        ErasureError: an evaluator refuses a set.
     """
     if len(sets) == 1:
         case = foresee(sets[0], list(concepts))
         return [_part("", sets[0], list(concepts), case, choose(case))]
+    named = [{concept.target for concept in concepts if _asks_for(one, concept)} for one in sets]
     parts = []
-    for one in sets:
-        asked = [
-            concept
-            for concept in concepts
-            if any(names_concept(row, concept.to_dict()) for row in one.rows)
-        ]
+    for one, own in zip(sets, named, strict=True):
+        others = set().union(*named) - own
+        asked = [concept for concept in concepts if concept.target not in others]
         case = foresee(one, asked)
         parts.append(_part(one.name, one, asked, case, choose(case)))
-    named = {concept.target for part in parts for concept in part.concepts}
-    for concept in concepts:
-        if concept.target not in named:
-            raise ErasureError(
-                f"no prompt of {', '.join(one.name for one in sets)} asks for {concept.target}, so "
-                "nothing can show that it was forgotten; add a set that names it"
-            )
     return parts
+
+
+def _asks_for(prompts: PromptSet, concept: ConceptSpec) -> bool:
+    """Whether any prompt or label of a set names the concept."""
+    return any(names_concept(row, concept.to_dict()) for row in prompts.rows)
 
 
 def _part(

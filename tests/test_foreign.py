@@ -387,14 +387,14 @@ def peft(made):
     state = {}
     for layer, (down, up, _) in made.items():
         key = "base_model.model." + layer.removeprefix("unet.")
-        state |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+        state |= {f"{key}.lora_A.default.weight": down, f"{key}.lora_B.default.weight": up}
     return state, {}, {"r": RANK, "lora_alpha": 6, "peft_type": "LORA"}, 6 / RANK
 
 
 def diffusers_new(made):
     state = {}
     for layer, (down, up, _) in made.items():
-        state |= {f"{layer}.lora_A.default.weight": down, f"{layer}.lora_B.default.weight": up}
+        state |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
     told = {f"{head}.lora_alpha": 6 for head in ("unet", "text_encoder")}
     told |= {"unet.r": RANK, "unet.target_modules": [key.removeprefix("unet.") for key in LAYERS]}
     return state, {"lora_adapter_metadata": json.dumps(told)}, None, 6 / RANK
