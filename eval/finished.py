@@ -19,6 +19,8 @@ from erase.eval.report.report import BASE, ERASED, EvalReport
 from erase.eval.reporting import about_concepts, chosen_of, parts_of, report_on, versions_of
 from erase.eval.run import EvaluateConfig
 from erase.files import file_sha256
+from erase.foreign.files import PARTS
+from erase.models.single_file.tensor_file import SINGLE_FILES
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, PromptSet, apart
@@ -33,14 +35,13 @@ SAME = ("scheduler", "steps", "guidance", "resolution")
 def holds_images(folder: str | Path) -> bool:
     """Whether a folder is of finished images: ours, or images or a CSV without any weights."""
     folder = Path(folder)
-    if not folder.is_dir() or (folder / "model_index.json").exists():
+    if not folder.is_dir():
         return False
     if (folder / MANIFEST).is_file() or (folder / SETTINGS).is_file():
         return True
-    files = [file for file in folder.iterdir() if file.is_file()]
-    return not any(file.suffix == ".safetensors" for file in files) and any(
-        file.suffix.lower() in (*ENDINGS, ".csv") for file in files
-    )
+    endings = {file.suffix.lower() for file in folder.iterdir() if file.is_file()}
+    weights = endings & set(SINGLE_FILES) or any((folder / part).is_dir() for part in PARTS)
+    return not weights and bool(endings & {*ENDINGS, ".csv"})
 
 
 def finished_images(folder: str | Path, prompts: PromptSet | None = None) -> ImageSet:
@@ -83,16 +84,11 @@ def finished_images(folder: str | Path, prompts: PromptSet | None = None) -> Ima
 
 def prompts_of(images: ImageSet) -> PromptSet:
     """The prompts and seeds that images were made of."""
-    rows = (
-        PromptRow(
-            row.case,
-            row.prompt,
-            row.seed,
-            row.guidance if math.isfinite(row.guidance) else None,
-            row.labels,
-        )
-        for row in images.rows
-    )
+    usual = images.settings.get("guidance")  # of rows that bring none of their own
+    rows = []
+    for row in images.rows:
+        own = None if math.isnan(row.guidance) or row.guidance == usual else row.guidance
+        rows.append(PromptRow(row.case, row.prompt, row.seed, own, row.labels))
     return PromptSet(str(images.settings.get("prompt_set", images.folder.name)), tuple(rows))
 
 

@@ -567,7 +567,7 @@ def test_what_does_not_fit_is_left_out_and_told(base, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         delta = read_erased(base, [tmp_path / "gated.safetensors"])
     (told,) = json.loads(delta.metadata["foreign"])
-    assert told["left_out"] == ["1 tensors that are no weight of this base: gate.weight"]
+    assert told["left_out"] == ["1 that are no weights of this base: gate.weight"]
     assert told["left_out"][0] in caplog.text
 
 
@@ -580,7 +580,7 @@ def test_another_vae_is_left_out_and_told(base, tmp_path):
     assert other.sha256 == same_vae.sha256
     assert "left_out" not in json.loads(same_vae.metadata["foreign"])[0]
     assert (
-        "its vae, in which 1 tensors differ"
+        "its vae, which differs from the base's in 1 tensors"
         in json.loads(other.metadata["foreign"])[0]["left_out"][0]
     )
 

@@ -210,6 +210,10 @@ def test_the_base_is_drawn_with_the_settings_of_our_own_images(work, base, tmp_p
 def test_folders_of_images_are_told_from_checkpoints(others, work, base):
     assert holds_images(others / "erased") and holds_images(work / "images")
     assert not holds_images(base) and not holds_images(work) and not holds_images(work / "absent")
+    parts = others / "parts"  # an export of the changed parts, with the picture of its card
+    shutil.copytree(base / "unet", parts / "unet")
+    shutil.copy(work / "images" / "00000.png", parts / "before_after.png")
+    assert not holds_images(parts)
 
 
 def test_an_image_is_opened_once_its_size_is_known(others):

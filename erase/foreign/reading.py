@@ -133,7 +133,7 @@ def _left_out(model: DiffusionModel, strange: Iterable[str]) -> list[str]:
         )
     if others:
         few = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-        said.append(f"{len(others)} tensors that are no weight of this base: {few}")
+        said.append(f"{len(others)} that are no weights of this base: {few}")
     return said
 
 

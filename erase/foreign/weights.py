@@ -119,7 +119,7 @@ def read_weights(
                 changes.add(name, base[name], new)
     for component, count in Counter(name.split(".")[0] for name in others).items():
         changes.left_out.append(
-            f"its {component}, in which {count} tensors differ from the base's, whose own is used"
+            f"its {component}, which differs from the base's in {count} tensors; the base's is used"
         )
     return strange
 
@@ -133,11 +133,12 @@ def _entries(
     entries: dict[str, ldm.Entry] = {}
     unfit = []
     for key, meant in options.items():
-        mine = [one for one in meant if len(meant) == 1 or one.names[0].split(".")[0] == component]
-        for entry in mine:
-            entries[key] = entry
-            if not _fits(entry, file.shapes[key], weights):
-                unfit.append(key)
+        if not meant:
+            continue
+        mine = [one for one in meant if one.names[0].split(".")[0] == component]
+        entries[key] = (mine or meant)[0]
+        if not _fits(entries[key], file.shapes[key], weights):
+            unfit.append(key)
     if unfit:
         raise _of_another_size(file, unfit, entries, weights)
     return entries, [key for key, meant in options.items() if not meant]
