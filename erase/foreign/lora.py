@@ -8,6 +8,7 @@ where neither the file nor the configuration beside it tells an alpha.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -208,12 +209,18 @@ def _alphas(file: TensorFile) -> Alphas:
         component, _, name = key.rpartition(".")
         if name == "use_dora" and value:
             raise ErasureError(f"{file.path} is a DoRA, which is no sum; merge it into its base")
-        if name == "lora_alpha" and isinstance(value, int | float):
-            usual[component] = float(value)
+        if name == "lora_alpha":
+            usual[component] = _number(file, value)
         if name == "alpha_pattern" and isinstance(value, dict):
-            patterns |= {_plain(file, end): float(alpha) for end, alpha in value.items()}
+            patterns |= {_plain(file, end): _number(file, alpha) for end, alpha in value.items()}
         rooted |= name == "use_rslora" and bool(value)
     return Alphas(usual, patterns, rooted)
+
+
+def _number(file: TensorFile, value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise ErasureError(f"{file.path}: its alpha {value!r} is no number; fetch it again")
+    return float(value)
 
 
 def _plain(file: TensorFile, pattern: str) -> str:

@@ -93,7 +93,9 @@ def layers(model: DiffusionModel, known: Places) -> Places:
         found[layer] = mine
         for entry in mine:
             for prefix in KOHYA.get(entry.names[0].split(".")[0], ()):
-                found.setdefault(prefix + layer.replace(".", "_"), []).append(entry)
+                same = found.setdefault(prefix + layer.replace(".", "_"), [])
+                if entry.names not in [other.names for other in same]:
+                    same.append(entry)
     return found
 
 
