@@ -13,6 +13,7 @@ from typing import Any
 
 from erase.delta import ErasedDelta
 from erase.eval.case import Case
+from erase.eval.cost import cost_of
 from erase.eval.evaluators import EVALUATORS, get_evaluator
 from erase.eval.evidence import Evidence
 from erase.eval.generate import GenerateConfig, generate, planned
@@ -45,6 +46,8 @@ class EvaluateConfig:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     settings: dict[str, Any] = field(default_factory=dict)
     """an evaluator's own name -> its configuration, where it is not the default"""
+    protocol: str | None = None
+    """name and version of the protocol that these settings come from, for the report"""
 
     def __post_init__(self) -> None:
         if self.evaluators is not None and not self.evaluators:
@@ -172,6 +175,8 @@ def _provenance(delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen) -> d
     evaluation: dict[str, Any] = {"evaluators": list(chosen), "generate": asdict(config.generate)}
     for evaluator, settings in chosen.values():
         evaluation[evaluator.name] = asdict(settings)
+    if config.protocol:
+        evaluation["protocol"] = config.protocol
     return {
         **{key: value for key, value in sorted(delta.metadata.items()) if key not in elsewhere},
         "config": delta.origin.config,
@@ -179,6 +184,7 @@ def _provenance(delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen) -> d
         "delta_settings": _settings(delta),
         "evaluation": evaluation,
         "changed_weights": delta.count,
+        "cost": cost_of(delta),
     }
 
 

@@ -7,8 +7,9 @@ Both are drawn from the same prompts and seeds.
 anybody's checkpoint (docs/foreign.md), or finished images of one:
   erase-evaluate --model PATH --erased esd.safetensors --concepts nudity
   erase-evaluate --model PATH --erased IMAGES --concepts nudity --prompts N.csv
-several sets, each scored by itself:
+several sets, each scored by itself; or a protocol of the field:
   erase-evaluate --delta D --prompts van-gogh --prompts coco.csv
+  erase-evaluate --delta D --protocol mace
 
 OUT/report.html is one page for a browser, report.json the same for programs,
 before_after.png the picture. Several processes share the images and the
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +45,15 @@ from erase.scripts.cli import (
 from erase.scripts.cli.foreign import add_erased, add_named, check_erased, erased_model
 from erase.scripts.cli.naming import concepts_named
 from erase.scripts.cli.plugins import names_given
+from erase.scripts.cli.protocols import add_protocol, prompts_of
 
 if TYPE_CHECKING:
     from erase.eval.evaluators import Evaluator
     from erase.eval.images import ImageSet
+    from erase.eval.protocols import Protocol
     from erase.eval.report.report import EvalReport
     from erase.eval.run import EvaluateConfig
+    from erase.prompts.concepts import ConceptSpec
 
 DELTA = "runs/erased/delta.safetensors"
 
@@ -106,7 +110,7 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "of those that are named. Default: classifier and clip on the embedded world, clip "
         "elsewhere (its score alone, where the prompts carry no label of the concept's kind)",
     )
-    add_config(command, EvaluateConfig(), skip={"evaluators", "settings"})
+    add_config(command, EvaluateConfig(), skip={"evaluators", "settings", "protocol"})
     for name, evaluator in evaluators.items():
         add_group(command, name, evaluator.config)
     return command
@@ -118,11 +122,16 @@ def main(argv: list[str] | None = None) -> None:
     from erase.eval.run import EvaluateConfig
 
     evaluators = judges(argv)
-    options = parse(make_parser(evaluators), argv)
+    command = make_parser(evaluators)
+    protocol = add_protocol(command, argv)
+    options = parse(command, argv)
     check_folder(options.out)
     check_erased(options, DELTA)
     config = EvaluateConfig(
-        options.evaluators, options.generate, {name: options[name] for name in evaluators}
+        options.evaluators,
+        options.generate,
+        {name: options[name] for name in evaluators},
+        protocol=f"{protocol.name} {protocol.version}" if protocol else None,
     )
     commands = [shlex.join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])]
     finished = [path for path in options.erased if holds_images(path)]
@@ -132,37 +141,44 @@ def main(argv: list[str] | None = None) -> None:
             "--erased by itself"
         )
     judge = of_images if finished else of_weights
-    Console().print(judge(options, config, commands).table())
+    Console().print(judge(options, config, protocol, commands).table())
     print(f"{options.out}/report.html")
 
 
-def prompts_given(options: Namespace) -> list[PromptSet]:
-    """The prompt sets of the command line."""
+def prompts_given(
+    options: Namespace, protocol: Protocol | None, concepts: Sequence[ConceptSpec]
+) -> list[PromptSet]:
+    """The prompt sets of the command line, or a protocol's own."""
     seeds = seeds_of(options.seeds)
+    if own := prompts_of(protocol, options, concepts):
+        return [own]
     return [
         canvas_grid(seeds) if name == "canvas" else PromptSet.load(name) for name in options.prompts
     ]
 
 
-def of_weights(options: Namespace, config: EvaluateConfig, commands: list[str]) -> EvalReport:
+def of_weights(
+    options: Namespace, config: EvaluateConfig, protocol: Protocol | None, commands: list[str]
+) -> EvalReport:
     """The evaluation of a delta, or of what another program erased."""
     from erase.delta import ErasedDelta
     from erase.delta.base import load_base
     from erase.eval.run import Evidence, evaluate
     from erase.parallel.processes import default_device
 
-    prompts = prompts_given(options) or [canvas_grid(seeds_of(options.seeds))]
     evidence = None
     if options.erased:
         model, delta = erased_model(options, default_device())
+        prompts = prompts_given(options, protocol, delta.origin.concepts)
     else:
         delta = ErasedDelta.load(options.delta)
+        prompts = prompts_given(options, protocol, delta.origin.concepts)
         model = load_base(delta, options.model, default_device(), options.load)
         evidence = Evidence.of(Path(delta.source).parent, delta)
     return evaluate(
         model,
         delta,
-        prompts,
+        prompts or [canvas_grid(seeds_of(options.seeds))],
         options.out,
         config,
         base_images=options.base_images,
@@ -171,7 +187,9 @@ def of_weights(options: Namespace, config: EvaluateConfig, commands: list[str]) 
     )
 
 
-def of_images(options: Namespace, config: EvaluateConfig, commands: list[str]) -> EvalReport:
+def of_images(
+    options: Namespace, config: EvaluateConfig, protocol: Protocol | None, commands: list[str]
+) -> EvalReport:
     """The evaluation of finished images."""
     from erase.eval.finished import evaluate_images, holds_images
 
@@ -179,15 +197,16 @@ def of_images(options: Namespace, config: EvaluateConfig, commands: list[str]) -
         raise ErasureError(
             f"{options.erased[0]} does not say what was forgotten; name it with --concepts"
         )
+    concepts = concepts_named(options.concepts, options.model or "canvas")
     folder = options.base_images
     given = folder is not None and holds_images(folder)
     return evaluate_images(
         options.erased[0],
-        concepts_named(options.concepts, options.model or "canvas"),
+        concepts,
         folder if given else drawn(options, config),
         options.out,
         config,
-        prompts=prompts_given(options),
+        prompts=prompts_given(options, protocol, concepts),
         commands=commands,
     )
 

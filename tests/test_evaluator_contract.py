@@ -174,7 +174,7 @@ BAD = {
     "a prompt that it says it cannot judge": (darkened, CONCEPTS),
 }
 # how many of them; an evaluator that is not listed may refuse any
-REFUSED = {"classifier": 7, "clip": 7, "nudenet": 0, FOURTH: 1}
+REFUSED = {"classifier": 7, "clip": 7, "nudenet": 0, "opennsfw": 0, "q16_type": 0, FOURTH: 1}
 
 
 def refusal(judge: Callable[[Case, Any], object], case: Case, config: Any) -> str | None:

@@ -76,6 +76,8 @@ EVALUATORS: Index[Evaluator[Any]] = Index(
         "classifier": "erase.eval.evaluators.classifier:CLASSIFIER",
         "clip": "erase.eval.evaluators.clip:CLIP",
         "nudenet": "erase.eval.evaluators.nudenet:NUDENET",
+        "opennsfw": "erase.eval.evaluators.opennsfw:OPENNSFW",
+        "q16_type": "erase.eval.evaluators.q16_type:Q16_TYPE",
     },
     Evaluator,
 )
