@@ -32,7 +32,7 @@ from erase.prompts.names import Names
 Prefix = Mapping[str, Tensor]
 """text encoder -> embeddings before every prompt, shape (k, dim), or (n, k, dim) for one each"""
 OTHER_SEEDS = 1000
-"""added to the seed of the attacker's images, so that they are none of the erasure's"""
+"""added to the seed, so that the attacker's images are none of the erasure's"""
 
 
 def own_rows(case: Case, count: int | None = None) -> list[ImageRow]:

@@ -50,8 +50,8 @@ class Attacker:
     attempts: Attempts
     latents: LatentSet
     """images of the concepts by the base, of other seeds than the erasure's"""
-    own: Callable[[], LatentSet]
-    """the base's image of each prompt that is attacked, made when an attack asks for it"""
+    own: LatentSet
+    """the base's image of each prompt that is attacked, where an attack asks for them"""
     seed: int = 0
     shared: Path | None = None
     """folder of what is learned from the base, the same for every model under evaluation"""
@@ -60,7 +60,7 @@ class Attacker:
 
     def images_for(self, attack: Attack[Any], budget: Any) -> LatentSet:
         """The latents that the attack wants."""
-        return self.own() if attack.per_prompt(budget) else self.latents
+        return self.own if attack.per_prompt(budget) else self.latents
 
     def learn(self, base: DiffusionModel, attack: Attack[Any], budget: Any, restart: int) -> Known:
         """What the attack brings from the base."""

@@ -1,12 +1,14 @@
 """The attack evaluator: how it counts, what it keeps and refuses, and its known answers."""
 
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from erase.attacks import get_attack
+from erase.attacks import Attack, Found, get_attack
 from erase.attacks.baselines import RandomTokensConfig, SeedSearchConfig
 from erase.attacks.p4d import P4DConfig
 from erase.attacks.pseudo_token import PseudoTokenConfig
@@ -135,6 +137,20 @@ def test_another_budget_or_model_is_attacked_anew(pico, images, tmp_path, monkey
     assert len(drawn) == 2
     evaluate(case_of(pico, images, folder, delta=changed(pico, _noisy)), one)
     assert len(drawn) == 3
+
+
+@dataclass(frozen=True)
+class NothingConfig:
+    """nothing: no budget at all."""
+
+
+def test_an_attack_of_another_package_that_does_nothing_adds_nothing(pico, images, monkeypatch):
+    nothing = Attack("nothing", "-", NothingConfig(), "nothing", lambda *given: Found())
+    monkeypatch.setitem(sys.modules, "outside", SimpleNamespace(NOTHING=nothing))
+    case = case_of(pico, images)
+    before, after = evaluate(case, replace(ALL, attacks=["outside:NOTHING"]))
+    assert (after.name, after.value) == ("ASR nothing", before.value)
+    assert case.extras["attacks"]["nothing"]["alone"] == round(before.value * 3 / 100)
 
 
 def test_no_further_try_is_made_where_every_prompt_is_broken(pico, images, monkeypatch):

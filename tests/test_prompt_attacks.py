@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from erase.attacks import ALONE, ATTACKS, NAMED, NAMELESS, get_attack
+from erase.attacks import ALONE, ATTACKS, NAMED, NAMELESS, Found, check_own_rows, get_attack
 from erase.attacks.baselines import RandomTokensConfig, SeedSearchConfig, other_seed, random_words
 from erase.attacks.p4d import P4DConfig
 from erase.attacks.p4d import find as find_p4d
@@ -180,6 +180,12 @@ def test_words_for_each_prompt_are_found_in_parts_and_stand_before_their_own(tas
         ids = task.model.tokens([text])["text_encoder"][0].ids
         table = task.model.component("text_encoder").get_input_embeddings().weight
         assert torch.equal(vectors, table[list(ids)])
+
+
+def test_embeddings_of_other_prompts_than_those_that_are_attacked_are_refused(task):
+    check_own_rows(task.forget(), Found({"text_encoder": torch.zeros(6, 2, 32)}))
+    with pytest.raises(ErasureError, match="embeddings for 5 prompts, and there are 6"):
+        check_own_rows(task.forget(), Found({"text_encoder": torch.zeros(5, 2, 32)}))
 
 
 # ---- P4D -----------------------------------------------------------------------------------------

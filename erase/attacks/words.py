@@ -47,11 +47,9 @@ def words_of(model: DiffusionModel) -> Words:
     candidates = dict.fromkeys(tokenizer.decode([id]).strip() for id in ids)
     texts = [text for text in candidates if text.isprintable() and len(text.split()) == 1]
     by_encoder = model.tokens(texts)
-    single = [
-        place
-        for place in range(len(texts))
-        if all(len(rows[place].ids) == 1 for rows in by_encoder.values())
-    ]
+    single = list(range(len(texts)))
+    for tokens in by_encoder.values():
+        single = [place for place in single if len(tokens[place].ids) == 1]
     if len(single) < 2:
         raise ErasureError(
             f"{model.name} has no words of one token that all of its tokenizers share, so that no "

@@ -59,7 +59,8 @@ class Config:
     """who says whether an image shows the concept: canvas, nudenet, clip, or auto for the one that
     fits"""
     seed: int = 0
-    """of the attacker's draws; its images are of seeds that no erasure uses"""
+    """of the attacker's draws; its images are drawn with this seed + 1000, so that they are none of
+    an erasure's of the same seed"""
     pseudo_token: PseudoTokenConfig = field(default_factory=PseudoTokenConfig)
     unlearndiffatk: UnlearnDiffAtkConfig = field(default_factory=UnlearnDiffAtkConfig)
     p4d: P4DConfig = field(default_factory=P4DConfig)
@@ -159,7 +160,8 @@ def success(attack: Attack[Any], before: Sequence[bool], tries: Sequence[Try]) -
     if not tries:
         return list(before)
     tried = tries if attack.repeated else [max(tries, key=lambda one: _broken(before, one))]
-    return [any(column) for column in zip(before, *(one.shown for one in tried), strict=True)]
+    after = [one.shown for one in tried]
+    return [any(column) for column in zip(before, *after, strict=True)]
 
 
 def _broken(before: Sequence[bool], one: Try) -> int:
@@ -181,10 +183,9 @@ def _attacker(case: Case, config: Config, attempts: Attempts, base: DiffusionMod
     folder = case.folder and case.folder / "attack"
     shared = case.folder and case.folder.parent / "attacker"
     latents = drawn_by_base(base, case.concepts, config.references, config.seed, shared)
-    made: list[LatentSet] = []
-    if any(attack.per_prompt(budget) for attack, budget in config.chosen()):
-        made = [_encoded(case, attempts, base)]
-    return Attacker(case.concepts, attempts, latents, lambda: made[0], config.seed, shared, folder)
+    each = any(attack.per_prompt(budget) for attack, budget in config.chosen())
+    own = _encoded(case, attempts, base) if each else latents
+    return Attacker(case.concepts, attempts, latents, own, config.seed, shared, folder)
 
 
 def _encoded(case: Case, attempts: Attempts, base: DiffusionModel) -> LatentSet:
@@ -228,18 +229,15 @@ def _told(
             "budget": asdict(budget),
             "n": len(before),
             "alone": max(one.count for one in tries),
-            "tries": [
-                {**_changed(one, budget), "shown": one.count, "texts": list(one.texts)}
-                for one in tries
-            ],
+            "tries": [_told_try(one) for one in tries],
         }
     return told
 
 
-def _changed(one: Try, budget: Any) -> dict[str, Any]:
-    """The rate of a try, where it has one, and its start."""
+def _told_try(one: Try) -> dict[str, Any]:
+    """Its rate, where it has one, its start, and what came of it."""
     rate = {"lr": one.budget["lr"]} if "lr" in one.budget else {}
-    return {**rate, "restart": one.restart}
+    return {**rate, "restart": one.restart, "shown": one.count, "texts": list(one.texts)}
 
 
 ATTACK = Evaluator("attack", Config(), evaluate, check, needs_model=True)
