@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erase.attacks import ATTACKS, NAMELESS, Attack, get_attack
+from erase.attacks import ATTACKS, Attack, get_attack
 from erase.attacks.baselines import RandomTokensConfig, SeedSearchConfig
 from erase.attacks.p4d import P4DConfig
 from erase.attacks.pseudo_token import PseudoTokenConfig
@@ -241,12 +241,3 @@ def _told_try(one: Try) -> dict[str, Any]:
 
 
 ATTACK = Evaluator("attack", Config(), evaluate, check, needs_model=True)
-QUICK = Config(rates=[1e-2], pseudo_token=PseudoTokenConfig(steps=150))
-"""one attack: on one core of a CPU about a minute for base and erased embedded model together"""
-FULL = Config(
-    attacks=[name for name in ATTACKS.ours if name != "p4d"],  # too weak here: docs/attacks.md
-    pseudo_token=PseudoTokenConfig(steps=200),
-    unlearndiffatk=UnlearnDiffAtkConfig(words=3, steps=120, lr=0.1, prompt=NAMELESS),
-    transferred=TransferredConfig(steps=150),
-)
-"""six attacks: likewise about five minutes"""

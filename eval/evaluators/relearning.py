@@ -227,6 +227,4 @@ class _Relearning:
         return self.attempts.shown(self.model, what="relearned")
 
 
-QUICK = Config(images=[16], steps=[20], kinds=["full"])
-"""one point"""
 RELEARNING = Evaluator("relearning", Config(), evaluate, check, needs_model=True)

@@ -8,7 +8,7 @@ is its counterpart in the embedded world, which needs nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,20 @@ class Protocol:
         """Option of erase-evaluate -> what this protocol sets it to."""
         stated: dict[str, object] = {"evaluators": list(self.evaluators)}
         for group, settings in self._stated.items():
-            stated |= {f"{group}.{key}": value for key, value in settings.items()}
+            stated |= _flat(group, settings, self.evaluators.get(group, self.generate))
         return stated
+
+
+def _flat(group: str, settings: Mapping[str, Any], config: Any) -> dict[str, object]:
+    """Option -> value; a configuration within one has its options under its own name."""
+    options: dict[str, object] = {}
+    for key, value in settings.items():
+        inner = getattr(config, key)
+        if is_dataclass(inner):
+            options |= _flat(f"{group}.{key}", value, inner)
+        else:
+            options[f"{group}.{key}"] = value
+    return options
 
 
 def protocol_names() -> list[str]:
@@ -175,7 +187,7 @@ def _read(name: str, content: dict[str, object], where: str) -> Protocol:
     for evaluator, settings in listed.items():
         default = get_evaluator(str(evaluator)).config
         stated[evaluator] = _settings(settings or {}, default, f"{where}: {evaluator}")
-        evaluators[str(evaluator)] = replace(default, **stated[evaluator])
+        evaluators[str(evaluator)] = _built(default, stated[evaluator])
     try:
         prompts = _prompts(content.get("prompts"), where)
         made = GenerateConfig(**generate)
@@ -199,12 +211,26 @@ def _read(name: str, content: dict[str, object], where: str) -> Protocol:
 def _settings(value: object, default: Any, where: str) -> dict[str, Any]:
     """Those fields of a configuration that a file sets; numbers, true and false as such."""
     given = as_mapping(value, [one.name for one in fields(default)], where)
-    plain = {key: _plain(item) for key, item in given.items()}
+    plain: dict[str, Any] = {}
+    for key, item in given.items():
+        inner = getattr(default, key)
+        plain[key] = (
+            _settings(item, inner, f"{where}.{key}") if is_dataclass(inner) else _plain(item)
+        )
     try:
-        replace(default, **plain)
+        _built(default, plain)
     except ErasureError as error:
         raise ErasureError(f"{where}: {error}") from error
     return plain
+
+
+def _built(default: Any, plain: Mapping[str, Any]) -> Any:
+    """A configuration with these fields set, and those of configurations within it."""
+    values = {}
+    for key, value in plain.items():
+        inner = getattr(default, key)
+        values[key] = _built(inner, value) if is_dataclass(inner) else value
+    return replace(default, **values)
 
 
 def _plain(value: object) -> Any:

@@ -1,5 +1,5 @@
-"""The option `--protocol`: a protocol's settings become the defaults, so that any option given
-beside it wins."""
+"""The options `--protocol` and `--suite`: a protocol's settings become the defaults, so that any
+option given beside it wins."""
 
 from __future__ import annotations
 
@@ -32,7 +32,15 @@ def add_protocol(command: Any, argv: list[str] | None) -> Protocol | None:
         help=f"how the field measures: {', '.join(protocol_names())}. It sets the prompts, how "
         "images are made and the evaluators; options beside it win (docs/protocols.md)",
     )
+    command.add_argument(
+        "--suite",
+        type=str | None,
+        default=None,
+        help="quick or full: scores, other wordings, attacks, probes and relearning on a stated "
+        "budget; short for --protocol suite/quick and suite/full",
+    )
     names = names_given(argv, "protocol", config_files(argv))
+    names += [f"suite/{name}" for name in names_given(argv, "suite", config_files(argv))]
     if len(set(names)) > 1:
         raise ErasureError(
             f"--protocol is given as {' and as '.join(dict.fromkeys(names))}; name one"
