@@ -58,6 +58,14 @@ class SalUnPaperConfig(SalUnConfig):
     )
 
 
+@dataclass
+class SalUnSoftConfig(SalUnConfig):
+    """SalUn-soft: no mask beforehand; small changes go back to the base's bits at each step."""
+
+    mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
+    prox_l1: float = 0.1
+
+
 def edit(task: Task, config: SalUnConfig) -> Edit:
     """Erase the task's concepts."""
     remap = Remap(task, config)
@@ -67,5 +75,6 @@ def edit(task: Task, config: SalUnConfig) -> Edit:
 METHODS = {
     "salun": Method("salun", PAPER, SalUnConfig(), edit),
     "salun-thin": Method("salun-thin", PAPER, SalUnThinConfig(), edit),
+    "salun-soft": Method("salun-soft", PAPER, SalUnSoftConfig(), edit),
     "salun-paper": Method("salun-paper", PAPER, SalUnPaperConfig(), edit),
 }

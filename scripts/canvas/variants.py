@@ -9,10 +9,24 @@ from typing import Any
 
 from erase.latents.prepare import LatentConfig
 from erase.methods import get_method
-from erase.training.config import ALLOCATIONS, CONTROLS, RULES
+from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-thin", "salun-paper")
+METHODS: dict[str, dict[str, Any]] = {
+    "uce": {},
+    "rece": {},
+    "speed": {},
+    "hirm": {},
+    "ssd": {},
+    "few-shot": {"train.lr": 1e-4, "train.steps": 12},
+    "npo": {"train.lr": 1e-4, "train.steps": 60},
+    "ascent": {"train.lr": 1e-4, "train.steps": 40, "ceiling": 1.0},
+    "salun-soft": {"train.steps": 60, "train.lr": 1e-3},
+    "scissorhands": {"train.lr": 5e-4, "train.steps": 60},
+    "concept-ablation": {"train.lr": 1e-3, "train.steps": 60},
+}
+"""method -> what it needs on the embedded world in the place of its paper's settings"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,13 @@ class Variant:
 def groups(precision: str) -> dict[str, dict[str, Variant]]:
     """Group -> name -> variant."""
     presets = {name: _preset(name, precision) for name in PRESETS}
-    return {"presets": presets, **_of_default(presets["salun"]), **_of_thin(presets["salun-thin"])}
+    methods = {name: _method(name, change, precision) for name, change in METHODS.items()}
+    return {
+        "presets": presets,
+        "methods": methods,
+        **_of_default(presets["salun"]),
+        **_of_thin(presets["salun-thin"]),
+    }
 
 
 def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
@@ -118,6 +138,18 @@ def _preset(name: str, precision: str) -> Variant:
     config = get_method(name).config
     settings = replace(config, train=replace(config.train, mixed_precision=precision))
     return Variant(name, settings, LatentConfig(mixed_precision=precision))
+
+
+def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
+    """A method with its canvas settings; `train.NAME` is one of training's."""
+    config = get_method(name).config
+    latents = LatentConfig(mixed_precision=precision)
+    own = {key: value for key, value in change.items() if not key.startswith("train.")}
+    if isinstance(config, TunedConfig):
+        train = {key.removeprefix("train."): value for key, value in change.items()}
+        train = {key: value for key, value in train.items() if key not in own}
+        own["train"] = replace(config.train, mixed_precision=precision, **train)
+    return Variant(name, replace(config, **own), latents)
 
 
 def _with(variant: Variant, change: Mapping[str, Any]) -> Variant:
