@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from erase.latents.latent_set import epoch_rows, texts_of
 from erase.methods import Method
