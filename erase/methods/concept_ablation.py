@@ -32,7 +32,7 @@ class ConceptAblationConfig(RemapConfig):
 
 
 def edit(task: Task, config: ConceptAblationConfig) -> Edit:
-    """Minimise |eps(x_t, c*) - sg eps(x_t, c)|^2 + alpha |eps(x_t, c_r) - noise|^2 (eqs. 4, 6): c*
+    """Minimise |eps(x_t, c*) - sg eps(x_t, c)|^2 + alpha |eps(x_t, c_r) - noise|^2: c*
     the concept's prompt, c the anchor's, x_t of images of the anchor."""
     remap = Remap(task, config)
     return fine_tune(task, remap.loss, remap.batches, config)

@@ -58,8 +58,8 @@ class FewShotConfig(AscentConfig):
 
 
 def edit(task: Task, config: AscentConfig) -> Edit:
-    """Minimise -|eps(x_t, c) - noise|^2 + alpha |eps(x_t, c_r) - noise|^2 (over the encoder of c:
-    Fuchi and Takagi, eq. 3)."""
+    """Minimise -|eps(x_t, c) - noise|^2 + alpha |eps(x_t, c_r) - noise|^2, the first no
+    further than the ceiling."""
 
     def loss(batch: tuple[PromptedRows, PromptedRows], base: Base) -> dict[str, Tensor]:
         (forget, prompts), (retain, kept) = batch

@@ -68,7 +68,7 @@ def last_attention(model: DiffusionModel) -> Iterator[list[Tensor]]:
 
 def edit(task: Task, config: HiRMConfig) -> Edit:
     """Minimise |h(c) - strength * u|^2 over the first layer: h the last attention's output at every
-    token of the concept's prompt, u a random unit vector that never changes (eq. 4)."""
+    token of the concept's prompt, u a random unit vector that never changes."""
     forget = [prompt for concept in task.concepts for prompt, _ in concept.pairs()]
     retain = [prompt for concept in task.concepts for prompt in concept.retain] or [""]
     size = config.train.batch_size

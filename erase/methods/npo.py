@@ -42,8 +42,8 @@ class NPOConfig(TunedConfig):
 
 
 def preference(error: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """-(2 / beta) log sigmoid(beta (error - reference)), mean over rows (eq. 3, the log likelihood
-    of a latent being minus its denoising error).
+    """-(2 / beta) log sigmoid(beta (error - reference)), mean over rows: the log likelihood of a
+    latent is minus its denoising error.
 
     Its gradient is that of -error, times 2 sigmoid(-beta (error - reference)): 1 at the base, 0 far
     above. With beta -> 0 it is gradient ascent.

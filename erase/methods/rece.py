@@ -46,7 +46,7 @@ class RECEConfig:
 
 
 def edit(task: Task, config: RECEConfig) -> Edit:
-    """UCE of the concept's states, then of those that still mean it (algorithm 1); what was erased
+    """UCE of the concept's states, then of those that still mean it ; what was erased
     in earlier rounds stays among what is erased."""
     concepts, anchors, retained = (states.double() for states in erasure_states(task))
     weights = text_projections(task, config.scope)
@@ -71,7 +71,7 @@ def still_meaning(
     """States that the new projections answer as the old ones answered these.
 
     c' = argmin sum_i |W_i c' - V_i c|^2 + ridge |c'|^2
-       = (ridge I + sum_i W_i^T W_i)^-1 (sum_i W_i^T V_i) c    (eq. 8)
+       = (ridge I + sum_i W_i^T W_i)^-1 (sum_i W_i^T V_i) c
 
     Args:
         values: W_i, the new projections by name, shape (out, in).

@@ -49,7 +49,7 @@ class ScissorhandsConfig(RemapConfig):
 
 def trimmed(task: Task, config: ScissorhandsConfig) -> dict[str, Tensor]:
     """The scope's weights, of which the fraction `cut` with the largest |w sum g| is drawn anew, g
-    the gradient of the concept's denoising error (SNIP, Lee et al. 2019; eq. 4).
+    the gradient of the concept's denoising error (SNIP, Lee et al. 2019).
 
     They are drawn from the normal distribution with the mean and the standard deviation that the
     weights of their tensor have.
@@ -69,7 +69,7 @@ def trimmed(task: Task, config: ScissorhandsConfig) -> dict[str, Tensor]:
 
 def edit(task: Task, config: ScissorhandsConfig) -> Edit:
     """Cut; then minimise |eps(x_t, c) - sg eps(x_t, a)|^2 + alpha |eps(x_t, c_r) - noise|^2, what
-    conflicts with retaining being removed from the forget gradient (eq. 8)."""
+    conflicts with retaining being removed from the forget gradient."""
     remap = Remap(task, config)
     start = trimmed(task, config)
     return fine_tune(task, remap.loss, remap.batches, config, start=start)

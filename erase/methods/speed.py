@@ -46,7 +46,7 @@ class SPEEDConfig:
 
 def edit(task: Task, config: SPEEDConfig) -> Edit:
     """For each projection the change D P that is nearest to giving the concept's states t the
-    anchor's answers (eq. 9):
+    anchor's answers:
 
     D P = W (sum a t^T - sum t t^T) P [I - M K (K^T P M K)^-1 K^T P] M, M = (sum t t^T P + rho I)^-1
 

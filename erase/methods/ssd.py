@@ -40,7 +40,7 @@ class SSDConfig:
 def dampened(
     weight: Tensor, forget: Tensor, retain: Tensor, alpha: float, dampening: float
 ) -> Tensor:
-    """w min(1, lambda I_r / I_f) where I_f > alpha I_r, else w (eqs. 3, 4).
+    """w min(1, lambda I_r / I_f) where I_f > alpha I_r, else w.
 
         Args:
             weight: w.
