@@ -59,12 +59,6 @@ METHODS: Index[Method[Any]] = Index(
         "rece": "erase.methods.rece:METHODS",
         "speed": "erase.methods.speed:METHODS",
         "concept-ablation": "erase.methods.concept_ablation:METHODS",
-        "ascent": "erase.methods.gradient_ascent:METHODS",
-        "few-shot": "erase.methods.gradient_ascent:METHODS",
-        "npo": "erase.methods.npo:METHODS",
-        "ssd": "erase.methods.ssd:METHODS",
-        "hirm": "erase.methods.hirm:METHODS",
-        "scissorhands": "erase.methods.scissorhands:METHODS",
     },
     Method,
 )

@@ -17,14 +17,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "uce": {},
     "rece": {},
     "speed": {},
-    "hirm": {},
-    "ssd": {},
-    "few-shot": {"train.lr": 1e-4, "train.steps": 12},
-    "npo": {"train.lr": 1e-4, "train.steps": 60},
-    "ascent": {"train.lr": 1e-4, "train.steps": 40, "ceiling": 1.0},
-    "salun-soft": {"train.steps": 60, "train.lr": 1e-3},
-    "scissorhands": {"train.lr": 5e-4, "train.steps": 60},
-    "concept-ablation": {"train.lr": 1e-3, "train.steps": 60},
+    "concept-ablation": {
+        "anchor_latents": 0.5,
+        "train.lr": 2e-3,
+        "train.steps": 40,
+        "train.batch_size": 4,
+    },
+    "salun-soft": {"train.lr": 1e-3, "train.steps": 60, "train.batch_size": 4},
 }
 """method -> what it needs on the embedded world in the place of its paper's settings"""
 
