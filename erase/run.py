@@ -39,8 +39,8 @@ class EraseConfig:
     """the base checkpoint: canvas (shipped with this package), a diffusers folder, a single file
     (.safetensors, .ckpt), or a hub id"""
     method: str = "salun"
-    """salun (our default), salun-thin (a sixteenth of its weights), salun-paper (the reference to
-    the letter), ..."""
+    """salun (our default), salun-half (the paper's mask, half of the weights), salun-paper (the
+    reference to the letter), ..."""
     seed: int = 0
     """fixes prompts, latents, noise and order: same seed, same machine, same number of threads,
     same delta"""

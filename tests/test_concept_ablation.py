@@ -1,4 +1,4 @@
-"""Concept ablation against its equation, written here once more on the bare UNet; SalUn-soft."""
+"""Concept ablation against its equation, written here once more on the bare UNet."""
 
 import re
 from dataclasses import replace
@@ -12,9 +12,8 @@ from erase.latents.prepare import Given
 from erase.methods import get_method
 from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec
-from erase.prompts.errors import ErasureError
 from erase.task import Task
-from erase.training.config import MaskConfig, TrainConfig
+from erase.training.config import TrainConfig
 
 CONCEPT = ConceptSpec("heart", "mushroom", retain=("a moon",))
 SIZE, STEPS, LR = 2, 3, 0.1
@@ -83,9 +82,6 @@ def mean(values):
     return sum(values) / len(values)
 
 
-# ---- concept ablation ----------------------------------------------------------------------------
-
-
 def test_concept_ablation_follows_the_anchor_as_it_is_now(task, make_pico_pipeline):
     """The target is the present model's own prediction, without gradient; the timesteps and the
     noise of retain rows are drawn before those of forget rows."""
@@ -108,33 +104,3 @@ def test_concept_ablation_follows_the_anchor_as_it_is_now(task, make_pico_pipeli
     config = replace(get_method("concept-ablation").config, train=SGD)
     found = get_method("concept-ablation").edit(task, config).values
     check(found, bare.train(r"attn2\.to_[kv]\.", loss))
-
-
-# ---- SalUn-soft ----------------------------------------------------------------------------------
-
-
-def test_salun_soft_is_sparse_without_a_mask(task):
-    train = TrainConfig(steps=6, batch_size=2, lr=1e-3)
-    soft = replace(get_method("salun-soft").config, train=train, prox_l1=0.6)
-    dense = replace(get_method("salun").config, train=train, mask=MaskConfig(density=1.0))
-    base, shares = task.model.parameters(), []
-    for name, config in (("salun-soft", soft), ("salun", dense)):
-        found = get_method(name).edit(task, config)
-        assert found.mask is None
-        changed = sum(int((value != base[n]).sum()) for n, value in found.values.items())
-        shares.append(changed / sum(value.numel() for value in found.values.values()))
-    assert 0 < shares[0] < 0.5 < shares[1]
-
-
-@pytest.mark.parametrize(
-    ("method", "setting", "value"),
-    [
-        ("rece", "rounds", -1),
-        ("rece", "ridge", 0),
-        ("speed", "threshold", 1.5),
-        ("speed", "copies", -1),
-    ],
-)
-def test_settings_out_of_range_are_refused(method, setting, value):
-    with pytest.raises(ErasureError, match=setting):
-        replace(get_method(method).config, **{setting: value})

@@ -229,3 +229,17 @@ def test_the_closed_forms_edit_projections_of_text_states_alone(name):
 def test_a_closed_form_without_retained_prompts_is_refused(model, name):
     with pytest.raises(ErasureError, match="give the concept some retain prompts"):
         get_method(name).edit(Task(model, [replace(CONCEPT, retain=())]), get_method(name).config)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "value"),
+    [
+        ("rece", "rounds", -1),
+        ("rece", "ridge", 0),
+        ("speed", "threshold", 1.5),
+        ("speed", "copies", -1),
+    ],
+)
+def test_settings_out_of_range_are_refused(method, setting, value):
+    with pytest.raises(ErasureError, match=setting):
+        replace(get_method(method).config, **{setting: value})

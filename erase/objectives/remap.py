@@ -101,7 +101,7 @@ class Remap:
         if config.noise_power != 1 and _fixed(self.forget_set):
             raise ErasureError(
                 f"noise_power {config.noise_power:g} says how timesteps are drawn, and "
-                "latents.trajectory fixes them; leave one of them out"
+                "latents.trajectory fixes them; set noise_power 1, or leave the trajectory out"
             )
 
     def batches(self, step: int) -> RemapBatch:
