@@ -165,13 +165,11 @@ def _preset(name: str, precision: str) -> Variant:
 def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
     """A method with its canvas settings; `train.NAME` is one of training's."""
     config = get_method(name).config
-    latents = LatentConfig(mixed_precision=precision)
+    train = {key[6:]: value for key, value in change.items() if key.startswith("train.")}
     own = {key: value for key, value in change.items() if not key.startswith("train.")}
     if isinstance(config, TunedConfig):
-        train = {key.removeprefix("train."): value for key, value in change.items()}
-        train = {key: value for key, value in train.items() if key not in own}
         own["train"] = replace(config.train, mixed_precision=precision, **train)
-    return Variant(name, replace(config, **own), latents)
+    return Variant(name, replace(config, **own), LatentConfig(mixed_precision=precision))
 
 
 def _with(variant: Variant, change: Mapping[str, Any]) -> Variant:
