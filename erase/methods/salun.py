@@ -20,8 +20,8 @@ PAPER = "https://arxiv.org/abs/2310.12508"
 
 @dataclass
 class SalUnConfig(RemapConfig):
-    """Settings of SalUn, as they measure best here (docs/results.md): few weights, far moved, chosen
-    by the benefit of moving them, to a target a little beyond the anchor."""
+    """What measures best here (docs/results.md): few weights, far moved, chosen by the benefit of
+    moving them, to a target a little beyond the anchor."""
 
     alpha: float = 3.0
     beyond: float = 0.5
