@@ -199,3 +199,15 @@ def drawn_by_base(
     """
     config = LatentConfig(n_forget=max(images, len(concepts)), n_retain=1)
     return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder).forget()
+
+
+def others_by_base(
+    base: DiffusionModel,
+    concepts: Sequence[ConceptSpec],
+    images: int,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> LatentSet:
+    """Images of retained prompts, likewise: what has nothing to do with the concepts."""
+    config = LatentConfig(n_forget=len(concepts), n_retain=images)
+    return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder).retain()

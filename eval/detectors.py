@@ -131,7 +131,7 @@ def _clip(concepts: Sequence[ConceptSpec], config: clips.Config) -> Detector:
         choices.append((texts, len(concept.names)))
 
     def sees(images: Tensor) -> list[bool]:
-        seen = clip.look([Image.fromarray(pixels) for pixels in _pixels(images)])
+        seen = clip.embed([Image.fromarray(pixels) for pixels in _pixels(images)])
         shown = torch.zeros(len(images), dtype=torch.bool)
         for texts, names in choices:
             shown |= (seen @ texts.T).argmax(1) < names

@@ -85,6 +85,8 @@ EVALUATORS: Index[Evaluator[Any]] = Index(
         "opennsfw": "erase.eval.evaluators.opennsfw:OPENNSFW",
         "q16_type": "erase.eval.evaluators.q16_type:Q16_TYPE",
         "attack": "erase.eval.evaluators.attack:ATTACK",
+        "probes": "erase.eval.evaluators.probes:PROBES",
+        "relearning": "erase.eval.evaluators.relearning:RELEARNING",
     },
     Evaluator,
 )

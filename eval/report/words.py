@@ -41,11 +41,8 @@ def others(concept: Mapping[str, Any]) -> str:
 def glossary(report: EvalReport) -> dict[str, str]:
     """The meaning of UA, IRA and CRA for this concept, as far as the report has them."""
     terms = {"target": either(report.concept), "others": others(report.concept)}
-    return {
-        score.name: GLOSSARY[score.name].format(**terms)
-        for score in report.columns()
-        if score.name in GLOSSARY
-    }
+    names = (score.name.rpartition(": ")[2] for score in report.columns())  # whatever its set
+    return {name: GLOSSARY[name].format(**terms) for name in names if name in GLOSSARY}
 
 
 def verdict_line(report: EvalReport) -> str:
