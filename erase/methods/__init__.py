@@ -55,6 +55,9 @@ METHODS: Index[Method[Any]] = Index(
         "salun-paper": "erase.methods.salun:METHODS",
         "esd": "erase.methods.esd:METHODS",
         "uce": "erase.methods.uce:METHODS",
+        "rece": "erase.methods.rece:METHODS",
+        "speed": "erase.methods.speed:METHODS",
+        "concept-ablation": "erase.methods.concept_ablation:METHODS",
     },
     Method,
 )

@@ -7,10 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-import torch
-
 from erase.methods import Method
-from erase.objectives.closed_form import ridge_edit, seen_states, subject_states, text_projections
+from erase.objectives.closed_form import erasure_states, ridge_edit, text_projections
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
 
@@ -35,10 +33,7 @@ class UCEConfig:
 
 def edit(task: Task, config: UCEConfig) -> Edit:
     """Solve for each projection (eq. 7)."""
-    pairs = [subject_states(task, concept) for concept in task.concepts]
-    concepts, anchors = (torch.cat(states) for states in zip(*pairs, strict=True))
-    retained = seen_states(task, [prompt for concept in task.concepts for prompt in concept.retain])
-
+    concepts, anchors, retained = erasure_states(task)
     scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * retained
     values = {}
     for name, weight in text_projections(task, config.scope).items():

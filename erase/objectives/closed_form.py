@@ -72,10 +72,28 @@ def subject_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:
     return _at_name(task, filled), _at_name(task, anchors)
 
 
+def erasure_states(task: Task) -> tuple[Tensor, Tensor, Tensor]:
+    """States of an erasure: of all names of its concepts and of their anchors (`subject_states`),
+    and of the retained prompts (`seen_states`)."""
+    pairs = [subject_states(task, concept) for concept in task.concepts]
+    concepts, anchors = (torch.cat(states) for states in zip(*pairs, strict=True))
+    retained = seen_states(task, [prompt for concept in task.concepts for prompt in concept.retain])
+    return concepts, anchors, retained
+
+
 def seen_states(task: Task, prompts: Sequence[str]) -> Tensor:
     """Text states at every token of these prompts that the encoder sees, from begin to end, shape
-    (tokens, dim)."""
+    (tokens, dim).
+
+    Raises:
+        ErasureError: no prompts.
+    """
     distinct = list(dict.fromkeys(prompts))
+    if not distinct:
+        raise ErasureError(
+            "a closed form keeps the answers to retained prompts, and there are none; give the "
+            "concept some retain prompts"
+        )
     states, lengths = task.cond(distinct).embeddings, _lengths(task.model, distinct)
     return torch.cat([row[: length + 2] for row, length in zip(states, lengths, strict=True)])
 

@@ -9,10 +9,22 @@ from typing import Any
 
 from erase.latents.prepare import LatentConfig
 from erase.methods import get_method
-from erase.training.config import ALLOCATIONS, CONTROLS, RULES
+from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-half", "salun-paper")
+METHODS: dict[str, dict[str, Any]] = {
+    "uce": {},
+    "rece": {},
+    "speed": {},
+    "concept-ablation": {
+        "anchor_latents": 0.5,
+        "train.lr": 2e-3,
+        "train.steps": 40,
+        "train.batch_size": 4,
+    },
+}
+"""method -> what it needs on the embedded world in the place of its paper's settings"""
 
 
 @dataclass(frozen=True)
@@ -30,8 +42,10 @@ class Variant:
 def groups(precision: str) -> dict[str, dict[str, Variant]]:
     """Group -> name -> variant."""
     presets = {name: _preset(name, precision) for name in PRESETS}
+    methods = {name: _method(name, change, precision) for name, change in METHODS.items()}
     return {
         "presets": presets,
+        "methods": methods,
         **_of_default(presets["salun"]),
         **_of_half(presets["salun-half"]),
         **_of_thin(presets["salun-half"]),
@@ -146,6 +160,16 @@ def _preset(name: str, precision: str) -> Variant:
     config = get_method(name).config
     settings = replace(config, train=replace(config.train, mixed_precision=precision))
     return Variant(name, settings, LatentConfig(mixed_precision=precision))
+
+
+def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
+    """A method with its canvas settings; `train.NAME` is one of training's."""
+    config = get_method(name).config
+    train = {key[6:]: value for key, value in change.items() if key.startswith("train.")}
+    own = {key: value for key, value in change.items() if not key.startswith("train.")}
+    if isinstance(config, TunedConfig):
+        own["train"] = replace(config.train, mixed_precision=precision, **train)
+    return Variant(name, replace(config, **own), LatentConfig(mixed_precision=precision))
 
 
 def _with(variant: Variant, change: Mapping[str, Any]) -> Variant:
