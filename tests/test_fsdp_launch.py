@@ -37,6 +37,7 @@ from tests.shards import (
 )
 
 CANVAS = ["--concept", "heart", "--latents.n_forget", "10", "--latents.n_retain", "7"]
+CANVAS += ["--method", "salun-half"]
 CANVAS += ["--latents.steps", "4", "--latents.batch_size", "4", "--latents.trajectory", "2"]
 CANVAS += ["--mask.batch_size", "3", "--train.steps", "3", "--train.batch_size", "4"]
 CANVAS += ["--train.optimizer", "SGD", "--train.lr", "0.01", "--train.schedule", "constant"]

@@ -15,7 +15,7 @@ import torch
 from erase.latents.latent_set import LatentSet, epoch_rows
 from erase.latents.prepare import Given
 from erase.losses import guided
-from erase.methods.salun import METHODS, SalUnConfig
+from erase.methods.salun import METHODS, SalUnConfig, SalUnHalfConfig
 from erase.models.scopes import select
 from erase.models.sd import StableDiffusion
 from erase.objectives.remap import Remap
@@ -71,9 +71,10 @@ def reference_saliency(unet, batches, text, null, detach_null=False):
     return {name: total.abs() for name, total in sums.items()}
 
 
-def reference_training(unet, batches, mask, alpha, lr, frozen=None):
-    """Adam on MSE(eps_f, sg eps_anchor) + alpha * retain MSE, gradients times mask; `frozen` is the
-    teacher, None the present weights."""
+def reference_training(unet, batches, mask, alpha, lr, frozen=None, beyond=0.0):
+    """Adam on MSE(eps_f, sg target) + alpha * retain MSE, gradients times mask; the target is
+    eps_anchor + beyond * (eps_anchor - eps_concept) by the teacher `frozen`, None the present
+    weights."""
     for p in unet.parameters():
         p.requires_grad_(True)
     optimizer = torch.optim.Adam(unet.parameters(), lr=lr)
@@ -81,6 +82,8 @@ def reference_training(unet, batches, mask, alpha, lr, frozen=None):
         teacher = frozen or unet
         with torch.no_grad():
             target = teacher(b.anchor, b.t, b.anchor_text).sample
+            if beyond:
+                target += beyond * (target - teacher(b.anchor, b.t, b.forget_text).sample)
             kept = frozen(b.retain, b.retain_t, b.retain_text).sample if frozen else b.retain_noise
         forgot = unet(b.forget, b.t, b.forget_text).sample
         retained = unet(b.retain, b.retain_t, b.retain_text).sample
@@ -212,7 +215,7 @@ def test_6_anchor_target_is_from_current_weights_and_takes_no_gradient(setting):
     params = select(setting.model.parameters(), "full")
     losses = {}
     for source in ("current", "frozen"):
-        config = SalUnConfig(
+        config = SalUnHalfConfig(
             anchor_from=source, retain_target="noise", train=TrainConfig(batch_size=4)
         )
         remap = remap_of(setting, config)
@@ -264,7 +267,7 @@ def test_9_10_trajectory_of_the_masked_training(setting, make_pico_pipeline, pre
     batches = [plain(setting, remap, remap.batches(step)) for step in range(10)]
     frozen = make_pico_pipeline().unet if preset == "salun" else None
     expected = reference_training(
-        make_pico_pipeline().unet, batches, mask, config.alpha, 1e-4, frozen
+        make_pico_pipeline().unet, batches, mask, config.alpha, 1e-4, frozen, config.beyond
     )
     base = {name: p.detach().clone() for name, p in params.items()}
     fitted = fit(params, remap.loss, remap.batches, config, mask).values

@@ -9,7 +9,7 @@ from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import Given, LatentConfig, prepare_latents
 from erase.latents.sampling import choose_states
 from erase.methods import get_method
-from erase.methods.salun import SalUnConfig
+from erase.methods.salun import SalUnHalfConfig
 from erase.models import wrap
 from erase.models.pipelines import arguments, denoiser
 from erase.objectives.remap import Remap
@@ -20,7 +20,7 @@ from erase.training.trainable import Trainable
 from tests.families import FAMILIES
 
 DATA = LatentConfig(n_forget=4, n_retain=5, steps=4, batch_size=3, trajectory=3)
-CONFIG = SalUnConfig(
+CONFIG = SalUnHalfConfig(
     mask=MaskConfig(batch_size=4), train=TrainConfig(steps=3, batch_size=4, lr=1e-3)
 )
 
@@ -152,7 +152,9 @@ def test_an_erasure_from_trajectories_asks_the_base_no_more(pico, sets):
     handle = pico.component("unet").register_forward_hook(
         lambda _, args, out: calls.append(len(out.sample))
     )
-    edit = get_method("salun").edit(Task(pico, [canvas_concept("heart")], Given(*sets)), CONFIG)
+    edit = get_method("salun-half").edit(
+        Task(pico, [canvas_concept("heart")], Given(*sets)), CONFIG
+    )
     handle.remove()
     saliency, targets = [4], [8, 4, 8, 7]
     assert calls == [*saliency, *targets, *[8] * CONFIG.train.steps]

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from erase.delta import ErasedDelta
 from erase.latents.prepare import LatentConfig
-from erase.methods.salun import SalUnConfig
+from erase.methods.salun import SalUnHalfConfig
 from erase.models import DiffusionModel, load_model
 from erase.prompts.canvas import canvas_concept
 from erase.run import EraseConfig, erase_concept
@@ -101,7 +101,7 @@ def file_size(delta: ErasedDelta) -> int:
 def erase(density: float, scope: str) -> ErasedDelta:
     """A short erasure from canvas: enough for every chosen weight to move."""
     config = EraseConfig(latents=LatentConfig(n_forget=16, n_retain=16, steps=4))
-    method = SalUnConfig(
+    method = SalUnHalfConfig(
         mask=MaskConfig(density=density),
         scope=scope,
         train=TrainConfig(steps=30, lr=2e-4, batch_size=4),

@@ -29,7 +29,7 @@ from erase.delta import ErasedDelta
 from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import Given
 from erase.methods import get_method
-from erase.methods.salun import SalUnConfig
+from erase.methods.salun import SalUnHalfConfig
 from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import modules
 from erase.objectives.remap import Remap
@@ -172,7 +172,7 @@ def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str
     mask = MaskConfig(
         rule=args.rule, density=args.density, batch_size=args.batch, batches=args.batches
     )
-    config = SalUnConfig(scope=args.scope, mask=mask, train=train)
+    config = SalUnHalfConfig(scope=args.scope, mask=mask, train=train)
     with stage("load"):
         model = load_model(base, default_device())
     task = Task(model, [CONCEPT], random_latents(model, args.batch, args.size), 0, folder)
@@ -183,7 +183,7 @@ def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str
         salient.save(folder / "mask.safetensors")
     config = replace(config, mask=MaskConfig(file=str(folder / "mask.safetensors")))
     with stage("one training step"):
-        edit = get_method("salun").edit(task, config)
+        edit = get_method("salun-half").edit(task, config)
     with stage("delta"):
         base_values = {name: param.data for name, param in task.weights(args.scope).items()}
         delta = ErasedDelta.between(

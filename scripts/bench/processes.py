@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list, reduce
 from erase.eval.generate import GenerateConfig, generate
 from erase.eval.run import score
 from erase.latents.prepare import LatentConfig
-from erase.methods.salun import SalUnConfig
+from erase.methods.salun import SalUnHalfConfig
 from erase.models import load_model
 from erase.objectives.remap import Remap
 from erase.parallel.processes import default_device, processes, reduce_all
@@ -53,7 +53,7 @@ def one_by_one(tensors: list[torch.Tensor]) -> None:
 def stages(images: int, steps: int, latents: int, folder: Path) -> dict[str, float]:
     """Stage -> seconds."""
     model, concepts = load_model("canvas", default_device()), [canvas_concept("heart")]
-    settings = SalUnConfig()
+    settings = SalUnHalfConfig()
     settings = replace(settings, train=replace(settings.train, steps=steps))
     data = LatentConfig(n_forget=latents, n_retain=latents, batch_size=8)
     results: dict[str, Any] = {}

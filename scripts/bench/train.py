@@ -3,7 +3,7 @@ machine's own limit.
 
   python scripts/bench/train.py --precision bf16
       canvas and a UNet of 92 M weights, on a CPU: some minutes
-  python scripts/bench/train.py --models canvas --variants salun --grow
+  python scripts/bench/train.py --models canvas --variants salun-half --grow
   python scripts/bench/train.py --models sd1 --device cuda --precision bf16 --checkpointing \\
       --accumulation 2 --offload --optimizer AdamW8bit
   python scripts/bench/train.py --models sd1 --device cuda --precision bf16 --checkpointing \\
@@ -15,13 +15,13 @@ dense int64 mask moved to the device and multiplied into each, Adam over the sco
 float32. `naive-checkpointed` recomputes activations besides, as that code's SD 1.x settings have it
 (use_checkpoint). `ours` is `fit` with the same rows: cached latents and embeddings, forget and
 retain in one pass, the teacher without a graph, an optimizer over the masked weights alone.
-`salun-paper` has the same equations as the naive step; `salun` adds the frozen teacher's pass over
-the retain rows; `trajectory` is `salun` on fixed points (`latents.trajectory`), whose targets are
-computed once, before the steps that are timed. Each runs in a process of its own. Memory is the
+`salun-paper` has the same equations as the naive step; `salun-half` adds the frozen teacher's pass
+over the retain rows; `trajectory` is `salun-half` on fixed points (`latents.trajectory`), whose
+targets are computed once, before the steps that are timed. Each runs in a process of its own. Memory is the
 process's peak beyond the loaded model (on a GPU: all that is allocated). The floor is the forward
 passes' worth of multiplications that the variant needs per row (3 forget, 1 anchor, 3 retain;
-`salun` 1 more, `trajectory` 1 less) at the matrix-multiplication rate measured in the same run;
-share is floor / seconds.
+`salun-half` 1 more, `trajectory` 1 less) at the matrix-multiplication rate measured in the same
+run; share is floor / seconds.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ from erase.training.running import checkpointed, running
 FORGET, ANCHOR, RETAIN = "a photo of a heart", "a photo of a mushroom", "a photo of a house"
 CONCEPT = ConceptSpec("heart", "mushroom", retain=(RETAIN,))
 MODELS = ("canvas", "mid", "sd1", "sdxl")
-PASSES = {"naive": 7, "naive-checkpointed": 9, "salun-paper": 7, "salun": 8, "trajectory": 6}
+PASSES = {"naive": 7, "naive-checkpointed": 9, "salun-paper": 7, "salun-half": 8, "trajectory": 6}
 """variant -> forward passes' worth of arithmetic per row and step; a backward pass counts twice, or
 three times where it recomputes"""
 GROWTH = [
@@ -151,7 +151,7 @@ def our_steps(
     )
     forget = LatentSet(latents, None, (FORGET,) * rows, (ANCHOR,) * rows, **fixed)
     retain = LatentSet(latents, None, (RETAIN,) * rows, **fixed)
-    config = get_method("salun" if points else preset).config
+    config = get_method("salun-half" if points else preset).config
     train = replace(
         config.train,
         steps=steps,
