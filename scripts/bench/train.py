@@ -17,11 +17,11 @@ float32. `naive-checkpointed` recomputes activations besides, as that code's SD 
 retain in one pass, the teacher without a graph, an optimizer over the masked weights alone.
 `salun-paper` has the same equations as the naive step; `salun-half` adds the frozen teacher's pass
 over the retain rows; `trajectory` is `salun-half` on fixed points (`latents.trajectory`), whose
-targets are computed once, before the steps that are timed. Each runs in a process of its own. Memory is the
-process's peak beyond the loaded model (on a GPU: all that is allocated). The floor is the forward
-passes' worth of multiplications that the variant needs per row (3 forget, 1 anchor, 3 retain;
-`salun-half` 1 more, `trajectory` 1 less) at the matrix-multiplication rate measured in the same
-run; share is floor / seconds.
+targets are computed once, before the steps that are timed. Each runs in a process of its own.
+Memory is the process's peak beyond the loaded model (on a GPU: all that is allocated). The floor is
+the forward passes' worth of multiplications that the variant needs per row (3 forget, 1 anchor, 3
+retain; `salun-half` 1 more, `trajectory` 1 less) at the matrix-multiplication rate measured in the
+same run; share is floor / seconds.
 """
 
 from __future__ import annotations
