@@ -118,3 +118,33 @@ def test_relearning_with_accumulation_ends_where_it_does_without_and_sees_a_part
     moved = sum((plain[name] - base[name]).square().sum() for name in plain).sqrt()
     apart = sum((plain[name] - split[name]).square().sum() for name in plain).sqrt()
     assert 0 < moved and apart < 1e-3 * moved
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0, 3.0])
+def test_timesteps_follow_the_power(power) -> None:
+    """A share (t / T)^p lies below t: Kolmogorov and Smirnov's distance at the 1 % level."""
+    latents, _ = from_images()
+    count, timesteps = 20_000, 1000
+    rows = torch.zeros(count, dtype=torch.int64)
+    t, _ = latents.draw_noise(rows, timesteps, torch.Generator().manual_seed(0), power)
+
+    shares = torch.bincount(t, minlength=timesteps).cumsum(0) / count
+    expected = (torch.arange(1, timesteps + 1) / timesteps) ** power
+    assert len(shares) == timesteps
+    assert (shares - expected).abs().max() < 1.63 / count**0.5
+
+
+def test_forget_and_retain_rows_are_drawn_by_the_power(pico) -> None:
+    """Both look at nearly pure noise more often, and the statistics of a mask with them."""
+    task = Task(pico, [canvas_concept("heart")], Given(*from_images()))
+    often = Remap(task, replace(PLAIN, noise_power=10.0))
+    batches = [often.batches(step) for step in range(20)]
+    for name in ("forget", "retain"):
+        t = torch.cat([getattr(batch, name).t for batch in batches])
+        assert t.double().mean() / pico.timesteps == pytest.approx(10 / 11, abs=0.03)
+
+
+def test_points_that_are_fixed_refuse_a_power(pico) -> None:
+    sets = prepare_latents(pico, [canvas_concept("heart")], POINTS, 0)
+    with pytest.raises(ErasureError, match=r"noise_power 2 says .* latents\.trajectory"):
+        Remap(Task(pico, [canvas_concept("heart")], Given(*sets)), replace(PLAIN, noise_power=2.0))

@@ -40,10 +40,14 @@ def noised(model: DiffusionModel, latents: Tensor, noise: Tensor, t: Tensor) -> 
 
 
 def draw_rows(
-    model: DiffusionModel, latents: LatentSet, rows: Tensor, generator: torch.Generator
+    model: DiffusionModel,
+    latents: LatentSet,
+    rows: Tensor,
+    generator: torch.Generator,
+    power: float = 1.0,
 ) -> Rows:
     """These rows of a set: a posterior sample, a timestep and noise each, in this order from the
-    generator."""
+    generator; `power` as in `LatentSet.draw_noise`."""
     clean = latents.draw(rows, generator)
-    t, noise = latents.draw_noise(rows, model.timesteps, generator)
+    t, noise = latents.draw_noise(rows, model.timesteps, generator, power)
     return noised(model, clean, noise, t)

@@ -69,16 +69,25 @@ class LatentSet:
         return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
 
     def draw_noise(
-        self, rows: Tensor, timesteps: int, generator: torch.Generator
+        self, rows: Tensor, timesteps: int, generator: torch.Generator, power: float = 1.0
     ) -> tuple[Tensor, Tensor]:
         """Timestep and noise for these rows: their own, or drawn from `timesteps` and the normal
-        distribution."""
+        distribution.
+
+        Args:
+            rows: places in the set, shape (n,).
+            timesteps: T, how many there are; the last is pure noise.
+            generator: of the draws.
+            power: p; the share of timesteps below t is (t / T)^p, so 1 is uniform.
+        """
         if self.t is not None and self.noise is not None:
             return self.t[rows], self.noise[rows]
-        shape = (len(rows), *self.latents.shape[1:])
-        return torch.randint(timesteps, (len(rows),), generator=generator), torch.randn(
-            shape, generator=generator
-        )
+        if power == 1:
+            t = torch.randint(timesteps, (len(rows),), generator=generator)
+        else:
+            places = torch.rand(len(rows), generator=generator, dtype=torch.float64)
+            t = (timesteps * places ** (1 / power)).long().clamp_max(timesteps - 1)
+        return t, torch.randn((len(rows), *self.latents.shape[1:]), generator=generator)
 
     def save(self, path: Path, metadata: dict[str, str]) -> None:
         """Write the set."""

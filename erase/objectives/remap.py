@@ -14,7 +14,7 @@ from erase.latents.batches import Rows, draw_rows, noised
 from erase.latents.latent_set import LatentSet, epoch_rows, texts_of
 from erase.losses import denoising, remap
 from erase.parallel.processes import in_shares
-from erase.prompts.errors import FRACTION, check_names, check_ranges
+from erase.prompts.errors import FRACTION, ErasureError, check_names, check_ranges
 from erase.task import Task
 from erase.training.config import TunedConfig
 from erase.training.trainable import Base
@@ -46,12 +46,22 @@ class RemapConfig(TunedConfig):
     guidance keeps its null branch"""
     shuffle: bool = True
     """a new order of the forget latents in each epoch"""
+    noise_power: float = 1.0
+    """p: timesteps are drawn so that a share (t / T)^p lies below t. 1 is uniform; 2 looks twice as
+    often at nearly pure noise, where sampling decides an image's layout and the mean squared error
+    hardly sees it"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self, {"anchor_from": SOURCES, "retain_target": RETAIN_TARGETS})
         check_ranges(
-            self, {"alpha": (0, 1e6), "anchor_latents": FRACTION, "retain_dropout": FRACTION}
+            self,
+            {
+                "alpha": (0, 1e6),
+                "anchor_latents": FRACTION,
+                "retain_dropout": FRACTION,
+                "noise_power": (0.1, 10),
+            },
         )
 
 
@@ -79,6 +89,11 @@ class Remap:
         self.forget_set = task.forget(config.anchor_latents)
         self.retain_set = _some_dropped(task.retain(), config.retain_dropout, task.seed)
         self._known: tuple[Tensor, Tensor] | None = None
+        if config.noise_power != 1 and _fixed(self.forget_set):
+            raise ErasureError(
+                f"noise_power {config.noise_power:g} says how timesteps are drawn, and "
+                "latents.trajectory fixes them; leave one of them out"
+            )
 
     def batches(self, step: int) -> RemapBatch:
         """Rows, timesteps and noise of one step."""
@@ -86,12 +101,12 @@ class Remap:
         forget, retain = self.forget_set, self.retain_set
         size, generator = config.train.batch_size, self.task.generator(step)
         retain_rows = epoch_rows(len(retain), step * size, size, self.task.seed + 1)
-        retained = draw_rows(model, retain, retain_rows, generator)
+        retained = draw_rows(model, retain, retain_rows, generator, config.noise_power)
 
         forget_rows = epoch_rows(len(forget), step * size, size, self.task.seed, config.shuffle)
         x_forget = forget.draw(forget_rows, generator)
         x_anchor = x_forget if config.share_latents else forget.draw(forget_rows, generator)
-        t, noise = forget.draw_noise(forget_rows, model.timesteps, generator)
+        t, noise = forget.draw_noise(forget_rows, model.timesteps, generator, config.noise_power)
 
         seen = noised(model, x_forget, noise, t)
         anchor = seen if config.share_latents else noised(model, x_anchor, noise, t)
