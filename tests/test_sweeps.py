@@ -12,7 +12,9 @@ from erase.scripts import run_erase, run_evaluate
 from erase.scripts.cli import parse
 
 DOC = Path(__file__).parents[1] / "docs" / "sweeps.md"
-ECHO = 'erase-concept() { echo "erase-concept $*"; }; erase-evaluate() { echo "erase-evaluate $*"; }'
+ECHO = (
+    'erase-concept() { echo "erase-concept $*"; }; erase-evaluate() { echo "erase-evaluate $*"; }'
+)
 
 
 def commands() -> list[list[str]]:
