@@ -1,5 +1,4 @@
-"""The shell loop of docs/sweeps.md: its commands are ones that the parsers take, and share what they
-say."""
+"""The shell loop of docs/sweeps.md: the parsers take its commands, which share what they say."""
 
 from __future__ import annotations
 
