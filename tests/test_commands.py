@@ -25,7 +25,15 @@ from erase.prompts.concepts import ConceptSpec, load_concepts
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptSet, joined, of_prompts
 from erase.run import EraseConfig, erase_concept
-from erase.scripts import demo, run_erase, run_evaluate, run_export, run_generate, run_list
+from erase.scripts import (
+    demo,
+    run_erase,
+    run_evaluate,
+    run_export,
+    run_generate,
+    run_list,
+    run_live,
+)
 from erase.scripts.cli import WIDTH, check_folder, hush, parse, read_concepts, run
 from erase.scripts.cli.recipes import recipe, recipes
 from tests.texts import raises, written
@@ -38,6 +46,7 @@ COMMANDS = {
     "erase-export": run_export,
     "erase-demo": demo,
     "erase-list": run_list,
+    "erase-live": run_live,
 }
 every_command = pytest.mark.parametrize("name", COMMANDS)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
