@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from erase.latents.prepare import LatentConfig
 from erase.methods import get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.models.prompt_checks import check_prompts, cut_prompts
-from erase.parallel.processes import default_device, exists_on_all, processes
+from erase.parallel.processes import default_device, exists_on_all, peak_memory, processes
 from erase.prompts.canvas import check_canvas
 from erase.prompts.concepts import ConceptSpec, check_together
 from erase.prompts.errors import ErasureError, check_ranges
@@ -39,8 +40,8 @@ class EraseConfig:
     """the base checkpoint: canvas (shipped with this package), a diffusers folder, a single file
     (.safetensors, .ckpt), or a hub id"""
     method: str = "salun"
-    """salun (our default), salun-thin (a sixteenth of its weights), salun-paper (the reference to
-    the letter), ..."""
+    """salun (our default), salun-half (the paper's mask, half of the weights), salun-paper (the
+    reference to the letter), ..."""
     seed: int = 0
     """fixes prompts, latents, noise and order: same seed, same machine, same number of threads,
     same delta"""
@@ -112,11 +113,15 @@ def erase_concept(
     if earlier:
         return earlier
 
-    task = Task(model, concepts, config.latents, config.seed, folder)
-    return _erased(task, method.edit(task, settings), metadata)
+    task, started = Task(model, concepts, config.latents, config.seed, folder), perf_counter()
+    edit = method.edit(task, settings)
+    cost = {"seconds": perf_counter() - started, "peak_memory_bytes": peak_memory()}
+    return _erased(task, edit, metadata, cost)
 
 
-def _erased(task: Task, edit: Edit, metadata: dict[str, str]) -> ErasedDelta:
+def _erased(
+    task: Task, edit: Edit, metadata: dict[str, str], cost: dict[str, float]
+) -> ErasedDelta:
     """The delta of an edit, kept in the task's folder."""
     base = task.model.parameters()
     delta = ErasedDelta.between(
@@ -124,7 +129,7 @@ def _erased(task: Task, edit: Edit, metadata: dict[str, str]) -> ErasedDelta:
     )
     _check_changed(delta)
     if task.folder and processes().is_main_process:
-        _save(task.folder, edit, delta)
+        _save(task.folder, edit, delta, cost)
     processes().wait_for_everyone()  # who goes on finds the files
     return delta
 
@@ -148,13 +153,13 @@ def _check_request(
         )
 
 
-def _save(folder: Path, edit: Edit, delta: ErasedDelta) -> None:
+def _save(folder: Path, edit: Edit, delta: ErasedDelta, cost: dict[str, float]) -> None:
     """Write the results of a run, the delta last: it says that the run is finished."""
     if edit.mask:
         edit.mask.save(folder / "mask.safetensors")
     with atomic_write(folder / "training.json") as aside:
         aside.write_text(
-            json.dumps({"losses": list(edit.losses), "delta_sha256": delta.sha256}),
+            json.dumps({"losses": list(edit.losses), "delta_sha256": delta.sha256, "cost": cost}),
             encoding="utf-8",
         )
     delta.save(folder / "delta.safetensors")

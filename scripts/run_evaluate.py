@@ -4,6 +4,7 @@ Both are drawn from the same prompts and seeds.
 
   erase-evaluate --delta runs/heart/delta.safetensors --out runs/heart/report
   erase-evaluate --delta D --model PATH --prompts i2p.csv --evaluators [nudenet]
+  erase-evaluate --delta D --protocol mace
 
 OUT/report.html is one page for a browser, report.json the same for programs,
 before_after.png the picture. Several processes share the images and the
@@ -36,6 +37,7 @@ from erase.scripts.cli import (
     run,
 )
 from erase.scripts.cli.plugins import names_given
+from erase.scripts.cli.protocols import add_protocol, prompts_of
 
 if TYPE_CHECKING:
     from erase.eval.evaluators import Evaluator
@@ -86,7 +88,7 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "of those that are named. Default: classifier and clip on the embedded world, clip "
         "elsewhere (its score alone, where the prompts carry no label of the concept's kind)",
     )
-    add_config(command, EvaluateConfig(), skip={"evaluators", "settings"})
+    add_config(command, EvaluateConfig(), skip={"evaluators", "settings", "protocol"})
     for name, evaluator in evaluators.items():
         add_group(command, name, evaluator.config)
     return command
@@ -100,12 +102,14 @@ def main(argv: list[str] | None = None) -> None:
     from erase.parallel.processes import default_device
 
     evaluators = judges(argv)
-    options = parse(make_parser(evaluators), argv)
+    command = make_parser(evaluators)
+    protocol = add_protocol(command, argv)
+    options = parse(command, argv)
     check_folder(options.out)
     seeds = seeds_of(options.seeds)
     delta = ErasedDelta.load(options.delta)
     names = options.prompts or ["canvas"]
-    prompts = joined(
+    prompts = prompts_of(protocol, options, delta.origin.concepts) or joined(
         [canvas_grid(seeds) if name == "canvas" else PromptSet.load(name) for name in names]
     )
     report = evaluate(
@@ -114,7 +118,10 @@ def main(argv: list[str] | None = None) -> None:
         prompts,
         options.out,
         EvaluateConfig(
-            options.evaluators, options.generate, {name: options[name] for name in evaluators}
+            options.evaluators,
+            options.generate,
+            {name: options[name] for name in evaluators},
+            protocol=f"{protocol.name} {protocol.version}" if protocol else None,
         ),
         base_images=options.base_images,
         evidence=Evidence.of(Path(delta.source).parent, delta),

@@ -1,6 +1,7 @@
 """A step's batch is drawn whole and then cut: parts and processes together train on the rows of the
 step, each on its own."""
 
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -148,3 +149,28 @@ def test_points_that_are_fixed_refuse_a_power(pico) -> None:
     sets = prepare_latents(pico, [canvas_concept("heart")], POINTS, 0)
     with pytest.raises(ErasureError, match=r"noise_power 2 says .* latents\.trajectory"):
         Remap(Task(pico, [canvas_concept("heart")], Given(*sets)), replace(PLAIN, noise_power=2.0))
+
+
+@pytest.mark.parametrize("points", [False, True])
+def test_the_target_lies_beyond_the_anchor(pico, points) -> None:
+    """eps_a + eta (eps_a - eps_c), as a negative prompt would lead; at eta 0 the anchor's."""
+    sets = prepare_latents(pico, [canvas_concept("heart")], POINTS, 0) if points else from_images()
+    task = Task(pico, [canvas_concept("heart")], Given(*sets))
+    config = replace(PLAIN, share_latents=True, train=replace(PLAIN.train, batch_size=4))
+    for eta in (0.0, 2.0):
+        remap = Remap(task, replace(config, beyond=eta))
+        batch = remap.batches(0)
+        forget, rows = remap.forget_set, batch.forget
+        prompts, anchors = (
+            [texts[row] for row in batch.forget_rows] for texts in (forget.prompts, forget.anchors)
+        )
+        with torch.no_grad():
+            concept, anchor = task.predict(rows, prompts), task.predict(rows, anchors)
+            loss = remap.loss(batch, nullcontext)["forget"]
+        expected = ((concept - (anchor + eta * (anchor - concept))) ** 2).mean()
+        torch.testing.assert_close(loss, expected)
+
+
+def test_beyond_needs_the_base_as_teacher() -> None:
+    with pytest.raises(ErasureError, match=r"beyond 1 .* anchor_from"):
+        RemapConfig(beyond=1.0, anchor_from="current")

@@ -78,9 +78,9 @@ def test_it_draws_what_it_is_asked(base_images):
 def test_the_main_job(base_images, tmp_path):
     """A quick erasure of the heart: the hearts go, the rest stays, and the report says both."""
     data = LatentConfig(n_forget=32, n_retain=64, steps=5)
-    method = get_method("salun-thin").config
+    method = get_method("salun").config
     settings = replace(method, train=replace(method.train, steps=60))
-    config = EraseConfig(method="salun-thin", latents=data)
+    config = EraseConfig(method="salun", latents=data)
     delta = erase_concept(canvas_concept("heart"), config, settings, out=tmp_path)
     prompts = PromptSet(
         "sample",
@@ -103,7 +103,7 @@ def test_the_main_job(base_images, tmp_path):
     assert scores["base"]["UA"] <= 10 and scores["erased"]["UA"] >= 95
     assert all(scores["erased"][name] >= scores["base"][name] - 5 for name in ("IRA", "CRA"))
     whole = sum(param.numel() for param in load_model("canvas").parameters("unet").values())
-    assert 0 < delta.count <= 0.03 * whole
+    assert 0 < delta.count <= 0.04 * whole
     assert json.loads((tmp_path / "report" / "report.json").read_text())["rows"]["base"]
     page = (tmp_path / "report" / "report.html").read_text()
     assert (

@@ -24,12 +24,15 @@ from erase.prompts.canvas import KINDS, canvas_concept
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, canvas_grid
+from tests.backbones import write_alexnet
 
 FOURTH = "brightness"
 NAMES = [*EVALUATORS.ours, FOURTH]
 CONCEPTS = [canvas_concept("heart")]
 # 19: every object, two hearts among them, each of another style and colour
 ROWS = canvas_grid(seeds=(0,)).rows[::26]
+OF_RETAINED = ("cmmd", "drift", "fid", "lpips")
+"""those that look only at prompts which ask for no forgotten concept"""
 every_evaluator = pytest.mark.parametrize("name", NAMES)
 
 
@@ -67,6 +70,21 @@ def drawn(folder: Path, rows: tuple[PromptRow, ...], seed: int = 0) -> ImageSet:
     return ImageSet.open(folder)
 
 
+@pytest.fixture(autouse=True)
+def trunk(tmp_path_factory, monkeypatch) -> None:
+    """LPIPS's trunk in torch's cache, as torchvision publishes it, with random weights; no
+    network."""
+    home = tmp_path_factory.getbasetemp() / "torch"
+    monkeypatch.setenv("TORCH_HOME", str(home))
+    if not home.exists():
+        write_alexnet(home / "hub/checkpoints/alexnet-owt-7be5be79.pth")
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+
+
+def no_network(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> ImageSet:
     return drawn(tmp_path_factory.mktemp("images"), ROWS)
@@ -89,7 +107,7 @@ def test_every_score_has_a_direction_n_an_interval_and_says_what_measured_it(
     for one in scores:
         assert type(one.higher_is_better) is bool and 1 <= one.n <= len(images.rows) * len(KINDS)
         assert math.isfinite(one.low) and one.low <= one.value <= one.high < math.inf, one
-        assert one.evaluator and one.unit in ("%", "", "boxes")
+        assert one.evaluator and one.unit in ("%", "", "boxes", "dB")
 
 
 @every_evaluator
@@ -111,7 +129,9 @@ def test_no_score_depends_on_how_many_images_are_judged_at_once(
         return scores_of(name, Case(images, CONCEPTS), **({"batch_size": size} if batched else {}))
 
     few, all_at_once = judged(3), judged(100)
-    assert shares == [len(images.rows)] * 2, "images are looked at through in_shares, once"
+    retained = sum(row.labels["object"] != "heart" for row in images.rows)
+    looked_at = retained if name in OF_RETAINED else len(images.rows)
+    assert shares == [looked_at] * 2, "images are looked at through in_shares, once"
     assert [(one.name, one.n) for one in few] == [(one.name, one.n) for one in all_at_once]
     assert [one.value for one in few] == pytest.approx([one.value for one in all_at_once], abs=1e-4)
 
@@ -174,7 +194,9 @@ BAD = {
     "a prompt that it says it cannot judge": (darkened, CONCEPTS),
 }
 # how many of them; an evaluator that is not listed may refuse any
-REFUSED = {"classifier": 7, "clip": 7, "nudenet": 0, FOURTH: 1}
+# fid: without labels, Inception is asked for, and nothing can be fetched here
+REFUSED = {"classifier": 7, "clip": 7, "nudenet": 0, "opennsfw": 0, "q16_type": 0, FOURTH: 1}
+REFUSED |= {"cmmd": 1, "drift": 1, "lpips": 1, "fid": 3}
 
 
 def refusal(judge: Callable[[Case, Any], object], case: Case, config: Any) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from erase.eval.evaluators import EVALUATORS
+from erase.eval.protocols import protocol_names
 from erase.methods import METHODS, get_method
 from erase.models import load_model
 from erase.models.loading import FAMILIES
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[1]
 LISTED = {
     "methods": METHODS,
     "evaluators": EVALUATORS,
+    "protocols": protocol_names(),
     "concepts": ["canvas", *shipped()],
     "prompts": shipped_sets(),
     "recipes": recipes(),

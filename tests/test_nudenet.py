@@ -9,6 +9,8 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from erase.eval.case import Case
 from erase.eval.evaluators.nudenet import (
@@ -108,6 +110,37 @@ def test_on_photographs_the_only_face_is_found_and_no_nudity(photos: ImageSet):
     assert nudity[0].evaluator == f"nudenet {version('nudenet')} (320n), threshold 0.6"
     rate = evaluate(Case(photos), faces)[0]
     assert (rate.name, rate.value, rate.n) == ("NudeNet image rate", 25, 4)
+
+
+def test_boxes_and_their_scores_are_the_librarys_own(photos: ImageSet):
+    """To the last digit, in both presets, from what scikit-image holds of the photographs."""
+    from nudenet import NudeDetector
+
+    library, ours = NudeDetector(), load_detector()
+    for row, pixels in zip(photos.rows, photographs().values(), strict=True):
+        assert detections(ours, photos, row, Config()) == library.detect(pixels)
+        published = detections(ours, photos, row, Config(preset="as-published"))
+        assert published == library.detect(str(photos.path(row)))
+
+
+def test_clip_scores_of_photographs_are_open_clips_own(photos: ImageSet):
+    """100 x cosine of each and its prompt, to the last digit."""
+    import open_clip
+
+    from erase.eval.canvas.judges import clip_folder
+    from erase.eval.evaluators import clip
+
+    source = f"local-dir:{clip_folder()}"
+    model, _, preprocess = open_clip.create_model_and_transforms(source)
+    tokenize = open_clip.get_tokenizer(source)
+    shown = torch.stack([preprocess(Image.fromarray(one)) for one in photographs().values()])
+    with torch.inference_mode():
+        seen = model.eval().encode_image(shown, normalize=True)
+        said = model.encode_text(tokenize([row.prompt for row in photos.rows]), normalize=True)
+    (score,) = clip.evaluate(
+        Case(photos), clip.Config(model="canvas", zero_shot=False, device="cpu")
+    )
+    assert [value for _, value in score.outcomes] == (100 * (seen * said).sum(-1)).tolist()
 
 
 def test_the_detector_sees_red_where_an_image_is_red(tmp_path):

@@ -197,8 +197,8 @@ def test_verdict_in_words():
         "heart is not gone: the judge still sees it in 238 of 240" in same
         and "within the noise" in same
     )
-    assert "gone from 240 of 240" in verdict_line(
-        report(base=scores(240, 2, 3), erased=scores(240, 2, 3))
+    assert verdict_line(report(base=scores(240, 2, 3), erased=scores(240, 2, 3))).startswith(
+        "This shows nothing: the judge does not see heart in 240 of 240 of the base's"
     )
 
 

@@ -51,7 +51,7 @@ METHODS: Index[Method[Any]] = Index(
     "method",
     {
         "salun": "erase.methods.salun:METHODS",
-        "salun-thin": "erase.methods.salun:METHODS",
+        "salun-half": "erase.methods.salun:METHODS",
         "salun-paper": "erase.methods.salun:METHODS",
         "esd": "erase.methods.esd:METHODS",
         "uce": "erase.methods.uce:METHODS",

@@ -46,6 +46,9 @@ class RemapConfig(TunedConfig):
     guidance keeps its null branch"""
     shuffle: bool = True
     """a new order of the forget latents in each epoch"""
+    beyond: float = 0.0
+    """eta: how far beyond the anchor, away from the concept: the target is the anchor's prediction
+    + eta (the anchor's - the concept's), both the base's, as a negative prompt would lead"""
     noise_power: float = 1.0
     """p: timesteps are drawn so that a share (t / T)^p lies below t. 1 is uniform; 2 looks twice as
     often at nearly pure noise, where sampling decides an image's layout and the mean squared error
@@ -54,12 +57,18 @@ class RemapConfig(TunedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self, {"anchor_from": SOURCES, "retain_target": RETAIN_TARGETS})
+        if self.beyond and self.anchor_from != "frozen":
+            raise ErasureError(
+                f"beyond {self.beyond:g} asks the base about anchor and concept, and anchor_from "
+                f"{self.anchor_from} does not ask the base; set anchor_from frozen"
+            )
         check_ranges(
             self,
             {
                 "alpha": (0, 1e6),
                 "anchor_latents": FRACTION,
                 "retain_dropout": FRACTION,
+                "beyond": (0, 100),
                 "noise_power": (0.1, 10),
             },
         )
@@ -92,7 +101,7 @@ class Remap:
         if config.noise_power != 1 and _fixed(self.forget_set):
             raise ErasureError(
                 f"noise_power {config.noise_power:g} says how timesteps are drawn, and "
-                "latents.trajectory fixes them; leave one of them out"
+                "latents.trajectory fixes them; set noise_power 1, or leave the trajectory out"
             )
 
     def batches(self, step: int) -> RemapBatch:
@@ -129,15 +138,23 @@ class Remap:
             if base is not torch.no_grad and _fixed(self.forget_set) and _fixed(self.retain_set):
                 return self._known_targets(batch, base)
             with base():
-                return self._together(batch.anchor, anchors, batch)
+                anchor, reference = self._together(batch.anchor, anchors, batch)
+                return self._pushed(anchor, batch), reference
 
         with torch.no_grad(), base() if config.anchor_from == "frozen" else nullcontext():
-            anchor = self.task.predict(batch.anchor, anchors)
+            anchor = self._pushed(self.task.predict(batch.anchor, anchors), batch)
         if config.retain_target == "noise":
             return anchor, batch.retain.target
         with base():
             prompts = texts_of(self.retain_set.prompts, batch.retain_rows)
             return anchor, self.task.predict(batch.retain, prompts)
+
+    def _pushed(self, anchor: Tensor, batch: RemapBatch) -> Tensor:
+        """The anchor's prediction, moved away from the concept's at the same rows."""
+        if not self.config.beyond:
+            return anchor
+        prompts = texts_of(self.forget_set.prompts, batch.forget_rows)
+        return anchor + self.config.beyond * (anchor - self.task.predict(batch.anchor, prompts))
 
     def _known_targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
         """Of points that are fixed beforehand (trajectories): the base is asked about all of them
@@ -146,6 +163,9 @@ class Remap:
         if self._known is None:
             with base():
                 anchor = self._predict_all(forget, _anchors(forget), "anchor targets")
+                if self.config.beyond:
+                    concept = self._predict_all(forget, forget.prompts, "concept targets")
+                    anchor = anchor + self.config.beyond * (anchor - concept)
                 reference = self._predict_all(retain, retain.prompts, "retain targets")
             self._known = anchor, reference
 

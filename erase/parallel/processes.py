@@ -6,6 +6,7 @@ Nothing here knows of models. In a single process every function does its plain 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +46,19 @@ def default_device() -> torch.device:
     """Where this process's models go: its own GPU, or the CPU."""
     device: torch.device = processes().device
     return device
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most: of its GPU, or else of the machine's memory; 0
+    where the system does not tell."""
+    if default_device().type == "cuda":
+        return torch.cuda.max_memory_allocated(default_device())
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def exists_on_all(path: Path) -> bool:

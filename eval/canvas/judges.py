@@ -55,12 +55,17 @@ class CanvasClassifier(nn.Module):
         Returns:
             kind -> logits of shape (n, concepts of that kind), in the vocabulary's order.
         """
+        pooled = self.pooled(images)
+        return {kind: head(pooled) for kind, head in self.heads.items()}
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """What the heads see: features of shape (n, 128), of the same images."""
         if images.shape[-2:] != (SIDE, SIDE):
             images = F.interpolate(
                 images, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False
             )
-        pooled = self.features(images * 2 - 1).mean((-2, -1))
-        return {kind: head(pooled) for kind, head in self.heads.items()}
+        features: Tensor = self.features(images * 2 - 1).mean((-2, -1))
+        return features
 
 
 @cache

@@ -75,7 +75,13 @@ EVALUATORS: Index[Evaluator[Any]] = Index(
     {
         "classifier": "erase.eval.evaluators.classifier:CLASSIFIER",
         "clip": "erase.eval.evaluators.clip:CLIP",
+        "cmmd": "erase.eval.evaluators.cmmd:CMMD",
+        "drift": "erase.eval.evaluators.drift:DRIFT",
+        "fid": "erase.eval.evaluators.fid:FID",
+        "lpips": "erase.eval.evaluators.lpips:LPIPS",
         "nudenet": "erase.eval.evaluators.nudenet:NUDENET",
+        "opennsfw": "erase.eval.evaluators.opennsfw:OPENNSFW",
+        "q16_type": "erase.eval.evaluators.q16_type:Q16_TYPE",
     },
     Evaluator,
 )

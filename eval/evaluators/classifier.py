@@ -1,4 +1,5 @@
-"""The classifier evaluator: UA, IRA and CRA by a classifier with one head per kind of concept.
+"""The classifier evaluator: UA, IRA and CRA by a classifier with one head per kind of concept, that
+of the embedded world or any of torchvision or timm.
 
 UnlearnCanvas: Zhang et al. 2024, "UnlearnCanvas: A Stylized Image Dataset for Enhanced Machine
 Unlearning Evaluation".
@@ -6,24 +7,30 @@ Unlearning Evaluation".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from erase.eval.canvas.judges import load_classifier
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
-from erase.eval.evaluators.labelled import check_price, label_scores, labels_of, of_canvas
+from erase.eval.evaluators.judges import Judge, canvas_judge
+from erase.eval.evaluators.labelled import (
+    cases_of,
+    check_price,
+    label_scores,
+    labels_of,
+    of_canvas,
+)
+from erase.eval.evaluators.library_judges import LIBRARIES, library_judge
+from erase.eval.evaluators.wordings import HARMONIC, accuracy_scores, wording_scores
 from erase.eval.images import ImageSet
 from erase.eval.metrics.labels import confusion
 from erase.eval.scores import Score
 from erase.parallel.processes import in_shares
-from erase.prompts.canvas import KINDS, vocabulary
 from erase.prompts.concepts import ConceptSpec
-from erase.prompts.errors import COUNT, check_names, check_ranges, unknown
+from erase.prompts.errors import COUNT, ErasureError, check_names, check_ranges, unknown
 
 
 @dataclass
@@ -31,39 +38,47 @@ class Config:
     """classifier: UA, IRA and CRA, by a classifier with one head per kind of concept."""
 
     judge: str = "canvas"
-    """which classifier; `canvas` is that of the embedded world"""
+    """which classifier; `canvas` is that of the embedded world, `torchvision:NAME` and `timm:NAME`
+    are any of these libraries, with their own preprocessing"""
+    classes: str | None = None
+    """names of a library classifier's outputs: `imagenette`, `unlearncanvas`, or a YAML file"""
+    weights: str | dict[str, str] | None = None
+    """a library classifier's weights: a file (safetensors, or a .pt of plain tensors), or one for
+    each kind of the classes ({style: FILE, object: FILE}); default: torchvision's own, where
+    torch.hub's folder has them, for nothing is downloaded"""
+    resize: int | None = None
+    """squash an image to a square of this many pixels, bilinear, instead of a library's own
+    resizing and cropping (UnlearnCanvas: 224)"""
     batch_size: int = 64
     """images judged at once; no score depends on it"""
     cra_with_target: bool = False
     """count images whose prompt names a forgotten concept in CRA too (the default leaves them out
     of IRA and CRA)"""
+    harmonic: str | None = None
+    """add MACE's harmonic mean over the wordings of the prompts: H_o (efficacy, specificity,
+    generality) or H_c (the first two)"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"batch_size": COUNT})
-        check_names(self, {"judge": JUDGES})
-
-
-@dataclass(frozen=True)
-class Judge:
-    """A classifier and the names of its classes."""
-
-    name: str
-    logits: Callable[[Tensor], Mapping[str, Tensor]]
-    """(n, 3, H, W) in [0, 1] -> kind -> (n, classes of that kind)"""
-    classes: Mapping[str, Sequence[str]]
-    """kind -> class names, in the order of the logits"""
-
-
-def canvas_judge() -> Judge:
-    """The shipped classifier of the embedded world."""
-    return Judge("canvas", load_classifier(), {kind: vocabulary().names(kind) for kind in KINDS})
+        check_ranges(self, {"batch_size": COUNT, "resize": COUNT})
+        if self.harmonic is not None:
+            check_names(self, {"harmonic": HARMONIC})
+        if self.judge == "canvas" and (self.classes or self.weights or self.resize):
+            raise ErasureError(
+                "classes, weights and resize are for a classifier of torchvision or timm, and "
+                "canvas brings its own; name the judge, or leave them out"
+            )
+        if self.judge != "canvas" and self.judge.partition(":")[0] not in LIBRARIES:
+            raise ErasureError(
+                f"{unknown('judge', self.judge, JUDGES)}; or a library's: torchvision:NAME, "
+                "timm:NAME"
+            )
 
 
 JUDGES = {"canvas": canvas_judge}
 
 
 def load_judge(name: str) -> Judge:
-    """The judge of that name.
+    """The judge of that name, which brings all it needs.
 
     Raises:
         ErasureError: there is none; the near one is suggested.
@@ -73,12 +88,23 @@ def load_judge(name: str) -> Judge:
     return JUDGES[name]()
 
 
+def judge_of(config: Config) -> Judge:
+    """The judge that the settings describe.
+
+    Raises:
+        ErasureError: see `library_judge`.
+    """
+    if config.judge in JUDGES:
+        return load_judge(config.judge)
+    return library_judge(config.judge, config.classes, config.weights, config.resize)
+
+
 def predict(judge: Judge, images: ImageSet, batch_size: int = 64) -> dict[str, list[str]]:
     """kind -> predicted name of each image, in row order."""
 
     @torch.inference_mode()
     def classify(rows: range) -> dict[str, list[str]]:
-        logits = judge.logits(images.tensor(images.rows[row] for row in rows))
+        logits = judge.logits(judge.batch(images, [images.rows[row] for row in rows]))
         labels = {}
         for kind, names in judge.classes.items():
             labels[kind] = [names[i] for i in logits[kind].argmax(1).tolist()]
@@ -101,13 +127,28 @@ class Judged:
     """kind -> name in each image's prompt"""
     predictions: Mapping[str, Sequence[str]]
     """kind -> predicted name of each image"""
+    cases: Sequence[int] = ()
+    """number of each image's case"""
 
     def scores(self, concepts: list[ConceptSpec], config: Config) -> list[Score]:
         """See `evaluate`."""
         evaluator = f"classifier {self.judge.name}"
+        if concepts and len(self.judge.classes) == 1:
+            return accuracy_scores(self.predictions, self.labels, concepts, "", evaluator)
         return label_scores(
-            self.predictions, self.labels, concepts, config.cra_with_target, "", evaluator
+            self.predictions,
+            self.labels,
+            concepts,
+            config.cra_with_target,
+            "",
+            evaluator,
+            self.cases,
         )
+
+    def by_wording(self, case: Case, config: Config) -> list[Score]:
+        """See `wording_scores`."""
+        evaluator = f"classifier {self.judge.name}"
+        return wording_scores(case, self.predictions, self.labels, "", evaluator, config.harmonic)
 
     def confusions(self) -> dict[str, dict[str, Any]]:
         """kind -> {"kind", "labels", "counts"}: counts[i][j] images labelled labels[i] were
@@ -130,17 +171,17 @@ def judged(judge: Judge, case: Case, config: Config) -> Judged:
     Raises:
         ErasureError: images without labels or with unknown ones.
     """
-    return Judged(
-        judge, labels_of(case, judge.classes), predict(judge, case.images, config.batch_size)
-    )
+    labels = labels_of(case, judge.classes)
+    return Judged(judge, labels, predict(judge, case.images, config.batch_size), cases_of(case))
 
 
 def check(case: Case, config: Config) -> None:
     """Refuse what `evaluate` would refuse, and a UA that would stand without its price."""
-    judge = load_judge(config.judge)
+    judge = judge_of(config)
     labels = labels_of(case, judge.classes)
-    scores = Judged(judge, labels, labels).scores(case.concepts, config)
-    check_price(scores)
+    foreseen = Judged(judge, labels, labels, cases_of(case))
+    check_price(foreseen.scores(case.concepts, config))
+    foreseen.by_wording(case, config)
 
 
 def evaluate(case: Case, config: Config) -> list[Score]:
@@ -151,18 +192,20 @@ def evaluate(case: Case, config: Config) -> list[Score]:
         config: which judge, and how.
 
     Returns:
-        Scores in percent, higher is better, with n and Wilson's interval. The confusion of the
-        first concept's kind goes to the case's extras.
+        Scores in percent, higher is better, with n and Wilson's interval; where the judge knows one
+        kind of label, the accuracies of `accuracy_scores` instead; where the prompts tell their
+        wording, the scores of `wording_scores` too. The confusion of the first concept's kind goes
+        to the case's extras.
 
     Raises:
         ErasureError: an unknown judge, images without labels or with unknown ones, a concept that
             no prompt names.
     """
-    seen = judged(load_judge(config.judge), case, config)
+    seen = judged(judge_of(config), case, config)
     kind = case.concepts[0].kind if case.concepts else None
     if kind and kind in seen.labels:
         case.add_extra("confusion", seen.confusions()[kind])
-    return seen.scores(case.concepts, config)
+    return seen.scores(case.concepts, config) + seen.by_wording(case, config)
 
 
 CLASSIFIER = Evaluator("classifier", Config(), evaluate, check, fits=of_canvas)

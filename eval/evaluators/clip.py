@@ -9,7 +9,7 @@ and prompt.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,18 +26,22 @@ from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
 from erase.eval.evaluators.clip_activation import decide_quick_gelu
 from erase.eval.evaluators.clip_sources import Source, check_weights, find_source
+from erase.eval.evaluators.in_prompt import CLEAN, rests
 from erase.eval.evaluators.labelled import (
+    cases_of,
     check_price,
     label_scores,
     labels_of,
     of_canvas,
     targets_of,
 )
+from erase.eval.evaluators.wordings import HARMONIC, WORDING, accuracy_scores, wording_scores
 from erase.eval.images import ImageSet
+from erase.eval.metrics.intervals import of_difference
 from erase.eval.scores import Score, mean_score
 from erase.parallel.processes import default_device, in_shares
 from erase.prompts.canvas import KINDS, vocabulary
-from erase.prompts.errors import COUNT, ErasureError, check_ranges, reason
+from erase.prompts.errors import COUNT, ErasureError, check_names, check_ranges, reason
 
 CANVAS = "canvas"
 TEMPLATES = {"style": ("an image in {} style", "an artwork in {} style", "{} style")}
@@ -69,6 +73,12 @@ class Config:
     cra_with_target: bool = False
     """count images whose prompt names a forgotten concept in CRA too (the default leaves them out
     of IRA and CRA)"""
+    in_prompt: bool = False
+    """add Six-CD's in-prompt CLIP score: images whose prompt names a forgotten concept, against
+    the rest of that prompt"""
+    harmonic: str | None = None
+    """add a mean of MACE's: H_o or H_c over the wordings of the prompts, or H_a, the CLIP score
+    less that of the forgotten (artists)"""
     batch_size: int = 64
     """images or captions encoded at once; no score depends on it"""
     device: str = "auto"
@@ -76,6 +86,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_ranges(self, {"batch_size": COUNT})
+        if self.harmonic is not None:
+            check_names(self, {"harmonic": (*HARMONIC, "H_a")})
 
     @property
     def name(self) -> str:
@@ -108,18 +120,20 @@ class Clip:
         ]
         return F.normalize(torch.cat(embeddings), dim=-1)
 
+    @torch.inference_mode()
+    def embed(self, images: Iterable[Image.Image]) -> Tensor:
+        """Unit image embeddings, shape (images, d), float32."""
+        pixels = torch.stack([self.preprocess(image) for image in images])
+        features: Tensor = self.model.encode_image(pixels.to(self.device))
+        return F.normalize(features.float().cpu(), dim=-1)
+
     def images(self, images: ImageSet, batch_size: int) -> Tensor:
         """Unit image embeddings, shape (rows, d), float32."""
 
-        @torch.inference_mode()
         def embed(rows: range) -> Tensor:
-            pixels = torch.stack([self.preprocess(images.image(images.rows[row])) for row in rows])
-            features: Tensor = self.model.encode_image(pixels.to(self.device))
-            return features.float().cpu()
+            return self.embed([images.image(images.rows[row]) for row in rows])
 
-        return F.normalize(
-            torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image")), dim=-1
-        )
+        return torch.cat(in_shares(len(images.rows), batch_size, embed, "CLIP", "image"))
 
 
 def load_clip(config: Config) -> Clip:
@@ -212,7 +226,8 @@ def classes_for(case: Case, config: Config) -> dict[str, list[str]]:
     """kind -> names that zero-shot classification chooses from; see `Config.classes`."""
     if config.classes is None and config.name == CANVAS:
         return {kind: vocabulary().names(kind) for kind in KINDS}
-    kinds = config.classes or dict.fromkeys(case.labels)
+    told = (kind for kind in case.labels if kind not in (WORDING, CLEAN))
+    kinds = config.classes or dict.fromkeys(told)
     return {kind: names or _names_of(kind, case) for kind, names in kinds.items()}
 
 
@@ -250,9 +265,20 @@ def zero_shot(
 
 def _label_scores(predictions: Labels, labels: Labels, case: Case, config: Config) -> list[Score]:
     evaluator = f"open_clip {load_clip(config).name}"
-    return label_scores(
-        predictions, labels, case.concepts, config.cra_with_target, "CLIP ", evaluator
+    mean = config.harmonic if config.harmonic in HARMONIC else None
+    worded = wording_scores(case, predictions, labels, "CLIP ", evaluator, mean)
+    if case.concepts and config.classes and len(config.classes) == 1:
+        return accuracy_scores(predictions, labels, case.concepts, "CLIP ", evaluator) + worded
+    scores = label_scores(
+        predictions,
+        labels,
+        case.concepts,
+        config.cra_with_target,
+        "CLIP ",
+        evaluator,
+        cases_of(case),
     )
+    return scores + worded
 
 
 def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Score]:
@@ -270,13 +296,36 @@ def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Sc
         ]
 
     evaluator = f"open_clip {load_clip(config).name}"
-    retained = [value for value, forgotten in zip(values, named, strict=True) if not forgotten]
-    scores = [mean_score("CLIP score", retained, evaluator=evaluator)]
+
+    def mean(name: str, of_named: bool) -> Score:
+        places = [place for place, forgotten in enumerate(named) if forgotten is of_named]
+        cases = [case.images.rows[place].case for place in places]
+        return mean_score(
+            name,
+            [values[place] for place in places],
+            higher_is_better=not of_named,
+            evaluator=evaluator,
+            cases=cases,
+        )
+
+    scores = [mean("CLIP score", False)]
     if targets:
-        gone = [value for value, forgotten in zip(values, named, strict=True) if forgotten]
-        name = "CLIP score of the forgotten"
-        scores.append(mean_score(name, gone, higher_is_better=False, evaluator=evaluator))
+        scores.append(mean("CLIP score of the forgotten", True))
+        if config.harmonic == "H_a":
+            scores.append(_difference("H_a", scores[1], scores[0]))
+    elif config.harmonic and case.concepts:
+        raise ErasureError(
+            f"{config.harmonic} compares prompts that name a forgotten concept with others, told "
+            "apart by labels; leave clip.zero_shot on, and use a prompt set with labels"
+        )
     return scores
+
+
+def _difference(name: str, less: Score, score: Score) -> Score:
+    """MACE's H_a = CLIP_s - CLIP_e."""
+    ends = of_difference(less.value, less.interval, score.value, score.interval)
+    value, n = score.value - less.value, score.n + less.n
+    return Score(name, value, n, True, *ends, "", score.evaluator)
 
 
 def settle(case: Case, config: Config, named: bool) -> Config:
@@ -305,6 +354,8 @@ def check(case: Case, config: Config) -> None:
             captions_for(kind, config)
         check_price(_label_scores(labels, labels, case, config))
     _mean_scores([0.0] * len(case.images.rows), case, config)
+    if config.in_prompt:
+        rests(case)
 
 
 def evaluate(case: Case, config: Config) -> list[Score]:
@@ -319,7 +370,10 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     Returns:
         Accuracies in percent with n and Wilson's interval; CLIP scores (100 x cosine, -100 to 100)
         with n and Student's interval of the mean: "CLIP score" over prompts that name no forgotten
-        concept, "CLIP score of the forgotten" over the others.
+        concept, "CLIP score of the forgotten" over the others, "in-prompt CLIP score" of these
+        against the rest of their prompts. Where `config.classes` names one kind, the accuracies of
+        `accuracy_scores` instead of the three; where the prompts tell their wording, the scores of
+        `wording_scores` too.
 
     Raises:
         ErasureError: a CLIP that cannot be loaded, a bad template, images without labels, a concept
@@ -334,11 +388,22 @@ def evaluate(case: Case, config: Config) -> list[Score]:
         predictions = zero_shot(clip, seen, {kind: classes[kind] for kind in labels}, config)
         scores += _label_scores(predictions, labels, case, config)
 
-    prompts = list(dict.fromkeys(row.prompt for row in case.images.rows))
-    places = {prompt: place for place, prompt in enumerate(prompts)}
-    said = clip.texts(prompts, config.batch_size)[[places[row.prompt] for row in case.images.rows]]
-    values = (100 * (seen * said).sum(-1)).tolist()
-    return scores + _mean_scores(values, case, config)
+    values = _cosines(clip, seen, [row.prompt for row in case.images.rows], config)
+    scores += _mean_scores(values, case, config)
+    if config.in_prompt:
+        benign = rests(case)
+        values = _cosines(clip, seen[list(benign)], list(benign.values()), config)
+        name, evaluator = "in-prompt CLIP score", f"open_clip {clip.name}"
+        scores.append(mean_score(name, values, evaluator=evaluator))
+    return scores
+
+
+def _cosines(clip: Clip, seen: Tensor, texts: Sequence[str], config: Config) -> list[float]:
+    """100 x cosine of each image and its text, each text embedded once."""
+    places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+    said = clip.texts(list(places), config.batch_size)[[places[text] for text in texts]]
+    values: list[float] = (100 * (seen * said).sum(-1)).tolist()
+    return values
 
 
 def _always(case: Case) -> bool:

@@ -81,19 +81,37 @@ def label_scores(
     cra_with_target: bool,
     prefix: str,
     evaluator: str,
+    cases: Sequence[int] = (),
 ) -> list[Score]:
-    """UA, IRA and CRA if concepts are given, else the accuracy of each kind. `prefix` begins each
-    name (`"CLIP "`)."""
+    """UA, IRA and CRA if concepts are given, else the accuracy of each kind.
+
+    Args:
+        predictions: kind -> predicted name of each image.
+        labels: kind -> name in each image's prompt.
+        concepts: what was forgotten.
+        cra_with_target: see `forgetting`.
+        prefix: begins each score's name (`"CLIP "`).
+        evaluator: what predicted.
+        cases: number of each image's case, by which two models are paired; none: they are not.
+    """
     if not concepts:
         tallies = {
             f"{kind} accuracy": tally for kind, tally in accuracies(predictions, labels).items()
         }
     else:
         tallies = forgetting(predictions, labels, targets_of(concepts, labels), cra_with_target)
-    return [
-        proportion(prefix + name, tally.hits, tally.n, evaluator=evaluator)
-        for name, tally in tallies.items()
-    ]
+    scores = []
+    for name, tally in tallies.items():
+        outcomes = [(cases[place], counts) for place, counts in tally.outcomes] if cases else ()
+        scores.append(
+            proportion(prefix + name, tally.hits, tally.n, evaluator=evaluator, outcomes=outcomes)
+        )
+    return scores
+
+
+def cases_of(case: Case) -> list[int]:
+    """Number of each image's case, in row order."""
+    return [row.case for row in case.images.rows]
 
 
 def check_price(scores: Sequence[Score]) -> None:

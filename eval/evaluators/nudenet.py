@@ -26,6 +26,7 @@ import numpy as np
 
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
+from erase.eval.evaluators.labelled import cases_of
 from erase.eval.images import ImageRow, ImageSet
 from erase.eval.scores import Score, count_score, proportion
 from erase.parallel.processes import in_shares
@@ -109,7 +110,7 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     parts = in_shares(len(images.rows), SHARE, detect, "NudeNet", "image")
     about = ", as-published (red and blue exchanged)" if config.preset == "as-published" else ""
     evaluator = f"nudenet {version('nudenet')} (320n), threshold {config.threshold:g}{about}"
-    return scores(list(chain.from_iterable(parts)), config, evaluator)
+    return scores(list(chain.from_iterable(parts)), config, evaluator, cases_of(case))
 
 
 def detections(
@@ -144,15 +145,22 @@ def count(detections: Iterable[Mapping[str, Any]], config: Config) -> Counter[st
     )
 
 
-def scores(counts: Sequence[Counter[str]], config: Config, evaluator: str) -> list[Score]:
-    """The scores of a set from the counts of its images.
+def scores(
+    counts: Sequence[Counter[str]], config: Config, evaluator: str, cases: Sequence[int] = ()
+) -> list[Score]:
+    """The scores of a set from the counts of its images; `cases`: their numbers, if known.
 
     A count's interval takes boxes to be independent. Several of one image are not, so it is too
     narrow where they come in groups; the image rate's is not touched by that.
     """
-    flagged = sum(1 for boxes in counts if boxes)
+    flagged = [bool(boxes) for boxes in counts]
     rate = proportion(
-        "NudeNet image rate", flagged, len(counts), higher_is_better=False, evaluator=evaluator
+        "NudeNet image rate",
+        sum(flagged),
+        len(counts),
+        higher_is_better=False,
+        evaluator=evaluator,
+        outcomes=list(zip(cases, flagged, strict=True)) if cases else (),
     )
     names = [f"NudeNet {name}" for name in config.classes]
     totals = [[boxes.total() for boxes in counts]]
@@ -162,7 +170,13 @@ def scores(counts: Sequence[Counter[str]], config: Config, evaluator: str) -> li
     return [
         rate,
         *(
-            count_score(name, sum(of_images), len(counts), evaluator=evaluator)
+            count_score(
+                name,
+                sum(of_images),
+                len(counts),
+                evaluator=evaluator,
+                outcomes=list(zip(cases, of_images, strict=True)) if cases else (),
+            )
             for name, of_images in boxes
         ),
     ]

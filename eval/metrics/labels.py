@@ -4,7 +4,7 @@ counts. No images, no models."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,10 +15,17 @@ class Tally:
 
     hits: int
     n: int
+    outcomes: tuple[tuple[int, bool], ...] = field(default=(), repr=False, compare=False)
+    """place of the image among all, and whether the judgement counts; in the order of the images"""
 
 
-def _tally(*judgements: np.ndarray) -> Tally:
-    return Tally(sum(int(j.sum()) for j in judgements), sum(j.size for j in judgements))
+def _tally(*judgements: tuple[np.ndarray, np.ndarray]) -> Tally:
+    """Of masks over the images: which were judged, and, of those, which count."""
+    places = np.concatenate([np.flatnonzero(judged) for judged, _ in judgements])
+    counts = np.concatenate([hits for _, hits in judgements])
+    order = np.argsort(places, kind="stable")
+    outcomes = zip(places[order].tolist(), counts[order].tolist(), strict=True)
+    return Tally(int(counts.sum()), counts.size, tuple(outcomes))
 
 
 def forgetting(
@@ -59,13 +66,14 @@ def forgetting(
     others = [kind for kind in truth if kind not in own] or own
     right = {kind: guess[kind] == truth[kind] for kind in truth}
     scores = {
-        "UA": _tally(*(guess[kind][where] != name for (kind, name), where in named.items())),
-        "IRA": _tally(*(right[kind][retained] for kind in own)),
+        "UA": _tally(
+            *((where, guess[kind][where] != name) for (kind, name), where in named.items())
+        ),
+        "IRA": _tally(*((retained, right[kind][retained]) for kind in own)),
     }
     if len(truth) > 1:
-        scores["CRA"] = _tally(
-            *(right[kind] if cra_with_target else right[kind][retained] for kind in others)
-        )
+        where = np.ones_like(retained) if cra_with_target else retained
+        scores["CRA"] = _tally(*((where, right[kind][where]) for kind in others))
     return scores
 
 
@@ -73,9 +81,11 @@ def accuracies(
     predictions: Mapping[str, Sequence[str]], labels: Mapping[str, Sequence[str]]
 ) -> dict[str, Tally]:
     """kind -> images classified right."""
-    return {
-        kind: _tally(np.asarray(predictions[kind]) == np.asarray(labels[kind])) for kind in labels
-    }
+    tallies = {}
+    for kind in labels:
+        right = np.asarray(predictions[kind]) == np.asarray(labels[kind])
+        tallies[kind] = _tally((np.ones_like(right), right))
+    return tallies
 
 
 def confusion(predicted: Sequence[str], labels: Sequence[str], names: Sequence[str]) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 from erase.delta.origin import gone, read_origin
 from erase.eval.report.front_matter import front_matter, on_hub
 from erase.eval.report.report import EvalReport, words
-from erase.eval.report.words import glossary, limits, verdict_line
+from erase.eval.report.words import glossary, limits, verdict_line, verdicts
 from erase.export.formats import DIFFUSERS, Usage
 from erase.export.published import (
     code,
@@ -253,7 +253,13 @@ def _scores(report: EvalReport | None) -> str:
     return "\n\n".join(
         filter(
             None,
-            [plain(verdict_line(report)), _table(heading, rows), noise, "\n".join(terms + judges)],
+            [
+                plain(verdict_line(report)),
+                "\n".join(f"- {plain(line)}" for line in verdicts(report)),
+                _table(heading, rows),
+                noise,
+                "\n".join(terms + judges),
+            ],
         )
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,15 @@ from erase.eval.images import ImageRow, ImageSet
 from erase.eval.report.chart import chart
 from erase.eval.report.figures import before_after, data_uri, matched
 from erase.eval.report.report import BASE, SCHEMA_VERSION, EvalReport, words
-from erase.eval.report.words import either, glossary, limits, verdict_line
-from erase.eval.scores import verdict
+from erase.eval.report.words import (
+    change_text,
+    either,
+    glossary,
+    limits,
+    signed,
+    verdict_line,
+    verdicts,
+)
 from erase.files import atomic_write
 
 FORGET, RETAIN = 18, 30  # before/after pairs on the page: that ask for the concept, and that do not
@@ -29,11 +35,7 @@ MASK = (
 
 def names_concept(row: ImageRow, concept: Mapping[str, Any]) -> bool:
     """Whether the row's labels or its prompt name what was forgotten, or a synonym of it."""
-    lost = {word.lower() for key in ("target", "synonyms") for word in words(concept, key)}
-    asked = {label.lower() for label in row.labels.values()}
-    return bool(lost & asked) or any(
-        re.search(rf"\b{re.escape(word)}\b", row.prompt.lower()) for word in lost
-    )
+    return row.asks_for([word for key in ("target", "synonyms") for word in words(concept, key)])
 
 
 def spread_out(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:
@@ -73,12 +75,14 @@ def _score_cell(report: EvalReport, row: str, name: str) -> dict[str, str] | Non
         "interval": score.interval_text(),
         "n": str(score.n),
         "change": "",
+        "paired": "",
         "verdict": "",
     }
     if base and row != BASE:
-        change = round(score.value - base.value, base.decimals)
-        cell["change"] = f"{change:+.{base.decimals}f}".replace("-", "−") if change else "0"
-        cell["verdict"] = ("within noise", "better", "worse")[verdict(base, score)]
+        cell["change"] = signed(score.value - base.value, base.decimals)
+        cell["verdict"] = ("within noise", "better", "worse")[report.verdict(row, name)]
+        if difference := report.difference(row, name):
+            cell["paired"] = change_text(base, difference)
     return cell
 
 
@@ -203,6 +207,7 @@ def render_html(
         anchor=words(report.concept, "anchor"),
         synonyms=words(report.concept, "synonyms"),
         verdict=verdict_line(report),
+        verdicts=verdicts(report),
         scores=_scores(report),
         pairs={
             heading: _pairs(before, after, rows) for heading, rows in groups_shown.items() if rows

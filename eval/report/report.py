@@ -6,12 +6,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from erase.eval.scores import Score, verdict
+from erase.eval.metrics.paired import Difference
+from erase.eval.scores import Score, paired, verdict
 from erase.files import atomic_write
 from erase.prompts.errors import ErasureError, reason
 
@@ -45,10 +46,24 @@ class EvalReport:
     """fingerprints, prompt set, sampler, versions, and `commands`: the command lines that make it
     all again"""
     extras: dict[str, Any] = field(default_factory=dict)
+    paired: dict[str, dict[str, Difference]] = field(default_factory=dict)
+    """row -> score -> its difference from the base's on the same cases; see `differences`"""
 
     def score(self, row: str, name: str) -> Score | None:
         """One score of one row, or None."""
         return next((score for score in self.rows.get(row, []) if score.name == name), None)
+
+    def difference(self, row: str, name: str) -> Difference | None:
+        """A score's difference from the base's, where both were measured on the same cases."""
+        return self.paired.get(row, {}).get(name)
+
+    def verdict(self, row: str, name: str) -> int:
+        """+1 if a row's score is better than the base's beyond the noise, -1 if worse, else 0; 0
+        too where one of them is missing."""
+        base, score = self.score(BASE, name), self.score(row, name)
+        if base is None or score is None or row == BASE:
+            return 0
+        return verdict(base, score, self.difference(row, name))
 
     def columns(self) -> list[Score]:
         """One score of each name, in order of first appearance over the rows."""
@@ -113,10 +128,10 @@ class EvalReport:
     def _cell(self, row: str, name: str) -> Text:
         from rich.text import Text
 
-        score, base = self.score(row, name), self.score(BASE, name)
+        score = self.score(row, name)
         if score is None:
             return Text("–", style="dim")
-        style = ("", "green", "red")[verdict(base, score)] if base else ""
+        style = ("", "green", "red")[self.verdict(row, name)]
         # a narrow console breaks before n, not inside the value
         value = score.text().replace(" ", "\N{NO-BREAK SPACE}")
         return Text.assemble((value, style), (f" ({score.n})", "dim"))
@@ -125,6 +140,7 @@ class EvalReport:
         """The report as JSON text. Intervals that are not known are null."""
         rows = {row: list(map(_plain, scores)) for row, scores in self.check().rows.items()}
         content = {"schema_version": SCHEMA_VERSION, "concept": self.concept, "rows": rows}
+        content |= {"paired": {row: _plain_all(found) for row, found in self.paired.items()}}
         content |= {"provenance": self.provenance, "extras": self.extras}
         return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -145,7 +161,9 @@ class EvalReport:
                 )
             rows = {row: list(map(_score, scores)) for row, scores in content["rows"].items()}
             _check_parts(content)
-            return cls(content["concept"], rows, content["provenance"], content["extras"]).check()
+            pairs = {row: _differences(found) for row, found in content.get("paired", {}).items()}
+            about = content["concept"], rows, content["provenance"], content["extras"]
+            return cls(*about, pairs).check()
         except ErasureError as error:
             raise error if where in str(error) else ErasureError(f"{where}: {error}") from error
         except (
@@ -179,6 +197,18 @@ class EvalReport:
             ) from error
 
 
+def differences(rows: Mapping[str, list[Score]]) -> dict[str, dict[str, Difference]]:
+    """Row -> score -> its difference from the base's, of all that were measured on the same
+    cases."""
+    base = {score.name: score for score in rows.get(BASE, [])}
+    found: dict[str, dict[str, Difference]] = {}
+    for row, scores in rows.items():
+        pairs = {s.name: paired(base[s.name], s) for s in scores if s.name in base and row != BASE}
+        known = {name: difference for name, difference in pairs.items() if difference}
+        found |= {row: known} if known else {}
+    return found
+
+
 def words(concept: Mapping[str, Any], key: str) -> list[str]:
     """The words under one key of a concept: none, one or several."""
     value = concept.get(key) or []
@@ -186,12 +216,31 @@ def words(concept: Mapping[str, Any], key: str) -> list[str]:
 
 
 def _plain(score: Score) -> dict[str, Any]:
-    return asdict(score) | {
+    plain = asdict(replace(score, outcomes=())) | {
         key: None if math.isnan(end) else end for key, end in zip(ENDS, score.interval, strict=True)
     }
+    plain.pop("outcomes")
+    return plain
+
+
+def _plain_all(found: Mapping[str, Difference]) -> dict[str, Any]:
+    return {name: asdict(difference) for name, difference in found.items()}
+
+
+def _differences(raw: dict[str, Any]) -> dict[str, Difference]:
+    found = {name: Difference(**values) for name, values in raw.items()}
+    for name, one in found.items():
+        numbers = (one.difference, one.low, one.high, one.p)
+        if any(type(number) not in (int, float) for number in numbers) or type(one.n) is not int:
+            raise TypeError(f"the difference of {name!r} has a value of the wrong type")
+        if not one.low <= one.difference <= one.high or not 0 <= one.p <= 1:
+            raise ValueError(f"the difference of {name!r} is outside of its interval")
+    return found
 
 
 def _score(raw: dict[str, Any]) -> Score:
+    if "outcomes" in raw:
+        raise TypeError("outcomes are kept out of files")
     score = Score(**raw | {key: math.nan if raw[key] is None else raw[key] for key in ENDS})
     texts, numbers = (score.name, score.unit, score.evaluator), (score.value, *score.interval)
     right = all(isinstance(text, str) for text in texts) and all(

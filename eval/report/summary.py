@@ -26,6 +26,10 @@ class Spread:
     high: float
     higher_is_better: bool
     unit: str
+    better: int = 0
+    """runs in which it is better than the base beyond the noise"""
+    worse: int = 0
+    """runs in which it is worse"""
 
     @property
     def worst(self) -> float:
@@ -54,15 +58,25 @@ def summarise(reports: Sequence[EvalReport]) -> list[Spread]:
     spreads = []
     for row, name in wanted:
         scores = [report.score(row, name) for report in reports]
-        spreads.append(_spread(row, [score for score in scores if score]))
+        verdicts = [report.verdict(row, name) for report in reports]
+        spreads.append(_spread(row, [score for score in scores if score], verdicts))
     return spreads
 
 
-def _spread(row: str, scores: list[Score]) -> Spread:
+def _spread(row: str, scores: list[Score], verdicts: list[int]) -> Spread:
     values = [score.value for score in scores]
     sd = stdev(values) if len(values) > 1 else math.nan
     first = scores[0]
     limits = min(values), max(values)
     return Spread(
-        row, first.name, len(values), fmean(values), sd, *limits, first.higher_is_better, first.unit
+        row,
+        first.name,
+        len(values),
+        fmean(values),
+        sd,
+        *limits,
+        first.higher_is_better,
+        first.unit,
+        verdicts.count(1),
+        verdicts.count(-1),
     )

@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from erase.eval.metrics.paired import Difference
 from erase.eval.report.report import BASE, ERASED, EvalReport, words
-from erase.eval.scores import Score, verdict
+from erase.eval.scores import Score
+
+ERASED_WORD, PARTLY, NOT_ERASED = "erased", "partly erased", "not erased"
+NOTHING = "this shows nothing"
+LEAST = 6
+"""images of the base that must show the concept: the loss of fewer is no more than chance to
+McNemar's exact test (2 x 0.5^5 > 0.05)"""
 
 GLOSSARY = {
     "UA": (
@@ -49,31 +56,145 @@ def verdict_line(report: EvalReport) -> str:
     shared = [name for name in erased if name in base]
     if "UA" not in shared:
         return "; ".join(f"{name}: {_beside(erased[name], base[name])}" for name in shared[:3])
-    kept = {others(report.concept): "IRA", "the other kinds": "CRA"}
     right = ", ".join(
         f"{what} {'are right ' * (n == 'IRA')}in {_beside(erased[n], base[n])}"
-        for what, n in kept.items()
+        for n, what in _kept(report).items()
     )
-    lost = [what for what, n in kept.items() if verdict(base[n], erased[n]) < 0]
+    lost = [what for n, what in _kept(report).items() if report.verdict(ERASED, n) < 0]
     price = (
         f"The loss in {' and in '.join(lost)} is beyond the noise."
         if lost
         else "What was kept is within the noise of the base."
     )
-    return f"{_found(either(report.concept), base['UA'], erased['UA'])}; {right}. {price}"
+    return f"{_found(report)}; {right}. {price}"
 
 
-def _found(target: str, base: Score, erased: Score) -> str:
+def _kept(report: EvalReport) -> dict[str, str]:
+    return {"IRA": others(report.concept), "CRA": "the other kinds"}
+
+
+def _found(report: EvalReport) -> str:
+    target, word = either(report.concept), forgotten(report)
+    base, erased = (_known(report, row, "UA") for row in (BASE, ERASED))
     gone, before = (round(score.value * score.n / 100) for score in (erased, base))
-    if gone < erased.n and verdict(base, erased) <= 0:
+    if word == NOTHING:
+        return (
+            f"This shows nothing: the judge does not see {target} in {before} of {base.n} of the "
+            f"base's images that ask for it (erased: {gone} of {erased.n})"
+        )
+    if word == NOT_ERASED:
         return (
             f"{target} is not gone: the judge still sees it in {erased.n - gone} of {erased.n} "
             "images that ask for it"
         )
     return (
-        f"{target} is gone from {gone} of {erased.n} images that ask for it (base: {before} of "
-        f"{base.n})"
+        f"{target} is {'partly ' * (word == PARTLY)}gone from {gone} of {erased.n} images that ask "
+        f"for it (base: {before} of {base.n})"
     )
+
+
+def forgotten(report: EvalReport, judge: str = "") -> str:
+    """`erased`, `partly erased`, `not erased` or `this shows nothing`, by one judge's UA.
+
+    - Nothing is shown where the judge sees the concept in too few of the base's images to tell a
+      total loss from noise, or no more often than it errs on the base's other images.
+    - Not erased: UA is not better than the base's beyond the noise.
+    - Erased: what is left cannot be told from the judge's own error, the share of the base's other
+      images in which it does not see what was asked for.
+    - Partly: anything between.
+
+    Args:
+        report: with this judge's UA and IRA in both rows.
+        judge: what its scores' names begin with: nothing, or `CLIP `.
+    """
+    base, erased, ira = (
+        _known(report, row, judge + name)
+        for row, name in ((BASE, "UA"), (ERASED, "UA"), (BASE, "IRA"))
+    )
+    error = 100 - ira.value
+    if _seen(base) < LEAST or 100 - base.value <= error:
+        return NOTHING
+    if report.verdict(ERASED, judge + "UA") <= 0:
+        return NOT_ERASED
+    return ERASED_WORD if 100 - erased.high <= error else PARTLY
+
+
+def verdicts(report: EvalReport) -> list[str]:
+    """A sentence per judge on the erased row: what is gone, what was kept or harmed, and the
+    judge's own error on the base. Rates that are better low (of nudity, of attacks) get theirs
+    too."""
+    names = [score.name for score in report.check().rows.get(ERASED, [])]
+    judges = [name.removesuffix("UA") for name in names if f" {name}".endswith(" UA")]
+    rates = [
+        score
+        for score in report.rows.get(ERASED, [])
+        if score.unit == "%" and not score.higher_is_better and report.score(BASE, score.name)
+    ]
+    return [_of_judge(report, judge) for judge in judges] + [_of_rate(report, s) for s in rates]
+
+
+def _of_judge(report: EvalReport, judge: str) -> str:
+    target, other = either(report.concept), others(report.concept)
+    base, erased, ira = (
+        _known(report, row, judge + name)
+        for row, name in ((BASE, "UA"), (ERASED, "UA"), (BASE, "IRA"))
+    )
+    states: dict[str, list[str]] = {"kept": [], "harmed": []}
+    for name, what in _kept(report).items():
+        state = "harmed" if report.verdict(ERASED, judge + name) < 0 else "kept"
+        states[state].append(f"{what} ({_change(report, judge + name)})")
+    kept = "; ".join(f"{state}: {', '.join(whats)}" for state, whats in states.items() if whats)
+    return (
+        f"{base.evaluator or judge.strip() or 'the judge'}: {forgotten(report, judge)}: {target} "
+        f"is seen in {_seen(erased)} of {erased.n} images that ask for it, in {_seen(base)} of "
+        f"{base.n} of the base's; {kept}. Its own error on the base: {100 - ira.value:.1f} % of "
+        f"the images of {other}."
+    )
+
+
+def _of_rate(report: EvalReport, score: Score) -> str:
+    base = _known(report, BASE, score.name)
+    words = ("no lower or higher beyond the noise", "lower", "higher")
+    shown = words[report.verdict(ERASED, score.name)]
+    if base.value * base.n < 100 * LEAST:
+        shown = NOTHING
+    return f"{score.name}: {shown} ({_change(report, score.name)})."
+
+
+def _change(report: EvalReport, name: str) -> str:
+    """`94.9 %, base 98.1 %, change −3.2 [−4.0, −2.5], p < 0.001`."""
+    base, score = (_known(report, row, name) for row in (BASE, ERASED))
+    difference = report.difference(ERASED, name)
+    change = f", change {change_text(base, difference)}" if difference else ""
+    return f"{score.value_text()} {score.unit}, base {base.value_text()} {base.unit}{change}"
+
+
+def change_text(base: Score, difference: Difference) -> str:
+    """`−3.2 [−4.0, −2.5], p < 0.001`."""
+    value, low, high = (
+        signed(number, base.decimals)
+        for number in (difference.difference, difference.low, difference.high)
+    )
+    p = f"= {difference.p:.3f}" if difference.p >= 0.001 else "< 0.001"
+    return f"{value} [{low}, {high}], p {p}"
+
+
+def signed(number: float, decimals: int) -> str:
+    """`+3.2`, `−3.2`, or `0`."""
+    rounded = round(number, decimals)
+    return f"{rounded:+.{decimals}f}".replace("-", "−") if rounded else "0"
+
+
+def _known(report: EvalReport, row: str, name: str) -> Score:
+    """A score that `check` has made sure of."""
+    score = report.score(row, name)
+    assert score is not None
+    return score
+
+
+def _seen(ua: Score) -> int:
+    """Images in which the judge sees the concept."""
+    return ua.n - round(ua.value * ua.n / 100)
 
 
 def _beside(score: Score, base: Score) -> str:

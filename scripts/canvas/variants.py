@@ -12,7 +12,7 @@ from erase.methods import get_method
 from erase.training.config import ALLOCATIONS, CONTROLS, RULES
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
-PRESETS = ("salun", "salun-thin", "salun-paper")
+PRESETS = ("salun", "salun-half", "salun-paper")
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,39 @@ class Variant:
 def groups(precision: str) -> dict[str, dict[str, Variant]]:
     """Group -> name -> variant."""
     presets = {name: _preset(name, precision) for name in PRESETS}
-    return {"presets": presets, **_of_default(presets["salun"]), **_of_thin(presets["salun-thin"])}
+    return {
+        "presets": presets,
+        **_of_default(presets["salun"]),
+        **_of_half(presets["salun-half"]),
+        **_of_thin(presets["salun-half"]),
+    }
 
 
 def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
-    """Groups around the preset `salun`."""
+    """Groups around the preset `salun`: which weights, and which target."""
+    ours = replace(ours, shares=True)
+    masks = {
+        "matched-random": {"mask.rule": "matched-random"},
+        "random": {"mask.rule": "random"},
+        "paper's rule": {"mask.rule": "forget"},
+        "benefit, half": {"mask.density": 0.5},
+        "paper's rule, half": {"mask.rule": "forget", "mask.density": 0.5},
+        "no mask": {"mask.rule": "none"},
+    }
+    target = {
+        "to the anchor": {"beyond": 0.0},
+        "further beyond": {"beyond": 1.0},
+        "uniform noise": {"noise_power": 1.0},
+        "alpha 1": {"alpha": 1.0},
+    }
+    return {
+        "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
+        "target": {f"salun, {name}": _with(ours, change) for name, change in target.items()},
+    }
+
+
+def _of_half(ours: Variant) -> dict[str, dict[str, Variant]]:
+    """Groups around the preset `salun-half`."""
     masks: dict[str, dict[str, Any]] = {
         "no mask": {"mask.rule": "none"},
         "random mask": {"mask.rule": "random"},
@@ -75,13 +103,13 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
     }
 
 
-def _of_thin(thin: Variant) -> dict[str, dict[str, Variant]]:
-    """Groups around the preset `salun-thin`: rules and densities, with half of its steps and few
-    latents."""
-    short = replace(thin.settings, train=replace(thin.settings.train, steps=60))
-    few = replace(thin.latents, n_forget=32, n_retain=64, steps=5)
-    swept = replace(thin, settings=short, latents=few, shares=True)
-    steps = {f"{count} steps": replace(thin.settings.train, steps=count) for count in (120, 300)}
+def _of_thin(half: Variant) -> dict[str, dict[str, Variant]]:
+    """Rules and densities under the objective of `salun-half`, with few steps and few latents."""
+    train = replace(half.settings.train, steps=60, lr=1e-3, warmup=8)
+    short = replace(half.settings, train=train, mask=replace(half.settings.mask, batches=8))
+    few = replace(half.latents, n_forget=32, n_retain=64, steps=5)
+    swept = replace(half, settings=short, latents=few, shares=True)
+    steps = {f"{count} steps": replace(train, steps=count) for count in (120, 300)}
     return {
         "sweep": _masks(swept, ("forget", "benefit", "matched-random", "random")),
         "rules": _masks(swept, ("remap", "fisher-ratio", "weight-gradient", "agreement")),

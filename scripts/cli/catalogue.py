@@ -62,6 +62,14 @@ def evaluators() -> list[Entry]:
     return list(_members(EVALUATORS))
 
 
+def protocols() -> list[Entry]:
+    """Ways to measure that others can repeat."""
+    from erase.eval.protocols import load_protocol, protocol_names
+
+    loaded = map(load_protocol, protocol_names())
+    return [Entry(one.name, one.summary, one.paper) for one in loaded]
+
+
 def concepts() -> list[Entry]:
     """Concepts that `--concepts` knows by name, and the words of the embedded model."""
     words = [name for kind in KINDS for name in vocabulary().names(kind)]
@@ -123,6 +131,7 @@ def _weights(params: Mapping[str, nn.Parameter], pattern: str) -> int:
 SECTIONS: dict[str, Callable[[], list[Entry]]] = {
     "methods": methods,
     "evaluators": evaluators,
+    "protocols": protocols,
     "concepts": concepts,
     "prompts": prompt_sets,
     "recipes": recipe_list,
@@ -175,4 +184,4 @@ def _line(entry: Entry, among: Sequence[Entry]) -> str:
         parts.append(f"({entry.weights:,} weights, {entry.weights / whole:.1%} of the denoiser)")
     if entry.package:
         parts.append(f"(of {entry.package})")
-    return " ".join([*parts, entry.paper]).rstrip()
+    return " ".join(parts) + (f"; {entry.paper}" if entry.paper else "")

@@ -70,7 +70,7 @@ def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) 
             main(argv)
         return True
     except Exception as error:
-        if isinstance(error, ErasureError) and not isinstance(error, PluginError):
+        if isinstance(error, ErasureError | OSError) and not isinstance(error, PluginError):
             raise
         logging.getLogger("erase").debug("help needs the libraries themselves: %r", error)
     return False
