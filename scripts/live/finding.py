@@ -44,7 +44,8 @@ def of_base(deltas: Sequence[ErasedDelta], model: DiffusionModel) -> list[Erased
     Raises:
         ErasureError: none is.
     """
-    ours, others = [], []
+    ours: list[ErasedDelta] = []
+    others: list[ErasedDelta] = []
     for delta in deltas:
         same = delta.metadata.get("base_fingerprint") == model.fingerprint
         (ours if same else others).append(delta)
