@@ -301,7 +301,8 @@ def _what(metadata: Mapping[str, str], names: list[str]) -> str:
 def file_sha256(path: Path) -> str | None:
     """Hex digest of the file's bytes, or None if there is no such file."""
     try:
-        return hashlib.sha256(as_path(path).read_bytes()).hexdigest()
+        with as_path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
     except OSError as error:

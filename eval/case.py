@@ -6,8 +6,9 @@ Everything is made when it is first asked for, and kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -79,6 +80,29 @@ class Case:
         for kind in kinds:
             labels[kind] = [row.labels.get(kind, "") for row in rows]
         return labels
+
+    def narrowed(
+        self, numbers: Collection[int], concepts: Sequence[ConceptSpec], name: str
+    ) -> Case:
+        """The same model on some of its images, with findings of its own.
+
+        Args:
+            numbers: the case numbers of the images.
+            concepts: what of the forgotten they are judged on.
+            name: of the folder for its long work, within this one's.
+        """
+
+        def some(images: ImageSet) -> ImageSet:
+            return replace(images, rows=[row for row in images.rows if row.case in numbers])
+
+        return Case(
+            lambda: some(self.images),
+            concepts,
+            base_images=lambda: some(self.base_images),
+            base=self._base,
+            delta=self.delta,
+            folder=self.folder / name if self.folder else None,
+        )
 
     @contextmanager
     def model(self) -> Iterator[DiffusionModel]:

@@ -6,30 +6,35 @@ Both are drawn from the same prompts and seeds.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from erase.delta import ErasedDelta
 from erase.eval.case import Case
 from erase.eval.cost import cost_of
-from erase.eval.evaluators import EVALUATORS, Evaluator, get_evaluator
+from erase.eval.evaluators import EVALUATORS, get_evaluator
 from erase.eval.evidence import Evidence
 from erase.eval.generate import GenerateConfig, generate, planned
 from erase.eval.images import ImageSet
-from erase.eval.report.page import save_report
-from erase.eval.report.report import BASE, ERASED, EvalReport, differences
+from erase.eval.report.report import BASE, ERASED, EvalReport
+from erase.eval.reporting import (
+    Chosen,
+    about_concepts,
+    chosen_of,
+    parts_of,
+    report_on,
+    scores_of,
+    versions_of,
+)
 from erase.eval.scores import Score
 from erase.models import DiffusionModel, load_model
-from erase.parallel.processes import processes
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, unknown
-from erase.prompts.prompt_sets import PromptSet
+from erase.prompts.prompt_sets import PromptSet, apart, joined
 
-Chosen = dict[str, tuple[Evaluator[Any], Any]]
-"""name as it was given -> evaluator, and the configuration that it judges with"""
+__all__ = ["EvaluateConfig", "Evidence", "GenerateConfig", "evaluate", "score"]
 
 
 @dataclass
@@ -81,7 +86,7 @@ class EvaluateConfig:
 def evaluate(
     model: str | DiffusionModel,
     delta: ErasedDelta,
-    prompts: PromptSet,
+    prompts: PromptSet | Sequence[PromptSet],
     out: str | Path,
     config: EvaluateConfig | None = None,
     *,
@@ -100,7 +105,9 @@ def evaluate(
         model: the base that the delta was made from, by name or loaded; a loaded one is left as it
             was found, bit for bit, also where an error ends the evaluation.
         delta: the erasure to evaluate.
-        prompts: the evaluation's prompts; their labels say what each image should show.
+        prompts: the evaluation's prompts; their labels say what each image should show. Of several
+            sets each is scored by itself (`erase.eval.reporting.parts_of`); their images lie
+            together, the case numbers counted on.
         out: folder of the report; the images go into its `erased` and, where no `base_images` is
             given, `base`.
         base_images: a folder to keep the base's images in, so that several evaluations share them.
@@ -113,42 +120,21 @@ def evaluate(
     """
     concepts = delta.origin.concepts  # before anything is drawn
     config, evidence, out = config or EvaluateConfig(), evidence or Evidence(), Path(out)
-    about = _concept(concepts)
-    model = load_model(model) if isinstance(model, str) else model
-    delta.check(model)  # before the base's images are made, not after
+    about = about_concepts(concepts, anchored="foreign" not in delta.metadata)
+    sets = [prompts] if isinstance(prompts, PromptSet) else prompts
+    base = load_model(model) if isinstance(model, str) else model
+    delta.check(base)  # before the base's images are made, not after
 
-    foreseen = Case(
-        planned(prompts, out / "erased", config.generate), concepts, base=model, delta=delta
-    )
-    chosen = config.chosen(foreseen)
-    for evaluator, settings in chosen.values():
-        evaluator.check(foreseen, settings)
+    def foresee(one: PromptSet, asked: list[ConceptSpec]) -> Case:
+        images = planned(one, out / "erased", config.generate)
+        return Case(images, asked, base=base, delta=delta)
 
-    versions = _versions(chosen)
-    cases = _cases(model, delta, prompts, Path(base_images or out / "base"), out, config.generate)
-    # the page shows them, whoever else looks at them
-    before, after = (case.images for case in cases.values())
-    rows = {row: _scores(case, chosen) for row, case in cases.items()}
-    provenance = _provenance(delta, config, chosen, before)
-    provenance |= {"versions": versions, "commands": commands or []}
-    report = EvalReport(about, rows, provenance, _extras(cases), differences(rows))
-    if processes().is_main_process:
-        _save(out, report, before, after, evidence)
-    processes().wait_for_everyone()  # who goes on finds the files
-    return report
-
-
-def _save(
-    out: Path, report: EvalReport, before: ImageSet, after: ImageSet, evidence: Evidence
-) -> None:
-    losses = {"loss": evidence.losses} if evidence.losses else {}
-    mask = evidence.mask
-    density, sizes = (mask.layer_density(), mask.sizes()) if mask else ({}, None)
-    if mask and evidence.overlap is not None:
-        share = mask.count() / mask.size
-        shared = {"iou": evidence.overlap, "chance": share / (2 - share)}
-        report = replace(report, extras=report.extras | {"overlap": shared})
-    save_report(out, report, before, after, losses, density, sizes)
+    parts = parts_of(apart(sets), concepts, foresee, config.chosen)
+    provenance = _provenance(delta, config, chosen_of(parts))
+    provenance |= {"versions": versions_of(parts), "commands": commands or []}
+    folder = Path(base_images or out / "base")
+    cases = _cases(base, delta, joined(sets), folder, out, config.generate)
+    return report_on(cases, parts, about, provenance, out, evidence)
 
 
 def _cases(
@@ -183,34 +169,7 @@ def _cases(
     return {BASE: base, ERASED: erased}
 
 
-def _scores(case: Case, chosen: Chosen) -> list[Score]:
-    """Scores of one case; one that does not say its evaluator gets the name that was given."""
-    scores: list[Score] = []
-    givers: dict[str, str] = {}
-    for name, (evaluator, settings) in chosen.items():
-        for score in evaluator.evaluate(case, settings):
-            if score.name in givers:
-                raise ErasureError(
-                    f"the score {score.name!r} is given twice, by {givers[score.name]} and by "
-                    f"{name}; leave one of them out"
-                )
-            givers[score.name] = name
-            scores.append(replace(score, evaluator=score.evaluator or name))
-    return scores
-
-
-def _extras(cases: Mapping[str, Case]) -> dict[str, Any]:
-    """Name -> row -> extras of the evaluators."""
-    extras: dict[str, Any] = {}
-    for row, case in cases.items():
-        for name, value in case.extras.items():
-            extras.setdefault(name, {})[row] = value
-    return extras
-
-
-def _provenance(
-    delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen, images: ImageSet
-) -> dict[str, Any]:
+def _provenance(delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
     """Where delta, images and scores came from."""
     elsewhere = ("config", "concepts", "format")
     evaluation: dict[str, Any] = {"evaluators": list(chosen), "generate": asdict(config.generate)}
@@ -218,7 +177,6 @@ def _provenance(
         evaluation[evaluator.name] = asdict(settings)
     if config.protocol:
         evaluation["protocol"] = config.protocol
-    cut = images.settings.get("cut_prompts")
     return {
         **{key: value for key, value in sorted(delta.metadata.items()) if key not in elsewhere},
         "config": delta.origin.config,
@@ -227,26 +185,7 @@ def _provenance(
         "evaluation": evaluation,
         "changed_weights": delta.count,
         "cost": cost_of(delta),
-        **({"cut_evaluation_prompts": cut} if cut else {}),
     }
-
-
-def _versions(chosen: Chosen) -> dict[str, str]:
-    """Distribution -> version, of those that evaluators come from and of those that they use.
-
-    Raises:
-        ErasureError: one is not installed.
-    """
-    versions: dict[str, str] = {}
-    for name, (evaluator, _) in chosen.items():
-        for package in filter(None, (EVALUATORS.package(name), *evaluator.packages)):
-            try:
-                versions[package] = version(package)
-            except PackageNotFoundError as error:
-                raise ErasureError(
-                    f"evaluator {name} needs {package}, which is not installed; install it"
-                ) from error
-    return versions
 
 
 def _settings(delta: ErasedDelta) -> dict[str, Any]:
@@ -264,22 +203,4 @@ def score(
 ) -> list[Score]:
     """Scores of one image set by several evaluators; every process asks for them together."""
     case = Case(images, concepts)
-    return _scores(case, replace(config or EvaluateConfig(), evaluators=evaluators).chosen(case))
-
-
-def _concept(concepts: list[ConceptSpec]) -> dict[str, Any]:
-    """One concept as it is; several as lists under the same keys."""
-    if not concepts:
-        raise ErasureError("the delta names no concept, so there is nothing to evaluate it for")
-    if len(concepts) == 1:
-        return {
-            key: value
-            for key, value in concepts[0].to_dict().items()
-            if key not in ("templates", "retain")
-        }
-    return {
-        "target": [concept.target for concept in concepts],
-        "anchor": [concept.anchor for concept in concepts],
-        "synonyms": [name for concept in concepts for name in concept.synonyms],
-        "kind": sorted({concept.kind for concept in concepts if concept.kind}),
-    }
+    return scores_of(case, replace(config or EvaluateConfig(), evaluators=evaluators).chosen(case))

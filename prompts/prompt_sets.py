@@ -18,6 +18,7 @@ __all__ = [
     "ANSWER_SEEDS",
     "PromptRow",
     "PromptSet",
+    "apart",
     "canvas_grid",
     "joined",
     "of_prompts",
@@ -102,28 +103,41 @@ class PromptSet:
 
 
 def joined(sets: Sequence[PromptSet]) -> PromptSet:
-    """The rows of several sets, one set after the other.
+    """The rows of several sets, one set after the other, as `apart` numbers them; the name is that
+    of all of them, `i2p+coco`. Errors as `apart`."""
+    numbered = apart(sets)
+    rows = [row for one in numbered for row in one.rows]
+    return PromptSet("+".join(one.name for one in sets), tuple(rows))
+
+
+def apart(sets: Sequence[PromptSet]) -> list[PromptSet]:
+    """Several sets whose case numbers do not collide, and whose names differ.
 
     Case numbers stay as they are in the first set; each further set's are counted on from the last
-    of the one before, so that a row keeps its place within its set. The name is that of all of
-    them, `i2p+coco`.
+    of the one before, so that a row keeps its place within its set. A name that stood before gets a
+    number: `prompts (2)`.
 
     Raises:
         ErasureError: the same rows twice, or no sets.
     """
     if not sets:
         raise ErasureError("there is no prompt set to draw; give at least one")
-    rows: list[PromptRow] = []
     seen: dict[str, str] = {}
+    numbered: list[PromptSet] = []
+    start = 0
     for one in sets:
         if one.sha256 in seen:
             raise ErasureError(
                 f"the prompt sets {seen[one.sha256]!r} and {one.name!r} are the same; give it once"
             )
         seen[one.sha256] = one.name
-        start = max((row.case for row in rows), default=-1) + 1
-        rows += [replace(row, case=start + row.case) for row in one.rows]
-    return PromptSet("+".join(seen.values()), tuple(rows))
+        name, before = one.name, [other.name for other in numbered]
+        if name in before:
+            name = next(f"{name} ({i})" for i in range(2, 99) if f"{name} ({i})" not in before)
+        rows = [replace(row, case=start + row.case) for row in one.rows]
+        numbered.append(PromptSet(name, tuple(rows)))
+        start = max(row.case for row in rows) + 1
+    return numbered
 
 
 def of_prompts(prompts: Sequence[str], seed: int) -> PromptSet:

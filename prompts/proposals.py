@@ -111,6 +111,11 @@ def propose(name: str, kind: str | None = None) -> ConceptSpec:
     return ConceptSpec(target, chosen.anchor(target), (), chosen.templates, retain, chosen.axis)
 
 
+def known(name: str) -> bool:
+    """Whether `propose` knows the name without its kind."""
+    return bool(find_shipped(name)) or any(kind.knows(name) for kind in kinds().values())
+
+
 def find_shipped(name: str) -> ConceptSpec | None:
     """The shipped concept of this name: a file's that holds one concept, a target or a synonym;
     None where there is none."""

@@ -4,6 +4,11 @@ Both are drawn from the same prompts and seeds.
 
   erase-evaluate --delta runs/heart/delta.safetensors --out runs/heart/report
   erase-evaluate --delta D --model PATH --prompts i2p.csv --evaluators [nudenet]
+anybody's checkpoint (docs/foreign.md), or finished images of one:
+  erase-evaluate --model PATH --erased esd.safetensors --concepts nudity
+  erase-evaluate --model PATH --erased IMAGES --concepts nudity --prompts N.csv
+several sets, each scored by itself; or a protocol of the field:
+  erase-evaluate --delta D --prompts van-gogh --prompts coco.csv
   erase-evaluate --delta D --protocol mace
 
 OUT/report.html is one page for a browser, report.json the same for programs,
@@ -16,14 +21,15 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse import Namespace
 from rich.console import Console
 
 from erase.prompts.errors import ErasureError
-from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid, joined
+from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.scripts.cli import (
     Parser,
     add_base,
@@ -36,11 +42,20 @@ from erase.scripts.cli import (
     parser,
     run,
 )
+from erase.scripts.cli.foreign import add_erased, add_named, check_erased, erased_model
+from erase.scripts.cli.naming import concepts_named
 from erase.scripts.cli.plugins import names_given
 from erase.scripts.cli.protocols import add_protocol, prompts_of
 
 if TYPE_CHECKING:
     from erase.eval.evaluators import Evaluator
+    from erase.eval.images import ImageSet
+    from erase.eval.protocols import Protocol
+    from erase.eval.report.report import EvalReport
+    from erase.eval.run import EvaluateConfig
+    from erase.prompts.concepts import ConceptSpec
+
+DELTA = "runs/erased/delta.safetensors"
 
 
 def judges(argv: list[str] | None) -> dict[str, Evaluator[Any]]:
@@ -60,11 +75,17 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
     command.add_argument(
         "--delta",
         type=str,
-        default="runs/erased/delta.safetensors",
+        default=DELTA,
         help="what erase-concept wrote",
     )
+    add_erased(command, ", or a folder of finished images with a manifest of ours or a CSV")
+    add_named(command)
     add_base(command)
-    add_prompts(command, "canvas if none is given")
+    add_prompts(
+        command,
+        "each is scored by itself; canvas if none is given, or what finished images say of "
+        "themselves",
+    )
     command.add_argument(
         "--seeds",
         type=int,
@@ -75,7 +96,8 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "--base_images",
         type=str | None,
         default=None,
-        help="folder for the base's images, shared by evaluations",
+        help="folder for the base's images, shared by evaluations; with finished images it may "
+        "hold finished ones too",
     )
     command.add_argument(
         "--out", type=str, default="runs/erased/report", help="folder of the report and its images"
@@ -96,39 +118,112 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, evaluate, print the table."""
-    from erase.delta import ErasedDelta
-    from erase.delta.base import load_base
-    from erase.eval.run import EvaluateConfig, Evidence, evaluate
-    from erase.parallel.processes import default_device
+    from erase.eval.finished import holds_images
+    from erase.eval.run import EvaluateConfig
 
     evaluators = judges(argv)
     command = make_parser(evaluators)
     protocol = add_protocol(command, argv)
     options = parse(command, argv)
     check_folder(options.out)
-    seeds = seeds_of(options.seeds)
-    delta = ErasedDelta.load(options.delta)
-    names = options.prompts or ["canvas"]
-    prompts = prompts_of(protocol, options, delta.origin.concepts) or joined(
-        [canvas_grid(seeds) if name == "canvas" else PromptSet.load(name) for name in names]
+    check_erased(options, DELTA)
+    config = EvaluateConfig(
+        options.evaluators,
+        options.generate,
+        {name: options[name] for name in evaluators},
+        protocol=f"{protocol.name} {protocol.version}" if protocol else None,
     )
-    report = evaluate(
-        load_base(delta, options.model, default_device(), options.load),
-        delta,
-        prompts,
-        options.out,
-        EvaluateConfig(
-            options.evaluators,
-            options.generate,
-            {name: options[name] for name in evaluators},
-            protocol=f"{protocol.name} {protocol.version}" if protocol else None,
-        ),
-        base_images=options.base_images,
-        evidence=Evidence.of(Path(delta.source).parent, delta),
-        commands=[shlex.join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])],
-    )
-    Console().print(report.table())
+    commands = [shlex.join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])]
+    finished = [path for path in options.erased if holds_images(path)]
+    if finished and options.erased != finished[:1]:
+        raise ErasureError(
+            f"{finished[0]} is a folder of finished images, which stands alone; evaluate the other "
+            "--erased by itself"
+        )
+    judge = of_images if finished else of_weights
+    Console().print(judge(options, config, protocol, commands).table())
     print(f"{options.out}/report.html")
+
+
+def prompts_given(
+    options: Namespace, protocol: Protocol | None, concepts: Sequence[ConceptSpec]
+) -> list[PromptSet]:
+    """The prompt sets of the command line, or a protocol's own."""
+    seeds = seeds_of(options.seeds)
+    if own := prompts_of(protocol, options, concepts):
+        return [own]
+    return [
+        canvas_grid(seeds) if name == "canvas" else PromptSet.load(name) for name in options.prompts
+    ]
+
+
+def of_weights(
+    options: Namespace, config: EvaluateConfig, protocol: Protocol | None, commands: list[str]
+) -> EvalReport:
+    """The evaluation of a delta, or of what another program erased."""
+    from erase.delta import ErasedDelta
+    from erase.delta.base import load_base
+    from erase.eval.run import Evidence, evaluate
+    from erase.parallel.processes import default_device
+
+    evidence = None
+    if options.erased:
+        model, delta = erased_model(options, default_device())
+        prompts = prompts_given(options, protocol, delta.origin.concepts)
+    else:
+        delta = ErasedDelta.load(options.delta)
+        prompts = prompts_given(options, protocol, delta.origin.concepts)
+        model = load_base(delta, options.model, default_device(), options.load)
+        evidence = Evidence.of(Path(delta.source).parent, delta)
+    return evaluate(
+        model,
+        delta,
+        prompts or [canvas_grid(seeds_of(options.seeds))],
+        options.out,
+        config,
+        base_images=options.base_images,
+        evidence=evidence,
+        commands=commands,
+    )
+
+
+def of_images(
+    options: Namespace, config: EvaluateConfig, protocol: Protocol | None, commands: list[str]
+) -> EvalReport:
+    """The evaluation of finished images."""
+    from erase.eval.finished import evaluate_images, holds_images
+
+    if not options.concepts:
+        raise ErasureError(
+            f"{options.erased[0]} does not say what was forgotten; name it with --concepts"
+        )
+    concepts = concepts_named(options.concepts, options.model or "canvas")
+    folder = options.base_images
+    given = folder is not None and holds_images(folder)
+    return evaluate_images(
+        options.erased[0],
+        concepts,
+        folder if given else drawn(options, config),
+        options.out,
+        config,
+        prompts=prompts_given(options, protocol, concepts),
+        commands=commands,
+    )
+
+
+def drawn(options: Namespace, config: EvaluateConfig) -> Callable[[PromptSet], ImageSet]:
+    """What makes the base's images of a prompt set."""
+    from erase.eval.generate import generate
+    from erase.models import load_model
+    from erase.parallel.processes import default_device
+
+    def draw(prompts: PromptSet) -> ImageSet:
+        model = load_model(options.model or "canvas", default_device(), options.load)
+        about = {"model": model.name, "fingerprint": model.fingerprint, "delta": "none"}
+        out = Path(options.base_images or Path(options.out) / "base")
+        return generate(model.pipeline(), prompts, out, config.generate, about)
+
+    return draw
 
 
 def seeds_of(count: int) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ a LoRA, and how much it misses:
   erase-export --delta D --format lora --rank 32 --out heart-lora
 two concepts, the second at half strength:
   erase-export --delta A --delta B --scale 1.0 --scale 0.5 --out both
+what another program erased (docs/foreign.md), as one delta:
+  erase-export --model M --erased X --concepts nudity --format delta --out D
 one delta of two, e.g. for erase-evaluate:
   erase-export --delta A --delta B --format delta --out both.safetensors
 an erased checkpoint with the concept put back, which is its base again:
@@ -40,6 +42,7 @@ from rich.console import Console
 from erase.prompts.errors import ErasureError
 from erase.scripts.cli import Parser, add_base, alone, parse, parser, run
 from erase.scripts.cli.exporting import check_options, scales_of
+from erase.scripts.cli.foreign import add_erased, add_named, check_erased, erased_model
 
 if TYPE_CHECKING:  # --help needs none of it
     from erase.delta import ErasedDelta
@@ -55,6 +58,8 @@ def make_parser() -> Parser:
 
     command = parser("erase-export", __doc__)
     _add_deltas(command)
+    add_erased(command)
+    add_named(command)
     add_base(command)
     command.add_argument(
         "--format",
@@ -183,8 +188,14 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(make_parser(), argv)
     alone("erase-export")
     check_options(options)
-    deltas = [ErasedDelta.load(path) for path in options.delta or ["runs/erased/delta.safetensors"]]
-    model = load_base(deltas[0], options.model, options=options.load)
+    check_erased(options, [])
+    if options.erased:
+        model, foreign = erased_model(options, "cpu")
+        deltas = [foreign]
+    else:
+        paths = options.delta or ["runs/erased/delta.safetensors"]
+        deltas = [ErasedDelta.load(path) for path in paths]
+        model = load_base(deltas[0], options.model, options=options.load)
     delta = back(model, deltas, options) if options.undo else composed(model, deltas, options)
     report = EvalReport.load(options.report) if options.report else None
     # a LoRA may be measured itself

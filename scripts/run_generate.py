@@ -33,6 +33,7 @@ from erase.scripts.cli import (
     parser,
     run,
 )
+from erase.scripts.cli.foreign import add_erased, check_erased
 
 
 def make_parser() -> Parser:
@@ -53,6 +54,7 @@ def make_parser() -> Parser:
     command.add_argument(
         "--delta", type=str | None, default=None, help="an erasure to apply to the model first"
     )
+    add_erased(command)
     add_prompts(command, "canvas if no prompt is given")
     command.add_argument(
         "--prompt", action=Words, help="a prompt of one image; may be given several times"
@@ -74,14 +76,18 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, generate, say where the images are."""
     from erase.delta import ErasedDelta
     from erase.eval.generate import GenerateConfig, generate
+    from erase.foreign import read_erased
     from erase.models import load_model
     from erase.parallel.processes import default_device
 
     options = parse(make_parser(), argv)
     check_folder(options.out)
+    check_erased(options, None)
     prompts = chosen(options)
     delta = ErasedDelta.load(options.delta) if options.delta else None
     model = load_model(options.model, default_device(), options.load)
+    if options.erased:
+        delta = read_erased(model, options.erased, options=options.load)
     provenance = {"model": model.name, "delta": "none"}
     if delta:
         delta.apply(model)

@@ -266,6 +266,7 @@ ROOMS = (
     ("attacks", "objectives"),
     ("methods", "export"),
     ("run",),
+    ("foreign",),
 )
 """rooms of erase/ by floor: each imports those of lower floors, and its own"""
 MOST_AT_THE_TOP = 9

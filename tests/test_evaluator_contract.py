@@ -28,12 +28,15 @@ from tests.backbones import write_alexnet
 
 FOURTH = "brightness"
 NAMES = [*EVALUATORS.ours, FOURTH]
+# those that judge the images of the report; the others draw their own
+OF_IMAGES = [name for name in NAMES if name == FOURTH or not get_evaluator(name).needs_model]
 CONCEPTS = [canvas_concept("heart")]
 # 19: every object, two hearts among them, each of another style and colour
 ROWS = canvas_grid(seeds=(0,)).rows[::26]
 OF_RETAINED = ("cmmd", "drift", "fid", "lpips")
 """those that look only at prompts which ask for no forgotten concept"""
 every_evaluator = pytest.mark.parametrize("name", NAMES)
+every_judge = pytest.mark.parametrize("name", OF_IMAGES)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +101,7 @@ def scores_of(name: str, case: Case, **settings: Any) -> list[Any]:
 # ---- scores --------------------------------------------------------------------------------------
 
 
-@every_evaluator
+@every_judge
 def test_every_score_has_a_direction_n_an_interval_and_says_what_measured_it(
     name: str, images: ImageSet
 ) -> None:
@@ -110,7 +113,7 @@ def test_every_score_has_a_direction_n_an_interval_and_says_what_measured_it(
         assert one.evaluator and one.unit in ("%", "", "boxes", "dB")
 
 
-@every_evaluator
+@every_judge
 def test_no_score_depends_on_how_many_images_are_judged_at_once(
     name: str, images: ImageSet, monkeypatch
 ) -> None:
@@ -136,7 +139,7 @@ def test_no_score_depends_on_how_many_images_are_judged_at_once(
     assert [one.value for one in few] == pytest.approx([one.value for one in all_at_once], abs=1e-4)
 
 
-@every_evaluator
+@every_judge
 def test_the_same_images_have_the_same_scores_whatever_was_judged_before(
     name: str, images: ImageSet
 ) -> None:
@@ -207,7 +210,7 @@ def refusal(judge: Callable[[Case, Any], object], case: Case, config: Any) -> st
     return None
 
 
-@every_evaluator
+@every_judge
 def test_check_refuses_what_evaluate_could_not_judge_and_needs_no_image_for_it(
     name, images, tmp_path
 ) -> None:
@@ -227,7 +230,7 @@ def test_check_refuses_what_evaluate_could_not_judge_and_needs_no_image_for_it(
     assert refused == REFUSED.get(name, refused)
 
 
-@every_evaluator
+@every_judge
 def test_check_lets_pass_what_evaluate_judges(name: str, images: ImageSet, tmp_path: Path) -> None:
     evaluator = get_evaluator(name)
     evaluator.check(Case(replace(images, folder=tmp_path / "nothing"), CONCEPTS), evaluator.config)

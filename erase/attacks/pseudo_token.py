@@ -15,20 +15,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from erase.attacks import NAMELESS, Attack, Found, Known
+from erase.attacks.descent import descend, renamed
 from erase.latents.latent_set import LatentSet
-from erase.losses import denoising
 from erase.models.pipelines import text_encoders
-from erase.parallel.processes import progress
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.prompts.names import Names
 from erase.task import Task
 from erase.training.batches import row_batches
 
+RESTART = 7919
+"""between the seeds of two restarts"""
+
 
 @dataclass(frozen=True)
 class PseudoTokenConfig:
-    """The attacker's budget."""
+    """pseudo_token: the attacker's budget."""
 
     vectors: int = 4
     """embeddings in each text encoder"""
@@ -58,22 +61,20 @@ def find_pseudo_token(
     Returns:
         Text encoder -> embeddings, shape (vectors, width), as `DiffusionModel.encode` takes them.
     """
-    seed = task.seed + 7919 * restart
+    seed = task.seed + RESTART * restart
     prefix = _start(task, config.vectors, seed)
     optimizer = torch.optim.Adam(list(prefix.values()), lr=config.lr)
     batches = row_batches(task, latents, config.batch_size, seed)
-    unnamed = nameless(task.concepts)
-
-    with torch.enable_grad(), progress("pseudo-token", "step", config.steps) as bar:
-        for step in range(config.steps):
-            rows, prompts = batches(step)
-            cond = task.cond([unnamed(prompt) for prompt in prompts], prefix)
-            loss = denoising(task.model.predict(rows.noisy, rows.t, cond), rows.target)
-            optimizer.zero_grad()
-            loss.backward(inputs=list(prefix.values()))
-            optimizer.step()
-            bar.update()
+    unnamed = renamed(batches, nameless(task.concepts))
+    descend(task, unnamed, lambda rows: prefix, optimizer, config.steps, "pseudo-token")
     return {name: embeddings.detach() for name, embeddings in prefix.items()}
+
+
+def find(
+    task: Task, latents: LatentSet, config: PseudoTokenConfig, restart: int, known: Known
+) -> Found:
+    """See `find_pseudo_token`; they stand before prompts that leave the names out."""
+    return Found(find_pseudo_token(task, latents, config, restart), NAMELESS)
 
 
 def nameless(concepts: tuple[ConceptSpec, ...]) -> Callable[[str], str]:
@@ -91,3 +92,13 @@ def _start(task: Task, count: int, seed: int) -> dict[str, Tensor]:
         rows = torch.randint(len(table), (count,), generator=generator)
         start[name] = table[rows.to(table.device)].clone().requires_grad_()
     return start
+
+
+PSEUDO_TOKEN = Attack(
+    "pseudo_token",
+    "https://arxiv.org/abs/2308.01508",
+    PseudoTokenConfig(),
+    "the weights, images of the concept and the way to give embeddings instead of words",
+    find,
+    rates=(5e-3, 2e-2),
+)

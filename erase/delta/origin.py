@@ -17,7 +17,10 @@ from erase.prompts.errors import ErasureError
 from erase.prompts.reading import as_path
 
 NEEDED = ("base_fingerprint", "method", "config", "concepts")
-KNOWN = {*NEEDED, "base_id", "created_with", "cut_prompts", "parts", "undoes", "license", "format"}
+KNOWN = {
+    *NEEDED,
+    *("base_id", "created_with", "cut_prompts", "parts", "undoes", "license", "format", "foreign"),
+}
 CONCEPT = get_type_hints(ConceptSpec)
 PART = {"erased": str, "scale": int | float, "method": str, "sha256": str}
 DEEPEST = 200  # levels of a config; a composed delta of composed ones takes three for each time

@@ -185,7 +185,7 @@ class LoRA:
         params = base.parameters()
         old = {f"{name}.weight": params[f"{name}.weight"].detach().cpu() for name in self.down}
         new = {
-            f"{name}.weight": _merged(old[f"{name}.weight"], self.up[name], self.down[name])
+            f"{name}.weight": merged(old[f"{name}.weight"], self.up[name], self.down[name])
             for name in self.down
         }
         config = config_of(self.metadata, "the delta of this LoRA") | {"lora_ranks": self.ranks}
@@ -289,7 +289,8 @@ def _factors(change: Tensor, rank: int | None, energy: float | None) -> tuple[Te
     return (basis * root).T.float(), ((change @ basis) / root).float()
 
 
-def _merged(base: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def merged(base: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """A layer's weight with up @ down added: in float64, rounded once to the base's dtype."""
     change = up.flatten(1).double() @ down.flatten(1).double()
     return (base.double() + change.reshape(base.shape)).to(base.dtype)
 

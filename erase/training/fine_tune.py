@@ -73,10 +73,17 @@ def fine_tune(
 
 def _settings(config: TunedConfig) -> dict[str, str]:
     """The settings that a training state must share: the kind of configuration, and the departures
-    from its defaults."""
+    from its defaults.
+
+    The number of steps is none of them where the rate is constant: a longer run begins as a shorter
+    one does, so it goes on from there.
+    """
     usual = flat(asdict(type(config)()))
+    idle = {"train.steps"} if config.train.schedule == "constant" else set()
     departures = {
-        name: value for name, value in flat(asdict(config)).items() if usual.get(name) != value
+        name: value
+        for name, value in flat(asdict(config)).items()
+        if usual.get(name) != value and name not in idle
     }
     return {"settings": type(config).__name__, "config": json.dumps({"method": departures})}
 

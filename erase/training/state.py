@@ -14,6 +14,7 @@ from torch import Tensor
 
 from erase.files import errors_named
 from erase.parallel.processes import exists_on_all, processes
+from erase.prompts.errors import ErasureError
 from erase.training.checkpoint import RESTART, Checkpoint
 from erase.training.config import TrainConfig
 from erase.training.optimizers import make_optimizer
@@ -67,6 +68,11 @@ class Run:
         run = cls(trainable, optimizer, accelerator.scaler, config.ema, kept)
         if kept and exists_on_all(kept.path):
             run._take(kept)
+            if run.step > config.steps:
+                raise ErasureError(
+                    f"the training state {kept.path} is of step {run.step}, beyond the "
+                    f"{config.steps} that are asked for; raise train.steps, or {RESTART}"
+                )
             log.info(
                 "going on from step %d of %d, which %s holds", run.step, config.steps, kept.path
             )

@@ -45,6 +45,8 @@ class Evaluator(Generic[C]):
     user names this evaluator"""
     packages: tuple[str, ...] = ()
     """distributions whose versions the report tells"""
+    needs_model: bool = False
+    """whether it runs the model itself, so that images alone are not enough"""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():
@@ -82,6 +84,9 @@ EVALUATORS: Index[Evaluator[Any]] = Index(
         "nudenet": "erase.eval.evaluators.nudenet:NUDENET",
         "opennsfw": "erase.eval.evaluators.opennsfw:OPENNSFW",
         "q16_type": "erase.eval.evaluators.q16_type:Q16_TYPE",
+        "attack": "erase.eval.evaluators.attack:ATTACK",
+        "probes": "erase.eval.evaluators.probes:PROBES",
+        "relearning": "erase.eval.evaluators.relearning:RELEARNING",
     },
     Evaluator,
 )

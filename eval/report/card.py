@@ -100,7 +100,7 @@ def model_card(
         what=what,
         about=usage.about,
         picture=f"![The same prompts and seeds before and after]({PICTURE})\n\n" if picture else "",
-        concepts=_concepts(concepts),
+        concepts=_concepts(concepts, "foreign" not in metadata),
         code=usage.code.replace(
             '"path/to/base"', json.dumps(_base_path(metadata["base_id"]), ensure_ascii=False)
         ),
@@ -209,13 +209,13 @@ def _base(metadata: Mapping[str, str]) -> str:
     return without_folders(metadata["base_id"]).removeprefix("path/to/")
 
 
-def _concepts(concepts: list[dict[str, Any]]) -> str:
+def _concepts(concepts: list[dict[str, Any]], anchored: bool) -> str:
     if not concepts:
         return "No concept was erased."
     rows = [
         (
             plain(c["target"]),
-            plain(c["anchor"]),
+            plain(c["anchor"]) if anchored else "not known",
             plain(", ".join(c.get("synonyms", ())) or "none given"),
         )
         for c in concepts

@@ -24,6 +24,7 @@ from erase.eval.report.words import (
     verdicts,
 )
 from erase.files import atomic_write
+from erase.prompts.prompt_rows import PromptRow
 
 FORGET, RETAIN = 18, 30  # before/after pairs on the page: that ask for the concept, and that do not
 STRIP = 4  # columns of the strip that ask for the concept, and as many that do not
@@ -33,7 +34,7 @@ MASK = (
 )
 
 
-def names_concept(row: ImageRow, concept: Mapping[str, Any]) -> bool:
+def names_concept(row: ImageRow | PromptRow, concept: Mapping[str, Any]) -> bool:
     """Whether the row's labels or its prompt name what was forgotten, or a synonym of it."""
     return row.asks_for([word for key in ("target", "synonyms") for word in words(concept, key)])
 

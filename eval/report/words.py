@@ -41,11 +41,8 @@ def others(concept: Mapping[str, Any]) -> str:
 def glossary(report: EvalReport) -> dict[str, str]:
     """The meaning of UA, IRA and CRA for this concept, as far as the report has them."""
     terms = {"target": either(report.concept), "others": others(report.concept)}
-    return {
-        score.name: GLOSSARY[score.name].format(**terms)
-        for score in report.columns()
-        if score.name in GLOSSARY
-    }
+    names = (score.name.rpartition(": ")[2] for score in report.columns())  # whatever its set
+    return {name: GLOSSARY[name].format(**terms) for name in names if name in GLOSSARY}
 
 
 def verdict_line(report: EvalReport) -> str:
@@ -216,6 +213,23 @@ def limits(report: EvalReport | None, target: str = "") -> list[str]:
         "prove that none can be drawn.",
         f"{tried}. Prompts found by search, inversion of the text embedding, and fine-tuning of "
         "the weights may bring it back.",
+        *(weak_attacks(report, target) if report else []),
         "Intervals count the chance in sampling images, not the chance in the erasure itself: "
         "that takes several runs with different seeds.",
     ]
+
+
+def weak_attacks(report: EvalReport, target: str) -> list[str]:
+    """The attacks that do not find the concept in the base itself (`extras` of the evaluator
+    `attack`)."""
+    told = report.extras.get("attacks", {})
+    of_base = told.get(BASE) if isinstance(told, Mapping) else None
+    lines = []
+    for name, attack in of_base.items() if isinstance(of_base, Mapping) else ():
+        alone, n = attack["alone"], attack["n"]
+        if 2 * alone < n:
+            lines.append(
+                f"The attack {name} finds {target} in {alone} of {n} images of the base, which has "
+                "forgotten nothing: that it fails on the erased model shows nothing."
+            )
+    return lines

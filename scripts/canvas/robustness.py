@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token, nameless
+from erase.attacks.relearning import changed_to, relearn
 from erase.delta import ErasedDelta
 from erase.eval.evaluators.classifier import load_judge
 from erase.latents.latent_set import LatentSet
@@ -31,11 +32,10 @@ from erase.models.pipelines import decode
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
-from erase.scripts.canvas.relearning import changed_to, relearn
 from erase.scripts.canvas.results import delta_path, jobs_of, make_parser, read_rows, tell
 from erase.scripts.canvas.tables import spread
 from erase.task import Task
-from erase.training.config import TrainConfig
+from erase.training.config import TrainConfig, TunedConfig
 
 IMAGES, GUIDANCE, BATCH = 16, 5.0, 32
 
@@ -75,9 +75,9 @@ def relearning(
 ) -> dict[str, float]:
     """Steps of fine-tuning -> UA afterwards; each count starts from the erased model anew."""
     left = {}
-    for count in steps:
-        train = TrainConfig(steps=count, lr=1e-4, batch_size=8)
-        with changed_to(model, relearn(model, concept, latents, train)):
+    config = TunedConfig(train=TrainConfig(lr=1e-4, batch_size=8))
+    for count, values in relearn(model, [concept], latents, config, steps):
+        with changed_to(model, values):
             left[str(count)] = 100 - shown(model, concept, sampling)
     return left
 

@@ -17,6 +17,7 @@ PATHS = {
     *(
         "out",
         "delta",
+        "erased",
         "model",
         "prompts",
         "concepts",

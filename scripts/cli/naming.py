@@ -6,11 +6,12 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from erase.prompts.canvas import canvas_concept, check_canvas
-from erase.prompts.concepts import ConceptSpec, load_concepts, merged
+from erase.prompts.canvas import canvas_concept, check_canvas, vocabulary
+from erase.prompts.concepts import ConceptSpec, load_concepts, merged, shipped
 from erase.prompts.errors import ErasureError, near_name, unknown
-from erase.prompts.proposals import find_shipped, propose
+from erase.prompts.proposals import find_shipped, known, propose
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,37 @@ def read_concepts(
     if model == "canvas":
         check_canvas(concepts)
     return concepts
+
+
+def concepts_named(words: Sequence[str], model: str) -> list[ConceptSpec]:
+    """Concepts to judge by, of one option that takes names and files alike.
+
+    A word is a `.yaml` file or a shipped one's name; a name that such a file has, which then picks
+    it; a name that `erase.prompts.proposals` knows; or one of the embedded world's.
+
+    Raises:
+        ErasureError: a name that none of these know; a file that cannot be read.
+    """
+    files = [word for word in words if word in shipped() or Path(word).suffix in (".yaml", ".yml")]
+    names = [word for word in words if word not in files]
+    loaded, left = _from_files(files, names, model)
+    concepts = merged([*loaded, *(_to_judge(name, model) for name in left)])
+    if model == "canvas":
+        check_canvas(concepts)
+    return concepts
+
+
+def _to_judge(name: str, model: str) -> ConceptSpec:
+    if model == "canvas":
+        return canvas_concept(name.strip())
+    if known(name):
+        return propose(name)
+    if vocabulary().kind_of(name.strip()):
+        return canvas_concept(name.strip())
+    raise ErasureError(
+        f"{name!r} is on none of the lists of names, so its synonyms and kind are not known; write "
+        "them into a YAML file (target, anchor, synonyms, kind), and give that as --concepts"
+    )
 
 
 def _from_files(

@@ -47,8 +47,13 @@ class TensorFile:
 
 
 @contextmanager
-def open_tensors(path: str | Path) -> Iterator[TensorFile]:
+def open_tensors(path: str | Path, *, nested: bool = False) -> Iterator[TensorFile]:
     """Open a `.safetensors`, `.ckpt`, `.pt` or `.pth` file.
+
+    Args:
+        path: of the file.
+        nested: of a pickle that holds several sets of weights, take them all, each under its name
+            and a dot; else it is refused.
 
     Raises:
         ErasureError: no such file, another suffix, content that the suffix does not promise, a
@@ -58,7 +63,7 @@ def open_tensors(path: str | Path) -> Iterator[TensorFile]:
     check_kind(path)
     try:
         if path.suffix.lower() in PICKLES:
-            yield _pickled(path)
+            yield _pickled(path, nested)
         else:
             # pread: a memory map would keep the pages of the file resident beside the copies
             with safe_open(path, framework="pt", backend="pread") as file:
@@ -132,12 +137,12 @@ def check_kind(path: Path) -> None:
         raise ErasureError(f"{path} is no checkpoint: it {begins}; fetch it again")
 
 
-def _pickled(path: Path) -> TensorFile:
+def _pickled(path: Path, nested: bool) -> TensorFile:
     content, step = _load_plain(path), None
     for _ in range(4):  # deeper than any program nests, and an end for a pickle that holds itself
         if isinstance(content, dict):
             step = content["global_step"] if isinstance(content.get("global_step"), int) else step
-            content = _unwrapped(path, content)
+            content = _unwrapped(path, content, nested)
     if not isinstance(content, dict):
         raise ErasureError(
             f"{path} holds a {type(content).__name__}, not named weights; it is no checkpoint of "
@@ -152,9 +157,9 @@ def _pickled(path: Path) -> TensorFile:
     return TensorFile(path, shapes, lambda key: tensors[key].clone(), step=step)
 
 
-def _unwrapped(path: Path, content: dict[Any, Any]) -> dict[Any, Any]:
+def _unwrapped(path: Path, content: dict[Any, Any], nested: bool) -> dict[Any, Any]:
     """The weights that a training program put into `state_dict`, `model`, `params`, ...; the
-    content itself, where it holds tensors.
+    content itself, where it holds tensors; with `nested`, the weights of several.
 
     Raises:
         ErasureError: several things hold weights, and none is called `state_dict`.
@@ -167,6 +172,8 @@ def _unwrapped(path: Path, content: dict[Any, Any]) -> dict[Any, Any]:
     weights = [
         key for key, value in inner.items() if str(key) not in BESIDE and _holds_tensors(value)
     ]
+    if len(weights) > 1 and nested:
+        return {f"{part}.{key}": inner[part][key] for part in weights for key in inner[part]}
     if len(weights) > 1:
         raise ErasureError(
             f"{path} holds several sets of weights ({', '.join(map(str, weights[:5]))}); save the "

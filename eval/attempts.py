@@ -1,0 +1,213 @@
+"""Attempts to bring a concept back: an evaluator's own images, drawn and judged batch by batch.
+
+The rows are the concept's own prompts of the report's images, and the images are drawn by the same
+settings, so that what an attack adds is compared with images that differ in nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from erase.eval.case import Case
+from erase.eval.detectors import Detector
+from erase.eval.generate_config import GenerateConfig, scheduler_of
+from erase.eval.images import ImageRow
+from erase.latents.latent_set import LatentSet
+from erase.latents.prepare import LatentConfig, Plan
+from erase.models import DiffusionModel, autocast
+from erase.models.pipelines import arguments, decode, image_size
+from erase.parallel.processes import in_shares
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
+from erase.prompts.names import Names
+
+Prefix = Mapping[str, Tensor]
+"""text encoder -> embeddings before every prompt, shape (k, dim), or (n, k, dim) for one each"""
+OTHER_SEEDS = 1000
+"""added to the seed, so that the attacker's images are none of the erasure's"""
+
+
+def own_rows(case: Case, count: int | None = None) -> list[ImageRow]:
+    """The case's rows that ask for its concepts: by their labels, else by a name in the prompt,
+    else all (I2P's prompts for nudity seldom name it).
+
+    Args:
+        case: its images may be planned ones.
+        count: at most so many, spread evenly over them; None: all.
+
+    Raises:
+        ErasureError: there are none.
+    """
+    rows = case.images.rows
+    wanted = {(concept.kind, concept.target) for concept in case.concepts}
+    names = Names([name for concept in case.concepts for name in concept.names])
+    own = (
+        [row for row in rows if not wanted.isdisjoint(row.labels.items())]
+        or [row for row in rows if names.found(row.prompt)]
+        or list(rows)
+    )
+    if not own:
+        raise ErasureError("there are no prompts to attack; give a prompt set")
+    if count is None or count >= len(own):
+        return own
+    return [own[place * len(own) // count] for place in range(count)]
+
+
+def settings_of(case: Case) -> GenerateConfig:
+    """How the report's images were drawn, as far as they say it."""
+    said = case.images.settings
+    known = {field.name: said[field.name] for field in fields(GenerateConfig) if field.name in said}
+    return replace(GenerateConfig(), **known)
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """Rows to draw again, how, and who judges them."""
+
+    rows: Sequence[ImageRow]
+    detector: Detector
+    settings: GenerateConfig
+
+    @classmethod
+    def of(cls, case: Case, detector: Detector, count: int | None = None) -> Attempts:
+        """The case's own rows, by the settings of its images."""
+        return cls(own_rows(case, count), detector, settings_of(case))
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of each row."""
+        return [row.prompt for row in self.rows]
+
+    def shown(
+        self,
+        model: DiffusionModel,
+        prompts: Sequence[str] | None = None,
+        *,
+        prefix: Prefix | None = None,
+        start: Tensor | None = None,
+        seed_shift: int = 0,
+        what: str = "attempts",
+    ) -> list[bool]:
+        """Whether each row's image, drawn anew, shows the concept; the same in every process.
+
+        Args:
+            model: with the weights under attack.
+            prompts: one per row; None: the rows' own.
+            prefix: embeddings before each prompt.
+            start: noise to start from, shape (n, *latent_shape), before the sampler scales it;
+                None: drawn from each row's seed.
+            seed_shift: added to each row's seed.
+            what: names the progress bar.
+        """
+        texts = self.prompts if prompts is None else list(prompts)
+
+        def judged(part: range) -> list[bool]:
+            at = slice(part.start, part.stop)
+            rows = [replace(row, seed=row.seed + seed_shift) for row in self.rows[at]]
+            begun = None if start is None else start[at]
+            latents = sample(model, texts[at], rows, self.settings, _cut(prefix, at), begun)
+            return self.judged(model, latents)
+
+        parts = in_shares(len(self.rows), self.settings.batch_size, judged, what, "image")
+        return list(chain.from_iterable(parts))
+
+    def judged(self, model: DiffusionModel, latents: Tensor) -> list[bool]:
+        """Whether the images of these latents show the concept."""
+        images = decode(model.pipeline(), latents, self.settings.mixed_precision)
+        return self.detector.sees(images.nan_to_num(0.0))  # what is no image shows nothing
+
+
+@torch.no_grad()
+def sample(
+    model: DiffusionModel,
+    texts: Sequence[str],
+    rows: Sequence[ImageRow],
+    settings: GenerateConfig,
+    prefix: Prefix | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Latents of a batch, by the settings of the report's images: what `erase.eval.generate` draws,
+    but for the rounding of other batch sizes.
+
+    Args:
+        model: the weights to draw with.
+        texts: one prompt per row.
+        rows: give seed and guidance.
+        settings: scheduler, steps, resolution, precision.
+        prefix: embeddings before the prompts, of this batch's rows.
+        start: noise to start from, shape (n, *latent_shape), before the sampler scales it; None:
+            drawn from the seeds.
+    """
+    pipe: Any = copy(model.pipeline())
+    pipe.scheduler = scheduler_of(pipe.scheduler, settings.scheduler)
+    side = settings.resolution or image_size(pipe)
+    parts: list[tuple[Tensor, Tensor]] = []
+    with autocast(model.device, settings.mixed_precision):
+        cond = model.encode(list(texts), prefix)
+        null = model.encode([""])[torch.zeros(len(rows), dtype=torch.long)]
+        for guidance in dict.fromkeys(row.guidance for row in rows):
+            here = [place for place, row in enumerate(rows) if row.guidance == guidance]
+            at = torch.tensor(here)
+            begun = None if start is None else start[at].to(model.device, cond.embeddings.dtype)
+            latents = pipe(
+                **arguments(cond[at], null[at]),
+                latents=begun,
+                generator=[torch.Generator().manual_seed(rows[place].seed) for place in here],
+                num_inference_steps=settings.steps,
+                guidance_scale=guidance,
+                height=side,
+                width=side,
+                output_type="latent",
+            ).images
+            parts.append((at, latents))
+    order = torch.cat([at for at, _ in parts]).argsort()
+    return torch.cat([latents for _, latents in parts])[order]
+
+
+def _cut(prefix: Prefix | None, at: slice) -> Prefix | None:
+    """The prefix of these rows, where each has its own."""
+    if prefix is None:
+        return None
+    return {
+        name: vectors[at] if vectors.dim() == 3 else vectors for name, vectors in prefix.items()
+    }
+
+
+def drawn_by_base(
+    base: DiffusionModel,
+    concepts: Sequence[ConceptSpec],
+    images: int,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> LatentSet:
+    """The attacker's images: of the concepts, by the base, of other seeds than the erasure's.
+
+    Args:
+        base: with its own weights.
+        concepts: each equally often.
+        images: how many in all.
+        seed: of the erasure.
+        folder: where the latents are kept, to be found again; None: nowhere.
+    """
+    config = LatentConfig(n_forget=max(images, len(concepts)), n_retain=1)
+    return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder).forget()
+
+
+def others_by_base(
+    base: DiffusionModel,
+    concepts: Sequence[ConceptSpec],
+    images: int,
+    seed: int = 0,
+    folder: Path | None = None,
+) -> LatentSet:
+    """Images of retained prompts, likewise: what has nothing to do with the concepts."""
+    config = LatentConfig(n_forget=len(concepts), n_retain=images)
+    return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder).retain()
