@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from erase.attacks import ATTACKS
 from erase.eval.evaluators import EVALUATORS
 from erase.eval.protocols import protocol_names
 from erase.methods import METHODS, get_method
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[1]
 LISTED = {
     "methods": METHODS,
     "evaluators": EVALUATORS,
+    "attacks": ATTACKS,
     "protocols": protocol_names(),
     "concepts": ["canvas", *shipped()],
     "prompts": shipped_sets(),

@@ -62,6 +62,13 @@ def evaluators() -> list[Entry]:
     return list(_members(EVALUATORS))
 
 
+def attacks() -> list[Entry]:
+    """Ways to bring a concept back."""
+    from erase.attacks import ATTACKS
+
+    return list(_members(ATTACKS))
+
+
 def protocols() -> list[Entry]:
     """Ways to measure that others can repeat."""
     from erase.eval.protocols import load_protocol, protocol_names
@@ -131,6 +138,7 @@ def _weights(params: Mapping[str, nn.Parameter], pattern: str) -> int:
 SECTIONS: dict[str, Callable[[], list[Entry]]] = {
     "methods": methods,
     "evaluators": evaluators,
+    "attacks": attacks,
     "protocols": protocols,
     "concepts": concepts,
     "prompts": prompt_sets,
