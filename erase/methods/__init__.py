@@ -58,6 +58,7 @@ METHODS: Index[Method[Any]] = Index(
         "rece": "erase.methods.rece:METHODS",
         "speed": "erase.methods.speed:METHODS",
         "concept-ablation": "erase.methods.concept_ablation:METHODS",
+        "ssd": "erase.methods.ssd:METHODS",
     },
     Method,
 )

@@ -23,6 +23,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "train.steps": 40,
         "train.batch_size": 4,
     },
+    "ssd": {},
 }
 """method -> what it needs on the embedded world in the place of its paper's settings"""
 
