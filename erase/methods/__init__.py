@@ -59,6 +59,8 @@ METHODS: Index[Method[Any]] = Index(
         "speed": "erase.methods.speed:METHODS",
         "concept-ablation": "erase.methods.concept_ablation:METHODS",
         "ssd": "erase.methods.ssd:METHODS",
+        "npo": "erase.methods.npo:METHODS",
+        "ascent": "erase.methods.ascent:METHODS",
     },
     Method,
 )

@@ -24,6 +24,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "train.batch_size": 4,
     },
     "ssd": {},
+    "npo": {"train.lr": 1e-4, "train.steps": 60},
+    "ascent": {"train.lr": 1e-4, "train.steps": 40, "ceiling": 1.0},
 }
 """method -> what it needs on the embedded world in the place of its paper's settings"""
 
