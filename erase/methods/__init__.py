@@ -52,6 +52,7 @@ METHODS: Index[Method[Any]] = Index(
     {
         "salun": "erase.methods.salun:METHODS",
         "salun-half": "erase.methods.salun:METHODS",
+        "salun-soft": "erase.methods.salun:METHODS",
         "salun-paper": "erase.methods.salun:METHODS",
         "esd": "erase.methods.esd:METHODS",
         "uce": "erase.methods.uce:METHODS",
