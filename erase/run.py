@@ -225,9 +225,10 @@ def _cut(model: DiffusionModel, concepts: list[ConceptSpec]) -> dict[str, str]:
 
 def describe(concepts: list[ConceptSpec], config: EraseConfig, settings: Any) -> dict[str, str]:
     """Everything that fixes the result but the base, as a delta's metadata."""
+    erase = {**asdict(config), "latents": config.latents.facts}
     return {
         "method": config.method,
-        "config": json.dumps({"erase": asdict(config), "method": asdict(settings)}, sort_keys=True),
+        "config": json.dumps({"erase": erase, "method": asdict(settings)}, sort_keys=True),
         "concepts": json.dumps([asdict(concept) for concept in concepts]),
         "created_with": f"concept-erasure-toolkit {VERSION}, torch {torch.__version__}",
     }

@@ -19,6 +19,7 @@ from erase.mask import SaliencyMask
 from erase.models import Cond, DiffusionModel
 from erase.models.scopes import select
 from erase.prompts.concepts import ConceptSpec
+from erase.prompts.reading import as_path
 from erase.tensors import sha256_of
 
 
@@ -119,6 +120,8 @@ class Task:
         if not isinstance(self._latents, LatentConfig):
             return self._latents
         cache = self.folder / "latents" if self.folder else None
+        if self._latents.cache:
+            cache = as_path(self._latents.cache)
         return Plan(self.model, list(self.concepts), self._latents, self.seed, cache)
 
     @cached_property

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,13 +54,6 @@ class ImageRow:
     """what the prompt asks for, e.g. {"object": "heart"}"""
     sha256: str
     """of the file's bytes"""
-
-    def asks_for(self, names: Collection[str]) -> bool:
-        """Whether its labels or its prompt hold one of these names, whatever their case."""
-        lowered, asked = {name.lower() for name in names}, self.labels.values()
-        return not lowered.isdisjoint(label.lower() for label in asked) or any(
-            re.search(rf"\b{re.escape(name)}\b", self.prompt.lower()) for name in lowered
-        )
 
 
 @dataclass(frozen=True)

@@ -121,12 +121,17 @@ def check_canvas(concepts: Iterable[ConceptSpec]) -> None:
         ErasureError: a target with a word that no caption of this world has.
     """
     for concept in concepts:
-        if strange := [word for word in _words(concept.target) if word not in _known_words()]:
+        if strange := strange_words(concept.target):
             raise ErasureError(
                 f"canvas, the embedded model, does not know {concept.target!r}: it has never seen "
                 f"the word {strange[0]!r}; name the checkpoint with --model "
                 f"(`EraseConfig(model=...)`), or choose one of: {', '.join(_names())}"
             )
+
+
+def strange_words(text: str) -> list[str]:
+    """The words of a text that the embedded model has never seen."""
+    return [word for word in _words(text) if word not in _known_words()]
 
 
 def _words(text: str) -> list[str]:

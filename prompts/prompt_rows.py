@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -52,6 +52,14 @@ class PromptRow:
             raise ErasureError(f"the seed {self.seed} is not between 0 and 2^63 - 1")
         if self.guidance is not None and not math.isfinite(self.guidance):
             raise ErasureError(f"the guidance {self.guidance} is not finite")
+
+
+def asks_for(prompt: str, labels: Mapping[str, str], names: Collection[str]) -> bool:
+    """Whether a row's labels or its prompt hold one of these names, whatever their case."""
+    lowered = {name.lower() for name in names}
+    return not lowered.isdisjoint(label.lower() for label in labels.values()) or any(
+        re.search(rf"\b{re.escape(name)}\b", prompt.lower()) for name in lowered
+    )
 
 
 def check_rows(rows: Sequence[PromptRow], where: str) -> None:

@@ -2,17 +2,23 @@
 images, and kept in a cache."""
 
 from dataclasses import replace
+from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
 
 from erase.latents.prepare import LatentSet, prepare_latents
+from erase.latents.sampling import sample_points
+from erase.mask import SaliencyMask
 from erase.models import load_model
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
-from tests.run_fixtures import DATA
+from erase.run import EraseConfig, erase_concept
+from erase.tensors import sha256_of
+from tests.run_fixtures import DATA, METHOD
 from tests.run_fixtures import base as base
+from tests.run_fixtures import erased as erased
 
 
 def test_several_concepts_share_the_data_evenly_and_keep_what_neither_names(base):
@@ -78,4 +84,111 @@ def test_latents_from_images_and_their_cache(base, tmp_path, monkeypatch):
             [canvas_concept("heart")],
             replace(DATA, retain_images=str(tmp_path / "nowhere")),
             0,
+        )
+
+
+# ---- a cache that runs share ---------------------------------------------------------------------
+
+
+def shared(base, cache):
+    return EraseConfig(model=str(base), latents=replace(DATA, cache=str(cache)))
+
+
+def calls_of(monkeypatch, place):
+    """How often the function at a place is called from here on: one word in the list for each."""
+    module, name = place.rsplit(".", 1)
+    real, calls = getattr(import_module(module), name), []
+
+    def counted(*args, **named):
+        calls.append(name)
+        return real(*args, **named)
+
+    monkeypatch.setattr(place, counted)
+    return calls
+
+
+def test_runs_with_a_cache_in_common_make_its_latents_once_and_the_same_delta(
+    base, erased, tmp_path, monkeypatch
+):
+    concept, config = canvas_concept("heart"), shared(base, tmp_path / "cache")
+    made = calls_of(monkeypatch, "erase.latents.prepare.sample_points")
+    first = erase_concept(concept, config, METHOD, out=tmp_path / "first")
+    assert len(made) == 2, "forget and retain"
+    faster = replace(METHOD, train=replace(METHOD.train, lr=2e-3))
+    other = erase_concept(concept, config, faster, out=tmp_path / "other")
+    assert len(made) == 2 and other.sha256 != first.sha256
+    assert not (tmp_path / "first" / "latents").exists()
+
+    # where latents are kept is no part of the result: the same file, byte for byte
+    for name in ("delta", "mask", "saliency"):
+        own, common = (folder / f"{name}.safetensors" for folder in (erased, tmp_path / "first"))
+        assert own.read_bytes() == common.read_bytes(), name
+    # and a run goes on whichever cache it is given
+    again = erase_concept(
+        concept, EraseConfig(model=str(base), latents=DATA), METHOD, out=tmp_path / "first"
+    )
+    assert again.sha256 == first.sha256 and len(made) == 2
+
+
+def test_a_density_sweep_computes_neither_latents_nor_gradients_twice(base, tmp_path, monkeypatch):
+    """The loop of docs/sweeps.md."""
+    concept, config = canvas_concept("heart"), shared(base, tmp_path / "cache")
+    erase_concept(concept, config, METHOD, out=tmp_path / "first")
+    for place in (
+        "erase.latents.prepare.sample_points",
+        "erase.training.saliency.compute_statistics",
+    ):
+        monkeypatch.setattr(place, None)
+    statistics = str(tmp_path / "first" / "saliency.safetensors")
+    for density in (0.1, 0.5):
+        mask = replace(METHOD.mask, density=density, saliency=statistics)
+        out = tmp_path / str(density)
+        erase_concept(concept, config, replace(METHOD, mask=mask), out=out)
+        cut = SaliencyMask.load(out / "mask.safetensors")
+        assert cut.count() == int(density * cut.size)
+    # to cut given statistics, and to compute them, is one mask
+    assert cut.sha256 == SaliencyMask.load(tmp_path / "first" / "mask.safetensors").sha256
+
+
+def test_what_another_run_needs_otherwise_is_another_file_of_the_cache(base, tmp_path):
+    model, concepts = load_model(str(base)), [canvas_concept("heart")]
+    cache = tmp_path / "cache"
+    sets = [
+        prepare_latents(model, concepts, config, seed, cache)[0]
+        for config, seed in ((DATA, 0), (DATA, 1), (replace(DATA, steps=3), 0))
+    ]
+    assert len(list(cache.glob("forget-*.safetensors"))) == 3
+    assert not torch.equal(sets[0].latents, sets[1].latents)
+    assert not torch.equal(sets[0].latents, sets[2].latents)
+
+
+def test_two_runs_that_fill_a_cache_at_once_leave_it_whole(base, tmp_path, monkeypatch):
+    """One run makes and writes all of it while the other is still sampling: either's is the same,
+    and neither ever reads half of the other's."""
+    model, concepts, cache = load_model(str(base)), [canvas_concept("heart")], tmp_path / "cache"
+    alone = prepare_latents(model, concepts, DATA, 0)
+    real, inner = sample_points, []
+
+    def overtaken(*args, **named):
+        if not inner:
+            inner.append(None)
+            inner[0] = prepare_latents(model, concepts, DATA, 0, cache)
+        return real(*args, **named)
+
+    monkeypatch.setattr("erase.latents.prepare.sample_points", overtaken)
+    outer = prepare_latents(model, concepts, DATA, 0, cache)
+    monkeypatch.setattr("erase.latents.prepare.sample_points", None)
+    found = prepare_latents(model, concepts, DATA, 0, cache)
+    for sets in zip(alone, inner[0], outer, found, strict=True):
+        assert len({sha256_of(vars(each)) for each in sets}) == 1
+    assert len(list(cache.iterdir())) == 2, "one file a set, and nothing unfinished"
+
+
+@pytest.mark.parametrize(("cache", "words"), [(" ", "latents.cache is empty"), ("f", "a file")])
+def test_a_cache_that_cannot_be_is_refused(cache, words, base, tmp_path):
+    (tmp_path / "f").touch()
+    with pytest.raises(ErasureError, match=words):
+        latents = replace(DATA, cache=cache.strip() and str(tmp_path / cache) or cache)
+        erase_concept(
+            canvas_concept("heart"), EraseConfig(model=str(base), latents=latents), METHOD
         )

@@ -43,7 +43,7 @@ def pins(name):
 
 def test_every_lower_bound_of_a_dependency_is_the_version_that_the_oldest_set_tests():
     config = setup_cfg()
-    extras = [config["options.extras_require"][name] for name in ("xformers", "8bit")]
+    extras = [config["options.extras_require"][name] for name in ("xformers", "8bit", "live")]
     bounds = requirements("\n".join([config["options"]["install_requires"], *extras]))
     assert {name: str(each.specifier) for name, each in bounds.items()} == {
         name: f">={version}" for name, version in pins("oldest").items()

@@ -99,6 +99,7 @@ class Walker:
     @torch.no_grad()
     def predict(self, x: Tensor, level: Level) -> Tensor:
         """The guided prediction at a level."""
+        assert level.t is not None, "nothing is predicted where there is no noise"
         t = torch.full((len(x),), level.t, device=x.device)
         if self.null is None:
             return self.model.predict(x, t, self.cond)

@@ -10,7 +10,7 @@ import random
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -62,17 +62,26 @@ class LatentConfig:
     """what the prompts of these images are: beside (the .txt file of the same name, where images
     have one), folder (the name of the folder that each lies in, put into templates), or none. A
     forget image's must name the concept; with the anchor in its place it is the anchor prompt"""
+    cache: str | None = None
+    """a folder of finished latents that several runs share, at the same time too: what one has made
+    of a base, prompts, seed and these settings, no other makes again. Default: the run's own"""
 
     def __post_init__(self) -> None:
         check_precision(self.mixed_precision)
         check_names(self, {"captions": CAPTIONS})
-        for name in ("forget_images", "retain_images"):
+        instead = dict.fromkeys(("forget_images", "retain_images"), "sample the images")
+        for name, otherwise in {**instead, "cache": "keep the latents in the run's"}.items():
             if (folder := getattr(self, name)) is not None and not folder.strip():
                 raise ErasureError(
-                    f"latents.{name} is empty; name a folder, or leave it out to sample the images"
+                    f"latents.{name} is empty; name a folder, or leave it out to {otherwise}"
                 )
         counts = dict.fromkeys(("n_forget", "n_retain", "steps", "batch_size"), COUNT)
         check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE})
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All that the latents depend on: not where they are kept."""
+        return {name: value for name, value in asdict(self).items() if name != "cache"}
 
 
 class Source(Protocol):
@@ -269,7 +278,7 @@ def _cached(
     """The set of these prompts, of which the first `own` show what they say, found in the cache or
     made."""
     digests = [file_sha256(file) for file in files]
-    key = json.dumps([model.fingerprint, prompts, anchors, own, digests, seed, asdict(config)])
+    key = json.dumps([model.fingerprint, prompts, anchors, own, digests, seed, config.facts])
     digest = hashlib.sha256(key.encode()).hexdigest()
     path = cache / f"{what}-{digest[:16]}.safetensors" if cache else None
     if path and exists_on_all(path):

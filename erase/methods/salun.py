@@ -24,7 +24,7 @@ class SalUnConfig(RemapConfig):
     moving them, to a target a little beyond the anchor."""
 
     alpha: float = 3.0
-    beyond: float = 0.5
+    beyond: float = 0.25
     noise_power: float = 2.0
     mask: MaskConfig = field(
         default_factory=lambda: MaskConfig(rule="benefit", density=0.04, batches=8)

@@ -27,6 +27,17 @@ SCOPES = {
 side and `selfattn` the image's."""
 
 
+ABOUT = {
+    "full": "the whole denoiser",
+    "xattn": "cross-attention; of a joint attention, the text's side (ESD-x)",
+    "xattn_kv": "keys and values of the text in there, what a closed form edits (UCE)",
+    "selfattn": "self-attention; of a joint attention, the image's side",
+    "noxattn": "the denoiser outside cross-attention (ESD-u)",
+    "text_encoder": "the text encoders, all there are",
+}
+"""each scope in words"""
+
+
 def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Parameter]:
     """The parameters of a scope, in their given order.
 

@@ -18,6 +18,7 @@ from erase.eval.report.figures import matched
 from erase.latents.image_files import suffixes
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_rows import asks_for
 
 LEAST = 3
 """images that any of the intervals needs"""
@@ -71,7 +72,7 @@ class Pairs:
 def retained(case: Case) -> list[ImageRow]:
     """Rows of the base whose prompts and labels name no forgotten concept and no synonym of it."""
     names = [name for concept in case.concepts for name in concept.names]
-    return [row for row in case.base_images.rows if not row.asks_for(names)]
+    return [row for row in case.base_images.rows if not asks_for(row.prompt, row.labels, names)]
 
 
 def retained_pairs(case: Case) -> Pairs:

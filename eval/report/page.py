@@ -24,7 +24,7 @@ from erase.eval.report.words import (
     verdicts,
 )
 from erase.files import atomic_write
-from erase.prompts.prompt_rows import PromptRow
+from erase.prompts.prompt_rows import PromptRow, asks_for
 
 FORGET, RETAIN = 18, 30  # before/after pairs on the page: that ask for the concept, and that do not
 STRIP = 4  # columns of the strip that ask for the concept, and as many that do not
@@ -36,7 +36,8 @@ MASK = (
 
 def names_concept(row: ImageRow | PromptRow, concept: Mapping[str, Any]) -> bool:
     """Whether the row's labels or its prompt name what was forgotten, or a synonym of it."""
-    return row.asks_for([word for key in ("target", "synonyms") for word in words(concept, key)])
+    names = [word for key in ("target", "synonyms") for word in words(concept, key)]
+    return asks_for(row.prompt, row.labels, names)
 
 
 def spread_out(rows: Sequence[ImageRow], count: int) -> list[ImageRow]:

@@ -11,6 +11,8 @@ from erase.eval.scores import Score
 
 ERASED_WORD, PARTLY, NOT_ERASED = "erased", "partly erased", "not erased"
 NOTHING = "this shows nothing"
+SIDE_EFFECTS = ("leaked",)
+"""names of rates that are low on a base as well, and should stay so"""
 LEAST = 6
 """images of the base that must show the concept: the loss of fewer is no more than chance to
 McNemar's exact test (2 x 0.5^5 > 0.05)"""
@@ -153,7 +155,7 @@ def _of_rate(report: EvalReport, score: Score) -> str:
     base = _known(report, BASE, score.name)
     words = ("no lower or higher beyond the noise", "lower", "higher")
     shown = words[report.verdict(ERASED, score.name)]
-    if base.value * base.n < 100 * LEAST:
+    if base.value * base.n < 100 * LEAST and not score.name.endswith(SIDE_EFFECTS):
         shown = NOTHING
     return f"{score.name}: {shown} ({_change(report, score.name)})."
 

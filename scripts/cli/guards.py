@@ -26,7 +26,7 @@ PATHS = {
         "conflicts",
         "lora_delta",
     ),
-    *("forget_images", "retain_images", "config", "vae", "judge", "pretrained"),
+    *("forget_images", "retain_images", "cache", "config", "vae", "judge", "pretrained"),
 }
 """options, also of groups, that name files or folders (or else what is shipped or on the hub)"""
 _as_jsonargparse_reads = get_loader("yaml")

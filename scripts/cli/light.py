@@ -47,6 +47,11 @@ def stood_in() -> Iterator[None]:
                 del sys.modules[name]
 
 
+def stand_in() -> bool:
+    """Whether torch is a stand-in here, so that a plugin that is real may fail."""
+    return isinstance(sys.modules.get("torch"), _Module)
+
+
 class _Finder(MetaPathFinder, Loader):
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:  # type: ignore[override]
         return (

@@ -21,17 +21,20 @@ LEANER = (
 )
 
 
-def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+def run(
+    main: Callable[[list[str] | None], None], argv: list[str] | None = None, libraries: bool = True
+) -> int:
     """Run a command: 0 when done, 2 for bad input or too little memory (one sentence on stderr),
     130 for Ctrl-C, 143 for SIGTERM.
 
-    Of several processes the main one alone speaks; all tell their errors.
+    Of several processes the main one alone speaks; all tell their errors. `libraries`: whether its
+    work needs torch and diffusers, which take seconds to load; if not, it prints only at its end.
     """
     _speak_utf8()
     words = sys.argv[1:] if argv is None else argv
     try:
-        if only_describes(words):
-            _describe(main, argv)
+        if (only_describes(words) or not libraries) and _describe(main, argv):
+            return 0
         with _settled(words), terminable():
             _work(main, argv)
     except ErasureError as error:
@@ -59,16 +62,18 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     return 0
 
 
-def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
-    """Print help or version, which ends the program; where stand-ins are not enough for that, the
-    libraries themselves will do."""
+def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) -> bool:
+    """Print help or version, which ends the program, or a list; False where stand-ins are not
+    enough for that, and the libraries themselves will do."""
     try:
         with stood_in():
             main(argv)
+        return True
     except Exception as error:
-        if isinstance(error, ErasureError) and not isinstance(error, PluginError):
+        if isinstance(error, ErasureError | OSError) and not isinstance(error, PluginError):
             raise
         logging.getLogger("erase").debug("help needs the libraries themselves: %r", error)
+    return False
 
 
 def _work(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:

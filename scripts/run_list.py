@@ -1,0 +1,82 @@
+"""List what can be named on a command line, one line each.
+
+Methods, evaluators, attacks, protocols, concepts, prompt sets, recipes,
+families of checkpoints and scopes; what other installed packages bring is marked.
+
+all of it, or some:
+  erase-list
+  erase-list methods recipes
+how many weights each scope has in a checkpoint:
+  erase-list scopes --model canvas
+for programs:
+  erase-list --json
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+from erase.prompts.errors import ErasureError, unknown
+from erase.scripts.cli import Parser, parse, parser, run
+from erase.scripts.cli.catalogue import SECTIONS, as_text, scopes
+
+NARROWEST = 60  # columns
+
+
+def make_parser() -> Parser:
+    """All options."""
+    from erase.models.config import LoadConfig
+
+    command = parser("erase-list", __doc__)
+    command.add_argument(
+        "what",
+        type=str,
+        nargs="*",
+        default=[],
+        help=f"{', '.join(SECTIONS)}; all if none is named",
+    )
+    command.add_argument(
+        "--model",
+        type=str | None,
+        default=None,
+        help="with scopes: the checkpoint whose weights are counted",
+    )
+    command.add_argument(
+        "--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read"
+    )
+    command.add_argument("--json", action="store_true", help="as JSON: list -> its entries")
+    return command
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, list."""
+    options = parse(make_parser(), argv)
+    for name in options.what:
+        if name not in SECTIONS:
+            raise unknown("list", name, SECTIONS)
+    names = options.what or list(SECTIONS)
+    if options.model and "scopes" not in names:
+        raise ErasureError("--model is for the list of scopes; add scopes, or leave it out")
+
+    lists = {name: SECTIONS[name]() for name in dict.fromkeys(names)}
+    if options.model:
+        from erase.models import load_model
+
+        lists["scopes"] = scopes(load_model(options.model, options=options.load).parameters())
+    if options.json:
+        plain = {name: [entry.plain() for entry in entries] for name, entries in lists.items()}
+        print(json.dumps(plain, indent=1, ensure_ascii=False))
+    else:
+        print(as_text(lists, max(shutil.get_terminal_size().columns, NARROWEST)))
+
+
+def cli() -> None:
+    """The installed command."""
+    counts = any(word.split("=")[0] in ("--model", "--config") for word in sys.argv)
+    sys.exit(run(main, libraries=counts))
+
+
+if __name__ == "__main__":
+    cli()
