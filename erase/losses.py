@@ -17,6 +17,11 @@ def denoising(prediction: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(prediction.float(), target.float())
 
 
+def denoising_rows(prediction: Tensor, target: Tensor) -> Tensor:
+    """The mean squared error of each row, in float32, shape (n,)."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
 def forgetting(prediction: Tensor, target: Tensor) -> Tensor:
     """The forget loss whose gradient is the saliency: minus the denoising error (SalUn, eq. 3)."""
     return -denoising(prediction, target)

@@ -52,12 +52,16 @@ METHODS: Index[Method[Any]] = Index(
     {
         "salun": "erase.methods.salun:METHODS",
         "salun-half": "erase.methods.salun:METHODS",
+        "salun-soft": "erase.methods.salun:METHODS",
         "salun-paper": "erase.methods.salun:METHODS",
         "esd": "erase.methods.esd:METHODS",
         "uce": "erase.methods.uce:METHODS",
         "rece": "erase.methods.rece:METHODS",
         "speed": "erase.methods.speed:METHODS",
         "concept-ablation": "erase.methods.concept_ablation:METHODS",
+        "ssd": "erase.methods.ssd:METHODS",
+        "npo": "erase.methods.npo:METHODS",
+        "ascent": "erase.methods.ascent:METHODS",
     },
     Method,
 )

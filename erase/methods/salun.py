@@ -62,6 +62,14 @@ class SalUnPaperConfig(SalUnHalfConfig):
     )
 
 
+@dataclass
+class SalUnSoftConfig(SalUnHalfConfig):
+    """SalUn-soft: no mask beforehand; small changes go back to the base's bits at each step."""
+
+    mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
+    prox_l1: float = 0.1
+
+
 def edit(task: Task, config: RemapConfig) -> Edit:
     """Erase the task's concepts."""
     remap = Remap(task, config)
@@ -71,5 +79,6 @@ def edit(task: Task, config: RemapConfig) -> Edit:
 METHODS = {
     "salun": Method("salun", PAPER, SalUnConfig(), edit),
     "salun-half": Method("salun-half", PAPER, SalUnHalfConfig(), edit),
+    "salun-soft": Method("salun-soft", PAPER, SalUnSoftConfig(), edit),
     "salun-paper": Method("salun-paper", PAPER, SalUnPaperConfig(), edit),
 }

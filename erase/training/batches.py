@@ -1,4 +1,4 @@
-"""Batches of one latent set under its own prompts, for losses that look at each row by itself."""
+"""Batches of latent sets under their own prompts, for losses that look at each row by itself."""
 
 from __future__ import annotations
 
@@ -31,3 +31,10 @@ def row_batches(
         return drawn, texts_of(latents.prompts, rows)
 
     return batches
+
+
+def forget_and_retain(task: Task, size: int) -> Callable[[int], tuple[PromptedRows, PromptedRows]]:
+    """Step -> `size` forget rows and as many retain rows, with their prompts."""
+    forget = row_batches(task, task.forget(), size)
+    retain = row_batches(task, task.retain(), size, task.seed + 1)
+    return lambda step: (forget(step), retain(step))

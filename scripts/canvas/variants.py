@@ -23,6 +23,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "train.steps": 40,
         "train.batch_size": 4,
     },
+    "ssd": {},
+    "npo": {"train.lr": 1e-4, "train.steps": 60},
+    "ascent": {"train.lr": 1e-4, "train.steps": 40, "ceiling": 1.0},
+    "salun-soft": {"train.lr": 1e-3, "train.steps": 60},
 }
 """method -> what it needs on the embedded world in the place of its paper's settings"""
 

@@ -1,0 +1,58 @@
+"""Gradient ascent on the denoising error of the concept (Thudi et al., EuroS&P 2022,
+https://arxiv.org/abs/2109.13398).
+
+No anchor is needed, and what comes in the concept's place is anything. The error has no upper
+bound: NPO slows down by itself, here a ceiling is set. As a control, or where seconds count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from erase.losses import denoising, denoising_rows
+from erase.methods import Method
+from erase.prompts.errors import POSITIVE, check_ranges
+from erase.task import Edit, Task
+from erase.training.batches import PromptedRows, forget_and_retain
+from erase.training.config import TrainConfig, TunedConfig
+from erase.training.fine_tune import fine_tune
+from erase.training.trainable import Base
+
+PAPER = "https://arxiv.org/abs/2109.13398"
+
+
+@dataclass
+class AscentConfig(TunedConfig):
+    """Settings of gradient ascent."""
+
+    alpha: float = 1.0
+    """weight of the retain loss; 0 is plain ascent"""
+    ceiling: float = 2.0
+    """denoising error of a latent (mean square of its elements; noise has 1) above which it is
+    pushed no further"""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=100, lr=1e-5, batch_size=8)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"alpha": (0, 1e6), "ceiling": POSITIVE})
+
+
+def edit(task: Task, config: AscentConfig) -> Edit:
+    """Minimise -|eps(x_t, c) - noise|^2 + alpha |eps(x_t, c_r) - noise|^2, the first no
+    further than the ceiling."""
+
+    def loss(batch: tuple[PromptedRows, PromptedRows], base: Base) -> dict[str, Tensor]:
+        (forget, prompts), (retain, kept) = batch
+        errors = denoising_rows(task.predict(forget, prompts), forget.target)
+        terms = {"forget": -errors.clamp_max(config.ceiling).mean()}
+        if config.alpha:
+            terms["retain"] = config.alpha * denoising(task.predict(retain, kept), retain.target)
+        return terms
+
+    return fine_tune(task, loss, forget_and_retain(task, config.train.batch_size), config)
+
+
+METHODS = {"ascent": Method("ascent", PAPER, AscentConfig(), edit)}

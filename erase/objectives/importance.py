@@ -1,0 +1,42 @@
+"""How much the weights matter to the concept, and to what is retained."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from erase.losses import denoising
+from erase.task import Task
+from erase.training.batches import PromptedRows, row_batches
+from erase.training.config import MaskConfig, TrainConfig, TunedConfig
+from erase.training.saliency import Objective, compute_statistics
+from erase.training.statistics import Statistics
+from erase.training.trainable import Base
+
+
+def importance(
+    task: Task, scope: str, names: tuple[str, ...], batches: int, size: int
+) -> Statistics:
+    """Statistics of the gradients of the denoising error, at the base.
+
+    Those of the forget latents are called `objective.*`, those of the retain latents `retain.*`.
+    The b-th batch of both has the same timesteps and noise.
+
+    Args:
+        task: the erasure.
+        scope: whose weights.
+        names: of `erase.training.statistics`.
+        batches: of latents, of each set.
+        size: latents in a batch; 1: squares are those of single latents.
+    """
+    config = TunedConfig(
+        scope=scope,
+        mask=MaskConfig(batches=batches),
+        train=TrainConfig(steps=1, batch_size=size),
+    )
+
+    def loss(batch: PromptedRows, base: Base) -> dict[str, Tensor]:
+        rows, prompts = batch
+        return {"forget": denoising(task.predict(rows, prompts), rows.target)}
+
+    objective = Objective(loss, row_batches(task, task.forget(), size))
+    return compute_statistics(task, config, names, objective)
