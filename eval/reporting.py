@@ -76,7 +76,7 @@ def parts_of(
     if len(sets) == 1:
         case = foresee(sets[0], list(concepts))
         return [_part("", sets[0], list(concepts), case, choose(case))]
-    named = [{concept.target for concept in concepts if _asks_for(one, concept)} for one in sets]
+    named = [_named(one, concepts) for one in sets]
     parts = []
     for one, own in zip(sets, named, strict=True):
         others = set().union(*named) - own
@@ -84,6 +84,11 @@ def parts_of(
         case = foresee(one, asked)
         parts.append(_part(one.name, one, asked, case, choose(case)))
     return parts
+
+
+def _named(prompts: PromptSet, concepts: Sequence[ConceptSpec]) -> set[str]:
+    """Targets of the concepts that a set names."""
+    return {concept.target for concept in concepts if _asks_for(prompts, concept)}
 
 
 def _asks_for(prompts: PromptSet, concept: ConceptSpec) -> bool:

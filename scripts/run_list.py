@@ -66,7 +66,9 @@ def main(argv: list[str] | None = None) -> None:
 
         lists["scopes"] = scopes(load_model(options.model, options=options.load).parameters())
     if options.json:
-        plain = {name: [entry.plain() for entry in entries] for name, entries in lists.items()}
+        plain = {}
+        for name, entries in lists.items():
+            plain[name] = [entry.plain() for entry in entries]
         print(json.dumps(plain, indent=1, ensure_ascii=False))
     else:
         print(as_text(lists, max(shutil.get_terminal_size().columns, NARROWEST)))

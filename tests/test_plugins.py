@@ -92,7 +92,7 @@ def told(capsys) -> str:
 @pytest.mark.parametrize(
     ("module", "flags", "shown", "hidden"),
     [
-        ("run_erase", [], ["uce, fade (of outside 1.0), or"], "--strength"),
+        ("run_erase", [], ["fade (of outside 1.0), or"], "--strength"),
         (
             "run_erase",
             ["--method", "fade"],
@@ -105,7 +105,7 @@ def told(capsys) -> str:
             ["--strength", "(type: float, default: 0.5)"],
             "--saliency_",
         ),
-        ("run_evaluate", [], ["nudenet, brightness (of outside 1.0), or"], "--brightness"),
+        ("run_evaluate", [], ["brightness (of outside 1.0), or"], "--brightness"),
         (
             "run_evaluate",
             ["--evaluators", "[brightness]"],
@@ -277,7 +277,7 @@ def test_what_check_refuses_is_refused_before_anything_is_drawn(
     flags += ["--prompts", str(tmp_path / "dark.csv"), "--out", str(tmp_path / "report")]
     assert run(run_evaluate.main, flags) == 2
     assert (
-        told(capsys).startswith("brightness cannot judge 'a dark heart'")
+        told(capsys).startswith("prompt set dark: brightness cannot judge 'a dark heart'")
         and not (tmp_path / "report").exists()
     )
 

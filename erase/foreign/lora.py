@@ -53,9 +53,11 @@ class Layer:
 
 def is_lora(file: TensorFile) -> bool:
     """Whether a file holds factors of layers, or what else stands in their place."""
-    return any(
-        MORE.search(key) or any(form.fullmatch(key) for form in FACTORS[:3]) for key in file.shapes
-    )
+    return any(map(_of_factor, file.shapes))
+
+
+def _of_factor(key: str) -> bool:
+    return bool(MORE.search(key)) or any(form.fullmatch(key) for form in FACTORS[:3])
 
 
 def read_lora(
