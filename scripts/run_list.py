@@ -1,7 +1,7 @@
 """List what can be named on a command line, one line each.
 
 Methods, evaluators, attacks, protocols, concepts, prompt sets, recipes,
-families of checkpoints and scopes; what other installed packages bring is marked.
+families of checkpoints and scopes; what other packages bring is marked.
 
 all of it, or some:
   erase-list

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from erase.attacks.relearning import relearn
 from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import Given, LatentConfig, prepare_latents
 from erase.models import wrap
 from erase.objectives.remap import Remap, RemapConfig
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
-from erase.scripts.canvas import relearning
 from erase.task import Task
-from erase.training.config import TrainConfig
+from erase.training.config import TrainConfig, TunedConfig
 from erase.training.loop import cut
 
 PLAIN = RemapConfig(
@@ -111,9 +111,11 @@ def test_relearning_with_accumulation_ends_where_it_does_without_and_sees_a_part
 ) -> None:
     latents, train = from_images()[0], TrainConfig(steps=2, batch_size=4, lr=0.1, optimizer="SGD")
     heart = canvas_concept("heart")
-    plain, seen = relearning.relearn(pico, heart, latents, train), []
+    ((_, plain),) = relearn(pico, [heart], latents, TunedConfig(train=train), [2])
+    seen: list[int] = []
     pico.component("unet").register_forward_hook(lambda _, args, out: seen.append(len(out.sample)))
-    split = relearning.relearn(pico, heart, latents, replace(train, accumulation=4))
+    parts = TunedConfig(train=replace(train, accumulation=4))
+    ((_, split),) = relearn(pico, [heart], latents, parts, [2])
     assert seen == [1] * 8, "two steps of four rows, each of which is seen once"
     base = {name: param.detach() for name, param in pico.parameters("unet").items()}
     moved = sum((plain[name] - base[name]).square().sum() for name in plain).sqrt()

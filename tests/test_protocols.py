@@ -33,11 +33,14 @@ from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, canvas_grid
 from erase.prompts.wordings import books, load_book, worded
 from erase.scripts import run_evaluate
+from erase.scripts.cli import parse
+from erase.scripts.cli.protocols import add_protocol
 
 HEART = canvas_concept("heart")
 CHURCH = next(one for one in load_concepts("imagenette") if one.target == "church")
 CAT = ConceptSpec("cat", "dog", kind="class")
-STEMS = [path.stem for path in sorted(PROTOCOLS.glob("*.yaml"))]
+SUITE = "suite"  # ours, on the embedded world alone
+STEMS = [path.stem for path in sorted(PROTOCOLS.glob("*.yaml")) if path.stem != SUITE]
 
 
 def concept_for(name: str) -> ConceptSpec:
@@ -62,7 +65,7 @@ def test_the_protocols_of_the_field_are_there() -> None:
     ]
 
 
-@pytest.mark.parametrize("name", protocol_names())
+@pytest.mark.parametrize("name", [one for one in protocol_names() if not one.startswith(SUITE)])
 def test_a_protocol_says_its_source_and_brings_its_prompts_or_says_what_it_needs(name: str) -> None:
     protocol = load_protocol(name)
     assert protocol.name == name and protocol.version.isdigit() and protocol.evaluators
@@ -76,6 +79,27 @@ def test_a_protocol_says_its_source_and_brings_its_prompts_or_says_what_it_needs
     for option in protocol.needs:
         with pytest.raises(ErasureError, match=f"^{name}: needs "):
             protocol.check_needs(lambda asked, missing=option.option: asked != missing)
+
+
+@pytest.mark.parametrize("name", ["quick", "full"])
+def test_a_suite_sets_budgets_within_its_evaluators_and_options_beside_it_win(name: str) -> None:
+    protocol = load_protocol(f"{SUITE}/{name}")
+    options = protocol.options()
+    steps = protocol.evaluators["attack"].pseudo_token.steps
+    assert options["attack.pseudo_token.steps"] == steps and "attack.pseudo_token" not in options
+    evaluators = run_evaluate.judges(None)
+    command = run_evaluate.make_parser(evaluators)
+    assert add_protocol(command, ["--suite", name]) == protocol
+    given = parse(command, ["--suite", name, "--attack.pseudo_token.steps", "7"])
+    assert given.attack.pseudo_token.steps == 7
+    assert given.relearning.images == protocol.evaluators["relearning"].images
+    assert len(protocol.prompt_set([HEART]).rows) >= 48
+
+
+def test_a_suite_beside_a_protocol_is_refused() -> None:
+    command = run_evaluate.make_parser({})
+    with pytest.raises(ErasureError, match="emma/canvas and as suite/quick; name one"):
+        add_protocol(command, ["--suite", "quick", "--protocol", "emma/canvas"])
 
 
 @pytest.mark.parametrize("stem", STEMS)

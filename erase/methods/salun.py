@@ -20,8 +20,9 @@ PAPER = "https://arxiv.org/abs/2310.12508"
 
 @dataclass
 class SalUnConfig(RemapConfig):
-    """What measures best here (docs/results.md): few weights, far moved, chosen by the benefit of
-    moving them, to a target a little beyond the anchor."""
+    """Settings of SalUn, as they measure best here (docs/results.md).
+
+    Few weights, chosen by the benefit of moving them, far moved, to a target beyond the anchor."""
 
     alpha: float = 3.0
     beyond: float = 0.25

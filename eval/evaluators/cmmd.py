@@ -26,8 +26,7 @@ ESTIMATORS = ("unbiased", "as-published")
 
 @dataclass
 class Config:
-    """cmmd: distance of CLIP embeddings between the base's and the erased images of prompts that
-    keep their concepts."""
+    """cmmd: distance in CLIP between base and erased, of prompts that must stay."""
 
     model: str | None = None
     """as `clip.model`; default: canvas for the embedded world's prompts, else ViT-L-14-336 with

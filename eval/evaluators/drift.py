@@ -30,7 +30,7 @@ WINDOW = 11
 
 @dataclass
 class Config:
-    """drift: how far the images of prompts that keep their concepts moved from the base's."""
+    """drift: how far images of prompts that must stay moved from the base's."""
 
     batch_size: int = 64
     """pairs looked at together; no score depends on it"""

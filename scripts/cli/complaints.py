@@ -97,9 +97,12 @@ def near_options(name: str, options: list[str]) -> list[str]:
     group, _, last = key.rpartition(".")
     last = OTHER_WORDS.get(last, last)
     lasts = {option: option.rpartition(".")[2].casefold() for option in options}
+    ends = [option for option, end in lasts.items() if end == last]
+    depth = min((option.count(".") for option in ends), default=0)
     ways = (
         [option for option in options if option.casefold() in (key, f"{group}.{last}")],
-        [option for option, end in lasts.items() if end == last],
+        [option for option in options if option.casefold() == f"{key}s"],
+        [option for option in ends if option.count(".") == depth],
         [
             option
             for option, end in lasts.items()
