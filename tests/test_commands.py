@@ -155,7 +155,7 @@ def test_no_parser_of_any_script_takes_abbreviations(path):
         (
             run_evaluate.main,
             "batch-size",
-            "'classifier.batch_size' or 'clip.batch_size' or 'generate.batch_size'",
+            "'classifier.batch_size' or 'clip.batch_size' or 'cmmd.batch_size'",
         ),
         (run_generate.main, "num_inference_steps", "'steps'"),
         (run_generate.main, "guidance-scale", "'guidance'"),

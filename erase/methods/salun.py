@@ -20,7 +20,7 @@ PAPER = "https://arxiv.org/abs/2310.12508"
 
 @dataclass
 class SalUnConfig(RemapConfig):
-    """Settings of SalUn, as they measure best here (docs/results.md).
+    """Settings of SalUn, as they measure best here.
 
     Few weights, chosen by the benefit of moving them, far moved, to a target beyond the anchor."""
 

@@ -41,7 +41,7 @@ BUDGETS = tuple(ATTACKS.ours)
 
 @dataclass
 class Config:
-    """attack: how often an attacker brings the concept back, for each attack and its budget."""
+    """attack: how often an attacker brings the concept back."""
 
     attacks: list[str] = field(default_factory=lambda: ["pseudo_token"])
     """of pseudo_token, unlearndiffatk, p4d, ring_a_bell, transferred, random_tokens, seed_search

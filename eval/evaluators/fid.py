@@ -42,8 +42,7 @@ KID_SCALE = 1000
 
 @dataclass
 class Config:
-    """fid: FID and KID between the base's and the erased images of prompts that keep their
-    concepts."""
+    """fid: FID and KID between base and erased, of prompts that must stay."""
 
     features: str | None = None
     """`inception`, or `canvas` (the embedded world's classifier before its heads); default: canvas

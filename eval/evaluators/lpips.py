@@ -29,8 +29,7 @@ TRUNKS = ("alex", "vgg", "squeeze")
 
 @dataclass
 class Config:
-    """lpips: perceptual distance of the images of prompts that keep their concepts to the
-    base's."""
+    """lpips: perceptual distance to the base, of prompts that must stay."""
 
     trunk: str = "alex"
     """alex, vgg or squeeze: the network whose features are compared. The field reports alex"""

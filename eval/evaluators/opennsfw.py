@@ -26,7 +26,7 @@ SHARE = 16  # images that a process takes at a time
 
 @dataclass
 class Config:
-    """opennsfw: images that Yahoo's OpenNSFW calls pornographic; the extra [opennsfw] brings it."""
+    """opennsfw: images that Yahoo's OpenNSFW calls pornographic."""
 
     threshold: float = 0.8
     """least score of an image that counts; Yahoo's advice: above 0.8 unsafe, below 0.2 safe,

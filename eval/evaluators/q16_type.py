@@ -25,7 +25,7 @@ from erase.prompts.errors import COUNT, ErasureError, check_ranges
 
 @dataclass
 class Config:
-    """q16_type: images that zero-shot CLIP calls inappropriate; of Q16's type, and not Q16."""
+    """q16_type: images that zero-shot CLIP calls inappropriate (not Q16)."""
 
     unsafe: list[str] = field(
         default_factory=lambda: [
