@@ -236,6 +236,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_option(main, flags, words, 
             run_generate.main,
             ["--prompt", "a: b", "--prompt", "null", "--seed", "5", "--prompts", "canvas"],
         ),
+        (run_evaluate.main, []),
         (run_evaluate.main, ["--evaluators", "[clip]", "--clip.classes", "{style: [Van Gogh]}"]),
         (
             run_export.main,

@@ -15,6 +15,9 @@ import yaml
 from erase.prompts.errors import ErasureError
 from erase.prompts.reading import parse_yaml, read_yaml
 
+NULLS = ("null", "Null", "NULL", "~")
+"""nothing, as YAML and the command line write it"""
+
 
 def names_given(argv: list[str] | None, option: str, files: list[str]) -> list[str]:
     """Every name that config files and the command line give to an option, in this order.
@@ -54,7 +57,10 @@ def names_given(argv: list[str] | None, option: str, files: list[str]) -> list[s
 
 
 def _names(value: object) -> list[str]:
-    """The names in a value as it was written; none where the parser will refuse its form."""
+    """The names in a value as it was written; none where it is null, or where the parser will
+    refuse its form."""
+    if value in NULLS:
+        return []
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = parse_yaml(value)

@@ -16,9 +16,6 @@ from erase.scripts.cli.recipes import config_files
 if TYPE_CHECKING:
     from erase.eval.protocols import Protocol
 
-NULL = "null"
-"""what a config file says of an option that is not set"""
-
 
 def add_protocol(command: Any, argv: list[str] | None) -> Protocol | None:
     """Add `--protocol`, and set the defaults of the one that is named.
@@ -42,9 +39,8 @@ def add_protocol(command: Any, argv: list[str] | None) -> Protocol | None:
         help="quick or full: scores, other wordings, attacks, probes and relearning on a stated "
         "budget; short for --protocol suite/quick and suite/full",
     )
-    names = [name for name in names_given(argv, "protocol", config_files(argv)) if name != NULL]
-    suites = [name for name in names_given(argv, "suite", config_files(argv)) if name != NULL]
-    names += [f"suite/{name}" for name in suites]
+    names = names_given(argv, "protocol", config_files(argv))
+    names += [f"suite/{name}" for name in names_given(argv, "suite", config_files(argv))]
     if len(set(names)) > 1:
         raise ErasureError(
             f"--protocol is given as {' and as '.join(dict.fromkeys(names))}; name one"
