@@ -7,23 +7,22 @@ settings, so that what an attack adds is compared with images that differ in not
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from erase.eval.case import Case
 from erase.eval.detectors import Detector
-from erase.eval.generate_config import GenerateConfig, scheduler_of
+from erase.eval.generate import prepared, sampled
+from erase.eval.generate_config import GenerateConfig
 from erase.eval.images import ImageRow
 from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import LatentConfig, Plan
 from erase.models import DiffusionModel, autocast
-from erase.models.pipelines import arguments, decode, image_size
+from erase.models.pipelines import decode, image_size
 from erase.parallel.processes import in_shares
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
@@ -146,8 +145,7 @@ def sample(
         start: noise to start from, shape (n, *latent_shape), before the sampler scales it; None:
             drawn from the seeds.
     """
-    pipe: Any = copy(model.pipeline())
-    pipe.scheduler = scheduler_of(pipe.scheduler, settings.scheduler)
+    pipe = prepared(model.pipeline(), settings)
     side = settings.resolution or image_size(pipe)
     parts: list[tuple[Tensor, Tensor]] = []
     with autocast(model.device, settings.mixed_precision):
@@ -155,18 +153,11 @@ def sample(
         null = model.encode([""])[torch.zeros(len(rows), dtype=torch.long)]
         for guidance in dict.fromkeys(row.guidance for row in rows):
             here = [place for place, row in enumerate(rows) if row.guidance == guidance]
-            at = torch.tensor(here)
+            at, seeds = torch.tensor(here), [rows[place].seed for place in here]
             begun = None if start is None else start[at].to(model.device, cond.embeddings.dtype)
-            latents = pipe(
-                **arguments(cond[at], null[at]),
-                latents=begun,
-                generator=[torch.Generator().manual_seed(rows[place].seed) for place in here],
-                num_inference_steps=settings.steps,
-                guidance_scale=guidance,
-                height=side,
-                width=side,
-                output_type="latent",
-            ).images
+            latents = sampled(
+                pipe, cond[at], null[at], seeds, guidance, settings.steps, side, begun
+            )
             parts.append((at, latents))
     order = torch.cat([at for at, _ in parts]).argsort()
     return torch.cat([latents for _, latents in parts])[order]
@@ -197,8 +188,7 @@ def drawn_by_base(
         seed: of the erasure.
         folder: where the latents are kept, to be found again; None: nowhere.
     """
-    config = LatentConfig(n_forget=max(images, len(concepts)), n_retain=1)
-    return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder).forget()
+    return _of_attacker(base, concepts, max(images, len(concepts)), 1, seed, folder).forget()
 
 
 def others_by_base(
@@ -209,5 +199,16 @@ def others_by_base(
     folder: Path | None = None,
 ) -> LatentSet:
     """Images of retained prompts, likewise: what has nothing to do with the concepts."""
-    config = LatentConfig(n_forget=len(concepts), n_retain=images)
-    return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder).retain()
+    return _of_attacker(base, concepts, len(concepts), images, seed, folder).retain()
+
+
+def _of_attacker(
+    base: DiffusionModel,
+    concepts: Sequence[ConceptSpec],
+    n_forget: int,
+    n_retain: int,
+    seed: int,
+    folder: Path | None,
+) -> Plan:
+    config = LatentConfig(n_forget=n_forget, n_retain=n_retain)
+    return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder)

@@ -14,7 +14,7 @@ by one level; 1, 2 and 4 threads give the same bits, and 3 threads differ by 1e-
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from erase.eval.generate_config import GenerateConfig, scheduler_of
 from erase.eval.images import (
@@ -101,9 +102,9 @@ def generate(
             f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it"
         )
     settings |= provenance
-    prepared = _prepared(pipeline, config)
+    ready = prepared(pipeline, config)
     _claim(out, settings)
-    _make(prepared, whole[state.process_index :: state.num_processes], out, settings)
+    _make(ready, whole[state.process_index :: state.num_processes], out, settings)
     state.wait_for_everyone()
     if state.is_main_process:
         write_manifest(
@@ -195,7 +196,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         write_settings(out, settings)
 
 
-def _prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
+def prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
     """The same parts behind another scheduler: a shallow copy, so that the caller's pipeline stays
     as it is."""
     # no more than there are noise levels
@@ -247,6 +248,41 @@ def _embedder(pipe: Pipeline) -> Callable[[str], Cond]:
     return lru_cache(EMBEDDINGS)(lambda prompt: encode(pipe, [prompt], device))
 
 
+def sampled(
+    pipe: Pipeline,
+    cond: Cond,
+    null: Cond,
+    seeds: Sequence[int],
+    guidance: float,
+    steps: int,
+    side: int,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Latents of a batch, one row per seed.
+
+    Args:
+        pipe: as `prepared` gives it.
+        cond: states of the prompts.
+        null: of the empty prompt, as many rows.
+        seeds: of the noise.
+        guidance: scale.
+        steps: of the sampler.
+        side: pixels of the square image.
+        start: noise to start from, before the sampler scales it; None: drawn from the seeds.
+    """
+    latents: Tensor = pipe(
+        **arguments(cond, null),
+        latents=start,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=side,
+        width=side,
+        output_type="latent",
+    ).images
+    return latents
+
+
 def denoise(
     pipe: Pipeline, batch: Batch, embed: Callable[[str], Cond], settings: dict[str, Any]
 ) -> dict[int, np.ndarray]:
@@ -257,17 +293,15 @@ def denoise(
     """
     rows = batch.rows + batch.rows[-1:] * (settings["batch_size"] - len(batch.rows))
     with autocast(pipe._execution_device, settings["mixed_precision"]):
-        latents = pipe(
-            **arguments(
-                Cond.stack([embed(row.prompt) for row in rows]), Cond.stack([embed("")] * len(rows))
-            ),
-            generator=[torch.Generator().manual_seed(row.seed) for row in rows],
-            num_inference_steps=settings["steps"],
-            guidance_scale=batch.guidance,
-            height=settings["resolution"],
-            width=settings["resolution"],
-            output_type="latent",
-        ).images
+        latents = sampled(
+            pipe,
+            Cond.stack([embed(row.prompt) for row in rows]),
+            Cond.stack([embed("")] * len(rows)),
+            [row.seed for row in rows],
+            batch.guidance,
+            settings["steps"],
+            settings["resolution"],
+        )
     images = decode(pipe, latents, settings["mixed_precision"])[: len(batch.rows)]
     for row, finite in zip(batch.rows, images.isfinite().all(dim=(1, 2, 3)).tolist(), strict=True):
         if not finite:

@@ -15,18 +15,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token, nameless
 from erase.attacks.relearning import changed_to, relearn
 from erase.delta import ErasedDelta
-from erase.eval.evaluators.classifier import load_judge
+from erase.eval.attempts import drawn_by_base
+from erase.eval.detectors import detector
 from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given, LatentConfig, Plan
+from erase.latents.prepare import Given
 from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import decode
 from erase.prompts.canvas import canvas_concept
@@ -48,26 +47,16 @@ def shown(
 ) -> float:
     """Percentage of the concept's own answer prompts under which the classifier sees it: 100 - UA.
     With a prefix, of those prompts without its name."""
-    kind = str(concept.kind)
-    rows = canvas_grid(ANSWER_SEEDS[:1], {kind: concept.target}).rows
+    rows = canvas_grid(ANSWER_SEEDS[:1], {str(concept.kind): concept.target}).rows
     unnamed = nameless((concept,))
-    judge, seen = load_judge("canvas"), 0
+    seen, sees = 0, detector([concept], "canvas").sees
     for start in range(0, len(rows), BATCH):
         part = rows[start : start + BATCH]
         prompts = [unnamed(row.prompt) if prefix else row.prompt for row in part]
         seeds = [row.seed for row in part]
         latents = model.sample(prompts, seeds, steps, GUIDANCE, prefix=prefix)
-        with torch.inference_mode():
-            logits = judge.logits(decode(model.pipeline(), latents, "no"))[kind]
-        names = judge.classes[kind]
-        seen += sum(names[i] == concept.target for i in logits.argmax(1).tolist())
+        seen += sum(sees(decode(model.pipeline(), latents, "no")))
     return 100 * seen / len(rows)
-
-
-def drawn_by_base(model: DiffusionModel, concept: ConceptSpec, seed: int, out: Path) -> LatentSet:
-    """The attacker's images: 16 of the concept, by the base, of other seeds than the erasure's."""
-    config = LatentConfig(n_forget=IMAGES, n_retain=1)
-    return Plan(model, [concept], config, seed + 1000, out / "latents").forget()
 
 
 def relearning(
@@ -144,7 +133,7 @@ def main() -> None:
         if tuple(map(str, key)) in done:
             continue
         concept = canvas_concept(job.concept)
-        latents = drawn_by_base(model, concept, job.seed, args.out)
+        latents = drawn_by_base(model, [concept], IMAGES, job.seed, args.out / "latents")
         delta = None if args.base else ErasedDelta.load(delta_path(job, args.out))
         with delta.applied(model) if delta else nullcontext():
             row: dict[str, Any] = {"concept": job.concept, "variant": name, "seed": job.seed}
