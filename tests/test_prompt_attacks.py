@@ -5,12 +5,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from erase.attacks import ALONE, ATTACKS, NAMED, NAMELESS, Found, check_own_rows, get_attack
+from erase.attacks import (
+    ALONE,
+    ATTACKS,
+    NAMED,
+    NAMELESS,
+    RESTART,
+    Found,
+    check_own_rows,
+    get_attack,
+)
 from erase.attacks.baselines import RandomTokensConfig, SeedSearchConfig, other_seed, random_words
 from erase.attacks.p4d import P4DConfig
 from erase.attacks.p4d import find as find_p4d
 from erase.attacks.p4d import learn as learn_p4d
-from erase.attacks.pseudo_token import RESTART, find_pseudo_token, nameless
+from erase.attacks.pseudo_token import find_pseudo_token, nameless
 from erase.attacks.ring_a_bell import RingABellConfig, _children, wanted_states
 from erase.attacks.ring_a_bell import learn as learn_ring_a_bell
 from erase.attacks.unlearndiffatk import UnlearnDiffAtkConfig, search, squared_norm

@@ -17,6 +17,8 @@ from erase.task import Task
 C = TypeVar("C")
 NAMED, NAMELESS, ALONE = "named", "nameless", "alone"
 """the prompt behind what was found: as it is, without the concept's names, or none"""
+RESTART = 7919
+"""between the seeds of two restarts"""
 Known = Mapping[str, Tensor]
 """what an attacker brings from the base, by name"""
 
@@ -35,6 +37,11 @@ class Found:
     words"""
     seed_shift: int = 0
     """added to the seeds"""
+
+
+def seed_of(task: Task, restart: int) -> int:
+    """The seed of one start of an attack."""
+    return task.seed + RESTART * restart
 
 
 def never(config: Any) -> bool:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from erase.attacks import Attack, Found, Known
-from erase.attacks.pseudo_token import RESTART
+from erase.attacks import RESTART, Attack, Found, Known, seed_of
 from erase.attacks.words import words_of
 from erase.latents.latent_set import LatentSet
 from erase.prompts.errors import COUNT, check_ranges
@@ -44,7 +43,7 @@ def random_words(
 ) -> Found:
     """Words drawn at random, the same before all prompts."""
     words = words_of(task.model)
-    generator = torch.Generator().manual_seed(task.seed + RESTART * restart)
+    generator = torch.Generator().manual_seed(seed_of(task, restart))
     chosen = torch.randint(len(words), (config.words,), generator=generator)
     return Found(words.embedded(chosen), texts=(words.text(chosen),))
 

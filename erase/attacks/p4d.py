@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from erase.attacks import NAMELESS, Attack, Found, Known
+from erase.attacks import NAMELESS, Attack, Found, Known, seed_of
 from erase.attacks.descent import descend, renamed
-from erase.attacks.pseudo_token import RESTART, nameless
+from erase.attacks.pseudo_token import nameless
 from erase.attacks.words import nearest, words_of
 from erase.latents.batches import Rows, draw_rows
 from erase.latents.latent_set import LatentSet, epoch_rows, texts_of
@@ -53,7 +53,7 @@ def learn(task: Task, latents: LatentSet, config: P4DConfig, restart: int) -> Kn
     Returns:
         `row` and `t`, shape (draws,); `noisy` and `wanted`, shape (draws, c, h, w).
     """
-    seed = task.seed + RESTART * restart
+    seed = seed_of(task, restart)
     generator = torch.Generator().manual_seed(seed)
     order = epoch_rows(len(latents), 0, config.draws, seed)
     drawn = draw_rows(task.model, latents, order, generator)
@@ -66,7 +66,7 @@ def learn(task: Task, latents: LatentSet, config: P4DConfig, restart: int) -> Kn
 
 def find(task: Task, latents: LatentSet, config: P4DConfig, restart: int, known: Known) -> Found:
     """Words for all prompts."""
-    words, seed = words_of(task.model), task.seed + RESTART * restart
+    words, seed = words_of(task.model), seed_of(task, restart)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randint(len(words), (config.words,), generator=generator)
     first = next(iter(words.tables))  # the words are chosen in the first encoder's space

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from erase.attacks import NAMELESS, Attack, Found, Known
+from erase.attacks import NAMELESS, Attack, Found, Known, seed_of
 from erase.attacks.descent import descend, renamed
 from erase.latents.latent_set import LatentSet
 from erase.models.pipelines import text_encoders
@@ -24,9 +24,6 @@ from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.prompts.names import Names
 from erase.task import Task
 from erase.training.batches import row_batches
-
-RESTART = 7919
-"""between the seeds of two restarts"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ def find_pseudo_token(
     Returns:
         Text encoder -> embeddings, shape (vectors, width), as `DiffusionModel.encode` takes them.
     """
-    seed = task.seed + RESTART * restart
+    seed = seed_of(task, restart)
     prefix = _start(task, config.vectors, seed)
     optimizer = torch.optim.Adam(list(prefix.values()), lr=config.lr)
     batches = row_batches(task, latents, config.batch_size, seed)

@@ -18,15 +18,13 @@ from torch import Tensor
 
 from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import Given
-from erase.losses import denoising
 from erase.models import DiffusionModel
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
-from erase.training.batches import PromptedRows, row_batches
+from erase.training.batches import denoising_loss, row_batches
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import fine_tune
-from erase.training.trainable import Base
 
 
 def relearn(
@@ -61,11 +59,7 @@ def relearn(
             f"{config.train.schedule} depends on the last; use constant"
         )
     task = Task(model, concepts, Given(latents, latents), seed, folder)
-
-    def loss(batch: PromptedRows, base: Base) -> dict[str, Tensor]:
-        rows, prompts = batch
-        return {"forget": denoising(task.predict(rows, prompts), rows.target)}
-
+    loss = denoising_loss(task)
     batches = row_batches(task, task.forget(), config.train.batch_size)
     for count in sorted(counts):
         train = replace(config.train, steps=count, checkpoint_every=count)

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from erase.attacks import ALONE, Attack, Found, Known
-from erase.attacks.pseudo_token import RESTART
+from erase.attacks import ALONE, Attack, Found, Known, seed_of
 from erase.attacks.words import Words, words_of
 from erase.latents.latent_set import LatentSet
 from erase.parallel.processes import progress
@@ -55,7 +54,7 @@ def learn(task: Task, latents: LatentSet, config: RingABellConfig, restart: int)
     """The places of the words that were found, `words`, shape (K,)."""
     words = words_of(task.model)
     wanted = wanted_states(task, config, restart)
-    generator = torch.Generator().manual_seed(task.seed + RESTART * restart)
+    generator = torch.Generator().manual_seed(seed_of(task, restart))
     shape = (config.population, config.words)
     people = torch.randint(len(words), shape, generator=generator)
     with torch.no_grad(), progress("Ring-A-Bell", "generation", config.generations) as bar:

@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erase.attacks import NAMED, NAMELESS, Attack, Found, Known
+from erase.attacks import NAMED, NAMELESS, Attack, Found, Known, seed_of
 from erase.attacks.descent import descend, renamed
-from erase.attacks.pseudo_token import RESTART, nameless
+from erase.attacks.pseudo_token import nameless
 from erase.attacks.words import Words, onto_simplex, words_of
 from erase.latents.batches import draw_rows
 from erase.latents.latent_set import LatentSet, texts_of
@@ -89,7 +89,7 @@ def find(
         restart: another start, other draws.
         known: not needed.
     """
-    words, seed = words_of(task.model), task.seed + RESTART * restart
+    words, seed = words_of(task.model), seed_of(task, restart)
     change = nameless(task.concepts) if config.prompt == NAMELESS else str
     if not config.per_prompt:
         batches = row_batches(task, latents, config.batch_size, seed)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from erase.losses import denoising
 from erase.task import Task
-from erase.training.batches import PromptedRows, row_batches
+from erase.training.batches import denoising_loss, row_batches
 from erase.training.config import MaskConfig, TrainConfig, TunedConfig
 from erase.training.saliency import Objective, compute_statistics
 from erase.training.statistics import Statistics
-from erase.training.trainable import Base
 
 
 def importance(
@@ -33,10 +29,5 @@ def importance(
         mask=MaskConfig(batches=batches),
         train=TrainConfig(steps=1, batch_size=size),
     )
-
-    def loss(batch: PromptedRows, base: Base) -> dict[str, Tensor]:
-        rows, prompts = batch
-        return {"forget": denoising(task.predict(rows, prompts), rows.target)}
-
-    objective = Objective(loss, row_batches(task, task.forget(), size))
+    objective = Objective(denoising_loss(task), row_batches(task, task.forget(), size))
     return compute_statistics(task, config, names, objective)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from erase.latents.batches import Rows, draw_rows
 from erase.latents.latent_set import LatentSet, epoch_rows, texts_of
+from erase.losses import denoising
 from erase.task import Task
+from erase.training.trainable import Base
 
 PromptedRows = tuple[Rows, list[str]]
 """rows and the prompt of each"""
@@ -38,3 +42,13 @@ def forget_and_retain(task: Task, size: int) -> Callable[[int], tuple[PromptedRo
     forget = row_batches(task, task.forget(), size)
     retain = row_batches(task, task.retain(), size, task.seed + 1)
     return lambda step: (forget(step), retain(step))
+
+
+def denoising_loss(task: Task) -> Callable[[PromptedRows, Base], dict[str, Tensor]]:
+    """The loss of plain fine-tuning, as the loop takes it: each row's own denoising error."""
+
+    def loss(batch: PromptedRows, base: Base) -> dict[str, Tensor]:
+        rows, prompts = batch
+        return {"forget": denoising(task.predict(rows, prompts), rows.target)}
+
+    return loss
