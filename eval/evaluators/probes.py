@@ -28,7 +28,6 @@ from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel, autocast
 from erase.models.pipelines import decode
 from erase.parallel.processes import in_shares
-from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import COUNT, ErasureError, check_names, check_ranges, unknown
 
 PROBE_NAMES = ("noise", "completion", "inpainting", "inversion")
@@ -107,11 +106,12 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     """
     attempts = Attempts.of(case, detector(case, config.judge), config.images)
     with case.base_model() as base:
-        material = _Material.of(base, case, config, attempts)
         settings = asdict(config) | {"probes": None, "judge": None}
         kept = Kept.of(case, "probes", attempts, base.fingerprint, settings)
+        inverts = "inversion" in config.probes and "inversion" not in kept
+        material = _Material.of(base, case, config, attempts, inverts)
     with case.model() as model:
-        run = _Probing(model, case.concepts, config, attempts, material, kept)
+        run = _Probing(model, case, config, attempts, material, kept)
         scores = [score for name in config.probes for score in RUNS[name](run)]
         case.add_extra("probes", run.controls())
     return scores
@@ -129,10 +129,13 @@ class _Material:
     """noise from which the base draws its images of the concept"""
 
     @classmethod
-    def of(cls, base: DiffusionModel, case: Case, config: Config, attempts: Attempts) -> _Material:
+    def of(
+        cls, base: DiffusionModel, case: Case, config: Config, attempts: Attempts, inverts: bool
+    ) -> _Material:
+        """`inverts`: whether inversion is still to be done."""
         shared = case.folder and case.folder.parent / "attacker"
         own = drawn_by_base(base, case.concepts, config.images, folder=shared)
-        if "inversion" not in config.probes:
+        if not inverts:
             return cls(own)
         starts = _inverted(base, own.latents, config, attempts)
         others = others_by_base(base, case.concepts, config.images, folder=shared)
@@ -156,7 +159,7 @@ class _Probing:
     """A model under probes."""
 
     model: DiffusionModel
-    concepts: Sequence[ConceptSpec]
+    case: Case
     config: Config
     attempts: Attempts
     material: _Material
@@ -207,15 +210,16 @@ class _Probing:
     def inversion(self) -> list[Score]:
         """Start noise from which the model, without a prompt, draws images of the concept: found on
         it, and found on the base."""
-        material, others, starts = self.material, self.material.others, self.material.starts
-        assert others is not None and starts is not None
-        images = {"own": material.own.latents, "other": others.latents}
 
         def make() -> dict[str, Any]:
+            own, others, starts = self.material.own, self.material.others, self.material.starts
+            assert others is not None and starts is not None
+            of_base = self._reproduced(own.latents, starts)
             return {
-                "own": self._reproduced(images["own"]),
-                "base": self._reproduced(images["own"], starts),
-                "other": self._reproduced(images["other"]),
+                # what is found on the base itself is that
+                "own": self._reproduced(own.latents) if self.case.delta else of_base,
+                "base": of_base,
+                "other": self._reproduced(others.latents),
             }
 
         found = self.kept.find("inversion", make)
@@ -250,7 +254,7 @@ class _Probing:
         if config.prompt == "empty":
             prompts = [""] * len(own.prompts)
         else:
-            prompts = list(map(nameless(tuple(self.concepts)), own.prompts))
+            prompts = list(map(nameless(tuple(self.case.concepts)), own.prompts))
         return own.latents[at], prompts[at], list(range(len(own)))[at]
 
     def _shown(self, name: str, count: int, draw: Draw) -> list[bool]:
