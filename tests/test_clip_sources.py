@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from erase.eval.canvas.judges import clip_folder
 from erase.eval.case import Case
-from erase.eval.evaluators import clip
+from erase.eval.evaluators import clip, clip_model
 from erase.eval.evaluators.clip_activation import decide_quick_gelu
 from erase.eval.evaluators.clip_sources import CONFIG, find_source
 from erase.eval.generate import planned
@@ -56,7 +57,7 @@ def reference(weights: Path, quick: bool) -> torch.Tensor:
 
 
 def seen(**config) -> torch.Tensor:
-    clip._load.cache_clear()
+    clip_model._load.cache_clear()
     with torch.no_grad():
         return clip.load_clip(clip.Config(device="cpu", **config)).model.encode_image(IMAGES)
 
@@ -210,7 +211,7 @@ def test_weights_that_would_be_ignored_are_refused():
     with pytest.raises(ErasureError, match="canvas brings its own weights"):
         seen(pretrained="openai")
     with pytest.raises(ErasureError, match="'openai' would be ignored; leave clip.pretrained out"):
-        seen(model=str(clip.clip_folder()), pretrained="openai")
+        seen(model=str(clip_folder()), pretrained="openai")
     with pytest.raises(ErasureError, match="evaluators is an empty list"):
         EvaluateConfig(evaluators=[])
 
@@ -308,7 +309,7 @@ def evil(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder = Path(shutil.copytree(clip.clip_folder(), tmp_path / "evil"))
+    folder = Path(shutil.copytree(clip_folder(), tmp_path / "evil"))
     ran = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n"
     (folder / "evil.py").write_text(
         f"{ran}from transformers import PreTrainedTokenizerFast\nclass "

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from erase.eval.canvas.judges import clip_folder
 from erase.eval.canvas.render import render
 from erase.eval.case import Case
 from erase.eval.evaluators import EVALUATORS, classifier, clip, get_evaluator
@@ -279,7 +280,7 @@ def test_clip_reads_labels_of_any_kind(oracle) -> None:
         for row in images.rows
         if row.labels["object"] in ("heart", "moon")
     ]
-    config = clip.Config(model=str(clip.clip_folder()), templates={"thing": ["a picture of a {}"]})
+    config = clip.Config(model=str(clip_folder()), templates={"thing": ["a picture of a {}"]})
     scores = clip.evaluate(
         Case(replace(images, rows=rows), [ConceptSpec("heart", "star", kind="thing")]), config
     )
@@ -333,7 +334,7 @@ def test_clip_refuses_bad_settings(config: clip.Config, message: str, oracle) ->
 
 def test_clip_refuses_a_folder_without_weights(oracle, tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(
-        (clip.clip_folder() / "open_clip_config.json").read_text()
+        (clip_folder() / "open_clip_config.json").read_text()
     )
     with pytest.raises(ErasureError, match="open_clip cannot load"):
         clip.evaluate(Case(oracle()), clip.Config(model=str(tmp_path)))
