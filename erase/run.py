@@ -16,7 +16,7 @@ from erase.claims import check_artifact, check_settings, claim, flat
 from erase.delta import ErasedDelta
 from erase.files import atomic_write
 from erase.latents.prepare import LatentConfig
-from erase.methods import get_method
+from erase.methods import Method, get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.models.prompt_checks import check_prompts, cut_prompts
 from erase.parallel.processes import default_device, exists_on_all, peak_memory, processes
@@ -113,16 +113,17 @@ def erase_concept(
     if earlier:
         return earlier
 
-    task, started = Task(model, concepts, config.latents, config.seed, folder), perf_counter()
-    edit = method.edit(task, settings)
-    cost = {"seconds": perf_counter() - started, "peak_memory_bytes": peak_memory()}
-    return _erased(task, edit, metadata, cost)
+    task = Task(model, concepts, config.latents, config.seed, folder)
+    return _erased(task, method, settings, metadata)
 
 
 def _erased(
-    task: Task, edit: Edit, metadata: dict[str, str], cost: dict[str, float]
+    task: Task, method: Method[Any], settings: Any, metadata: dict[str, str]
 ) -> ErasedDelta:
-    """The delta of an edit, kept in the task's folder."""
+    """The delta of a method's edit, kept in the task's folder with what it cost."""
+    started = perf_counter()
+    edit = method.edit(task, settings)
+    cost = {"seconds": perf_counter() - started, "peak_memory_bytes": peak_memory()}
     base = task.model.parameters()
     delta = ErasedDelta.between(
         {name: base[name].data for name in edit.values}, edit.values, metadata

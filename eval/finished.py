@@ -185,7 +185,7 @@ def evaluate_images(
     """
     config, out = config or EvaluateConfig(), Path(out)
     sets = apart(prompts) if prompts else []
-    whole = PromptSet("+".join(one.name for one in sets), _rows(sets)) if sets else None
+    whole = _together(sets) if sets else None
     after = finished_images(erased, whole)
     sets = [_plain(one) for one in sets] or [prompts_of(after)]
 
@@ -195,7 +195,7 @@ def evaluate_images(
 
     parts = parts_of(sets, concepts, foresee, config.chosen)
     _check_settings(after, config.generate if callable(base) else None)
-    asked = PromptSet("+".join(one.name for one in sets), _rows(sets))
+    asked = _together(sets)
     before = base(asked) if callable(base) else finished_images(base, whole)
     _check_prompts(before, asked)
     cases = {
@@ -214,8 +214,10 @@ def evaluate_images(
     return report_on(cases, parts, about_concepts(concepts, anchored=False), provenance, out)
 
 
-def _rows(sets: Sequence[PromptSet]) -> tuple[PromptRow, ...]:
-    return tuple(row for one in sets for row in one.rows)
+def _together(sets: Sequence[PromptSet]) -> PromptSet:
+    """The rows of sets that are numbered apart already."""
+    rows = tuple(row for one in sets for row in one.rows)
+    return PromptSet("+".join(one.name for one in sets), rows)
 
 
 def _about(images: ImageSet) -> Mapping[str, str]:

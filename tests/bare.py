@@ -82,13 +82,20 @@ class Bare:
                 p.copy_(self.base[name] + change.sign() * (change.abs() - threshold).clamp_min(0))
 
 
-def drawn(points, step, seed):
+def drawn(points, step, seed, generator=None):
     """Latent, noise, timestep and row of each of a step's rows, as `row_batches` draws them."""
     rows = epoch_rows(len(points), step * SIZE, SIZE, seed)
-    generator = torch.Generator().manual_seed(step)
+    generator = generator or torch.Generator().manual_seed(step)
     t = torch.randint(1000, (SIZE,), generator=generator)
     noise = torch.randn((SIZE, 4, 8, 8), generator=generator)
     return [(points.latents[row], noise[i], t[i], row) for i, row in enumerate(rows)]
+
+
+def drawn_by_remap(step):
+    """The same of the retain and of the forget rows, as the remap objective draws them: from one
+    stream, the timesteps and the noise of retain rows first."""
+    generator = torch.Generator().manual_seed(step)
+    return [drawn(points, step, seed, generator) for points, seed in ((RETAIN, 1), (FORGET, 0))]
 
 
 def check(found, expected):

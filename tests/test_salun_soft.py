@@ -2,21 +2,17 @@
 
 from dataclasses import replace
 
-import torch
-
-from erase.latents.latent_set import epoch_rows
 from erase.methods import get_method
 from erase.training.config import MaskConfig, TrainConfig
 from tests.bare import (
     ANCHORS,
-    FORGET,
     PROMPTS,
-    RETAIN,
     RETAINED,
     SGD,
     SIZE,
     Bare,
     check,
+    drawn_by_remap,
     mean,
     task_of,
 )
@@ -30,14 +26,9 @@ def test_salun_soft_takes_the_steps_of_its_equation(make_pico_pipeline):
     bare, task, prox = Bare(make_pico_pipeline()), task_of(make_pico_pipeline()), 2e-5
 
     def loss(step):
-        generator, batches = torch.Generator().manual_seed(step), []
-        for points, seed in ((RETAIN, 1), (FORGET, 0)):
-            rows = epoch_rows(len(points), step * SIZE, SIZE, seed)
-            t = torch.randint(1000, (SIZE,), generator=generator)
-            noise = torch.randn((SIZE, 4, 8, 8), generator=generator)
-            batches.append([(points.latents[r], noise[i], t[i], r) for i, r in enumerate(rows)])
-        rows = [(*row[:3], RETAINED[row[3]], RETAINED[row[3]]) for row in batches[0]]
-        rows += [(*row[:3], PROMPTS[row[3]], ANCHORS[row[3]]) for row in batches[1]]
+        retained, forgotten = drawn_by_remap(step)
+        rows = [(*row[:3], RETAINED[row[3]], RETAINED[row[3]]) for row in retained]
+        rows += [(*row[:3], PROMPTS[row[3]], ANCHORS[row[3]]) for row in forgotten]
         targets = [bare.at_base(bare.predict, *row[:3], row[4]) for row in rows]
         errors = [bare.error(*row[:4], target) for row, target in zip(rows, targets, strict=True)]
         return 0.7 * mean(errors[:SIZE]) + mean(errors[SIZE:])

@@ -10,13 +10,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from erase.delta.stored import FILE
 from erase.files import file_sha256
 from erase.models.folder import INDEX, read_index
 from erase.models.part_files import WEIGHTS, check_part, read_config, variants, weight_variant
 from erase.prompts.errors import ErasureError
 from erase.prompts.reading import as_path
 
-DELTA = "delta.safetensors"
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -60,8 +60,8 @@ def find(path: str | Path) -> Source:
         )
     if (path / INDEX).is_file():
         return _pipeline(path)
-    if (path / DELTA).is_file():
-        return Source(path / DELTA, "delta", {path / DELTA: ""})
+    if (path / FILE).is_file():
+        return Source(path / FILE, "delta", {path / FILE: ""})
     if parts := [part for part in PARTS if (path / part).is_dir()]:
         return Source(path, "folder", _files_of(path, parts))
     if variants(path):

@@ -38,7 +38,8 @@ FACTORS = (
 0.17, and before"""
 PARTS = {"A": "down", "B": "up"}
 MORE = re.compile(
-    r"hada_|lokr_|lora_mid|dora_scale|lora_magnitude|lora_B\.bias|lora_embedding|\.diff(_b)?$|oft_|boft_"
+    r"hada_|lokr_|lora_mid|dora_scale|lora_magnitude|lora_B\.bias|lora_embedding|\.diff(_b)?$"
+    r"|oft_|boft_"
 )
 """keys of other parametrisations than a product of two factors"""
 

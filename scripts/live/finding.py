@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from erase.delta import ErasedDelta
+from erase.delta.stored import FILE
 from erase.eval.run import Evidence
 from erase.models import DiffusionModel
 from erase.prompts.concepts import ConceptSpec
@@ -16,7 +17,6 @@ from erase.prompts.reading import as_path
 from erase.run import EraseConfig, erase_concept
 from erase.scripts.live.stage import Erasure
 
-DELTA = "delta.safetensors"
 log = logging.getLogger("erase")
 
 
@@ -28,12 +28,12 @@ def find_deltas(path: str) -> list[ErasedDelta]:
         ErasureError: there is none.
     """
     folder = as_path(path)
-    if not folder.is_dir() or (folder / DELTA).is_file():
+    if not folder.is_dir() or (folder / FILE).is_file():
         return [ErasedDelta.load(path)]
-    found = sorted(folder.rglob(DELTA))
+    found = sorted(folder.rglob(FILE))
     if not found:
         raise ErasureError(
-            f"{path} holds no {DELTA}, nor does a folder in it; give what erase-concept wrote"
+            f"{path} holds no {FILE}, nor does a folder in it; give what erase-concept wrote"
         )
     return [ErasedDelta.load(each) for each in found]
 
