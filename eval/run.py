@@ -19,6 +19,7 @@ from erase.eval.evidence import Evidence
 from erase.eval.generate import GenerateConfig, generate, planned
 from erase.eval.images import ImageSet
 from erase.eval.report.report import BASE, ERASED, EvalReport
+from erase.eval.report.reproduce import recipe
 from erase.eval.reporting import (
     Chosen,
     about_concepts,
@@ -134,7 +135,7 @@ def evaluate(
     provenance |= {"versions": versions_of(parts), "commands": commands or []}
     folder = Path(base_images or out / "base")
     cases = _cases(base, delta, joined(sets), folder, out, config.generate)
-    return report_on(cases, parts, about, provenance, out, evidence)
+    return report_on(cases, parts, about, provenance, out, evidence, recipe(delta))
 
 
 def _cases(

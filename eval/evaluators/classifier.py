@@ -20,9 +20,9 @@ from erase.eval.evaluators.labelled import (
     cases_of,
     check_price,
     label_scores,
-    words_on,
     labels_of,
     of_canvas,
+    words_on,
 )
 from erase.eval.evaluators.library_judges import LIBRARIES, library_judge
 from erase.eval.evaluators.wordings import HARMONIC, accuracy_scores, wording_scores
