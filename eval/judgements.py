@@ -26,7 +26,7 @@ def as_extra(judgements: Mapping[int, Judgement]) -> dict[str, Any]:
     listed: dict[str, Any] = {}
     for question, wanted in answers.items():
         given = {case: getattr(one, question) for case, one in judgements.items()}
-        told = not given or None not in given.values()
+        told = bool(given) and None not in given.values()
         cases = [case for case, answer in given.items() if answer is wanted]
         listed["wrong" if question == "right" else question] = cases if told else None
     return {"words": {str(case): one.word for case, one in judgements.items()}, **listed}

@@ -106,9 +106,10 @@ def relearned(report: EvalReport, gone: State) -> State | None:
         claims.append(claim)
     if broken:
         worst = max(broken, key=lambda one: one.erased.value)
+        was = f" (base: {hits(worst.base)} of {worst.base.n})" if worst.base else ""
         said = (
-            f"Fine-tuned for {worst.text}, it shows {either(report.concept)} in "
-            f"{hits(worst.erased)} of {worst.erased.n} images again."
+            f"Fine-tuning brings {either(report.concept)} back: seen in {hits(worst.erased)} of "
+            f"{worst.erased.n} images{was} after {worst.text}."
         )
         return State("Relearning", BROKEN, BAD, said, (*claims,))
     said = f"Fine-tuning does not bring {either(report.concept)} back beyond the judge's error."

@@ -96,6 +96,10 @@ def settings_table(before: ImageSet, after: ImageSet) -> list[tuple[str, str, st
     return [(key, _flat(before.settings.get(key)), _flat(after.settings.get(key))) for key in keys]
 
 
+def _indented(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
 def _flat(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_flat(item)}" for key, item in value.items())
@@ -109,15 +113,14 @@ def _flat(value: Any) -> str:
 
 
 def provenance_table(report: EvalReport) -> dict[str, Any]:
-    """Commands, config, and all other facts as text."""
-    known = {key: report.provenance.get(key) for key in ("commands", "config")}
+    """Commands, config, settings of the evaluation, and all other facts as text."""
+    known = {key: report.provenance.get(key) for key in ("commands", "config", "evaluation")}
     commands = known["commands"] or []
     config = known["config"] or {}
     return {
         "commands": commands.splitlines() if isinstance(commands, str) else commands,
-        "config": config
-        if isinstance(config, str)
-        else json.dumps(config, indent=2, ensure_ascii=False),
+        "config": config if isinstance(config, str) else _indented(config),
+        "evaluation": known["evaluation"] and _indented(known["evaluation"]),
         "facts": {
             key: _flat(value) for key, value in report.provenance.items() if key not in known
         },

@@ -62,7 +62,11 @@ def _gone(report: EvalReport) -> State:
     worst = [NOT_ERASED, PARTLY, ERASED_WORD, NOTHING]
     word, claim = min(judged, key=lambda one: worst.index(one[0]))
     claims = tuple(replace(claim, tone=TONES[word]) for word, claim in judged)
-    return State("Forgotten", word, TONES[word], _told(word, claim, target), claims)
+    said = _told(word, claim, target)
+    for other, one in judged:
+        if other not in (word, NOTHING):
+            said += f" {one.erased.evaluator or one.text}: {other}."
+    return State("Forgotten", word, TONES[word], said, claims)
 
 
 def rates(report: EvalReport) -> list[str]:
@@ -133,8 +137,9 @@ def _kept(report: EvalReport) -> State:
             lost.append(f"{text} {_beside(erased, base)}")
     if lost:
         return State("The rest", HARMED, BAD, f"Beyond the noise: {', '.join(lost)}.", (*claims,))
-    worst = min(claims, key=lambda one: _change(one) * (1 if one.erased.higher_is_better else -1))
-    said = f"Within the noise of the base; least: {worst.text} {_beside(worst.erased, worst.base)}."
+    said, worst = "Within the noise of the base.", min(claims, key=_change)
+    if _change(worst) < 0:
+        said += f" The largest fall: {worst.text} {_beside(worst.erased, worst.base)}."
     return State("The rest", KEPT, GOOD, said, (*claims,))
 
 
@@ -168,7 +173,9 @@ def _of_retained(name: str, names: list[str], sets: object) -> bool:
 
 
 def _change(claim: Claim) -> float:
-    return claim.erased.value - (claim.base.value if claim.base else 0)
+    """Of a share; 0 of anything else."""
+    known = claim.base and claim.erased.unit == "%"
+    return claim.erased.value - claim.base.value if known and claim.base else 0.0
 
 
 def _beside(score: Score, base: Score | None) -> str:

@@ -59,6 +59,8 @@ class Group:
     pairs: list[Pair]
     count: int
     """of all that belong to it"""
+    tag: str = ""
+    """stands before the judges that call a pair a failure"""
     others: list[tuple[ImageRow, str]] = field(default_factory=list)
     """those that are not drawn, each with the file of its erased image"""
 
@@ -124,7 +126,7 @@ class Wall:
                 f"Every image of the erased model in which a judge ({', '.join(judges)}) sees "
                 f"{target}."
             )
-            found.append(self._group("still-seen", "Still seen", note, cases))
+            found.append(self._group("still-seen", "Still seen", note, cases, "seen by"))
         if judges := self.said.judges(ERASED, "wrong"):
             harmed = self.said.harmed(BASE, ERASED)
             kept = {row.case for row in self.before.rows if not self.asks(row)}
@@ -134,7 +136,7 @@ class Wall:
                 f"and not in the erased model. The other way round: {len(mended)}."
             )
             cases = {case: by for case, by in harmed.items() if case in kept}
-            found.append(self._group("harmed", "Harmed", note, cases))
+            found.append(self._group("harmed", "Harmed", note, cases, "wrong to"))
         return found
 
     def sample(self) -> list[Group]:
@@ -161,11 +163,13 @@ class Wall:
         """Whether a row asks for the concept."""
         return names_concept(row, self.report.concept)
 
-    def _group(self, name: str, heading: str, note: str, cases: Mapping[int, list[str]]) -> Group:
+    def _group(
+        self, name: str, heading: str, note: str, cases: Mapping[int, list[str]], tag: str
+    ) -> Group:
         rows = [row for row in self.before.rows if row.case in cases]
         rows.sort(key=lambda row: not self.asks(row))
         rest = [(first, second.file) for first, second in self._matched(rows[MOST:])]
-        return Group(name, heading, note, self.pairs(rows[:MOST], cases), len(rows), rest)
+        return Group(name, heading, note, self.pairs(rows[:MOST], cases), len(rows), tag, rest)
 
     def pairs(
         self, rows: Sequence[ImageRow], flags: Mapping[int, list[str]], side: int = 256
