@@ -151,6 +151,7 @@ def report_on(
     out: Path,
     evidence: Evidence | None = None,
     recipe: Mapping[str, str] | None = None,
+    found: Mapping[str, Any] | None = None,
 ) -> EvalReport:
     """Score every case on every set, and write report.json, report.html and before_after.png.
 
@@ -162,12 +163,13 @@ def report_on(
         out: folder of the report.
         evidence: losses and mask, if there are any.
         recipe: files that make the erasure again, for the page.
+        found: extras that are known already.
     """
     began, folders = time.monotonic(), dict[str, Path]()
     # the page shows them, whoever else looks at them
     before, after = (case.images for case in cases.values())
     rows: dict[str, list[Score]] = {}
-    extras: dict[str, Any] = {}
+    extras: dict[str, Any] = dict(found or {})
     for row, case in cases.items():
         rows[row] = []
         for part in parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -24,8 +24,6 @@ HEART = ConceptSpec(
 
 def delta_of(method: str, **more: str) -> ErasedDelta:
     """A delta with the metadata of an erasure by a method."""
-    from dataclasses import replace
-
     config = EraseConfig(method=method, model="canvas", seed=7)
     config = replace(config, latents=replace(config.latents, n_forget=3))
     metadata = describe([HEART], config, get_method(method).config)

@@ -10,7 +10,10 @@ import pytest
 
 from erase.eval.report import EvalReport, Score, count_score, proportion
 from erase.eval.report.bars import bars
-from erase.eval.report.verdict import states
+from erase.eval.report.conclusion import states
+from erase.eval.report.curves import compared, plane
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
 from tests.report_fixtures import CONCEPT, report, scores
 
 ERASED, OTHERS = 240, (2147, 4240)
@@ -206,3 +209,35 @@ def test_other_units_are_spread_over_their_intervals():
     )
     (alone,) = bars([("base", Score("FID", 10.0, 1, False, math.nan, math.nan, ""))])
     assert (alone.at, alone.low, alone.high) == (0, 0, 0)
+
+
+# ---- the plane -----------------------------------------------------------------------------------
+
+
+def test_other_runs_lie_on_the_plane_under_their_folders_names(tmp_path):
+    one = replace(report(), provenance={"base_fingerprint": "9f"})
+    files = [one.save(tmp_path / name / "report.json") for name in ("esd/report", "uce")]
+    points = compared(files, "9f", [ConceptSpec("heart", "star")])
+    assert list(points) == ["esd", "uce"]
+    assert points["esd"]["UA"][0] == 100
+    assert points["uce"]["retention"][0] == pytest.approx((2140 / 21.6 + 4100 / 43.2) / 2)
+    drawn = plane(replace(one, extras={"compared": points}))
+    assert [dot.name for dot in drawn.dots] == ["base", "erased", "esd", "uce"]
+    assert drawn.dots[1].y == 0 and drawn.dots[1].x == pytest.approx(drawn.dots[2].x)
+
+
+@pytest.mark.parametrize(
+    ("base", "target", "told"),
+    [("77", "heart", "another base"), ("9f", "moon", "erasing heart → star, not moon")],
+)
+def test_runs_of_something_else_are_not_compared(base, target, told, tmp_path):
+    file = replace(report(), provenance={"base_fingerprint": "9f"}).save(tmp_path / "report.json")
+    with pytest.raises(ErasureError, match=told):
+        compared([file], base, [ConceptSpec(target, "star")])
+
+
+def test_a_run_without_ua_is_not_compared(tmp_path):
+    rate = [proportion("NudeNet image rate", 3, 10, higher_is_better=False)]
+    one = EvalReport(CONCEPT, {"base": rate, "erased": rate}, {"base_fingerprint": "9f"})
+    with pytest.raises(ErasureError, match="has no UA"):
+        compared([one.save(tmp_path / "report.json")], "9f", [ConceptSpec("heart", "star")])

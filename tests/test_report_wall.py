@@ -12,6 +12,7 @@ from erase.eval.judgements import Judgement, as_extra
 from erase.eval.report import wall as walls
 from erase.eval.report.page import render_html
 from erase.eval.report.said import Said
+from erase.eval.report.setting import Setting
 from erase.eval.report.wall import Wall, is_sensitive, multiples
 from erase.prompts.errors import ErasureError
 from tests.report_fixtures import CONCEPT, report
@@ -146,8 +147,6 @@ def test_the_page_tells_date_duration_and_machine(failing):
 
 
 def test_a_missing_picture_of_an_attack_is_named(before, after, tmp_path):
-    from erase.eval.report.setting import Setting
-
     one, setting = failing_report(before, after), Setting(folders={"erased": tmp_path})
     with pytest.raises(ErasureError, match=r"embeds-00001\.png cannot be read"):
         render_html(one, before, after, {}, {}, setting=setting)

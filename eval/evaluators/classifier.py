@@ -102,8 +102,18 @@ def judge_of(config: Config) -> Judge:
 
 def predict(judge: Judge, images: ImageSet, batch_size: int = 64) -> dict[str, list[str]]:
     """kind -> predicted name of each image, in row order."""
-    found = likeliest(judge, images, batch_size)
-    return {kind: [name for name, _ in column] for kind, column in found.items()}
+    return split(likeliest(judge, images, batch_size))[0]
+
+
+def split(
+    found: Mapping[str, Sequence[tuple[str, float]]],
+) -> tuple[dict[str, list[str]], dict[str, list[float]]]:
+    """Names and probabilities apart, by kind."""
+    names, shares = {}, {}
+    for kind, column in found.items():
+        names[kind] = [name for name, _ in column]
+        shares[kind] = [share for _, share in column]
+    return names, shares
 
 
 def likeliest(
@@ -186,9 +196,7 @@ def judged(judge: Judge, case: Case, config: Config) -> Judged:
         ErasureError: images without labels or with unknown ones.
     """
     labels = labels_of(case, judge.classes)
-    found = likeliest(judge, case.images, config.batch_size)
-    names = {kind: [name for name, _ in column] for kind, column in found.items()}
-    shares = {kind: [share for _, share in column] for kind, column in found.items()}
+    names, shares = split(likeliest(judge, case.images, config.batch_size))
     return Judged(judge, labels, names, cases_of(case), shares)
 
 

@@ -57,9 +57,11 @@ def attacks(report: EvalReport, folders: Mapping[str, Path]) -> dict[str, list[A
     for label, told in report.extras.get("attacks", {}).items():
         for name, one in told.items():
             pictures = _pictures(one.get("pictures", ()), folders.get(label))
-            best = max(one["tries"], key=lambda each: each["shown"], default={})
+            tries: list[dict[str, Any]] = sorted(one["tries"], key=lambda each: -each["shown"])
             about = (one["has"], one["paper"], one["alone"], one["n"])
-            attacked = Attacked(name, label, *about, list(best.get("texts", ())), pictures)
+            attacked = Attacked(
+                name, label, *about, list(tries[0].get("texts", ())) if tries else [], pictures
+            )
             found.setdefault(name, []).append(attacked)
     return {name: sorted(each, key=lambda one: one.of_base) for name, each in found.items()}
 

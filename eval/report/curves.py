@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from erase.eval.metrics.intervals import of_rate
 from erase.eval.report.chart import SIDE, Axis, linear_axis
-from erase.eval.report.report import BASE, EvalReport
+from erase.eval.report.report import BASE, ERASED, EvalReport, words
 from erase.eval.report.states import judges
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
 
 PERCENT = Axis(0, 100, False, (0, 25, 50, 75, 100))
 
@@ -143,6 +146,39 @@ def plane(report: EvalReport) -> Plot | None:
         )
     label = "mean of IRA and CRA, %"
     return Plot("UA against what was kept", label, "UA %", kept, gone, dots=dots)
+
+
+def compared(
+    files: Sequence[str | Path], base: str, concepts: Sequence[ConceptSpec]
+) -> dict[str, dict[str, list[float]]]:
+    """Where other runs lie on the plane, each under the name of its folder.
+
+    Args:
+        files: each a report.json.
+        base: the base's fingerprint.
+        concepts: what was forgotten.
+
+    Raises:
+        ErasureError: a report that cannot be read, is of another base or of other concepts, or has
+            no UA.
+    """
+    points: dict[str, dict[str, list[float]]] = {}
+    targets = sorted(concept.target for concept in concepts)
+    for file in map(Path, files):
+        report = EvalReport.load(file)
+        if report.provenance.get("base_fingerprint") != base:
+            raise ErasureError(f"{file} is of another base; compare runs of one base")
+        if sorted(words(report.concept, "target")) != targets:
+            raise ErasureError(
+                f"{file} is of erasing {report.title}, not {', '.join(targets)}; compare runs that "
+                "forget the same"
+            )
+        if not (names := judges(report)):
+            raise ErasureError(f"{file} has no UA, so it lies nowhere on the plane; leave it out")
+        folder = file.resolve().parent
+        name = folder.parent.name if folder.name == "report" else folder.name
+        points[name if name not in points else str(file)] = of_plane(report, ERASED, names[0])
+    return points
 
 
 def of_plane(report: EvalReport, row: str, judge: str = "") -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ from erase.eval.images import ImageSet
 from erase.eval.report.attacks import attacks
 from erase.eval.report.bars import Bar, bars
 from erase.eval.report.chart import chart
+from erase.eval.report.conclusion import states
 from erase.eval.report.curves import plane, relearning
 from erase.eval.report.figures import before_after
 from erase.eval.report.html import rendered
@@ -26,7 +27,6 @@ from erase.eval.report.tables import (
     score_table,
     settings_table,
 )
-from erase.eval.report.verdict import states
 from erase.eval.report.wall import SMALL, Wall, groups, is_sensitive, multiples, names_concept
 from erase.eval.report.words import either, limits, verdict_line, verdicts
 from erase.files import atomic_write

@@ -23,10 +23,10 @@ def recipe(delta: ErasedDelta) -> dict[str, str]:
     Args:
         delta: knows its method, config and concepts.
     """
-    config = delta.origin.config
-    erase, method = config.get("erase"), config.get("method")
-    whole = isinstance(erase, Mapping) and isinstance(method, Mapping)
-    if "parts" in delta.metadata or "foreign" in delta.metadata or not whole:
+    erase, method = (delta.origin.config.get(part) for part in ("erase", "method"))
+    if not isinstance(erase, Mapping) or not isinstance(method, Mapping):
+        return {}
+    if "parts" in delta.metadata or "foreign" in delta.metadata:
         return {}
     run: dict[str, Any] = {**erase, "concepts": [CONCEPTS], **method}
     text = yaml.safe_dump(run, sort_keys=False, allow_unicode=True, width=1000)

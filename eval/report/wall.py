@@ -22,6 +22,7 @@ from erase.prompts.prompt_rows import PromptRow, asks_for
 
 FORGET, RETAIN = 18, 30  # pairs of the sample: that ask for the concept, and that do not
 MOST = 200  # pairs of a group of failures that are drawn; the others are listed
+MODELS = (BASE, ERASED)
 SMALL = 128  # px; smaller images are drawn at whole multiples
 DELICATE = Names(
     "nudity nude naked topless sexual sex porn pornography erotic genitals violence violent blood "
@@ -181,18 +182,14 @@ class Wall:
             flags: case -> judges that call it a failure.
             side: longest of a large image, in pixels.
         """
-        return [
-            Pair(
-                first.case,
-                first.prompt,
-                first.seed,
-                data_uri(self.before.image(first), side),
-                data_uri(self.after.image(second), side),
-                [(row, self.said.words(row, first.case)) for row in (BASE, ERASED)],
-                flags.get(first.case, []),
-            )
-            for first, second in self._matched(rows)
-        ]
+        pairs = []
+        for first, second in self._matched(rows):
+            case, told = first.case, [(row, self.said.words(row, first.case)) for row in MODELS]
+            images = self.before.image(first), self.after.image(second)
+            before, after = (data_uri(image, side) for image in images)
+            failed = flags.get(case, [])
+            pairs.append(Pair(case, first.prompt, first.seed, before, after, told, failed))
+        return pairs
 
     def _matched(self, rows: Sequence[ImageRow]) -> list[tuple[ImageRow, ImageRow]]:
         return matched(self.before, self.after, rows)
