@@ -133,28 +133,36 @@ class Remap:
 
     def _targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
         """Anchor and retain targets, each by the frozen base or not, as configured."""
-        config, anchors = self.config, texts_of(_anchors(self.forget_set), batch.forget_rows)
+        config = self.config
         if config.anchor_from == config.retain_target == "frozen":
             if base is not torch.no_grad and _fixed(self.forget_set) and _fixed(self.retain_set):
                 return self._known_targets(batch, base)
             with base():
-                anchor, reference = self._together(batch.anchor, anchors, batch)
-                return self._pushed(anchor, batch), reference
+                answers, reference = self._together(*self._asked(batch), batch)
+                return self._pushed(answers), reference
 
         with torch.no_grad(), base() if config.anchor_from == "frozen" else nullcontext():
-            anchor = self._pushed(self.task.predict(batch.anchor, anchors), batch)
+            anchor = self._pushed(self.task.predict(*self._asked(batch)))
         if config.retain_target == "noise":
             return anchor, batch.retain.target
         with base():
             prompts = texts_of(self.retain_set.prompts, batch.retain_rows)
             return anchor, self.task.predict(batch.retain, prompts)
 
-    def _pushed(self, anchor: Tensor, batch: RemapBatch) -> Tensor:
-        """The anchor's prediction, moved away from the concept's at the same rows."""
+    def _asked(self, batch: RemapBatch) -> tuple[Rows, list[str]]:
+        """What the target of the forget rows is made of: the anchor, and the concept at the same
+        rows if the target lies beyond."""
+        rows, prompts = batch.anchor, texts_of(_anchors(self.forget_set), batch.forget_rows)
         if not self.config.beyond:
-            return anchor
-        prompts = texts_of(self.forget_set.prompts, batch.forget_rows)
-        return anchor + self.config.beyond * (anchor - self.task.predict(batch.anchor, prompts))
+            return rows, prompts
+        return rows.cat(rows), prompts + texts_of(self.forget_set.prompts, batch.forget_rows)
+
+    def _pushed(self, answers: Tensor) -> Tensor:
+        """The anchor's prediction, moved away from the concept's."""
+        if not self.config.beyond:
+            return answers
+        anchor, concept = answers.chunk(2)
+        return anchor + self.config.beyond * (anchor - concept)
 
     def _known_targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
         """Of points that are fixed beforehand (trajectories): the base is asked about all of them
