@@ -49,6 +49,9 @@ class RemapConfig(TunedConfig):
     beyond: float = 0.0
     """eta: how far beyond the anchor, away from the concept: the target is the anchor's prediction
     + eta (the anchor's - the concept's), both the base's, as a negative prompt would lead"""
+    beyond_limit: float | None = None
+    """the largest root mean square of that move, where the noise's is 1: concepts that change the
+    whole picture (colours) are pushed no further than small ones. None: no limit"""
     noise_power: float = 1.0
     """p: timesteps are drawn so that a share (t / T)^p lies below t. 1 is uniform; 2 looks twice as
     often at nearly pure noise, where sampling decides an image's layout and the mean squared error
@@ -69,6 +72,7 @@ class RemapConfig(TunedConfig):
                 "anchor_latents": FRACTION,
                 "retain_dropout": FRACTION,
                 "beyond": (0, 100),
+                "beyond_limit": (1e-6, 100),
                 "noise_power": (0.1, 10),
             },
         )
@@ -162,7 +166,16 @@ class Remap:
         if not self.config.beyond:
             return answers
         anchor, concept = answers.chunk(2)
-        return anchor + self.config.beyond * (anchor - concept)
+        return anchor + self._move(anchor - concept)
+
+    def _move(self, away: Tensor) -> Tensor:
+        """How far beyond the anchor, of the way from the concept to it."""
+        config, axes = self.config, tuple(range(1, away.dim()))
+        move = config.beyond * away
+        if config.beyond_limit is None:
+            return move
+        size = move.square().mean(axes, keepdim=True).sqrt()
+        return move / (size / config.beyond_limit).clamp_min(1)
 
     def _known_targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
         """Of points that are fixed beforehand (trajectories): the base is asked about all of them
@@ -173,7 +186,7 @@ class Remap:
                 anchor = self._predict_all(forget, _anchors(forget), "anchor targets")
                 if self.config.beyond:
                     concept = self._predict_all(forget, forget.prompts, "concept targets")
-                    anchor = anchor + self.config.beyond * (anchor - concept)
+                    anchor = anchor + self._move(anchor - concept)
                 reference = self._predict_all(retain, retain.prompts, "retain targets")
             self._known = anchor, reference
 
