@@ -35,6 +35,8 @@ PICTURES = 4
 """images of an attempt that are kept for the page"""
 OTHER_SEEDS = 1000
 """added to the seed, so that the attacker's images are none of the erasure's"""
+STEPS = 10
+"""of sampling the attacker's images"""
 
 
 def own_rows(case: Case, count: int | None = None) -> list[ImageRow]:
@@ -239,5 +241,5 @@ def _of_attacker(
     seed: int,
     folder: Path | None,
 ) -> Plan:
-    config = LatentConfig(n_forget=n_forget, n_retain=n_retain)
+    config = LatentConfig(n_forget=n_forget, n_retain=n_retain, steps=STEPS)
     return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder)
