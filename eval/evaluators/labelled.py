@@ -132,12 +132,13 @@ def words_on(
     """
     targets = set(targets_of(case.concepts, labels)) if case.concepts else set()
     own = {kind for kind, _ in targets} or set(labels)
+    order = sorted(labels, key=lambda kind: kind not in own)
     judgements = {}
     for place, row in enumerate(case.images.rows):
         said = {kind: predictions[kind][place] for kind in labels}
         wrong = {kind for kind in labels if said[kind] != labels[kind][place]}
         words = []
-        for kind in sorted(own | wrong, key=lambda kind: kind not in own):
+        for kind in sorted(own | wrong, key=order.index):
             share = f" {100 * shares[kind][place]:.0f} %" if kind in shares else ""
             words.append(said[kind] + share)
         seen = not targets.isdisjoint(said.items()) if targets else None
