@@ -28,7 +28,7 @@ from erase.eval.report.tables import (
     settings_table,
 )
 from erase.eval.report.wall import SMALL, Wall, groups, is_sensitive, multiples, names_concept
-from erase.eval.report.words import either, limits, verdict_line, verdicts
+from erase.eval.report.words import either, limits, verdicts
 from erase.files import atomic_write
 
 STRIP = 4  # columns of the strip that ask for the concept, and as many that do not
@@ -68,7 +68,6 @@ def render_html(
         target=words(report.concept, "target"),
         anchor=words(report.concept, "anchor"),
         synonyms=words(report.concept, "synonyms"),
-        verdict=verdict_line(report),
         verdicts=verdicts(report),
         states=[_drawn(state) for state in states(report)],
         hero=wall.hero(),
