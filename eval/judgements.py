@@ -1,4 +1,4 @@
-"""judgements.json, beside report.json: each judgement behind its scores, by which two runs are paired.
+"""judgements.json, beside report.json: each judgement behind its scores, which pair two runs.
 
 It also says where the images lie, so that runs can be looked at beside each other.
 """

@@ -234,11 +234,10 @@ def test_robustness_is_what_the_strongest_shared_attack_leaves(tmp_path):
 
 
 def test_who_is_beaten_by_chance_is_not_called_beaten(tmp_path):
-    found = traded(
-        load_runs([saved(tmp_path / name, ua) for name, ua in (("a", 10), ("b", 9), ("c", 1))])
-    )
+    paths = [saved(tmp_path / name, ua) for name, ua in (("a", 10), ("b", 9), ("c", 1))]
+    found = traded(load_runs(paths))
     assert (found.best, found.beaten) == ([1], [3])
-    lead = _lead(compare(load_runs([tmp_path / name for name in "abc"])), found)
+    lead = _lead(compare(load_runs(paths)), found)
     assert lead == (
         "On the Pareto front of UA and retention: a. Beaten beyond the noise: c. "
         "Beaten, but within the noise: b."
@@ -297,7 +296,8 @@ def test_markdown_and_latex_have_every_value_in_its_column(three):
 def test_the_command_prints_the_table_and_writes_the_files(tmp_path, capsys):
     a, b = saved(tmp_path / "a", 10), saved(tmp_path / "b", 3)
     out = tmp_path / "out"
-    run_compare.main([str(a), str(b / "report.json"), "--name", "one", "--name", "two", "--out", str(out)])  # fmt: skip
+    names = ["--name", "one", "--name", "two"]
+    run_compare.main([str(a), str(b / "report.json"), *names, "--out", str(out)])
     told = capsys.readouterr().out
     assert "UA % ↑" in told and "two" in told and str(out / "compare.html") in told
     written = {path.name for path in out.iterdir()}

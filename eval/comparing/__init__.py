@@ -1,4 +1,4 @@
-"""Several runs of one base beside each other: a table, a picture of what was traded, their images."""
+"""Several runs of one base beside each other: a table, what was traded for what, their images."""
 
 from erase.eval.comparing.pareto import front
 from erase.eval.comparing.runs import Run, load_runs

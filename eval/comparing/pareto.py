@@ -1,4 +1,4 @@
-"""What was traded for what: unlearning, retention and robustness of each run, and the Pareto front."""
+"""What was traded for what: unlearning, retention and robustness of runs, and the Pareto front."""
 
 from __future__ import annotations
 

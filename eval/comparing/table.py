@@ -246,15 +246,13 @@ def _differs(reference: Run, run: Run) -> list[str]:
     notes = []
     made, other = (one.report.provenance.get("evaluation", {}) for one in (reference, run))
     ours, theirs = (dict(told.get("generate", {})) for told in (made, other))
-    changed = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
-    if changed:
-        told = ", ".join(f"{k} {theirs.get(k)}, not {ours.get(k)}" for k in sorted(changed))
+    keys = [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]
+    if keys:
+        told = ", ".join(f"{key} {theirs.get(key)}, not {ours.get(key)}" for key in sorted(keys))
         notes.append(f"{run.name} was drawn with {told} as {reference.name} was.")
-    moved = [
-        score.name
-        for score in run.report.rows.get(BASE, [])
-        if (own := reference.report.score(BASE, score.name)) and own.value != score.value
-    ]
+    own = {score.name: score.value for score in reference.report.rows.get(BASE, [])}
+    theirs = {score.name: score.value for score in run.report.rows.get(BASE, [])}
+    moved = [name for name, value in theirs.items() if own.get(name, value) != value]
     if moved:
         notes.append(
             f"The base's scores beside {run.name} are not those beside {reference.name}, which "

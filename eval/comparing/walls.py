@@ -15,7 +15,7 @@ from erase.eval.report.report import BASE, ERASED
 from erase.eval.report.words import either
 
 PARTED, ASKING, OTHERS = 12, 10, 10
-"""prompts on the page: where the judge tells the runs apart, that ask for the concept, that do not"""
+"""prompts on the page: where the judge tells the runs apart, of the concept, of other things"""
 Asked = tuple[str, int]
 """prompt and seed"""
 
@@ -121,7 +121,9 @@ def _words(run: Run, row: str, concept: Mapping[str, Any]) -> dict[Asked, Word]:
     }
     words: dict[Asked, Word] = {}
     for name, outcomes in run.judgements.outcomes.get(row, {}).items():
-        for case, value in outcomes if (pair := says.get(name.rpartition(": ")[2])) else ():
-            if case in asked:
-                words.setdefault(asked[case], pair[value > 0])
+        no, yes = says.get(name.rpartition(": ")[2], (None, None))
+        for case, value in outcomes:
+            word = yes if value > 0 else no
+            if word and case in asked:
+                words.setdefault(asked[case], word)
     return words
