@@ -77,14 +77,25 @@ def parts_of(
     if len(sets) == 1:
         case = foresee(sets[0], list(concepts))
         return [_part("", sets[0], list(concepts), case, choose(case))]
-    named = [_named(one, concepts) for one in sets]
     parts = []
-    for one, own in zip(sets, named, strict=True):
-        others = set().union(*named) - own
-        asked = [concept for concept in concepts if concept.target not in others]
+    for one, asked in asked_of(sets, concepts):
         case = foresee(one, asked)
         parts.append(_part(one.name, one, asked, case, choose(case)))
     return parts
+
+
+def asked_of(
+    sets: Sequence[PromptSet], concepts: Sequence[ConceptSpec]
+) -> list[tuple[PromptSet, list[ConceptSpec]]]:
+    """Each set with the concepts that it is judged on (`parts_of`); an only set with all."""
+    if len(sets) == 1:
+        return [(sets[0], list(concepts))]
+    named = [_named(one, concepts) for one in sets]
+    pairs = []
+    for one, own in zip(sets, named, strict=True):
+        others = set().union(*named) - own
+        pairs.append((one, [concept for concept in concepts if concept.target not in others]))
+    return pairs
 
 
 def _named(prompts: PromptSet, concepts: Sequence[ConceptSpec]) -> set[str]:

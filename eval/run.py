@@ -137,6 +137,12 @@ def evaluate(
     return report_on(cases, parts, about, provenance, out, evidence)
 
 
+def made_by(model: DiffusionModel, delta: ErasedDelta | None = None) -> dict[str, str]:
+    """What images say of the model that they are of: a base, or one with a delta in it."""
+    method = delta.origin.method if delta else "none"
+    return {"model": model.name, "fingerprint": model.fingerprint, "delta": method}
+
+
 def _cases(
     model: DiffusionModel,
     delta: ErasedDelta,
@@ -146,15 +152,15 @@ def _cases(
     config: GenerateConfig,
 ) -> dict[str, Case]:
     """Row of the report -> the case; its images are made when they are asked for."""
-    about = {"model": model.name, "fingerprint": model.fingerprint}
 
     def draw_base() -> ImageSet:
-        return generate(model.pipeline(), prompts, base_folder, config, about | {"delta": "none"})
+        return generate(model.pipeline(), prompts, base_folder, config, made_by(model))
 
     def draw_erased() -> ImageSet:
         with delta.applied(model):
-            made_by = {"delta": delta.origin.method, "fingerprint": model.fingerprint}
-            return generate(model.pipeline(), prompts, out / "erased", config, about | made_by)
+            return generate(
+                model.pipeline(), prompts, out / "erased", config, made_by(model, delta)
+            )
 
     concepts, work = delta.origin.concepts, out / "work"
     base = Case(draw_base, concepts, base=model, folder=work / BASE)
