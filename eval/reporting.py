@@ -13,7 +13,7 @@ from erase.eval.case import Case
 from erase.eval.evaluators import EVALUATORS, Evaluator
 from erase.eval.evidence import Evidence
 from erase.eval.images import ImageSet
-from erase.eval.judgements import Judgements
+from erase.eval.outcomes import KeptOutcomes
 from erase.eval.report.page import names_concept, save_report
 from erase.eval.report.report import EvalReport, differences
 from erase.eval.scores import Score
@@ -160,7 +160,7 @@ def report_on(
     out: Path,
     evidence: Evidence | None = None,
 ) -> EvalReport:
-    """Score every case on every set, and write report.json, judgements.json, report.html and
+    """Score every case on every set, and write report.json, outcomes.json, report.html and
     before_after.png.
 
     Args:
@@ -231,7 +231,7 @@ def _save(
         shared = {"iou": evidence.overlap, "chance": share / (2 - share)}
         report = replace(report, extras=report.extras | {"overlap": shared})
     images = dict(zip(report.rows, (before, after), strict=True))
-    Judgements.of(report, images, out).save(out)
+    KeptOutcomes.of(report, images, out).save(out)
     save_report(out, report, before, after, losses, density, sizes)
 
 

@@ -19,7 +19,7 @@ from erase.eval.comparing.pareto import traded
 from erase.eval.comparing.runs import names_of
 from erase.eval.comparing.saving import as_csv, escaped, latex, markdown
 from erase.eval.finished import evaluate_images
-from erase.eval.judgements import FILE, Judgements
+from erase.eval.outcomes import FILE, KeptOutcomes
 from erase.eval.metrics.intervals import of_difference
 from erase.eval.report import EvalReport, mean_score, proportion
 from erase.eval.report.report import differences
@@ -60,7 +60,7 @@ def saved(folder, ua, *, cases=range(N), base="9f2c41", name="canvas", asked=Non
     asked = asked or [f"prompt {place}" for place in range(N)]
     folder.mkdir(parents=True)
     report.save(folder / "report.json")
-    Judgements(outcomes, dict(zip(cases, asked, strict=True)), {}, "b").save(folder)
+    KeptOutcomes(outcomes, dict(zip(cases, asked, strict=True)), {}, "b").save(folder)
     return folder
 
 
@@ -115,7 +115,7 @@ def test_without_judgements_differences_are_unpaired_and_say_so(tmp_path):
     assert found.how == "unpaired" and (found.difference.low, found.difference.high) == ends
     assert found.change().startswith("~ −70") and math.isnan(found.difference.p)
     assert any(note.startswith("Unpaired (~)") and "UA" in note for note in comparison.notes)
-    with pytest.raises(ErasureError, match="b has no judgements.json"):
+    with pytest.raises(ErasureError, match="b has no outcomes.json"):
         compare(load_runs([a, b]), must_pair=True)
 
 
@@ -156,7 +156,7 @@ def test_another_base_is_refused_by_name(tmp_path, capsys):
 def test_bases_that_cannot_be_told_to_be_one_are_refused(tmp_path):
     a, b = saved(tmp_path / "a", 10, base=""), saved(tmp_path / "b", 3, base="")
     load_runs([a, b])  # their images are the same
-    one = replace(Judgements.load(b), base_sha256="c")
+    one = replace(KeptOutcomes.load(b), base_sha256="c")
     one.save(b)
     with pytest.raises(ErasureError, match="only runs of one base"):
         load_runs([a, b])
@@ -171,7 +171,7 @@ def test_judgements_of_another_evaluation_are_refused(tmp_path):
     with pytest.raises(ErasureError, match="is of another evaluation than the report beside it"):
         compare(load_runs([a, b]))
     (b / FILE).write_text((a / FILE).read_text()[:-9])
-    with pytest.raises(ErasureError, match=r"judgements\.json is damaged"):
+    with pytest.raises(ErasureError, match=r"outcomes\.json is damaged"):
         load_runs([a, b])
 
 
@@ -323,7 +323,7 @@ def test_evaluations_keep_what_pairs_them(evaluated):
     runs = load_runs(evaluated)
     found = cell(compare(runs, must_pair=True), "UA", "stayed")
     assert found.how == "paired" and found.difference.difference == -100 and found.verdict == -1
-    assert len(runs[0].images) == 2 and not Path(runs[0].judgements.images["base"]).is_absolute()
+    assert len(runs[0].images) == 2 and not Path(runs[0].kept.images["base"]).is_absolute()
 
 
 def test_the_wall_begins_where_the_runs_part(evaluated):

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from erase.eval.images import ImageSet
-from erase.eval.judgements import Judgements
+from erase.eval.outcomes import KeptOutcomes
 from erase.eval.report.report import BASE, ERASED, EvalReport
 from erase.eval.scores import Score
 from erase.prompts.errors import ErasureError
@@ -26,7 +26,7 @@ class Run:
     name: str
     folder: Path
     report: EvalReport
-    judgements: Judgements | None
+    kept: KeptOutcomes | None
     base_folder: Path | None = None
     """of the base's images, where the user names it"""
 
@@ -44,9 +44,9 @@ class Run:
     def score(self, row: str, name: str) -> Score | None:
         """A score with its outcomes, where they are known."""
         score = self.report.score(row, name)
-        if score is None or self.judgements is None:
+        if score is None or self.kept is None:
             return score
-        return self.judgements.scored(row, score, self.folder)
+        return self.kept.scored(row, score, self.folder)
 
     @cached_property
     def images(self) -> dict[str, ImageSet]:
@@ -55,7 +55,7 @@ class Run:
         return {row: images for row, images in found.items() if images}
 
     def _images(self, row: str) -> ImageSet | None:
-        told = self.judgements.images.get(row) if self.judgements else None
+        told = self.kept.images.get(row) if self.kept else None
         places = [self.folder / told] if told else [self.folder / row, self.folder.parent / row]
         if row == BASE and self.base_folder:
             places = [self.base_folder]
@@ -92,7 +92,7 @@ def load_runs(
         raise ErasureError(f"{len(files)} runs but {len(names)} names; give one --name for each")
     folder = None if base_images is None else Path(base_images)
     runs = [
-        Run(name, file.parent, EvalReport.load(file), Judgements.load(file.parent), folder)
+        Run(name, file.parent, EvalReport.load(file), KeptOutcomes.load(file.parent), folder)
         for name, file in zip(names or names_of(files), files, strict=True)
     ]
     _check_names([run.name for run in runs])
@@ -141,7 +141,7 @@ def _check_base(first: Run, other: Run) -> None:
     if first.base and other.base:
         same = first.base == other.base
     else:
-        drawn = [run.judgements.base_sha256 if run.judgements else "" for run in (first, other)]
+        drawn = [run.kept.base_sha256 if run.kept else "" for run in (first, other)]
         same = bool(drawn[0]) and drawn[0] == drawn[1]
     if not same:
         raise ErasureError(

@@ -171,7 +171,7 @@ def _cell(reference: Run, against: str, run: Run, score: Score) -> Cell:
 
 def _pair(reference: Run, run: Run, first: Score, score: Score) -> Difference | None:
     """Their difference on the same prompts and seeds, whatever the cases' numbers are."""
-    ours, theirs = reference.judgements, run.judgements
+    ours, theirs = reference.kept, run.kept
     if ours is None or theirs is None or not (first.outcomes and score.outcomes):
         return None
     if ours.questions(first) != theirs.questions(score):
@@ -184,13 +184,13 @@ def _pair(reference: Run, run: Run, first: Score, score: Score) -> Difference | 
 def _check_pairs(runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs:
-        if run.judgements is None:
+        if run.kept is None:
             raise ErasureError(
-                f"{run.name} has no judgements.json beside its report, so nothing can be paired; "
+                f"{run.name} has no outcomes.json beside its report, so nothing can be paired; "
                 "evaluate it again, or leave --paired out"
             )
-        assert first.judgements is not None  # it was looked at first
-        ours, theirs = first.judgements.asked.values(), run.judgements.asked.values()
+        assert first.kept is not None  # it was looked at first
+        ours, theirs = first.kept.asked.values(), run.kept.asked.values()
         if list(ours) != list(theirs):
             other = next((i for i, pair in enumerate(zip(ours, theirs)) if len(set(pair)) > 1), -1)  # noqa: B905
             where = (

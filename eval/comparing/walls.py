@@ -110,7 +110,7 @@ def _strip(
 def _words(run: Run, row: str, concept: Mapping[str, Any]) -> dict[Asked, Word]:
     """What the first judge of each kind says of a run's images, as far as it is known."""
     images = run.images.get(row)
-    if images is None or run.judgements is None:
+    if images is None or run.kept is None:
         return {}
     asked = {one.case: _asked(one) for one in images.rows}
     target = either(concept)
@@ -120,7 +120,7 @@ def _words(run: Run, row: str, concept: Mapping[str, Any]) -> dict[Asked, Word]:
         "NudeNet image rate": (Word("not flagged", True), Word("flagged", False)),
     }
     words: dict[Asked, Word] = {}
-    for name, outcomes in run.judgements.outcomes.get(row, {}).items():
+    for name, outcomes in run.kept.outcomes.get(row, {}).items():
         no, yes = says.get(name.rpartition(": ")[2], (None, None))
         for case, value in outcomes:
             word = yes if value > 0 else no

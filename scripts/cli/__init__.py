@@ -86,8 +86,8 @@ class Parser(JsonArgumentParser):
 
 
 def parser(prog: str, doc: str | None) -> Parser:
-    """An empty parser with `--config file.yaml`, `--print_config`, `--print_completion`, `--version`
-    and `--quiet`; options are not abbreviated."""
+    """An empty parser with `--config file.yaml`, `--print_config`, `--print_completion`,
+    `--version` and `--quiet`; options are not abbreviated."""
     command = Parser(
         prog=prog,
         description=doc,

@@ -13,7 +13,7 @@ from erase.scripts.cli.guards import PATHS
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-OPTION, SHELLS = "--print_completion", ("bash", "zsh", "tcsh")
+OPTION, SHELLS = "--print_completion", ("bash", "zsh")
 INSTALL = "pip install 'concept-erasure-toolkit[completion]'"
 
 

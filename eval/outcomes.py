@@ -1,4 +1,4 @@
-"""judgements.json, beside report.json: each judgement behind its scores, which pair two runs.
+"""outcomes.json, beside report.json: each judgement behind its scores, which pair two runs.
 
 It also says where the images lie, so that runs can be looked at beside each other.
 """
@@ -19,12 +19,12 @@ from erase.eval.scores import Outcomes, Score
 from erase.files import atomic_write, errors_named
 from erase.prompts.errors import ErasureError
 
-FILE, SCHEMA_VERSION = "judgements.json", 1
+FILE, SCHEMA_VERSION = "outcomes.json", 1
 AGAIN = "evaluate again to make it anew, or delete it to compare without pairs"
 
 
 @dataclass(frozen=True)
-class Judgements:
+class KeptOutcomes:
     """What a report leaves out: the outcomes of its scores, and what was asked in each case."""
 
     outcomes: dict[str, dict[str, Outcomes]]
@@ -37,7 +37,7 @@ class Judgements:
     """of the base's images, all together"""
 
     @classmethod
-    def of(cls, report: EvalReport, images: Mapping[str, ImageSet], folder: Path) -> Judgements:
+    def of(cls, report: EvalReport, images: Mapping[str, ImageSet], folder: Path) -> KeptOutcomes:
         """Those of a report that will lie in `folder`; `images`: row -> its images,
         the base's first."""
         outcomes: dict[str, dict[str, Outcomes]] = {}
@@ -62,7 +62,7 @@ class Judgements:
             aside.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> Judgements | None:
+    def load(cls, folder: Path) -> KeptOutcomes | None:
         """Those beside a report; None where there are none.
 
         Raises:
