@@ -19,8 +19,8 @@ from erase.eval.comparing.pareto import traded
 from erase.eval.comparing.runs import names_of
 from erase.eval.comparing.saving import as_csv, escaped, latex, markdown
 from erase.eval.finished import evaluate_images
-from erase.eval.outcomes import FILE, KeptOutcomes
 from erase.eval.metrics.intervals import of_difference
+from erase.eval.outcomes import FILE, KeptOutcomes
 from erase.eval.report import EvalReport, mean_score, proportion
 from erase.eval.report.report import differences
 from erase.eval.run import EvaluateConfig
