@@ -50,7 +50,7 @@ def script(parser: ArgumentParser, shell: str) -> str:
     return str(shtab.complete(shown, shell))
 
 
-def _completed(action: Action, file: dict[str, str]) -> Action:
+def _completed(action: Action, file: Any) -> Action:
     """An action with what may stand behind it: names, true and false, or a file."""
     if action.choices or not action.option_strings:
         return action
