@@ -4,8 +4,9 @@ import pytest
 
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.prompt_sets import canvas_grid
+from erase.scripts.canvas.leaderboard import table as leaderboard
 from erase.scripts.canvas.results import Job, asked_for
-from erase.scripts.canvas.tables import grid, prediction, spread, summary
+from erase.scripts.canvas.tables import grid, paired, prediction, spread, summary
 from erase.scripts.canvas.variants import groups
 
 
@@ -51,6 +52,22 @@ def test_the_grid_has_a_mean_and_a_range_in_each_cell():
     assert lines[2:] == ["| benefit | 40.0 | 99.0 (98.0 to 100.0) |", "| random |  | 0.0 |"]
 
 
+def test_runs_are_paired_by_image_and_a_shared_image_counts_once():
+    judged = {"IRA": [[1, 2, 3, 4], "1111", "0111"]}
+    runs = [row("ours", 0.04, 100.0, 0.5, seed) | {"judged": judged} for seed in range(3)]
+    lines = paired(runs).splitlines()[2:]
+    assert len(lines) == 2  # of objects, and of all
+    # three judgements of twelve were lost, all of one image: no more than chance
+    assert "| -25.00 [" in lines[0] and "p 1, 12" in lines[0]
+
+    apart = [
+        row("ours", 0.04, 100.0, 0.5) | {"judged": {"IRA": [[*range(96)], "1" * 96, bits]}}
+        for bits in ("0" * 6 + "1" * 90,)
+    ]
+    assert "| -6.25 [" in paired(apart) and "p 0.031, 96" in paired(apart)
+    assert paired([row("ours", 0.04, 100.0, 0.5)]).count("\n") == 1  # older rows hold no outcomes
+
+
 def test_masks_are_counted_by_the_share_that_they_held():
     lines = prediction(ROWS).splitlines()[2:]
     assert lines == [
@@ -72,3 +89,19 @@ def test_every_variant_has_a_file_name_of_its_own():
     names = [name for group in groups("no").values() for name in group]
     slugs = {Job("heart", name, 0).slug for name in names}
     assert len(slugs) == len(set(names)) and not any("/" in slug for slug in slugs)
+
+
+def test_the_leaderboard_has_the_base_beside_every_variant_and_seeds_in_one_cell():
+    def suite(variant, seed, ua):
+        scores = {"erased": {"UA": ua, "SSIM": 0.9}, "base": {"UA": 2.0}}
+        return {"concept": "heart", "variant": variant, "seed": seed, "bytes": 1.2e6, **scores}
+
+    ours = [suite("salun", 0, 100.0) | {"seconds": 30.0}, suite("salun", 1, 98.0)]
+    assert leaderboard([*ours, suite("uce", 0, 96.0)]).splitlines() == [
+        "| heart | base | salun | uce |",
+        "|---|---|---|---|",
+        "| UA | 2.0 | 99.0 (98.0 to 100.0) | 96.0 |",
+        "| SSIM |  | 0.900 | 0.900 |",
+        "| CPU seconds |  | 30.0 |  |",  # of a delta that was found nothing is known
+        "| delta, MB |  | 1.2 | 1.2 |",
+    ]
