@@ -135,7 +135,11 @@ def test_what_is_not_alike_is_said(tmp_path):
     for scores in content["rows"].values():
         scores[0]["evaluator"] = "another judge"
     (b / "report.json").write_text(json.dumps(content))
-    notes = " ".join(compare(load_runs([a, b])).notes)
+    comparison = compare(load_runs([a, b]))
+    assert cell(comparison, "IRA", "b").how == "unpaired"
+    with pytest.raises(ErasureError, match="b forgot moon, and a heart, so they are not paired"):
+        compare(load_runs([a, b]), must_pair=True)
+    notes = " ".join(comparison.notes)
     assert "forgot different things (a: heart → star; b: moon → star)" in notes
     assert "b was drawn with steps 4, not None as a was" in notes
     assert "UA was not measured alike: another judge | judge" in notes

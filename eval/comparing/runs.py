@@ -10,7 +10,7 @@ from pathlib import Path
 
 from erase.eval.images import ImageSet
 from erase.eval.outcomes import KeptOutcomes
-from erase.eval.report.report import BASE, ERASED, EvalReport
+from erase.eval.report.report import BASE, ERASED, EvalReport, words
 from erase.eval.scores import Score
 from erase.prompts.errors import ErasureError
 
@@ -34,6 +34,11 @@ class Run:
     def base(self) -> str:
         """The base's fingerprint; empty where only its images are known."""
         return str(self.report.provenance.get("base_fingerprint") or "")
+
+    @property
+    def forgot(self) -> list[str]:
+        """The targets."""
+        return words(self.report.concept, "target")
 
     @property
     def base_name(self) -> str:

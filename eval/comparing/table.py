@@ -172,6 +172,8 @@ def _cell(reference: Run, against: str, run: Run, score: Score) -> Cell:
 def _pair(reference: Run, run: Run, first: Score, score: Score) -> Difference | None:
     """Their difference on the same prompts and seeds, whatever the cases' numbers are."""
     ours, theirs = reference.kept, run.kept
+    if reference.forgot != run.forgot:
+        return None  # an attacker's or a probe's cases are of the concept
     if ours is None or theirs is None or not (first.outcomes and score.outcomes):
         return None
     if ours.questions(first) != theirs.questions(score):
@@ -184,6 +186,11 @@ def _pair(reference: Run, run: Run, first: Score, score: Score) -> Difference | 
 def _check_pairs(runs: Sequence[Run]) -> None:
     first = runs[0]
     for run in runs:
+        if run.forgot != first.forgot:
+            raise ErasureError(
+                f"{run.name} forgot {', '.join(run.forgot)}, and {first.name} "
+                f"{', '.join(first.forgot)}, so they are not paired; leave --paired out"
+            )
         if run.kept is None:
             raise ErasureError(
                 f"{run.name} has no outcomes.json beside its report, so nothing can be paired; "
