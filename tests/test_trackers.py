@@ -65,7 +65,7 @@ class Stopped(Exception):
     """As a machine that goes down."""
 
 
-def train(folder, stop=None):
+def train(folder, stop=None, log_with="tensorboard"):
     """Six steps of a line, of which the state of every second is kept."""
     torch.manual_seed(0)
     line = nn.Linear(3, 1)
@@ -85,7 +85,7 @@ def train(folder, stop=None):
         schedule="linear",
         batch_size=4,
         checkpoint_every=2,
-        log_with="tensorboard",
+        log_with=log_with,
     )
     checkpoint = Checkpoint(folder / "training.pt", {})
     params, config = dict(line.named_parameters()), TunedConfig(train=train)
@@ -104,10 +104,22 @@ def test_a_resumed_run_goes_on_in_its_log_and_no_step_stands_twice(tmp_path):
     assert len({value for _, value in whole["lr"]}) == 6
 
 
-def test_a_service_gets_the_same_name_when_it_goes_on(tmp_path):
-    path = tmp_path / "logs" / "name.txt"
-    first = trackers._name(path, fresh=True)
-    assert trackers._name(path, fresh=False) == first != trackers._name(path, fresh=True)
+@pytest.mark.parametrize(("service", "key"), [("wandb", "id"), ("trackio", "name")])
+def test_a_service_is_told_the_same_run_when_it_goes_on(service, key, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(trackers, "find_spec", lambda name: name)
+    monkeypatch.setattr(trackers, "LOGGER_TYPE_TO_CLASS", [service])
+    monkeypatch.setattr(
+        "accelerate.Accelerator.init_trackers", lambda self, *started: told.append(started)
+    )
+    with pytest.raises(Stopped):
+        train(tmp_path / "run", 3, service)
+    train(tmp_path / "run", log_with=service)
+    train(tmp_path / "other", log_with=service)
+    (project, settings, first), (_, _, again), (_, _, other) = told
+    assert project == trackers.PROJECT and settings["lr"] == 0.01
+    assert first[service]["resume"] == "allow" and first == again != other
+    assert first[service][key] == (tmp_path / "run" / "logs" / "name.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,11 @@ def render(comparison: Comparison) -> str:
 def _about(provenance: dict[str, Any]) -> dict[str, Any]:
     """A run in a line: its method, and the commands that made its report."""
     commands = provenance.get("commands") or []
+    strength = provenance.get("delta_settings", {}).get("strength", 1.0)
+    parts = strength if isinstance(strength, list) else [strength]
     return {
         "method": str(provenance.get("method", "")),
-        "strength": provenance.get("delta_settings", {}).get("strength", 1.0),
+        "strength": ", ".join(f"{part:g}" for part in parts),
         "commands": commands.splitlines() if isinstance(commands, str) else commands,
     }
 

@@ -60,6 +60,7 @@ def _panel(found: Traded, across: str, down: str) -> Panel:
     line = _steps(sorted({places[number] for number in best}))
     xticks = [(_x(xs, tick), f"{tick:g}") for tick in xs.ticks]
     yticks = [(_y(ys, tick), f"{tick:g}") for tick in ys.ticks]
+    marks.sort(key=lambda mark: mark.best)  # who is on the front is drawn over who is not
     return Panel(across, down, xticks, yticks, marks, line)
 
 
