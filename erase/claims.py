@@ -15,7 +15,9 @@ from erase.files import atomic_write, errors_named
 from erase.parallel.processes import exists_on_all, processes
 from erase.prompts.errors import ErasureError
 
-SAME_BITS = {"train.checkpoint_every", "train.selective_recompute", "train.offload"}
+SAME_BITS = {
+    "train.checkpoint_every", "train.selective_recompute", "train.offload", "train.log_with",
+}  # fmt: skip
 """settings that leave the result as it is, to the bit"""
 TO_ROUNDING = {
     "made with", "threads", "processes",

@@ -27,6 +27,7 @@ from erase.prompts.reading import as_path
 from erase.task import Edit, Task
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import check_machine, check_scope
+from erase.training.trackers import check_log
 
 VERSION = "0.1.0"
 log = logging.getLogger("erase")
@@ -90,6 +91,8 @@ def erase_concept(
         check_machine(settings)
 
     folder, description = _folder(out), describe(concepts, config, settings)
+    if isinstance(settings, TunedConfig):
+        check_log(settings.train.log_with, folder)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
     path = folder / "delta.safetensors" if folder else None
     finished = path is not None and exists_on_all(path)

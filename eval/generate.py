@@ -91,17 +91,10 @@ def generate(
             steps; `out` holds images made with other settings; an image is not finite; the disk is
             full.
     """
-    family_of(pipeline, "the pipeline")  # refuses other kinds
     out = Path(out)
     state = processes()
     whole = batches(prompts, config)
-    size = max(len(batch.rows) for batch in whole)
-    settings = _settings(pipeline, prompts, config, size)
-    if clash := settings.keys() & provenance.keys():
-        raise ErasureError(
-            f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it"
-        )
-    settings |= provenance
+    settings = _settings(pipeline, prompts, config, provenance)
     ready = prepared(pipeline, config)
     _claim(out, settings)
     _make(ready, whole[state.process_index :: state.num_processes], out, settings)
@@ -117,6 +110,26 @@ def generate(
         )
     state.wait_for_everyone()
     return ImageSet.open(out)
+
+
+def left_to_make(
+    pipeline: Pipeline,
+    prompts: PromptSet,
+    out: Path,
+    config: GenerateConfig,
+    provenance: dict[str, str],
+) -> int:
+    """How many images `generate` would make, with these arguments; nothing is written.
+
+    Raises:
+        ErasureError: what it would refuse before the first image.
+    """
+    settings = _settings(pipeline, prompts, config, provenance)
+    prepared(pipeline, config)
+    _check_claim(out, settings)
+    with ThreadPoolExecutor() as pool:
+        missing = pool.map(lambda batch: _missing(batch, out), batches(prompts, config))
+        return sum(map(len, missing))
 
 
 def planned(prompts: PromptSet, out: Path, config: GenerateConfig) -> ImageSet:
@@ -146,8 +159,19 @@ def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
 
 
 def _settings(
-    pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, size: int
+    pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, provenance: dict[str, str]
 ) -> dict[str, Any]:
+    """How all images are made, and what is to be told of them."""
+    family_of(pipeline, "the pipeline")  # refuses other kinds
+    settings = _own_settings(pipeline, prompts, config)
+    if clash := settings.keys() & provenance.keys():
+        raise ErasureError(
+            f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it"
+        )
+    return settings | provenance
+
+
+def _own_settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig) -> dict[str, Any]:
     device = pipeline._execution_device  # unlike .device, right under CPU offload
     rows = sorted(prompts.rows, key=lambda row: row.case)
     cut = cut_prompts(
@@ -163,7 +187,7 @@ def _settings(
         "steps": config.steps,
         "guidance": float(config.guidance),
         "resolution": config.resolution or image_size(pipeline),
-        "batch_size": size,
+        "batch_size": max(len(batch.rows) for batch in batches(prompts, config)),
         "mixed_precision": config.mixed_precision,
         "dtype": str(denoiser(pipeline).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -175,9 +199,8 @@ def _settings(
     }
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder whose images were made in another way; else write `settings.json`, before any
-    image."""
+def _check_claim(out: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder whose images were made in another way."""
     earlier = read_settings(out)
     if earlier is None and any(out.glob("*.png")):
         raise ErasureError(
@@ -191,6 +214,11 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
                 f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another "
                 "output folder, or delete this one to make its images anew"
             )
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Write `settings.json`, before any image, into a folder that is free."""
+    _check_claim(out, settings)
     processes().wait_for_everyone()  # nobody writes before everybody has looked
     if processes().is_main_process:
         write_settings(out, settings)

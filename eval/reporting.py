@@ -14,6 +14,7 @@ from erase.eval.case import Case
 from erase.eval.evaluators import EVALUATORS, Evaluator
 from erase.eval.evidence import Evidence
 from erase.eval.images import ImageSet
+from erase.eval.outcomes import KeptOutcomes
 from erase.eval.report.page import save_report
 from erase.eval.report.report import EvalReport, differences
 from erase.eval.report.setting import Setting, facts_since
@@ -79,14 +80,25 @@ def parts_of(
     if len(sets) == 1:
         case = foresee(sets[0], list(concepts))
         return [_part("", sets[0], list(concepts), case, choose(case))]
-    named = [_named(one, concepts) for one in sets]
     parts = []
-    for one, own in zip(sets, named, strict=True):
-        others = set().union(*named) - own
-        asked = [concept for concept in concepts if concept.target not in others]
+    for one, asked in asked_of(sets, concepts):
         case = foresee(one, asked)
         parts.append(_part(one.name, one, asked, case, choose(case)))
     return parts
+
+
+def asked_of(
+    sets: Sequence[PromptSet], concepts: Sequence[ConceptSpec]
+) -> list[tuple[PromptSet, list[ConceptSpec]]]:
+    """Each set with the concepts that it is judged on (`parts_of`); an only set with all."""
+    if len(sets) == 1:
+        return [(sets[0], list(concepts))]
+    named = [_named(one, concepts) for one in sets]
+    pairs = []
+    for one, own in zip(sets, named, strict=True):
+        others = set().union(*named) - own
+        pairs.append((one, [concept for concept in concepts if concept.target not in others]))
+    return pairs
 
 
 def _named(prompts: PromptSet, concepts: Sequence[ConceptSpec]) -> set[str]:
@@ -153,7 +165,8 @@ def report_on(
     recipe: Mapping[str, str] | None = None,
     found: Mapping[str, Any] | None = None,
 ) -> EvalReport:
-    """Score every case on every set, and write report.json, report.html and before_after.png.
+    """Score every case on every set, and write report.json, outcomes.json, report.html and
+    before_after.png.
 
     Args:
         cases: row of the report -> case; the base first, then what was made of it.
@@ -232,6 +245,8 @@ def _save(
         share = mask.count() / mask.size
         shared = {"iou": evidence.overlap, "chance": share / (2 - share)}
         report = replace(report, extras=report.extras | {"overlap": shared})
+    images = dict(zip(report.rows, (before, after), strict=True))
+    KeptOutcomes.of(report, images, out).save(out)
     save_report(out, report, before, after, losses, density, sizes, setting)
 
 

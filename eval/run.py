@@ -146,6 +146,12 @@ def evaluate(
     return report_on(cases, parts, about, provenance, out, evidence, recipe(delta), found)
 
 
+def made_by(model: DiffusionModel, delta: ErasedDelta | None = None) -> dict[str, str]:
+    """What images say of the model that they are of: a base, or one with a delta in it."""
+    method = delta.origin.method if delta else "none"
+    return {"model": model.name, "fingerprint": model.fingerprint, "delta": method}
+
+
 def _cases(
     model: DiffusionModel,
     delta: ErasedDelta,
@@ -162,15 +168,15 @@ def _cases(
         base_work: of the findings about the base, and of what the attacker has from it.
         out: of the report; it holds the rest.
     """
-    about = {"model": model.name, "fingerprint": model.fingerprint}
 
     def draw_base() -> ImageSet:
-        return generate(model.pipeline(), prompts, base_folder, config, about | {"delta": "none"})
+        return generate(model.pipeline(), prompts, base_folder, config, made_by(model))
 
     def draw_erased() -> ImageSet:
         with delta.applied(model):
-            made_by = {"delta": delta.origin.method, "fingerprint": model.fingerprint}
-            return generate(model.pipeline(), prompts, out / "erased", config, about | made_by)
+            return generate(
+                model.pipeline(), prompts, out / "erased", config, made_by(model, delta)
+            )
 
     concepts, shared = delta.origin.concepts, base_work / "attacker"
     base = Case(draw_base, concepts, base=model, folder=base_work / BASE, shared=shared)

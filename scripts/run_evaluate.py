@@ -10,6 +10,8 @@ anybody's checkpoint (docs/foreign.md), or finished images of one:
 several sets, each scored by itself; or a protocol of the field:
   erase-evaluate --delta D --prompts van-gogh --prompts coco.csv
   erase-evaluate --delta D --protocol mace
+what a command would do, what it lacks and how long it draws:
+  erase-evaluate --delta D --protocol mace --validate
 
 OUT/report.html is one page for a browser, report.json the same for programs,
 before_after.png the picture. Several processes share the images and the
@@ -48,11 +50,13 @@ from erase.scripts.cli.plugins import names_given
 from erase.scripts.cli.protocols import add_protocol, prompts_of
 
 if TYPE_CHECKING:
+    from erase.delta import ErasedDelta
     from erase.eval.evaluators import Evaluator
     from erase.eval.images import ImageSet
     from erase.eval.protocols import Protocol
     from erase.eval.report.report import EvalReport
     from erase.eval.run import EvaluateConfig
+    from erase.models import DiffusionModel
     from erase.prompts.concepts import ConceptSpec
 
 DELTA = "runs/erased/delta.safetensors"
@@ -110,6 +114,12 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "beside this one; for a delta",
     )
     command.add_argument(
+        "--validate",
+        action="store_true",
+        help="say what would be judged, by whom, on how many images, what is missing and how long "
+        "drawing takes here, and stop; nothing is written",
+    )
+    command.add_argument(
         "--evaluators",
         type=list[str] | None,
         default=None,
@@ -152,6 +162,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{finished[0]} is a folder of finished images, which stands alone; evaluate the other "
             "--erased by itself"
         )
+    if options.validate:
+        validate(options, config, protocol, bool(finished))
+        return
     judge = of_images if finished else of_weights
     Console().print(judge(options, config, protocol, commands).table())
     print(f"{options.out}/report.html")
@@ -173,24 +186,14 @@ def of_weights(
     options: Namespace, config: EvaluateConfig, protocol: Protocol | None, commands: list[str]
 ) -> EvalReport:
     """The evaluation of a delta, or of what another program erased."""
-    from erase.delta import ErasedDelta
-    from erase.delta.base import load_base
     from erase.eval.run import Evidence, evaluate
-    from erase.parallel.processes import default_device
 
-    evidence = None
-    if options.erased:
-        model, delta = erased_model(options, default_device())
-        prompts = prompts_given(options, protocol, delta.origin.concepts)
-    else:
-        delta = ErasedDelta.load(options.delta)
-        prompts = prompts_given(options, protocol, delta.origin.concepts)
-        model = load_base(delta, options.model, default_device(), options.load)
-        evidence = Evidence.of(Path(delta.source).parent, delta)
+    model, delta, prompts = weights_given(options, protocol)
+    evidence = None if options.erased else Evidence.of(Path(delta.source).parent, delta)
     return evaluate(
         model,
         delta,
-        prompts or [canvas_grid(seeds_of(options.seeds))],
+        prompts,
         options.out,
         config,
         base_images=options.base_images,
@@ -198,6 +201,48 @@ def of_weights(
         commands=commands,
         compared_with=options.compared_with,
     )
+
+
+def weights_given(
+    options: Namespace, protocol: Protocol | None
+) -> tuple[DiffusionModel, ErasedDelta, list[PromptSet]]:
+    """The base, what was erased from it, and the prompts to judge it on."""
+    from erase.delta import ErasedDelta
+    from erase.delta.base import load_base
+    from erase.parallel.processes import default_device
+
+    if options.erased:
+        model, delta = erased_model(options, default_device())
+        prompts = prompts_given(options, protocol, delta.origin.concepts)
+    else:
+        delta = ErasedDelta.load(options.delta)
+        prompts = prompts_given(options, protocol, delta.origin.concepts)
+        model = load_base(delta, options.model, default_device(), options.load)
+    return model, delta, prompts or [canvas_grid(seeds_of(options.seeds))]
+
+
+def validate(
+    options: Namespace, config: EvaluateConfig, protocol: Protocol | None, finished: bool
+) -> None:
+    """Print what the command would do.
+
+    Raises:
+        ErasureError: it cannot run; all that is missing is told.
+    """
+    from erase.eval.plan import plan
+
+    if finished:
+        raise ErasureError(
+            "--validate is for weights: of finished images nothing is drawn but the base's, and "
+            "they are checked before that; leave --validate out"
+        )
+    model, delta, prompts = weights_given(options, protocol)
+    found = plan(model, delta, prompts, options.out, config, base_images=options.base_images)
+    console = Console()
+    console.print(found.table())
+    for line in found.lines():
+        console.print(line, markup=False, highlight=False)
+    found.check()
 
 
 def of_images(
@@ -227,14 +272,14 @@ def of_images(
 def drawn(options: Namespace, config: EvaluateConfig) -> Callable[[PromptSet], ImageSet]:
     """What makes the base's images of a prompt set."""
     from erase.eval.generate import generate
+    from erase.eval.run import made_by
     from erase.models import load_model
     from erase.parallel.processes import default_device
 
     def draw(prompts: PromptSet) -> ImageSet:
         model = load_model(options.model or "canvas", default_device(), options.load)
-        about = {"model": model.name, "fingerprint": model.fingerprint, "delta": "none"}
         out = Path(options.base_images or Path(options.out) / "base")
-        return generate(model.pipeline(), prompts, out, config.generate, about)
+        return generate(model.pipeline(), prompts, out, config.generate, made_by(model))
 
     return draw
 

@@ -17,7 +17,7 @@ from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
 from erase.task import Task
 from erase.training.config import TrainConfig, TunedConfig
-from erase.training.loop import cut
+from erase.training.shares import cut
 
 PLAIN = RemapConfig(
     retain_dropout=0.5, share_latents=False, train=TrainConfig(steps=3, batch_size=8, lr=1e-3)

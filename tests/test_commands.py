@@ -27,6 +27,7 @@ from erase.prompts.prompt_sets import PromptSet, joined, of_prompts
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import (
     demo,
+    run_compare,
     run_erase,
     run_evaluate,
     run_export,
@@ -47,6 +48,7 @@ COMMANDS = {
     "erase-demo": demo,
     "erase-list": run_list,
     "erase-live": run_live,
+    "erase-compare": run_compare,
 }
 WITHOUT_OUT = ("erase-list", "erase-live")  # these write no folder
 every_command = pytest.mark.parametrize("name", COMMANDS)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from erase.delta.origin import Origin, concepts_of, gone, read_origin
 from erase.delta.stored import check_values, delta_file, read_delta, stored_tensors
 from erase.files import save_tensors
+from erase.markup import facts_table
 from erase.models import DiffusionModel
 from erase.prompts.errors import ErasureError
 from erase.tensors import all_finite, indices, pack, unpack
@@ -56,6 +57,15 @@ class ErasedDelta:
             f"ErasedDelta({self.title!r} from {base}: {self.count:,} weights in {len(self.values)} "
             "tensors)"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        facts = {
+            "base": self.metadata.get("base_id", "?"),
+            "method": self.metadata.get("method", "?"),
+        }
+        facts |= {"weights changed": f"{self.count:,} in {len(self.values)} tensors"}
+        return facts_table(f"{self.title} erased", facts | {"sha256": self.sha256[:12]})
 
     @property
     def count(self) -> int:

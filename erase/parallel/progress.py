@@ -1,5 +1,5 @@
-"""Progress bars, ours alone: in place on a terminal, few whole lines in a log, none where they are
-not wanted."""
+"""Progress bars, ours alone: in place on a terminal, a widget in a notebook, few whole lines in a
+log, none where they are not wanted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import auto, tqdm
 
 LOG_SECONDS = 30  # between two lines of a log
 OFF = ("", "0", "false", "no")
@@ -30,6 +30,12 @@ class _Lines(tqdm):  # type: ignore[type-arg]
         return write
 
 
+def _is_widget() -> bool:
+    """Whether tqdm has chosen a notebook's bar."""
+    notebook = sys.modules.get("tqdm.notebook")
+    return notebook is not None and issubclass(auto.tqdm, notebook.tqdm_notebook)
+
+
 def bar(what: str, unit: str, total: int, initial: int = 0, shown: bool = True) -> Any:
     """A progress bar on stderr; `TQDM_DISABLE=1`, or `--quiet` of a command, turns it off."""
     shown = shown and os.environ.get("TQDM_DISABLE", "").strip().lower() in OFF
@@ -40,8 +46,9 @@ def bar(what: str, unit: str, total: int, initial: int = 0, shown: bool = True) 
         "initial": initial,
         "disable": not shown,
     }
-    if sys.stderr.isatty():
-        return tqdm(**options)
+    # in a notebook its own widget, where ipywidgets are installed
+    if sys.stderr.isatty() or _is_widget():
+        return auto.tqdm(**options)
     return _Lines(
         **options, mininterval=LOG_SECONDS, maxinterval=LOG_SECONDS, ncols=100, ascii=" .:-=#"
     )

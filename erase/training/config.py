@@ -70,6 +70,9 @@ class TrainConfig:
     weights"""
     checkpoint_every: int = 50
     """steps between saved training states; a stopped run goes on from the last one"""
+    log_with: str | None = None
+    """tensorboard, wandb or trackio: log loss, its terms, learning rate and rows per second of
+    every step into OUT/logs, or to that service; what is trained stays the same, to the bit"""
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "batch_size", "accumulation", "checkpoint_every"), COUNT)

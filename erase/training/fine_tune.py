@@ -45,7 +45,8 @@ def fine_tune(
         ErasureError: settings that this machine cannot train with, a mask of another base or
             concept, or a loss that is not finite.
     """
-    params, accelerator = task.weights(config.scope), make_accelerator(config.train)
+    params = task.weights(config.scope)
+    accelerator = make_accelerator(config.train, task.folder)
     mask = choose_mask(task, config, Objective(loss, batches))
     if mask is not None:
         mask.check(params, task.model.fingerprint)

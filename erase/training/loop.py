@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,9 @@ from erase.training.gradients import Gradients, soften, step_gradients
 from erase.training.low_rank import LowRank
 from erase.training.optimizers import try_optimizer
 from erase.training.running import check_attention
+from erase.training.shares import Batch, cut
 from erase.training.state import Run
+from erase.training.trackers import Track, check_tracker, logging_to, tracked
 from erase.training.trainable import Base, Trainable
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -38,7 +40,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 alone, so a resumed run goes on with it"""
 SHARE_STRIDE = 1_000_003
 """between the seeds of a step's shares; of a seed torch takes the lower 32 bits alone"""
-Batch = Any
 LossFn = Callable[[Batch, Base], Mapping[str, Tensor]]
 """(batch or part of one, the base weights as a context) -> terms by name, `forget` and `retain`,
 whose sum is minimised: scalars with graph, means over their rows"""
@@ -57,9 +58,9 @@ class Fitted:
     """one per optimizer step"""
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An Accelerator for this precision. Other faults of the settings are refused here too, before
-    hours are spent on latents.
+def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Accelerator:
+    """An Accelerator for this precision, which logs into a run's folder where `log_with` says so.
+    Other faults of the settings are refused here too, before hours are spent on latents.
 
     Raises:
         ErasureError: an unknown precision, schedule, attention or optimizer, fp16 without a GPU, a
@@ -75,6 +76,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"accumulated parts on {processes().num_processes} processes"
         )
     check_names(config, {"schedule": SCHEDULES})
+    check_tracker(config.log_with)
     check_attention(config.attention, processes().device)
     try_optimizer(
         config.optimizer,
@@ -90,7 +92,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         # Accelerate keeps one precision per process; a library caller may well erase twice with
         # different ones
         AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=config.mixed_precision, cpu=processes().device.type == "cpu")
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=processes().device.type == "cpu",
+        **logging_to(config.log_with, folder),
+    )
 
 
 def fit(
@@ -134,7 +140,8 @@ def fit(
     """
     # refuses a launch, too, that this loop does not fit
     check_sharded(config.train, config.lora_rank)
-    accelerator = accelerator or make_accelerator(config.train)
+    folder = checkpoint.path.parent if checkpoint else None
+    accelerator = accelerator or make_accelerator(config.train, folder)
     active = active or ActiveWeights(params)
     if config.lora_rank:
         trainable: Trainable = LowRank(params, mask, active, config.lora_rank, seed)
@@ -144,7 +151,9 @@ def fit(
         if start:
             trainable.start_from(start)
         run = Run.start(trainable, config.train, accelerator, checkpoint)
-        _train(run, _Steps(run, loss, batches, config, accelerator, seed))
+        steps = _Steps(run, loss, batches, config, accelerator, seed)
+        with tracked(accelerator, config.train.log_with, config.train, folder, run.step) as track:
+            _train(run, steps, track)
         return Fitted(trainable.result(run.average or trainable.values), run.losses)
     finally:
         trainable.close()
@@ -163,15 +172,16 @@ class _Steps:
     accelerator: Accelerator
     seed: int
 
-    def take(self) -> float:
-        """One optimizer step over all parts of one batch; returns its loss."""
+    def take(self) -> dict[str, float]:
+        """One optimizer step over all parts of one batch; returns its loss and learning rate and,
+        where they are logged, the loss's terms."""
         run, train = self.run, self.config.train
         rise = min(1.0, (run.step + 1) / (train.warmup + 1))
         lr = train.lr * rise * SCHEDULES[train.schedule](run.step / train.steps)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
 
-        total, gradients = self._gradients()
+        total, terms, gradients = self._gradients()
         if not math.isfinite(total):
             raise ErasureError(
                 f"the loss is {total} at step {run.step}; lower the learning rate ({train.lr:g}), "
@@ -185,10 +195,11 @@ class _Steps:
         soften(run.trainable, lr * self.config.prox_l1)
         run.trainable.put()
         run.advance(total)
-        return total
+        return {"loss": total, **terms, "lr": lr}
 
-    def _gradients(self) -> tuple[float, Gradients]:
-        """The step's loss at the values as they are, and its gradient."""
+    def _gradients(self) -> tuple[float, dict[str, float], Gradients]:
+        """The step's loss at the values as they are, its terms where they are logged, and its
+        gradient."""
         losses: dict[str, Tensor] = {}
         batch = self.batches(self.run.step)
 
@@ -203,7 +214,10 @@ class _Steps:
         generator = torch.Generator().manual_seed(~(self.seed * 1_000_003 + self.run.step))
         gradients = step_gradients(self.run.trainable, take, self.config, generator)
         total = self.accelerator.reduce(sum(losses.values()), reduction="mean")
-        return float(total), gradients
+        terms: dict[str, float] = {}
+        for name, term in losses.items() if self.config.train.log_with else ():
+            terms[f"loss/{name}"] = float(self.accelerator.reduce(term, reduction="mean"))
+        return float(total), terms, gradients
 
     def _take(
         self, batch: Batch, names: tuple[str, ...] | None
@@ -243,7 +257,7 @@ class _Steps:
         clip_grads_with_norm_(values, limit, self.run.trainable.layout.norm(local))
 
 
-def _train(run: Run, steps: _Steps) -> None:
+def _train(run: Run, steps: _Steps, track: Track) -> None:
     """All steps that are left, with a training state saved now and then."""
     accelerator, train = steps.accelerator, steps.config.train
     how = "in shards on" if run.trainable.layout.collective_forward else "on"
@@ -257,50 +271,9 @@ def _train(run: Run, steps: _Steps) -> None:
         bar(name, "step", train.steps, run.step, accelerator.is_main_process) as progress_bar,
     ):
         while run.step < train.steps:
-            loss = steps.take()
-            progress_bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            told = steps.take()
+            track({**told, "rows": train.batch_size}, run.step)
+            progress_bar.set_postfix(loss=f"{told['loss']:.4f}", refresh=False)
             progress_bar.update()
             if run.step % train.checkpoint_every == 0:
                 run.save()
-
-
-def cut(batch: Batch, part: int, parts: int, accelerator: Accelerator) -> Batch:
-    """This process's rows of one part of a batch, on its device.
-
-    Every share is equally long, so that means of shares average to the mean of all.
-
-    Args:
-        batch: a tensor or a list of texts, with an entry per row; or a tuple, mapping or dataclass
-            of those. None stays.
-
-    Raises:
-        ErasureError: rows that do not split evenly.
-    """
-    match batch:
-        case None:
-            return None
-        case Tensor():
-            return batch[_share(len(batch), part, parts, accelerator)].to(accelerator.device)
-        case list():
-            return batch[_share(len(batch), part, parts, accelerator)]
-        case tuple():
-            return tuple(cut(column, part, parts, accelerator) for column in batch)
-        case dict():
-            return {name: cut(column, part, parts, accelerator) for name, column in batch.items()}
-    columns = {
-        field.name: cut(getattr(batch, field.name), part, parts, accelerator)
-        for field in fields(batch)
-    }
-    return replace(batch, **columns)
-
-
-def _share(size: int, part: int, parts: int, accelerator: Accelerator) -> slice:
-    shares = parts * accelerator.num_processes
-    if size % shares:
-        raise ErasureError(
-            f"a batch of {size} rows cannot be split evenly into {parts} parts on "
-            f"{accelerator.num_processes} processes"
-        )
-    width = size // shares
-    start = (accelerator.process_index * parts + part) * width
-    return slice(start, start + width)

@@ -23,9 +23,10 @@ from erase.parallel.processes import exists_on_all, processes, progress, round_r
 from erase.task import Task, describe
 from erase.training.batches import PromptedRows, row_batches
 from erase.training.config import MaskConfig, TunedConfig
-from erase.training.loop import Batches, LossFn, cut
+from erase.training.loop import Batches, LossFn
 from erase.training.rules import RULES, find_density, overlap, scores
 from erase.training.running import running
+from erase.training.shares import cut
 from erase.training.statistics import AGAIN, Accumulator, Statistics
 from erase.training.trainable import gradients_on
 

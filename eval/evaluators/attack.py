@@ -152,11 +152,12 @@ def evaluate(case: Case, config: Config) -> list[Score]:
         told[attack.name]["pictures"] = keep_pictures(case, attempts, attack.name, best)
     case.add_extra("attacks", told)
     judged = attempts.detector.name
-    scores = [_score("pre-ASR", before, f"{judged}, no attack")]
+    cases = [row.case for row in attempts.rows]
+    scores = [_score("pre-ASR", before, f"{judged}, no attack", cases)]
     for attack, _ in chosen:
         after = success(attack, before, outcomes[attack.name])
         said = f"{judged}; {_budget(attack, outcomes[attack.name])}"
-        scores.append(_score(f"ASR {attack.name}", after, said))
+        scores.append(_score(f"ASR {attack.name}", after, said, cases))
     return scores
 
 
@@ -224,8 +225,16 @@ def _encoded(case: Case, attempts: Attempts, base: DiffusionModel) -> LatentSet:
     return LatentSet(mean, std, tuple(attempts.prompts))
 
 
-def _score(name: str, shown: Sequence[bool], evaluator: str) -> Score:
-    return proportion(name, sum(shown), len(shown), higher_is_better=False, evaluator=evaluator)
+def _score(name: str, shown: Sequence[bool], evaluator: str, cases: Sequence[int]) -> Score:
+    outcomes = list(zip(cases, shown, strict=True))
+    return proportion(
+        name,
+        sum(shown),
+        len(shown),
+        higher_is_better=False,
+        evaluator=evaluator,
+        outcomes=outcomes,
+    )
 
 
 def _budget(attack: Attack[Any], tries: Sequence[Try]) -> str:

@@ -137,6 +137,18 @@ class EvalReport:
         value = score.text().replace(" ", "\N{NO-BREAK SPACE}")
         return Text.assemble((value, style), (f" ({score.n})", "dim"))
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from erase.eval.report.notebook import as_html
+
+        return as_html(self.check())
+
+    def to_pandas(self) -> Any:
+        """All scores as a pandas frame; see `erase.eval.report.notebook.to_pandas`."""
+        from erase.eval.report.notebook import to_pandas
+
+        return to_pandas(self.check())
+
     def to_json(self) -> str:
         """The report as JSON text. Intervals that are not known are null."""
         rows = {row: list(map(_plain, scores)) for row, scores in self.check().rows.items()}

@@ -18,6 +18,7 @@ from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 from erase.prompts.errors import ErasureError
 from erase.prompts.reading import read_text, read_yaml
 from erase.scripts.cli.complaints import complaint
+from erase.scripts.cli.completion import PrintCompletion
 from erase.scripts.cli.guards import check_settings, guard_yaml, no_group, settle_paths
 from erase.scripts.cli.naming import read_concepts
 from erase.scripts.cli.recipes import config_files, with_paths
@@ -86,8 +87,8 @@ class Parser(JsonArgumentParser):
 
 
 def parser(prog: str, doc: str | None) -> Parser:
-    """An empty parser with `--config file.yaml`, `--print_config`, `--version` and `--quiet`;
-    options are not abbreviated."""
+    """An empty parser with `--config file.yaml`, `--print_config`, `--print_completion`,
+    `--version` and `--quiet`; options are not abbreviated."""
     command = Parser(
         prog=prog,
         description=doc,
@@ -105,6 +106,9 @@ def parser(prog: str, doc: str | None) -> Parser:
         "--quiet",
         action="store_true",
         help="no progress bars and no notes: results and errors alone",
+    )
+    command.add_argument(
+        "--print_completion", action=PrintCompletion, help="a script that completes this command"
     )
     return command
 

@@ -15,7 +15,7 @@ HEAVY = frozenset(
     "accelerate diffusers huggingface_hub nudenet numpy open_clip safetensors scipy "
     "torch torchvision transformers".split()
 )
-DESCRIBING = {"-h", "--help", "--version"}
+DESCRIBING = {"-h", "--help", "--version", "--print_completion"}
 LIGHT = ("erase.plugins", "erase.prompts", "erase.scripts")  # what needs none of them
 
 
