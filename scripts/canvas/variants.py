@@ -27,6 +27,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "npo": {"train.lr": 1e-4, "train.steps": 60},
     "ascent": {"train.lr": 1e-4, "train.steps": 40, "ceiling": 1.0},
     "salun-soft": {"train.lr": 1e-3, "train.steps": 60},
+    "hirm": {"train.lr": 1e-3, "alpha": 100.0},
 }
 """method -> what it needs on the embedded world in the place of its paper's settings"""
 
