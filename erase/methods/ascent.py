@@ -1,6 +1,5 @@
 """Gradient ascent on the denoising error of the concept (Thudi et al., EuroS&P 2022,
-https://arxiv.org/abs/2109.13398), and the few-shot text encoder (Fuchi and Takagi, BMVC 2024,
-https://arxiv.org/abs/2405.07288), which ascends by the text encoder's words alone.
+https://arxiv.org/abs/2109.13398).
 
 No anchor is needed, and what comes in the concept's place is anything. The error has no upper
 bound: NPO slows down by itself, here a ceiling is set. As a control, or where seconds count."""
@@ -44,8 +43,10 @@ class AscentConfig(TunedConfig):
 
 @dataclass
 class FewShotConfig(AscentConfig):
-    """Settings of the few-shot text encoder: its MLPs (the paper adds the last layer's
-    self-attention), few images, few steps."""
+    """The few-shot text encoder (Fuchi and Takagi, BMVC 2024): ascent of the encoder's MLPs on a
+    few images.
+
+    The paper adds the self-attention of the last layer."""
 
     scope: str = r"^text_encoder(_\d)?\..*\.mlp\."
     alpha: float = 0.0
