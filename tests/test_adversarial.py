@@ -120,16 +120,16 @@ def erased(task):
 
 def test_advunlearns_attack_brings_the_concept_nearer_and_trains_nothing(erased):
     task, rows, prompts, concept = erased
-    start = words_of(task.model).embedded(torch.tensor([[3], [40], [200]]))
+    start = words_of(task.model).embedded(torch.tensor([[3], [40], [100]]))
 
     def error(steps):
-        config = replace(ADV, attack_steps=steps, attack_lr=0.05)
+        config = replace(ADV, attack_steps=steps, attack_lr=0.05 if steps > 1 else 1e-9)
         asked = replace(rows, target=concept), prompts
-        found = advunlearn.attack(task, asked, start, config) if steps else start
+        found = advunlearn.attack(task, asked, start, config)
         states = task.cond(prompts, found)
         return float((task.model.predict(rows.noisy, rows.t, states) - concept).square().mean())
 
-    errors = [error(steps) for steps in (0, 5, 20)]
+    errors = [error(steps) for steps in (1, 5, 20)]
     assert errors[2] < errors[1] < errors[0]
     assert all(param.grad is None for param in task.model.parameters().values())
 
@@ -204,6 +204,26 @@ def test_races_attack_stays_in_its_box_and_brings_the_concept_nearer(erased):
         return float((task.model.predict(rows.noisy, rows.t, states) - rows.target).square().mean())
 
     assert error(found) < error(start) and error(found) < error(torch.zeros_like(start))
+
+
+@pytest.mark.parametrize("name", ["advunlearn", "race"])
+@pytest.mark.parametrize("saving", ["gradient_checkpointing", "selective_recompute"])
+def test_attacks_go_with_activations_that_are_computed_anew(task, name, saving):
+    config = replace(get_method(name).config, attack_from=0, attack_steps=2, train=SGD)
+    plain = get_method(name).edit(task, config).values
+    config = replace(config, train=replace(SGD, **{saving: True}))
+    again = get_method(name).edit(task, config).values
+    assert all(torch.allclose(again[n], value, atol=1e-5) for n, value in plain.items())
+
+
+@pytest.mark.parametrize("name", ["advunlearn", "race"])
+def test_attacks_split_with_the_batch(task, name):
+    """Each row is attacked by itself, so that parts of a batch add up to it."""
+    config = replace(get_method(name).config, attack_from=0, attack_steps=2, train=SGD)
+    whole = get_method(name).edit(task, config).values
+    config = replace(config, train=replace(SGD, accumulation=2))
+    parts = get_method(name).edit(task, config).values
+    assert all(torch.allclose(parts[n], value, atol=1e-5) for n, value in whole.items())
 
 
 @pytest.mark.parametrize(
