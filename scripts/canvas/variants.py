@@ -30,6 +30,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "ascent": {"train.lr": 1e-4, "train.steps": 40, "ceiling": 1.0},
     "salun-soft": {"train.lr": 1e-3, "train.steps": 60},
     "hirm": {"train.lr": 1e-3, "alpha": 100.0},
+    "advunlearn": {
+        "alpha": 5.0,
+        "attack_steps": 3,
+        "attack_lr": 1e-2,
+        "attack_from": 15,
+        "train.lr": 5e-4,
+        "train.steps": 40,
+        "train.batch_size": 4,
+    },
 }
 """method -> what it needs on the embedded world in the place of its paper's settings"""
 
