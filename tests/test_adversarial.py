@@ -10,9 +10,11 @@ from transformers import CLIPTextModel
 from erase.attacks.relearning import changed_to
 from erase.attacks.words import words_of
 from erase.export import export_diffusers
+from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import Given, LatentConfig
 from erase.methods import advunlearn, get_method, race
 from erase.models import wrap
+from erase.models.pipelines import text_encoders
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
 from erase.task import Task
@@ -32,6 +34,7 @@ from tests.bare import (
     task_of,
 )
 from tests.bare_text import ids_of, spoken, train
+from tests.families import FAMILIES
 
 ADV, RACE = get_method("advunlearn").config, get_method("race").config
 ETA, GAMMA = 1.5, 0.7
@@ -204,6 +207,21 @@ def test_races_attack_stays_in_its_box_and_brings_the_concept_nearer(erased):
         return float((task.model.predict(rows.noisy, rows.t, states) - rows.target).square().mean())
 
     assert error(found) < error(start) and error(found) < error(torch.zeros_like(start))
+
+
+@pytest.mark.parametrize("name", ["advunlearn", "race"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_attacks_go_with_several_encoders_and_pooled_states(name, family):
+    model = wrap(FAMILIES[family](), family)
+    shape = len(PROMPTS), *model.latent_shape
+    points = LatentSet(torch.randn(shape, generator=torch.Generator()), None, PROMPTS, PROMPTS)
+    settings = {"attack_from": 0, "attack_steps": 1, "train": replace(SGD, steps=1)}
+    config = replace(get_method(name).config, **settings)
+    found = get_method(name).edit(Task(model, [CONCEPT], Given(points, points)), config).values
+    base = model.parameters()
+    changed = {n.split(".")[0] for n, value in found.items() if not torch.equal(value, base[n])}
+    encoders = set(text_encoders(model.pipeline()))
+    assert changed == (encoders if name == "advunlearn" else changed - encoders) and changed
 
 
 @pytest.mark.parametrize("name", ["advunlearn", "race"])

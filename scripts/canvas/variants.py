@@ -39,6 +39,13 @@ METHODS: dict[str, dict[str, Any]] = {
         "train.steps": 40,
         "train.batch_size": 4,
     },
+    "race": {
+        "attack_steps": 3,
+        "attack_from": 15,
+        "train.lr": 5e-4,
+        "train.steps": 40,
+        "train.batch_size": 4,
+    },
 }
 """method -> what it needs on the embedded world in the place of its paper's settings"""
 
