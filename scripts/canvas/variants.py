@@ -14,7 +14,7 @@ from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
-"""what every variant was measured with but `salun` and those of FEW, which have the defaults"""
+"""what every variant but `salun` and those of FEW was measured with; these have the defaults"""
 FEW = ("advunlearn", "race", "few-shot")
 METHODS: dict[str, dict[str, Any]] = {
     "esd": {"train.lr": 3e-4},
