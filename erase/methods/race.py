@@ -2,8 +2,7 @@
 https://arxiv.org/abs/2405.16341).
 
 ESD, whose text states are moved within a small box to where the concept comes back best, found at a
-single timestep. The cheap adversarial training; where an attacker may choose embeddings freely,
-STEREO's or AdvUnlearn's is the stronger."""
+single timestep. The cheap adversarial training; nothing retains the rest but ESD's scope."""
 
 from __future__ import annotations
 
