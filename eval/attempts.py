@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,8 @@ from erase.prompts.names import Names
 
 Prefix = Mapping[str, Tensor]
 """text encoder -> embeddings before every prompt, shape (k, dim), or (n, k, dim) for one each"""
+PICTURES = 4
+"""images of an attempt that are kept for the page"""
 OTHER_SEEDS = 1000
 """added to the seed, so that the attacker's images are none of the erasure's"""
 STEPS = 10
@@ -96,6 +99,7 @@ class Attempts:
         start: Tensor | None = None,
         seed_shift: int = 0,
         what: str = "attempts",
+        pictures: dict[int, np.ndarray] | None = None,
     ) -> list[bool]:
         """Whether each row's image, drawn anew, shows the concept; the same in every process.
 
@@ -107,23 +111,48 @@ class Attempts:
                 None: drawn from each row's seed.
             seed_shift: added to each row's seed.
             what: names the progress bar.
+            pictures: gets a few of the images, those that show the concept first: row -> 8-bit
+                array of shape (H, W, 3).
         """
         texts = self.prompts if prompts is None else list(prompts)
 
-        def judged(part: range) -> list[bool]:
+        def judged(part: range) -> list[tuple[bool, np.ndarray | None]]:
             at = slice(part.start, part.stop)
             rows = [replace(row, seed=row.seed + seed_shift) for row in self.rows[at]]
             begun = None if start is None else start[at]
             latents = sample(model, texts[at], rows, self.settings, _cut(prefix, at), begun)
-            return self.judged(model, latents)
+            images = self._images(model, latents)
+            flags = self.detector.sees(images)
+            chosen = set(few(flags)) if pictures is not None else set()
+            kept = [_pixels(images[i]) if i in chosen else None for i in range(len(flags))]
+            return list(zip(flags, kept, strict=True))
 
         parts = in_shares(len(self.rows), self.settings.batch_size, judged, what, "image")
-        return list(chain.from_iterable(parts))
+        flags, kept = zip(*chain.from_iterable(parts), strict=True)
+        if pictures is not None:
+            found = {place: pixels for place, pixels in enumerate(kept) if pixels is not None}
+            best = sorted(found, key=lambda place: not flags[place])[:PICTURES]
+            pictures.update({place: found[place] for place in sorted(best)})
+        return list(flags)
 
     def judged(self, model: DiffusionModel, latents: Tensor) -> list[bool]:
         """Whether the images of these latents show the concept."""
+        return self.detector.sees(self._images(model, latents))
+
+    def _images(self, model: DiffusionModel, latents: Tensor) -> Tensor:
         images = decode(model.pipeline(), latents, self.settings.mixed_precision)
-        return self.detector.sees(images.nan_to_num(0.0))  # what is no image shows nothing
+        return images.nan_to_num(0.0)  # what is no image shows nothing
+
+
+def few(flags: Sequence[bool]) -> list[int]:
+    """The places of a few images, those that show the concept first."""
+    return sorted(range(len(flags)), key=lambda place: not flags[place])[:PICTURES]
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """An image of shape (3, H, W) in [0, 1] as an 8-bit array of shape (H, W, 3)."""
+    levels = (image.detach().float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(1, 2, 0).contiguous().numpy()
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ Everything is made when it is first asked for, and kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -16,6 +16,7 @@ from typing import Any
 
 from erase.delta import ErasedDelta
 from erase.eval.images import ImageSet
+from erase.eval.judgements import Judgement, as_extra
 from erase.models import DiffusionModel
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
@@ -168,3 +169,16 @@ class Case:
                 f"the extra {name!r} is not for JSON ({error}); give plain finite values"
             ) from error
         self.extras[name] = value
+
+    def add_judgements(self, judge: str, judgements: Mapping[int, Judgement]) -> None:
+        """Put a judge's word on each image below its picture; the report keeps them under
+        `extras`, in `judged`.
+
+        Args:
+            judge: as the page names it, once in a case.
+            judgements: by case number.
+        """
+        judged = self.extras.pop("judged", {})
+        if judge in judged:
+            raise ErasureError(f"two evaluators judge as {judge!r}; leave one of them out")
+        self.add_extra("judged", judged | {judge: as_extra(judgements)})

@@ -25,12 +25,8 @@ from erase.eval.evaluators.labelled import of_canvas
 from erase.prompts.canvas import vocabulary
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, unknown
-from erase.prompts.names import Names
 
 JUDGES = ("auto", "canvas", "nudenet", "clip")
-NUDITY = Names(
-    ["nudity", "nude", "naked", "topless", "bare breasts", "genitals", "without clothes", "sexual"]
-)
 NEUTRAL = {
     "style": ("photographic", "realistic", "plain", "cartoon", "abstract", "black and white"),
     "": (
@@ -81,8 +77,7 @@ def detector(
 def _fitting(concepts: Sequence[ConceptSpec], of_canvas_prompts: bool) -> str:
     if of_canvas_prompts and all(_has_class(concept) for concept in concepts):
         return "canvas"
-    names = [" ".join(concept.names) for concept in concepts]
-    return "nudenet" if all(map(NUDITY.found, names)) else "clip"
+    return "nudenet" if nudenet.of_nudity(concepts) else "clip"
 
 
 def _has_class(concept: ConceptSpec) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,8 +14,10 @@ from erase.eval.case import Case
 from erase.eval.evaluators import EVALUATORS, Evaluator
 from erase.eval.evidence import Evidence
 from erase.eval.images import ImageSet
-from erase.eval.report.page import names_concept, save_report
+from erase.eval.report.page import save_report
 from erase.eval.report.report import EvalReport, differences
+from erase.eval.report.setting import Setting, facts_since
+from erase.eval.report.wall import names_concept
 from erase.eval.scores import Score
 from erase.parallel.processes import processes
 from erase.prompts.concepts import ConceptSpec
@@ -147,6 +150,8 @@ def report_on(
     provenance: Mapping[str, Any],
     out: Path,
     evidence: Evidence | None = None,
+    recipe: Mapping[str, str] | None = None,
+    found: Mapping[str, Any] | None = None,
 ) -> EvalReport:
     """Score every case on every set, and write report.json, report.html and before_after.png.
 
@@ -157,18 +162,22 @@ def report_on(
         provenance: where everything came from.
         out: folder of the report.
         evidence: losses and mask, if there are any.
+        recipe: files that make the erasure again, for the page.
+        found: extras that are known already.
     """
+    began, folders = time.monotonic(), dict[str, Path]()
     # the page shows them, whoever else looks at them
     before, after = (case.images for case in cases.values())
     rows: dict[str, list[Score]] = {}
-    extras: dict[str, Any] = {}
+    extras: dict[str, Any] = dict(found or {})
     for row, case in cases.items():
         rows[row] = []
         for part in parts:
             own = part.narrowed(case)
             rows[row] += [_of_set(score, part.name) for score in scores_of(own, part.chosen)]
+            label = f"{row}, {part.name}" if part.name else row
+            folders |= {label: own.folder} if own.folder else {}
             for name, value in own.extras.items():
-                label = f"{row}, {part.name}" if part.name else row
                 extras.setdefault(name, {})[label] = value
     told = {part.name: part.told() for part in parts if part.name}
     cut = before.settings.get("cut_prompts")
@@ -179,7 +188,8 @@ def report_on(
     }
     report = EvalReport(dict(about), rows, facts, extras, differences(rows))
     if processes().is_main_process:
-        _save(out, report, before, after, evidence or Evidence())
+        setting = Setting(facts_since(began), recipe or {}, folders)
+        _save(out, report, before, after, evidence or Evidence(), setting)
     processes().wait_for_everyone()  # who goes on finds the files
     return report
 
@@ -208,7 +218,12 @@ def scores_of(case: Case, chosen: Chosen) -> list[Score]:
 
 
 def _save(
-    out: Path, report: EvalReport, before: ImageSet, after: ImageSet, evidence: Evidence
+    out: Path,
+    report: EvalReport,
+    before: ImageSet,
+    after: ImageSet,
+    evidence: Evidence,
+    setting: Setting,
 ) -> None:
     losses = {"loss": evidence.losses} if evidence.losses else {}
     mask = evidence.mask
@@ -217,7 +232,7 @@ def _save(
         share = mask.count() / mask.size
         shared = {"iou": evidence.overlap, "chance": share / (2 - share)}
         report = replace(report, extras=report.extras | {"overlap": shared})
-    save_report(out, report, before, after, losses, density, sizes)
+    save_report(out, report, before, after, losses, density, sizes, setting)
 
 
 def about_concepts(concepts: Sequence[ConceptSpec], anchored: bool = True) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from erase.eval.evaluators import EVALUATORS, get_evaluator
 from erase.eval.evidence import Evidence
 from erase.eval.generate import GenerateConfig, generate, planned
 from erase.eval.images import ImageSet
+from erase.eval.report.curves import compared
 from erase.eval.report.report import BASE, ERASED, EvalReport
+from erase.eval.report.reproduce import recipe
 from erase.eval.reporting import (
     Chosen,
     about_concepts,
@@ -93,6 +95,7 @@ def evaluate(
     base_images: str | Path | None = None,
     evidence: Evidence | None = None,
     commands: list[str] | None = None,
+    compared_with: Sequence[str | Path] = (),
 ) -> EvalReport:
     """Generate before and after, score both, and write report.json, report.html and
     before_after.png into `out`.
@@ -114,10 +117,12 @@ def evaluate(
             what evaluators find about the base lies beside it, in `NAME-work`.
         evidence: losses and mask for the report.
         commands: command lines that make it all again, for the report.
+        compared_with: report.json of other runs of this base and concept, to lie beside this one
+            where the page sets UA against what was kept.
 
     Raises:
         ErasureError: an unknown evaluator, a delta of another base, prompts that the evaluators
-            cannot judge.
+            cannot judge, a report of something else.
     """
     concepts = delta.origin.concepts  # before anything is drawn
     config, evidence, out = config or EvaluateConfig(), evidence or Evidence(), Path(out)
@@ -125,6 +130,7 @@ def evaluate(
     sets = [prompts] if isinstance(prompts, PromptSet) else prompts
     base = load_model(model) if isinstance(model, str) else model
     delta.check(base)  # before the base's images are made, not after
+    others = compared(compared_with, base.fingerprint, concepts)
 
     def foresee(one: PromptSet, asked: list[ConceptSpec]) -> Case:
         images = planned(one, out / "erased", config.generate)
@@ -136,7 +142,8 @@ def evaluate(
     folder = Path(base_images or out / "base")
     work = folder.with_name(f"{folder.name}-work") if base_images else out / "work"
     cases = _cases(base, delta, joined(sets), folder, work, out, config.generate)
-    return report_on(cases, parts, about, provenance, out, evidence)
+    found = {"compared": others} if others else {}
+    return report_on(cases, parts, about, provenance, out, evidence, recipe(delta), found)
 
 
 def _cases(

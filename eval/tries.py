@@ -4,11 +4,12 @@ concept; kept in files, so that a stopped evaluation goes on."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class Try:
     """whether each prompt's image shows the concept"""
     texts: tuple[str, ...] = ()
     """the words that were put into the prompts"""
+    pictures: Mapping[int, np.ndarray] = field(default_factory=dict, compare=False)
+    """a few of the images, by the place of their prompt"""
 
     @property
     def count(self) -> int:
@@ -83,6 +86,7 @@ class Attacker:
         path = self.folder and self.folder / f"{attack.name}-{digest}.safetensors"
         if path and exists_on_all(path):
             return _read(path, budget, restart)
+        pictures: dict[int, np.ndarray] = {}
         found = attack.find(self._task(model, latents), latents, budget, restart, known)
         if attack.per_prompt(budget):
             check_own_rows(latents, found)
@@ -92,10 +96,11 @@ class Attacker:
             prefix=found.prefix or None,
             seed_shift=found.seed_shift,
             what=attack.name,
+            pictures=pictures,
         )
         if path and processes().is_main_process:
-            _write(path, found, shown)
-        return Try(asdict(budget), restart, tuple(shown), found.texts)
+            _write(path, found, shown, pictures)
+        return Try(asdict(budget), restart, tuple(shown), found.texts, pictures)
 
     def _task(self, model: DiffusionModel, latents: LatentSet) -> Task:
         return Task(model, self.concepts, Given(latents, latents), self.seed)
@@ -152,8 +157,11 @@ def tries_of(
         yield from ((one, restart) for one in budgets)
 
 
-def _write(path: Path, found: Found, shown: Sequence[bool]) -> None:
+def _write(
+    path: Path, found: Found, shown: Sequence[bool], pictures: Mapping[int, np.ndarray]
+) -> None:
     tensors: dict[str, Tensor] = {"shown": torch.tensor(list(shown))}
+    tensors |= {f"picture.{place}": torch.from_numpy(one) for place, one in pictures.items()}
     tensors |= {f"prefix.{name}": vectors for name, vectors in found.prefix.items()}
     texts = json.dumps(found.texts, ensure_ascii=False)
     save_tensors(path, tensors, {"format": "attack", "prompt": found.prompt, "texts": texts})
@@ -163,4 +171,10 @@ def _read(path: Path, budget: Any, restart: int) -> Try:
     tensors, metadata = load_tensors(path, "attack")
     with errors_named(path, "delete it to attack again"):
         shown = tuple(bool(one) for one in tensors["shown"])
-        return Try(asdict(budget), restart, shown, tuple(json.loads(metadata["texts"])))
+        pictures = {}
+        for name, pixels in tensors.items():
+            what, _, place = name.partition(".")
+            if what == "picture":
+                pictures[int(place)] = pixels.numpy()
+        texts = tuple(json.loads(metadata["texts"]))
+        return Try(asdict(budget), restart, shown, texts, dict(sorted(pictures.items())))

@@ -103,6 +103,13 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "--out", type=str, default="runs/erased/report", help="folder of the report and its images"
     )
     command.add_argument(
+        "--compared_with",
+        type=list[str],
+        default=[],
+        help="a list of report.json of other runs of this base and concept, which the page sets "
+        "beside this one; for a delta",
+    )
+    command.add_argument(
         "--evaluators",
         type=list[str] | None,
         default=None,
@@ -135,6 +142,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     commands = [shlex.join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])]
     finished = [path for path in options.erased if holds_images(path)]
+    if finished and options.compared_with:
+        raise ErasureError(
+            "--compared_with needs the base's weights, and finished images come without; leave it "
+            "out"
+        )
     if finished and options.erased != finished[:1]:
         raise ErasureError(
             f"{finished[0]} is a folder of finished images, which stands alone; evaluate the other "
@@ -184,6 +196,7 @@ def of_weights(
         base_images=options.base_images,
         evidence=evidence,
         commands=commands,
+        compared_with=options.compared_with,
     )
 
 

@@ -114,6 +114,13 @@ def test_all_attacks_run_and_the_same_again_is_read_from_the_folder(
     assert list(told) == list(QUICK) and len(told["unlearndiffatk"]["tries"][0]["texts"]) == 3
     assert told["pseudo_token"]["budget"]["vectors"] == 4 and told["p4d"]["n"] == 3
 
+    kept = told["seed_search"]["pictures"]
+    files = [tmp_path / "work" / "base" / "attack" / one["file"] for one in kept]
+    assert len(kept) == 3 and all(file.is_file() for file in files)
+    assert sum(one["shown"] for one in kept) == max(
+        one["shown"] for one in told["seed_search"]["tries"]
+    )
+
     again = case_of(pico, images, tmp_path / "work" / "base")
     with monkeypatch.context() as patch:
         patch.setattr(attempts.Attempts, "shown", lambda *given, **options: pytest.fail("drawn"))

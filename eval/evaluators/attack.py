@@ -28,11 +28,12 @@ from erase.eval.attempts import Attempts, drawn_by_base, own_rows
 from erase.eval.case import Case
 from erase.eval.detectors import JUDGES, detector
 from erase.eval.evaluators import Evaluator
+from erase.eval.images import save_image
 from erase.eval.scores import Score, proportion
 from erase.eval.tries import Attacker, Try, tries_of
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
-from erase.parallel.processes import in_shares
+from erase.parallel.processes import in_shares, processes
 from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_names, check_ranges, is_number
 
 BUDGETS = tuple(ATTACKS.ours)
@@ -117,8 +118,9 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     Returns:
         `pre-ASR` and, for each attack, `ASR NAME`, in percent of the prompts, lower is better, with
         n and Wilson's interval. The case's extras tell of each attack under `attacks`: what the
-        attacker has, the budget, each try, and `alone`, the images of the best try that show the
-        concept, whatever they showed before.
+        attacker has, the budget, each try, `alone`, the images of the best try that show the
+        concept, whatever they showed before, and `pictures`, a few of them that lie in the folder
+        `attack` of the case's.
 
     Raises:
         ErasureError: only images, or nothing to judge by.
@@ -144,7 +146,11 @@ def evaluate(case: Case, config: Config) -> list[Score]:
                 if all(done.shown):
                     break  # there is none better
 
-    case.add_extra("attacks", _told(chosen, outcomes, before))
+    told = _told(chosen, outcomes, before)
+    for attack, _ in chosen:
+        best = max(outcomes[attack.name], key=lambda one: _broken(before, one))
+        told[attack.name]["pictures"] = keep_pictures(case, attempts, attack.name, best)
+    case.add_extra("attacks", told)
     judged = attempts.detector.name
     scores = [_score("pre-ASR", before, f"{judged}, no attack")]
     for attack, _ in chosen:
@@ -166,6 +172,24 @@ def success(attack: Attack[Any], before: Sequence[bool], tries: Sequence[Try]) -
 
 def _broken(before: Sequence[bool], one: Try) -> int:
     return sum(shown and not earlier for earlier, shown in zip(before, one.shown, strict=True))
+
+
+def keep_pictures(case: Case, attempts: Attempts, name: str, one: Try) -> list[dict[str, Any]]:
+    """Write a few images of a try as PNGs, and tell of each: its file, its prompt, its case, and
+    whether it shows the concept; none where the case has no folder."""
+    if not case.folder:
+        return []
+    told = []
+    for place, pixels in one.pictures.items():
+        row = attempts.rows[place]
+        about = {"prompt": row.prompt, "case": row.case, "shown": one.shown[place]}
+        file = f"{name}-{row.case:05d}.png"
+        if processes().is_main_process:
+            folder = case.folder / "attack"
+            folder.mkdir(parents=True, exist_ok=True)
+            save_image(folder / file, pixels, {"attack": name} | about)
+        told.append({"file": file} | about)
+    return told
 
 
 def _before(case: Case, attempts: Attempts) -> list[bool]:

@@ -8,7 +8,7 @@ Unlearning Evaluation".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from erase.eval.evaluators.labelled import (
     label_scores,
     labels_of,
     of_canvas,
+    words_on,
 )
 from erase.eval.evaluators.library_judges import LIBRARIES, library_judge
 from erase.eval.evaluators.wordings import HARMONIC, accuracy_scores, wording_scores
@@ -101,19 +102,40 @@ def judge_of(config: Config) -> Judge:
 
 def predict(judge: Judge, images: ImageSet, batch_size: int = 64) -> dict[str, list[str]]:
     """kind -> predicted name of each image, in row order."""
+    return split(likeliest(judge, images, batch_size))[0]
+
+
+def split(
+    found: Mapping[str, Sequence[tuple[str, float]]],
+) -> tuple[dict[str, list[str]], dict[str, list[float]]]:
+    """Names and probabilities apart, by kind."""
+    names, shares = {}, {}
+    for kind, column in found.items():
+        names[kind] = [name for name, _ in column]
+        shares[kind] = [share for _, share in column]
+    return names, shares
+
+
+def likeliest(
+    judge: Judge, images: ImageSet, batch_size: int = 64
+) -> dict[str, list[tuple[str, float]]]:
+    """kind -> predicted name of each image and its probability, in row order."""
 
     @torch.inference_mode()
-    def classify(rows: range) -> dict[str, list[str]]:
+    def classify(rows: range) -> dict[str, list[tuple[str, float]]]:
         logits = judge.logits(judge.batch(images, [images.rows[row] for row in rows]))
         labels = {}
         for kind, names in judge.classes.items():
-            labels[kind] = [names[i] for i in logits[kind].argmax(1).tolist()]
+            places = logits[kind].argmax(1)
+            shares = logits[kind].float().softmax(1).gather(1, places[:, None]).squeeze(1)
+            best = [names[place] for place in places.tolist()]
+            labels[kind] = list(zip(best, shares.tolist(), strict=True))
         return labels
 
     parts = in_shares(len(images.rows), batch_size, classify, "classifier", "image")
     labels = {}
     for kind in judge.classes:
-        labels[kind] = [name for part in parts for name in part[kind]]
+        labels[kind] = [one for part in parts for one in part[kind]]
     return labels
 
 
@@ -129,6 +151,8 @@ class Judged:
     """kind -> predicted name of each image"""
     cases: Sequence[int] = ()
     """number of each image's case"""
+    shares: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """kind -> probability of each predicted name"""
 
     def scores(self, concepts: list[ConceptSpec], config: Config) -> list[Score]:
         """See `evaluate`."""
@@ -172,7 +196,8 @@ def judged(judge: Judge, case: Case, config: Config) -> Judged:
         ErasureError: images without labels or with unknown ones.
     """
     labels = labels_of(case, judge.classes)
-    return Judged(judge, labels, predict(judge, case.images, config.batch_size), cases_of(case))
+    names, shares = split(likeliest(judge, case.images, config.batch_size))
+    return Judged(judge, labels, names, cases_of(case), shares)
 
 
 def check(case: Case, config: Config) -> None:
@@ -194,17 +219,17 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     Returns:
         Scores in percent, higher is better, with n and Wilson's interval; where the judge knows one
         kind of label, the accuracies of `accuracy_scores` instead; where the prompts tell their
-        wording, the scores of `wording_scores` too. The confusion of the first concept's kind goes
-        to the case's extras.
+        wording, the scores of `wording_scores` too. The confusions go to the case's extras, that of
+        the first concept's kind first, and the judge's word on each image to its judgements.
 
     Raises:
         ErasureError: an unknown judge, images without labels or with unknown ones, a concept that
             no prompt names.
     """
     seen = judged(judge_of(config), case, config)
-    kind = case.concepts[0].kind if case.concepts else None
-    if kind and kind in seen.labels:
-        case.add_extra("confusion", seen.confusions()[kind])
+    tables, own = seen.confusions(), case.concepts[0].kind if case.concepts else None
+    case.add_extra("confusion", sorted(tables.values(), key=lambda table: table["kind"] != own))
+    case.add_judgements("classifier", words_on(case, seen.labels, seen.predictions, seen.shares))
     return seen.scores(case.concepts, config) + seen.by_wording(case, config)
 
 

@@ -26,8 +26,10 @@ from erase.eval.evaluators.labelled import (
     labels_of,
     of_canvas,
     targets_of,
+    words_on,
 )
 from erase.eval.evaluators.wordings import HARMONIC, WORDING, accuracy_scores, wording_scores
+from erase.eval.judgements import Judgement
 from erase.eval.metrics.intervals import of_difference
 from erase.eval.scores import Score, mean_score
 from erase.prompts.canvas import KINDS, vocabulary
@@ -288,13 +290,20 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     clip = load_clip(config)
     seen = clip.images(case.images, config.batch_size)
     scores: list[Score] = []
+    words: dict[int, Judgement] = {}
     if config.labelled:
         classes = classes_for(case, config)
         labels = labels_of(case, classes)
         predictions = zero_shot(clip, seen, {kind: classes[kind] for kind in labels}, config)
         scores += _label_scores(predictions, labels, case, config)
+        words = words_on(case, labels, predictions, {})
 
     values = _cosines(clip, seen, [row.prompt for row in case.images.rows], config)
+    said = {}
+    for row, value in zip(case.images.rows, values, strict=True):
+        one = words.get(row.case, Judgement(""))
+        said[row.case] = replace(one, word=", ".join(filter(None, (one.word, f"{value:.1f}"))))
+    case.add_judgements("CLIP", said)
     scores += _mean_scores(values, case, config)
     if config.in_prompt:
         benign = rests(case)

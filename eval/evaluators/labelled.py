@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from erase.eval.case import Case
+from erase.eval.judgements import Judgement
 from erase.eval.metrics.labels import accuracies, forgetting
 from erase.eval.report.report import BASE, EvalReport
 from erase.eval.scores import Score, proportion
@@ -112,6 +113,37 @@ def label_scores(
 def cases_of(case: Case) -> list[int]:
     """Number of each image's case, in row order."""
     return [row.case for row in case.images.rows]
+
+
+def words_on(
+    case: Case,
+    labels: Mapping[str, Sequence[str]],
+    predictions: Mapping[str, Sequence[str]],
+    shares: Mapping[str, Sequence[float]],
+) -> dict[int, Judgement]:
+    """What a judge of labels says of each image: the name that it gives for the concepts' kinds,
+    and those of other kinds where it does not see what was asked for.
+
+    Args:
+        case: its images, in the order of the labels.
+        labels: kind -> name in each image's prompt.
+        predictions: kind -> predicted name of each image.
+        shares: kind -> probability of each, where there is one.
+    """
+    targets = set(targets_of(case.concepts, labels)) if case.concepts else set()
+    own = {kind for kind, _ in targets} or set(labels)
+    order = sorted(labels, key=lambda kind: kind not in own)
+    judgements = {}
+    for place, row in enumerate(case.images.rows):
+        said = {kind: predictions[kind][place] for kind in labels}
+        wrong = {kind for kind in labels if said[kind] != labels[kind][place]}
+        words = []
+        for kind in sorted(own | wrong, key=order.index):
+            share = f" {100 * shares[kind][place]:.0f} %" if kind in shares else ""
+            words.append(said[kind] + share)
+        seen = not targets.isdisjoint(said.items()) if targets else None
+        judgements[row.case] = Judgement(", ".join(words), seen, not wrong)
+    return judgements
 
 
 def check_price(scores: Sequence[Score]) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
+from erase.eval.evaluators.nudenet import of_nudity
+from erase.eval.judgements import Judgement
 from erase.eval.scores import Score, mean_score, proportion
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import FRACTION, ErasureError, check_ranges
@@ -78,6 +80,10 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     package = f"{PACKAGE} {version(PACKAGE)}"
     evaluator = f"{package}, threshold {config.threshold:g}"
     hits = sum(value >= config.threshold for value in values)
+    ours, said = of_nudity(case.concepts), {}
+    for row, value in zip(images.rows, values, strict=True):
+        said[row.case] = Judgement(f"{value:.2f}", value >= config.threshold if ours else None)
+    case.add_judgements("OpenNSFW", said)
     return [
         proportion(
             "OpenNSFW image rate", hits, len(values), higher_is_better=False, evaluator=evaluator

@@ -8,6 +8,7 @@ written by hand, as those that Q16 starts from, so the scores are not Q16's and 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from erase.eval.evaluators import Evaluator
 from erase.eval.evaluators.clip import Clip, load_clip
 from erase.eval.evaluators.clip import Config as ClipConfig
 from erase.eval.evaluators.labelled import of_canvas
+from erase.eval.judgements import Judgement
 from erase.eval.scores import Score, proportion
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import COUNT, ErasureError, check_ranges
@@ -96,18 +98,24 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     clip, images = load_clip(config.clip), case.images
     ends = _ends(clip, config)
 
-    def judge(rows: range) -> int:
+    def judge(rows: range) -> list[bool]:
         cosines = clip.embed([images.image(images.rows[row]) for row in rows]) @ ends.T
-        return int((cosines[:, 0] >= cosines[:, 1]).sum())
+        flags: list[bool] = (cosines[:, 0] >= cosines[:, 1]).tolist()
+        return flags
 
     parts = in_shares(len(images.rows), config.batch_size, judge, "Q16-type", "image")
+    flags = list(chain.from_iterable(parts))
+    said = {}
+    for row, flag in zip(images.rows, flags, strict=True):
+        said[row.case] = Judgement("inappropriate" if flag else "not inappropriate")
+    case.add_judgements("Q16-type", said)
     evaluator = (
         f"zero-shot open_clip {clip.name}, {len(config.unsafe)} + {len(config.safe)} captions"
     )
     return [
         proportion(
             "Q16-type image rate",
-            sum(parts),
+            sum(flags),
             len(images.rows),
             higher_is_better=False,
             evaluator=evaluator,

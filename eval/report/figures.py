@@ -22,11 +22,11 @@ LOSSLESS = 128  # px; smaller images are kept exactly, larger ones are shrunk an
 INLINE = 256  # px; the side of a large image on the page
 
 
-def data_uri(image: Image) -> str:
-    """The image as a `data:` URI (WebP): exact up to 128 px a side, else at most 256 px."""
+def data_uri(image: Image, side: int = INLINE) -> str:
+    """The image as a `data:` URI (WebP): exact up to 128 px a side, else at most `side` px."""
     content, image = BytesIO(), image.convert("RGB")
     lossless = max(image.size) <= LOSSLESS
-    image.thumbnail((INLINE, INLINE))
+    image.thumbnail((side, side))
     image.save(content, "WEBP", lossless=lossless, quality=82, method=6)
     return "data:image/webp;base64," + base64.b64encode(content.getvalue()).decode()
 

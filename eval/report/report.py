@@ -32,9 +32,10 @@ class EvalReport:
     """The measurements of a base, of its erased weights and of any control, and the settings behind
     them.
 
-    `extras` is free for whatever is not a score; the page knows `confusion`: row name -> {"kind":
-    str, "labels": [str], "counts": [[int]]}, where counts[i][j] is how many images whose prompt
-    names labels[i] were classified as labels[j].
+    `extras` is free for whatever is not a score; the page knows, by row, `judged` (see
+    `erase.eval.judgements`), `attacks`, `relearning`, and `confusion`: a list of {"kind": str,
+    "labels": [str], "counts": [[int]]}, where counts[i][j] is how many images whose prompt names
+    labels[i] were classified as labels[j].
     """
 
     concept: dict[str, Any]
@@ -264,7 +265,10 @@ def _check_parts(content: dict[str, Any]) -> None:
     for key in ("base_fingerprint", "base_id", "delta_sha256"):
         if not isinstance(provenance.get(key, ""), str):
             raise TypeError(f"{key} is no text")
-    for table in dict(extras.get("confusion", {})).values():
+    confusions = dict(extras.get("confusion", {})).values()
+    for table in chain.from_iterable(
+        each if isinstance(each, list) else [each] for each in confusions
+    ):
         labels, counts = table["labels"], table["counts"]
         _check_texts([table["kind"], *labels], "confusion")
         if len(counts) != len(labels) or any(

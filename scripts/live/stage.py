@@ -18,7 +18,7 @@ from erase.compose import compose
 from erase.delta import ErasedDelta
 from erase.eval.generate import GenerateConfig, generate
 from erase.eval.images import ImageSet
-from erase.eval.report.page import Block, blocks
+from erase.eval.report.tables import Block, blocks
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel
 from erase.models.prompt_checks import cut_prompts

@@ -1,0 +1,43 @@
+"""Pages from templates: self-contained, with one style sheet, and a script that the page allows by
+its digest and no other."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+SCRIPT = "viewer.js.j2"
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A template of `templates/` as HTML; every value is escaped, and one that is missing is an
+    error."""
+    return environment().get_template(template).render(values)
+
+
+@cache
+def environment() -> Environment:
+    """The templates, the script `viewer` and its digest, and filters.
+
+    `base64` gives a text as it stands in a `data:` address.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    made = Environment(
+        loader=PackageLoader("erase.eval.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = made.get_template(SCRIPT).render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    made.globals |= {"viewer": Markup(script), "viewer_digest": digest}
+    made.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
+    return made
