@@ -37,18 +37,30 @@ def descend(
         after: what follows each step, given its loss, such as a projection.
         error: of a prediction and its target.
     """
-    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
     with progress(what, "step", steps) as bar:
         for step in range(steps):
-            rows, prompts = batches(step)
-            with torch.enable_grad():
-                cond = task.cond(prompts, prefix(len(prompts)))
-                loss = error(task.model.predict(rows.noisy, rows.t, cond), rows.target)
-                optimizer.zero_grad()
-                loss.backward(inputs=leaves)
-            optimizer.step()
-            after(loss.detach())
+            after(step_down(task, batches(step), prefix, optimizer, error))
             bar.update()
+
+
+def step_down(
+    task: Task,
+    batch: PromptedRows,
+    prefix: Callable[[int], Mapping[str, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    error: Callable[[Tensor, Tensor], Tensor] = denoising,
+) -> Tensor:
+    """One step of `descend`, on this batch; returns the error before it. Weights that are being
+    trained get no gradient of it."""
+    leaves = [leaf for group in optimizer.param_groups for leaf in group["params"]]
+    rows, prompts = batch
+    with torch.enable_grad():
+        cond = task.cond(prompts, prefix(len(prompts)))
+        loss = error(task.model.predict(rows.noisy, rows.t, cond), rows.target)
+        optimizer.zero_grad()
+        loss.backward(inputs=leaves)
+    optimizer.step()
+    return loss.detach()
 
 
 def renamed(

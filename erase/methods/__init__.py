@@ -62,6 +62,10 @@ METHODS: Index[Method[Any]] = Index(
         "ssd": "erase.methods.ssd:METHODS",
         "npo": "erase.methods.npo:METHODS",
         "ascent": "erase.methods.ascent:METHODS",
+        "few-shot": "erase.methods.ascent:METHODS",
+        "hirm": "erase.methods.hirm:METHODS",
+        "advunlearn": "erase.methods.advunlearn:METHODS",
+        "race": "erase.methods.race:METHODS",
     },
     Method,
 )

@@ -7,6 +7,7 @@ bound: NPO slows down by itself, here a ceiling is set. As a control, or where s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
 
-PAPER = "https://arxiv.org/abs/2109.13398"
+PAPER, FEW_SHOT = "https://arxiv.org/abs/2109.13398", "https://arxiv.org/abs/2405.07288"
 
 
 @dataclass
@@ -40,9 +41,28 @@ class AscentConfig(TunedConfig):
         check_ranges(self, {"alpha": (0, 1e6), "ceiling": POSITIVE})
 
 
+@dataclass
+class FewShotConfig(AscentConfig):
+    """The few-shot text encoder (Fuchi and Takagi, BMVC 2024): ascent of the encoder's MLPs on a
+    few images.
+
+    The paper adds the self-attention of the last layer."""
+
+    scope: str = r"^text_encoder(_\d)?\..*\.mlp\."
+    alpha: float = 0.0
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            steps=8,
+            lr=1e-5,
+            batch_size=2,
+            optimizer_args={"betas": [0.9, 0.98], "eps": 1e-6, "weight_decay": 1e-8},
+        )
+    )
+
+
 def edit(task: Task, config: AscentConfig) -> Edit:
     """Minimise -|eps(x_t, c) - noise|^2 + alpha |eps(x_t, c_r) - noise|^2, the first no
-    further than the ceiling."""
+    further than the ceiling (over the encoder of c: Fuchi and Takagi, eq. 3)."""
 
     def loss(batch: tuple[PromptedRows, PromptedRows], base: Base) -> dict[str, Tensor]:
         (forget, prompts), (retain, kept) = batch
@@ -55,4 +75,7 @@ def edit(task: Task, config: AscentConfig) -> Edit:
     return fine_tune(task, loss, forget_and_retain(task, config.train.batch_size), config)
 
 
-METHODS = {"ascent": Method("ascent", PAPER, AscentConfig(), edit)}
+METHODS: dict[str, Method[Any]] = {
+    "ascent": Method("ascent", PAPER, AscentConfig(), edit),
+    "few-shot": Method("few-shot", FEW_SHOT, FewShotConfig(), edit),
+}

@@ -14,7 +14,8 @@ from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
-"""what every variant but `salun` was measured with"""
+"""what every variant but `salun` and those of FEW was measured with; these have the defaults"""
+FEW = ("advunlearn", "race", "few-shot")
 METHODS: dict[str, dict[str, Any]] = {
     "esd": {"train.lr": 3e-4},
     "uce": {},
@@ -30,6 +31,30 @@ METHODS: dict[str, dict[str, Any]] = {
     "npo": {"train.lr": 1e-4, "train.steps": 60},
     "ascent": {"train.lr": 1e-4, "train.steps": 40, "ceiling": 1.0},
     "salun-soft": {"train.lr": 1e-3, "train.steps": 60},
+    "few-shot": {
+        "alpha": 5.0,
+        "ceiling": 1.0,
+        "train.lr": 2e-3,
+        "train.steps": 40,
+        "train.batch_size": 8,
+    },
+    "hirm": {"train.lr": 1e-3, "alpha": 100.0},
+    "advunlearn": {
+        "alpha": 5.0,
+        "attack_steps": 3,
+        "attack_lr": 1e-2,
+        "attack_from": 15,
+        "train.lr": 5e-4,
+        "train.steps": 40,
+        "train.batch_size": 4,
+    },
+    "race": {
+        "attack_steps": 3,
+        "attack_from": 15,
+        "train.lr": 5e-4,
+        "train.steps": 40,
+        "train.batch_size": 4,
+    },
 }
 """method -> what it needs on the embedded world in the place of its paper's settings"""
 
@@ -179,7 +204,8 @@ def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
     own = {key: value for key, value in change.items() if not key.startswith("train.")}
     if isinstance(config, TunedConfig):
         own["train"] = replace(config.train, mixed_precision=precision, **train)
-    return Variant(name, replace(config, **own), replace(MANY, mixed_precision=precision))
+    latents = LatentConfig() if name in FEW else MANY
+    return Variant(name, replace(config, **own), replace(latents, mixed_precision=precision))
 
 
 def _with(variant: Variant, change: Mapping[str, Any]) -> Variant:

@@ -1,0 +1,97 @@
+"""AdvUnlearn: adversarial training of the text encoder (Zhang et al., NeurIPS 2024,
+https://arxiv.org/abs/2405.15234).
+
+The encoder forgets the concept behind what an attack finds in each step, and serves every denoiser
+that reads it. Where an attacker may choose prompts; many times as long as ESD."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from erase.attacks.descent import step_down
+from erase.attacks.words import words_of
+from erase.losses import denoising
+from erase.methods import Method
+from erase.prompts.errors import COUNT, FINITE, POSITIVE, check_ranges
+from erase.task import Edit, Task
+from erase.training.batches import PromptedRows, forget_and_retain
+from erase.training.config import MOST_STEPS, TrainConfig, TunedConfig
+from erase.training.fine_tune import fine_tune
+from erase.training.trainable import Base
+
+PAPER = "https://arxiv.org/abs/2405.15234"
+Batch = tuple[PromptedRows, PromptedRows, Mapping[str, Tensor] | None]
+"""forget and retain rows, and the start of the attack by text encoder; None: no attack yet"""
+
+
+@dataclass
+class AdvUnlearnConfig(TunedConfig):
+    """Settings of AdvUnlearn."""
+
+    scope: str = r"^text_encoder(_\d)?\.(?!.*(embed|shared))"
+    guidance: float = 1.0
+    """eta: how far beyond the unconditional prediction"""
+    alpha: float = 0.3
+    """gamma: weight of the retained prompts' predictions keeping to the base's"""
+    vectors: int = 1
+    """embeddings that the attack puts before each prompt"""
+    attack_steps: int = 30
+    """of Adam, in each step of training"""
+    attack_lr: float = 1e-3
+    attack_from: int = 200
+    """the first step with an attack; those before are ESD's, and the retain term"""
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(1000, lr=1e-5, batch_size=4))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = dict.fromkeys(("vectors", "attack_steps"), COUNT)
+        check_ranges(self, {**counts, "guidance": FINITE, "attack_lr": POSITIVE})
+        check_ranges(self, {"alpha": (0, 1e6), "attack_from": (0, MOST_STEPS)})
+
+
+def attack(
+    task: Task, asked: PromptedRows, start: Mapping[str, Tensor], config: AdvUnlearnConfig
+) -> dict[str, Tensor]:
+    """delta = argmin |eps(x_t, delta + c) - target|^2, one for each row."""
+    found = {name: vectors.clone().requires_grad_() for name, vectors in start.items()}
+    adam = torch.optim.Adam(list(found.values()), lr=config.attack_lr)
+    for _ in range(config.attack_steps):
+        step_down(task, asked, lambda _: found, adam)
+    return {name: vectors.detach() for name, vectors in found.items()}
+
+
+def edit(task: Task, config: AdvUnlearnConfig) -> Edit:
+    """Minimise |eps(x_t, delta + c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2
+    + gamma |eps(x_t, c_r) - eps_0(x_t, c_r)|^2; delta makes the encoder as it is answer
+    eps_0(x_t, c)."""
+    size = config.train.batch_size
+    rows_of, words = forget_and_retain(task, size), words_of(task.model)
+
+    def batches(step: int) -> Batch:
+        if step < config.attack_from:
+            return *rows_of(step), None
+        shape = size, config.vectors
+        chosen = torch.randint(len(words), shape, generator=task.generator(~step))
+        return *rows_of(step), words.embedded(chosen)
+
+    def loss(batch: Batch, base: Base) -> dict[str, Tensor]:
+        (forget, prompts), (retain, kept), start = batch
+        rows = forget.cat(forget).cat(retain)
+        with base():
+            known = task.predict(rows, [""] * len(forget) + prompts + kept)
+        null, concept, reference = known.split([len(forget), len(forget), len(retain)])
+        wanted = replace(forget, target=concept), prompts
+        found = None if start is None else attack(task, wanted, start, config)
+        forgot = task.model.predict(forget.noisy, forget.t, task.cond(prompts, found))
+        target = null - config.guidance * (concept - null)
+        retained = denoising(task.predict(retain, kept), reference)
+        return {"forget": denoising(forgot, target), "retain": config.alpha * retained}
+
+    return fine_tune(task, loss, batches, config)
+
+
+METHODS = {"advunlearn": Method("advunlearn", PAPER, AdvUnlearnConfig(), edit)}

@@ -1,0 +1,98 @@
+"""HiRM: high-level representation misdirection (ICLR 2026, https://arxiv.org/abs/2602.19631).
+
+The first layer of a CLIP is trained until the last one's attention says noise in the concept's
+place. In seconds, for every denoiser that reads it; not beside a T5 (SD 3), which still says it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from erase.latents.latent_set import epoch_rows, texts_of
+from erase.losses import denoising
+from erase.methods import Method
+from erase.models import DiffusionModel
+from erase.models.pipelines import text_encoders
+from erase.prompts.errors import POSITIVE, ErasureError, check_ranges
+from erase.prompts.retain import without
+from erase.task import Edit, Task
+from erase.training.config import TrainConfig, TunedConfig
+from erase.training.fine_tune import fine_tune
+from erase.training.trainable import Base
+
+PAPER, SPEAKS = "https://arxiv.org/abs/2602.19631", "self_attn.out_proj"
+
+
+@dataclass
+class HiRMConfig(TunedConfig):
+    """Settings of HiRM."""
+
+    scope: str = r"^text_encoder(_\d)?\..*\blayers\.0\.(self_attn|mlp)\."
+    strength: float = 20.0
+    """root mean square of the direction's values; the paper's norm of 5000 over 77 tokens of width
+    768 is 20.6"""
+    alpha: float = 0.0
+    """weight of the text states of retained prompts keeping to the base's; 0 is the paper"""
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(steps=50, lr=1e-4, batch_size=8, optimizer="AdamW")
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"strength": POSITIVE, "alpha": (0, 1e6)})
+
+
+@contextmanager
+def last_attention(model: DiffusionModel) -> Iterator[list[Tensor]]:
+    """Within the block, what the last self-attention of each CLIP says is added to the list as it
+    runs, shape (n, tokens, width)."""
+    said: list[Tensor] = []
+    with ExitStack() as hooks:
+        for encoder in text_encoders(model.pipeline()).values():
+            speaking = [part for name, part in encoder.named_modules() if name.endswith(SPEAKS)]
+            for part in speaking[-1:]:  # a T5 has none
+                hook = part.register_forward_hook(lambda _, __, output: said.append(output))
+                hooks.callback(hook.remove)
+        yield said
+
+
+def edit(task: Task, config: HiRMConfig) -> Edit:
+    """Minimise |h(c) - s u|^2: h what the last attention says at each token but the first, which is
+    the same of every prompt, and u normal noise that never changes."""
+    if other := [name for name in task.weights(config.scope) if not name.startswith("text_")]:
+        raise ErasureError(
+            f"hirm trains text encoders, and scope {config.scope!r} holds {other[0]}; leave the "
+            "scope as it is, or take text_encoder"
+        )
+    forget = [prompt for concept in task.concepts for prompt, _ in concept.pairs()]
+    listed = [prompt for concept in task.concepts for prompt in concept.retain]
+    retain = [*without(listed, [name for one in task.concepts for name in one.names])] or [""]
+    size = config.train.batch_size
+
+    def batches(step: int) -> tuple[list[str], list[str]]:
+        rows = [epoch_rows(len(texts), step * size, size, task.seed) for texts in (forget, retain)]
+        return texts_of(forget, rows[0]), texts_of(retain, rows[1])
+
+    def misdirected(said: Tensor) -> Tensor:
+        u = torch.randn(said.shape[1:], generator=task.generator(0)).to(said)
+        return denoising(said[:, 1:], (config.strength * u).expand_as(said)[:, 1:])
+
+    def loss(batch: tuple[list[str], list[str]], base: Base) -> dict[str, Tensor]:
+        prompts, kept = batch
+        with last_attention(task.model) as found:
+            task.cond(prompts)
+        terms = {"forget": torch.stack([*map(misdirected, found)]).mean()}
+        if config.alpha:
+            with base():
+                wanted = task.cond(kept).embeddings
+            terms["retain"] = config.alpha * denoising(task.cond(kept).embeddings, wanted)
+        return terms
+
+    return fine_tune(task, loss, batches, config)
+
+
+METHODS = {"hirm": Method("hirm", PAPER, HiRMConfig(), edit)}
