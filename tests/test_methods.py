@@ -89,6 +89,8 @@ class TestEveryMethod:
         assert again.sha256 == delta.sha256
 
 
+TEXT_ONLY = ("mace",)
+"""trained and solved: their closed forms answer for projections of text states alone"""
 TUNED = [name for name in METHODS if isinstance(get_method(name).config, TunedConfig)]
 
 
@@ -103,7 +105,9 @@ class TestEveryMethodThatTakesGradientSteps:
         assert found.mask.count() == int(0.1 * total) and 0 < count <= found.mask.count()
 
     @pytest.mark.parametrize(
-        "option", [{"combine": "surgery"}, {"sam": 0.01}, {"lora_rank": 2}], ids=str
+        "option",
+        [{"combine": "surgery"}, {"combine": "barrier"}, {"sam": 0.01}, {"lora_rank": 2}],
+        ids=str,
     )
     def test_takes_every_option_and_sees_none(self, model, name, option):
         if "lora_rank" in option and get_method(name).config.prox_l1:
@@ -112,7 +116,7 @@ class TestEveryMethodThatTakesGradientSteps:
             option = option | {"prox_l1": 0.0}
         plain, other = edit(model, name), edit(model, name, quick(name, **option))
         assert len(other.losses) == QUICK.steps
-        assert option == {"combine": "surgery"} or any(
+        assert "combine" in option or any(
             not torch.equal(plain.values[n], value) for n, value in other.values.items()
         )
 
@@ -120,10 +124,15 @@ class TestEveryMethodThatTakesGradientSteps:
         """Masked, stopped, resumed: the denoiser stays, the encoder changes inside the mask, the
         bits are the run's."""
         config = quick(name, scope="text_encoder", mask=MaskConfig(density=0.5, batch_size=2))
+        if name in TEXT_ONLY:
+            with pytest.raises(ErasureError, match="no closed form"):
+                edit(model, name, config)
+            config = replace(config, scope="xattn_kv")
+        part = config.scope.removesuffix("_kv").replace("xattn", "unet")
         before = snapshot(model)
         whole = edit(model, name, config)
         changed = {n for n, value in whole.values.items() if not torch.equal(value, before[n])}
-        assert changed and all(n.startswith("text_encoder.") for n in whole.values)
+        assert changed and all(n.startswith(f"{part}.") for n in whole.values)
         for n, value in whole.values.items():
             assert torch.equal(value[~whole.mask[n]], before[n][~whole.mask[n]])
         assert all(torch.equal(p, before[n]) for n, p in model.parameters().items())
@@ -132,7 +141,7 @@ class TestEveryMethodThatTakesGradientSteps:
             stop_before_step(patch, 2)
             with pytest.raises(KeyboardInterrupt):
                 edit(model, name, config, folder=tmp_path)
-        assert (tmp_path / "training.pt").exists()
+        assert list(tmp_path.glob("training*.pt"))
         resumed = edit(model, name, config, folder=tmp_path)
         assert resumed.losses == whole.losses
         assert all(torch.equal(resumed.values[n], value) for n, value in whole.values.items())

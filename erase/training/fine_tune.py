@@ -10,7 +10,7 @@ from dataclasses import asdict
 from torch import Tensor, nn
 
 from erase.claims import flat
-from erase.mask import kept_count
+from erase.mask import SaliencyMask, kept_count
 from erase.models.scopes import select
 from erase.parallel.fsdp import check_parts, check_sharded
 from erase.task import Edit, Task, describe
@@ -29,6 +29,8 @@ def fine_tune(
     config: TunedConfig,
     *,
     start: Mapping[str, Tensor] | None = None,
+    mask: SaliencyMask | None = None,
+    part: str = "training",
 ) -> Edit:
     """Minimise a loss over the weights of `config.scope`, under its mask and options; the model is
     left as it was found.
@@ -40,17 +42,20 @@ def fine_tune(
         batches: step -> the whole batch; the loop cuts it to process and part.
         config: the method's configuration.
         start: values to begin at instead of the base's, as whole parameters by name.
+        mask: of a method that trains several times and chooses it itself; None: chosen here.
+        part: names the training state, of which each training has its own.
 
     Raises:
         ErasureError: settings that this machine cannot train with, a mask of another base or
             concept, or a loss that is not finite.
     """
     params, accelerator = task.weights(config.scope), make_accelerator(config.train)
-    mask = choose_mask(task, config, Objective(loss, batches))
+    if mask is None:
+        mask = choose_mask(task, config, Objective(loss, batches))
     if mask is not None:
         mask.check(params, task.model.fingerprint)
     checkpoint = (
-        Checkpoint(task.folder / "training.pt", {**describe(task), **_settings(config)})
+        Checkpoint(task.folder / f"{part}.pt", {**describe(task), **_settings(config)})
         if task.folder
         else None
     )
