@@ -38,6 +38,8 @@ def quick(name, **change):
         config = replace(config, train=QUICK, mask=mask)
     if hasattr(config, "samples"):
         config = replace(config, samples=4)
+    if hasattr(config, "critic_steps"):
+        config = replace(config, critic_steps=2)
     return replace(config, **change)
 
 

@@ -63,6 +63,7 @@ METHODS: Index[Method[Any]] = Index(
         "scissorhands": "erase.methods.scissorhands:METHODS",
         "forget-me-not": "erase.methods.forget_me_not:METHODS",
         "mace": "erase.methods.mace:METHODS",
+        "doco": "erase.methods.doco:METHODS",
         "ssd": "erase.methods.ssd:METHODS",
         "npo": "erase.methods.npo:METHODS",
         "ascent": "erase.methods.ascent:METHODS",

@@ -17,6 +17,7 @@ from erase.task import Edit, Task, describe
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
 from erase.training.loop import Batches, LossFn, fit, make_accelerator
+from erase.training.opponent import Opponent
 from erase.training.rules import LADDER
 from erase.training.running import running
 from erase.training.saliency import Objective, choose_mask
@@ -31,6 +32,7 @@ def fine_tune(
     start: Mapping[str, Tensor] | None = None,
     mask: SaliencyMask | None = None,
     part: str = "training",
+    opponent: Opponent | None = None,
 ) -> Edit:
     """Minimise a loss over the weights of `config.scope`, under its mask and options; the model is
     left as it was found.
@@ -44,6 +46,7 @@ def fine_tune(
         start: values to begin at instead of the base's, as whole parameters by name.
         mask: of a method that trains several times and chooses it itself; None: chosen here.
         part: names the training state, of which each training has its own.
+        opponent: what learns beside the model.
 
     Raises:
         ErasureError: settings that this machine cannot train with, a mask of another base or
@@ -72,6 +75,7 @@ def fine_tune(
             start=start,
             accelerator=accelerator,
             checkpoint=checkpoint,
+            opponent=opponent,
         )
     return Edit(fitted.values, fitted.losses, mask)
 

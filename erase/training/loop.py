@@ -24,6 +24,7 @@ from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.gradients import Gradients, soften, step_gradients
 from erase.training.low_rank import LowRank
+from erase.training.opponent import Opponent
 from erase.training.optimizers import try_optimizer
 from erase.training.running import check_attention
 from erase.training.state import Run
@@ -105,6 +106,7 @@ def fit(
     start: Mapping[str, Tensor] | None = None,
     accelerator: Accelerator | None = None,
     checkpoint: Checkpoint | None = None,
+    opponent: Opponent | None = None,
 ) -> Fitted:
     """Take `config.train.steps` optimizer steps on parameters of any module, and leave them as they
     were found.
@@ -127,6 +129,7 @@ def fit(
         accelerator: made from `config.train` where none is given.
         checkpoint: where the training state is kept, and whose it is; found, it is resumed from;
             the caller removes it.
+        opponent: what learns beside the model, a step before each of its steps.
 
     Raises:
         ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that do not
@@ -143,7 +146,7 @@ def fit(
     try:
         if start:
             trainable.start_from(start)
-        run = Run.start(trainable, config.train, accelerator, checkpoint)
+        run = Run.start(trainable, config.train, accelerator, checkpoint, opponent)
         _train(run, _Steps(run, loss, batches, config, accelerator, seed))
         return Fitted(trainable.result(run.average or trainable.values), run.losses)
     finally:
@@ -191,6 +194,10 @@ class _Steps:
         """The step's loss at the values as they are, and its gradient."""
         losses: dict[str, Tensor] = {}
         batch = self.batches(self.run.step)
+        if self.run.opponent:
+            trainable, mine = self.run.trainable, cut(batch, 0, 1, self.accelerator)
+            with self.accelerator.autocast():
+                self.run.opponent.learn(mine, trainable.base, trainable.layout.average)
 
         def take(names: tuple[str, ...] | None) -> Gradients:
             gradients, terms = self._take(batch, names)
