@@ -174,9 +174,9 @@ def test_the_words_around_the_name_tell_of_the_anchor_and_others_stay(task):
     """Without a step, the two closed forms alone."""
     still = replace(CONFIG, train=replace(SGD, lr=1e-30, steps=1), ridge=1e-3)
     near, moved = gaps(task, edit(task, still).values)
-    assert near < 0.4 and moved < 0.02
+    assert near < 0.4 and moved < 0.15
     free = gaps(task, edit(task, replace(still, retain_scale=0.0)).values)
-    assert free[0] < near and free[1] > moved
+    assert free[0] < near and free[1] > 3 * moved
 
 
 def test_one_weight_answers_as_the_adapter_of_each_concept(task):

@@ -151,6 +151,27 @@ def test_a_step_behind_the_barrier_is_the_literal_one(params):
     assert fitted.losses[0] == pytest.approx(float(sum(terms.values())), rel=1e-6)
 
 
+def test_a_guarded_step_is_the_literal_one(params):
+    """Where the sum would make the forget loss rise, what does so is removed; else it stays."""
+    for weight in (0.1, -5.0):
+        loss = loss_of(params)
+
+        def scaled(x, base, loss=loss, weight=weight):
+            terms = loss(x, base)
+            return {"forget": terms["forget"], "retain": weight * terms["retain"]}
+
+        config = replace(PLAIN, combine="guard")
+        fitted = fit(params, scaled, lambda step: INPUTS, config).values
+        forget, retain = gradients(params, "forget"), gradients(params, "retain")
+        whole_step = {n: forget[n] + weight * retain[n] for n in params}
+        f, s = flat(forget), flat(whole_step)
+        factor = max(0.0, -float(f @ s / (f @ f)))
+        assert (factor > 0) == (weight < 0)
+        for name, param in params.items():
+            expected = param - 0.5 * (whole_step[name] + factor * forget[name])
+            assert torch.allclose(fitted[name], expected, atol=1e-5)
+
+
 # ---- sharpness-aware minimisation and smoothing --------------------------------------------------
 
 
@@ -300,6 +321,7 @@ def test_low_rank_of_vectors_alone_or_in_shards_is_refused(params):
 
 ALL = {
     "surgery": {"combine": "surgery"},
+    "guard": {"combine": "guard"},
     "barrier": {"combine": "barrier", "barrier": 0.3},
     "sam": {"sam": 0.1},
     "smoothing": {"smoothing": 0.05},

@@ -41,7 +41,6 @@ class ForgetMeNotConfig(TunedConfig):
 def edit(task: Task, config: ForgetMeNotConfig) -> Edit:
     """Minimise sum_l sum_t |A_l[t]|^2 + alpha |eps(x_t, c_r) - noise|^2: A_l[t] the attention maps
     of layer l to the tokens t of the concept's names, mean over heads."""
-
     find_layers(task.model)  # refused, where there are none, before latents are sampled
 
     def loss(batch: tuple[PromptedRows, ...], base: Base) -> dict[str, Tensor]:

@@ -53,11 +53,11 @@ class MACEConfig(TunedConfig):
 
 def edit(task: Task, config: MACEConfig) -> Edit:
     """1. W_r = argmin sum |W e_f - W_0 e_a|^2 + ..., e_f the states behind the concept's names, e_a
-    behind the anchor in the same prompts (eq. 2).
+    behind the anchor in the same prompts.
     2. For each concept i, from W_r: the change D_i that minimises sum_l |A_l[t] * M_l|^2, A_l[t]
-    attention to its names, M_l where the base looks at them (eq. 5).
-    3. W = argmin sum_i sum |W e - (W_r + D_i) e|^2 + ..., e the states at and behind its names
-    (eq. 8).
+    attention to its names, M_l where the base looks at them.
+    3. W = argmin sum_i sum |W e - (W_r + D_i) e|^2 + ..., e the states at and behind its
+    names.
 
     Both "..." are retain_scale sum |W p - W_0 p|^2 + ridge |W - W_0|^2, p of retained prompts.
     """
@@ -92,7 +92,7 @@ def edit(task: Task, config: MACEConfig) -> Edit:
 
 
 def _focus(timesteps: int) -> Tensor:
-    """sigmoid((t - 200) / 20) - sigmoid((t - 400) / 20), of 1000: where objects form (eq. 6)."""
+    """sigmoid((t - 200) / 20) - sigmoid((t - 400) / 20), of 1000: where objects form."""
     t = torch.arange(timesteps) * 1000 / timesteps
     return ((t - 200) / 20).sigmoid() - ((t - 400) / 20).sigmoid()
 

@@ -32,12 +32,13 @@ class ScissorhandsConfig(RemapConfig):
     """fraction of the scope's weights that are drawn anew"""
     cut_batches: int = 12
     """batches of forget latents that rank them"""
+    alpha: float = 10.0
+    """weight of the retain loss (the paper weighs the forget loss by 0.1 instead)"""
     anchor_from: str = "current"
     retain_target: str = "noise"
     anchor_latents: float = 0.0
     retain_dropout: float = 0.0
-    combine: str = "barrier"
-    barrier: float = 0.1
+    combine: str = "guard"
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=500, lr=1e-5, batch_size=8)
     )
@@ -49,7 +50,7 @@ class ScissorhandsConfig(RemapConfig):
 
 def trimmed(task: Task, config: ScissorhandsConfig) -> dict[str, Tensor]:
     """The scope's weights, of which the fraction `cut` with the largest |w sum g| is drawn anew, g
-    the gradient of the concept's denoising error (SNIP, Lee et al. 2019; eq. 4).
+    the gradient of the concept's denoising error (SNIP, Lee et al. 2019).
 
     They are drawn from the normal distribution with the mean and the standard deviation that the
     weights of their tensor have.
@@ -68,9 +69,8 @@ def trimmed(task: Task, config: ScissorhandsConfig) -> dict[str, Tensor]:
 
 
 def edit(task: Task, config: ScissorhandsConfig) -> Edit:
-    """Cut; then go down the direction that is nearest to grad L_r among those along which L_f falls
-    at the rate `barrier` (eq. 8, as GEM, Lopez-Paz and Ranzato 2017), L_r = |eps(x_t, c_r) -
-    noise|^2, L_f = |eps(x_t, c) - sg eps(x_t, a)|^2. Without conflict it is L_r + 0.1 L_f.
+    """Cut; then go down L_f + alpha L_r, from whose gradient is removed what would make L_f rise:
+    L_r = |eps(x_t, c_r) - noise|^2, L_f = |eps(x_t, c) - sg eps(x_t, a)|^2.
 
     A mask keeps its weights from the cut as well.
     """

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Layer:
         return (query @ key.transpose(-1, -2) * self.scale).float().softmax(dim=-1)
 
 
-def find_layers(model: DiffusionModel) -> list[nn.Module]:
+def find_layers(model: DiffusionModel) -> list[Any]:
     """The attention modules of a UNet that look at the text.
 
     Raises:
@@ -157,7 +158,7 @@ def looking_at(layer: Layer, places: Tensor) -> Tensor:
 
 def attention_where_seen(task: Task, batch: PromptedRows, base: Base) -> dict[str, Tensor]:
     """The loss of attention to the concepts' names, where the base looks at them: the objects
-    themselves, without a segmentation from outside (MACE, Lu et al. 2024, eq. 5)."""
+    themselves, without a segmentation from outside (MACE, Lu et al. 2024)."""
     with base():
         before, places = attended(task, *batch)
         regions = [looking_at(layer, places) for layer in before]

@@ -95,7 +95,7 @@ CONTROLS = ("random", "matched-random", "lowest", "inverted", "none")
 ALLOCATIONS = ("global", "per-tensor")
 AUTO = ("benefit",)
 """rules whose density can be found"""
-COMBINE = ("sum", "surgery", "barrier")
+COMBINE = ("sum", "surgery", "guard", "barrier")
 
 
 @dataclass
@@ -166,11 +166,12 @@ class TunedConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     combine: str = "sum"
     """of forgetting and retaining: sum; surgery (what conflicts with retaining is removed from the
-    forget gradient); or barrier (the retain gradient, and as much of the forget gradient as the
-    forget loss needs to fall at the rate `barrier`)"""
+    forget gradient); guard (what would make the forget loss rise is removed from the sum); or
+    barrier (the retain gradient, and as much of the forget gradient as the forget loss needs to
+    fall at the rate `barrier`)"""
     barrier: float = 1.0
     """of combine barrier: how fast the forget loss must fall, 1 being as fast as by its own
-    gradient; 0: it must not rise"""
+    gradient"""
     sam: float = 0.0
     """radius of sharpness-aware minimisation: the forget gradient is taken this far uphill (L2 norm
     over all trained values); 0: off"""

@@ -24,7 +24,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "train.batch_size": 4,
     },
     "erasediff": {"train.lr": 2e-4, "train.steps": 40, "train.batch_size": 4},
-    "scissorhands": {"train.lr": 5e-4, "train.steps": 40, "train.batch_size": 4},
+    "scissorhands": {
+        "alpha": 3.0,
+        "train.lr": 5e-4,
+        "train.steps": 40,
+        "train.batch_size": 4,
+    },
     "forget-me-not": {"train.lr": 1e-3, "alpha": 30.0},
     "mace": {"train.lr": 5e-3},
     "doco": {"train.lr": 1e-3, "train.steps": 60, "train.batch_size": 4, "critic_steps": 60},
