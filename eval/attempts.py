@@ -32,6 +32,8 @@ Prefix = Mapping[str, Tensor]
 """text encoder -> embeddings before every prompt, shape (k, dim), or (n, k, dim) for one each"""
 OTHER_SEEDS = 1000
 """added to the seed, so that the attacker's images are none of the erasure's"""
+STEPS = 10
+"""of sampling the attacker's images"""
 
 
 def own_rows(case: Case, count: int | None = None) -> list[ImageRow]:
@@ -210,5 +212,5 @@ def _of_attacker(
     seed: int,
     folder: Path | None,
 ) -> Plan:
-    config = LatentConfig(n_forget=n_forget, n_retain=n_retain)
+    config = LatentConfig(n_forget=n_forget, n_retain=n_retain, steps=STEPS)
     return Plan(base, list(concepts), config, seed + OTHER_SEEDS, folder)

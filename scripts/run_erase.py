@@ -34,6 +34,7 @@ from erase.scripts.cli import (
     build,
     check_folder,
     config_files,
+    note,
     parse,
     parser,
     read_concepts,
@@ -115,6 +116,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.propose:
         print(to_yaml(concepts), end="")
         return
+    if config.model != "canvas" and not config_files(argv):
+        note(
+            f"the settings of {method} were measured on the embedded model, not on {config.model}; "
+            "a recipe has settings for Stable Diffusion: erase-list recipes"
+        )
     delta = erase_concept(
         concepts, config, build(type(get_method(method).config), options), out=options.out
     )

@@ -155,12 +155,14 @@ def test_points_that_are_fixed_refuse_a_power(pico) -> None:
 
 @pytest.mark.parametrize("points", [False, True])
 def test_the_target_lies_beyond_the_anchor(pico, points) -> None:
-    """eps_a + eta (eps_a - eps_c), as a negative prompt would lead; at eta 0 the anchor's."""
+    """eps_a + eta (eps_a - eps_c), as a negative prompt would lead; at eta 0 the anchor's; moved no
+    further than the limit, row by row."""
     sets = prepare_latents(pico, [canvas_concept("heart")], POINTS, 0) if points else from_images()
     task = Task(pico, [canvas_concept("heart")], Given(*sets))
     config = replace(PLAIN, share_latents=True, train=replace(PLAIN.train, batch_size=4))
-    for eta in (0.0, 2.0):
-        remap = Remap(task, replace(config, beyond=eta))
+    limits: list[float | None] = [None, None, 1e-6, 100.0]
+    for eta, limit in zip((0.0, 2.0, 2.0, 2.0), limits, strict=True):
+        remap = Remap(task, replace(config, beyond=eta, beyond_limit=limit))
         batch = remap.batches(0)
         forget, rows = remap.forget_set, batch.forget
         prompts, anchors = (
@@ -169,7 +171,11 @@ def test_the_target_lies_beyond_the_anchor(pico, points) -> None:
         with torch.no_grad():
             concept, anchor = task.predict(rows, prompts), task.predict(rows, anchors)
             loss = remap.loss(batch, nullcontext)["forget"]
-        expected = ((concept - (anchor + eta * (anchor - concept))) ** 2).mean()
+        moves = [eta * (anchor - concept).double()[row] for row in range(len(anchor))]
+        if limit is not None:
+            rms = [float((move**2).mean() ** 0.5) for move in moves]
+            moves = [move * min(1, limit / size) for move, size in zip(moves, rms, strict=True)]
+        expected = ((concept - (anchor + torch.stack(moves).float())) ** 2).mean()
         torch.testing.assert_close(loss, expected)
 
 

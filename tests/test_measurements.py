@@ -5,7 +5,7 @@ import pytest
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.prompt_sets import canvas_grid
 from erase.scripts.canvas.results import Job, asked_for
-from erase.scripts.canvas.tables import grid, prediction, spread, summary
+from erase.scripts.canvas.tables import grid, paired, prediction, spread, summary
 from erase.scripts.canvas.variants import groups
 
 
@@ -49,6 +49,22 @@ def test_the_grid_has_a_mean_and_a_range_in_each_cell():
     lines = grid(ROWS).splitlines()
     assert lines[0] == "| UA | 0.1% | 1.0% |"
     assert lines[2:] == ["| benefit | 40.0 | 99.0 (98.0 to 100.0) |", "| random |  | 0.0 |"]
+
+
+def test_runs_are_paired_by_image_and_a_shared_image_counts_once():
+    judged = {"IRA": [[1, 2, 3, 4], "1111", "0111"]}
+    runs = [row("ours", 0.04, 100.0, 0.5, seed) | {"judged": judged} for seed in range(3)]
+    lines = paired(runs).splitlines()[2:]
+    assert len(lines) == 2  # of objects, and of all
+    # three judgements of twelve were lost, all of one image: no more than chance
+    assert "| -25.00 [" in lines[0] and "p 1, 12" in lines[0]
+
+    apart = [
+        row("ours", 0.04, 100.0, 0.5) | {"judged": {"IRA": [[*range(96)], "1" * 96, bits]}}
+        for bits in ("0" * 6 + "1" * 90,)
+    ]
+    assert "| -6.25 [" in paired(apart) and "p 0.031, 96" in paired(apart)
+    assert paired([row("ours", 0.04, 100.0, 0.5)]).count("\n") == 1  # older rows hold no outcomes
 
 
 def test_masks_are_counted_by_the_share_that_they_held():

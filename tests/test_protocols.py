@@ -308,6 +308,9 @@ def test_the_scores_of_hand_made_judgements() -> None:
         "leaked": (20, 5, False),
         "H_o": (pytest.approx(300 / (1 / 0.75 + 1 / 0.6 + 1 / 0.5)), 11, True),
     }
+    # each judgement with the number of its case, so that two models can be paired
+    assert scores["seen by name"].outcomes == ((0, 100), (1, 0), (2, 0), (3, 0))
+    assert len(scores["leaked"].outcomes) == 5
     two = {one.name: one for one in wording_scores(case, seen, asked, "CLIP ", "judge", "H_c")}
     assert two["CLIP H_c"].value == pytest.approx(200 / (1 / 0.75 + 1 / 0.6))
     pair = accuracy_scores(seen, asked, [CAT], "", "judge")

@@ -36,11 +36,11 @@ CAPTIONS = ("beside", "folder", "none")
 class LatentConfig:
     """Where forget and retain latents come from."""
 
-    n_forget: int = 96
+    n_forget: int = 32
     """forget images in all, over all concepts"""
-    n_retain: int = 192
+    n_retain: int = 64
     """retain images in all"""
-    steps: int = 10
+    steps: int = 5
     """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""
     guidance: float = 3.0
     """guidance scale of that sampling"""

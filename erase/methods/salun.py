@@ -22,17 +22,19 @@ PAPER = "https://arxiv.org/abs/2310.12508"
 class SalUnConfig(RemapConfig):
     """Settings of SalUn, as they measure best here.
 
-    Few weights, chosen by the benefit of moving them, far moved, to a target beyond the anchor."""
+    Few weights, chosen by the benefit of moving them, to a target a little beyond the anchor; many
+    small steps."""
 
-    alpha: float = 3.0
-    beyond: float = 0.25
+    alpha: float = 10.0
+    beyond: float = 1.0
+    beyond_limit: float | None = 0.05
     noise_power: float = 2.0
     mask: MaskConfig = field(
         default_factory=lambda: MaskConfig(rule="benefit", density=0.04, batches=8)
     )
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
-            steps=120, lr=1e-3, schedule="linear", warmup=8, batch_size=8
+            steps=144, lr=1e-3, schedule="linear", warmup=8, batch_size=2
         )
     )
 

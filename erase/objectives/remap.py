@@ -49,6 +49,9 @@ class RemapConfig(TunedConfig):
     beyond: float = 0.0
     """eta: how far beyond the anchor, away from the concept: the target is the anchor's prediction
     + eta (the anchor's - the concept's), both the base's, as a negative prompt would lead"""
+    beyond_limit: float | None = None
+    """the largest root mean square of that move, where the noise's is 1: concepts that change the
+    whole picture (colours) are pushed no further than small ones. None: no limit"""
     noise_power: float = 1.0
     """p: timesteps are drawn so that a share (t / T)^p lies below t. 1 is uniform; 2 looks twice as
     often at nearly pure noise, where sampling decides an image's layout and the mean squared error
@@ -69,6 +72,7 @@ class RemapConfig(TunedConfig):
                 "anchor_latents": FRACTION,
                 "retain_dropout": FRACTION,
                 "beyond": (0, 100),
+                "beyond_limit": (1e-6, 100),
                 "noise_power": (0.1, 10),
             },
         )
@@ -133,28 +137,45 @@ class Remap:
 
     def _targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
         """Anchor and retain targets, each by the frozen base or not, as configured."""
-        config, anchors = self.config, texts_of(_anchors(self.forget_set), batch.forget_rows)
+        config = self.config
         if config.anchor_from == config.retain_target == "frozen":
             if base is not torch.no_grad and _fixed(self.forget_set) and _fixed(self.retain_set):
                 return self._known_targets(batch, base)
             with base():
-                anchor, reference = self._together(batch.anchor, anchors, batch)
-                return self._pushed(anchor, batch), reference
+                answers, reference = self._together(*self._asked(batch), batch)
+                return self._pushed(answers), reference
 
         with torch.no_grad(), base() if config.anchor_from == "frozen" else nullcontext():
-            anchor = self._pushed(self.task.predict(batch.anchor, anchors), batch)
+            anchor = self._pushed(self.task.predict(*self._asked(batch)))
         if config.retain_target == "noise":
             return anchor, batch.retain.target
         with base():
             prompts = texts_of(self.retain_set.prompts, batch.retain_rows)
             return anchor, self.task.predict(batch.retain, prompts)
 
-    def _pushed(self, anchor: Tensor, batch: RemapBatch) -> Tensor:
-        """The anchor's prediction, moved away from the concept's at the same rows."""
+    def _asked(self, batch: RemapBatch) -> tuple[Rows, list[str]]:
+        """What the target of the forget rows is made of: the anchor, and the concept at the same
+        rows if the target lies beyond."""
+        rows, prompts = batch.anchor, texts_of(_anchors(self.forget_set), batch.forget_rows)
         if not self.config.beyond:
-            return anchor
-        prompts = texts_of(self.forget_set.prompts, batch.forget_rows)
-        return anchor + self.config.beyond * (anchor - self.task.predict(batch.anchor, prompts))
+            return rows, prompts
+        return rows.cat(rows), prompts + texts_of(self.forget_set.prompts, batch.forget_rows)
+
+    def _pushed(self, answers: Tensor) -> Tensor:
+        """The anchor's prediction, moved away from the concept's."""
+        if not self.config.beyond:
+            return answers
+        anchor, concept = answers.chunk(2)
+        return anchor + self._move(anchor - concept)
+
+    def _move(self, away: Tensor) -> Tensor:
+        """How far beyond the anchor, of the way from the concept to it."""
+        config, axes = self.config, tuple(range(1, away.dim()))
+        move = config.beyond * away
+        if config.beyond_limit is None:
+            return move
+        size = move.square().mean(axes, keepdim=True).sqrt()
+        return move / (size / config.beyond_limit).clamp_min(1)
 
     def _known_targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
         """Of points that are fixed beforehand (trajectories): the base is asked about all of them
@@ -165,7 +186,7 @@ class Remap:
                 anchor = self._predict_all(forget, _anchors(forget), "anchor targets")
                 if self.config.beyond:
                     concept = self._predict_all(forget, forget.prompts, "concept targets")
-                    anchor = anchor + self.config.beyond * (anchor - concept)
+                    anchor = anchor + self._move(anchor - concept)
                 reference = self._predict_all(retain, retain.prompts, "retain targets")
             self._known = anchor, reference
 

@@ -309,7 +309,10 @@ class _Probing:
 
     def _share(self, name: str, shown: Sequence[bool]) -> Score:
         by = self.attempts.detector.name
-        return proportion(name, sum(shown), len(shown), higher_is_better=False, evaluator=by)
+        outcomes = list(enumerate(shown))
+        return proportion(
+            name, sum(shown), len(shown), higher_is_better=False, evaluator=by, outcomes=outcomes
+        )
 
 
 RUNS: dict[str, Callable[[_Probing], list[Score]]] = {

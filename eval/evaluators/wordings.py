@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from erase.eval.case import Case
-from erase.eval.evaluators.labelled import targets_of
+from erase.eval.evaluators.labelled import cases_of, targets_of
 from erase.eval.metrics.harmonic import harmonic, of_harmonic
-from erase.eval.scores import Score, proportion
+from erase.eval.scores import Outcomes, Score, proportion
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 
@@ -78,17 +78,21 @@ def wording_scores(
             raise _lacking(mean, NAME)
         return []
     named, seen, right = _told(predictions, labels, case.concepts)
+    cases = np.asarray(cases_of(case))
+
+    def share(name: str, judged: np.ndarray, of: np.ndarray, better: bool) -> Score:
+        outcomes = list(zip(cases[of].tolist(), judged[of].tolist(), strict=True))
+        return _share(prefix + name, judged[of], evaluator, better, outcomes)
+
     scores = []
     for wording in filter(None, dict.fromkeys(wordings.tolist())):
         asked, others = (wordings == wording) & named, (wordings == wording) & ~named
         if asked.any():
-            name = f"{prefix}seen by {wording}"
-            scores.append(_share(name, seen[asked], evaluator, higher_is_better=False))
+            scores.append(share(f"seen by {wording}", seen, asked, False))
         if others.any():
-            scores.append(_share(f"{prefix}kept by {wording}", right[others], evaluator))
+            scores.append(share(f"kept by {wording}", right, others, True))
     if not named.all():
-        leaked = seen[~named]
-        scores.append(_share(f"{prefix}leaked", leaked, evaluator, higher_is_better=False))
+        scores.append(share("leaked", seen, ~named, False))
     if mean:
         parts = _parts(mean, wordings, named, seen, right)
         scores.append(_harmonic(f"{prefix}{mean}", parts, evaluator))
@@ -138,9 +142,20 @@ def _lacking(mean: str, wording: str) -> ErasureError:
     )
 
 
-def _share(name: str, hits: np.ndarray, evaluator: str, higher_is_better: bool = True) -> Score:
+def _share(
+    name: str,
+    hits: np.ndarray,
+    evaluator: str,
+    higher_is_better: bool = True,
+    outcomes: Outcomes = (),
+) -> Score:
     return proportion(
-        name, int(hits.sum()), hits.size, higher_is_better=higher_is_better, evaluator=evaluator
+        name,
+        int(hits.sum()),
+        hits.size,
+        higher_is_better=higher_is_better,
+        evaluator=evaluator,
+        outcomes=outcomes,
     )
 
 

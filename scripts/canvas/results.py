@@ -31,7 +31,7 @@ from erase.delta import ErasedDelta
 from erase.eval.generate import GenerateConfig, generate
 from erase.eval.images import ImageSet
 from erase.eval.run import score
-from erase.eval.scores import Score
+from erase.eval.scores import Outcomes, Score
 from erase.latents.prepare import Plan
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
@@ -41,7 +41,7 @@ from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import unknown
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
-from erase.scripts.canvas.tables import grid, prediction, summary, table
+from erase.scripts.canvas.tables import grid, paired, prediction, summary, table
 from erase.scripts.canvas.variants import Variant, groups
 from erase.task import Task
 from erase.training.rules import RULES, held
@@ -109,6 +109,7 @@ def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, 
         **evidence,
         "changed": delta.count,
         **{row: _rounded(scores) for row, scores in rows.items()},
+        "judged": _judged(rows["base"], rows["erased"]),
     }
 
 
@@ -148,8 +149,8 @@ def _statistics(
     job: Job, variant: Variant, model: DiffusionModel, concept: ConceptSpec, out: Path
 ) -> Path:
     """Those of every rule, computed once for all variants with the same batches."""
-    mask, settings = variant.settings.mask, variant.settings
-    about = json.dumps([asdict(variant.latents), mask.batches, mask.guidance, settings.scope])
+    settings = variant.settings
+    about = json.dumps([asdict(variant.latents), _batches_of(settings)])
     digest = hashlib.sha256(about.encode()).hexdigest()[:8]
     path = out / "statistics" / f"{job.concept}-{job.seed}-{digest}.safetensors"
     if not path.exists():
@@ -161,6 +162,15 @@ def _statistics(
         objective = Objective(remap.loss, remap.batches)
         compute_statistics(task, settings, tuple(needed), objective).save(path)
     return path
+
+
+def _batches_of(settings: Any) -> dict[str, Any]:
+    """What decides the gradients: the settings, less how a mask is cut and how long one trains."""
+    about = asdict(settings)
+    for name in ("rule", "density", "allocation", "like", "file", "saliency"):
+        del about["mask"][name]
+    about["train"] = settings.train.batch_size
+    return about
 
 
 def asked_for(prompts: PromptSet, concept: ConceptSpec, others: int | None) -> PromptSet:
@@ -203,6 +213,20 @@ def delta_path(job: Job, out: Path) -> Path:
 
 def _rounded(scores: list[Score]) -> dict[str, float]:
     return {score.name: round(score.value, 3) for score in scores}
+
+
+def _judged(base: list[Score], erased: list[Score]) -> dict[str, list[Any]]:
+    """Score -> the cases of its judgements, and for base and erased a 1 or 0 for each."""
+    before, after = ({score.name: score.outcomes for score in scores} for scores in (base, erased))
+    return {
+        name: [[case for case, _ in judged], _bits(judged), _bits(after[name])]
+        for name, judged in before.items()
+        if [case for case, _ in judged] == [case for case, _ in after.get(name, ())]
+    }
+
+
+def _bits(judged: Outcomes) -> str:
+    return "".join(str(int(value > 0)) for _, value in judged)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -298,7 +322,9 @@ def main() -> None:
     if args.table:
         rows = read_rows(record)
         swept = [row for row in rows if row["variant"].endswith("%")]
-        print(f"{summary(rows)}\n\n{table(rows)}\n\n{grid(swept)}\n\n{prediction(rows)}")
+        print(
+            f"{summary(rows)}\n\n{paired(rows)}\n\n{table(rows)}\n\n{grid(swept)}\n\n{prediction(rows)}"
+        )
         return
 
     args.out.mkdir(parents=True, exist_ok=True)

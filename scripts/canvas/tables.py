@@ -7,6 +7,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
+from erase.eval.metrics.paired import of_events
 from erase.prompts.canvas import KINDS
 
 SHOWN = ("UA", "IRA", "CRA", "CLIP UA", "CLIP IRA", "CLIP CRA")
@@ -50,6 +51,33 @@ def summary(rows: list[dict[str, Any]]) -> str:
                 cells += [_lost(runs, name) for name in ("IRA", "CRA")]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def paired(rows: list[dict[str, Any]]) -> str:
+    """Markdown: per variant and kind, erased - base of all runs together, paired by image: the
+    difference, its 95 % interval, the chance of one as large between equal models, the images."""
+    names = [name for name in SHOWN if any(name in row.get("judged", ()) for row in rows)]
+    lines = [f"| variant | kind | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        for kind in (*KINDS, "all"):
+            runs = [row for row in rows if row["variant"] == variant and "judged" in row]
+            runs = [row for row in runs if kind in ("all", row["kind"])]
+            cells = [_difference(runs, name) for name in names]
+            if any(cells):
+                lines.append(f"| {variant} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _difference(runs: list[dict[str, Any]], name: str) -> str:
+    """An image that several runs were judged on counts as one case, of all its judgements."""
+    judged = [run["judged"][name] for run in runs if name in run["judged"]]
+    cases = [case for numbers, _, _ in judged for case in numbers]
+    before, after = ("".join(columns[row] for columns in judged) for row in (1, 2))
+    found = of_events(cases, [*map(int, before)], [*map(int, after)])
+    if found is None:
+        return ""
+    value, low, high = (100 * x for x in (found.difference, found.low, found.high))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}], p {found.p:.2g}, {len(cases)}"
 
 
 def grid(rows: list[dict[str, Any]], score_name: str = "UA") -> str:

@@ -13,6 +13,8 @@ from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-half", "salun-paper")
+MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
+"""what every variant but `salun` was measured with"""
 METHODS: dict[str, dict[str, Any]] = {
     "uce": {},
     "rece": {},
@@ -79,9 +81,11 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
     }
     target = {
         "to the anchor": {"beyond": 0.0},
-        "further beyond": {"beyond": 1.0},
+        "no limit": {"beyond_limit": None},
+        "limit 0.1": {"beyond_limit": 0.1},
         "uniform noise": {"noise_power": 1.0},
         "alpha 1": {"alpha": 1.0},
+        "batches of 8": {"train": replace(ours.settings.train, batch_size=8)},
     }
     return {
         "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
@@ -135,7 +139,7 @@ def _of_thin(half: Variant) -> dict[str, dict[str, Variant]]:
     """Rules and densities under the objective of `salun-half`, with few steps and few latents."""
     train = replace(half.settings.train, steps=60, lr=1e-3, warmup=8)
     short = replace(half.settings, train=train, mask=replace(half.settings.mask, batches=8))
-    few = replace(half.latents, n_forget=32, n_retain=64, steps=5)
+    few = LatentConfig(mixed_precision=train.mixed_precision)
     swept = replace(half, settings=short, latents=few, shares=True)
     steps = {f"{count} steps": replace(train, steps=count) for count in (120, 300)}
     return {
@@ -173,7 +177,8 @@ def _masks(base: Variant, rules: tuple[str, ...], allocation: str = "global") ->
 def _preset(name: str, precision: str) -> Variant:
     config = get_method(name).config
     settings = replace(config, train=replace(config.train, mixed_precision=precision))
-    return Variant(name, settings, LatentConfig(mixed_precision=precision))
+    latents = LatentConfig() if name == "salun" else MANY
+    return Variant(name, settings, replace(latents, mixed_precision=precision))
 
 
 def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
@@ -183,7 +188,7 @@ def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
     own = {key: value for key, value in change.items() if not key.startswith("train.")}
     if isinstance(config, TunedConfig):
         own["train"] = replace(config.train, mixed_precision=precision, **train)
-    return Variant(name, replace(config, **own), LatentConfig(mixed_precision=precision))
+    return Variant(name, replace(config, **own), replace(MANY, mixed_precision=precision))
 
 
 def _with(variant: Variant, change: Mapping[str, Any]) -> Variant:

@@ -21,7 +21,7 @@ from erase.scripts.cli.complaints import complaint
 from erase.scripts.cli.guards import check_settings, guard_yaml, no_group, settle_paths
 from erase.scripts.cli.naming import read_concepts
 from erase.scripts.cli.recipes import config_files, with_paths
-from erase.scripts.cli.running import alone, hush, run
+from erase.scripts.cli.running import alone, hush, note, run
 
 __all__ = [
     "Parser",
@@ -34,6 +34,7 @@ __all__ = [
     "build",
     "check_folder",
     "config_files",
+    "note",
     "parse",
     "parser",
     "read_concepts",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from erase.prompts.canvas import canvas_concept, check_canvas, vocabulary
 from erase.prompts.concepts import ConceptSpec, load_concepts, merged, shipped
 from erase.prompts.errors import ErasureError, near_name, unknown
 from erase.prompts.proposals import find_shipped, known, propose
+from erase.scripts.cli.running import note
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _by_name(named: _Named) -> ConceptSpec:
         if shipped and named.kind
         else ""
     )
-    _note(
+    note(
         f"proposed for {named.name!r}: {concept.target} -> {concept.anchor}, "
         f"{len(concept.names)} names, {len(concept.templates)} templates "
         f"({concept.templates[0]!r}, ...), {len(concept.retain)} retain prompts "
@@ -161,9 +160,3 @@ def _by_name(named: _Named) -> ConceptSpec:
         "--concepts reads"
     )
     return concept
-
-
-def _note(text: str) -> None:
-    """A line on stderr, unless --quiet."""
-    if logging.getLogger("erase").level <= logging.INFO:
-        print(text, file=sys.stderr)

@@ -93,6 +93,12 @@ def _work(main: Callable[[list[str] | None], None], argv: list[str] | None) -> N
             main(argv)
 
 
+def note(text: str) -> None:
+    """A line on stderr, unless --quiet."""
+    if logging.getLogger("erase").level <= logging.INFO:
+        print(text, file=sys.stderr)
+
+
 @contextmanager
 def _settled(argv: list[str]) -> Iterator[None]:
     """Decisions on the user's behalf are said, unless --quiet; afterwards log and bars are as they
