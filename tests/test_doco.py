@@ -10,7 +10,6 @@ from erase.latents.batches import clean, noised
 from erase.methods import get_method
 from erase.methods.doco import Adversary
 from erase.models import wrap
-from erase.objectives.critic import alone
 from erase.prompts.errors import ErasureError
 from tests.bare import (
     ANCHORS,
@@ -86,7 +85,7 @@ def test_the_critic_keeps_no_gradient_of_the_models_step(task):
     """Nor takes one there: what it is told comes from its own step alone."""
     adversary = Adversary(task, CONFIG)
     batch = adversary.remap.batches(0)
-    adversary.learn(batch, torch.no_grad, alone)
+    adversary.learn(batch, torch.no_grad)
     before = [param.clone() for param in adversary.critic.net.parameters()]
     weight = next(iter(task.weights("xattn_kv").values())).requires_grad_(True)
     adversary.loss(batch, torch.no_grad)["forget"].backward()
@@ -100,7 +99,7 @@ def test_the_critic_learns_to_tell_two_kinds_apart(task):
     one, other = latents(8, 0), latents(8, 1) + 0.5
     start = float(critic.verdict(one, 0.0) + critic.verdict(other, 1.0))
     for _ in range(40):
-        critic.learn_from(one, other, alone)
+        critic.learn_from(one, other)
     assert float(critic.verdict(one, 0.0) + critic.verdict(other, 1.0)) < 0.3 * start
 
 

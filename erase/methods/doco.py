@@ -15,13 +15,12 @@ from erase.latents.batches import clean
 from erase.latents.latent_set import texts_of
 from erase.losses import denoising
 from erase.methods import Method
-from erase.objectives.critic import Critic, alone
+from erase.objectives.critic import Critic
 from erase.objectives.remap import Remap, RemapBatch, RemapConfig
 from erase.prompts.errors import FRACTION, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
-from erase.training.opponent import Average
 from erase.training.trainable import Base
 
 PAPER = "https://arxiv.org/abs/2405.15304"
@@ -62,14 +61,14 @@ class Adversary:
         self.critic = Critic(channels, config.critic_lr, task.seed, task.model.device)
         self.state, self.restore = self.critic.state, self.critic.restore
 
-    def learn(self, batch: RemapBatch, base: Base, average: Average) -> None:
+    def learn(self, batch: RemapBatch, base: Base) -> None:
         """The critic's step: what the base sees under the anchor is 0, the model's concept 1."""
         forget = self.remap.forget_set
         with torch.no_grad():
             targets = self._seen(batch, forget.prompts)
         with base():
             anchors = self._seen(batch, forget.anchors or forget.prompts)
-        self.critic.learn_from(anchors, targets, average)
+        self.critic.learn_from(anchors, targets)
 
     def loss(self, batch: RemapBatch, base: Base) -> dict[str, Tensor]:
         """The model's: what it sees under the concept is to be called the anchor."""
@@ -92,7 +91,7 @@ def edit(task: Task, config: DoCoConfig) -> Edit:
     adversary = Adversary(task, config)
     batches = adversary.remap.batches
     for step in range(config.critic_steps):
-        adversary.learn(batches(step), torch.no_grad, alone)
+        adversary.learn(batches(step), torch.no_grad)
     return fine_tune(task, adversary.loss, batches, config, opponent=adversary)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erase.training.opponent import Average
+from erase.parallel.layout import reduce_all
 
 WIDTH = 64
 """channels of the first layer; twice as many follow"""
@@ -46,12 +45,12 @@ class Critic:
         logits = self.net(latents).float()
         return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, label))
 
-    def learn_from(self, anchors: Tensor, targets: Tensor, average: Average) -> None:
-        """One step towards calling the first 0 and the second 1."""
+    def learn_from(self, anchors: Tensor, targets: Tensor) -> None:
+        """One step towards calling the first 0 and the second 1, by what all processes see."""
         self.net.requires_grad_(True)
         try:
             (self.verdict(anchors, 0.0) + self.verdict(targets, 1.0)).backward()
-            average([param.grad for param in self.net.parameters() if param.grad is not None])
+            reduce_all((p.grad for p in self.net.parameters() if p.grad is not None), "mean")
             self.optimizer.step()
         finally:
             self.optimizer.zero_grad()
@@ -65,7 +64,3 @@ class Critic:
         self.net.load_state_dict(state["net"])
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state["moments"], "param_groups": groups})
-
-
-def alone(gradients: Iterable[Tensor]) -> None:
-    """The average of one process, which has seen everything."""

@@ -195,9 +195,9 @@ class _Steps:
         losses: dict[str, Tensor] = {}
         batch = self.batches(self.run.step)
         if self.run.opponent:
-            trainable, mine = self.run.trainable, cut(batch, 0, 1, self.accelerator)
+            mine = cut(batch, 0, 1, self.accelerator)
             with self.accelerator.autocast():
-                self.run.opponent.learn(mine, trainable.base, trainable.layout.average)
+                self.run.opponent.learn(mine, self.run.trainable.base)
 
         def take(names: tuple[str, ...] | None) -> Gradients:
             gradients, terms = self._take(batch, names)

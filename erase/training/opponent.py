@@ -3,28 +3,21 @@ from others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from erase.training.trainable import Base
-
-Average = Callable[[Iterable[Tensor]], None]
-"""makes gradients the mean over processes, in place"""
 
 
 class Opponent(Protocol):
     """It takes one step before each step of the model, which finds it still; its state is kept with
     that of the training."""
 
-    def learn(self, batch: Any, base: Base, average: Average) -> None:
-        """One step.
+    def learn(self, batch: Any, base: Base) -> None:
+        """One step, the same in all processes.
 
         Args:
             batch: this process's share of the batch that the model will see.
             base: within its block the model holds its base weights.
-            average: of the gradients of all processes.
         """
 
     def state(self) -> dict[str, Any]:
