@@ -38,6 +38,7 @@ class Case:
         base: DiffusionModel | None = None,
         delta: ErasedDelta | None = None,
         folder: Path | None = None,
+        shared: Path | None = None,
     ) -> None:
         """
         Args:
@@ -47,10 +48,11 @@ class Case:
             base: the base model; None: there are only images.
             delta: what was erased from it; None: the base itself is under evaluation.
             folder: an evaluator may keep long work there, to go on when stopped; None: nowhere.
+            shared: the same for what is of the base alone, whatever was erased from it.
         """
         self.concepts = list(concepts)
         self.delta = delta
-        self.folder = folder
+        self.folder, self.shared = folder, shared
         self.extras: dict[str, Any] = {}
         """findings that are no scores, by name; see `add_extra`"""
         self._images = images
@@ -102,6 +104,7 @@ class Case:
             base=self._base,
             delta=self.delta,
             folder=self.folder / name if self.folder else None,
+            shared=self.shared / name if self.shared else None,
         )
 
     @contextmanager

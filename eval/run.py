@@ -110,7 +110,8 @@ def evaluate(
             together, the case numbers counted on.
         out: folder of the report; the images go into its `erased` and, where no `base_images` is
             given, `base`.
-        base_images: a folder to keep the base's images in, so that several evaluations share them.
+        base_images: a folder to keep the base's images in, so that several evaluations share them;
+            what evaluators find about the base lies beside it, in `NAME-work`.
         evidence: losses and mask for the report.
         commands: command lines that make it all again, for the report.
 
@@ -133,7 +134,8 @@ def evaluate(
     provenance = _provenance(delta, config, chosen_of(parts))
     provenance |= {"versions": versions_of(parts), "commands": commands or []}
     folder = Path(base_images or out / "base")
-    cases = _cases(base, delta, joined(sets), folder, out, config.generate)
+    work = folder.with_name(f"{folder.name}-work") if base_images else out / "work"
+    cases = _cases(base, delta, joined(sets), folder, work, out, config.generate)
     return report_on(cases, parts, about, provenance, out, evidence)
 
 
@@ -142,10 +144,17 @@ def _cases(
     delta: ErasedDelta,
     prompts: PromptSet,
     base_folder: Path,
+    base_work: Path,
     out: Path,
     config: GenerateConfig,
 ) -> dict[str, Case]:
-    """Row of the report -> the case; its images are made when they are asked for."""
+    """Row of the report -> the case; its images are made when they are asked for.
+
+    Args:
+        base_folder: of the base's images.
+        base_work: of the findings about the base, and of what the attacker has from it.
+        out: of the report; it holds the rest.
+    """
     about = {"model": model.name, "fingerprint": model.fingerprint}
 
     def draw_base() -> ImageSet:
@@ -156,15 +165,16 @@ def _cases(
             made_by = {"delta": delta.origin.method, "fingerprint": model.fingerprint}
             return generate(model.pipeline(), prompts, out / "erased", config, about | made_by)
 
-    concepts, work = delta.origin.concepts, out / "work"
-    base = Case(draw_base, concepts, base=model, folder=work / BASE)
+    concepts, shared = delta.origin.concepts, base_work / "attacker"
+    base = Case(draw_base, concepts, base=model, folder=base_work / BASE, shared=shared)
     erased = Case(
         draw_erased,
         concepts,
         base_images=lambda: base.images,
         base=model,
         delta=delta,
-        folder=work / ERASED,
+        folder=out / "work" / ERASED,
+        shared=shared,
     )
     return {BASE: base, ERASED: erased}
 

@@ -4,6 +4,7 @@ import pytest
 
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.prompt_sets import canvas_grid
+from erase.scripts.canvas.leaderboard import table as leaderboard
 from erase.scripts.canvas.results import Job, asked_for
 from erase.scripts.canvas.tables import grid, paired, prediction, spread, summary
 from erase.scripts.canvas.variants import groups
@@ -88,3 +89,19 @@ def test_every_variant_has_a_file_name_of_its_own():
     names = [name for group in groups("no").values() for name in group]
     slugs = {Job("heart", name, 0).slug for name in names}
     assert len(slugs) == len(set(names)) and not any("/" in slug for slug in slugs)
+
+
+def test_the_leaderboard_has_the_base_beside_every_variant_and_seeds_in_one_cell():
+    def suite(variant, seed, ua):
+        scores = {"erased": {"UA": ua, "SSIM": 0.9}, "base": {"UA": 2.0}}
+        return {"concept": "heart", "variant": variant, "seed": seed, "bytes": 1.2e6, **scores}
+
+    ours = [suite("salun", 0, 100.0) | {"seconds": 30.0}, suite("salun", 1, 98.0)]
+    assert leaderboard([*ours, suite("uce", 0, 96.0)]).splitlines() == [
+        "| heart | base | salun | uce |",
+        "|---|---|---|---|",
+        "| UA | 2.0 | 99.0 (98.0 to 100.0) | 96.0 |",
+        "| SSIM |  | 0.900 | 0.900 |",
+        "| CPU seconds |  | 30.0 |  |",  # of a delta that was found nothing is known
+        "| delta, MB |  | 1.2 | 1.2 |",
+    ]

@@ -181,10 +181,10 @@ def case(model, tmp_path, monkeypatch):
     return make_case(model, tmp_path / "work" / "base")
 
 
-def make_case(model, folder):
+def make_case(model, folder, shared=None):
     rows = [ImageRow("", i, "a heart", i, 3.0, {}, "") for i in range(3)]
     images = ImageSet(Path("nowhere"), rows, {"steps": 3, "guidance": 3.0, "batch_size": 2})
-    return Case(images, [CONCEPT], base=model, folder=folder)
+    return Case(images, [CONCEPT], base=model, folder=folder, shared=shared)
 
 
 SMALL = Config(images=3, etas=[1.0, 1.85], levels=[0.7, 1.0])
@@ -227,6 +227,18 @@ def test_the_same_again_in_other_batches_and_nothing_when_all_is_kept(
     assert [one.value for one in evaluate(other, SMALL)] == pytest.approx(
         [one.value for one in whole], abs=0.05
     )
+
+
+def test_what_is_of_the_base_alone_is_found_once(case, model, tmp_path, monkeypatch):
+    """The starts of the base's images serve whatever is evaluated beside it."""
+    inverted = []
+    before = probes._inverted
+    monkeypatch.setattr(probes, "_inverted", lambda *given: inverted.append(1) or before(*given))
+    config = replace(SMALL, probes=["inversion"])
+    first = evaluate(make_case(model, tmp_path / "one", tmp_path / "shared"), config)
+    assert len(inverted) == 2  # images of the concept, and of other things
+    again = evaluate(make_case(model, tmp_path / "two", tmp_path / "shared"), config)
+    assert again == first and len(inverted) == 3
 
 
 @pytest.mark.parametrize(

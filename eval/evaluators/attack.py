@@ -181,7 +181,7 @@ def _before(case: Case, attempts: Attempts) -> list[bool]:
 
 def _attacker(case: Case, config: Config, attempts: Attempts, base: DiffusionModel) -> Attacker:
     folder = case.folder and case.folder / "attack"
-    shared = case.folder and case.folder.parent / "attacker"
+    shared = case.shared
     latents = drawn_by_base(base, case.concepts, config.references, config.seed, shared)
     each = any(attack.per_prompt(budget) for attack, budget in config.chosen())
     own = _encoded(case, attempts, base) if each else latents

@@ -24,11 +24,13 @@ from erase.eval.detectors import JUDGES, detector
 from erase.eval.evaluators import Evaluator
 from erase.eval.kept import Kept
 from erase.eval.scores import Score, mean_score, proportion
+from erase.files import load_tensors, save_tensors
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel, autocast
 from erase.models.pipelines import decode
-from erase.parallel.processes import in_shares
+from erase.parallel.processes import exists_on_all, in_shares, processes
 from erase.prompts.errors import COUNT, ErasureError, check_names, check_ranges, unknown
+from erase.tensors import sha256_of
 
 PROBE_NAMES = ("noise", "completion", "inpainting", "inversion")
 PROMPTS = ("empty", "nameless")
@@ -133,13 +135,25 @@ class _Material:
         cls, base: DiffusionModel, case: Case, config: Config, attempts: Attempts, inverts: bool
     ) -> _Material:
         """`inverts`: whether inversion is still to be done."""
-        shared = case.folder and case.folder.parent / "attacker"
-        own = drawn_by_base(base, case.concepts, config.images, folder=shared)
+        own = drawn_by_base(base, case.concepts, config.images, folder=case.shared)
         if not inverts:
             return cls(own)
-        starts = _inverted(base, own.latents, config, attempts)
-        others = others_by_base(base, case.concepts, config.images, folder=shared)
-        return cls(own, others, starts)
+        others = others_by_base(base, case.concepts, config.images, folder=case.shared)
+        return cls(own, others, _starts(base, own.latents, case, config, attempts))
+
+
+def _starts(
+    base: DiffusionModel, latents: Tensor, case: Case, config: Config, attempts: Attempts
+) -> Tensor:
+    """Start noise of the base's images: found once, whatever is erased from it."""
+    about = [base.fingerprint, latents, asdict(attempts.settings), config.iterations]
+    path = case.shared and case.shared / f"starts-{sha256_of(about)[:16]}.safetensors"
+    if path and exists_on_all(path):
+        return load_tensors(path, "starts")[0]["starts"]
+    starts = _inverted(base, latents, config, attempts)
+    if path and processes().is_main_process:
+        save_tensors(path, {"starts": starts}, {"format": "starts"})
+    return starts
 
 
 def _inverted(model: DiffusionModel, latents: Tensor, config: Config, attempts: Attempts) -> Tensor:

@@ -161,7 +161,7 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     """
     attempts = Attempts.of(case, detector(case, config.judge), config.prompts)
     most = max(config.images)
-    count, shared = most * len(case.concepts), case.folder and case.folder.parent / "attacker"
+    count, shared = most * len(case.concepts), case.shared
     with case.base_model() as base:
         own, others = drawn_by_base(base, case.concepts, count, folder=shared), None
         if "benign" in config.kinds:

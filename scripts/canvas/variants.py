@@ -16,6 +16,7 @@ PRESETS = ("salun", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
 """what every variant but `salun` was measured with"""
 METHODS: dict[str, dict[str, Any]] = {
+    "esd": {"train.lr": 3e-4},
     "uce": {},
     "rece": {},
     "speed": {},
