@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from erase.parallel.layout import reduce_all
+from erase.parallel.processes import reduce_all
 
 WIDTH = 64
 """channels of the first layer; twice as many follow"""

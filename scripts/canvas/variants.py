@@ -33,7 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "train.steps": 40,
         "train.batch_size": 4,
     },
-    "forget-me-not": {"train.lr": 3e-4, "alpha": 30.0},
+    "forget-me-not": {"train.lr": 1e-3, "alpha": 30.0},
     "mace": {"train.lr": 5e-3},
     "doco": {"train.lr": 1e-3, "train.steps": 60, "train.batch_size": 4, "critic_steps": 60},
     "ssd": {},
