@@ -167,7 +167,8 @@ def _save(folder: Path, edit: Edit, delta: ErasedDelta, cost: dict[str, float]) 
             encoding="utf-8",
         )
     delta.save(folder / "delta.safetensors")
-    (folder / "training.pt").unlink(missing_ok=True)
+    for state in folder.glob("training*.pt"):
+        state.unlink()
 
 
 def _folder(out: str | Path | None) -> Path | None:

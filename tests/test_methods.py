@@ -40,6 +40,8 @@ def quick(name, **change):
         config = replace(config, samples=4)
     if hasattr(config, "attack_from"):
         config = replace(config, attack_from=1, attack_steps=2)
+    if hasattr(config, "critic_steps"):
+        config = replace(config, critic_steps=2)
     return replace(config, **change)
 
 
@@ -91,6 +93,8 @@ class TestEveryMethod:
         assert again.sha256 == delta.sha256
 
 
+TEXT_ONLY = ("mace",)
+"""trained and solved: their closed forms answer for projections of text states alone"""
 TUNED = [name for name in METHODS if isinstance(get_method(name).config, TunedConfig)]
 
 
@@ -105,7 +109,9 @@ class TestEveryMethodThatTakesGradientSteps:
         assert found.mask.count() == int(0.1 * total) and 0 < count <= found.mask.count()
 
     @pytest.mark.parametrize(
-        "option", [{"combine": "surgery"}, {"sam": 0.01}, {"lora_rank": 2}], ids=str
+        "option",
+        [{"combine": "surgery"}, {"combine": "barrier"}, {"sam": 0.01}, {"lora_rank": 2}],
+        ids=str,
     )
     def test_takes_every_option_and_sees_none(self, model, name, option):
         if "lora_rank" in option and get_method(name).config.prox_l1:
@@ -114,7 +120,7 @@ class TestEveryMethodThatTakesGradientSteps:
             option = option | {"prox_l1": 0.0}
         plain, other = edit(model, name), edit(model, name, quick(name, **option))
         assert len(other.losses) == QUICK.steps
-        assert option == {"combine": "surgery"} or any(
+        assert "combine" in option or any(
             not torch.equal(plain.values[n], value) for n, value in other.values.items()
         )
 
@@ -122,10 +128,15 @@ class TestEveryMethodThatTakesGradientSteps:
         """Masked, stopped, resumed: the denoiser stays, the encoder changes inside the mask, the
         bits are the run's."""
         config = quick(name, scope="text_encoder", mask=MaskConfig(density=0.5, batch_size=2))
+        if name in TEXT_ONLY:
+            with pytest.raises(ErasureError, match="no closed form"):
+                edit(model, name, config)
+            config = replace(config, scope="xattn_kv")
+        part = config.scope.removesuffix("_kv").replace("xattn", "unet")
         before = snapshot(model)
         whole = edit(model, name, config)
         changed = {n for n, value in whole.values.items() if not torch.equal(value, before[n])}
-        assert changed and all(n.startswith("text_encoder.") for n in whole.values)
+        assert changed and all(n.startswith(f"{part}.") for n in whole.values)
         for n, value in whole.values.items():
             assert torch.equal(value[~whole.mask[n]], before[n][~whole.mask[n]])
         assert all(torch.equal(p, before[n]) for n, p in model.parameters().items())
@@ -134,7 +145,7 @@ class TestEveryMethodThatTakesGradientSteps:
             stop_before_step(patch, 2)
             with pytest.raises(KeyboardInterrupt):
                 edit(model, name, config, folder=tmp_path)
-        assert (tmp_path / "training.pt").exists()
+        assert list(tmp_path.glob("training*.pt"))
         resumed = edit(model, name, config, folder=tmp_path)
         assert resumed.losses == whole.losses
         assert all(torch.equal(resumed.values[n], value) for n, value in whole.values.items())

@@ -13,7 +13,7 @@ from erase.parallel.layout import ActiveWeights, Layout
 from erase.prompts.errors import ErasureError
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
-from erase.training.gradients import moved, soften, without_conflict
+from erase.training.gradients import behind_barrier, moved, soften, without_conflict
 from erase.training.loop import fit
 from erase.training.trainable import Trainable
 
@@ -105,6 +105,71 @@ def test_a_step_with_surgery_is_the_literal_one(params):
         f, r = forget[name], retain[name]
         f = f - min((f * r).sum() / (r * r).sum(), torch.zeros(())) * r
         assert torch.allclose(fitted[name], param - 0.5 * (f + r), atol=1e-6)
+
+
+# ---- dynamic barrier -----------------------------------------------------------------------------
+
+
+def flat(gradients):
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5, 3.0])
+def test_behind_the_barrier_is_the_nearest_direction_along_which_forgetting_falls(params, rate):
+    """The two conflict: the constraint is tight, and what is added to the retain gradient points
+    along the forget gradient alone."""
+    forget, retain = gradients(params, "forget"), gradients(params, "retain")
+    f, r = flat(forget), flat(retain)
+    mirrored = 2 * float(f @ r / (f @ f))
+    retain = {name: retain[name] - mirrored * forget[name] for name in params}
+    r = flat(retain)
+    assert f @ r < 0
+    found = flat(behind_barrier(forget, retain, rate, whole))
+    assert f @ found == pytest.approx(float(rate * f @ f), rel=1e-5, abs=1e-6)
+    added = found - r
+    assert torch.allclose(added, (added @ f) / (f @ f) * f, atol=1e-6)
+
+
+def test_where_forgetting_falls_by_itself_the_barrier_adds_nothing(params):
+    retain = gradients(params, "retain")
+    forget = {name: 0.5 * gradient for name, gradient in retain.items()}
+    assert equal(behind_barrier(forget, retain, 1.9, whole), retain)
+    assert equal(behind_barrier({}, retain, 1.0, whole), retain)
+    assert equal(behind_barrier({n: 0 * g for n, g in retain.items()}, retain, 1.0, whole), retain)
+
+
+def test_a_step_behind_the_barrier_is_the_literal_one(params):
+    fitted = train(params, replace(PLAIN, combine="barrier", barrier=4.0))
+    forget, retain = gradients(params, "forget"), gradients(params, "retain")
+    f, r = flat(forget), flat(retain)
+    factor = 4.0 - float(f @ r / (f @ f))
+    assert factor > 0
+    for name, param in params.items():
+        expected = param - 0.5 * (retain[name] + factor * forget[name])
+        assert torch.allclose(fitted.values[name], expected, atol=1e-6)
+    terms = loss_of(params)(INPUTS, None)
+    assert fitted.losses[0] == pytest.approx(float(sum(terms.values())), rel=1e-6)
+
+
+def test_a_guarded_step_is_the_literal_one(params):
+    """Where the sum would make the forget loss rise, what does so is removed; else it stays."""
+    for weight in (0.1, -5.0):
+        loss = loss_of(params)
+
+        def scaled(x, base, loss=loss, weight=weight):
+            terms = loss(x, base)
+            return {"forget": terms["forget"], "retain": weight * terms["retain"]}
+
+        config = replace(PLAIN, combine="guard")
+        fitted = fit(params, scaled, lambda step: INPUTS, config).values
+        forget, retain = gradients(params, "forget"), gradients(params, "retain")
+        whole_step = {n: forget[n] + weight * retain[n] for n in params}
+        f, s = flat(forget), flat(whole_step)
+        factor = max(0.0, -float(f @ s / (f @ f)))
+        assert (factor > 0) == (weight < 0)
+        for name, param in params.items():
+            expected = param - 0.5 * (whole_step[name] + factor * forget[name])
+            assert torch.allclose(fitted[name], expected, atol=1e-5)
 
 
 # ---- sharpness-aware minimisation and smoothing --------------------------------------------------
@@ -256,11 +321,14 @@ def test_low_rank_of_vectors_alone_or_in_shards_is_refused(params):
 
 ALL = {
     "surgery": {"combine": "surgery"},
+    "guard": {"combine": "guard"},
+    "barrier": {"combine": "barrier", "barrier": 0.3},
     "sam": {"sam": 0.1},
     "smoothing": {"smoothing": 0.05},
     "prox": {"prox_l1": 0.01},
     "lora": {"lora_rank": 2},
     "sam-surgery-prox": {"sam": 0.1, "combine": "surgery", "prox_l1": 0.01},
+    "sam-barrier": {"sam": 0.1, "combine": "barrier"},
     "lora-smoothing-surgery": {"lora_rank": 2, "smoothing": 0.05, "combine": "surgery"},
 }
 

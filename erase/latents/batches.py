@@ -51,3 +51,12 @@ def draw_rows(
     clean = latents.draw(rows, generator)
     t, noise = latents.draw_noise(rows, model.timesteps, generator, power)
     return noised(model, clean, noise, t)
+
+
+def clean(model: DiffusionModel, rows: Rows, prediction: Tensor) -> Tensor:
+    """The clean latents x_0 that a prediction means, whatever is predicted: x_t = a x_0 + b n and
+    the prediction c x_0 + d n, so x_0 = (d x_t - b prediction) / (a d - b c)."""
+    zero, one = (torch.full_like(rows.noisy[:, :1, :1, :1], value) for value in (0.0, 1.0))
+    a, b = (model.add_noise(*pair, rows.t) for pair in ((one, zero), (zero, one)))
+    c, d = (model.target(*pair, rows.t) for pair in ((one, zero), (zero, one)))
+    return (d * rows.noisy - b * prediction) / (a * d - b * c)

@@ -72,6 +72,26 @@ def subject_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:
     return _at_name(task, filled), _at_name(task, anchors)
 
 
+def following_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:
+    """Text states behind each name of a concept (other words, the end, padding), and behind its
+    anchor in the same prompt: to them the name has told what it means (MACE, Lu et al. 2024).
+
+    Returns:
+        Both of shape (states, dim), in the same order.
+    """
+    behind: tuple[list[Tensor], list[Tensor]] = [], []
+    for template in concept.templates:
+        for name in concept.names:
+            texts = [template.replace("{}", word) for word in (name, concept.anchor)]
+            ends = [template.split("{}")[0] + word for word in (name, concept.anchor)]
+            starts = [length + 1 for length in _lengths(task.model, ends)]
+            rows = task.cond(texts).embeddings
+            count = rows.shape[1] - max(starts)
+            for states, row, start in zip(behind, rows, starts, strict=True):
+                states.append(row[start : start + count])
+    return torch.cat(behind[0]), torch.cat(behind[1])
+
+
 def erasure_states(task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """States of an erasure: of all names of its concepts and of their anchors (`subject_states`),
     and of the retained prompts (`seen_states`)."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from erase.latents.batches import Rows, draw_rows
+from erase.latents.batches import Rows, draw_rows, noised
 from erase.latents.latent_set import LatentSet, epoch_rows, texts_of
 from erase.losses import denoising
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError
+from erase.prompts.names import Names
 from erase.task import Task
 from erase.training.trainable import Base
 
@@ -42,6 +46,41 @@ def forget_and_retain(task: Task, size: int) -> Callable[[int], tuple[PromptedRo
     forget = row_batches(task, task.forget(), size)
     retain = row_batches(task, task.retain(), size, task.seed + 1)
     return lambda step: (forget(step), retain(step))
+
+
+def batches_of(
+    task: Task, concept: ConceptSpec, size: int, weights: Tensor
+) -> Callable[[int], PromptedRows]:
+    """Step -> `size` forget rows whose prompts name one of the task's concepts.
+
+    Args:
+        task: gives the latents, and the random stream of each step.
+        concept: whose rows they are.
+        size: rows per batch.
+        weights: how often each timestep is drawn, shape (timesteps,); a set that fixes its
+            timesteps keeps them.
+
+    Raises:
+        ErasureError: no forget prompt names it.
+    """
+    forget, model, names = task.forget(), task.model, Names(concept.names)
+    own = torch.tensor([i for i, text in enumerate(forget.prompts) if names.found(text)])
+    if not len(own):
+        raise ErasureError(
+            f"no forget prompt names {concept.target!r}; add what its captions call it to the "
+            "synonyms"
+        )
+
+    def batches(step: int) -> PromptedRows:
+        generator = task.generator(step)
+        rows = own[epoch_rows(len(own), step * size, size, task.seed)]
+        clean = forget.draw(rows, generator)
+        t, noise = forget.draw_noise(rows, model.timesteps, generator)
+        if forget.t is None:
+            t = torch.multinomial(weights, size, replacement=True, generator=generator)
+        return noised(model, clean, noise, t), texts_of(forget.prompts, rows)
+
+    return batches
 
 
 def denoising_loss(task: Task) -> Callable[[PromptedRows, Base], dict[str, Tensor]]:

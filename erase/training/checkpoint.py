@@ -15,7 +15,10 @@ from erase.files import atomic_write, errors_named
 from erase.prompts.errors import ErasureError, reason
 from erase.tensors import sha256_of
 
-ENTRIES = ("mask", "values", "optimizer", "scaler", "average", "losses", "about", "sha256")
+ENTRIES = (
+    *("mask", "values", "optimizer", "scaler", "average", "losses", "opponent"),
+    *("about", "sha256"),
+)
 RESTART = "delete it to start the training again"
 
 

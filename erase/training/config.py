@@ -98,7 +98,7 @@ CONTROLS = ("random", "matched-random", "lowest", "inverted", "none")
 ALLOCATIONS = ("global", "per-tensor")
 AUTO = ("benefit",)
 """rules whose density can be found"""
-COMBINE = ("sum", "surgery")
+COMBINE = ("sum", "surgery", "guard", "barrier")
 
 
 @dataclass
@@ -168,8 +168,13 @@ class TunedConfig:
     mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
     train: TrainConfig = field(default_factory=TrainConfig)
     combine: str = "sum"
-    """of forgetting and retaining: sum, or surgery (what conflicts with retaining is removed from
-    the forget gradient)"""
+    """of forgetting and retaining: sum; surgery (what conflicts with retaining is removed from the
+    forget gradient); guard (what would make the forget loss rise is removed from the sum); or
+    barrier (the retain gradient, and as much of the forget gradient as the forget loss needs to
+    fall at the rate `barrier`)"""
+    barrier: float = 1.0
+    """of combine barrier: how fast the forget loss must fall, 1 being as fast as by its own
+    gradient"""
     sam: float = 0.0
     """radius of sharpness-aware minimisation: the forget gradient is taken this far uphill (L2 norm
     over all trained values); 0: off"""
@@ -187,7 +192,7 @@ class TunedConfig:
 
     def __post_init__(self) -> None:
         check_names(self, {"combine": COMBINE})
-        small = dict.fromkeys(("sam", "smoothing", "prox_l1"), (0, 1e6))
+        small = dict.fromkeys(("sam", "smoothing", "prox_l1", "barrier"), (0, 1e6))
         check_ranges(self, {**small, "smoothing_draws": COUNT, "lora_rank": (0, 2**16)})
         if self.sam and self.smoothing:
             raise ErasureError(

@@ -10,13 +10,14 @@ from dataclasses import asdict
 from torch import Tensor, nn
 
 from erase.claims import flat
-from erase.mask import kept_count
+from erase.mask import SaliencyMask, kept_count
 from erase.models.scopes import select
 from erase.parallel.fsdp import check_parts, check_sharded
 from erase.task import Edit, Task, describe
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
 from erase.training.loop import Batches, LossFn, fit, make_accelerator
+from erase.training.opponent import Opponent
 from erase.training.rules import LADDER
 from erase.training.running import running
 from erase.training.saliency import Objective, choose_mask
@@ -29,6 +30,9 @@ def fine_tune(
     config: TunedConfig,
     *,
     start: Mapping[str, Tensor] | None = None,
+    mask: SaliencyMask | None = None,
+    part: str = "training",
+    opponent: Opponent | None = None,
 ) -> Edit:
     """Minimise a loss over the weights of `config.scope`, under its mask and options; the model is
     left as it was found.
@@ -40,18 +44,21 @@ def fine_tune(
         batches: step -> the whole batch; the loop cuts it to process and part.
         config: the method's configuration.
         start: values to begin at instead of the base's, as whole parameters by name.
+        mask: of a method that trains several times and chooses it itself; None: chosen here.
+        part: names the training state, of which each training has its own.
+        opponent: what learns beside the model.
 
     Raises:
         ErasureError: settings that this machine cannot train with, a mask of another base or
             concept, or a loss that is not finite.
     """
-    params = task.weights(config.scope)
-    accelerator = make_accelerator(config.train, task.folder)
-    mask = choose_mask(task, config, Objective(loss, batches))
+    params, accelerator = task.weights(config.scope), make_accelerator(config.train, task.folder)
+    if mask is None:
+        mask = choose_mask(task, config, Objective(loss, batches))
     if mask is not None:
         mask.check(params, task.model.fingerprint)
     checkpoint = (
-        Checkpoint(task.folder / "training.pt", {**describe(task), **_settings(config)})
+        Checkpoint(task.folder / f"{part}.pt", {**describe(task), **_settings(config)})
         if task.folder
         else None
     )
@@ -68,6 +75,7 @@ def fine_tune(
             start=start,
             accelerator=accelerator,
             checkpoint=checkpoint,
+            opponent=opponent,
         )
     return Edit(fitted.values, fitted.losses, mask)
 

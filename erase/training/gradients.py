@@ -32,8 +32,16 @@ def step_gradients(
 
     Without options it is that of the sum of all terms. `sam` and `smoothing` take the forget term's
     gradient beside the values; `combine: surgery` removes from it what conflicts with the retain
-    term.
+    term; `combine: guard` from the sum what conflicts with the forget term; `combine: barrier`
+    takes as much of it as forgetting needs.
     """
+    if config.combine in ("guard", "barrier"):
+        beside = config.sam or config.smoothing
+        forget = _beside(trainable, take, config, generator) if beside else take((FORGET,))
+        aim, rate = take((RETAIN,)), config.barrier
+        if config.combine == "guard":
+            aim, rate = _sum(forget, aim), 0.0
+        return behind_barrier(forget, aim, rate, trainable.layout.total)
     surgery = config.combine == "surgery"
     if config.sam or config.smoothing:
         retain = take((RETAIN,))
@@ -68,6 +76,32 @@ def without_conflict(whole: Gradients, retain: Gradients, total: Total) -> Gradi
         if dot < 0:
             gradients[name] = whole[name] - (dot / square) * retain[name]
     return gradients
+
+
+def behind_barrier(forget: Gradients, aim: Gradients, rate: float, total: Total) -> Gradients:
+    """The direction nearest to a gradient r along which the forget loss, of gradient f, falls at a
+    rate of at least rate f.f.
+
+    argmin_d |d - r|^2 where f.d >= rate f.f, which is r + max(0, rate - f.r / f.f) f. With r of the
+    retain term a dynamic barrier (BOME, Ye et al. 2022, https://arxiv.org/abs/2209.08709); with the
+    sum's and rate 0 gradient episodic memory (Lopez-Paz and Ranzato 2017,
+    https://arxiv.org/abs/1706.08840).
+
+    Args:
+        forget: gradient f, by name.
+        aim: gradient r; a name that is missing counts as zero.
+        rate: at 0 the forget loss does not rise.
+        total: sums a vector over the shards of all processes.
+    """
+    if not forget:
+        return aim
+    dots = [_dot(forget[name], aim[name]) for name in forget if name in aim]
+    squares = [_dot(gradient, gradient) for gradient in forget.values()]
+    sums = torch.stack([sum(dots, torch.zeros_like(squares[0])), sum(squares[1:], squares[0])])
+    dot, square = total(sums).tolist()
+
+    factor = max(0.0, rate - dot / square) if square else 0.0
+    return _sum({name: factor * gradient for name, gradient in forget.items()}, aim)
 
 
 @torch.no_grad()

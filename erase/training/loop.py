@@ -24,6 +24,7 @@ from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.gradients import Gradients, soften, step_gradients
 from erase.training.low_rank import LowRank
+from erase.training.opponent import Opponent
 from erase.training.optimizers import try_optimizer
 from erase.training.running import check_attention
 from erase.training.shares import Batch, cut
@@ -111,6 +112,7 @@ def fit(
     start: Mapping[str, Tensor] | None = None,
     accelerator: Accelerator | None = None,
     checkpoint: Checkpoint | None = None,
+    opponent: Opponent | None = None,
 ) -> Fitted:
     """Take `config.train.steps` optimizer steps on parameters of any module, and leave them as they
     were found.
@@ -133,6 +135,7 @@ def fit(
         accelerator: made from `config.train` where none is given.
         checkpoint: where the training state is kept, and whose it is; found, it is resumed from;
             the caller removes it.
+        opponent: what learns beside the model, a step before each of its steps.
 
     Raises:
         ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that do not
@@ -150,7 +153,7 @@ def fit(
     try:
         if start:
             trainable.start_from(start)
-        run = Run.start(trainable, config.train, accelerator, checkpoint)
+        run = Run.start(trainable, config.train, accelerator, checkpoint, opponent)
         steps = _Steps(run, loss, batches, config, accelerator, seed)
         with tracked(accelerator, config.train.log_with, config.train, folder, run.step) as track:
             _train(run, steps, track)
@@ -202,6 +205,10 @@ class _Steps:
         gradient."""
         losses: dict[str, Tensor] = {}
         batch = self.batches(self.run.step)
+        if self.run.opponent:
+            mine = cut(batch, 0, 1, self.accelerator)
+            with self.accelerator.autocast():
+                self.run.opponent.learn(mine, self.run.trainable.base)
 
         def take(names: tuple[str, ...] | None) -> Gradients:
             gradients, terms = self._take(batch, names)

@@ -17,6 +17,7 @@ from erase.parallel.processes import exists_on_all, processes
 from erase.prompts.errors import ErasureError
 from erase.training.checkpoint import RESTART, Checkpoint
 from erase.training.config import TrainConfig
+from erase.training.opponent import Opponent
 from erase.training.optimizers import make_optimizer
 from erase.training.trainable import Trainable
 
@@ -25,8 +26,8 @@ log = logging.getLogger("erase")
 
 
 class Run:
-    """A training in progress, and everything that a resumed one needs: values, optimizer and
-    loss-scaler state, average, losses."""
+    """A training in progress, and everything that a resumed one needs: values, optimizer,
+    loss-scaler and opponent state, average, losses."""
 
     def __init__(
         self,
@@ -35,8 +36,9 @@ class Run:
         scaler: Any,
         ema: float | None,
         kept: Checkpoint | None,
+        opponent: Opponent | None,
     ) -> None:
-        self.trainable, self.optimizer = trainable, optimizer
+        self.trainable, self.optimizer, self.opponent = trainable, optimizer, opponent
         self._scaler, self._ema, self._kept = scaler, ema, kept
         self.average = (
             {}
@@ -52,6 +54,7 @@ class Run:
         config: TrainConfig,
         accelerator: Accelerator,
         kept: Checkpoint | None,
+        opponent: Opponent | None = None,
     ) -> Run:
         """A new run, or the one that was kept."""
         # its loss scaler has a way of its own through fused steps
@@ -65,7 +68,7 @@ class Run:
         )
         # its state is still empty, and its values are where they belong
         optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
-        run = cls(trainable, optimizer, accelerator.scaler, config.ema, kept)
+        run = cls(trainable, optimizer, accelerator.scaler, config.ema, kept, opponent)
         if kept and exists_on_all(kept.path):
             run._take(kept)
             if run.step > config.steps:
@@ -105,6 +108,7 @@ class Run:
             "scaler": self._scaler.state_dict() if self._scaler else {},
             "average": gathered(self.average, gather, main),
             "losses": self.losses,
+            "opponent": self.opponent.state() if self.opponent else {},
         }
         if main:
             self._kept.write(state)
@@ -126,6 +130,8 @@ class Run:
                 self._scaler.load_state_dict(state["scaler"])
             for name, mean in self.average.items():
                 mean.copy_(self.trainable.local_part(name, state["average"][name]))
+            if self.opponent:
+                self.opponent.restore(state["opponent"])
             self.losses = list(state["losses"])
 
 
