@@ -217,12 +217,17 @@ def _rounded(scores: list[Score]) -> dict[str, float]:
 
 def _judged(base: list[Score], erased: list[Score]) -> dict[str, list[Any]]:
     """Score -> the cases of its judgements, and for base and erased a 1 or 0 for each."""
-    before, after = ({score.name: score.outcomes for score in scores} for scores in (base, erased))
-    return {
-        name: [[case for case, _ in judged], _bits(judged), _bits(after[name])]
-        for name, judged in before.items()
-        if [case for case, _ in judged] == [case for case, _ in after.get(name, ())]
-    }
+    after = {score.name: score.outcomes for score in erased}
+    judged = {}
+    for score in base:
+        cases = _cases(score.outcomes)
+        if cases == _cases(after.get(score.name, ())):
+            judged[score.name] = [cases, _bits(score.outcomes), _bits(after[score.name])]
+    return judged
+
+
+def _cases(judged: Outcomes) -> list[int]:
+    return [case for case, _ in judged]
 
 
 def _bits(judged: Outcomes) -> str:

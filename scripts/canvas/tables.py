@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from itertools import pairwise
+from itertools import chain, pairwise
 from statistics import fmean
 from typing import Any
 
@@ -56,7 +56,8 @@ def summary(rows: list[dict[str, Any]]) -> str:
 def paired(rows: list[dict[str, Any]]) -> str:
     """Markdown: per variant and kind, erased - base of all runs together, paired by image: the
     difference, its 95 % interval, the chance of one as large between equal models, the images."""
-    names = [name for name in SHOWN if any(name in row.get("judged", ()) for row in rows)]
+    known = list(chain.from_iterable(row.get("judged", ()) for row in rows))
+    names = [name for name in SHOWN if name in known]
     lines = [f"| variant | kind | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         for kind in (*KINDS, "all"):
@@ -72,8 +73,9 @@ def _difference(runs: list[dict[str, Any]], name: str) -> str:
     """An image that several runs were judged on counts as one case, of all its judgements."""
     judged = [run["judged"][name] for run in runs if name in run["judged"]]
     cases = [case for numbers, _, _ in judged for case in numbers]
-    before, after = ("".join(columns[row] for columns in judged) for row in (1, 2))
-    found = of_events(cases, [*map(int, before)], [*map(int, after)])
+    before = [int(bit) for _, bits, _ in judged for bit in bits]
+    after = [int(bit) for _, _, bits in judged for bit in bits]
+    found = of_events(cases, before, after)
     if found is None:
         return ""
     value, low, high = (100 * x for x in (found.difference, found.low, found.high))
