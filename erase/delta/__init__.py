@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erase.delta.notebook import facts_table
 from erase.delta.origin import Origin, concepts_of, gone, read_origin
 from erase.delta.stored import check_values, delta_file, read_delta, stored_tensors
 from erase.files import save_tensors
-from erase.markup import facts_table
 from erase.models import DiffusionModel
 from erase.prompts.errors import ErasureError
 from erase.tensors import all_finite, indices, pack, unpack

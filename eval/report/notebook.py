@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
-from erase.markup import grid_table
 from erase.prompts.errors import ErasureError
 
 if TYPE_CHECKING:
@@ -64,3 +65,14 @@ def _difference(report: EvalReport, row: str, name: str) -> dict[str, float]:
     one = report.difference(row, name)
     values = (one.difference, one.low, one.high, one.p) if one else (math.nan,) * len(names)
     return dict(zip(names, values, strict=True))
+
+
+def grid_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]], under: str) -> str:
+    """Columns under their headings, the first one of names; `under` is a line below."""
+    cells = "".join(f"<th>{escape(text)}</th>" for text in head)
+    body = []
+    for name, *values in rows:
+        told = "".join(f"<td>{escape(text)}</td>" for text in values)
+        body.append(f"<tr><th>{escape(name)}</th>{told}</tr>")
+    table = f"<thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f"<table><caption>{escape(title)}</caption>{table}</table><small>{escape(under)}</small>"

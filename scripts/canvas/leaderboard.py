@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -49,10 +50,9 @@ def measure(job: Job, variant: Variant, suite: str, out: Path) -> dict[str, Any]
     words = ["--delta", str(path), "--suite", suite, "--base_images", str(base)]
     evaluate([*words, "--attack.seed", str(job.seed), "--out", str(report)])
     told = json.loads((report / "report.json").read_text(encoding="utf-8"))
-    rows = {
-        row: {score["name"]: score["value"] for score in told["rows"][row]}
-        for row in (BASE, ERASED)
-    }
+    rows = {}
+    for row in (BASE, ERASED):
+        rows[row] = {score["name"]: score["value"] for score in told["rows"][row]}
     return {
         "concept": job.concept,
         "variant": job.name,
@@ -105,7 +105,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     identity = ("concept", "variant", "seed", "suite")
-    done = {tuple(row[name] for name in identity) for row in read_rows(record)}
+    done = set(map(itemgetter(*identity), read_rows(record)))
     for job, variant in jobs_of(args):
         key = (job.concept, job.name, job.seed, args.suite)
         if key not in done:

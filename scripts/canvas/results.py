@@ -217,12 +217,12 @@ def _rounded(scores: list[Score]) -> dict[str, float]:
 
 def _judged(base: list[Score], erased: list[Score]) -> dict[str, list[Any]]:
     """Score -> the cases of its judgements, and for base and erased a 1 or 0 for each."""
-    after = {score.name: score.outcomes for score in erased}
+    after = {found.name: found.outcomes for found in erased}
     judged = {}
-    for score in base:
-        cases = _cases(score.outcomes)
-        if cases == _cases(after.get(score.name, ())):
-            judged[score.name] = [cases, _bits(score.outcomes), _bits(after[score.name])]
+    for found in base:
+        cases = _cases(found.outcomes)
+        if cases == _cases(after.get(found.name, ())):
+            judged[found.name] = [cases, _bits(found.outcomes), _bits(after[found.name])]
     return judged
 
 
