@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONSTRAINTS := tests/constraints/$(VERSIONS).txt
 READY := $(VENV)/.installed-$(VERSIONS)
+DOCS_READY := $(VENV)/.installed-docs
 LINT := "$(BIN)/ruff" check && "$(BIN)/ruff" format --check && "$(BIN)/mypy"
 
 # The four folders are one package, erase; setup.cfg maps them when it is installed. mypy and editors read sources through these links.
@@ -14,7 +15,7 @@ LINT := "$(BIN)/ruff" check && "$(BIN)/ruff" format --check && "$(BIN)/mypy"
 	mkdir -p .links/erase
 	ln -s $(addprefix ../../,$(wildcard erase/*) prompts eval scripts) .links/erase
 
-.PHONY: test demo lint format matrix clean
+.PHONY: test demo lint format docs matrix clean
 
 # Lint comes last and always: a complaint of ruff or mypy hides no test, a failing test no complaint.
 test: $(READY) .links
@@ -33,13 +34,17 @@ format: $(READY)
 	"$(BIN)/ruff" check --fix
 	"$(BIN)/ruff" format
 
+# site/index.html; the search of the site wants a server: python3 -m http.server -d site
+docs: $(DOCS_READY) .links
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/mkdocs" build --strict
+
 matrix:
 	$(MAKE) demo test VERSIONS=oldest
 	$(MAKE) demo test VERSIONS=torch-2.14
 	$(MAKE) demo test VERSIONS=newest
 
 clean:
-	rm -rf "$(VENV)" .links build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf "$(VENV)" .links site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Made from nothing whenever what is installed would change; with it goes the mark of any other set of versions.
@@ -49,3 +54,7 @@ $(READY): setup.cfg pyproject.toml tests/constraints/tools.txt $(CONSTRAINTS)
 	$(PYTHON) -m venv --clear "$(VENV)"
 	"$(BIN)/python" -m pip install --disable-pip-version-check -e '.[dev]' -c $(CONSTRAINTS)
 	touch "$(READY)"
+
+$(DOCS_READY): $(READY)
+	"$(BIN)/python" -m pip install --disable-pip-version-check -e '.[docs]' -c $(CONSTRAINTS)
+	touch "$(DOCS_READY)"

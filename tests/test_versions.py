@@ -51,7 +51,8 @@ def test_every_lower_bound_of_a_dependency_is_the_version_that_the_oldest_set_te
 
 
 def test_tools_have_exact_versions_in_every_set():
-    tools = requirements(setup_cfg()["options.extras_require"]["dev"])
+    extras = setup_cfg()["options.extras_require"]
+    tools = requirements("\n".join([extras["dev"], extras["docs"]]))
     assert tools.keys() == pins("tools").keys()
     for name in SETS:
         assert "-c tools.txt" in (CONSTRAINTS / f"{name}.txt").read_text().splitlines()
@@ -69,7 +70,7 @@ case "$FAILING" in *"${0##*/}"*) exit 3;; esac
 PYTHON = """#!/bin/sh
 [ "$1" = -c ] && exit 0
 echo "${0##*/} $*" >> calls.txt
-case "$*" in "-m venv"*) rm -rf .venv; mkdir -p .venv/bin; cp python ruff mypy .venv/bin;; esac
+case "$*" in "-m venv"*) rm -rf .venv; mkdir -p .venv/bin; cp python ruff mypy mkdocs .venv/bin;; esac
 case "$FAILING" in *"$2"*) exit 3;; esac
 """
 """likewise, an interpreter: its venv module makes a folder of these stubs; it fails if the module
@@ -90,7 +91,7 @@ def clone(tmp_path):
     shutil.copytree(CONSTRAINTS, folder / "tests" / "constraints")
     for name in ("Makefile", "setup.cfg", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
-    for name, text in (("python", PYTHON), ("ruff", STUB), ("mypy", STUB)):
+    for name, text in (("python", PYTHON), ("ruff", STUB), ("mypy", STUB), ("mkdocs", STUB)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
 
@@ -140,6 +141,15 @@ class TestMake:
             os.utime(clone.folder / name, (later, later))
             assert [call for call in clone("lint")[1] if "install" in call], name
             os.utime(clone.folder / name, (0, 0))
+
+    def test_docs_installs_what_builds_the_site_and_nothing_else_does(self, clone):
+        status, calls, _ = clone("docs")
+        installs = [call for call in calls if "install" in call]
+        assert status == 0 and calls[-1].strip() == "mkdocs build --strict"
+        assert ["-e .[dev]" in installs[0], "-e .[docs]" in installs[1]] == [True, True]
+        assert not [call for name in ("docs", "test") for call in clone(name)[1] if "pip" in call]
+        (clone.folder / ".venv" / ".installed-newest").unlink()
+        assert not [call for call in clone("test")[1] if "docs" in call]
 
     def test_lint_reads_a_module_that_is_new_and_none_that_is_gone(self, clone):
         """mypy takes what it cannot find for untyped, so links of yesterday would hide a module

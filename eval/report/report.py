@@ -33,9 +33,9 @@ class EvalReport:
     them.
 
     `extras` is free for whatever is not a score; the page knows, by row, `judged` (see
-    `erase.eval.judgements`), `attacks`, `relearning`, and `confusion`: a list of {"kind": str,
-    "labels": [str], "counts": [[int]]}, where counts[i][j] is how many images whose prompt names
-    labels[i] were classified as labels[j].
+    `erase.eval.judgements`), `attacks`, `relearning`, and `confusion`: a list of `{"kind": str,
+    "labels": [str], "counts": [[int]]}`, where `counts[i][j]` is how many images whose prompt names
+    `labels[i]` were classified as `labels[j]`.
     """
 
     concept: dict[str, Any]
