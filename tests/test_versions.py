@@ -70,7 +70,8 @@ case "$FAILING" in *"${0##*/}"*) exit 3;; esac
 PYTHON = """#!/bin/sh
 [ "$1" = -c ] && exit 0
 echo "${0##*/} $*" >> calls.txt
-case "$*" in "-m venv"*) rm -rf .venv; mkdir -p .venv/bin; cp python ruff mypy mkdocs .venv/bin;; esac
+bin=.venv/bin
+case "$*" in "-m venv"*) rm -rf .venv; mkdir -p $bin; cp python ruff mypy mkdocs $bin;; esac
 case "$FAILING" in *"$2"*) exit 3;; esac
 """
 """likewise, an interpreter: its venv module makes a folder of these stubs; it fails if the module
