@@ -108,7 +108,7 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
     target = {
         "to the anchor": {"beyond": 0.0},
         "no limit": {"beyond_limit": None},
-        "limit 0.1": {"beyond_limit": 0.1},
+        "limit 0.05": {"beyond_limit": 0.05, "alpha": 10.0},
         "uniform noise": {"noise_power": 1.0},
         "alpha 1": {"alpha": 1.0},
         "batches of 8": {"train": replace(ours.settings.train, batch_size=8)},
