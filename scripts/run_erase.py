@@ -5,7 +5,7 @@ fine-tunes only those so that the concept's prompts draw the anchor instead, and
 writes what changed: OUT/delta.safetensors. The base is not touched. Stopped at
 any time, the same command goes on.
 
-on the shipped model, a few minutes; and with the paper's mask:
+on the shipped model, half a minute; and with the paper's mask:
   erase-concept --concept heart --anchor mushroom --out runs/heart
   erase-concept --concept Neon --method salun-half --out runs/neon
 on a diffusers folder, a single file or a hub id:
@@ -24,6 +24,8 @@ options of another package's method, or of one in this folder:
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from erase.prompts.concepts import shipped, to_yaml
 from erase.prompts.proposals import kinds
@@ -41,6 +43,9 @@ from erase.scripts.cli import (
     run,
 )
 from erase.scripts.cli.plugins import names_given
+
+if TYPE_CHECKING:
+    from erase.run import EraseConfig
 
 
 def chosen_method(argv: list[str] | None) -> str:
@@ -96,6 +101,26 @@ def make_parser(method: str) -> Parser:
     return command
 
 
+def hints(config: EraseConfig, settings: Any, concepts: int) -> Iterator[str]:
+    """What a run without a recipe should know of its settings."""
+    from erase.methods import get_method
+    from erase.training.config import TunedConfig
+
+    method, usual = config.method, get_method(config.method).config
+    if config.model != "canvas":
+        yield (
+            f"the settings of {method} were measured on the embedded model, not on {config.model}; "
+            "a recipe has settings for Stable Diffusion: erase-list recipes"
+        )
+    if concepts > 1 and isinstance(settings, TunedConfig) and settings.train == usual.train:
+        latents = config.latents
+        yield (
+            f"{settings.train.steps} steps are for one concept; {concepts} of them want "
+            f"--train.steps {concepts * settings.train.steps} --latents.n_forget "
+            f"{concepts * latents.n_forget} --latents.n_retain {concepts * latents.n_retain}"
+        )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, erase, say what was made."""
     from erase.methods import get_method
@@ -116,14 +141,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.propose:
         print(to_yaml(concepts), end="")
         return
-    if config.model != "canvas" and not config_files(argv):
-        note(
-            f"the settings of {method} were measured on the embedded model, not on {config.model}; "
-            "a recipe has settings for Stable Diffusion: erase-list recipes"
-        )
-    delta = erase_concept(
-        concepts, config, build(type(get_method(method).config), options), out=options.out
-    )
+    settings = build(type(get_method(method).config), options)
+    if not config_files(argv):
+        for hint in hints(config, settings, len(concepts)):
+            note(hint)
+    delta = erase_concept(concepts, config, settings, out=options.out)
     print(
         f"{options.out}/delta.safetensors: {delta.count:,} weights changed; "
         f"{', '.join(c.target + ' -> ' + c.anchor for c in concepts)}"

@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import yaml
 
 from erase.delta import ErasedDelta
+from erase.methods import get_method
 from erase.models import load_model
 from erase.parallel.progress import bar
 from erase.prompts.canvas import KINDS, canvas_concept, check_canvas, vocabulary
@@ -676,3 +678,16 @@ def test_a_training_in_a_log_is_few_whole_lines(tmp_path, capfd, monkeypatch):
     assert (
         "\r" not in shown.err and "erasing: 100%" in shown.err and "heart -> mushroom" in shown.out
     )
+
+
+def test_what_the_defaults_are_not_made_for_is_said():
+    config, settings = EraseConfig(method="salun"), get_method("salun").config
+    assert list(run_erase.hints(config, settings, 1)) == []
+    (several,) = run_erase.hints(config, settings, 3)
+    steps, latents = settings.train.steps, config.latents
+    assert f"--train.steps {3 * steps} --latents.n_forget {3 * latents.n_forget} " in several
+    own = replace(settings, train=replace(settings.train, steps=400))
+    assert list(run_erase.hints(config, own, 3)) == []  # the user chose
+    (elsewhere,) = run_erase.hints(replace(config, model="sd14"), settings, 1)
+    assert "not on sd14" in elsewhere and "erase-list recipes" in elsewhere
+    assert list(run_erase.hints(EraseConfig(method="uce"), get_method("uce").config, 3)) == []
