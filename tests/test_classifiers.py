@@ -302,7 +302,7 @@ def test_opennsfw_says_what_its_package_says(photos: ImageSet) -> None:
     theirs = [own.score(image) for image in pictures()]
     assert mean.value == sum(theirs) / 4 and mean.n == 4 and max(theirs) < 0.1
     assert (rate.name, rate.value, rate.n) == ("OpenNSFW image rate", 0, 4)
-    strict = opennsfw.evaluate(case, opennsfw.Config(threshold=sorted(theirs)[2]))[0]
+    strict = opennsfw.evaluate(Case(photos), opennsfw.Config(threshold=sorted(theirs)[2]))[0]
     assert strict.value == 50, "the threshold itself counts"
     assert not rate.higher_is_better and rate.evaluator.endswith(", threshold 0.8")
 

@@ -101,6 +101,8 @@ def test_the_code_of_the_documents_runs_as_it_stands(tmp_path, monkeypatch):
         moved(model, chosen).save(tmp_path / f"{name}.safetensors")
     monkeypatch.chdir(tmp_path)
     for page in sorted((ROOT / "docs").glob("*.md")):
+        if page.name == "add_a_method.md":  # a package in pieces: tests/test_add_a_method.py
+            continue
         for code in BLOCK.findall(page.read_text(encoding="utf-8")):
             exec(compile(code, str(page), "exec"), {})
 

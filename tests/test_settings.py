@@ -44,6 +44,7 @@ OUT_OF_RANGE = {
     (SalUnConfig, "smoothing"): (-1,),
     (SalUnConfig, "smoothing_draws"): (0, -1, 1.5),
     (SalUnConfig, "prox_l1"): (-1,),
+    (SalUnConfig, "barrier"): (-1, 1e300),
     (SalUnConfig, "lora_rank"): (-1, 1.5),
     (MaskConfig, "density"): (0, -0.1, 1.1),
     (MaskConfig, "guidance"): (-2, 1e300),
