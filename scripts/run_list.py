@@ -34,7 +34,6 @@ def make_parser() -> Parser:
         "what",
         type=str,
         nargs="*",
-        default=[],
         help=f"{', '.join(SECTIONS)}; all if none is named",
     )
     command.add_argument(
@@ -53,10 +52,10 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse, list."""
     options = parse(make_parser(), argv)
-    for name in options.what:
+    names = options.what or list(SECTIONS)
+    for name in names:
         if name not in SECTIONS:
             raise unknown("list", name, SECTIONS)
-    names = options.what or list(SECTIONS)
     if options.model and "scopes" not in names:
         raise ErasureError("--model is for the list of scopes; add scopes, or leave it out")
 
