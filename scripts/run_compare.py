@@ -29,7 +29,6 @@ def make_parser() -> Parser:
         "runs",
         type=str,
         nargs="*",
-        default=[],
         help="each a report.json, the folder that holds it, or a run's folder with it in report",
     )
     command.add_argument(
@@ -71,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(make_parser(), argv)
     alone("erase-compare")
     check_folder(options.out or "")
-    runs = load_runs(options.runs, options.name, options.base_images)
+    runs = load_runs(options.runs or [], options.name, options.base_images)
     comparison = compare(runs, options.against, options.paired)
     console = Console()
     console.print(comparison.table())
