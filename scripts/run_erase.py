@@ -5,7 +5,7 @@ fine-tunes only those so that the concept's prompts draw the anchor instead, and
 writes what changed: OUT/delta.safetensors. The base is not touched. Stopped at
 any time, the same command goes on.
 
-on the shipped model, half a minute; and with the paper's mask:
+on the shipped model, a minute; and with the paper's mask:
   erase-concept --concept heart --anchor mushroom --out runs/heart
   erase-concept --concept Neon --method salun-half --out runs/neon
 on a diffusers folder, a single file or a hub id:
