@@ -14,6 +14,7 @@ import torch
 
 from erase.claims import check_artifact, check_settings, claim, flat
 from erase.delta import ErasedDelta
+from erase.delta.stored import FILE
 from erase.files import atomic_write
 from erase.latents.prepare import LatentConfig
 from erase.methods import Method, get_method
@@ -94,7 +95,7 @@ def erase_concept(
     if isinstance(settings, TunedConfig):
         check_log(settings.train.log_with, folder)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
-    path = folder / "delta.safetensors" if folder else None
+    path = folder / FILE if folder else None
     finished = path is not None and exists_on_all(path)
     if folder:
         check_settings(folder, description, defaults)
@@ -104,12 +105,7 @@ def erase_concept(
     _check_base(model, settings)
     check_prompts(model, concepts)
 
-    metadata = {
-        "base_fingerprint": model.fingerprint,
-        "base_id": model.name,
-        **description,
-        **_cut(model, concepts),
-    }
+    metadata = _metadata(model, concepts, description)
     earlier = _finished(path, metadata, defaults) if path and finished else None
     if folder:
         claim(folder, metadata, defaults, finished)
@@ -166,7 +162,7 @@ def _save(folder: Path, edit: Edit, delta: ErasedDelta, cost: dict[str, float]) 
             json.dumps({"losses": list(edit.losses), "delta_sha256": delta.sha256, "cost": cost}),
             encoding="utf-8",
         )
-    delta.save(folder / "delta.safetensors")
+    delta.save(folder / FILE)
     for state in folder.glob("training*.pt"):
         state.unlink()
 
@@ -217,6 +213,18 @@ def _check_base(model: DiffusionModel, settings: Any) -> None:
             )
     if isinstance(settings, TunedConfig):
         check_scope(params, settings)
+
+
+def _metadata(
+    model: DiffusionModel, concepts: list[ConceptSpec], description: dict[str, str]
+) -> dict[str, str]:
+    """What the delta will say of its base and of its making."""
+    return {
+        "base_fingerprint": model.fingerprint,
+        "base_id": model.name,
+        **description,
+        **_cut(model, concepts),
+    }
 
 
 def _cut(model: DiffusionModel, concepts: list[ConceptSpec]) -> dict[str, str]:

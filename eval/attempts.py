@@ -6,7 +6,7 @@ settings, so that what an attack adds is compared with images that differ in not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from erase.eval.case import Case
-from erase.eval.detectors import Detector
-from erase.eval.generate import prepared, sampled
+from erase.eval.detectors import Detector, pixels_of
 from erase.eval.generate_config import GenerateConfig
 from erase.eval.images import ImageRow
+from erase.eval.sampling import prepared, sampled
 from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import LatentConfig, Plan
 from erase.models import DiffusionModel, autocast
@@ -123,16 +123,16 @@ class Attempts:
             latents = sample(model, texts[at], rows, self.settings, _cut(prefix, at), begun)
             images = self._images(model, latents)
             flags = self.detector.sees(images)
-            chosen = set(few(flags)) if pictures is not None else set()
-            kept = [_pixels(images[i]) if i in chosen else None for i in range(len(flags))]
+            kept: list[np.ndarray | None] = [None] * len(flags)
+            for i in few(flags) if pictures is not None else ():
+                (kept[i],) = pixels_of(images[i : i + 1])
             return list(zip(flags, kept, strict=True))
 
         parts = in_shares(len(self.rows), self.settings.batch_size, judged, what, "image")
         flags, kept = zip(*chain.from_iterable(parts), strict=True)
         if pictures is not None:
             found = {place: pixels for place, pixels in enumerate(kept) if pixels is not None}
-            best = sorted(found, key=lambda place: not flags[place])[:PICTURES]
-            pictures.update({place: found[place] for place in sorted(best)})
+            pictures.update({place: found[place] for place in sorted(few(flags, found))})
         return list(flags)
 
     def judged(self, model: DiffusionModel, latents: Tensor) -> list[bool]:
@@ -144,15 +144,10 @@ class Attempts:
         return images.nan_to_num(0.0)  # what is no image shows nothing
 
 
-def few(flags: Sequence[bool]) -> list[int]:
-    """The places of a few images, those that show the concept first."""
-    return sorted(range(len(flags)), key=lambda place: not flags[place])[:PICTURES]
-
-
-def _pixels(image: Tensor) -> np.ndarray:
-    """An image of shape (3, H, W) in [0, 1] as an 8-bit array of shape (H, W, 3)."""
-    levels = (image.detach().float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
-    return levels.permute(1, 2, 0).contiguous().numpy()
+def few(flags: Sequence[bool], places: Iterable[int] | None = None) -> list[int]:
+    """Of these places, or of all, a few: those of images that show the concept first."""
+    among = range(len(flags)) if places is None else places
+    return sorted(among, key=lambda place: not flags[place])[:PICTURES]
 
 
 @torch.no_grad()

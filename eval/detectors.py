@@ -111,7 +111,7 @@ def _nudenet() -> Detector:
     config, network = nudenet.Config(), nudenet.load_detector()
 
     def sees(images: Tensor) -> list[bool]:
-        return [bool(nudenet.count(network.detect(pixels), config)) for pixels in _pixels(images)]
+        return [bool(nudenet.count(network.detect(pixels), config)) for pixels in pixels_of(images)]
 
     return Detector(f"nudenet {version('nudenet')} (320n), threshold {config.threshold:g}", sees)
 
@@ -126,7 +126,7 @@ def _clip(concepts: Sequence[ConceptSpec], config: clips.Config) -> Detector:
         choices.append((texts, len(concept.names)))
 
     def sees(images: Tensor) -> list[bool]:
-        seen = clip.embed([Image.fromarray(pixels) for pixels in _pixels(images)])
+        seen = clip.embed([Image.fromarray(pixels) for pixels in pixels_of(images)])
         shown = torch.zeros(len(images), dtype=torch.bool)
         for texts, names in choices:
             shown |= (seen @ texts.T).argmax(1) < names
@@ -135,7 +135,7 @@ def _clip(concepts: Sequence[ConceptSpec], config: clips.Config) -> Detector:
     return Detector(f"open_clip {clip.name}, zero-shot", sees)
 
 
-def _pixels(images: Tensor) -> list[np.ndarray]:
+def pixels_of(images: Tensor) -> list[np.ndarray]:
     """8-bit arrays of shape (H, W, 3), as an image's file would hold."""
     levels = (images.detach().float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
-    return list(levels.permute(0, 2, 3, 1).numpy())
+    return list(levels.permute(0, 2, 3, 1).contiguous().numpy())

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
@@ -25,9 +24,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from erase.eval.generate_config import GenerateConfig, scheduler_of
+from erase.eval.generate_config import GenerateConfig
 from erase.eval.images import (
     SETTINGS,
     ImageRow,
@@ -38,14 +36,15 @@ from erase.eval.images import (
     write_manifest,
     write_settings,
 )
+from erase.eval.sampling import prepared, sampled
 from erase.files import file_sha256
 from erase.models import Cond, autocast
 from erase.models.loading import family_of
-from erase.models.pipelines import Pipeline, arguments, decode, denoiser, encode, image_size
+from erase.models.pipelines import Pipeline, decode, denoiser, encode, image_size
 from erase.models.prompt_checks import cut_prompts
 from erase.models.tokenizers import tokens
 from erase.parallel.processes import processes, progress
-from erase.prompts.errors import ErasureError, check_ranges
+from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, PromptSet
 
 __all__ = ["Batch", "GenerateConfig", "batches", "denoise", "generate", "planned"]
@@ -94,7 +93,7 @@ def generate(
     out = Path(out)
     state = processes()
     whole = batches(prompts, config)
-    settings = _settings(pipeline, prompts, config, provenance)
+    settings = _settings(pipeline, prompts, whole, config, provenance)
     ready = prepared(pipeline, config)
     _claim(out, settings)
     _make(ready, whole[state.process_index :: state.num_processes], out, settings)
@@ -124,11 +123,12 @@ def left_to_make(
     Raises:
         ErasureError: what it would refuse before the first image.
     """
-    settings = _settings(pipeline, prompts, config, provenance)
+    whole = batches(prompts, config)
+    settings = _settings(pipeline, prompts, whole, config, provenance)
     prepared(pipeline, config)
     _check_claim(out, settings)
     with ThreadPoolExecutor() as pool:
-        missing = pool.map(lambda batch: _missing(batch, out), batches(prompts, config))
+        missing = pool.map(lambda batch: _missing(batch, out), whole)
         return sum(map(len, missing))
 
 
@@ -159,11 +159,15 @@ def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
 
 
 def _settings(
-    pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, provenance: dict[str, str]
+    pipeline: Pipeline,
+    prompts: PromptSet,
+    whole: Sequence[Batch],
+    config: GenerateConfig,
+    provenance: dict[str, str],
 ) -> dict[str, Any]:
     """How all images are made, and what is to be told of them."""
     family_of(pipeline, "the pipeline")  # refuses other kinds
-    settings = _own_settings(pipeline, prompts, config)
+    settings = _own_settings(pipeline, prompts, max(len(batch.rows) for batch in whole), config)
     if clash := settings.keys() & provenance.keys():
         raise ErasureError(
             f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it"
@@ -171,7 +175,9 @@ def _settings(
     return settings | provenance
 
 
-def _own_settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig) -> dict[str, Any]:
+def _own_settings(
+    pipeline: Pipeline, prompts: PromptSet, size: int, config: GenerateConfig
+) -> dict[str, Any]:
     device = pipeline._execution_device  # unlike .device, right under CPU offload
     rows = sorted(prompts.rows, key=lambda row: row.case)
     cut = cut_prompts(
@@ -187,7 +193,7 @@ def _own_settings(pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig
         "steps": config.steps,
         "guidance": float(config.guidance),
         "resolution": config.resolution or image_size(pipeline),
-        "batch_size": max(len(batch.rows) for batch in batches(prompts, config)),
+        "batch_size": size,
         "mixed_precision": config.mixed_precision,
         "dtype": str(denoiser(pipeline).dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -222,18 +228,6 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     processes().wait_for_everyone()  # nobody writes before everybody has looked
     if processes().is_main_process:
         write_settings(out, settings)
-
-
-def prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
-    """The same parts behind another scheduler: a shallow copy, so that the caller's pipeline stays
-    as it is."""
-    # no more than there are noise levels
-    check_ranges(config, {"steps": (1, pipeline.scheduler.config.num_train_timesteps)})
-    pipe = copy(pipeline)
-    pipe.scheduler = scheduler_of(pipeline.scheduler, config.scheduler)
-    pipe.safety_checker = None
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any]) -> None:
@@ -274,41 +268,6 @@ def _embedder(pipe: Pipeline) -> Callable[[str], Cond]:
     same."""
     device = pipe._execution_device
     return lru_cache(EMBEDDINGS)(lambda prompt: encode(pipe, [prompt], device))
-
-
-def sampled(
-    pipe: Pipeline,
-    cond: Cond,
-    null: Cond,
-    seeds: Sequence[int],
-    guidance: float,
-    steps: int,
-    side: int,
-    start: Tensor | None = None,
-) -> Tensor:
-    """Latents of a batch, one row per seed.
-
-    Args:
-        pipe: as `prepared` gives it.
-        cond: states of the prompts.
-        null: of the empty prompt, as many rows.
-        seeds: of the noise.
-        guidance: scale.
-        steps: of the sampler.
-        side: pixels of the square image.
-        start: noise to start from, before the sampler scales it; None: drawn from the seeds.
-    """
-    latents: Tensor = pipe(
-        **arguments(cond, null),
-        latents=start,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        height=side,
-        width=side,
-        output_type="latent",
-    ).images
-    return latents
 
 
 def denoise(

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from erase.delta import ErasedDelta
 from erase.eval.case import Case
 from erase.eval.evaluators import EVALUATORS, Evaluator
-from erase.eval.generate import batches, left_to_make, planned, prepared, sampled
+from erase.eval.generate import batches, left_to_make, planned
 from erase.eval.report.report import BASE, ERASED
 from erase.eval.reporting import asked_of
 from erase.eval.run import EvaluateConfig, made_by
+from erase.eval.sampling import prepared, sampled
 from erase.models import Cond, DiffusionModel, autocast
 from erase.models.pipelines import decode, encode, image_size
 from erase.parallel.processes import processes

@@ -132,6 +132,26 @@ def proportion(
     )
 
 
+def share_of(
+    name: str,
+    flags: Sequence[bool],
+    cases: Sequence[int],
+    *,
+    higher_is_better: bool = True,
+    evaluator: str = "",
+) -> Score:
+    """The share of the flags that are set, in percent, with each as an outcome of its case."""
+    outcomes = list(zip(cases, flags, strict=True))
+    return proportion(
+        name,
+        sum(flags),
+        len(flags),
+        higher_is_better=higher_is_better,
+        evaluator=evaluator,
+        outcomes=outcomes,
+    )
+
+
 def count_score(
     name: str,
     events: int,

@@ -76,12 +76,7 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
     from erase.eval.run import EvaluateConfig
 
     command = parser("erase-evaluate", __doc__)
-    command.add_argument(
-        "--delta",
-        type=str,
-        default=DELTA,
-        help="what erase-concept wrote",
-    )
+    command.add_argument("--delta", type=str, default=DELTA, help="what erase-concept wrote")
     add_erased(command, ", or a folder of finished images with a manifest of ours or a CSV")
     add_named(command)
     add_base(command)

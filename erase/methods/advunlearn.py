@@ -16,6 +16,7 @@ from erase.attacks.descent import step_down
 from erase.attacks.words import words_of
 from erase.losses import denoising
 from erase.methods import Method
+from erase.objectives.negative_guidance import away
 from erase.prompts.errors import COUNT, FINITE, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, forget_and_retain
@@ -87,7 +88,7 @@ def edit(task: Task, config: AdvUnlearnConfig) -> Edit:
         wanted = replace(forget, target=concept), prompts
         found = None if start is None else attack(task, wanted, start, config)
         forgot = task.model.predict(forget.noisy, forget.t, task.cond(prompts, found))
-        target = null - config.guidance * (concept - null)
+        target = away(null, concept, config.guidance)
         retained = denoising(task.predict(retain, kept), reference)
         return {"forget": denoising(forgot, target), "retain": config.alpha * retained}
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from erase.methods import Method
-from erase.objectives.remap import Remap, RemapConfig
+from erase.objectives.remap import RemapConfig, trained
 from erase.task import Edit, Task
 from erase.training.config import TrainConfig
-from erase.training.fine_tune import fine_tune
 
 PAPER = "https://arxiv.org/abs/2303.13516"
 
@@ -34,8 +33,7 @@ class ConceptAblationConfig(RemapConfig):
 def edit(task: Task, config: ConceptAblationConfig) -> Edit:
     """Minimise |eps(x_t, c*) - sg eps(x_t, c)|^2 + alpha |eps(x_t, c_r) - noise|^2: c*
     the concept's prompt, c the anchor's, x_t of images of the anchor."""
-    remap = Remap(task, config)
-    return fine_tune(task, remap.loss, remap.batches, config)
+    return trained(task, config)
 
 
 METHODS = {

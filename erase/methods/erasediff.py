@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from erase.methods import Method
-from erase.objectives.remap import Remap, RemapConfig
+from erase.objectives.remap import RemapConfig, trained
 from erase.task import Edit, Task
 from erase.training.config import TrainConfig
-from erase.training.fine_tune import fine_tune
 
 PAPER = "https://arxiv.org/abs/2401.05779"
 
@@ -40,8 +39,7 @@ def edit(task: Task, config: EraseDiffConfig) -> Edit:
     goes down grad L_r + lambda grad L_f, lambda = max(0, barrier - <grad L_r, grad L_f> /
     |grad L_f|^2): `combine: barrier`.
     """
-    remap = Remap(task, config)
-    return fine_tune(task, remap.loss, remap.batches, config)
+    return trained(task, config)
 
 
 METHODS = {"erasediff": Method("erasediff", PAPER, EraseDiffConfig(), edit)}

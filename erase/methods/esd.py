@@ -10,6 +10,7 @@ from torch import Tensor
 
 from erase.losses import denoising
 from erase.methods import Method
+from erase.objectives.negative_guidance import target
 from erase.prompts.errors import FINITE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, row_batches
@@ -39,10 +40,8 @@ def edit(task: Task, config: ESDConfig) -> Edit:
 
     def loss(batch: PromptedRows, base: Base) -> dict[str, Tensor]:
         rows, prompts = batch
-        with base():
-            null, concept = task.predict(rows.cat(rows), [""] * len(rows) + prompts).chunk(2)
-        target = null - config.guidance * (concept - null)
-        return {"forget": denoising(task.predict(rows, prompts), target)}
+        wanted = target(task, rows, prompts, base, config.guidance)
+        return {"forget": denoising(task.predict(rows, prompts), wanted)}
 
     return fine_tune(task, loss, row_batches(task, task.forget(), config.train.batch_size), config)
 

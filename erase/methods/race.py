@@ -15,6 +15,7 @@ from erase.latents.batches import Rows
 from erase.losses import denoising
 from erase.methods import Method
 from erase.models import Cond
+from erase.objectives.negative_guidance import target
 from erase.prompts.errors import COUNT, FINITE, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, row_batches
@@ -79,14 +80,13 @@ def edit(task: Task, config: RACEConfig) -> Edit:
 
     def loss(batch: Batch, base: Base) -> dict[str, Tensor]:
         (rows, prompts), start = batch
-        with base():
-            null, concept = task.predict(rows.cat(rows), [""] * len(rows) + prompts).chunk(2)
+        wanted = target(task, rows, prompts, base, config.guidance)
         cond = task.cond(prompts)
         if start is not None:
             moved = cond.embeddings + attack(task, rows, cond, start, config)
             cond = replace(cond, embeddings=moved)
         predicted = task.model.predict(rows.noisy, rows.t, cond)
-        return {"forget": denoising(predicted, null - config.guidance * (concept - null))}
+        return {"forget": denoising(predicted, wanted)}
 
     return fine_tune(task, loss, batches, config)
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from erase.methods import Method
-from erase.objectives.remap import Remap, RemapConfig
+from erase.objectives.remap import RemapConfig, trained
 from erase.task import Edit, Task
 from erase.training.config import MaskConfig, TrainConfig
-from erase.training.fine_tune import fine_tune
 
 PAPER = "https://arxiv.org/abs/2310.12508"
 
@@ -75,8 +74,7 @@ class SalUnSoftConfig(SalUnHalfConfig):
 
 def edit(task: Task, config: RemapConfig) -> Edit:
     """Erase the task's concepts."""
-    remap = Remap(task, config)
-    return fine_tune(task, remap.loss, remap.batches, config)
+    return trained(task, config)
 
 
 METHODS = {

@@ -15,8 +15,9 @@ from erase.latents.latent_set import LatentSet, epoch_rows, texts_of
 from erase.losses import denoising, remap
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import FRACTION, ErasureError, check_names, check_ranges
-from erase.task import Task
+from erase.task import Edit, Task
 from erase.training.config import TunedConfig
+from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
 
 SOURCES = ("frozen", "current")
@@ -215,6 +216,12 @@ class Remap:
         retain_prompts = texts_of(self.retain_set.prompts, batch.retain_rows)
         both = self.task.predict(rows.cat(batch.retain), prompts + retain_prompts)
         return both[: len(rows)], both[len(rows) :]
+
+
+def trained(task: Task, config: RemapConfig) -> Edit:
+    """Fine-tune by this objective and nothing else."""
+    remap = Remap(task, config)
+    return fine_tune(task, remap.loss, remap.batches, config)
 
 
 def _anchors(forget: LatentSet) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from erase.training.optimizers import try_optimizer
 from erase.training.running import check_attention
 from erase.training.shares import Batch, cut
 from erase.training.state import Run
-from erase.training.trackers import Track, check_tracker, logging_to, tracked
+from erase.training.trackers import check_tracker, logging_to, tracked
 from erase.training.trainable import Base, Trainable
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -154,9 +154,7 @@ def fit(
         if start:
             trainable.start_from(start)
         run = Run.start(trainable, config.train, accelerator, checkpoint, opponent)
-        steps = _Steps(run, loss, batches, config, accelerator, seed)
-        with tracked(accelerator, config.train.log_with, config.train, folder, run.step) as track:
-            _train(run, steps, track)
+        _train(run, _Steps(run, loss, batches, config, accelerator, seed), folder)
         return Fitted(trainable.result(run.average or trainable.values), run.losses)
     finally:
         trainable.close()
@@ -264,8 +262,9 @@ class _Steps:
         clip_grads_with_norm_(values, limit, self.run.trainable.layout.norm(local))
 
 
-def _train(run: Run, steps: _Steps, track: Track) -> None:
-    """All steps that are left, with a training state saved now and then."""
+def _train(run: Run, steps: _Steps, folder: Path | None) -> None:
+    """All steps that are left, with a training state saved now and then; the log, if there is one,
+    goes into the folder."""
     accelerator, train = steps.accelerator, steps.config.train
     how = "in shards on" if run.trainable.layout.collective_forward else "on"
     name = (
@@ -274,6 +273,7 @@ def _train(run: Run, steps: _Steps, track: Track) -> None:
         else f"erasing {how} {accelerator.num_processes} processes"
     )
     with (
+        tracked(accelerator, train.log_with, train, folder, run.step) as track,
         torch.random.fork_rng(devices=[]),
         bar(name, "step", train.steps, run.step, accelerator.is_main_process) as progress_bar,
     ):

@@ -9,55 +9,54 @@ from erase.eval.comparing.pareto import Measure, Point, Traded, traded
 from erase.eval.comparing.plane import HEIGHT, WIDTH, panels
 from erase.eval.comparing.table import Cell, Comparison
 from erase.eval.comparing.walls import wall
-from erase.eval.report.report import BASE
+from erase.eval.report.html import templates
+from erase.eval.report.report import BASE, EvalReport
+from erase.eval.report.tables import commands_of
+from erase.eval.report.wall import SMALL
 from erase.eval.scores import Score
 
 BEATEN, BY_CHANCE = "Beaten beyond the noise", "Beaten, but within the noise"
-SMALL = 128  # px; images up to this side are drawn at whole multiples
 
 
 def render(comparison: Comparison) -> str:
     """The page."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    page = Environment(
-        loader=PackageLoader("erase.eval.comparing"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    ).get_template("compare.html.j2")
     found, shown = traded(comparison.runs), wall(comparison)
     titles = dict.fromkeys(run.report.title for run in comparison.runs)
-    return page.render(
-        comparison=comparison,
-        base=BASE,
-        title=next(iter(titles)) if len(titles) == 1 else f"{len(comparison.runs)} erasures",
-        numbers={run.name: number for number, run in enumerate(comparison.runs, 1)},
-        about=[_about(run.report.provenance) for run in comparison.runs],
-        lead=_lead(comparison, found),
-        tally=_tally(comparison),
-        traded=found,
-        panels=panels(found) if found else [],
-        size=(WIDTH, HEIGHT),
-        measure=_measure,
-        shared=_lines(comparison, comparison.shared),
-        single=_lines(comparison, comparison.single),
-        wall=shown,
-        small=0 < shown.side <= SMALL,
-        blurred=any(run.report.provenance.get("base_id") != "canvas" for run in comparison.runs),
+    return (
+        templates("erase.eval.comparing")
+        .get_template("compare.html.j2")
+        .render(
+            comparison=comparison,
+            base=BASE,
+            title=next(iter(titles)) if len(titles) == 1 else f"{len(comparison.runs)} erasures",
+            numbers={run.name: number for number, run in enumerate(comparison.runs, 1)},
+            about=[_about(run.report) for run in comparison.runs],
+            lead=_lead(comparison, found),
+            tally=_tally(comparison),
+            traded=found,
+            panels=panels(found) if found else [],
+            size=(WIDTH, HEIGHT),
+            measure=_measure,
+            shared=_lines(comparison, comparison.shared),
+            single=_lines(comparison, comparison.single),
+            wall=shown,
+            small=0 < shown.side <= SMALL,
+            blurred=any(
+                run.report.provenance.get("base_id") != "canvas" for run in comparison.runs
+            ),
+        )
     )
 
 
-def _about(provenance: dict[str, Any]) -> dict[str, Any]:
+def _about(report: EvalReport) -> dict[str, Any]:
     """A run in a line: its method, and the commands that made its report."""
-    commands = provenance.get("commands") or []
+    provenance = report.provenance
     strength = provenance.get("delta_settings", {}).get("strength", 1.0)
     parts = strength if isinstance(strength, list) else [strength]
     return {
         "method": str(provenance.get("method", "")),
         "strength": ", ".join(f"{part:g}" for part in parts),
-        "commands": commands.splitlines() if isinstance(commands, str) else commands,
+        "commands": commands_of(report),
     }
 
 

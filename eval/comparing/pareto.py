@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from erase.eval.comparing.runs import Run
 from erase.eval.metrics.harmonic import harmonic, of_harmonic
 from erase.eval.report.report import ERASED
+from erase.eval.report.states import judges_of
 from erase.eval.scores import Score
 
 RETAINED = "IRA", "CRA"
@@ -64,7 +65,7 @@ def traded(runs: Sequence[Run]) -> Traded | None:
     and CRA to every run.
     """
     shared = [name for name in _names(runs[0]) if _everywhere(runs, name)]
-    judges = [name.removesuffix("UA") for name in shared if f" {name}".endswith(" UA")]
+    judges = judges_of(shared)
     judge = next((one for one in judges if one + "IRA" in shared and one + "CRA" in shared), None)
     if judge is None:
         return None

@@ -12,7 +12,7 @@ from erase.eval.comparing.runs import Run
 from erase.eval.metrics.intervals import of_difference
 from erase.eval.metrics.paired import Difference
 from erase.eval.report.report import BASE, ERASED
-from erase.eval.report.words import change_text, signed
+from erase.eval.report.words import VERDICTS, change_text, signed
 from erase.eval.scores import Score, paired, verdict
 from erase.prompts.errors import ErasureError, unknown
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 PAIRED, UNPAIRED = "paired", "unpaired"
-VERDICTS = ("within noise", "better", "worse")
 CAPTION = "[low, high]: 95 % interval; below it the difference from {against}, ~ where unpaired"
 
 

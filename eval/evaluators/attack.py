@@ -29,7 +29,7 @@ from erase.eval.case import Case
 from erase.eval.detectors import JUDGES, detector
 from erase.eval.evaluators import Evaluator
 from erase.eval.images import save_image
-from erase.eval.scores import Score, proportion
+from erase.eval.scores import Score, share_of
 from erase.eval.tries import Attacker, Try, tries_of
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
@@ -152,13 +152,15 @@ def evaluate(case: Case, config: Config) -> list[Score]:
         told[attack.name]["pictures"] = keep_pictures(case, attempts, attack.name, best)
     case.add_extra("attacks", told)
     judged = attempts.detector.name
-    cases = [row.case for row in attempts.rows]
-    scores = [_score("pre-ASR", before, f"{judged}, no attack", cases)]
+    rates = {"pre-ASR": (before, f"{judged}, no attack")}
     for attack, _ in chosen:
         after = success(attack, before, outcomes[attack.name])
-        said = f"{judged}; {_budget(attack, outcomes[attack.name])}"
-        scores.append(_score(f"ASR {attack.name}", after, said, cases))
-    return scores
+        rates[f"ASR {attack.name}"] = after, f"{judged}; {_budget(attack, outcomes[attack.name])}"
+    cases = [row.case for row in attempts.rows]
+    return [
+        share_of(name, shown, cases, higher_is_better=False, evaluator=by)
+        for name, (shown, by) in rates.items()
+    ]
 
 
 def success(attack: Attack[Any], before: Sequence[bool], tries: Sequence[Try]) -> list[bool]:
@@ -223,18 +225,6 @@ def _encoded(case: Case, attempts: Attempts, base: DiffusionModel) -> LatentSet:
         parts.append(base.encode_images(pixels * 2 - 1))
     mean, std = (torch.cat(column).float().cpu() for column in zip(*parts, strict=True))
     return LatentSet(mean, std, tuple(attempts.prompts))
-
-
-def _score(name: str, shown: Sequence[bool], evaluator: str, cases: Sequence[int]) -> Score:
-    outcomes = list(zip(cases, shown, strict=True))
-    return proportion(
-        name,
-        sum(shown),
-        len(shown),
-        higher_is_better=False,
-        evaluator=evaluator,
-        outcomes=outcomes,
-    )
 
 
 def _budget(attack: Attack[Any], tries: Sequence[Try]) -> str:

@@ -23,7 +23,7 @@ from erase.eval.case import Case
 from erase.eval.detectors import JUDGES, detector
 from erase.eval.evaluators import Evaluator
 from erase.eval.kept import Kept
-from erase.eval.scores import Score, mean_score, proportion
+from erase.eval.scores import Score, mean_score, share_of
 from erase.files import load_tensors, save_tensors
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel, autocast
@@ -323,10 +323,8 @@ class _Probing:
 
     def _share(self, name: str, shown: Sequence[bool]) -> Score:
         by = self.attempts.detector.name
-        outcomes = list(enumerate(shown))
-        return proportion(
-            name, sum(shown), len(shown), higher_is_better=False, evaluator=by, outcomes=outcomes
-        )
+        cases = range(len(shown))
+        return share_of(name, shown, cases, higher_is_better=False, evaluator=by)
 
 
 RUNS: dict[str, Callable[[_Probing], list[Score]]] = {

@@ -14,7 +14,7 @@ import numpy as np
 from erase.eval.case import Case
 from erase.eval.evaluators.labelled import cases_of, targets_of
 from erase.eval.metrics.harmonic import harmonic, of_harmonic
-from erase.eval.scores import Outcomes, Score, proportion
+from erase.eval.scores import Score, proportion, share_of
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 
@@ -81,8 +81,8 @@ def wording_scores(
     cases = np.asarray(cases_of(case))
 
     def share(name: str, judged: np.ndarray, of: np.ndarray, better: bool) -> Score:
-        outcomes = list(zip(cases[of].tolist(), judged[of].tolist(), strict=True))
-        return _share(prefix + name, judged[of], evaluator, better, outcomes)
+        flags, own = judged[of].tolist(), cases[of].tolist()
+        return share_of(prefix + name, flags, own, higher_is_better=better, evaluator=evaluator)
 
     scores = []
     for wording in filter(None, dict.fromkeys(wordings.tolist())):
@@ -142,20 +142,9 @@ def _lacking(mean: str, wording: str) -> ErasureError:
     )
 
 
-def _share(
-    name: str,
-    hits: np.ndarray,
-    evaluator: str,
-    higher_is_better: bool = True,
-    outcomes: Outcomes = (),
-) -> Score:
+def _share(name: str, hits: np.ndarray, evaluator: str, higher_is_better: bool = True) -> Score:
     return proportion(
-        name,
-        int(hits.sum()),
-        hits.size,
-        higher_is_better=higher_is_better,
-        evaluator=evaluator,
-        outcomes=outcomes,
+        name, int(hits.sum()), hits.size, higher_is_better=higher_is_better, evaluator=evaluator
     )
 
 

@@ -20,22 +20,28 @@ def rendered(template: str, **values: Any) -> str:
     return environment().get_template(template).render(values)
 
 
+def templates(package: str) -> Environment:
+    """The templates of a package's folder `templates`, escaping and strict."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader(package),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 @cache
 def environment() -> Environment:
     """The templates, the script `viewer` and its digest, and filters.
 
     `base64` gives a text as it stands in a `data:` address.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    made = Environment(
-        loader=PackageLoader("erase.eval.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    made = templates("erase.eval.report")
     script = made.get_template(SCRIPT).render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     made.globals |= {"viewer": Markup(script), "viewer_digest": digest}

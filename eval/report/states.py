@@ -3,6 +3,7 @@ the answer rests on."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from erase.eval.report.report import ERASED, EvalReport
@@ -37,7 +38,11 @@ class State:
 def judges(report: EvalReport) -> list[str]:
     """What the names of each judge's scores begin with, of those with UA in both rows: nothing, or
     `CLIP `, or a set's name."""
-    names = [score.name for score in report.check().rows.get(ERASED, [])]
+    return judges_of([score.name for score in report.check().rows.get(ERASED, [])])
+
+
+def judges_of(names: Sequence[str]) -> list[str]:
+    """The same of these scores' names."""
     return [name.removesuffix("UA") for name in names if f" {name}".endswith(" UA")]
 
 

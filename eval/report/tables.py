@@ -11,7 +11,7 @@ from typing import Any
 from erase.eval.images import ImageSet
 from erase.eval.report.bars import bars
 from erase.eval.report.report import BASE, EvalReport
-from erase.eval.report.words import change_text, glossary, signed
+from erase.eval.report.words import VERDICTS, change_text, glossary, signed
 
 
 def _score_cell(report: EvalReport, row: str, name: str) -> dict[str, str] | None:
@@ -28,7 +28,7 @@ def _score_cell(report: EvalReport, row: str, name: str) -> dict[str, str] | Non
     }
     if base and row != BASE:
         cell["change"] = signed(score.value - base.value, base.decimals)
-        cell["verdict"] = ("within noise", "better", "worse")[report.verdict(row, name)]
+        cell["verdict"] = VERDICTS[report.verdict(row, name)]
         if difference := report.difference(row, name):
             cell["paired"] = change_text(base, difference)
     return cell
@@ -112,13 +112,18 @@ def _flat(value: Any) -> str:
     )
 
 
+def commands_of(report: EvalReport) -> list[str]:
+    """The commands that made it, a line each."""
+    commands = report.provenance.get("commands") or []
+    return commands.splitlines() if isinstance(commands, str) else commands
+
+
 def provenance_table(report: EvalReport) -> dict[str, Any]:
     """Commands, config, settings of the evaluation, and all other facts as text."""
     known = {key: report.provenance.get(key) for key in ("commands", "config", "evaluation")}
-    commands = known["commands"] or []
     config = known["config"] or {}
     return {
-        "commands": commands.splitlines() if isinstance(commands, str) else commands,
+        "commands": commands_of(report),
         "config": config if isinstance(config, str) else _indented(config),
         "evaluation": known["evaluation"] and _indented(known["evaluation"]),
         "facts": {

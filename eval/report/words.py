@@ -11,6 +11,8 @@ from erase.eval.scores import Score
 
 ERASED_WORD, PARTLY, NOT_ERASED = "erased", "partly erased", "not erased"
 NOTHING = "this shows nothing"
+VERDICTS = ("within noise", "better", "worse")
+"""of `erase.eval.scores.verdict`, 0, +1 and -1"""
 SIDE_EFFECTS = ("leaked",)
 """names of rates that are low on a base as well, and should stay so"""
 LEAST = 6

@@ -327,9 +327,8 @@ def main() -> None:
     if args.table:
         rows = read_rows(record)
         swept = [row for row in rows if row["variant"].endswith("%")]
-        print(
-            f"{summary(rows)}\n\n{paired(rows)}\n\n{table(rows)}\n\n{grid(swept)}\n\n{prediction(rows)}"
-        )
+        tables = (summary(rows), paired(rows), table(rows), grid(swept), prediction(rows))
+        print("\n\n".join(tables))
         return
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
-"""what every variant but `salun` and those of FEW was measured with; these have the defaults"""
-FEW = ("advunlearn", "race", "few-shot")
+"""what every variant but those of FEW was measured with; these have the defaults"""
+FEW = ("salun", "advunlearn", "race", "few-shot")
 METHODS: dict[str, dict[str, Any]] = {
     "esd": {"train.lr": 3e-4},
     "uce": {},
@@ -203,8 +203,7 @@ def _masks(base: Variant, rules: tuple[str, ...], allocation: str = "global") ->
 def _preset(name: str, precision: str) -> Variant:
     config = get_method(name).config
     settings = replace(config, train=replace(config.train, mixed_precision=precision))
-    latents = LatentConfig() if name == "salun" else MANY
-    return Variant(name, settings, replace(latents, mixed_precision=precision))
+    return Variant(name, settings, _latents(name, precision))
 
 
 def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
@@ -214,8 +213,11 @@ def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
     own = {key: value for key, value in change.items() if not key.startswith("train.")}
     if isinstance(config, TunedConfig):
         own["train"] = replace(config.train, mixed_precision=precision, **train)
-    latents = LatentConfig() if name in FEW else MANY
-    return Variant(name, replace(config, **own), replace(latents, mixed_precision=precision))
+    return Variant(name, replace(config, **own), _latents(name, precision))
+
+
+def _latents(method: str, precision: str) -> LatentConfig:
+    return replace(LatentConfig() if method in FEW else MANY, mixed_precision=precision)
 
 
 def _with(variant: Variant, change: Mapping[str, Any]) -> Variant:

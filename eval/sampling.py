@@ -1,0 +1,62 @@
+"""Sampling as images for evaluation are drawn: by diffusers' own pipeline under our scheduler,
+each row from the noise of its own seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from erase.eval.generate_config import GenerateConfig, scheduler_of
+from erase.models import Cond
+from erase.models.pipelines import Pipeline, arguments
+from erase.prompts.errors import check_ranges
+
+
+def prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
+    """The same parts behind another scheduler: a shallow copy, so that the caller's pipeline stays
+    as it is."""
+    # no more than there are noise levels
+    check_ranges(config, {"steps": (1, pipeline.scheduler.config.num_train_timesteps)})
+    pipe = copy(pipeline)
+    pipe.scheduler = scheduler_of(pipeline.scheduler, config.scheduler)
+    pipe.safety_checker = None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sampled(
+    pipe: Pipeline,
+    cond: Cond,
+    null: Cond,
+    seeds: Sequence[int],
+    guidance: float,
+    steps: int,
+    side: int,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Latents of a batch, one row per seed.
+
+    Args:
+        pipe: as `prepared` gives it.
+        cond: states of the prompts.
+        null: of the empty prompt, as many rows.
+        seeds: of the noise.
+        guidance: scale.
+        steps: of the sampler.
+        side: pixels of the square image.
+        start: noise to start from, before the sampler scales it; None: drawn from the seeds.
+    """
+    latents: Tensor = pipe(
+        **arguments(cond, null),
+        latents=start,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=side,
+        width=side,
+        output_type="latent",
+    ).images
+    return latents
