@@ -40,6 +40,9 @@ def quick(name, **change):
         config = replace(config, samples=4)
     if hasattr(config, "attack_from"):
         config = replace(config, attack_from=1, attack_steps=2)
+    if hasattr(config, "search_steps"):
+        attack = replace(config.attack, steps=2, batch_size=2)
+        config = replace(config, rounds=1, search_steps=2, search_lr=1e-3, attack=attack)
     if hasattr(config, "critic_steps"):
         config = replace(config, critic_steps=2)
     return replace(config, **change)

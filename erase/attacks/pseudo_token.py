@@ -9,7 +9,7 @@ embeddings stand for it. A white-box attack: it has the weights and images of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from erase.attacks import NAMELESS, Attack, Found, Known, seed_of
 from erase.attacks.descent import descend, renamed
+from erase.latents.batches import Rows
 from erase.latents.latent_set import LatentSet
 from erase.models.pipelines import text_encoders
 from erase.prompts.concepts import ConceptSpec
@@ -72,6 +73,23 @@ def find(
 ) -> Found:
     """See `find_pseudo_token`; they stand before prompts that leave the names out."""
     return Found(find_pseudo_token(task, latents, config, restart), NAMELESS)
+
+
+def predict_behind(
+    task: Task, rows: Rows, prompts: Sequence[str], found: Mapping[str, Tensor]
+) -> Tensor:
+    """The prediction of these rows behind a pseudo-token, under these prompts without names; with
+    gradient where enabled.
+
+    Args:
+        task: the model, and the concepts whose names are left out.
+        rows: n of them.
+        prompts: one each.
+        found: text encoder -> embeddings, shape (vectors, width) or (n, vectors, width).
+    """
+    unnamed = [*map(nameless(task.concepts), prompts)]
+    cond = task.cond(unnamed, found).to(rows.noisy.device)  # from an encoder that waits elsewhere
+    return task.model.predict(rows.noisy, rows.t, cond)
 
 
 def nameless(concepts: tuple[ConceptSpec, ...]) -> Callable[[str], str]:

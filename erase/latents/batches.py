@@ -53,6 +53,16 @@ def draw_rows(
     return noised(model, clean, noise, t)
 
 
+def rows_at(
+    model: DiffusionModel, latents: LatentSet, rows: Tensor, t: int, generator: torch.Generator
+) -> Rows:
+    """These rows of a set, all at one timestep: a posterior sample and noise each, from the
+    generator."""
+    clean = latents.draw(rows, generator)
+    noise = torch.randn(clean.shape, generator=generator)
+    return noised(model, clean, noise, torch.full((len(rows),), t))
+
+
 def clean(model: DiffusionModel, rows: Rows, prediction: Tensor) -> Tensor:
     """The clean latents x_0 that a prediction means, whatever is predicted: x_t = a x_0 + b n and
     the prediction c x_0 + d n, so x_0 = (d x_t - b prediction) / (a d - b c)."""

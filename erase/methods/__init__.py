@@ -71,6 +71,8 @@ METHODS: Index[Method[Any]] = Index(
         "hirm": "erase.methods.hirm:METHODS",
         "advunlearn": "erase.methods.advunlearn:METHODS",
         "race": "erase.methods.race:METHODS",
+        "fia": "erase.methods.fia:METHODS",
+        "stereo": "erase.methods.stereo:METHODS",
     },
     Method,
 )

@@ -6,17 +6,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from erase.losses import denoising
 from erase.methods import Method
-from erase.objectives.negative_guidance import target
+from erase.objectives.negative_guidance import away_loss
 from erase.prompts.errors import FINITE, check_ranges
 from erase.task import Edit, Task
-from erase.training.batches import PromptedRows, row_batches
+from erase.training.batches import row_batches
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
-from erase.training.trainable import Base
 
 
 @dataclass
@@ -37,13 +33,8 @@ class ESDConfig(TunedConfig):
 
 def edit(task: Task, config: ESDConfig) -> Edit:
     """Minimise |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 (eq. 5)."""
-
-    def loss(batch: PromptedRows, base: Base) -> dict[str, Tensor]:
-        rows, prompts = batch
-        wanted = target(task, rows, prompts, base, config.guidance)
-        return {"forget": denoising(task.predict(rows, prompts), wanted)}
-
-    return fine_tune(task, loss, row_batches(task, task.forget(), config.train.batch_size), config)
+    batches = row_batches(task, task.forget(), config.train.batch_size)
+    return fine_tune(task, away_loss(task, config.guidance), batches, config)
 
 
 METHODS = {"esd": Method("esd", "https://arxiv.org/abs/2303.07345", ESDConfig(), edit)}

@@ -48,6 +48,22 @@ def forget_and_retain(task: Task, size: int) -> Callable[[int], tuple[PromptedRo
     return lambda step: (forget(step), retain(step))
 
 
+def rows_naming(latents: LatentSet, concept: ConceptSpec, rows: Tensor) -> Tensor:
+    """Those of these rows whose prompts name the concept, in order.
+
+    Raises:
+        ErasureError: none does.
+    """
+    names = Names(concept.names)
+    named = [bool(names.found(text)) for text in texts_of(latents.prompts, rows)]
+    if not any(named):
+        raise ErasureError(
+            f"no forget prompt names {concept.target!r}; add what its captions call it to the "
+            "synonyms"
+        )
+    return rows[torch.tensor(named)]
+
+
 def batches_of(
     task: Task, concept: ConceptSpec, size: int, weights: Tensor
 ) -> Callable[[int], PromptedRows]:
@@ -63,13 +79,8 @@ def batches_of(
     Raises:
         ErasureError: no forget prompt names it.
     """
-    forget, model, names = task.forget(), task.model, Names(concept.names)
-    own = torch.tensor([i for i, text in enumerate(forget.prompts) if names.found(text)])
-    if not len(own):
-        raise ErasureError(
-            f"no forget prompt names {concept.target!r}; add what its captions call it to the "
-            "synonyms"
-        )
+    forget, model = task.forget(), task.model
+    own = rows_naming(forget, concept, torch.arange(len(forget)))
 
     def batches(step: int) -> PromptedRows:
         generator = task.generator(step)
