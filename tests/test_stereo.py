@@ -1,0 +1,203 @@
+"""STEREO: both stages written out on the bare UNet, and that what it found is what it erases."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from erase.attacks import RESTART
+from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token, predict_behind
+from erase.attacks.relearning import changed_to
+from erase.latents.latent_set import LatentSet
+from erase.latents.prepare import Given
+from erase.mask import SaliencyMask
+from erase.methods import get_method
+from erase.models import wrap
+from erase.prompts.errors import ErasureError
+from erase.task import Task
+from erase.training.batches import row_batches
+from erase.training.config import MaskConfig
+from tests.bare import (
+    ANCHORS,
+    CONCEPT,
+    FORGET,
+    PROMPTS,
+    SGD,
+    SIZE,
+    Bare,
+    check,
+    drawn,
+    mean,
+    task_of,
+)
+from tests.bare_text import ids_of, spoken
+from tests.families import FAMILIES
+
+ETA, VECTORS = 1.5, 2
+UNNAMED = ("a", "a red", "a")
+SMALL = replace(
+    get_method("stereo").config,
+    scope="xattn",
+    guidance=ETA,
+    rounds=2,
+    search_steps=2,
+    search_lr=0.05,
+    attack=PseudoTokenConfig(vectors=VECTORS, steps=2, lr=0.05, batch_size=SIZE),
+    train=SGD,
+)
+
+
+@pytest.fixture
+def task(make_pico_pipeline):
+    return task_of(make_pico_pipeline())
+
+
+def edit(task, **change):
+    return get_method("stereo").edit(task, replace(SMALL, **change))
+
+
+class Literal(Bare):
+    """The two stages on the bare pipeline, row by row; a prompt is a function of a row's number
+    that gives its text states."""
+
+    def states(self, texts, found=None):
+        holders = "a " * VECTORS if found is not None else ""
+        ids = ids_of(self.pipeline, [holders + text for text in texts])
+        prefix = None if found is None else found[None].expand(len(ids), -1, -1)
+        return spoken(self.pipeline.text_encoder, ids, prefix)[0]
+
+    def seen(self, unet, row, states):
+        latent, noise, t, _ = row
+        noisy = self.schedule.add_noise(latent[None], noise[None], t[None])
+        return unet(noisy, t[None], states[None]).sample[0]
+
+    def descend(self, loss, steps, lr):
+        for step in range(steps):
+            params = [p for name, p in self.unet.named_parameters() if "attn2" in name]
+            slopes = torch.autograd.grad(loss(step), [p.requires_grad_(True) for p in params])
+            with torch.no_grad():
+                for p, slope in zip(params, slopes, strict=True):
+                    p -= lr * slope
+
+    def guided_loss(self, teacher, prompt, target):
+        """Mean over a step's rows of |eps(p) - target(teacher, row)|^2."""
+
+        def loss(step):
+            errors = []
+            for row in drawn(FORGET, step, 0):
+                with torch.no_grad():
+                    wanted = target(teacher, row)
+                found = self.seen(self.unet, row, prompt(step)[row[3]])
+                errors.append((found - wanted).square().mean())
+            return mean(errors)
+
+        return loss
+
+    def found_again(self, restart):
+        """Textual inversion on the model as it is."""
+        seed = RESTART * restart
+        table = self.pipeline.text_encoder.get_input_embeddings().weight.detach()
+        start = torch.Generator().manual_seed(seed)
+        vectors = table[torch.randint(len(table), (VECTORS,), generator=start)]
+        vectors = vectors.clone().requires_grad_()
+        adam = torch.optim.Adam([vectors], lr=0.05)
+        for step in range(2):
+            states = self.states(UNNAMED, vectors)
+            errors = [
+                (self.seen(self.unet, row, states[row[3]]) - row[1]).square().mean()
+                for row in drawn(FORGET, step, seed)
+            ]
+            (vectors.grad,) = torch.autograd.grad(mean(errors), vectors)
+            adam.step()
+        return vectors.detach()
+
+    def erase(self):
+        empty, prompts = self.states([""])[0], [self.states(PROMPTS)]
+        anchors, base = self.states(ANCHORS), deepcopy(self.unet)
+        for round in range(2):
+            before, last = deepcopy(self.unet), prompts[-1]
+
+            def away(teacher, row, last=last):
+                null = self.seen(teacher, row, empty)
+                return null - ETA * (self.seen(teacher, row, last[row[3]]) - null)
+
+            self.descend(self.guided_loss(before, lambda step, last=last: last, away), 2, 0.05)
+            prompts.append(self.states(UNNAMED, self.found_again(round)))
+
+        def composed(teacher, row):
+            null = self.seen(teacher, row, empty)
+            anchor = ETA * (self.seen(teacher, row, anchors[row[3]]) - null)
+            erased = [ETA * (self.seen(teacher, row, p[row[3]]) - null) for p in prompts]
+            return null + anchor - mean(erased)
+
+        self.unet.load_state_dict(self.base)
+        loss = self.guided_loss(base, lambda step: prompts[step % 3], composed)
+        self.descend(loss, SGD.steps, SGD.lr)
+        named = self.unet.named_parameters()
+        return {f"unet.{name}": p.detach() for name, p in named if "attn2" in name}
+
+
+def test_stereo_takes_the_steps_of_its_algorithm(task, make_pico_pipeline):
+    literal = Literal(make_pico_pipeline())
+    literal.pipeline.text_encoder.requires_grad_(False)
+    check(edit(task).values, literal.erase())
+
+
+def test_the_pseudo_token_that_brought_it_back_brings_it_back_no_more(task):
+    """Of the base, the only model that is attacked where the rounds change nothing: the error of
+    its prediction from what it was rises more than that of ESD's, which has never seen it."""
+    attack = PseudoTokenConfig(vectors=VECTORS, steps=20, lr=0.05, batch_size=3)
+    found = find_pseudo_token(task, FORGET, attack)
+    rows, prompts = row_batches(task, FORGET, 3)(0)
+    before = predict_behind(task, rows, list(prompts), found)
+
+    def moved(values):
+        with changed_to(task.model, values):
+            after = predict_behind(task, rows, list(prompts), found)
+        return float((after - before).square().mean())
+
+    train = replace(SGD, steps=12, lr=0.3, batch_size=3)
+    still = {"rounds": 1, "search_lr": 1e-30, "search_steps": 1, "attack": attack}
+    robust = edit(task, train=train, **still).values
+    plain = replace(get_method("esd").config, train=train, guidance=ETA)
+    assert moved(robust) > 1.2 * moved(get_method("esd").edit(task, plain).values)
+
+
+def test_outside_the_mask_no_stage_changes_a_weight(task, monkeypatch):
+    """Nor do the models that are attacked on the way, whose mask is the same."""
+    attacked = []
+
+    def keep(task, latents, config, restart=0):
+        attacked.append({name: p.clone() for name, p in task.model.parameters().items()})
+        return find_pseudo_token(task, latents, config, restart)
+
+    monkeypatch.setattr("erase.methods.stereo.find_pseudo_token", keep)
+    base = {name: p.detach().clone() for name, p in task.model.parameters().items()}
+    found = edit(task, mask=MaskConfig(rule="remap", density=0.1, batches=2))
+    assert isinstance(found.mask, SaliencyMask) and len(attacked) == 2
+    for values in (*attacked, found.values):
+        changed = [name for name, value in values.items() if not torch.equal(value, base[name])]
+        assert changed and all(name in found.mask for name in changed)
+        for name in changed:
+            outside = ~found.mask[name]
+            assert torch.equal(values[name][outside], base[name][outside])
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_stereo_goes_with_several_encoders_and_pooled_states(family):
+    model = wrap(FAMILIES[family](), family)
+    shape = len(PROMPTS), *model.latent_shape
+    points = LatentSet(torch.randn(shape, generator=torch.Generator()), None, PROMPTS, ANCHORS)
+    task, base = Task(model, [CONCEPT], Given(points, points)), model.parameters()
+    found = edit(task, rounds=1, train=replace(SGD, steps=1)).values
+    assert any(not torch.equal(value, base[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("rounds", 0), ("search_steps", 0), ("search_lr", 0), ("guidance", 1e400)],
+)
+def test_settings_out_of_range_are_refused(setting, value):
+    with pytest.raises(ErasureError, match=setting):
+        replace(SMALL, **{setting: value})
