@@ -1,4 +1,4 @@
-"""FIA: forget it all (ICML 2026, https://arxiv.org/abs/2601.06163).
+"""FIA: forget it all (Deng et al., ICML 2026, https://arxiv.org/abs/2601.06163).
 
 Weights of the second feed-forward layers that respond to the concept's name more than to the rest
 of its prompts become 0; those that several concepts share stay. In seconds, without a step. Not
@@ -43,7 +43,7 @@ class FIAConfig:
     early: float = 0.2
     """they lie in this fraction of all timesteps, the noisiest"""
     samples: int = 32
-    """latents of each concept"""
+    """latents of each concept, at most"""
 
     def __post_init__(self) -> None:
         check_ranges(self, dict.fromkeys(("density", "often", "shared", "early"), (1e-9, 1)))

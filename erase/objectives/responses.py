@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.latents.batches import Rows
+from erase.latents.latent_set import texts_of
 from erase.models.pipelines import denoiser, modules
 from erase.prompts.errors import ErasureError
 from erase.task import Task
@@ -88,7 +89,7 @@ def responses(
     """Moments of each layer's response over these rows under these prompts, one each."""
     with _watched(layers) as found:
         for part in torch.arange(len(rows)).split(BATCH):
-            cond = task.cond([prompts[row] for row in part])
+            cond = task.cond(texts_of(prompts, part))
             task.model.predict(rows.noisy[part], rows.t[part], cond)
     return found
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from erase.attacks.pseudo_token import PseudoTokenConfig
 from erase.latents.prepare import LatentConfig
 from erase.methods import get_method
 from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
@@ -15,7 +16,7 @@ DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
 """what every variant but those of FEW was measured with; these have the defaults"""
-FEW = ("salun", "advunlearn", "race", "few-shot")
+FEW = ("salun", "advunlearn", "race", "few-shot", "fia", "stereo")
 METHODS: dict[str, dict[str, Any]] = {
     "esd": {"train.lr": 3e-4},
     "uce": {},
@@ -62,6 +63,16 @@ METHODS: dict[str, dict[str, Any]] = {
         "attack_steps": 3,
         "attack_from": 15,
         "train.lr": 5e-4,
+        "train.steps": 40,
+        "train.batch_size": 4,
+    },
+    "fia": {"density": 0.3},
+    "stereo": {
+        "rounds": 2,
+        "search_steps": 20,
+        "search_lr": 2e-4,
+        "attack": PseudoTokenConfig(vectors=4, steps=100, lr=2e-2, batch_size=8),
+        "train.lr": 2e-4,
         "train.steps": 40,
         "train.batch_size": 4,
     },
