@@ -42,13 +42,11 @@ class STEREOConfig(TunedConfig):
     rounds: int = 4
     """of erasing what was found last, and finding the concept again"""
     search_steps: int = 200
-    """of the erasure in each round; the last one's are in `train`"""
+    """of the erasure in a round; those of the last erasure are in `train`"""
     search_lr: float = 5e-6
     attack: PseudoTokenConfig = PseudoTokenConfig(vectors=1, steps=3000, lr=5e-3, batch_size=1)
     """how the concept is found again"""
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=200, lr=2e-5, batch_size=1)
-    )
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(200, lr=2e-5, batch_size=1))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,7 +58,8 @@ def search(
     task: Task, config: STEREOConfig, mask: SaliencyMask | None, batches: Batches
 ) -> list[Ask]:
     """How p_0, the concept's name, and p_1 ... p_K are asked for: in round k the model of the round
-    before forgets p_(k-1), as ESD would; then p_k = argmin_p |eps(x_t, p) - noise|^2."""
+    before forgets p_(k-1), as ESD would; then p_k = argmin_p |eps(x_t, p) - noise|^2, from a start
+    that no later attack of the same seed has."""
     train = replace(config.train, steps=config.search_steps, lr=config.search_lr)
     quick, values = replace(config, train=train), dict[str, Tensor]()
     asks: list[Ask] = [task.predict]
@@ -69,7 +68,7 @@ def search(
         with changed_to(task.model, values):
             values = dict(fine_tune(task, loss, batches, quick, mask=mask, part=part).values)
         with changed_to(task.model, values):
-            found = find_pseudo_token(task, task.forget(), config.attack, restart=i)
+            found = find_pseudo_token(task, task.forget(), config.attack, restart=-1 - i)
         asks.append(partial(predict_behind, task, found=found))
     return asks
 
