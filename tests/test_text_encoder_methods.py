@@ -122,7 +122,7 @@ def test_few_shot_raises_the_error_epoch_by_epoch(task):
     """Measured on the same latents, noise and timesteps after each of more and more steps."""
     t, noise = FORGET.draw_noise(torch.arange(3), 1000, task.generator(7))
     noisy, errors = task.model.add_noise(FORGET.latents, noise, t), []
-    for steps in (1, 4, 8, 16):
+    for steps in (4, 8, 16):
         training = replace(FEW_SHOT.train, steps=steps, lr=1e-3, batch_size=3)
         values = get_method("few-shot").edit(task, replace(FEW_SHOT, train=training)).values
         with changed_to(task.model, values), torch.no_grad():
