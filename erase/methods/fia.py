@@ -66,9 +66,8 @@ def sensitivity(
     latents, last = task.forget(), task.model.timesteps - 1
     rows = rows_naming(latents, concept, latents.concept_rows())[: config.samples]
     prompts, unnamed = texts_of(latents.prompts, rows), nameless((concept,))
-    strength, times = (
-        {name: torch.zeros_like(layer.weight) for name, layer in layers.items()} for _ in range(2)
-    )
+    strength = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    times = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
     for k in range(config.steps):
         t = last - int(k * config.early * last / config.steps)
         seen = rows_at(task.model, latents, rows, t, task.generator(k))
