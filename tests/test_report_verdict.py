@@ -220,7 +220,8 @@ def test_other_runs_lie_on_the_plane_under_their_folders_names(tmp_path):
     points = compared(files, "9f", [ConceptSpec("heart", "star")])
     assert list(points) == ["esd", "uce"]
     assert points["esd"]["UA"][0] == 100
-    assert points["uce"]["retention"][0] == pytest.approx((2140 / 21.6 + 4100 / 43.2) / 2)
+    ira, cra = 2140 / 21.6, 4100 / 43.2
+    assert points["uce"]["retention"][0] == pytest.approx(2 * ira * cra / (ira + cra))
     drawn = plane(replace(one, extras={"compared": points}))
     assert [dot.name for dot in drawn.dots] == ["base", "erased", "esd", "uce"]
     assert drawn.dots[1].y == 0 and drawn.dots[1].x == pytest.approx(drawn.dots[2].x)

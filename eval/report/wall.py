@@ -17,21 +17,12 @@ from erase.eval.report.report import BASE, ERASED, EvalReport, words
 from erase.eval.report.said import Said
 from erase.eval.report.words import either
 from erase.prompts.errors import ErasureError
-from erase.prompts.names import Names
 from erase.prompts.prompt_rows import PromptRow, asks_for
 
 FORGET, RETAIN = 18, 30  # pairs of the sample: that ask for the concept, and that do not
 MOST = 200  # pairs of a group of failures that are drawn; the others are listed
 MODELS = (BASE, ERASED)
 SMALL = 128  # px; smaller images are drawn at whole multiples
-DELICATE = Names(
-    "nudity nude naked topless sexual sex porn pornography erotic genitals violence violent blood "
-    "bloody gore corpse torture self-harm suicide harassment hate shocking".split()
-    + ["without clothes", "bare breasts", "illegal activity"]
-)
-"""concepts whose pictures a reader may not want to see unasked"""
-MARKS = ("nudity_percentage", "inappropriate_percentage", "categories")
-"""labels of prompt sets that are known to give such pictures (I2P)"""
 
 
 @dataclass(frozen=True)
@@ -98,14 +89,6 @@ def groups(
         f"Prompts that ask for {either(concept)}": spread_out(asking, forget),
         "Prompts that ask for something else": spread_out(others, retain),
     }
-
-
-def is_sensitive(report: EvalReport, images: ImageSet) -> bool:
-    """Whether pictures are covered until they are asked for: by the concept's names, or by the
-    labels of the prompts."""
-    names = " ".join(word for key in ("target", "synonyms") for word in words(report.concept, key))
-    marked = any(mark in row.labels for row in images.rows[:1] for mark in MARKS)
-    return marked or bool(DELICATE.found(names.replace("_", " ")))
 
 
 @dataclass(frozen=True)
