@@ -9,6 +9,7 @@ import math
 import random
 import re
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,14 @@ from erase.eval.comparing.page import _lead, render
 from erase.eval.comparing.pareto import traded
 from erase.eval.comparing.runs import names_of
 from erase.eval.comparing.saving import as_csv, escaped, latex, markdown
+from erase.eval.comparing.walls import wall
 from erase.eval.finished import evaluate_images
 from erase.eval.metrics.intervals import of_difference
 from erase.eval.outcomes import FILE, KeptOutcomes
 from erase.eval.report import EvalReport, mean_score, proportion
 from erase.eval.report.report import differences
+from erase.eval.report.said import Said
+from erase.eval.report.wall import Wall
 from erase.eval.run import EvaluateConfig
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
@@ -332,9 +336,36 @@ def test_evaluations_keep_what_pairs_them(evaluated):
 
 def test_the_wall_begins_where_the_runs_part(evaluated):
     page = render(compare(load_runs(evaluated)))
-    parted = page.partition("Where the judge tells the runs apart")[2].partition("<h3>")[0]
-    assert parted.count("no heart seen") == parted.count("<li>") > 0
-    assert parted.count("<img") == 3 * parted.count("<li>")
+    parted = page.partition("Where the judges tell the runs apart")[2].partition("<h3>")[0]
+    assert parted.count('<span class="word bad">classifier: heart') == parted.count("<li>") > 0
+    assert parted.count("<img") == parted.count('<span class="word') == 3 * parted.count("<li>")
+
+
+def test_an_images_words_are_those_of_its_report(evaluated):
+    runs = load_runs(evaluated)
+    strips = [strip for group in wall(compare(runs)).groups.values() for strip in group]
+    for one in runs:
+        report = Wall(one.report, one.images["base"], one.images["erased"], Said(one.report))
+        pairs = {(pair.prompt, pair.seed): pair for pair in chain.from_iterable(
+            group.pairs for group in (*report.failures(), *report.sample())
+        )}  # fmt: skip
+        compared = 0
+        for strip in strips:
+            (own,) = [picture for picture in strip.pictures if picture.column == one.name]
+            if pair := pairs.get((strip.prompt, strip.seed)):
+                compared += 1
+                assert dict(pair.words)["erased"] == own.words
+                assert not own.flags or pair.flags == [*own.flags]
+        assert compared > 10
+
+
+def test_pictures_are_covered_by_the_reports_rule(evaluated):
+    one, other = load_runs(evaluated)
+    assert "<body>" in render(compare([one, other]))
+    for images in other.images.values():
+        images.settings["sensitive"] = True
+    page = render(compare([one, other]))
+    assert '<body class="sensitive">' in page and 'type="checkbox" id="uncover"' in page
 
 
 def test_names_are_text_in_the_page_and_missing_images_are_said(three):
