@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -141,7 +141,7 @@ def planned(prompts: PromptSet, out: Path, config: GenerateConfig) -> ImageSet:
         for batch in batches(prompts, config)
         for row in batch.rows
     ]
-    return ImageSet(out, sorted(rows, key=lambda row: row.case), {})
+    return ImageSet(out, sorted(rows, key=lambda row: row.case), asdict(config))
 
 
 def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
