@@ -129,8 +129,9 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, evaluate, print the table."""
+    """Parse, evaluate, print the table and the verdict."""
     from erase.eval.finished import holds_images
+    from erase.eval.report.conclusion import states
     from erase.eval.run import EvaluateConfig
 
     evaluators = judges(argv)
@@ -161,7 +162,11 @@ def main(argv: list[str] | None = None) -> None:
         validate(options, config, protocol, bool(finished))
         return
     judge = of_images if finished else of_weights
-    Console().print(judge(options, config, protocol, commands).table())
+    report, console = judge(options, config, protocol, commands), Console()
+    console.print(report.table())
+    for state in states(report):
+        line = f"{state.question}: {state.word}. {state.said}"
+        console.print(line, markup=False, highlight=False)
     print(f"{options.out}/report.html")
 
 

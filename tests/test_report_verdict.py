@@ -46,6 +46,13 @@ def test_what_is_gone_by_a_judge_of_labels(ua, word):
     assert (gone.question, gone.word) == ("Forgotten", word)
     assert f"seen in {240 - ua} of 240 images (base: 239 of 240)" in gone.said
     assert gone.claims[0].erased.value == pytest.approx(100 - ua / 2.4)
+    whys = {
+        240: "by classifier.",
+        239: "no more than its own error.",
+        180: "more than its own error of 0.6 % accounts for.",
+        2: "which is not fewer beyond the noise.",
+    }
+    assert gone.said.endswith(whys[ua])
 
 
 def test_a_base_that_did_not_show_the_concept_shows_nothing():
@@ -59,7 +66,11 @@ def test_the_worst_judge_decides_and_the_other_is_told():
     clip = [scores(ua, *OTHERS, "CLIP ") for ua in (1, 120)]
     gone = states(told(clip[1], clip[0]))[0]
     assert gone.word == "partly erased" and "120 of 240" in gone.said
-    assert gone.said.endswith("classifier: erased.")
+    assert gone.said == (
+        "The judge that sees most of it decides: heart is still seen in 120 of 240 images (base: "
+        "239 of 240) by classifier, more than its own error of 0.6 % accounts for. classifier: "
+        "erased."
+    )
     blind = [scores(ua, *OTHERS, "CLIP ") for ua in (238, 239)]
     assert states(told(blind[1], blind[0]))[0].word == "erased", "it cannot tell"
 
