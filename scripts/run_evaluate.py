@@ -112,7 +112,7 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "--validate",
         action="store_true",
         help="say what would be judged, by whom, on how many images, what is missing and how long "
-        "drawing takes here, and stop; nothing is written",
+        "drawing, attacks, probes and relearning take here, and stop; nothing is written",
     )
     command.add_argument(
         "--evaluators",
