@@ -10,7 +10,7 @@ anybody's checkpoint (docs/foreign.md), or finished images of one:
 several sets, each scored by itself; or a protocol of the field:
   erase-evaluate --delta D --prompts van-gogh --prompts coco.csv
   erase-evaluate --delta D --protocol mace
-what a command would do, what it lacks and how long it draws:
+what a command would do, what it lacks and how long it takes:
   erase-evaluate --delta D --protocol mace --validate
 
 OUT/report.html is one page for a browser, report.json the same for programs,

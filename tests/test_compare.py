@@ -386,3 +386,15 @@ def test_the_page_in_a_browser(browser, evaluated, tmp_path, width):
     sides = {image.size["width"] for image in find(browser, ".strip img")}
     assert sides and all(side % 64 == 0 for side in sides), "whole multiples of 64 px"
     assert overflow(browser) == 0 and not faults(browser) and requested(browser) == {page}
+
+
+def test_covered_pictures_are_shown_when_asked_for(browser, evaluated, tmp_path):
+    runs = load_runs(evaluated)
+    runs[0].images["base"].settings["sensitive"] = True
+    save_comparison(tmp_path, compare(runs))
+    resize(browser, 390)
+    browser.get((tmp_path / "compare.html").as_uri())
+    images = find(browser, ".strip img")
+    assert images and all("blur" in one.value_of_css_property("filter") for one in images)
+    find(browser, ".uncover")[0].click()
+    assert {one.value_of_css_property("filter") for one in images} == {"none"}

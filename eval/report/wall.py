@@ -106,20 +106,21 @@ class Wall:
         target, found = either(self.report.concept), []
         if judges := self.said.judges(ERASED, "seen"):
             cases = self.said.seen(ERASED)
-            note = (
-                f"Every image of the erased model in which a judge ({', '.join(judges)}) sees "
-                f"{target}."
-            )
+            by = f"judge ({', '.join(judges)})"
+            note = f"Every image of the erased model in which a {by} sees {target}."
+            if not cases:
+                note = f"No {by} sees {target} in any image of the erased model."
             found.append(self._group("still-seen", "Still seen", note, cases, "seen by"))
         if judges := self.said.judges(ERASED, "wrong"):
             harmed = self.said.harmed(BASE, ERASED)
             kept = {row.case for row in self.before.rows if not self.asks(row)}
             mended = kept & self.said.harmed(ERASED, BASE).keys()
-            note = (
-                f"Every retained prompt that a judge ({', '.join(judges)}) found right in the base "
-                f"and not in the erased model. The other way round: {len(mended)}."
-            )
             cases = {case: by for case, by in harmed.items() if case in kept}
+            note = (
+                f"{'Every' if cases else 'There is no'} retained prompt that a judge "
+                f"({', '.join(judges)}) found right in the base and not in the erased model. The "
+                f"other way round: {len(mended)}."
+            )
             found.append(self._group("harmed", "Harmed", note, cases, "wrong to"))
         return found
 
