@@ -16,7 +16,8 @@ import pytest
 
 from erase.eval.comparing import compare, front, load_runs, save_comparison
 from erase.eval.comparing.page import _lead, render
-from erase.eval.comparing.pareto import traded
+from erase.eval.comparing.pareto import Point, Traded, traded
+from erase.eval.comparing.plane import RADIUS, panels
 from erase.eval.comparing.runs import names_of
 from erase.eval.comparing.saving import as_csv, escaped, latex, markdown
 from erase.eval.comparing.walls import wall
@@ -24,6 +25,7 @@ from erase.eval.finished import evaluate_images
 from erase.eval.metrics.intervals import of_difference
 from erase.eval.outcomes import FILE, KeptOutcomes
 from erase.eval.report import EvalReport, mean_score, proportion
+from erase.eval.report.axes import Measure
 from erase.eval.report.report import differences
 from erase.eval.report.said import Said
 from erase.eval.report.wall import Wall
@@ -252,6 +254,17 @@ def test_who_is_beaten_by_chance_is_not_called_beaten(tmp_path):
     )
 
 
+def test_runs_that_are_close_stand_apart_in_the_plane():
+    def point(number, kept):
+        at = {"UA": Measure(100, 93, 100), "retention": Measure(kept, kept - 0.2, 100)}
+        return Point(number, str(number), at)
+
+    found = Traded({"UA": "", "retention": ""}, [point(1, 99.4), point(2, 99.8)], [2])
+    (panel,) = panels(found)
+    one, other = panel.marks
+    assert abs(one.y - other.y) > 2 * RADIUS
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -386,6 +399,15 @@ def test_the_page_in_a_browser(browser, evaluated, tmp_path, width):
     sides = {image.size["width"] for image in find(browser, ".strip img")}
     assert sides and all(side % 64 == 0 for side in sides), "whole multiples of 64 px"
     assert overflow(browser) == 0 and not faults(browser) and requested(browser) == {page}
+
+
+def test_four_columns_fit_twice(browser, evaluated, tmp_path):
+    runs = load_runs([evaluated[0]] * 3, ["one", "two", "three"])
+    save_comparison(tmp_path, compare(runs))
+    resize(browser, 1400)
+    browser.get((tmp_path / "compare.html").as_uri())
+    first, second = find(browser, ".strips")[0].find_elements("css selector", "li")[:2]
+    assert first.rect["y"] == second.rect["y"] and overflow(browser) == 0
 
 
 def test_covered_pictures_are_shown_when_asked_for(browser, evaluated, tmp_path):
