@@ -120,8 +120,9 @@ def worded(
     """
     if not seeds:
         raise ErasureError("prompts by wording need one seed or more; give some")
+    sensitive: bool | None = False
     if source == CANVAS:
-        told, sensitive = canvas_rows(concepts, wordings, cells), False
+        told = canvas_rows(concepts, wordings, cells)
     else:
         book = load_book(source)
         told, sensitive = _of_book(book, concepts, wordings), book.sensitive

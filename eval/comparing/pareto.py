@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from erase.eval.comparing.runs import Run
 from erase.eval.report.axes import (
     ATTACK,
-    RETAINED,
     RETENTION,
     RETENTION_IS,
     Measure,
@@ -58,7 +57,7 @@ def traded(runs: Sequence[Run]) -> Traded | None:
     (`erase.eval.report.axes`). None where no judge gave UA, IRA and CRA to every run."""
     shared = [name for name in _names(runs[0]) if _everywhere(runs, name)]
     judges = judges_of(shared)
-    judge = next((one for one in judges if all(one + name in shared for name in RETAINED)), None)
+    judge = next((one for one in judges if one + "IRA" in shared and one + "CRA" in shared), None)
     if judge is None:
         return None
     attacks = [name for name in shared if plain(name).startswith(ATTACK)]

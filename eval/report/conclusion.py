@@ -55,8 +55,8 @@ def _gone(report: EvalReport) -> State:
     has a UA."""
     judged: list[tuple[str, Claim, float | None]] = []
     for judge in judges(report):
-        error = 100 - known(report, BASE, f"{judge}IRA").value
-        judged.append((forgotten(report, judge), _by_judge(report, judge), error))
+        own = 100 - known(report, BASE, f"{judge}IRA").value
+        judged.append((forgotten(report, judge), _by_judge(report, judge), own))
     for name in rates(report) if not judged else ():
         judged.append((_of_rate(report, name), _by_rate(report, name), None))
     target = either(report.concept)
