@@ -59,8 +59,9 @@ def wall(comparison: Comparison) -> Wall:
         return Wall({}, 0, missing)
     base, concept = owner.images[BASE], own.report.concept
     columns = {BASE: _Column.of(owner, BASE)}
-    columns |= {run.name: _Column.of(run, ERASED) for run in runs}
-    parted = [row for row in base.rows if _parted(row, [columns[run.name] for run in runs])]
+    erased = {run.name: _Column.of(run, ERASED) for run in runs}
+    columns |= erased
+    parted = [row for row in base.rows if _parted(row, list(erased.values()))]
     shown = {"Where the judges tell the runs apart": spread_out(parted, PARTED)}
     shown |= groups(concept, base, ASKING, OTHERS)
     strips = {}
@@ -113,7 +114,7 @@ def _parted(row: ImageRow, columns: Sequence[_Column]) -> bool:
     """Whether the judges that judged all runs' images of a prompt find failures in some alone."""
     asked = _asked(row)
     told = [column for column in columns if asked in column.rows]
-    judges = [{judge for judge, _ in one.said.words(one.row, one.rows[asked].case)} for one in told]
+    judges = [set(dict(one.said.words(one.row, one.rows[asked].case))) for one in told]
     shared = set.intersection(*judges) if judges else set()
     return len({one.flags[asked] & shared for one in told}) > 1
 
