@@ -90,7 +90,7 @@ QUESTIONS = {
     ),
     "relearning": (
         relearning.RELEARNING,
-        relearning.Config(images=[1, 2], steps=[1, 3], lr=[1e-4, 2e-4], batch_size=2, prompts=3),
+        relearning.Config([1, 2], [1, 2], ["full", "benign"], batch_size=2, prompts=2),
     ),
 }
 
