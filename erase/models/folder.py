@@ -22,7 +22,8 @@ from erase.prompts.errors import ErasureError, reason
 
 INDEX = "model_index.json"
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
-WORDS = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5Tokenizer"}
+WORDS = {CLIP: "CLIPTokenizer", PROJECTED: "CLIPTokenizer", T5: "T5Tokenizer"}
+"""text encoder -> its tokenizer"""
 PARTS: dict[str, dict[str, str]] = {
     "StableDiffusionPipeline": {"unet": "UNet2DConditionModel", "text_encoder": CLIP},
     "StableDiffusionXLPipeline": {
@@ -35,6 +36,11 @@ PARTS: dict[str, dict[str, str]] = {
         "text_encoder": PROJECTED,
         "text_encoder_2": PROJECTED,
         "text_encoder_3": T5,
+    },
+    "FluxPipeline": {
+        "transformer": "FluxTransformer2DModel",
+        "text_encoder": CLIP,
+        "text_encoder_2": T5,
     },
 }
 """pipeline class -> its denoiser and text encoders, and their classes; a VAE, a scheduler and a
@@ -176,9 +182,11 @@ def _parts(folder: Path, index: Mapping[str, Any], has_vae: bool) -> dict[str, P
 
 def _expected(kind: str) -> dict[str, str]:
     """part -> its class; a scheduler may be any that diffusers has."""
-    encoders = [part for part in PARTS[kind] if part.startswith("text_encoder")]
-    names = [encoder.replace("text_encoder", "tokenizer") for encoder in encoders]
-    tokenizers = {name: WORDS[name] for name in names}
+    tokenizers = {
+        part.replace("text_encoder", "tokenizer"): WORDS[encoder]
+        for part, encoder in PARTS[kind].items()
+        if encoder in WORDS
+    }
     return {
         **PARTS[kind],
         **tokenizers,
@@ -190,7 +198,7 @@ def _expected(kind: str) -> dict[str, str]:
 def _is(part: Part, known: str) -> bool:
     if known == "scheduler of diffusers":
         return part.library == "diffusers" and scheduler_class(part.kind) is not None
-    library = "transformers" if known in (CLIP, PROJECTED, T5, *WORDS.values()) else "diffusers"
+    library = "transformers" if known in (*WORDS, *WORDS.values()) else "diffusers"
     return part.library == library and part.kind in (
         known,
         f"{known}Fast" if known in WORDS.values() else known,

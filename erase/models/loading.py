@@ -21,6 +21,7 @@ FAMILIES = {
     "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("erase.models.sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("erase.models.sd3", "StableDiffusion3"),
+    "FluxPipeline": ("erase.models.flux", "Flux"),
 }
 """pipeline class in model_index.json -> where its `DiffusionModel` is"""
 
