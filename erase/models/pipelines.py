@@ -24,6 +24,9 @@ Pipeline = Any
 POOLED = "pooled"
 PATCHED = ("FluxPipeline",)
 """pipelines that take and give latents as patches of 2 x 2"""
+T5_TOKENS = {"StableDiffusion3Pipeline": 256, "FluxPipeline": 512}
+"""pipeline -> tokens of a prompt that its T5 reads, where the caller of its stock form gives no
+`max_sequence_length`"""
 
 
 def denoiser(pipeline: Pipeline) -> Any:
@@ -112,7 +115,9 @@ def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None =
 
 def encoded(pipeline: Pipeline, prompts: list[str], device: torch.device) -> Cond:
     """Text states of the prompts, all in one pass; nothing is said of an empty one."""
-    given = {"prompt": prompts, "device": device, "num_images_per_prompt": 1}
+    given: dict[str, Any] = {"prompt": prompts, "device": device, "num_images_per_prompt": 1}
+    if room := T5_TOKENS.get(type(pipeline).__name__):
+        given["max_sequence_length"] = room
     if is_patched(pipeline):
         states, pooled, _ = pipeline.encode_prompt(**given)
         return Cond(states, {POOLED: pooled})

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from erase.models.base import Tokens
 from erase.models.part_files import read_config
-from erase.models.pipelines import Pipeline
+from erase.models.pipelines import T5_TOKENS, Pipeline
 from erase.prompts.errors import ErasureError, reason
 
 FILES = {
@@ -23,8 +23,6 @@ FILES = {
 SPARE = 128
 """a text encoder may have so many more embeddings than there are tokens: tables are padded to round
 sizes"""
-T5_TOKENS = {"StableDiffusion3Pipeline": 256, "FluxPipeline": 512}
-"""pipeline -> its `max_sequence_length`, where its caller gives none"""
 
 
 def tokens(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[Tokens]]:
