@@ -16,7 +16,6 @@ from erase.latents.prepare import Given, LatentConfig, prepare_latents
 from erase.methods import METHODS, get_method
 from erase.models import wrap
 from erase.models.patches import pack, positions, unpack
-from erase.models.pipelines import T5_TOKENS
 from erase.models.scopes import select
 from erase.prompts.errors import ErasureError
 from erase.task import Task
@@ -25,12 +24,6 @@ from tests.test_methods import CONCEPT, quick
 
 BY_UNETS_ALONE = ("forget-me-not", "mace", "rece", "speed", "uce")
 """methods that ask for a projection of the text states themselves, or for cross-attention"""
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """T5 reads fewer tokens, so that training takes less time."""
-    monkeypatch.setitem(T5_TOKENS, "FluxPipeline", 24)
 
 
 @pytest.fixture(params=[True, False], ids=["dev", "schnell"])
@@ -60,7 +53,7 @@ def edit(model, name):
 # ---- methods ----
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short_t5")
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_erases_or_says_why_it_cannot(name):
     model = wrap(tiny_flux(), "flux")
@@ -77,7 +70,7 @@ def test_every_method_erases_or_says_why_it_cannot(name):
     assert all(torch.equal(p, before[key]) for key, p in model.parameters().items())
 
 
-@pytest.mark.usefixtures("short")
+@pytest.mark.usefixtures("short_t5")
 @pytest.mark.parametrize("name", ["esd", "salun-half"])
 def test_methods_ask_for_predictions_without_guidance_in_all_branches(name, pipeline):
     model = wrap(pipeline, "flux")
