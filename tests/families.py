@@ -1,5 +1,5 @@
-"""Stable Diffusion 1, 2, XL and 3 and FLUX.1 in miniature: the layers of the real ones, narrow, with
-random weights."""
+"""Stable Diffusion 1, 2, XL and 3 and FLUX.1 in miniature: the layers of the real ones, narrow,
+with random weights."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""FLUX.1, where it is unlike the other families: patches, the guidance that is an input, the shift by
-the image's size; and what every method makes of it."""
+"""FLUX.1, where it is unlike the other families: patches, the guidance that is an input, the shift
+by the image's size; and what every method makes of it."""
 
 from __future__ import annotations
 

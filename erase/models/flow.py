@@ -1,6 +1,6 @@
-"""Rectified flow (Liu et al., ICLR 2023, https://arxiv.org/abs/2209.03003), which Stable Diffusion 3
-and FLUX.1 are trained by: x_t = (1 - sigma) x_0 + sigma noise, and the prediction is the velocity,
-noise - x_0."""
+"""Rectified flow (Liu et al., ICLR 2023, https://arxiv.org/abs/2209.03003), which Stable Diffusion
+3 and FLUX.1 are trained by: x_t = (1 - sigma) x_0 + sigma noise, and the prediction is the
+velocity, noise - x_0."""
 
 from __future__ import annotations
 

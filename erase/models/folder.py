@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import transformers
+from torch import nn
 
 from erase.models.config import LoadConfig
 from erase.models.part_files import check_part, check_variant, read_config
@@ -66,13 +67,22 @@ class Part(NamedTuple):
     kind: str
 
 
-def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
+def load_folder(
+    folder: Path, name: str, options: LoadConfig, given: Mapping[str, nn.Module] | None = None
+) -> Pipeline:
     """The stock pipeline of a diffusers folder, without network.
+
+    Args:
+        folder: holds model_index.json.
+        name: what errors call it.
+        options: variant, dtype, VAE.
+        given: parts that are there already, of which the folder is not asked.
 
     Raises:
         ErasureError: another family, a part that is missing, damaged, quantised or of another
             class.
     """
+    given = given or {}
     index = read_index(folder)
     kind = index["_class_name"]
     parts = _parts(folder, index, options.vae is not None)
@@ -81,7 +91,7 @@ def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
     wanted = {
         part: entry
         for part, entry in parts.items()
-        if part not in LEFT_OUT and not (part == "vae" and options.vae)
+        if part not in {*LEFT_OUT, *given} and not (part == "vae" and options.vae)
     }
     folders = {part: check_part(folder, part) for part in wanted}
     check_variant(
@@ -93,6 +103,7 @@ def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
         part for part, entry in index.items() if isinstance(entry, list) and part not in wanted
     )
     components |= {part: _load(wanted[part], where, options) for part, where in folders.items()}
+    components |= given
     if options.vae:
         components["vae"] = load_vae(options.vae, _vae_config(folder), options.torch_dtype)
     extra = {"requires_safety_checker": False} if "safety_checker" in index else {}

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Latents (n, c, h, w) as patches, row by row, shape (n, h / 2 * w / 2, 4 c): of each, channel by
-    channel, the four values."""
+    """Latents (n, c, h, w) as patches, row by row, shape (n, h / 2 * w / 2, 4 c): of each, channel
+    by channel, the four values."""
     n, channels, height, width = latents.shape
     cells = latents.reshape(n, channels, height // 2, 2, width // 2, 2)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(n, -1, 4 * channels)

@@ -11,9 +11,10 @@ from erase.prompts.errors import ErasureError, unknown
 
 # A UNet's attn2 looks at the text. In a transformer with joint attention, text and image look at
 # each other through one attention (`attn`), in which each has projections of its own: the text's
-# are called add_*; `attn2`, where there is one, is the image's alone. FLUX's single_transformer_blocks
-# project text and image by the same weights, which are neither the text's nor the image's: only
-# `full`, `noxattn` and, of their feed-forward half, `ff` hold them. Their proj_out is both halves'.
+# are called add_*; `attn2`, where there is one, is the image's alone. FLUX's blocks of one stream
+# (single_transformer_blocks) project text and image by the same weights, which are neither the
+# text's nor the image's: only `full`, `noxattn` and, of their feed-forward half, `ff` hold them.
+# Their proj_out ends both halves.
 _TEXT = r"^unet\..*\battn2\b|^transformer\..*\battn\.(add_|to_add_out|norm_added_)"
 _BLOCK = r"^transformer\.transformer_blocks\..*"
 _IMAGE = rf"^unet\..*\battn1\b|{_BLOCK}\b(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)\b"
