@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from erase.models.single_file.ldm import UNET, Entry, Network
+from erase.models.single_file.ldm import UNET, Entry, Form, Network
 from erase.models.single_file.tensor_file import TensorFile
 from erase.prompts.errors import ErasureError
 
@@ -48,11 +48,11 @@ SINGLE = {
     "attn.norm_k": "norm.key_norm",
     "proj_out": "linear2",
 }
-BLOCKS = {
+BLOCKS: dict[str, tuple[str, dict[str, str]]] = {
     "transformer_blocks": ("double_blocks", DOUBLE),
     "single_transformer_blocks": ("single_blocks", SINGLE),
 }
-STACKS = {
+STACKS: dict[str, dict[str, tuple[str, ...]]] = {
     "transformer_blocks": {
         "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
         "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
@@ -90,7 +90,7 @@ def _entry(name: str, shapes: Mapping[str, tuple[int, ...]]) -> Entry:
     layer, _, leaf = name.rpartition(".")
     found = re.fullmatch(r"(transformer_blocks|single_transformer_blocks)\.(\d+)\.(.+)", layer)
     if found is None:
-        form = "swapped" if layer == "norm_out.linear" else "same"
+        form: Form = "swapped" if layer == "norm_out.linear" else "same"
         return Entry(f"{_known(ENDS, layer, name)}.{leaf}", (f"transformer.{name}",), form)
 
     kind, number, inner = found.groups()

@@ -56,11 +56,16 @@ def load_flux_file(
     return load_folder(folder, str(folder), options, {"transformer": transformer})
 
 
+def _bare(file: TensorFile) -> TensorFile:
+    """The file without the prefix that ComfyUI puts before its keys."""
+    keys = {key.removeprefix(UNET): key for key in file.shapes}
+    shapes = {name: file.shapes[key] for name, key in keys.items()}
+    return replace(file, shapes=shapes, read=lambda name: file.read(keys[name]))
+
+
 def _read(file: TensorFile, config: Path, dtype: torch.dtype) -> nn.Module:
     refuse(file, UNREADABLE)
-    bare = {key.removeprefix(UNET): key for key in file.shapes}
-    shapes = {name: file.shapes[key] for name, key in bare.items()}
-    file = replace(file, shapes=shapes, read=lambda name, whole=file: whole.read(bare[name]))
+    file = _bare(file)
     try:
         with init_empty_weights():
             modules = {"transformer": FluxTransformer2DModel.from_config(read_config(config))}

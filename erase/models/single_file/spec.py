@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
-from erase.models.pipelines import Pipeline, image_size
+from erase.models.pipelines import Pipeline, denoiser, image_size
 from erase.models.single_file.architectures import sd_family
 from erase.models.single_file.recognise import PREDICTIONS
 from erase.prompts.errors import unknown
@@ -33,7 +33,7 @@ def family_name(pipeline: Pipeline) -> str:
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return "sd3"
     if isinstance(pipeline, FluxPipeline):
-        return "flux-dev" if pipeline.transformer.config.guidance_embeds else "flux-schnell"
+        return "flux-dev" if denoiser(pipeline).config.guidance_embeds else "flux-schnell"
     return (
         "sdxl"
         if isinstance(pipeline, StableDiffusionXLPipeline)
