@@ -1,5 +1,5 @@
 """FLUX.1's transformer in one file, in the layout of Black Forest Labs: a bijection, the one that
-diffusers knows; in, out, and as what another program erased."""
+diffusers knows; in, out, and as what another program erased. And its LoRAs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from erase.export import export_single_file
 from erase.export.formats import usage
+from erase.export.lora import extract_lora
 from erase.foreign import read_erased
 from erase.models import LoadConfig, load_model, wrap
 from erase.models.single_file import write_single_file
@@ -163,3 +164,27 @@ def test_damaged_files_are_named(change, message, file, folder, tmp_path):
     save_file(tensors, tmp_path / "damaged.safetensors")
     with pytest.raises(ErasureError, match=message):
         load_model(tmp_path / "damaged.safetensors", options=options(folder))
+
+
+# ---- LoRA ----
+
+
+def test_a_lora_holds_what_its_programs_load(folder, tmp_path):
+    """All linear layers of the transformer and of CLIP, under the names of diffusers, which ComfyUI
+    reads too; diffusers has no place for a T5's."""
+    base = load_model(folder)
+    lora = extract_lora(moved(base), base, rank=4)
+    lora.save(tmp_path / "lora.safetensors")
+    parts = {name.split(".")[0] for name in lora.down}
+    assert lora.layout == "diffusers" and parts == {"transformer", "text_encoder"}
+    linear = {
+        f"transformer.{name}"
+        for name, module in base.component("transformer").named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    assert {name for name in lora.down if name.startswith("transformer.")} == linear
+    assert any(name.startswith("text_encoder_2.") for name in lora.left_out)
+    with safe_open(tmp_path / "lora.safetensors", "pt") as opened:
+        keys, header = set(opened.keys()), opened.metadata()
+    assert {f"{name}.lora_{factor}.weight" for name in lora.down for factor in "AB"} == keys
+    assert header["modelspec.architecture"] == "flux-1-dev/lora"
