@@ -33,7 +33,8 @@ LAYOUTS = {
         "stable-diffusion.cpp and diffusers read"
     ),
     "diffusers": (
-        "names of diffusers, which it reads whole, and ComfyUI those of a transformer (SD 3, FLUX.1)"
+        "names of diffusers, which it reads whole; ComfyUI has those of SD 3's and FLUX.1's "
+        "transformers too"
     ),
 }
 
