@@ -35,10 +35,7 @@ FOREIGN = (
     (r"^(control_model|controlnet_cond_embedding|input_hint_block)\.", "a ControlNet"),
     (r"^(emb_params|clip_[lg]|string_to_param)$", "a textual inversion embedding"),
     (r"(^|\.)joint_blocks\.\d", "Stable Diffusion 3"),
-    (
-        r"(^|\.)(double_blocks|single_blocks|double_stream_blocks)\.\d",
-        "like FLUX.1, and not FLUX.1",
-    ),
+    (r"(^|\.)(double_blocks|single_blocks|double_stream_blocks)\.\d", "of the Flux family"),
     (r"(^|\.)(motion_modules|time_stack|time_mixer)\.", "a video model"),
     (r"^cond_stage_model\.roberta\.", "AltDiffusion"),
     (r"^(embedder\.model|noise_augmentor)\.", "Stable unCLIP"),
