@@ -8,7 +8,7 @@ from math import exp
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 
 from erase.eval.generate_config import GenerateConfig
 from erase.eval.sampling import prepared
@@ -160,6 +160,14 @@ def test_images_of_broken_patches_are_refused_before_the_first():
     pipeline.vae.register_to_config(sample_size=72)
     with pytest.raises(ErasureError, match="sample_size 72, which patches"):
         wrap(pipeline, "x")
+
+
+def test_a_vae_that_tells_no_size_leaves_that_of_the_stock_pipeline():
+    pipeline = tiny_flux()
+    stated = {key: value for key, value in pipeline.vae.config.items() if key != "sample_size"}
+    pipeline.vae = AutoencoderKL.from_config(stated)
+    pipeline.default_sample_size = 128
+    assert (wrap(pipeline).image_size, wrap(pipeline).shift()) == (1024, pytest.approx(exp(1.15)))
 
 
 def test_models_that_take_more_than_noise_are_refused():

@@ -43,14 +43,17 @@ def image_size(pipeline: Pipeline) -> int:
 def latent_side(pipeline: Pipeline) -> int:
     """Side of a latent at the model's own resolution.
 
-    A transformer of FLUX.1 says nothing of it; its VAE does, in pixels.
+    A transformer of FLUX.1 says nothing of it. Its VAE may, in pixels; else it is what the stock
+    pipeline draws.
 
     Raises:
         ErasureError: the denoiser's configuration does not say, or its latents are not square.
     """
     if is_patched(pipeline):
-        pixels: int = pipeline.vae.config.sample_size
-        return pixels // int(pipeline.vae_scale_factor)
+        stated = pipeline.vae.config
+        if "sample_size" in stated.get("_use_default_values", ()):
+            return int(pipeline.default_sample_size)
+        return int(stated.sample_size // pipeline.vae_scale_factor)
     size = denoiser(pipeline).config.sample_size
     side, *others = size if isinstance(size, list | tuple) and size else [size]
     if (

@@ -69,29 +69,34 @@ def load_single_file(
         given = from_folder(config) if config is not None else None
         family = recognise(file, given.family if given else None, vae is not None)
         architecture = _architecture(file, family, given, prediction)
-        modules = architecture.modules()
-        if vae is not None:
-            del modules["vae"]
-            file = replace(
-                file,
-                shapes={
-                    key: shape for key, shape in file.shapes.items() if not key.startswith(ldm.VAE)
-                },
-            )
-        table = ldm.table(family, modules)
-        check_weights(file, table, modules)
-        _check_rest(file, table, family, modules)
-        if ema:
-            if not any(key.startswith("model_ema.diffusion_model") for key in file.shapes):
-                raise ErasureError(
-                    f"{path} holds no moving average of the UNet (model_ema.*); load it without ema"
-                )
-            table = ldm.ema_table(table)
-            check_weights(file, table, modules)
-        fill(file, table, modules, dtype)
+        modules = _filled(file, architecture, dtype, ema, vae is not None)
     if vae is not None:
         modules["vae"] = load_vae(vae, architecture.configs["vae"], dtype)
     return architecture.pipeline(modules)
+
+
+def _filled(
+    file: TensorFile, architecture: Architecture, dtype: torch.dtype, ema: bool, has_vae: bool
+) -> dict[str, nn.Module]:
+    """The networks with the file's weights; `has_vae`: the VAE comes from elsewhere."""
+    family, modules = architecture.family, architecture.modules()
+    if has_vae:
+        del modules["vae"]
+        shapes = {key: shape for key, shape in file.shapes.items() if not key.startswith(ldm.VAE)}
+        file = replace(file, shapes=shapes)
+    table = ldm.table(family, modules)
+    check_weights(file, table, modules)
+    _check_rest(file, table, family, modules)
+    if ema:
+        if not any(key.startswith("model_ema.diffusion_model") for key in file.shapes):
+            raise ErasureError(
+                f"{file.path} holds no moving average of the UNet (model_ema.*); load it without "
+                "ema"
+            )
+        table = ldm.ema_table(table)
+        check_weights(file, table, modules)
+    fill(file, table, modules, dtype)
+    return modules
 
 
 def _check_asked(file: TensorFile, prediction: str | None, ema: bool) -> None:
