@@ -142,6 +142,11 @@ def test_a_file_needs_the_folder_of_the_rest(file, folder, tmp_path):
         load_model(file)
     with pytest.raises(ErasureError, match="load.prediction says nothing"):
         load_model(file, options=options(folder, prediction="epsilon"))
+    broken = tiny_flux()
+    broken.vae.decoder.conv_in.bias[0] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ErasureError, match="vae.decoder.conv_in.bias holds 1 values that are not"):
+        load_model(file, options=options(tmp_path / "broken"))
     tiny_flux(guidance=False).save_pretrained(tmp_path / "schnell")
     with pytest.raises(ErasureError, match="has no place, the first is guidance_in.in_layer.bias"):
         load_model(file, options=options(tmp_path / "schnell"))

@@ -13,7 +13,7 @@ from torch import nn
 
 from erase.models.config import DTYPES, LoadConfig
 from erase.models.part_files import read_config
-from erase.models.pipelines import Pipeline
+from erase.models.pipelines import Pipeline, modules
 from erase.models.single_file import bfl
 from erase.models.single_file.filling import check_weights, fill
 from erase.models.single_file.ldm import UNET
@@ -38,6 +38,7 @@ def load_flux_file(
             not fit the folder's configuration.
     """
     from erase.models.folder import load_folder, read_index
+    from erase.models.loading import check_finite, own
 
     if config is None:
         raise ErasureError(
@@ -53,7 +54,10 @@ def load_flux_file(
     name = next(name for name, one in DTYPES.items() if one == dtype)
     options = LoadConfig(dtype=name, vae=str(vae) if vae else None)
     transformer = _read(file, folder / "transformer" / "config.json", dtype)
-    return load_folder(folder, str(folder), options, {"transformer": transformer})
+    pipeline = load_folder(folder, str(folder), options, {"transformer": transformer})
+    check_finite(modules(pipeline), str(folder))
+    own(modules(pipeline))
+    return pipeline
 
 
 def _bare(file: TensorFile) -> TensorFile:
@@ -68,13 +72,13 @@ def _read(file: TensorFile, config: Path, dtype: torch.dtype) -> nn.Module:
     file = _bare(file)
     try:
         with init_empty_weights():
-            modules = {"transformer": FluxTransformer2DModel.from_config(read_config(config))}
+            networks = {"transformer": FluxTransformer2DModel.from_config(read_config(config))}
     except (TypeError, ValueError, KeyError) as error:
         raise ErasureError(
             f"{config} describes no transformer of FLUX.1 that can be built: {error}"
         ) from error
-    table = bfl.table(modules["transformer"])
-    check_weights(file, table, modules)
+    table = bfl.table(networks["transformer"])
+    check_weights(file, table, networks)
     if surplus := file.shapes.keys() - {entry.key for entry in table}:
         first = min(surplus)
         raise ErasureError(
@@ -83,6 +87,6 @@ def _read(file: TensorFile, config: Path, dtype: torch.dtype) -> nn.Module:
             "(load.config); if they do no harm, leave them out (load.ignore, a regular expression "
             "of how their names begin)"
         )
-    fill(file, table, modules, dtype)
-    module: nn.Module = modules["transformer"]
+    fill(file, table, networks, dtype)
+    module: nn.Module = networks["transformer"]
     return module
