@@ -118,17 +118,18 @@ def test_few_shot_takes_the_steps_of_its_equation(task, make_pico_pipeline):
     check(found, train(bare.pipeline.text_encoder, r"\.mlp\.", loss))
 
 
-def test_few_shot_raises_the_error_epoch_by_epoch(task):
-    """Measured on the same latents, noise and timesteps after each of more and more steps."""
-    t, noise = FORGET.draw_noise(torch.arange(3), 1000, task.generator(7))
-    noisy, errors = task.model.add_noise(FORGET.latents, noise, t), []
-    for steps in (1, 4, 8, 16):
-        training = replace(FEW_SHOT.train, steps=steps, lr=1e-3, batch_size=3)
-        values = get_method("few-shot").edit(task, replace(FEW_SHOT, train=training)).values
+def test_few_shot_raises_the_error(task):
+    """Measured before and after on the same latents, with 32 noises and timesteps of each."""
+    rows = torch.arange(3).repeat(32)
+    t, noise = FORGET.draw_noise(rows, 1000, task.generator(7))
+    noisy, errors = task.model.add_noise(FORGET.latents[rows], noise, t), []
+    training = replace(FEW_SHOT.train, steps=16, lr=1e-3, batch_size=3)
+    learnt = get_method("few-shot").edit(task, replace(FEW_SHOT, train=training)).values
+    for values in ({}, learnt):
         with changed_to(task.model, values), torch.no_grad():
-            found = task.model.predict(noisy, t, task.model.encode(list(PROMPTS)))
+            found = task.model.predict(noisy, t, task.model.encode([*PROMPTS] * 32))
         errors.append(float((found - noise).square().mean()))
-    assert errors == sorted(errors) and errors[-1] > errors[0] + 1e-4
+    assert errors[1] > errors[0] + 5e-4
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])

@@ -39,7 +39,7 @@ class LatentConfig:
 
     n_forget: int = 32
     """forget images in all, over all concepts"""
-    n_retain: int = 64
+    n_retain: int = 128
     """retain images in all"""
     steps: int = 5
     """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""

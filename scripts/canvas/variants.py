@@ -165,7 +165,7 @@ def _of_thin(half: Variant) -> dict[str, dict[str, Variant]]:
     """Rules and densities under the objective of `salun-half`, with few steps and few latents."""
     train = replace(half.settings.train, steps=60, lr=1e-3, warmup=8)
     short = replace(half.settings, train=train, mask=replace(half.settings.mask, batches=8))
-    few = LatentConfig(mixed_precision=train.mixed_precision)
+    few = LatentConfig(n_retain=64, mixed_precision=train.mixed_precision)
     swept = replace(half, settings=short, latents=few, shares=True)
     steps = {f"{count} steps": replace(train, steps=count) for count in (120, 300)}
     return {
