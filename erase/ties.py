@@ -42,7 +42,8 @@ def trimmed(params: Mapping[str, nn.Parameter], delta: ErasedDelta, keep: float)
         sizes[name] = (new.double() - old.double()).abs().float()
 
     values, bits = {}, {}
-    for name, large in top_k(sizes, max(int(keep * delta.count), 1)):
+    count = max(int(keep * delta.count), min(delta.count, 1))
+    for name, large in top_k(sizes, count):
         if len(kept := indices(large)):
             where = torch.zeros(params[name].numel(), dtype=torch.bool)
             where[delta.places(name).index_select(0, kept)] = True

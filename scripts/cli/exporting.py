@@ -43,9 +43,9 @@ def check_options(options: Namespace) -> None:
         )
     if options.keep is not None:
         check_keep(options.keep)
-        if options.on_conflict != "ties":
+        if options.on_conflict != "ties" or len(options.delta) < 2:
             raise ErasureError(
-                f"--keep is for --on_conflict ties, not for {options.on_conflict}; leave it out"
+                "--keep is for --on_conflict ties of several deltas; name that, or leave it out"
             )
     lora_only = [
         name for name in ("rank", "energy", "layout", "lora_delta") if options[name] is not None
