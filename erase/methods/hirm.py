@@ -1,7 +1,7 @@
 """HiRM: high-level representation misdirection (ICLR 2026, https://arxiv.org/abs/2602.19631).
 
 The first layer of a CLIP is trained until the last one's attention says noise in the concept's
-place. In seconds, for every denoiser that reads it; not beside a T5 (SD 3), which still says it."""
+place. In seconds, for every denoiser that reads it; not beside a T5 (SD 3, FLUX.1)."""
 
 from __future__ import annotations
 

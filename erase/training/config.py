@@ -164,7 +164,7 @@ class TunedConfig:
     """Options of every method that takes gradient steps; they compose, and no method sees them."""
 
     scope: str = "full"
-    """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, noxattn,
+    """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, ff, noxattn,
     text_encoder, or a pattern of names"""
     mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
     train: TrainConfig = field(default_factory=TrainConfig)
