@@ -17,6 +17,7 @@ from erase.losses import denoising
 from erase.methods import Method
 from erase.models import DiffusionModel
 from erase.models.pipelines import text_encoders
+from erase.prompts.concepts import earlier_prompts
 from erase.prompts.errors import POSITIVE, ErasureError, check_ranges
 from erase.prompts.retain import without
 from erase.task import Edit, Task
@@ -70,6 +71,7 @@ def edit(task: Task, config: HiRMConfig) -> Edit:
         )
     forget = [prompt for concept in task.concepts for prompt, _ in concept.pairs()]
     listed = [prompt for concept in task.concepts for prompt in concept.retain]
+    listed += earlier_prompts(task.earlier, task.concepts)
     retain = [*without(listed, [name for one in task.concepts for name in one.names])] or [""]
     size = config.train.batch_size
 
