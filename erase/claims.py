@@ -39,7 +39,7 @@ PATHS = {
 NAMES = {
     "base_fingerprint": "fingerprint of the base", "base_id": "base", "created_with": "made with",
     "forget": "digest of the forget latents", "retain": "digest of the retain latents",
-    "loss": "loss of the saliency",
+    "loss": "loss of the saliency", "after": "delta that it goes on from",
 }  # fmt: skip
 """key of a description -> how errors call it"""
 SHOWN = 3

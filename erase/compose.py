@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -18,17 +18,19 @@ from erase.delta.origin import config_of
 from erase.models import DiffusionModel
 from erase.prompts.errors import ErasureError, unknown
 from erase.tensors import all_finite, indices
+from erase.ties import KEEP, Part, check_keep, elected, trimmed
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-ON_CONFLICT = ("sum", "first", "last", "error")
-Part = tuple[Tensor, Tensor, float]
-"""flat indices of the weights that it changes in one tensor, the values there, its scale"""
+ON_CONFLICT = ("sum", "first", "last", "ties", "error")
 
 
 def compose(
-    base: DiffusionModel, parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str = "sum"
+    base: DiffusionModel,
+    parts: Sequence[tuple[ErasedDelta, float]],
+    on_conflict: str = "sum",
+    keep: float = KEEP,
 ) -> ErasedDelta:
     """One delta of several: base + sum of scale * (erased - base), computed in float64 and rounded
     once.
@@ -40,7 +42,9 @@ def compose(
         base: the model that all of them were made from; it stays as it is.
         parts: deltas with their scales.
         on_conflict: for weights that several parts change: sum of the changes; the change of the
-            first or the last part; or error.
+            first or the last part; ties, the mean of those in the direction of their sum, of what
+            `keep` leaves of each part (`erase.ties`); or error.
+        keep: of ties alone: fraction of each part's changes, the largest, that count.
 
     Raises:
         ErasureError: parts of different bases, a scale or a result that is not finite, or a
@@ -52,7 +56,10 @@ def compose(
         raise ErasureError(f"a delta cannot be scaled by {bad[0]}; give a finite number, e.g. 1.0")
     deltas = [delta for delta, _ in parts]
     _check_bases(base, deltas)
+    check_keep(keep)
     live = [(delta, scale) for delta, scale in parts if scale]
+    if on_conflict == "ties":
+        live = [(trimmed(base.parameters(), delta, keep), scale) for delta, scale in live]
     values, bits = {}, {}
     for name, old in _changed_tensors(base, [delta for delta, _ in live]):
         touching = [
@@ -63,7 +70,10 @@ def compose(
         new = _combined(name, old.flatten(), touching, on_conflict).reshape(old.shape)
         if change := difference(old, new):
             values[name], bits[name] = change
-    return ErasedDelta(values, bits, _describe(parts, on_conflict))
+    how: dict[str, str | float] = {"on_conflict": on_conflict}
+    if on_conflict == "ties":
+        how["keep"] = keep
+    return ErasedDelta(values, bits, _describe(parts, how))
 
 
 def _check_bases(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> None:
@@ -96,13 +106,17 @@ def _combined(name: str, base: Tensor, parts: list[Part], on_conflict: str) -> T
     """The new values of one tensor; `base` is flat."""
     if on_conflict in ("first", "last"):
         parts = _disjoint(base, parts if on_conflict == "first" else parts[::-1])
+    if on_conflict == "ties":
+        parts = elected(base, parts)
     changes = torch.zeros(base.shape, dtype=torch.int32)
+    for where, _, _ in parts:
+        changes.scatter_add_(0, where, torch.ones(where.shape, dtype=torch.int32))
     total = base.double()
     for where, values, scale in parts:
-        changes.scatter_add_(0, where, torch.ones(where.shape, dtype=torch.int32))
-        total.scatter_add_(
-            0, where, scale * (values.double() - base.index_select(0, where).double())
-        )
+        change = scale * (values.double() - base.index_select(0, where).double())
+        if on_conflict == "ties":  # the mean of those that are left
+            change /= changes.index_select(0, where)
+        total.scatter_add_(0, where, change)
     if on_conflict == "error" and (changes > 1).any():
         raise ErasureError(
             f"{int((changes > 1).sum())} weights of {name} are changed by several deltas; sum "
@@ -134,7 +148,9 @@ def _disjoint(base: Tensor, parts: list[Part]) -> list[Part]:
     return disjoint
 
 
-def _describe(parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str) -> dict[str, str]:
+def _describe(
+    parts: Sequence[tuple[ErasedDelta, float]], how: Mapping[str, str | float]
+) -> dict[str, str]:
     """Metadata of a composed delta: `concepts` are those that it erases; `parts` tells of each with
     its scale."""
     first = parts[0][0].metadata
@@ -155,7 +171,7 @@ def _describe(parts: Sequence[tuple[ErasedDelta, float]], on_conflict: str) -> d
             if key in first
         },
         "method": "+".join(dict.fromkeys(part["method"] for part in entries)),
-        "config": json.dumps({"on_conflict": on_conflict, "parts": configs}, sort_keys=True),
+        "config": json.dumps({**how, "parts": configs}, sort_keys=True),
         "concepts": json.dumps(
             [concept for delta, scale in parts if scale > 0 for concept in delta.concepts]
         ),

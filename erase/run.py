@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,9 +24,10 @@ from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.models.prompt_checks import check_prompts, cut_prompts
 from erase.parallel.processes import default_device, exists_on_all, peak_memory, processes
 from erase.prompts.canvas import check_canvas
-from erase.prompts.concepts import ConceptSpec, check_together
+from erase.prompts.concepts import ConceptSpec, check_after, check_together
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.reading import as_path
+from erase.sequence import check_earlier, with_earlier
 from erase.task import Edit, Task
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import check_machine, check_scope
@@ -62,6 +65,7 @@ def erase_concept(
     *,
     model: DiffusionModel | None = None,
     out: str | Path | None = None,
+    after: ErasedDelta | None = None,
 ) -> ErasedDelta:
     """Erase one or several concepts; the base stays as it is.
 
@@ -74,10 +78,11 @@ def erase_concept(
         out: a folder for delta.safetensors, mask.safetensors, saliency.safetensors and
             training.json, and for the state of a stopped run: the same call with the same folder
             resumes.
+        after: an earlier erasure of the same base, to go on from (`erase.sequence`).
 
     Returns:
         The delta, which `delta.apply(model)` puts into a base and `erase.export` writes in the
-        formats of others.
+        formats of others. With `after`, it holds the earlier changes too.
 
     Raises:
         ErasureError: bad input, in a sentence that names it; a folder of another run; or no weight
@@ -85,13 +90,13 @@ def erase_concept(
     """
     config = EraseConfig() if config is None else config
     concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
-    _check_request(concepts, config, model)
+    _check_request(concepts, config, model, after)
     method = get_method(config.method)
     settings = method.settings(method_config)
     if isinstance(settings, TunedConfig):
         check_machine(settings)
 
-    folder, description = _folder(out), describe(concepts, config, settings)
+    folder, description = _folder(out), describe(concepts, config, settings, after)
     if isinstance(settings, TunedConfig):
         check_log(settings.train.log_with, folder)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
@@ -104,38 +109,51 @@ def erase_concept(
     model = model or load_model(config.model, default_device(), config.load)
     _check_base(model, settings)
     check_prompts(model, concepts)
+    if after:
+        after.check(model)
 
-    metadata = _metadata(model, concepts, description)
+    earlier_concepts = after.origin.concepts if after else []
+    metadata = _metadata(model, [*earlier_concepts, *concepts], description)
     earlier = _finished(path, metadata, defaults) if path and finished else None
     if folder:
         claim(folder, metadata, defaults, finished)
     if earlier:
         return earlier
 
-    task = Task(model, concepts, config.latents, config.seed, folder)
-    return _erased(task, method, settings, metadata)
+    with after.applied(model) if after else nullcontext(model) as start:
+        task = Task(start, concepts, config.latents, config.seed, folder, earlier_concepts)
+        edit, delta, cost = _erased(task, method, settings, metadata)
+    if after:
+        targets = [concept.target for concept in concepts]
+        delta = with_earlier(model, after, delta, targets, metadata)
+    if folder and processes().is_main_process:
+        _save(folder, edit, delta, cost)
+    processes().wait_for_everyone()  # who goes on finds the files
+    return delta
 
 
 def _erased(
     task: Task, method: Method[Any], settings: Any, metadata: dict[str, str]
-) -> ErasedDelta:
-    """The delta of a method's edit, kept in the task's folder with what it cost."""
+) -> tuple[Edit, ErasedDelta, dict[str, float]]:
+    """A method's edit, its delta against the task's model, and what it cost."""
     started = perf_counter()
     edit = method.edit(task, settings)
     cost = {"seconds": perf_counter() - started, "peak_memory_bytes": peak_memory()}
     base = task.model.parameters()
     delta = ErasedDelta.between(
-        {name: base[name].data for name in edit.values}, edit.values, metadata
+        {name: base[name].data for name in edit.values},
+        edit.values,
+        {**metadata, "base_fingerprint": task.model.fingerprint},
     )
-    _check_changed(delta)
-    if task.folder and processes().is_main_process:
-        _save(task.folder, edit, delta, cost)
-    processes().wait_for_everyone()  # who goes on finds the files
-    return delta
+    _check_changed(delta, task.concepts)
+    return edit, delta, cost
 
 
 def _check_request(
-    concepts: list[ConceptSpec], config: EraseConfig, model: DiffusionModel | None
+    concepts: list[ConceptSpec],
+    config: EraseConfig,
+    model: DiffusionModel | None,
+    after: ErasedDelta | None,
 ) -> None:
     """Refuse, before anything is loaded, what no method could do."""
     if not isinstance(config, EraseConfig):
@@ -144,6 +162,9 @@ def _check_request(
             "method_config"
         )
     check_together(concepts)
+    if after is not None:
+        check_earlier(after)
+        check_after(concepts, after.origin.concepts, after.source)
     if (model.name if model else config.model) == "canvas":
         check_canvas(concepts)
     if config.load.dtype != "float32":
@@ -159,7 +180,14 @@ def _save(folder: Path, edit: Edit, delta: ErasedDelta, cost: dict[str, float]) 
         edit.mask.save(folder / "mask.safetensors")
     with atomic_write(folder / "training.json") as aside:
         aside.write_text(
-            json.dumps({"losses": list(edit.losses), "delta_sha256": delta.sha256, "cost": cost}),
+            json.dumps(
+                {
+                    "losses": list(edit.losses),
+                    "delta_sha256": delta.sha256,
+                    "cost": cost,
+                    "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                }
+            ),
             encoding="utf-8",
         )
     delta.save(folder / FILE)
@@ -189,14 +217,15 @@ def _finished(path: Path, metadata: Mapping[str, str], defaults: Mapping[str, An
     """
     delta = ErasedDelta.load(path)
     check_artifact(path, delta.metadata, metadata, "choose another folder or delete it", defaults)
-    _check_changed(delta)
+    _check_changed(delta, delta.origin.concepts)
     return delta
 
 
-def _check_changed(delta: ErasedDelta) -> None:
+def _check_changed(delta: ErasedDelta, concepts: Sequence[ConceptSpec]) -> None:
     if not delta.count:
+        titles = ", ".join(concept.target for concept in concepts)
         raise ErasureError(
-            f"erasing {delta.title} changed no weight, so there is no delta: either its prompts "
+            f"erasing {titles} changed no weight, so there is no delta: either its prompts "
             "are to the text encoder what their anchors' are, or the steps are too small for "
             "float32; choose another name or anchor, or raise train.lr or train.steps"
         )
@@ -236,12 +265,29 @@ def _cut(model: DiffusionModel, concepts: list[ConceptSpec]) -> dict[str, str]:
     return {"cut_prompts": json.dumps(cut, ensure_ascii=False)} if cut else {}
 
 
-def describe(concepts: list[ConceptSpec], config: EraseConfig, settings: Any) -> dict[str, str]:
-    """Everything that fixes the result but the base, as a delta's metadata."""
+def describe(
+    concepts: list[ConceptSpec],
+    config: EraseConfig,
+    settings: Any,
+    after: ErasedDelta | None = None,
+) -> dict[str, str]:
+    """Everything that fixes the result but the base, as a delta's metadata: methods and concepts of
+    an earlier erasure with those of this one, the config of this one."""
     erase = {**asdict(config), "latents": config.latents.facts}
-    return {
+    named = [asdict(concept) for concept in concepts]
+    facts = {
         "method": config.method,
         "config": json.dumps({"erase": erase, "method": asdict(settings)}, sort_keys=True),
-        "concepts": json.dumps([asdict(concept) for concept in concepts]),
+        "concepts": json.dumps(named),
         "created_with": f"concept-erasure-toolkit {VERSION}, torch {torch.__version__}",
+    }
+    if after is None:
+        return facts
+    known = {key: after.metadata[key] for key in ("license",) if key in after.metadata}
+    return {
+        **facts,
+        **known,
+        "method": "+".join(dict.fromkeys([*after.metadata["method"].split("+"), config.method])),
+        "concepts": json.dumps([*after.concepts, *named]),
+        "after": after.sha256,
     }

@@ -44,6 +44,7 @@ class Task:
         latents: LatentConfig | Source | None = None,
         seed: int = 0,
         folder: Path | None = None,
+        earlier: Sequence[ConceptSpec] = (),
     ) -> None:
         """
         Args:
@@ -52,8 +53,12 @@ class Task:
             latents: how training data is made, if a method asks for any; or its source.
             seed: fixes every draw.
             folder: where long work is kept, so that a stopped run goes on; None: nowhere.
+            earlier: concepts that the model has forgotten before, and must not learn again. The
+                base of this erasure is the model as it is now: it is the teacher, and answers
+                their prompts with their anchors.
         """
         self.model, self.concepts, self.seed, self.folder = model, tuple(concepts), seed, folder
+        self.earlier = tuple(earlier)
         self._latents = latents or LatentConfig()
         self._forget: dict[float, LatentSet] = {}
         self._states: dict[str, Cond] = {}
@@ -122,7 +127,7 @@ class Task:
         cache = self.folder / "latents" if self.folder else None
         if self._latents.cache:
             cache = as_path(self._latents.cache)
-        return Plan(self.model, list(self.concepts), self._latents, self.seed, cache)
+        return Plan(self.model, list(self.concepts), self._latents, self.seed, cache, self.earlier)
 
     @cached_property
     def _retain(self) -> LatentSet:

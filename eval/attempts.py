@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from erase.attacks import Asked
 from erase.eval.case import Case
 from erase.eval.detectors import Detector, pixels_of
 from erase.eval.generate_config import GenerateConfig
@@ -215,6 +216,11 @@ def drawn_by_base(
         folder: where the latents are kept, to be found again; None: nowhere.
     """
     return _of_attacker(base, concepts, max(images, len(concepts)), 1, seed, folder).forget()
+
+
+def asked_of_base(images: int) -> Asked:
+    """What so many of the attacker's images ask of the base, where they are not kept yet."""
+    return Asked(2 * STEPS * images, images)  # with guidance
 
 
 def others_by_base(

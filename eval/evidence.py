@@ -67,8 +67,10 @@ def _check_run(path: Path, delta: ErasedDelta) -> None:
 
 
 def _may_change(mask: SaliencyMask, delta: ErasedDelta) -> bool:
-    """Whether the mask is of the delta's base and lets every weight change that the delta
-    changes."""
+    """Whether the mask is of the weights that the delta began from and lets every weight change
+    that it changed; of the last request, where others came before: theirs may lie elsewhere."""
+    if requests := delta.requests:
+        return mask.metadata.get("base_fingerprint") == requests[-1]["start"]
     if mask.metadata.get("base_fingerprint") != delta.metadata.get("base_fingerprint"):
         return False
     pairs = [(bits, mask.bits.get(name)) for name, bits in delta.bits.items()]

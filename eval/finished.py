@@ -23,7 +23,7 @@ from erase.foreign.files import PARTS
 from erase.models.single_file.tensor_file import SINGLE_FILES
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
-from erase.prompts.prompt_sets import PromptRow, PromptSet, apart
+from erase.prompts.prompt_sets import PromptRow, PromptSet, apart, mark_of
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 FILE = "file"
@@ -77,6 +77,7 @@ def finished_images(folder: str | Path, prompts: PromptSet | None = None) -> Ima
         "images": len(rows),
         "prompt_set": prompts.name,
         "prompt_set_sha256": _plain(prompts).sha256,
+        **prompts.marks,
         "made_by": "another program",
     }
     return ImageSet(folder, sorted(rows, key=lambda row: row.case), settings)
@@ -89,7 +90,8 @@ def prompts_of(images: ImageSet) -> PromptSet:
     for row in images.rows:
         own = None if math.isnan(row.guidance) or row.guidance == usual else row.guidance
         rows.append(PromptRow(row.case, row.prompt, row.seed, own, row.labels))
-    return PromptSet(str(images.settings.get("prompt_set", images.folder.name)), tuple(rows))
+    name = str(images.settings.get("prompt_set", images.folder.name))
+    return PromptSet(name, tuple(rows), images.settings.get("sensitive"))
 
 
 def _prompts_in(folder: Path) -> PromptSet:
@@ -109,7 +111,7 @@ def _plain(prompts: PromptSet) -> PromptSet:
     for row in prompts.rows:
         labels = {key: text for key, text in row.labels.items() if key != FILE}
         rows.append(replace(row, labels=labels))
-    return PromptSet(prompts.name, tuple(rows))
+    return replace(prompts, rows=tuple(rows))
 
 
 def _file_of(row: PromptRow, folder: Path, files: set[str]) -> str:
@@ -217,7 +219,7 @@ def evaluate_images(
 def _together(sets: Sequence[PromptSet]) -> PromptSet:
     """The rows of sets that are numbered apart already."""
     rows = tuple(row for one in sets for row in one.rows)
-    return PromptSet("+".join(one.name for one in sets), rows)
+    return PromptSet("+".join(one.name for one in sets), rows, mark_of(sets))
 
 
 def _about(images: ImageSet) -> Mapping[str, str]:

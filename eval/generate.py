@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -49,6 +49,8 @@ from erase.prompts.prompt_sets import PromptRow, PromptSet
 
 __all__ = ["Batch", "GenerateConfig", "batches", "denoise", "generate", "planned"]
 
+TOLD = ("command", "sensitive")
+"""settings that no image depends on, and that may differ from one run to the next"""
 EMBEDDINGS = 2048  # kept at most; 230 KB each for SD 1.x in float32, 630 KB for SDXL
 
 
@@ -139,7 +141,7 @@ def planned(prompts: PromptSet, out: Path, config: GenerateConfig) -> ImageSet:
         for batch in batches(prompts, config)
         for row in batch.rows
     ]
-    return ImageSet(out, sorted(rows, key=lambda row: row.case), {})
+    return ImageSet(out, sorted(rows, key=lambda row: row.case), asdict(config))
 
 
 def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
@@ -189,6 +191,7 @@ def _own_settings(
         "images": len(prompts.rows),
         "prompt_set": prompts.name,
         "prompt_set_sha256": prompts.sha256,
+        **prompts.marks,
         "scheduler": config.scheduler,
         "steps": config.steps,
         "guidance": float(config.guidance),
@@ -215,7 +218,7 @@ def _check_claim(out: Path, settings: dict[str, Any]) -> None:
         )
     for field in [] if earlier is None else [*settings, *earlier]:
         mine, theirs = settings.get(field), (earlier or {}).get(field)
-        if field != "command" and mine != theirs:
+        if field not in TOLD and mine != theirs:
             raise ErasureError(
                 f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another "
                 "output folder, or delete this one to make its images anew"

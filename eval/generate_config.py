@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 from diffusers import (
@@ -52,9 +53,10 @@ class GenerateConfig:
     steps: int = 20
     """denoising steps"""
     guidance: float = 5.0
-    """classifier-free guidance scale, as diffusers counts it (1 is none); a row's own wins"""
+    """classifier-free guidance scale, as diffusers counts it (1 is none); a row's own wins. FLUX.1
+    dev embeds it (3.5 is usual there), schnell has none"""
     resolution: int | None = None
-    """pixels per side, a multiple of 8; default: the model's own"""
+    """pixels per side, a multiple of 8 (FLUX.1: of 16); default: the model's own"""
     batch_size: int = 32
     """images per batch, at most; it is one of the settings that an image depends on, by rounding"""
 
@@ -72,8 +74,15 @@ class GenerateConfig:
             )
 
 
-def scheduler_of(own: Any, name: str) -> Any:
-    """A scheduler by name, with the noise levels and prediction type of the checkpoint's own."""
+def scheduler_of(own: Any, name: str, told: bool = False) -> Any:
+    """A scheduler by name, with the noise levels and prediction type of the checkpoint's own.
+
+    Args:
+        own: the checkpoint's.
+        name: of `SCHEDULERS`.
+        told: whether the pipeline tells its scheduler the shift of its noise levels, as FLUX's
+            does.
+    """
     flow = isinstance(own, FlowMatchEulerDiscreteScheduler)
     choices = FLOW_SCHEDULERS if flow else SCHEDULERS
     if name not in choices:
@@ -83,4 +92,24 @@ def scheduler_of(own: Any, name: str) -> Any:
         )
     scheduler, options = choices[name]
     shift = {"flow_shift": own.config.shift} if flow else {}
-    return sampler(own, scheduler, name, {**options, **shift})
+    found = sampler(own, scheduler, name, {**options, **shift})
+    if told and scheduler is not type(own):
+        found.register_to_config(**_shift_to_tell(own.config, name))
+    return found
+
+
+def _shift_to_tell(own: Any, name: str) -> dict[str, Any]:
+    """The settings of another scheduler by which a pipeline that reckons the shift, as e^mu with mu
+    linear in the image's patches, comes to the checkpoint's."""
+    shifts = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+    if not own.use_dynamic_shifting:
+        mu = log(own.shift)
+        told = {"base_shift": mu, "max_shift": mu}
+    elif own.time_shift_type == "exponential":
+        told = {option: own[option] for option in shifts}
+    else:
+        raise ErasureError(
+            f"scheduler {name} does not know this model's time_shift_type "
+            f"{own.time_shift_type!r}; use euler"
+        )
+    return {"use_dynamic_shifting": True, "time_shift_type": "exponential", **told}

@@ -1,25 +1,23 @@
 """What an evaluation would do: what is judged by whom, how many images are drawn, what is missing,
-how long the drawing takes. Nothing is written."""
+how long drawing, attacks and relearning take. Nothing is written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from erase.delta import ErasedDelta
+from erase.eval.budget import Budget, Speed, speed
 from erase.eval.case import Case
 from erase.eval.evaluators import EVALUATORS, Evaluator
-from erase.eval.generate import batches, left_to_make, planned
+from erase.eval.generate import left_to_make, planned
 from erase.eval.report.report import BASE, ERASED
 from erase.eval.reporting import asked_of
 from erase.eval.run import EvaluateConfig, made_by
-from erase.eval.sampling import prepared, sampled
-from erase.models import Cond, DiffusionModel, autocast
-from erase.models.pipelines import decode, encode, image_size
+from erase.models import DiffusionModel
 from erase.parallel.processes import processes
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
@@ -27,11 +25,6 @@ from erase.prompts.prompt_sets import PromptSet, apart, joined
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-STEPS = 2
-"""denoising steps that are timed, after one that is not"""
-ROWS = 4
-"""images at a time that a CPU is timed with; a GPU is timed with a whole batch"""
 
 
 @dataclass(frozen=True)
@@ -54,19 +47,22 @@ class Plan:
     """row of the report -> images that are not there yet"""
     missing: list[str]
     """what keeps it from running, a sentence each"""
-    seconds_each: float | None = None
-    """to draw an image on this machine, as timed; None: there is nothing to draw, or it was not
-    timed"""
-    untimed: list[str] | None = None
-    """evaluators that run the model themselves, for as long as their budgets say"""
+    speed: Speed | None = None
+    """of this machine, as timed; None: there is nothing to time, or something is missing"""
+    budgets: Mapping[str, Budget] = field(default_factory=dict)
+    """evaluator that runs the model itself -> what it asks of it"""
+    untimed: Sequence[str] = ()
+    """those that do not say it"""
     processes: int = 1
 
     @property
-    def seconds(self) -> float | None:
-        """Of the drawing, all of it: images that are left x seconds of one / processes."""
-        if self.seconds_each is None:
-            return None
-        return sum(self.to_draw.values()) * self.seconds_each / self.processes
+    def seconds(self) -> dict[str, float]:
+        """Of the drawing, and of each evaluator that runs the model itself."""
+        if self.speed is None:
+            return {}
+        asked = {"drawing": Budget(sum(self.to_draw.values())), **self.budgets}
+        found = {name: self.speed.of(each, self.processes) for name, each in asked.items()}
+        return {name: seconds for name, seconds in found.items() if seconds}
 
     def check(self) -> None:
         """Refuse a plan that cannot run, by all that is missing."""
@@ -93,15 +89,26 @@ class Plan:
         """The sentences under the table."""
         drawn = "; ".join(f"{row}: {count}" for row, count in self.to_draw.items())
         lines = [f"images to draw: {drawn}"]
-        if self.seconds is not None:
-            each = f"{self.seconds_each:.2g} s an image, from denoising steps timed here"
-            lines.append(f"drawing takes about {duration(self.seconds)} ({each})")
-        if self.untimed:
-            lines.append(
-                f"not in it: judging, and what {', '.join(self.untimed)} draw and train by their "
-                "own budgets (docs/attacks.md, docs/probes.md)"
-            )
+        found = self.seconds
+        for name, seconds in found.items():
+            lines.append(f"{name} takes about {duration(seconds)}{self._of(name)}")
+        if len(found) > 1:
+            lines.append(f"together about {duration(sum(found.values()))}")
+        if found:
+            others = [f"what {name} asks of the model" for name in self.untimed]
+            lines.append(f"not in it: {', '.join(['judging', *others])}")
         return lines
+
+    def _of(self, name: str) -> str:
+        """What a time is for."""
+        assert self.speed is not None  # there are seconds
+        if name not in self.budgets:
+            return f" ({self.speed.image:.2g} s an image, from denoising steps timed here)"
+        images, asked = (
+            round(self.budgets[name].images),
+            round(self.budgets[name].asked.predictions),
+        )
+        return f" at most ({images:,} images and {asked:,} predictions, of both models)"
 
 
 def duration(seconds: float) -> str:
@@ -134,7 +141,7 @@ def plan(
     def foresee(one: PromptSet, asked: list[ConceptSpec]) -> Case:
         return Case(planned(one, out / ERASED, config.generate), asked, base=model, delta=delta)
 
-    judged, missing, untimed = judging(apart(sets), concepts, foresee, config)
+    judged, missing, budgets = judging(apart(sets), concepts, foresee, config)
     whole, folder = joined(sets), Path(base_images or out / BASE)
     to_draw = {BASE: len(whole.rows), ERASED: len(whole.rows)}
     try:
@@ -143,9 +150,11 @@ def plan(
             to_draw[ERASED] = _left(model, whole, out / ERASED, config, delta)
     except ErasureError as error:
         missing.append(str(error))
-    timed = any(to_draw.values()) and not missing
-    each = seconds_each(model, whole, config) if timed else None
-    return Plan(judged, to_draw, missing, each, untimed, processes().num_processes)
+    known = {name: each for name, each in budgets.items() if each}
+    timed = (any(to_draw.values()) or known) and not missing
+    pace = speed(model, whole, config.generate) if timed else None
+    untimed = [name for name in budgets if name not in known]
+    return Plan(judged, to_draw, missing, pace, known, untimed, processes().num_processes)
 
 
 def _left(
@@ -164,10 +173,11 @@ def judging(
     concepts: Sequence[ConceptSpec],
     foresee: Callable[[PromptSet, list[ConceptSpec]], Case],
     config: EvaluateConfig,
-) -> tuple[list[Judged], list[str], list[str]]:
-    """Who judges each set, what is missing for it, and who of them runs the model himself; each
-    is asked, and not only the first that refuses."""
-    judged, missing, untimed = [], dict[str, None](), dict[str, None]()
+) -> tuple[list[Judged], list[str], dict[str, Budget | None]]:
+    """Who judges each set, what is missing for it, and who of them runs the model himself, and how
+    much; each is asked, and not only the first that refuses."""
+    judged, missing = [], dict[str, None]()
+    budgets: dict[str, Budget | None] = {}
     for one, asked in asked_of(sets, concepts):
         case, evaluators = foresee(one, asked), dict[str, dict[str, Any]]()
         try:
@@ -181,10 +191,12 @@ def judging(
                 continue  # a set of what must stay is not judged by whom needs a concept
             evaluators[name] = _departures(evaluator, settings)
             missing |= dict.fromkeys(f"{name}: {want}" for want in wants)
-            untimed |= {name: None} if evaluator.needs_model else {}
+            if evaluator.needs_model and not wants:
+                own, before = evaluator.budget(case, settings), budgets.get(name, Budget())
+                budgets[name] = before + own if before and own else None
         named = [concept.target for concept in asked]
         judged.append(Judged(one.name, len(one.rows), named, evaluators))
-    return judged, list(missing), list(untimed)
+    return judged, list(missing), budgets
 
 
 def _refusal(evaluator: Evaluator[Any], case: Case, settings: Any) -> list[str]:
@@ -209,41 +221,3 @@ def _packages(name: str, evaluator: Evaluator[Any]) -> list[str]:
 def _departures(evaluator: Evaluator[Any], settings: Any) -> dict[str, Any]:
     usual = asdict(evaluator.config)
     return {key: value for key, value in asdict(settings).items() if usual.get(key) != value}
-
-
-def seconds_each(
-    model: DiffusionModel,
-    prompts: PromptSet,
-    config: EvaluateConfig,
-    clock: Callable[[], float] = perf_counter,
-) -> float:
-    """Seconds to draw one image here: a step's time x all steps, and the decoding, of a batch, over
-    its images. What the first step alone takes (kernels that are chosen, memory) is left out.
-
-    Args:
-        model: it draws.
-        prompts: the first of them are drawn.
-        config: how.
-        clock: in seconds.
-    """
-    made = config.generate
-    pipe = prepared(model.pipeline(), made)
-    device, batch = pipe._execution_device, batches(prompts, made)[0]
-    rows = batch.rows if device.type != "cpu" else batch.rows[:ROWS]
-    cond = Cond.stack([encode(pipe, [row.prompt], device) for row in rows])
-    null = Cond.stack([encode(pipe, [""], device)] * len(rows))
-    seeds, side = [row.seed for row in rows], made.resolution or image_size(pipe)
-
-    def take(steps: int) -> tuple[float, Any]:
-        began = clock()
-        with autocast(device, made.mixed_precision):
-            latents = sampled(pipe, cond, null, seeds, batch.guidance, steps, side)
-        latents.sum().item()  # until it is there
-        return clock() - began, latents
-
-    most = min(made.steps, STEPS)
-    take(1)
-    spent, latents = take(most)
-    began = clock()
-    decode(pipe, latents, made.mixed_precision).sum().item()
-    return (spent / most * made.steps + clock() - began) / len(rows)

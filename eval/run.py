@@ -194,7 +194,7 @@ def _cases(
 
 def _provenance(delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen) -> dict[str, Any]:
     """Where delta, images and scores came from."""
-    elsewhere = ("config", "concepts", "format")
+    elsewhere = ("config", "concepts", "format", "requests")
     evaluation: dict[str, Any] = {"evaluators": list(chosen), "generate": asdict(config.generate)}
     for evaluator, settings in chosen.values():
         evaluation[evaluator.name] = asdict(settings)
@@ -202,6 +202,7 @@ def _provenance(delta: ErasedDelta, config: EvaluateConfig, chosen: Chosen) -> d
         evaluation["protocol"] = config.protocol
     return {
         **{key: value for key, value in sorted(delta.metadata.items()) if key not in elsewhere},
+        **({"requests": delta.requests} if delta.requests else {}),
         "config": delta.origin.config,
         "delta_sha256": delta.sha256,
         "delta_settings": _settings(delta),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from erase.eval.generate_config import GenerateConfig, scheduler_of
 from erase.models import Cond
-from erase.models.pipelines import Pipeline, arguments
+from erase.models.pipelines import Pipeline, check_side, denoised, image_size, is_patched
 from erase.prompts.errors import check_ranges
 
 
@@ -20,8 +20,9 @@ def prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
     as it is."""
     # no more than there are noise levels
     check_ranges(config, {"steps": (1, pipeline.scheduler.config.num_train_timesteps)})
+    check_side(pipeline, config.resolution or image_size(pipeline))
     pipe = copy(pipeline)
-    pipe.scheduler = scheduler_of(pipeline.scheduler, config.scheduler)
+    pipe.scheduler = scheduler_of(pipeline.scheduler, config.scheduler, is_patched(pipeline))
     pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -49,14 +50,5 @@ def sampled(
         side: pixels of the square image.
         start: noise to start from, before the sampler scales it; None: drawn from the seeds.
     """
-    latents: Tensor = pipe(
-        **arguments(cond, null),
-        latents=start,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        height=side,
-        width=side,
-        output_type="latent",
-    ).images
-    return latents
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return denoised(pipe, cond, null, generators, guidance, steps, side, start)

@@ -183,6 +183,51 @@ def check_together(concepts: Sequence[ConceptSpec]) -> None:
             )
 
 
+def check_after(
+    concepts: Sequence[ConceptSpec], earlier: Sequence[ConceptSpec], source: str
+) -> None:
+    """Refuse concepts that cannot be forgotten by a model that has forgotten others.
+
+    Args:
+        concepts: to be forgotten now.
+        earlier: forgotten before.
+        source: what errors call the earlier erasure.
+
+    Raises:
+        ErasureError: a concept that is gone already, an anchor that is gone, or a concept that
+            stands in the place of an earlier one.
+    """
+    gone = {same(name): concept for concept in earlier for name in concept.names}
+    put = {same(concept.anchor): concept for concept in earlier}
+    for concept in concepts:
+        for name in concept.names:
+            if same(name) in gone:
+                raise ErasureError(
+                    f"{name!r} was erased by {source} already; leave it out, or erase again from "
+                    "the base if it is not gone"
+                )
+            if same(name) in put:
+                first = put[same(name)].target
+                raise ErasureError(
+                    f"{source} draws {name!r} in the place of {first!r}, so that it must stay "
+                    f"there; to forget both, erase {first!r} again with another anchor"
+                )
+        if same(concept.anchor) in gone:
+            raise ErasureError(
+                f"the anchor of {concept.target!r} is {concept.anchor!r}, which {source} erased; "
+                "choose another anchor"
+            )
+
+
+def earlier_prompts(
+    earlier: Sequence[ConceptSpec], concepts: Sequence[ConceptSpec]
+) -> tuple[str, ...]:
+    """The prompts of concepts that were forgotten before, each once, less those that name what is
+    to be forgotten now: what a model must go on answering as it does."""
+    prompts = dict.fromkeys(prompt for concept in earlier for prompt, _ in concept.pairs())
+    return without(prompts, [name for concept in concepts for name in concept.names])
+
+
 def dump(concepts: Sequence[ConceptSpec]) -> str:
     """The concepts as one line of JSON, for metadata; `load_concepts` reads it too."""
     return json.dumps([concept.to_dict() for concept in concepts], ensure_ascii=False)

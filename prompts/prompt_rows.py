@@ -1,4 +1,4 @@
-"""Rows of prompts, one for each image to draw, and how a CSV or a YAML file is read into them."""
+"""Rows of prompts, one for each image to draw, and how a CSV file is read into them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from pathlib import Path
-from string import Formatter
 
 from erase.prompts.errors import ErasureError
-from erase.prompts.reading import as_mapping, as_text, as_texts, read_text, read_yaml
+from erase.prompts.reading import as_text, read_text
 
 # The field's names for one thing, in order of preference: I2P and Imagenette as CSV, I2P on the
 # hub.
 SEED = ("seed", "evaluation_seed", "sd_seed")
 GUIDANCE = ("guidance", "evaluation_guidance", "sd_guidance_scale")
+SENSITIVE = "sensitive"
+I2P = ("nudity_percentage", "inappropriate_percentage", "categories")  # columns of its own
 MOST_ROWS, MOST_CHARACTERS = 1_000_000, 2**30  # of one set, before any row of it is made
 # I2P's prompt 2260 is the word "NuLL". pandas took it for a missing value, and the CSV that the
 # field hands on has lost it.
@@ -76,11 +76,8 @@ def check_rows(rows: Sequence[PromptRow], where: str) -> None:
         seen[row.case] = i
 
 
-# ---- CSV -----------------------------------------------------------------------------------------
-
-
-def csv_rows(path: str | Path) -> tuple[PromptRow, ...]:
-    """The rows of a CSV file (see `PromptSet.from_csv`)."""
+def csv_rows(path: str | Path) -> tuple[tuple[PromptRow, ...], bool | None]:
+    """The rows of a CSV file, and whether they are sensitive (see `PromptSet.from_csv`)."""
     header, *body = _table(path)
     columns = _columns(header.cells, path)
     cells = (dict(zip(columns.names, line.cells, strict=True)) for line in body)
@@ -89,7 +86,15 @@ def csv_rows(path: str | Path) -> tuple[PromptRow, ...]:
         for i, (row, line) in enumerate(zip(cells, body, strict=True))
     )
     check_rows(rows, str(path))
-    return rows
+    return rows, _sensitive(columns, body)
+
+
+def _sensitive(columns: _Columns, body: Sequence[_Line]) -> bool | None:
+    """What the column `sensitive` says of the rows together; without one, I2P's columns say it."""
+    if SENSITIVE not in columns.names:
+        return True if any(mark in columns.names for mark in I2P) else None
+    place = columns.names.index(SENSITIVE)
+    return any([yes_or_no(line.cells[place], line.where) for line in body])
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,7 @@ class _Columns:
 
 
 def _columns(header: Sequence[str], path: str | Path) -> _Columns:
-    parts = ("prompt", "case_number", *SEED, *GUIDANCE)
+    parts = ("prompt", "case_number", SENSITIVE, *SEED, *GUIDANCE)
     plain = {name: _plain_name(name) for name in header}
     names = [
         plain[name] if plain[name] in parts and plain[name] not in header else name
@@ -178,15 +183,17 @@ def _columns(header: Sequence[str], path: str | Path) -> _Columns:
             f"{', '.join(named)[:300]}; {_way_out(header)}"
         )
     case = "case_number" if "case_number" in named else None
-    labels = [name for name in named if name not in ("prompt", seed, guidance, case)]
+    labels = [name for name in named if name not in ("prompt", seed, guidance, case, SENSITIVE)]
     return _Columns(names, seed, guidance, case, labels)
 
 
 def _row(cells: Mapping[str, str], columns: _Columns, index: int, where: str) -> PromptRow:
-    case = _integer(cells[columns.case], f"{where}: the {columns.case}") if columns.case else index
-    seed = _integer(cells[columns.seed], f"{where}: the {columns.seed}")
+    case = (
+        whole_number(cells[columns.case], f"{where}: the {columns.case}") if columns.case else index
+    )
+    seed = whole_number(cells[columns.seed], f"{where}: the {columns.seed}")
     guidance = (
-        _guidance(cells[columns.guidance], where)
+        finite_number(cells[columns.guidance], where)
         if columns.guidance and cells[columns.guidance].strip()
         else None
     )
@@ -199,7 +206,7 @@ def _row(cells: Mapping[str, str], columns: _Columns, index: int, where: str) ->
         raise ErasureError(f"{where}: {error}") from error
 
 
-def _integer(text: str, where: str) -> int:
+def whole_number(text: str, where: str) -> int:
     """A whole number that may end in `.0`, as pandas writes a column that once had gaps."""
     match = re.fullmatch(r"\s*(\d{1,19})(?:\.0*)?\s*", text, re.ASCII)
     if not match or int(match[1]) >= 2**63:
@@ -214,7 +221,8 @@ def _integer(text: str, where: str) -> int:
     return int(match[1])
 
 
-def _guidance(text: str, where: str) -> float:
+def finite_number(text: str, where: str) -> float:
+    """A guidance scale."""
     try:
         number = float(text)
     except ValueError:
@@ -224,73 +232,15 @@ def _guidance(text: str, where: str) -> float:
     return number
 
 
-# ---- YAML ----------------------------------------------------------------------------------------
+def yes_or_no(text: str, where: str) -> bool:
+    """The mark `sensitive`."""
+    flags = {"true": True, "false": False}
+    if (word := text.strip().lower()) not in flags:
+        raise ErasureError(f"{where}: {SENSITIVE} is {text[:40]!r}; write true or false")
+    return flags[word]
 
 
-def yaml_rows(path: str | Path) -> tuple[PromptRow, ...]:
-    """The product of a YAML file's lists (see `PromptSet.from_yaml`)."""
-    raw = read_yaml(path)
-    templates = (
-        as_texts(raw.get("templates", ()), f"{path}: templates") if isinstance(raw, Mapping) else ()
-    )
-    parts = [_parse(template, path) for template in templates]
-    slots = {slot: None for template in parts for _, slot in template if slot}
-    data = as_mapping(raw, ("templates", "seeds", "guidance", *slots), path)
-    for name in ("templates", "seeds", *slots):
-        if not data.get(name):
-            raise ErasureError(f"{path} needs a list `{name}: […]` with something in it")
-    lists = {name: as_texts(data[name], f"{path}: {name}") for name in ("seeds", *slots)}
-    seeds = [
-        _integer(seed, f"{path}: seeds, item {i},") for i, seed in enumerate(lists["seeds"], 1)
-    ]
-    guidance = (
-        _guidance(as_text(data["guidance"], f"{path}: guidance"), str(path))
-        if "guidance" in data
-        else None
-    )
-    _check_product(path, parts, lists)
-    rows: list[PromptRow] = []
-    for template in parts:
-        named = dict.fromkeys(slot for _, slot in template if slot)
-        for values, seed in product(product(*(lists[slot] for slot in named)), seeds):
-            words = dict(zip(named, values, strict=True))
-            prompt = "".join(text + words.get(slot, "") for text, slot in template)
-            rows.append(PromptRow(len(rows), prompt, seed, guidance, words))
-    return tuple(rows)
-
-
-def _parse(template: str, path: str | Path) -> list[tuple[str, str]]:
-    """A template as (text, name of the slot after it or "")."""
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ErasureError(
-            f"{path}: the template {template!r} has an unmatched brace; write {{{{ for a plain one"
-        ) from error
-    for _, slot, spec, conversion in parts:
-        if slot == "" or spec or conversion:
-            raise ErasureError(
-                f"{path}: the template {template!r} has a slot that is not a plain name, such as "
-                f"{{object}}"
-            )
-    return [(text, slot or "") for text, slot, _, _ in parts]
-
-
-def _check_product(
-    path: str | Path, templates: Sequence[list[tuple[str, str]]], lists: Mapping[str, Sequence[str]]
-) -> None:
-    """Refuse more rows, or longer ones, than anybody could draw, before they are made."""
-    rows = characters = 0
-    for template in templates:
-        named = {slot for _, slot in template if slot}
-        count = math.prod(len(lists[slot]) for slot in (*named, "seeds"))
-        rows += count
-        characters += count * sum(
-            len(text) + (max(map(len, lists[slot])) if slot else 0) for text, slot in template
-        )
-    if rows > MOST_ROWS or characters > MOST_CHARACTERS:
-        raise ErasureError(
-            f"{path} would be {rows:,} prompts of {characters // rows:,} characters, and "
-            f"{MOST_ROWS:,} prompts or {MOST_CHARACTERS:,} characters in all are the most; shorten "
-            "its lists, or make several sets"
-        )
+def mark_in(content: Mapping[str, object], where: str | Path) -> bool | None:
+    """The mark `sensitive` of a YAML file; None where it has none."""
+    mark = content.get(SENSITIVE)
+    return None if mark is None else yes_or_no(as_text(mark, f"{where}: {SENSITIVE}"), str(where))

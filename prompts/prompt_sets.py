@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from erase.prompts.canvas import KINDS, vocabulary
 from erase.prompts.errors import ErasureError, unknown
-from erase.prompts.prompt_rows import PromptRow, check_rows, csv_rows, yaml_rows
+from erase.prompts.prompt_product import yaml_rows
+from erase.prompts.prompt_rows import PromptRow, check_rows, csv_rows
 from erase.prompts.reading import DATA
 
 __all__ = [
@@ -39,10 +40,18 @@ class PromptSet:
 
     name: str
     rows: tuple[PromptRow, ...]
+    sensitive: bool | None = None
+    """whether reports cover its pictures until they are asked for; None: it does not say, and they
+    are covered unless the embedded model drew them"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         check_rows(self.rows, f"the prompt set {self.name!r}")
+
+    @property
+    def marks(self) -> dict[str, bool]:
+        """The mark `sensitive`, for the settings of its images; nothing where it does not say."""
+        return {} if self.sensitive is None else {"sensitive": self.sensitive}
 
     @cached_property
     def sha256(self) -> str:
@@ -79,27 +88,28 @@ class PromptSet:
         `prompt`; `seed`, `evaluation_seed` or `sd_seed`; optionally `guidance`,
         `evaluation_guidance` or `sd_guidance_scale` (a cell may be empty), and `case_number` (else
         rows count from 0); capitals and blanks in these names do not matter. An index column is
-        dropped; every other column becomes a label.
+        dropped; every other column becomes a label. A set with I2P's columns is sensitive, and a
+        column `sensitive` of true and false says it for any: one such row makes the set so.
 
         Raises:
             ErasureError: unreadable, malformed or empty file; missing or repeated columns; a bad
                 value, with its row.
         """
-        return cls(Path(path).stem, csv_rows(path))
+        return cls(Path(path).stem, *csv_rows(path))
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> PromptSet:
         """The product of a YAML file's lists.
 
         `templates` with named slots (`A {object} image in {style} style.`), one list for each slot,
-        `seeds`, and optionally `guidance`. Each template is filled with every combination of the
-        slots that it names, which become its labels.
+        `seeds`, and optionally `guidance` and `sensitive` (true or false). Each template is filled
+        with every combination of the slots that it names, which become its labels.
 
         Raises:
             ErasureError: unreadable file or no YAML; an unknown key (the near one is suggested); a
                 slot without a list; a bad value.
         """
-        return cls(Path(path).stem, yaml_rows(path))
+        return cls(Path(path).stem, *yaml_rows(path))
 
 
 def joined(sets: Sequence[PromptSet]) -> PromptSet:
@@ -107,7 +117,13 @@ def joined(sets: Sequence[PromptSet]) -> PromptSet:
     of all of them, `i2p+coco`. Errors as `apart`."""
     numbered = apart(sets)
     rows = [row for one in numbered for row in one.rows]
-    return PromptSet("+".join(one.name for one in sets), tuple(rows))
+    return PromptSet("+".join(one.name for one in sets), tuple(rows), mark_of(sets))
+
+
+def mark_of(sets: Iterable[PromptSet]) -> bool | None:
+    """The mark `sensitive` of several sets together: that of the first that is, or does not say."""
+    marks = [one.sensitive for one in sets]
+    return next((mark for mark in (True, None) if mark in marks), False)
 
 
 def apart(sets: Sequence[PromptSet]) -> list[PromptSet]:
@@ -135,7 +151,7 @@ def apart(sets: Sequence[PromptSet]) -> list[PromptSet]:
         if name in before:
             name = next(f"{name} ({i})" for i in range(2, 99) if f"{name} ({i})" not in before)
         rows = [replace(row, case=start + row.case) for row in one.rows]
-        numbered.append(PromptSet(name, tuple(rows)))
+        numbered.append(PromptSet(name, tuple(rows), one.sensitive))
         start = max(row.case for row in rows) + 1
     return numbered
 
@@ -184,4 +200,4 @@ def canvas_grid(
         for j, cell in enumerate(cells)
         if where.items() <= cell.items()
     )
-    return PromptSet("canvas" + "".join(f"-{name}" for name in where.values()), rows)
+    return PromptSet("canvas" + "".join(f"-{name}" for name in where.values()), rows, False)

@@ -16,7 +16,7 @@ from erase.prompts.canvas_wordings import canvas_rows
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, unknown
 from erase.prompts.names import same
-from erase.prompts.prompt_rows import PromptRow
+from erase.prompts.prompt_rows import SENSITIVE, PromptRow, mark_in
 from erase.prompts.prompt_sets import PromptSet
 from erase.prompts.reading import DATA, as_mapping, as_text, as_texts, read_yaml
 
@@ -39,6 +39,8 @@ class Book:
     """with one {} for a name"""
     concepts: Mapping[str, Mapping[str, tuple[str, ...]]]
     """concept -> one of `LISTS` -> sentences, or names of variants and of neighbours"""
+    sensitive: bool | None = None
+    """see `PromptSet`"""
 
     def rows(self, concept: ConceptSpec, wording: str, gone: set[str]) -> list[tuple[str, str]]:
         """(prompt, label) of one wording of a concept.
@@ -67,7 +69,7 @@ def books() -> list[str]:
 
 def load_book(source: str) -> Book:
     """A shipped book, or a .yaml file: `kind`, `template`, and `concepts`, concept -> some of the
-    lists `variant`, `short`, `long` and `hard`.
+    lists `variant`, `short`, `long` and `hard`; it may say `sensitive`, true or false.
 
     Raises:
         ErasureError: no such book, a missing or unknown key, a bad value.
@@ -76,7 +78,7 @@ def load_book(source: str) -> Book:
     if path.suffix.lower() not in (".yaml", ".yml"):
         raise ErasureError(f"{unknown('book of wordings', source, books())}; or give a .yaml file")
     keys = ("kind", "template", "concepts")
-    content = as_mapping(read_yaml(path), keys, path)
+    content = as_mapping(read_yaml(path), (*keys, SENSITIVE), path)
     for key in keys:
         if key not in content:
             raise ErasureError(f"{path} has no {key!r}; add a line `{key}: …`")
@@ -92,7 +94,8 @@ def load_book(source: str) -> Book:
             wording: as_texts(lists.get(wording, ()), f"{path}: {name}: {wording}")
             for wording in LISTS
         }
-    return Book(source, as_text(content["kind"], f"{path}: kind"), template, concepts)
+    sensitive = mark_in(content, path)
+    return Book(source, as_text(content["kind"], f"{path}: kind"), template, concepts, sensitive)
 
 
 def worded(
@@ -117,17 +120,19 @@ def worded(
     """
     if not seeds:
         raise ErasureError("prompts by wording need one seed or more; give some")
+    sensitive: bool | None = False
     if source == CANVAS:
         told = canvas_rows(concepts, wordings, cells)
     else:
-        told = _of_book(load_book(source), concepts, wordings)
+        book = load_book(source)
+        told, sensitive = _of_book(book, concepts, wordings), book.sensitive
     rows = [
         PromptRow(place * len(seeds) + nth, prompt, seed, None, labels)
         for place, (prompt, labels) in enumerate(told)
         for nth, seed in enumerate(seeds)
     ]
     slug = "-".join(concept.slug for concept in concepts)
-    return PromptSet(f"{Path(source).stem}-wordings-{slug}"[:120], tuple(rows))
+    return PromptSet(f"{Path(source).stem}-wordings-{slug}"[:120], tuple(rows), sensitive)
 
 
 def _of_book(

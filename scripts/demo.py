@@ -10,7 +10,9 @@ any object, style or colour of the embedded world:
 
 from __future__ import annotations
 
+import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from erase.scripts import run_erase, run_evaluate, run_export
@@ -45,7 +47,7 @@ def make_parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Chain the three jobs on the shipped model."""
+    """Chain the three jobs on the shipped model, and say what can be looked at."""
     options = parse(make_parser(), argv)
     alone("erase-demo")
     check_folder(options.out or "")
@@ -83,6 +85,15 @@ def main(argv: list[str] | None = None) -> None:
             ]
         )
     print(f"\nLook at {out}/report/report.html and {out}/report/before_after.png")
+    print(f"Draw your own prompts, the base and the erased model side by side: {live(out)}")
+
+
+def live(out: Path) -> str:
+    """The live page's command, behind what it needs where that is not installed."""
+    command = shlex.join(["erase-live", "--delta", str(out)])
+    if find_spec("gradio"):
+        return command
+    return f"pip install 'concept-erasure-toolkit[live]' && {command}"
 
 
 def cli() -> None:

@@ -13,6 +13,8 @@ on a diffusers folder, a single file or a hub id:
   erase-concept --model PATH --concepts nudity --concept "Van Gogh" --out runs/2
 what a name alone would mean, as YAML for --concepts:
   erase-concept --model PATH --concept "Van Gogh" --propose
+a later request, on top of an earlier erasure; one delta that holds both:
+  erase-concept --after runs/heart --concept Neon --out runs/heart-neon
 a recipe by its name, or a YAML file; options after it win:
   erase-concept --config canvas
 all settings of a preset:
@@ -88,6 +90,14 @@ def make_parser(method: str) -> Parser:
         "--propose", action="store_true", help="print the concepts as YAML, to edit, and stop"
     )
     command.add_argument(
+        "--after",
+        type=str | None,
+        default=None,
+        help="the delta of an earlier erasure of the same base, or its folder, to go on from. What "
+        "it made of the base draws the images and is the teacher; latents.earlier keeps its "
+        "concepts gone. The new delta holds both, and the log of all requests (docs/sequences.md)",
+    )
+    command.add_argument(
         "--out",
         type=str,
         default="runs/erased",
@@ -123,6 +133,7 @@ def hints(config: EraseConfig, settings: Any, concepts: int) -> Iterator[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, erase, say what was made."""
+    from erase.delta import ErasedDelta
     from erase.methods import get_method
     from erase.run import EraseConfig, erase_concept
 
@@ -142,13 +153,15 @@ def main(argv: list[str] | None = None) -> None:
         print(to_yaml(concepts), end="")
         return
     settings = build(type(get_method(method).config), options)
+    after = ErasedDelta.load(options.after) if options.after else None
     if not config_files(argv):
         for hint in hints(config, settings, len(concepts)):
             note(hint)
-    delta = erase_concept(concepts, config, settings, out=options.out)
+    delta = erase_concept(concepts, config, settings, out=options.out, after=after)
+    before = f"; after {after.title}" if after else ""
     print(
         f"{options.out}/delta.safetensors: {delta.count:,} weights changed; "
-        f"{', '.join(c.target + ' -> ' + c.anchor for c in concepts)}"
+        f"{', '.join(c.target + ' -> ' + c.anchor for c in concepts)}{before}"
     )
 
 

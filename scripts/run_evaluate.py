@@ -10,7 +10,7 @@ anybody's checkpoint (docs/foreign.md), or finished images of one:
 several sets, each scored by itself; or a protocol of the field:
   erase-evaluate --delta D --prompts van-gogh --prompts coco.csv
   erase-evaluate --delta D --protocol mace
-what a command would do, what it lacks and how long it draws:
+what a command would do, what it lacks and how long it takes:
   erase-evaluate --delta D --protocol mace --validate
 
 OUT/report.html is one page for a browser, report.json the same for programs,
@@ -112,7 +112,7 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "--validate",
         action="store_true",
         help="say what would be judged, by whom, on how many images, what is missing and how long "
-        "drawing takes here, and stop; nothing is written",
+        "drawing, attacks, probes and relearning take here, and stop; nothing is written",
     )
     command.add_argument(
         "--evaluators",
@@ -129,8 +129,9 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, evaluate, print the table."""
+    """Parse, evaluate, print the table and the verdict."""
     from erase.eval.finished import holds_images
+    from erase.eval.report.conclusion import states
     from erase.eval.run import EvaluateConfig
 
     evaluators = judges(argv)
@@ -161,7 +162,11 @@ def main(argv: list[str] | None = None) -> None:
         validate(options, config, protocol, bool(finished))
         return
     judge = of_images if finished else of_weights
-    Console().print(judge(options, config, protocol, commands).table())
+    report, console = judge(options, config, protocol, commands), Console()
+    console.print(report.table())
+    for state in states(report):
+        line = f"{state.question}: {state.word}. {state.said}"
+        console.print(line, markup=False, highlight=False)
     print(f"{options.out}/report.html")
 
 

@@ -16,6 +16,8 @@ what another program erased (docs/foreign.md), as one delta:
   erase-export --model M --erased X --concepts nudity --format delta --out D
 one delta of two, e.g. for erase-evaluate:
   erase-export --delta A --delta B --format delta --out both.safetensors
+merged as TIES does, the largest half of each one's changes:
+  erase-export --delta A --delta B --on_conflict ties --keep 0.5 --out merged
 an erased checkpoint with the concept put back, which is its base again:
   erase-export --undo --delta D --model ERASED --out restored
 the delta that does so, for programs:
@@ -131,7 +133,15 @@ def _add_deltas(command: Parser) -> None:
         "--on_conflict",
         type=str,
         default="sum",
-        help=f"weights that several deltas change: {', '.join(ON_CONFLICT)}",
+        help=f"weights that several deltas change: {', '.join(ON_CONFLICT)}. ties: of the largest "
+        "changes of each, the mean of those in the direction of their sum",
+    )
+    command.add_argument(
+        "--keep",
+        type=float | None,
+        default=None,
+        help="of --on_conflict ties: the fraction of each delta's changes, the largest, that count "
+        "(0.2 if not given, which is for deltas of all weights; 1: all)",
     )
     command.add_argument(
         "--conflicts",
@@ -162,7 +172,7 @@ def _add_lora(command: Parser) -> None:
         type=str | None,
         default=None,
         help=(
-            "lora: key names (kohya, but for SD 3). "
+            "lora: key names (kohya, but for SD 3 and FLUX.1). "
             f"{'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}"
         ),
     )
@@ -244,6 +254,7 @@ def composed(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespac
     """The one delta of all, with a table of their overlaps where there are several."""
     from erase.compose import compose, conflict_table, conflicts
     from erase.files import atomic_write
+    from erase.ties import KEEP
 
     scales = scales_of(options.scale) or [1.0] * len(deltas)
     if len(deltas) > 1:
@@ -258,7 +269,8 @@ def composed(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespac
     if scales == [1.0]:
         deltas[0].check(model)
         return deltas[0]
-    return compose(model, list(zip(deltas, scales, strict=True)), options.on_conflict)
+    parts = list(zip(deltas, scales, strict=True))
+    return compose(model, parts, options.on_conflict, options.keep or KEEP)
 
 
 def fitted(delta: ErasedDelta, model: DiffusionModel, options: Namespace) -> LoRA:

@@ -1,5 +1,5 @@
-"""Stable Diffusion 1, 2, XL and 3 in miniature: the layers of the real ones, narrow, with random
-weights."""
+"""Stable Diffusion 1, 2, XL and 3 and FLUX.1 in miniature: the layers of the real ones, narrow,
+with random weights."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from diffusers import (
     DiffusionPipeline,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -121,13 +123,7 @@ def tiny_sd3(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
             _text(CLIPTextModelWithProjection, 16, 2, "quick_gelu", 40),
             _text(CLIPTextModelWithProjection, 32, 3, "gelu", 24),
         ]
-        third = (
-            T5EncoderModel(
-                T5Config(vocab_size=64, d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
-            )
-            if t5
-            else None
-        )
+        third = _t5() if t5 else None
         vae = _vae(
             1.5305,
             latent_channels=16,
@@ -150,6 +146,41 @@ def tiny_sd3(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
                 tokenizers[2],
             )
         )
+
+
+def tiny_flux(seed: int = 0, guidance: bool = True) -> FluxPipeline:
+    """FLUX.1 dev: two blocks of two streams and two of one, rotary positions, a CLIP whose pooled
+    state alone is used, a T5, the guidance embedded, a shift by the image's size. Without guidance:
+    schnell."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=64, num_layers=2, num_single_layers=2, attention_head_dim=8,
+            num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=32,
+            guidance_embeds=guidance, axes_dims_rope=(2, 2, 4),
+        )  # fmt: skip
+        clip = _text(CLIPTextModel, 32, 2, "quick_gelu")
+        vae = _vae(
+            0.3611,
+            latent_channels=16,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance else {"shift": 1.0}
+        scheduler = FlowMatchEulerDiscreteScheduler(**shift)
+        pipeline = FluxPipeline(
+            scheduler, vae, clip, _tokenizer(), _t5(), _t5_tokenizer(), transformer
+        )
+        # its side in latents, for calls that name none; 128 is written into the class
+        pipeline.default_sample_size = 8
+        return _stirred(pipeline)
+
+
+def _t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=64, d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
+    )
 
 
 def _t5_tokenizer() -> T5Tokenizer:
@@ -229,4 +260,6 @@ FAMILIES = {
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
     "sd3-without-t5": lambda seed=0: tiny_sd3(seed, t5=False),
+    "flux": tiny_flux,
+    "flux-schnell": lambda seed=0: tiny_flux(seed, guidance=False),
 }

@@ -72,9 +72,8 @@ def image_set(
                 file_sha256(folder / f"{case:05d}.png"),
             )
         )
-    write_settings(
-        folder, {"images": len(rows), "scheduler": "dpm++", "delta": "5c0b" if swap else None}
-    )
+    made = {"model": "canvas", "scheduler": "dpm++", "delta": "5c0b" if swap else None}
+    write_settings(folder, {"images": len(rows)} | made)
     write_manifest(folder, rows)
     return ImageSet.open(folder)
 

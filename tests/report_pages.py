@@ -71,9 +71,10 @@ def failing_report(before: ImageSet, after: ImageSet) -> EvalReport:
     return EvalReport(CONCEPT, rows, {"commands": ["erase it"], "config": {"a": 1}}, extras)
 
 
-def failing_page(folder: Path) -> str:
-    """The page of `failing_report`, with a picture of its attack."""
+def failing_page(folder: Path, sensitive: bool = False) -> str:
+    """The page of `failing_report`, with a picture of its attack; `sensitive`: the sets' mark."""
     before, after = (image_set(folder / name, swap=name == "after") for name in ("before", "after"))
+    before.settings["sensitive"] = sensitive
     (folder / "attack").mkdir()
     (folder / "attack" / "embeds-00001.png").write_bytes(before.path(before.rows[1]).read_bytes())
     setting = Setting(

@@ -61,6 +61,7 @@ SMOOTHING = TunedConfig(
     smoothing=0.01,
     smoothing_draws=2,
     prox_l1=1e-4,
+    prox_l2=0.1,
 )
 VARIANTS = {
     "sgd": (PLAIN, 0.5, LAUNCHES),

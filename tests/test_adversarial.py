@@ -209,8 +209,9 @@ def test_races_attack_stays_in_its_box_and_brings_the_concept_nearer(erased):
     assert error(found) < error(start) and error(found) < error(torch.zeros_like(start))
 
 
+@pytest.mark.usefixtures("short_t5")
 @pytest.mark.parametrize("name", ["advunlearn", "race"])
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_attacks_go_with_several_encoders_and_pooled_states(name, family):
     model = wrap(FAMILIES[family](), family)
     shape = len(PROMPTS), *model.latent_shape

@@ -87,13 +87,13 @@ def again(folder, config, method=METHOD, concept="heart", **options):
 
 
 def files_of(folder):
-    """Path -> content, but for the seconds and the memory that a run took."""
+    """Path -> content, but for the seconds and the memory that a run took, and its date."""
     files = {}
     for path in filter(Path.is_file, folder.rglob("*")):
         files[str(path.relative_to(folder))] = path.read_bytes()
         if path.name == "training.json":
             told = json.loads(path.read_text())
-            del told["cost"]
+            del told["cost"], told["finished"]
             files[str(path.relative_to(folder))] = told
     return files
 

@@ -9,20 +9,26 @@ import math
 import random
 import re
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from erase.eval.comparing import compare, front, load_runs, save_comparison
 from erase.eval.comparing.page import _lead, render
-from erase.eval.comparing.pareto import traded
+from erase.eval.comparing.pareto import Point, Traded, traded
+from erase.eval.comparing.plane import RADIUS, panels
 from erase.eval.comparing.runs import names_of
 from erase.eval.comparing.saving import as_csv, escaped, latex, markdown
+from erase.eval.comparing.walls import wall
 from erase.eval.finished import evaluate_images
 from erase.eval.metrics.intervals import of_difference
 from erase.eval.outcomes import FILE, KeptOutcomes
 from erase.eval.report import EvalReport, mean_score, proportion
+from erase.eval.report.axes import Measure
 from erase.eval.report.report import differences
+from erase.eval.report.said import Said
+from erase.eval.report.wall import Wall
 from erase.eval.run import EvaluateConfig
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
@@ -248,6 +254,17 @@ def test_who_is_beaten_by_chance_is_not_called_beaten(tmp_path):
     )
 
 
+def test_runs_that_are_close_stand_apart_in_the_plane():
+    def point(number, kept):
+        at = {"UA": Measure(100, 93, 100), "retention": Measure(kept, kept - 0.2, 100)}
+        return Point(number, str(number), at)
+
+    found = Traded({"UA": "", "retention": ""}, [point(1, 99.4), point(2, 99.8)], [2])
+    (panel,) = panels(found)
+    one, other = panel.marks
+    assert abs(one.y - other.y) > 2 * RADIUS
+
+
 # ---- files ---------------------------------------------------------------------------------------
 
 
@@ -332,9 +349,36 @@ def test_evaluations_keep_what_pairs_them(evaluated):
 
 def test_the_wall_begins_where_the_runs_part(evaluated):
     page = render(compare(load_runs(evaluated)))
-    parted = page.partition("Where the judge tells the runs apart")[2].partition("<h3>")[0]
-    assert parted.count("no heart seen") == parted.count("<li>") > 0
-    assert parted.count("<img") == 3 * parted.count("<li>")
+    parted = page.partition("Where the judges tell the runs apart")[2].partition("<h3>")[0]
+    assert parted.count('<span class="word bad">classifier: heart') == parted.count("<li>") > 0
+    assert parted.count("<img") == parted.count('<span class="word') == 3 * parted.count("<li>")
+
+
+def test_an_images_words_are_those_of_its_report(evaluated):
+    runs = load_runs(evaluated)
+    strips = [strip for group in wall(compare(runs)).groups.values() for strip in group]
+    for one in runs:
+        report = Wall(one.report, one.images["base"], one.images["erased"], Said(one.report))
+        pairs = {(pair.prompt, pair.seed): pair for pair in chain.from_iterable(
+            group.pairs for group in (*report.failures(), *report.sample())
+        )}  # fmt: skip
+        compared = 0
+        for strip in strips:
+            (own,) = [picture for picture in strip.pictures if picture.column == one.name]
+            if pair := pairs.get((strip.prompt, strip.seed)):
+                compared += 1
+                assert dict(pair.words)["erased"] == own.words
+                assert not own.flags or pair.flags == [*own.flags]
+        assert compared > 10
+
+
+def test_pictures_are_covered_by_the_reports_rule(evaluated):
+    one, other = load_runs(evaluated)
+    assert "<body>" in render(compare([one, other]))
+    for images in other.images.values():
+        images.settings["sensitive"] = True
+    page = render(compare([one, other]))
+    assert '<body class="sensitive">' in page and 'type="checkbox" id="uncover"' in page
 
 
 def test_names_are_text_in_the_page_and_missing_images_are_said(three):
@@ -355,3 +399,24 @@ def test_the_page_in_a_browser(browser, evaluated, tmp_path, width):
     sides = {image.size["width"] for image in find(browser, ".strip img")}
     assert sides and all(side % 64 == 0 for side in sides), "whole multiples of 64 px"
     assert overflow(browser) == 0 and not faults(browser) and requested(browser) == {page}
+
+
+def test_four_columns_fit_twice(browser, evaluated, tmp_path):
+    runs = load_runs([evaluated[0]] * 3, ["one", "two", "three"])
+    save_comparison(tmp_path, compare(runs))
+    resize(browser, 1400)
+    browser.get((tmp_path / "compare.html").as_uri())
+    first, second = find(browser, ".strips")[0].find_elements("css selector", "li")[:2]
+    assert first.rect["y"] == second.rect["y"] and overflow(browser) == 0
+
+
+def test_covered_pictures_are_shown_when_asked_for(browser, evaluated, tmp_path):
+    runs = load_runs(evaluated)
+    runs[0].images["base"].settings["sensitive"] = True
+    save_comparison(tmp_path, compare(runs))
+    resize(browser, 390)
+    browser.get((tmp_path / "compare.html").as_uri())
+    images = find(browser, ".strip img")
+    assert images and all("blur" in one.value_of_css_property("filter") for one in images)
+    find(browser, ".uncover")[0].click()
+    assert {one.value_of_css_property("filter") for one in images} == {"none"}

@@ -356,6 +356,7 @@ class Watched(SavedActivations):
         return found
 
 
+@pytest.mark.usefixtures("short_t5")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(
     ("family", "left_out"),
@@ -363,6 +364,7 @@ class Watched(SavedActivations):
         ("sd1", {"NativeGroupNorm", "NativeLayerNorm", "Silu", "Gelu", "Mul"}),
         ("sdxl", {"NativeGroupNorm", "NativeLayerNorm", "Silu", "Gelu", "Mul"}),
         ("sd3", {"NativeLayerNorm", "Silu", "Gelu", "Mul"}),
+        ("flux", {"NativeLayerNorm", "Silu", "Gelu", "Mul"}),
     ],
 )
 def test_what_is_made_again_has_the_same_bits(family, left_out, precision, monkeypatch):

@@ -246,6 +246,15 @@ def test_the_command_may_change(pipe, tmp_path: Path):
     assert generate(pipe, one, tmp_path, FAST, {"command": "new"}).settings["command"] == "new"
 
 
+def test_images_of_a_set_that_is_marked_later_are_kept_and_get_the_mark(pipe, tmp_path: Path):
+    one = PromptSet("one", ROWS[:1])
+    assert "sensitive" not in generate(pipe, one, tmp_path, FAST, {}).settings
+    pictures = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    marked = generate(pipe, replace(one, sensitive=True), tmp_path, FAST, {})
+    assert marked.settings["sensitive"] is True and len(pictures) == 1
+    assert {path: path.stat().st_mtime_ns for path in pictures} == pictures
+
+
 def test_foreign_images_are_not_overwritten(pipe, tmp_path: Path):
     Image.new("RGB", (4, 4)).save(tmp_path / "00000.png")
     before = files(tmp_path)

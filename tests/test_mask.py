@@ -11,7 +11,7 @@ from erase.prompts.errors import ErasureError
 from erase.scripts.bench import describe_mask
 from erase.tensors import CHUNK, pack, unpack
 from erase.training.statistics import Statistics
-from tests.families import tiny_sd3, tiny_sdxl
+from tests.families import tiny_flux, tiny_sd3, tiny_sdxl
 
 
 def double_argsort(values: dict[str, torch.Tensor], density: float) -> dict[str, torch.Tensor]:
@@ -182,7 +182,7 @@ def test_a_mask_is_described_by_kind_of_layer(tmp_path, capsys):
 def test_every_weight_of_the_families_has_a_kind_of_layer(make_pico_pipeline):
     names = [
         name
-        for pipeline in (make_pico_pipeline(), tiny_sdxl(), tiny_sd3())
+        for pipeline in (make_pico_pipeline(), tiny_sdxl(), tiny_sd3(), tiny_flux())
         for name in wrap(pipeline).parameters()
     ]
     others = [

@@ -1,9 +1,13 @@
 """The measurements on the embedded world: which images judge an erasure, and the tables."""
 
+from xml.etree import ElementTree
+
 import pytest
 
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.prompt_sets import canvas_grid
+from erase.scripts.canvas import sequence
+from erase.scripts.canvas.curve import drawn
 from erase.scripts.canvas.leaderboard import table as leaderboard
 from erase.scripts.canvas.results import Job, asked_for
 from erase.scripts.canvas.tables import grid, paired, prediction, spread, summary
@@ -105,3 +109,49 @@ def test_the_leaderboard_has_the_base_beside_every_variant_and_seeds_in_one_cell
         "| CPU seconds |  | 30.0 |  |",  # of a delta that was found nothing is known
         "| delta, MB |  | 1.2 | 1.2 |",
     ]
+
+
+# ---- requests one after another ------------------------------------------------------------------
+
+FOUR = [canvas_concept(name) for name in ("heart", "Neon", "red", "tree")]
+
+
+def measured(way, count, ua):
+    erased = {"UA": [ua, 40, ua - 5, 100], "IRA": [90, 80, 80, 95], "CRA": [95, 80, 90, 99]}
+    base = {"UA": [2, 40, 0, 8], "IRA": [99, 80, 95, 100], "CRA": [100, 80, 96, 100]}
+    names = [concept.target for concept in FOUR[:count]]
+    facts = {"seconds": 45.2, "changed": 1000, "erased": erased, "base": base}
+    return {"way": way, "concepts": names, **facts}
+
+
+def test_a_sequence_is_judged_by_images_of_each_concept_and_of_none():
+    rows = sequence.asked_for(FOUR, 10, 40).rows
+    for concept in FOUR:
+        own = [row for row in rows if row.labels[concept.kind] == concept.target]
+        assert len(own) >= 10 and len({tuple(row.labels.values()) for row in own}) == len(own)
+    named = {(concept.kind, concept.target) for concept in FOUR}
+    assert sum(not named & set(row.labels.items()) for row in rows) == 40
+
+
+def test_the_table_and_the_curves_of_a_sequence_tell_every_measurement():
+    rows = [measured("sum", 2, 60), measured("sequential", 1, 99), measured("sequential", 2, 97)]
+    lines = sequence.table(rows).splitlines()[2:]
+    assert [line.split(" | ")[:3] for line in lines] == [
+        ["| 1", "heart", "sequential"],
+        ["| 2", "Neon", "sequential"],
+        ["| 2", "Neon", "sum"],
+    ]
+    assert "60.0 [55.0, 100.0], base 2.0 (n 40)" in lines[2]
+    drawing = ElementTree.fromstring(drawn(rows, sequence.WAYS))
+    circles = [one for one in drawing.iter() if one.tag.endswith("circle")]
+    # of each score: the base's two, and both ways' from the one first request
+    assert len(circles) == 3 * (2 + 2 + 2)
+    texts = [one.text for one in drawing.iter() if one.tag.endswith("text")]
+    assert {"sequential", "sum", "base", "UA %"} <= set(texts) and "joint" not in texts
+
+
+def test_a_single_concept_is_erased_once_for_all_ways():
+    slugs = {sequence.Job(way, ("heart",), "salun", 0).slug for way in sequence.WAYS}
+    assert slugs == {"alone-heart-salun-0"}
+    both = {sequence.Job(way, ("heart", "Neon"), "salun", 0).slug for way in sequence.WAYS}
+    assert len(both) == len(sequence.WAYS)

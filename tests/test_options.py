@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from erase.mask import SaliencyMask
+from erase.objectives.null_space import null_space
 from erase.parallel.layout import ActiveWeights, Layout
 from erase.prompts.errors import ErasureError
 from erase.training.checkpoint import Checkpoint
@@ -220,7 +221,9 @@ def test_displaced_values_come_back_to_the_bit_also_after_an_error(params):
 
 
 @pytest.mark.parametrize(
-    "change", [{"sam": 0.0}, {"smoothing": 0.0, "smoothing_draws": 5}, {"prox_l1": 0.0}], ids=str
+    "change",
+    [{"sam": 0.0}, {"smoothing": 0.0, "smoothing_draws": 5}, {"prox_l1": 0.0, "prox_l2": 0.0}],
+    ids=str,
 )
 def test_an_option_at_zero_is_no_option_bit_for_bit(params, change):
     config = replace(PLAIN, train=replace(SGD, optimizer="Adam", steps=5))
@@ -228,21 +231,24 @@ def test_an_option_at_zero_is_no_option_bit_for_bit(params, change):
     assert plain.losses == other.losses and equal(plain.values, other.values)
 
 
-# ---- prox-L1 -------------------------------------------------------------------------------------
+# ---- proximal steps ------------------------------------------------------------------------------
 
 
-def test_the_proximal_step_minimises_what_it_says(params):
-    """argmin_z |z - v|^2 / 2 + threshold |z - base|_1, checked against a fine grid."""
+@pytest.mark.parametrize("pull", [0.0, 0.4])
+def test_the_proximal_step_minimises_what_it_says(params, pull):
+    """argmin_z |z - v|^2 / 2 + threshold |z - base|_1 + pull |z - base|^2 / 2, checked against a
+    fine grid."""
     trainable = Trainable({"a.weight": params["a.weight"]})
     base = params["a.weight"].detach().clone()
     value = trainable.values["a.weight"]
     change = 0.3 * torch.randn(base.shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         value += change
-    soften(trainable, 0.1)
+    soften(trainable, 0.1, pull)
 
     grid = torch.linspace(-2, 2, 40_001)
     cost = (grid[:, None] - change.flatten()).square() / 2 + 0.1 * grid.abs()[:, None]
+    cost += pull * grid.square()[:, None] / 2
     best = grid[cost.argmin(0)].view(base.shape)
     assert torch.allclose(value - base, best, atol=2e-4)
     small = change.abs() < 0.0999
@@ -258,6 +264,52 @@ def test_prox_makes_the_edit_sparse_without_a_mask(params):
         int((values[name] != params[name]).sum()) for values in (dense, sparse) for name in params
     ]
     assert sum(kept[3:]) < sum(kept[:3]) and sum(kept[3:]) > 0
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_prox_l2_draws_every_step_back_to_the_base(params, optimizer):
+    """By hand: the optimizer's own step, then each change over 1 + lr * weight; no momentum of the
+    optimizer sees it."""
+    config = replace(PLAIN, train=replace(SGD, optimizer=optimizer, lr=0.1, steps=6), prox_l2=3.0)
+    hand = {name: param.detach().clone().requires_grad_(True) for name, param in params.items()}
+    steps = getattr(torch.optim, optimizer)(hand.values(), lr=0.1)
+    for _ in range(6):
+        steps.zero_grad()
+        sum(loss_of(hand)(INPUTS, None).values()).backward()
+        steps.step()
+        with torch.no_grad():
+            for name, value in hand.items():
+                value.copy_(params[name] + (value - params[name]) / 1.3)
+    found = train(params, config).values
+    assert all(torch.allclose(found[name], hand[name], atol=1e-5) for name in params)
+
+
+# ---- null spaces ---------------------------------------------------------------------------------
+
+STATES = torch.randn(3, 5, generator=torch.Generator().manual_seed(4))
+SPACES = {"a.weight": null_space(STATES, 1e-6).float()}
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+def test_a_confined_matrix_answers_as_before_whatever_the_optimizer(params, optimizer):
+    """Adam makes steps of another direction than the gradient's: projected gradients would leave
+    the space."""
+    config = replace(PLAIN, train=replace(SGD, optimizer=optimizer, lr=0.05, steps=8))
+    free, held = (train(params, config, spaces=spaces).values for spaces in (None, SPACES))
+    answers = [STATES @ (values["a.weight"] - params["a.weight"]).T for values in (free, held)]
+    assert answers[0].abs().max() > 1e-2 and answers[1].abs().max() < 1e-5
+    assert (held["a.weight"] - params["a.weight"]).abs().max() > 1e-2, "it is to learn elsewhere"
+    assert not torch.equal(held["b.weight"], params["b.weight"])
+
+
+def test_a_confined_matrix_stays_inside_its_mask(params):
+    mask = SaliencyMask.random(params, 0.6, 0)
+    config = replace(PLAIN, train=replace(SGD, lr=0.05))
+    held = train(params, config, mask, spaces=SPACES).values["a.weight"]
+    step = train(params, config, mask).values["a.weight"] - params["a.weight"]
+    wanted = torch.where(mask["a.weight"], step @ SPACES["a.weight"], 0)
+    assert torch.allclose(held - params["a.weight"], wanted, atol=1e-6) and wanted.any()
+    assert torch.equal(held[~mask["a.weight"]], params["a.weight"][~mask["a.weight"]])
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -326,6 +378,7 @@ ALL = {
     "sam": {"sam": 0.1},
     "smoothing": {"smoothing": 0.05},
     "prox": {"prox_l1": 0.01},
+    "prox-both": {"prox_l1": 0.01, "prox_l2": 0.5},
     "lora": {"lora_rank": 2},
     "sam-surgery-prox": {"sam": 0.1, "combine": "surgery", "prox_l1": 0.01},
     "sam-barrier": {"sam": 0.1, "combine": "barrier"},
@@ -370,6 +423,9 @@ def test_under_any_option_the_mask_holds_the_base_stays_and_a_resumed_run_is_the
     [
         ({"sam": 0.1, "smoothing": 0.1}, "choose one"),
         ({"prox_l1": 0.1, "lora_rank": 4}, "choose one"),
+        ({"prox_l2": 0.1, "lora_rank": 4}, "choose one"),
+        ({"confine": 0.1, "lora_rank": 4}, "choose one"),
+        ({"confine": 1.5}, "confine is 1.5"),
         ({"combine": "sugery"}, "did you mean 'surgery'"),
         ({"combine": "surgery", "sam": -1}, "sam is -1"),
     ],

@@ -8,9 +8,11 @@ from time import perf_counter
 
 import pytest
 
+from erase.attacks import Asked
+from erase.eval.budget import Budget, Speed, speed
 from erase.eval.evaluators import EVALUATORS
 from erase.eval.generate import GenerateConfig, generate
-from erase.eval.plan import Plan, duration, plan, seconds_each
+from erase.eval.plan import Plan, duration, plan
 from erase.eval.run import EvaluateConfig, evaluate
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import of_prompts
@@ -37,7 +39,7 @@ def test_a_plan_counts_what_is_left_to_draw_and_writes_nothing(model, tmp_path):
     evaluate(model, delta, PROMPTS, out, CONFIG, base_images=kept)
     there = files(tmp_path)
     again = plan(model, delta, PROMPTS, out, CONFIG, base_images=kept)
-    assert again.to_draw == {"base": 0, "erased": 0} and again.seconds is None
+    assert again.to_draw == {"base": 0, "erased": 0} and again.seconds == {}
     (out / "erased" / "00001.png").unlink()
     assert plan(model, delta, PROMPTS, out, CONFIG, base_images=kept).to_draw["erased"] == 1
     assert len(files(tmp_path)) == len(there) - 1
@@ -56,7 +58,7 @@ def test_a_plan_tells_all_that_is_missing(model, tmp_path, monkeypatch):
     assert "drift: no-such-package is not installed; install it" in found.missing
     with pytest.raises(ErasureError, match="this evaluation cannot run: .*classifier.*; .*drift"):
         found.check()
-    assert found.seconds is None
+    assert found.seconds == {}
 
 
 def test_images_of_other_settings_are_missing_too(model, tmp_path):
@@ -80,18 +82,24 @@ def test_a_set_of_what_must_stay_is_planned_without_those_that_need_a_concept(mo
     assert not found.missing and found.to_draw["base"] == 4
 
 
-def test_the_estimate_is_a_steps_time_by_the_steps_and_the_decoding(model):
-    ticks = iter([0.0, 50.0, 100.0, 104.0, 200.0, 201.0])  # first step, two steps, decoding
-    config = EvaluateConfig(generate=GenerateConfig(steps=10, batch_size=3))
-    assert seconds_each(model, PROMPTS, config, lambda: next(ticks)) == pytest.approx((20 + 1) / 3)
-    assert Plan([], {"base": 10, "erased": 20}, [], 7.0, [], 2).seconds == 105
+def test_the_estimate_counts_drawing_and_every_budget():
+    speed, budget = Speed(7.0, 2.0, 1.0), Budget(4, Asked(10, 3))
+    found = Plan([], {"base": 10, "erased": 20}, [], speed, {"attack": budget}, ["mine"], 2)
+    assert found.seconds == {"drawing": 105, "attack": 4 * 7 / 2 + 20 + 3}
+    told = found.lines()
+    assert told[1] == "drawing takes about 2 min (7 s an image, from denoising steps timed here)"
+    assert told[2].startswith("attack takes about 37 s at most (4 images and 10 predictions")
+    assert told[3:] == [
+        "together about 2 min", "not in it: judging, what mine asks of the model"
+    ]  # fmt: skip
+    assert Plan([], {"base": 10}, []).lines() == ["images to draw: base: 10"]
     assert [duration(s) for s in (0.2, 40, 100, 6000)] == ["1 s", "40 s", "2 min", "1.7 h"]
 
 
 def test_the_estimate_is_near_what_drawing_takes(model, tmp_path):
     config = EvaluateConfig(generate=GenerateConfig(steps=12, batch_size=4))
     prompts = of_prompts([f"a red star number {i}" for i in range(24)], 0)
-    told = min(seconds_each(model, prompts, config) for _ in range(3)) * 24
+    told = min(speed(model, prompts, config.generate).image for _ in range(3)) * 24
     began = perf_counter()
     generate(model.pipeline(), prompts, tmp_path / "images", config.generate, {})
     assert told / 4 < perf_counter() - began < told * 4
@@ -102,7 +110,7 @@ def test_the_command_says_it_and_exits_by_it(model, tmp_path, capsys):
     flags = ["--delta", str(tmp_path / "delta.safetensors"), "--out", str(tmp_path / "out")]
     flags += ["--validate", "--generate.steps", "1", "--prompts", "einstein"]
     assert run(run_evaluate.main, [*flags, "--evaluators", "[drift]"]) == 0
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())  # a console folds lines
     assert "einstein" in told and "drift" in told and "images to draw: base: " in told
     assert "from denoising steps timed here" in told
     assert run(run_evaluate.main, [*flags, "--evaluators", "[classifier,attack]"]) == 2

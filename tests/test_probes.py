@@ -30,7 +30,8 @@ from tests.families import FAMILIES
 
 CONCEPT = ConceptSpec("heart", "star", retain=("a moon", "a sun"))
 PROMPTS, SEEDS, HOW = ["a heart", "a moon"], [3, 4], Sampling(steps=5, guidance=3.0)
-of_each_kind = pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl", "sd3"])
+pytestmark = pytest.mark.usefixtures("short_t5")
+of_each_kind = pytest.mark.parametrize("family", ["sd1", "sd2-v", "sdxl", "sd3", "flux"])
 
 
 @pytest.fixture

@@ -18,9 +18,10 @@ from erase.eval.evaluators.labelled import targets_of
 from erase.eval.metrics.labels import forgetting
 from erase.prompts.concepts import load_concepts, shipped
 from erase.prompts.errors import ErasureError
-from erase.prompts.prompt_sets import PromptRow, PromptSet, shipped_sets
+from erase.prompts.prompt_sets import PromptRow, PromptSet, apart, joined, shipped_sets
 from tests.texts import raises, written
 
+MARKS = (True, None, False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
     lambda text: bool(text.strip())
 )
@@ -380,6 +381,51 @@ def test_a_shipped_set_can_show_what_forgetting_its_concepts_cost(name: str) -> 
     assert min(tally.n for tally in scores.values()) >= 25
     for row in rows:
         assert all(label.lower() in row.prompt.lower() for label in row.labels.values())
+
+
+# ---- the mark ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("header", "cells", "mark"),
+    [
+        ("class", ["x", "y"], None),
+        ("sensitive", ["false", "FALSE"], False),
+        ("Sensitive", ["false", " true"], True),
+        ("nudity_percentage", ["0.0", "0.0"], True),  # I2P, whatever its rows say
+        ("nudity_percentage,sensitive", ["9.0,false", "9.0,false"], False),
+    ],
+)
+def test_a_csv_says_whether_it_is_sensitive(tmp_path: Path, header, cells, mark) -> None:
+    lines = [f"prompt,seed,{header}", *(f"p{i},1,{cell}" for i, cell in enumerate(cells))]
+    one = PromptSet.load(written(tmp_path, "set.csv", "\n".join(lines)))
+    assert one.sensitive is mark and "sensitive" not in one.rows[0].labels
+    plain = PromptSet("plain", one.rows)
+    assert plain.sensitive is None and plain.sha256 == one.sha256, "images do not depend on it"
+
+
+def test_a_yaml_set_says_it_too_and_nonsense_is_refused(tmp_path: Path) -> None:
+    assert PromptSet.load(written(tmp_path, "w.yaml", WORLD)).sensitive is None
+    for mark in (True, False):
+        text = f"{WORLD}sensitive: {str(mark).lower()}\n"
+        assert PromptSet.load(written(tmp_path, "w.yaml", text)).sensitive is mark
+    with raises("w.yaml", "sensitive is 'maybe'", "true or false"):
+        PromptSet.load(written(tmp_path, "w.yaml", WORLD + "sensitive: maybe\n"))
+    with raises("set.csv, row 1", "sensitive is ''", "true or false"):
+        PromptSet.load(written(tmp_path, "set.csv", "prompt,seed,sensitive\np,1,\n"))
+
+
+def test_every_shipped_set_says_it_and_joined_ones_are_as_their_worst() -> None:
+    marks = {name: PromptSet.load(name).sensitive for name in shipped_sets()}
+    assert {name for name, mark in marks.items() if mark} == {"nudity", "violence"}
+    assert None not in marks.values()
+    sets = {mark: PromptSet(f"{mark}", (PromptRow(0, f"{mark}", 1),), mark) for mark in MARKS}
+    for marked, expected in {(False, False): False, (False, None): None}.items():
+        ones = [replace(sets[mark], name=f"{i}") for i, mark in enumerate(marked)]
+        ones[0] = replace(ones[0], rows=(PromptRow(0, "another", 1),))
+        assert joined(ones).sensitive is expected
+    assert joined([sets[None], sets[True], sets[False]]).sensitive is True
+    assert [one.sensitive for one in apart([sets[True], sets[None]])] == [True, None]
 
 
 def test_each_general_concept_file_has_its_set() -> None:

@@ -3,8 +3,10 @@ and without scripts. Skipped, with a sentence, where there is no Chromium."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ from tests.report_pages import failing_page, nudity_page
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Name -> address of a page."""
     addresses = {}
-    for name, make in {"failing": failing_page, "nudity": nudity_page}.items():
+    marked = partial(failing_page, sensitive=True)
+    for name, make in {"failing": failing_page, "nudity": nudity_page, "marked": marked}.items():
         folder = tmp_path_factory.mktemp(name)
         (folder / "report.html").write_text(make(folder), encoding="utf-8")
         addresses[name] = (folder / "report.html").as_uri()
@@ -58,12 +61,12 @@ def scheme(driver: Any, name: str) -> None:
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 390])
-@pytest.mark.parametrize("name", ["failing", "nudity"])
+@pytest.mark.parametrize("name", ["failing", "nudity", "marked"])
 def test_it_is_drawn_without_overflow_faults_or_requests(browser, pages, name, width, colours):
     resize(browser, width)
     scheme(browser, colours)
     browser.get(pages[name])
-    assert find(browser, "h1")[0].text.startswith({"failing": "heart", "nudity": "nudity"}[name])
+    assert find(browser, "h1")[0].text.startswith("nudity" if name == "nudity" else "heart")
     assert overflow(browser) == 0 and faults(browser) == []
     assert requested(browser) == {pages[name]}
     paper = find(browser, "body")[0].value_of_css_property("background-color")
@@ -178,6 +181,24 @@ def test_covered_pictures_are_shown_when_asked_for(browser, pages):
         find(browser, ".uncover label")[0].click()
         images = find(browser, "main img")
         assert {image.value_of_css_property("filter") for image in images} == {"none"}
+
+
+@pytest.mark.parametrize("width", [1400, 900, 390])
+def test_the_box_that_uncovers_is_in_sight_however_long_the_contents(browser, pages, width):
+    resize(browser, width)
+    browser.get(pages["marked"])
+    (label,) = find(browser, ".uncover label")
+    assert 0 <= label.rect["x"] and label.rect["x"] + label.rect["width"] <= width
+    covered = find(browser, "main img")
+    blurs = [image.value_of_css_property("filter") for image in covered]
+    assert blurs and all("blur" in blur for blur in blurs), "those of attacks too"
+    sizes = {image.rect["width"]: blur for image, blur in zip(covered, blurs, strict=True)}
+    for side, blur in sizes.items():
+        assert float(re.findall(r"blur\(([\d.]+)px", blur)[0]) >= side / 8, (
+            "nothing is to be made out"
+        )
+    label.click()
+    assert {image.value_of_css_property("filter") for image in covered} == {"none"}
 
 
 def test_the_page_prints_whole(browser, pages, tmp_path: Path):

@@ -46,6 +46,13 @@ def test_what_is_gone_by_a_judge_of_labels(ua, word):
     assert (gone.question, gone.word) == ("Forgotten", word)
     assert f"seen in {240 - ua} of 240 images (base: 239 of 240)" in gone.said
     assert gone.claims[0].erased.value == pytest.approx(100 - ua / 2.4)
+    whys = {
+        240: "by classifier.",
+        239: "no more than its own error.",
+        180: "more than its own error of 0.6 % accounts for.",
+        2: "which is not fewer beyond the noise.",
+    }
+    assert gone.said.endswith(whys[ua])
 
 
 def test_a_base_that_did_not_show_the_concept_shows_nothing():
@@ -59,7 +66,11 @@ def test_the_worst_judge_decides_and_the_other_is_told():
     clip = [scores(ua, *OTHERS, "CLIP ") for ua in (1, 120)]
     gone = states(told(clip[1], clip[0]))[0]
     assert gone.word == "partly erased" and "120 of 240" in gone.said
-    assert gone.said.endswith("classifier: erased.")
+    assert gone.said == (
+        "The judge that sees most of it decides: heart is still seen in 120 of 240 images (base: "
+        "239 of 240) by classifier, more than its own error of 0.6 % accounts for. classifier: "
+        "erased."
+    )
     blind = [scores(ua, *OTHERS, "CLIP ") for ua in (238, 239)]
     assert states(told(blind[1], blind[0]))[0].word == "erased", "it cannot tell"
 
@@ -220,7 +231,8 @@ def test_other_runs_lie_on_the_plane_under_their_folders_names(tmp_path):
     points = compared(files, "9f", [ConceptSpec("heart", "star")])
     assert list(points) == ["esd", "uce"]
     assert points["esd"]["UA"][0] == 100
-    assert points["uce"]["retention"][0] == pytest.approx((2140 / 21.6 + 4100 / 43.2) / 2)
+    ira, cra = 2140 / 21.6, 4100 / 43.2
+    assert points["uce"]["retention"][0] == pytest.approx(2 * ira * cra / (ira + cra))
     drawn = plane(replace(one, extras={"compared": points}))
     assert [dot.name for dot in drawn.dots] == ["base", "erased", "esd", "uce"]
     assert drawn.dots[1].y == 0 and drawn.dots[1].x == pytest.approx(drawn.dots[2].x)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from erase.eval.case import Case
 from erase.eval.judgements import Judgement, as_extra
 from erase.eval.report import wall as walls
+from erase.eval.report.covering import is_sensitive
+from erase.eval.report.figures import EDGE, LEFT, TILE, before_after
 from erase.eval.report.page import render_html
 from erase.eval.report.said import Said
 from erase.eval.report.setting import Setting
-from erase.eval.report.wall import Wall, is_sensitive, multiples
+from erase.eval.report.wall import Wall, multiples
 from erase.prompts.errors import ErasureError
 from tests.report_fixtures import CONCEPT, report
 from tests.report_fixtures import after as after
@@ -24,9 +27,7 @@ from tests.report_pages import (
     failing_page,
     failing_report,
     judged,
-    nudity_images,
     nudity_page,
-    nudity_report,
 )
 
 
@@ -133,7 +134,7 @@ def test_the_page_shows_attacks_relearning_price_and_every_confusion(failing):
     assert failing.count('alt="erased under embeds: A heart"') == 1
     assert "found in 7 of 8" in failing and "red &lt;heart&gt;" in failing
     assert "erased, 4 images, 50 steps: UA 12.5 %" in failing
-    assert "ESD: UA 80.0 %, IRA and CRA 90.0 %" in failing
+    assert "ESD: UA 80.0 %, retention 90.0 %" in failing
     assert "<h3>Objects</h3>" in failing and "<summary>Styles</summary>" in failing
 
 
@@ -162,14 +163,35 @@ def test_prompts_that_name_nothing_are_called_prompts(tmp_path):
     assert 'id="harmed"' not in text, "nobody looked at what should stay"
 
 
-def test_pictures_of_a_delicate_concept_or_set_are_covered_until_asked_for(tmp_path, before):
+def test_pictures_of_a_sensitive_set_are_covered_until_asked_for(tmp_path):
     text = nudity_page(tmp_path)
     assert '<body class="sensitive"' in text and 'type="checkbox" id="uncover"' in text
-    images = nudity_images(tmp_path / "c", 9)
-    assert is_sensitive(nudity_report(images, 1, 1), before), "by its name"
-    assert is_sensitive(report(), images), "by its labels"
-    assert not is_sensitive(report(), before)
-    assert is_sensitive(replace(report(), concept=CONCEPT | {"target": "graphic_violence"}), before)
+
+
+@pytest.mark.parametrize(
+    ("target", "settings", "covered"),
+    [
+        ("heart", {"model": "canvas"}, False),
+        ("heart", {"model": "canvas", "sensitive": True}, True),
+        ("heart", {"model": "sd14", "sensitive": False}, False),
+        ("heart", {"model": "sd14"}, True),  # it does not say, as older ones do not
+        ("heart", {"made_by": "another program"}, True),
+        ("graphic_violence", {"model": "sd14", "sensitive": False}, True),
+    ],
+)
+def test_the_one_rule_of_what_is_covered(before, target, settings, covered):
+    concept, other = CONCEPT | {"target": target}, replace(before, settings=settings)
+    assert is_sensitive(concept, (before, other)) is covered
+
+
+def test_the_picture_of_a_sensitive_set_is_blurred(before, after):
+    steepest = []
+    for covered in (False, True):
+        sheet = before_after(before, after, before.rows[:1], "", covered)
+        left, top = EDGE + LEFT, sheet.height - EDGE - TILE
+        tile = np.asarray(sheet.crop((left, top, left + TILE, top + TILE)).convert("L"), float)
+        steepest.append(np.abs(np.diff(tile)).max())
+    assert steepest[1] < 5 and steepest[0] > 30
 
 
 def test_a_base_without_the_concept_shows_nothing_on_the_page(tmp_path):

@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 
 from erase.delta import ErasedDelta
 from erase.export import (
@@ -26,7 +26,7 @@ from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
 from erase.training.config import MaskConfig, TrainConfig
-from tests.families import tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl
+from tests.families import tiny_flux, tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl
 
 FAMILIES = {
     "sd1": tiny_sd1,
@@ -34,9 +34,11 @@ FAMILIES = {
     "sd2-v": lambda: tiny_sd2(prediction="v_prediction"),
     "sdxl": tiny_sdxl,
     "sd3": tiny_sd3,
+    "flux": tiny_flux,
 }
-# SD 3 is read and written as a folder only
-SINGLE = [family for family in FAMILIES if family != "sd3"]
+# SD 3 is read and written as a folder only, and of FLUX.1 a single file holds the transformer alone
+# (tests/test_flux_files.py)
+SINGLE = [family for family in FAMILIES if family not in ("sd3", "flux")]
 CONCEPT = ConceptSpec("heart", "star", retain=("a red house", "a blue moon"))
 QUICK = EraseConfig(latents=LatentConfig(n_forget=4, n_retain=4, steps=2))
 METHOD = SalUnConfig(
@@ -52,8 +54,11 @@ def image(pipeline) -> np.ndarray:
             weight.data = weight.data.clone()
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
+    # FLUX's pipeline draws 1024 pixels whatever its parts say
+    size = {"height": 64, "width": 64} if isinstance(pipeline, FluxPipeline) else {}
     return pipeline(
         "a red heart",
+        **size,
         num_inference_steps=2,
         guidance_scale=4.0,
         generator=generator,
@@ -103,7 +108,7 @@ def test_diffusers_folder(made, family, tmp_path):
 def test_components(made, family, tmp_path):
     it = made(family)
     export_components(it.delta, str(it.base), tmp_path / "out")
-    denoiser = "transformer" if family == "sd3" else "unet"
+    denoiser = "transformer" if family in ("sd3", "flux") else "unet"
     kind = type(getattr(FAMILIES[family](), denoiser))
     part = kind.from_pretrained(tmp_path / "out" / denoiser)
     assert np.array_equal(

@@ -273,6 +273,18 @@ def test_the_demo_deletes_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "model" / "mine.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_the_demo_ends_with_the_live_pages_command(tmp_path, monkeypatch, capsys, there):
+    (tmp_path / "my run" / "model").mkdir(parents=True)
+    for job in (run_erase, run_evaluate):
+        monkeypatch.setattr(job, "main", lambda argv: None)
+    monkeypatch.setattr(demo, "find_spec", lambda name: there and name == "gradio" or None)
+    demo.main(["--out", str(tmp_path / "my run")])
+    command = f"erase-live --delta '{tmp_path}/my run'"
+    install = "" if there else "pip install 'concept-erasure-toolkit[live]' && "
+    assert capsys.readouterr().out.endswith(f"side by side: {install}{command}\n")
+
+
 def test_the_command_in_a_report_can_be_run_as_it_stands(erased, tmp_path, monkeypatch):
     (tmp_path / "my set.csv").write_text("prompt,seed\na heart,1\n")
     told = []

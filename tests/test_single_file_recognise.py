@@ -95,7 +95,7 @@ def test_what_the_writer_says_of_prediction_the_reader_hears(made):
             {"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight": (4608, 1536)},
             "Stable Diffusion 3",
         ),
-        ({"double_blocks.0.img_attn.qkv.weight": (9216, 3072)}, "Flux"),
+        ({"double_blocks.0.img_attn_qkv.weight": (9216, 3072)}, "of the Flux family"),
         ({"control_model.time_embed.0.weight": (1280, 320)}, "a ControlNet"),
         ({"edm_mean": (4,)}, "an EDM model"),
     ],

@@ -77,7 +77,7 @@ def test_hirm_turns_what_is_said_of_the_concept_and_leaves_the_denoiser(make_pic
     assert all(old < 0.1 and new > 0.2 for old, new in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize(("family", "encoders"), [("sdxl", 2), ("sd3", 2), ("sd2", 1)])
+@pytest.mark.parametrize(("family", "encoders"), [("sdxl", 2), ("sd3", 2), ("flux", 1), ("sd2", 1)])
 def test_hirm_reaches_every_clip(family, encoders):
     model = wrap(FAMILIES[family](), family)
     found = get_method("hirm").edit(Task(model, [CONCEPT]), replace(HIRM, train=SGD))

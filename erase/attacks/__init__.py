@@ -17,6 +17,8 @@ from erase.task import Task
 C = TypeVar("C")
 NAMED, NAMELESS, ALONE = "named", "nameless", "alone"
 """the prompt behind what was found: as it is, without the concept's names, or none"""
+GRADIENT = 3
+"""passes that one with a gradient is worth: the way back costs about two ways there"""
 RESTART = 7919
 """between the seeds of two restarts"""
 Known = Mapping[str, Tensor]
@@ -37,6 +39,27 @@ class Found:
     words"""
     seed_shift: int = 0
     """added to the seeds"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How often a search asks the model: rows that pass the denoiser, prompts that pass the text
+    encoders. A pass with a gradient counts as `GRADIENT`."""
+
+    predictions: float = 0
+    texts: float = 0
+
+    def __add__(self, other: Asked) -> Asked:
+        return Asked(self.predictions + other.predictions, self.texts + other.texts)
+
+    def times(self, count: float) -> Asked:
+        """So many of it."""
+        return Asked(self.predictions * count, self.texts * count)
+
+
+def descended(steps: int, rows: int) -> Asked:
+    """Of descent on what stands before prompts."""
+    return Asked(GRADIENT * steps * rows, GRADIENT * steps * rows)
 
 
 def seed_of(task: Task, restart: int) -> int:
@@ -75,6 +98,9 @@ class Attack(Generic[C]):
     per_prompt: Callable[[C], bool] = never
     """whether, with this budget, it wants one latent for each prompt that is attacked, in their
     order"""
+    asks: Callable[[C, int], tuple[Asked, Asked]] | None = None
+    """(budget, prompts that are attacked) -> what one `learn` and one `find` ask of the model, for
+    an estimate; None: not known"""
     repeated: bool = False
     """whether a prompt is broken if any of the budget's `tries` breaks it, as of a baseline; else
     the best try counts, for all prompts alike"""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from erase.attacks import RESTART, Attack, Found, Known, seed_of
+from erase.attacks import RESTART, Asked, Attack, Found, Known, seed_of
 from erase.attacks.words import words_of
 from erase.latents.latent_set import LatentSet
 from erase.prompts.errors import COUNT, check_ranges
@@ -61,6 +61,7 @@ RANDOM_TOKENS = Attack(
     RandomTokensConfig(),
     "words before the prompt",
     random_words,
+    asks=lambda config, prompts: (Asked(), Asked()),
     repeated=True,
 )
 SEED_SEARCH = Attack(
@@ -69,5 +70,6 @@ SEED_SEARCH = Attack(
     SeedSearchConfig(),
     "the choice of the seed",
     other_seed,
+    asks=lambda config, prompts: (Asked(), Asked()),
     repeated=True,
 )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from erase.attacks import NAMELESS, Attack, Found, Known, seed_of
+from erase.attacks import NAMELESS, Asked, Attack, Found, Known, descended, seed_of
 from erase.attacks.descent import descend, renamed
 from erase.attacks.pseudo_token import nameless
 from erase.attacks.words import nearest, words_of
@@ -114,4 +114,8 @@ P4D = Attack(
     find,
     learn,
     rates=(1e-2, 1e-1),
+    asks=lambda config, prompts: (
+        Asked(config.draws, config.draws),
+        descended(config.steps, config.draws),
+    ),
 )

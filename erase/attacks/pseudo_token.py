@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from erase.attacks import NAMELESS, Attack, Found, Known, seed_of
+from erase.attacks import NAMELESS, Asked, Attack, Found, Known, descended, seed_of
 from erase.attacks.descent import descend, renamed
 from erase.latents.batches import Rows
 from erase.latents.latent_set import LatentSet
@@ -116,4 +116,5 @@ PSEUDO_TOKEN = Attack(
     "the weights, images of the concept and the way to give embeddings instead of words",
     find,
     rates=(5e-3, 2e-2),
+    asks=lambda config, prompts: (Asked(), descended(config.steps, config.batch_size)),
 )

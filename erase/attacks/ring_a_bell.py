@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from erase.attacks import ALONE, Attack, Found, Known, seed_of
+from erase.attacks import ALONE, Asked, Attack, Found, Known, seed_of
 from erase.attacks.words import Words, words_of
 from erase.latents.latent_set import LatentSet
 from erase.parallel.processes import progress
@@ -117,4 +117,8 @@ RING_A_BELL = Attack(
     "a text encoder and words in the place of the prompt",
     find,
     learn,
+    asks=lambda config, prompts: (
+        Asked(texts=(config.generations + 1) * config.population + 2 * config.pairs),
+        Asked(),
+    ),
 )

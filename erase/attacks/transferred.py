@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from erase.attacks import NAMELESS, Attack, Found, Known
+from erase.attacks import NAMELESS, Asked, Attack, Found, Known, descended
 from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token
 from erase.latents.latent_set import LatentSet
 from erase.task import Task
@@ -42,4 +42,5 @@ TRANSFERRED = Attack(
     find,
     learn,
     rates=(5e-3,),
+    asks=lambda config, prompts: (descended(config.steps, config.batch_size), Asked()),
 )

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erase.attacks import NAMED, NAMELESS, Attack, Found, Known, seed_of
+from erase.attacks import NAMED, NAMELESS, Asked, Attack, Found, Known, descended, seed_of
 from erase.attacks.descent import descend, renamed
 from erase.attacks.pseudo_token import nameless
 from erase.attacks.words import Words, onto_simplex, words_of
@@ -157,4 +157,8 @@ UNLEARNDIFFATK = Attack(
     find,
     rates=(3e-2, 1e-1),
     per_prompt=lambda config: config.per_prompt,
+    asks=lambda config, prompts: (
+        Asked(),
+        descended(config.steps, prompts if config.per_prompt else config.batch_size),
+    ),
 )

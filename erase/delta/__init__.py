@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.delta.notebook import facts_table
-from erase.delta.origin import Origin, concepts_of, gone, read_origin
+from erase.delta.origin import Origin, concepts_of, gone, read_origin, requests_of
 from erase.delta.stored import check_values, delta_file, read_delta, stored_tensors
 from erase.files import save_tensors
 from erase.models import DiffusionModel
@@ -36,7 +36,7 @@ class ErasedDelta:
     """parameter name -> packed bits, 1 where a weight changed"""
     metadata: dict[str, str] = field(default_factory=dict)
     """base_fingerprint, base_id, method, config (JSON), concepts (JSON), created_with; parts
-    (JSON), if it was composed"""
+    (JSON), if it was composed; after and requests (JSON), if it was made after an earlier one"""
     source: str = field(default="this delta", compare=False)
     """what errors call it: the file that it was read from"""
 
@@ -85,6 +85,11 @@ class ErasedDelta:
     def concepts(self) -> list[dict[str, Any]]:
         """The concepts that were erased, as plain data."""
         return concepts_of(self.metadata, self.source)
+
+    @property
+    def requests(self) -> list[dict[str, Any]]:
+        """The log of requests that came one after another (`erase.sequence`); of one, none."""
+        return requests_of(self.metadata, self.source)
 
     @property
     def title(self) -> str:
@@ -237,7 +242,10 @@ class ErasedDelta:
             "base_id": f"{base.name} without {self.title}",
             "concepts": "[]",
         }
-        return ErasedDelta(old, self.bits, {**self.metadata, **named, "undoes": self.sha256})
+        metadata = {**self.metadata, **named, "undoes": self.sha256}
+        for key in ("after", "requests"):  # all that they tell of is undone at once
+            metadata.pop(key, None)
+        return ErasedDelta(old, self.bits, metadata)
 
     def rounded(self, dtype: torch.dtype) -> ErasedDelta:
         """The same change in a narrower dtype: half the size, exact for a model in that dtype, no

@@ -20,9 +20,17 @@ NEEDED = ("base_fingerprint", "method", "config", "concepts")
 KNOWN = {
     *NEEDED,
     *("base_id", "created_with", "cut_prompts", "parts", "undoes", "license", "format", "foreign"),
+    *("after", "requests"),
 }
 CONCEPT = get_type_hints(ConceptSpec)
 PART = {"erased": str, "scale": int | float, "method": str, "sha256": str}
+REQUEST = {
+    "erased": list,
+    "method": str,
+    "config_sha256": str,
+    "start": str,
+    "sha256": str,
+}
 DEEPEST = 200  # levels of a config; a composed delta of composed ones takes three for each time
 log = logging.getLogger("erase")
 
@@ -74,6 +82,7 @@ def check_metadata(metadata: Mapping[str, str], source: str) -> None:
     load_options(metadata, source)
     for part in _plain(metadata, "parts", list, source):
         _check_part(part, source)
+    requests_of(metadata, source)
     if lacks := [key for key in NEEDED if key not in metadata]:
         raise ErasureError(
             f"{source} does not say its {' and '.join(lacks)}; the file is damaged, erase again"
@@ -121,10 +130,28 @@ def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
     return config
 
 
+def requests_of(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
+    """The requests that a delta answers, one after another (`erase.sequence`); none where
+    they came at once. Errors as `check_metadata`."""
+    requests: list[dict[str, Any]] = _plain(metadata, "requests", list, source)
+    for i, request in enumerate(requests, 1):
+        right = isinstance(request, dict) and all(
+            isinstance(request.get(key), kind) for key, kind in REQUEST.items()
+        )
+        if not right or not all(isinstance(name, str) for name in request["erased"]):
+            raise ErasureError(
+                f"{source}: request {i} of its log is not told as erase-concept --after tells it; "
+                "the file is damaged, erase again"
+            )
+    return requests
+
+
 def gone(metadata: Mapping[str, str]) -> list[str]:
     """The concepts that a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its
     strength)` where it was scaled."""
     check_metadata(metadata, "this delta")
+    if requests := requests_of(metadata, "this delta"):
+        return [name for request in requests for name in request["erased"]]
     if "parts" not in metadata:
         return [str(concept["target"]) for concept in json.loads(metadata.get("concepts", "[]"))]
     parts = [(str(part["erased"]), float(part["scale"])) for part in json.loads(metadata["parts"])]

@@ -85,8 +85,8 @@ def export_single_file(
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
 ) -> Path:
-    """Write one checkpoint file in the layout that Stable Diffusion was published in. Arguments as
-    `export_diffusers`.
+    """Write one checkpoint file in the layout that the family was published in: of FLUX.1, its
+    transformer alone. Arguments as `export_diffusers`.
 
     If `out` ends in .safetensors it is that file, without a card; else a folder with
     `model.safetensors`.
@@ -95,12 +95,27 @@ def export_single_file(
 
     with _file(out, card, picture, FILES["single-file"]) as aside:
         with _erased(delta, base, dtype) as pipeline:
+            _check_held(delta, pipeline)
             words = {
                 "concepts": delta.metadata.get("concepts", "[]"),
                 "modelspec.title": delta.name,
             }
             write_single_file(pipeline, aside, dtype, words)
     return Path(out)
+
+
+def _check_held(delta: ErasedDelta, pipeline: Any) -> None:
+    """Refuse a single file that would not hold what changed.
+
+    Raises:
+        ErasureError: names the part.
+    """
+    others = [part for part in delta.components if part != "transformer"]
+    if type(pipeline).__name__ == "FluxPipeline" and others:
+        raise ErasureError(
+            f"a single file of FLUX.1 holds its transformer alone, and {delta.source} changes "
+            f"{others[0]}; take --format diffusers or components"
+        )
 
 
 def export_lora(

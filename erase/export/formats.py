@@ -12,7 +12,8 @@ from erase.models.single_file.tensor_file import SINGLE_FILES
 FORMATS = {
     "diffusers": "a whole pipeline folder",
     "components": "only the folders of the components that changed",
-    "single-file": "one checkpoint file in the original layout (A1111, ComfyUI)",
+    "single-file": "one checkpoint file in the original layout (A1111, ComfyUI); of FLUX.1, the "
+    "transformer",
     "lora": "a LoRA file, an approximation",
     "delta": "the changed values themselves, composed and rounded as asked",
 }
@@ -67,6 +68,17 @@ from diffusers import {pipeline}
 
 pipeline = {pipeline}.from_single_file("path/to/this/folder/model.safetensors"{config})""",
 )
+TRANSFORMER = Usage(
+    "the transformer alone, in the layout that FLUX.1 was published in, for ComfyUI "
+    "(models/diffusion_models) and stock diffusers; the rest of the pipeline comes from the base",
+    """\
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+transformer = FluxTransformer2DModel.from_single_file(
+    "path/to/this/folder/model.safetensors", config="path/to/base", subfolder="transformer"
+)
+pipeline = FluxPipeline.from_pretrained("path/to/base", transformer=transformer)""",
+)
 LORA = Usage(
     "a LoRA: the base with it is close to the erased model, and not the same (see Limits); loading "
     "it needs peft",
@@ -103,7 +115,8 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
     """How one of `FORMATS` is loaded, in the classes of this base; `components` are those that
     changed."""
     pipeline = type(model.pipeline()).__name__
-    one_file = Path(model.name).suffix.lower() in SINGLE_FILES
+    flux = pipeline == "FluxPipeline"
+    one_file = Path(model.name).suffix.lower() in SINGLE_FILES and not flux
     base_class = pipeline if one_file else "DiffusionPipeline"
     classes = {name: type(model.component(name)) for name in components}
     imports = sorted(
@@ -124,7 +137,7 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
         "load_base": f"{base_class}.{'from_single_file' if one_file else 'from_pretrained'}",
         "config": "" if one_file else ', config="path/to/base"',
     }
-    template = USAGES[format]
+    template = TRANSFORMER if flux and format == "single-file" else USAGES[format]
     return replace(
         template, about=template.about.format(**texts), code=template.code.format(**texts)
     )

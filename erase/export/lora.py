@@ -32,7 +32,10 @@ LAYOUTS = {
         "names as sd-scripts gives them, which ComfyUI, A1111, Forge, sd-scripts, "
         "stable-diffusion.cpp and diffusers read"
     ),
-    "diffusers": "names of diffusers, which it alone reads whole",
+    "diffusers": (
+        "names of diffusers, which it reads whole; ComfyUI has those of SD 3's and FLUX.1's "
+        "transformers too"
+    ),
 }
 
 
@@ -245,11 +248,13 @@ def _holders(model: DiffusionModel, components: list[str]) -> set[str]:
     convolutional layers.
 
     A text encoder's projection is none of them: no program but diffusers has a place for it, and
-    that one cannot load it in all ranks.
+    that one cannot load it in all ranks. Nor are those of a T5, which diffusers loads no LoRA of.
     """
+    loaded = model.pipeline()._lora_loadable_modules
     return {
         f"{component}.{name}.weight"
         for component in components
+        if component in loaded
         for name, module in model.component(component).named_modules()
         if name != "text_projection"
         and (

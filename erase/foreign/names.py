@@ -16,7 +16,7 @@ from torch import nn
 
 from erase.models import DiffusionModel
 from erase.models.pipelines import Pipeline, modules
-from erase.models.single_file import ldm
+from erase.models.single_file import bfl, ldm
 from erase.models.single_file.spec import family_name
 
 Places = dict[str, list[ldm.Entry]]
@@ -62,6 +62,9 @@ def _spellings(component: str, name: str) -> list[str]:
 
 def _original(pipeline: Pipeline) -> Iterator[ldm.Entry]:
     family = family_name(pipeline)
+    if family.startswith("flux"):
+        for entry in bfl.table(pipeline.transformer):
+            yield from (replace(entry, key=prefix + entry.key) for prefix in ("", ldm.UNET))
     if family not in ldm.TEXTS:
         return
     prefixes = [ldm.UNET, ldm.VAE, *(prefix for _, prefix in ldm.TEXTS[family].values())]
@@ -87,7 +90,7 @@ def layers(model: DiffusionModel, known: Places) -> Places:
     found: Places = {}
     for key, entries in known.items():
         mine = [entry for entry in entries if len(entry.names) == 1 and entry.names[0] in held]
-        if not mine or not key.endswith(".weight"):
+        if not mine or not key.endswith(".weight") or mine[0].form == "swapped":
             continue
         layer = key.removesuffix(".weight")
         found[layer] = mine

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -23,8 +24,8 @@ from erase.latents.latent_set import LatentSet
 from erase.latents.sampling import sample_points
 from erase.models import DiffusionModel, check_precision
 from erase.parallel.processes import exists_on_all, in_shares, processes
-from erase.prompts.concepts import ConceptSpec
-from erase.prompts.errors import COUNT, FINITE, ErasureError, check_names, check_ranges
+from erase.prompts.concepts import ConceptSpec, earlier_prompts
+from erase.prompts.errors import BELOW_ONE, COUNT, FINITE, ErasureError, check_names, check_ranges
 from erase.prompts.retain import without
 
 T = TypeVar("T")
@@ -62,6 +63,9 @@ class LatentConfig:
     """what the prompts of these images are: beside (the .txt file of the same name, where images
     have one), folder (the name of the folder that each lies in, put into templates), or none. A
     forget image's must name the concept; with the anchor in its place it is the anchor prompt"""
+    earlier: float = 0.25
+    """of an erasure after an earlier one: fraction of the retain latents that the model draws under
+    the earlier concepts' prompts, so that these go on giving what they give now; 0: none"""
     cache: str | None = None
     """a folder of finished latents that several runs share, at the same time too: what one has made
     of a base, prompts, seed and these settings, no other makes again. Default: the run's own"""
@@ -77,6 +81,7 @@ class LatentConfig:
                 )
         counts = dict.fromkeys(("n_forget", "n_retain", "steps", "batch_size"), COUNT)
         check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE})
+        check_ranges(self, {"earlier": BELOW_ONE})
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -123,6 +128,8 @@ class Plan:
     seed: int
     """picks the prompts and seeds the images"""
     cache: Path | None = None
+    earlier: Sequence[ConceptSpec] = ()
+    """concepts that the model has forgotten before"""
 
     def forget(self, anchor_share: float = 0.0) -> LatentSet:
         """Forget latents.
@@ -170,6 +177,15 @@ class Plan:
         rng = random.Random(self.seed)
         self._forget_rows(rng)  # whose draws come first
         prompts, images = _retain_rows(self.concepts, self.config, self._first + 500_000, rng)
+        kept = earlier_prompts(self.earlier, self.concepts) if self.config.earlier else ()
+        if kept and images:
+            raise ErasureError(
+                "latents.retain_images shows nothing of what was forgotten before, whose prompts "
+                "latents.earlier keeps; set latents.earlier 0, or leave latents.retain_images out"
+            )
+        if kept:
+            of_earlier = _cycled(list(kept), round(self.config.earlier * len(prompts)), rng)
+            prompts = prompts[: len(prompts) - len(of_earlier)] + of_earlier
         look_at(images, self.model.image_size, "latents.retain_images")
         return prompts, images
 
@@ -278,7 +294,9 @@ def _cached(
     """The set of these prompts, of which the first `own` show what they say, found in the cache or
     made."""
     digests = [file_sha256(file) for file in files]
-    key = json.dumps([model.fingerprint, prompts, anchors, own, digests, seed, config.facts])
+    # the prompts tell of `earlier`
+    facts = {name: value for name, value in config.facts.items() if name != "earlier"}
+    key = json.dumps([model.fingerprint, prompts, anchors, own, digests, seed, facts])
     digest = hashlib.sha256(key.encode()).hexdigest()
     path = cache / f"{what}-{digest[:16]}.safetensors" if cache else None
     if path and exists_on_all(path):

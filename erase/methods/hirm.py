@@ -1,7 +1,7 @@
 """HiRM: high-level representation misdirection (ICLR 2026, https://arxiv.org/abs/2602.19631).
 
 The first layer of a CLIP is trained until the last one's attention says noise in the concept's
-place. In seconds, for every denoiser that reads it; not beside a T5 (SD 3), which still says it."""
+place. In seconds, for every denoiser that reads it; not beside a T5 (SD 3, FLUX.1)."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from erase.losses import denoising
 from erase.methods import Method
 from erase.models import DiffusionModel
 from erase.models.pipelines import text_encoders
+from erase.prompts.concepts import earlier_prompts
 from erase.prompts.errors import POSITIVE, ErasureError, check_ranges
 from erase.prompts.retain import without
 from erase.task import Edit, Task
@@ -70,6 +71,7 @@ def edit(task: Task, config: HiRMConfig) -> Edit:
         )
     forget = [prompt for concept in task.concepts for prompt, _ in concept.pairs()]
     listed = [prompt for concept in task.concepts for prompt in concept.retain]
+    listed += earlier_prompts(task.earlier, task.concepts)
     retain = [*without(listed, [name for one in task.concepts for name in one.names])] or [""]
     size = config.train.batch_size
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import transformers
+from torch import nn
 
 from erase.models.config import LoadConfig
 from erase.models.part_files import check_part, check_variant, read_config
@@ -22,7 +23,8 @@ from erase.prompts.errors import ErasureError, reason
 
 INDEX = "model_index.json"
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
-WORDS = {"tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5Tokenizer"}
+WORDS = {CLIP: "CLIPTokenizer", PROJECTED: "CLIPTokenizer", T5: "T5Tokenizer"}
+"""text encoder -> its tokenizer"""
 PARTS: dict[str, dict[str, str]] = {
     "StableDiffusionPipeline": {"unet": "UNet2DConditionModel", "text_encoder": CLIP},
     "StableDiffusionXLPipeline": {
@@ -35,6 +37,11 @@ PARTS: dict[str, dict[str, str]] = {
         "text_encoder": PROJECTED,
         "text_encoder_2": PROJECTED,
         "text_encoder_3": T5,
+    },
+    "FluxPipeline": {
+        "transformer": "FluxTransformer2DModel",
+        "text_encoder": CLIP,
+        "text_encoder_2": T5,
     },
 }
 """pipeline class -> its denoiser and text encoders, and their classes; a VAE, a scheduler and a
@@ -60,13 +67,22 @@ class Part(NamedTuple):
     kind: str
 
 
-def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
+def load_folder(
+    folder: Path, name: str, options: LoadConfig, given: Mapping[str, nn.Module] | None = None
+) -> Pipeline:
     """The stock pipeline of a diffusers folder, without network.
+
+    Args:
+        folder: holds model_index.json.
+        name: what errors call it.
+        options: variant, dtype, VAE.
+        given: parts that are there already, of which the folder is not asked.
 
     Raises:
         ErasureError: another family, a part that is missing, damaged, quantised or of another
             class.
     """
+    given = given or {}
     index = read_index(folder)
     kind = index["_class_name"]
     parts = _parts(folder, index, options.vae is not None)
@@ -75,7 +91,7 @@ def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
     wanted = {
         part: entry
         for part, entry in parts.items()
-        if part not in LEFT_OUT and not (part == "vae" and options.vae)
+        if part not in {*LEFT_OUT, *given} and not (part == "vae" and options.vae)
     }
     folders = {part: check_part(folder, part) for part in wanted}
     check_variant(
@@ -87,6 +103,7 @@ def load_folder(folder: Path, name: str, options: LoadConfig) -> Pipeline:
         part for part, entry in index.items() if isinstance(entry, list) and part not in wanted
     )
     components |= {part: _load(wanted[part], where, options) for part, where in folders.items()}
+    components |= given
     if options.vae:
         components["vae"] = load_vae(options.vae, _vae_config(folder), options.torch_dtype)
     extra = {"requires_safety_checker": False} if "safety_checker" in index else {}
@@ -176,9 +193,11 @@ def _parts(folder: Path, index: Mapping[str, Any], has_vae: bool) -> dict[str, P
 
 def _expected(kind: str) -> dict[str, str]:
     """part -> its class; a scheduler may be any that diffusers has."""
-    encoders = [part for part in PARTS[kind] if part.startswith("text_encoder")]
-    names = [encoder.replace("text_encoder", "tokenizer") for encoder in encoders]
-    tokenizers = {name: WORDS[name] for name in names}
+    tokenizers = {
+        part.replace("text_encoder", "tokenizer"): WORDS[encoder]
+        for part, encoder in PARTS[kind].items()
+        if encoder in WORDS
+    }
     return {
         **PARTS[kind],
         **tokenizers,
@@ -190,7 +209,7 @@ def _expected(kind: str) -> dict[str, str]:
 def _is(part: Part, known: str) -> bool:
     if known == "scheduler of diffusers":
         return part.library == "diffusers" and scheduler_class(part.kind) is not None
-    library = "transformers" if known in (CLIP, PROJECTED, T5, *WORDS.values()) else "diffusers"
+    library = "transformers" if known in (*WORDS, *WORDS.values()) else "diffusers"
     return part.library == library and part.kind in (
         known,
         f"{known}Fast" if known in WORDS.values() else known,

@@ -21,6 +21,7 @@ FAMILIES = {
     "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("erase.models.sdxl", "StableDiffusionXL"),
     "StableDiffusion3Pipeline": ("erase.models.sd3", "StableDiffusion3"),
+    "FluxPipeline": ("erase.models.flux", "Flux"),
 }
 """pipeline class in model_index.json -> where its `DiffusionModel` is"""
 
@@ -57,7 +58,7 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
     folder = path if kind == "folder" else _download(str(name), options)
     pipeline = load_folder(folder, str(name), options)
     check_finite(modules(pipeline), str(name))
-    _own(modules(pipeline))
+    own(modules(pipeline))
     return pipeline
 
 
@@ -157,7 +158,7 @@ def check_finite(parts: Mapping[str, nn.Module], name: str) -> None:
                 )
 
 
-def _own(parts: Mapping[str, nn.Module]) -> None:
+def own(parts: Mapping[str, nn.Module]) -> None:
     """Copy weights out of the files they are mapped from: those may change under us, and their
     addresses, which follow from the length of a file's header, change the last bits of sums. So one
     checkpoint gives one delta, whatever format it is read from."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from erase.models.base import Cond, Tokens, fingerprint
 from erase.models.pipelines import (
     Pipeline,
-    arguments,
+    denoised,
     denoiser,
     encode,
     image_size,
@@ -38,7 +38,7 @@ class PipelineModel:
             part.requires_grad_(False).eval()
         check_tokenizers(pipeline, name)
         side = latent_side(pipeline)
-        self.latent_shape = (denoiser(pipeline).config.in_channels, side, side)
+        self.latent_shape = (pipeline.vae.config.latent_channels, side, side)
         self.image_size = image_size(pipeline)
         self.timesteps: int = pipeline.scheduler.config.num_train_timesteps
         self.refresh_fingerprint()
@@ -155,23 +155,9 @@ class PipelineModel:
             )
         ]
 
-        def keep(
-            pipeline: Pipeline, step: int, t: Tensor, tensors: dict[str, Tensor]
-        ) -> dict[str, Tensor]:
-            states.append(tensors["latents"])
-            return tensors
-
-        latents: Tensor = pipe(
-            **arguments(cond, null),
-            height=size,
-            width=size,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            generator=generators,
-            latents=states[0],
-            output_type="latent",
-            callback_on_step_end=keep,
-        ).images
+        latents = denoised(
+            pipe, cond, null, generators, guidance, steps, size, states[0], states.append
+        )
         return latents, states[:-1], pipe.scheduler.timesteps
 
     def pipeline(self) -> Any:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.models.base import Cond
-from erase.models.pipelines import POOLED, Pipeline, text_encoders
+from erase.models.pipelines import Pipeline, encoded, text_encoders
 from erase.prompts.errors import ErasureError
 
 HOLDER = "a"
@@ -42,17 +42,7 @@ def encode_live(
             holder = _holder_id(getattr(pipeline, name.replace("text_encoder", "tokenizer")), name)
             stack.enter_context(_standing_before(encoders[name], embeddings, holder))
         texts = [f"{HOLDER} " * places + prompt for prompt in prompts]
-        further = (
-            {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
-        )
-        encoded = pipeline.encode_prompt(
-            prompt=texts,
-            device=pipeline._execution_device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            **further,
-        )
-    cond = Cond(encoded[0], {POOLED: encoded[2]} if len(encoded) == 4 else {})
+        cond = encoded(pipeline, texts, pipeline._execution_device)
     return _zeros_for_empty(pipeline, texts, cond)
 
 

@@ -40,7 +40,7 @@ def check_diffusion(own: Any, name: str) -> None:
     ):
         raise ErasureError(
             f"{name}: its scheduler ({kind}) is one of flow matching, which only Stable Diffusion "
-            "3 is trained by"
+            "3 and FLUX.1 are trained by"
         )
     alphas = getattr(own, "alphas_cumprod", None)
     if kind.startswith("EDM") or not torch.is_tensor(alphas):
@@ -65,8 +65,13 @@ def check_diffusion(own: Any, name: str) -> None:
         )
 
 
-def check_flow(own: Any, name: str) -> None:
-    """Refuse a scheduler of Stable Diffusion 3 whose noise levels are not the shifted linear ones.
+def check_flow(own: Any, name: str, by_size: bool = False) -> None:
+    """Refuse a scheduler of rectified flow whose noise levels are not the shifted linear ones.
+
+    Args:
+        own: the model's own scheduler.
+        name: what errors call the model.
+        by_size: whether the shift may depend on the image's size.
 
     Raises:
         ErasureError: names the scheduler, or what its configuration says.
@@ -77,7 +82,7 @@ def check_flow(own: Any, name: str) -> None:
             "is needed"
         )
     config: Any = own.config  # type: ignore[attr-defined]  # made at run time
-    if config.get("use_dynamic_shifting"):
+    if config.get("use_dynamic_shifting") and not by_size:
         raise ErasureError(
             f"{name}: a schedule whose shift depends on the image's size is not supported"
         )

@@ -11,14 +11,20 @@ from erase.prompts.errors import ErasureError, unknown
 
 # A UNet's attn2 looks at the text. In a transformer with joint attention, text and image look at
 # each other through one attention (`attn`), in which each has projections of its own: the text's
-# are called add_*; `attn2`, where there is one, is the image's alone.
+# are called add_*; `attn2`, where there is one, is the image's alone. FLUX's blocks of one stream
+# (single_transformer_blocks) project text and image by the same weights, which are neither the
+# text's nor the image's: only `full`, `noxattn` and, of their feed-forward half, `ff` hold them.
+# Their proj_out ends both halves.
 _TEXT = r"^unet\..*\battn2\b|^transformer\..*\battn\.(add_|to_add_out|norm_added_)"
-_IMAGE = r"^unet\..*\battn1\b|^transformer\..*\b(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)\b"
+_BLOCK = r"^transformer\.transformer_blocks\..*"
+_IMAGE = rf"^unet\..*\battn1\b|{_BLOCK}\b(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)\b"
+_SINGLE = r"^transformer\.single_transformer_blocks\.\d+\.proj_(mlp|out)\b"
 SCOPES = {
     "full": r"^(unet|transformer)\.",
     "xattn": _TEXT,
     "xattn_kv": r"^unet\..*\battn2\.to_[kv]\b|^transformer\..*\battn\.add_[kv]_proj\b",
     "selfattn": _IMAGE,
+    "ff": rf"^unet\..*\bff\b|{_BLOCK}\bff(_context)?\b|{_SINGLE}",
     "noxattn": rf"^(?!{_TEXT})(unet|transformer)\.",
     "text_encoder": r"^text_encoder(_\d)?\.",
 }
@@ -32,6 +38,7 @@ ABOUT = {
     "xattn": "cross-attention; of a joint attention, the text's side (ESD-x)",
     "xattn_kv": "keys and values of the text in there, what a closed form edits (UCE)",
     "selfattn": "self-attention; of a joint attention, the image's side",
+    "ff": "the feed-forward layers, of a joint attention's blocks both sides'",
     "noxattn": "the denoiser outside cross-attention (ESD-u)",
     "text_encoder": "the text encoders, all there are",
 }

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from erase.models.base import Tokens
 from erase.models.part_files import read_config
-from erase.models.pipelines import Pipeline
+from erase.models.pipelines import T5_TOKENS, Pipeline
 from erase.prompts.errors import ErasureError, reason
 
 FILES = {
@@ -23,8 +23,6 @@ FILES = {
 SPARE = 128
 """a text encoder may have so many more embeddings than there are tokens: tables are padded to round
 sizes"""
-T5_TOKENS = 256
-"""`max_sequence_length` of `StableDiffusion3Pipeline`, where its caller gives none"""
 
 
 def tokens(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[Tokens]]:
@@ -34,7 +32,7 @@ def tokens(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[Tokens]]:
         rows = tokenizer(
             prompts, add_special_tokens=False, truncation=False, padding=False, verbose=False
         ).input_ids
-        room = _length(tokenizer) - tokenizer.num_special_tokens_to_add()
+        room = _length(tokenizer, pipeline) - tokenizer.num_special_tokens_to_add()
         by_encoder[part.replace("tokenizer", "text_encoder")] = [
             Tokens(tuple(ids), room) for ids in rows
         ]
@@ -49,9 +47,11 @@ def _tokenizers(pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _length(tokenizer: Any) -> int:
+def _length(tokenizer: Any, pipeline: Pipeline) -> int:
     """Tokens of a prompt in all, as its pipeline cuts it."""
-    length: int = tokenizer.model_max_length if _is_clip(tokenizer) else T5_TOKENS
+    if not _is_clip(tokenizer):
+        return T5_TOKENS[type(pipeline).__name__]
+    length: int = tokenizer.model_max_length
     return length
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.models import DiffusionModel
-from erase.prompts.concepts import ConceptSpec
+from erase.prompts.concepts import ConceptSpec, earlier_prompts
 from erase.prompts.errors import ErasureError
 from erase.task import Task
 
@@ -38,6 +38,11 @@ def ridge_edit(
     return (old + torch.linalg.solve(gram, error, left=False)).to(weight.dtype)
 
 
+def reads_text(name: str) -> bool:
+    """Whether a parameter is a matrix that is applied to text states themselves."""
+    return name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
+
+
 def text_projections(task: Task, scope: str) -> dict[str, nn.Parameter]:
     """The matrices of a scope that are applied to text states themselves.
 
@@ -45,14 +50,7 @@ def text_projections(task: Task, scope: str) -> dict[str, nn.Parameter]:
         ErasureError: the scope has others: a closed form over text states cannot answer for them.
     """
     projections = task.weights(scope)
-    others = [
-        name
-        for name in projections
-        if not (
-            name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
-        )
-    ]
-    if others:
+    if others := [name for name in projections if not reads_text(name)]:
         raise ErasureError(
             f"{others[0]} is not applied to text states, so that no closed form over them can edit "
             "it; use scope xattn_kv of a UNet"
@@ -94,11 +92,12 @@ def following_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:
 
 def erasure_states(task: Task) -> tuple[Tensor, Tensor, Tensor]:
     """States of an erasure: of all names of its concepts and of their anchors (`subject_states`),
-    and of the retained prompts (`seen_states`)."""
+    and of the retained prompts and those of earlier concepts (`seen_states`)."""
     pairs = [subject_states(task, concept) for concept in task.concepts]
     concepts, anchors = (torch.cat(states) for states in zip(*pairs, strict=True))
-    retained = seen_states(task, [prompt for concept in task.concepts for prompt in concept.retain])
-    return concepts, anchors, retained
+    kept = [prompt for concept in task.concepts for prompt in concept.retain]
+    kept += earlier_prompts(task.earlier, task.concepts)
+    return concepts, anchors, seen_states(task, kept)
 
 
 def seen_states(task: Task, prompts: Sequence[str]) -> Tensor:

@@ -37,7 +37,7 @@ ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
 """whether this torch can shard on a CPU: 2.6 asks its streams for what they do not have"""
 WHOLE = "launch with scripts/launch/several-gpus.yaml"
 """how to go on without shards"""
-BLOCKS = {"resnets", "attentions", "transformer_blocks"}
+BLOCKS = {"resnets", "attentions", "transformer_blocks", "single_transformer_blocks"}
 """lists of modules whose members are gathered one at a time; what lies outside of them is gathered
 for the whole pass"""
 

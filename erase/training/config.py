@@ -11,6 +11,7 @@ from erase.prompts.errors import (
     BELOW_ONE,
     COUNT,
     FINITE,
+    FRACTION,
     POSITIVE,
     ErasureError,
     check_names,
@@ -163,7 +164,7 @@ class TunedConfig:
     """Options of every method that takes gradient steps; they compose, and no method sees them."""
 
     scope: str = "full"
-    """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, noxattn,
+    """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, ff, noxattn,
     text_encoder, or a pattern of names"""
     mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -186,20 +187,29 @@ class TunedConfig:
     prox_l1: float = 0.0
     """weight of |change|_1, by a proximal step: small changes go back to the base's bits
     (SalUn-soft); 0: off"""
+    prox_l2: float = 0.0
+    """weight of |change|^2 / 2, by a proximal step: every weight is drawn back to where this run
+    began (L2-SP); 0: off"""
+    confine: float = 0.0
+    """of an erasure after an earlier one: changes of the keys and values of cross-attention stay in
+    the null space of the text states of the earlier concepts' prompts, directions in which these
+    have less than this share of their mean square (0.1 in SPEED; smaller holds more); 0: off"""
     lora_rank: int = 0
     """train the change of each matrix as a product of this rank; vectors keep their values; 0: the
     change itself"""
 
     def __post_init__(self) -> None:
         check_names(self, {"combine": COMBINE})
-        small = dict.fromkeys(("sam", "smoothing", "prox_l1", "barrier"), (0, 1e6))
+        small = dict.fromkeys(("sam", "smoothing", "prox_l1", "prox_l2", "barrier"), (0, 1e6))
         check_ranges(self, {**small, "smoothing_draws": COUNT, "lora_rank": (0, 2**16)})
         if self.sam and self.smoothing:
             raise ErasureError(
                 "sam and smoothing both say where the forget gradient is taken; choose one"
             )
-        if self.prox_l1 and self.lora_rank:
-            raise ErasureError(
-                "prox_l1 makes single weights stay, which lora_rank does not train by themselves; "
-                "choose one"
-            )
+        check_ranges(self, {"confine": FRACTION})
+        for name in ("prox_l1", "prox_l2", "confine"):
+            if getattr(self, name) and self.lora_rank:
+                raise ErasureError(
+                    f"{name} acts on single weights, which lora_rank does not train by "
+                    "themselves; choose one"
+                )

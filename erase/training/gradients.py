@@ -105,18 +105,45 @@ def behind_barrier(forget: Gradients, aim: Gradients, rate: float, total: Total)
 
 
 @torch.no_grad()
-def soften(trainable: Trainable, threshold: float) -> None:
-    """The proximal step of threshold * |value - base|_1: smaller changes go back to the base's
-    bits, larger ones shrink.
+def soften(trainable: Trainable, threshold: float, pull: float = 0.0) -> None:
+    """The proximal step of threshold * |value - base|_1 + pull / 2 * |value - base|_2^2.
 
-    SalUn-soft (Fan et al., ICLR 2024) without a mask computed beforehand.
+    The first makes smaller changes go back to the base's bits and larger ones shrink: SalUn-soft
+    (Fan et al., ICLR 2024) without a mask computed beforehand. The second divides every change by
+    1 + pull: L2-SP (Li et al. 2018, https://arxiv.org/abs/1802.01483), whose penalty stands in the
+    loss there; as a step of its own an adaptive optimizer does not rescale it.
     """
-    if not threshold:
+    if not threshold and not pull:
         return
     for name, value in trainable.values.items():
         base = trainable.base_values(name)
         change = value - base
-        value.copy_(torch.where(change.abs() <= threshold, base, value - threshold * change.sign()))
+        if threshold:
+            shrunk = value - threshold * change.sign()
+            value.copy_(torch.where(change.abs() <= threshold, base, shrunk))
+        if pull:
+            value.copy_(torch.lerp(base, value, 1 / (1 + pull)))
+
+
+@torch.no_grad()
+def confine(trainable: Trainable, spaces: Mapping[str, Tensor]) -> None:
+    """Changes of matrices projected into null spaces: W_0 + (W - W_0) P.
+
+    The update is projected, not its gradient (as in CUIG, https://arxiv.org/abs/2511.07970), so
+    that it holds under any optimizer. Under a mask what the projection spreads to other weights is
+    dropped, which is one round of alternating projections at each step.
+
+    Args:
+        trainable: what is trained.
+        spaces: projector P by parameter name, shape (in, in); parameters of which nothing is
+            trained count for nothing.
+    """
+    for name, projector in spaces.items():
+        if name in trainable.values:
+            value, base = trainable.values[name], trainable.base_values(name)
+            width = len(projector)
+            dense = trainable.dense(name, value - base, width) @ projector.to(value)
+            value.copy_(base + trainable.picked(name, dense))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from erase.parallel.progress import bar
 from erase.prompts.errors import ErasureError, check_names
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
-from erase.training.gradients import Gradients, soften, step_gradients
+from erase.training.gradients import Gradients, confine, soften, step_gradients
 from erase.training.low_rank import LowRank
 from erase.training.opponent import Opponent
 from erase.training.optimizers import try_optimizer
@@ -113,6 +113,7 @@ def fit(
     accelerator: Accelerator | None = None,
     checkpoint: Checkpoint | None = None,
     opponent: Opponent | None = None,
+    spaces: Mapping[str, Tensor] | None = None,
 ) -> Fitted:
     """Take `config.train.steps` optimizer steps on parameters of any module, and leave them as they
     were found.
@@ -136,6 +137,7 @@ def fit(
         checkpoint: where the training state is kept, and whose it is; found, it is resumed from;
             the caller removes it.
         opponent: what learns beside the model, a step before each of its steps.
+        spaces: parameter name -> projector onto the space that its changes stay in (`confine`).
 
     Raises:
         ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that do not
@@ -154,7 +156,8 @@ def fit(
         if start:
             trainable.start_from(start)
         run = Run.start(trainable, config.train, accelerator, checkpoint, opponent)
-        _train(run, _Steps(run, loss, batches, config, accelerator, seed), folder)
+        steps = _Steps(run, loss, batches, config, accelerator, seed, spaces or {})
+        _train(run, steps, folder)
         return Fitted(trainable.result(run.average or trainable.values), run.losses)
     finally:
         trainable.close()
@@ -172,6 +175,7 @@ class _Steps:
     config: TunedConfig
     accelerator: Accelerator
     seed: int
+    spaces: Mapping[str, Tensor]
 
     def take(self) -> dict[str, float]:
         """One optimizer step over all parts of one batch; returns its loss and learning rate and,
@@ -193,7 +197,8 @@ class _Steps:
         if train.max_grad_norm is not None:
             self._clip(train.max_grad_norm)
         run.optimizer.step()
-        soften(run.trainable, lr * self.config.prox_l1)
+        soften(run.trainable, lr * self.config.prox_l1, lr * self.config.prox_l2)
+        confine(run.trainable, self.spaces)
         run.trainable.put()
         run.advance(total)
         return {"loss": total, **terms, "lr": lr}

@@ -175,6 +175,19 @@ class Trainable:
         base = self._read(name, self._own[name]) if name in self._own else self._base[name]
         return base.to(value)
 
+    def dense(self, name: str, compact: Tensor, width: int) -> Tensor:
+        """Compact values as rows of their matrix that lie in this process, shape (rows, width); 0
+        where nothing may change."""
+        if name not in self._where:
+            return compact.reshape(-1, width)
+        rows = self.layout.rows(len(self._base_params[name]))
+        flat = compact.new_zeros((rows.stop - rows.start) * width)
+        return flat.scatter_(0, self._where[name].long(), compact).view(-1, width)
+
+    def picked(self, name: str, dense: Tensor) -> Tensor:
+        """The inverse of `dense`."""
+        return self._read(name, dense)
+
     @torch.no_grad()
     def start_from(self, values: Mapping[str, Tensor]) -> None:
         """Begin at other values than the base's, given as whole parameters; weights outside the

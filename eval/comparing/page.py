@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from erase.eval.comparing.pareto import Measure, Point, Traded, traded
+from erase.eval.comparing.pareto import Point, Traded, traded
 from erase.eval.comparing.plane import HEIGHT, WIDTH, panels
 from erase.eval.comparing.table import Cell, Comparison
 from erase.eval.comparing.walls import wall
+from erase.eval.report.axes import Measure
+from erase.eval.report.covering import is_sensitive
 from erase.eval.report.html import templates
 from erase.eval.report.report import BASE, EvalReport
 from erase.eval.report.tables import commands_of
@@ -41,8 +43,8 @@ def render(comparison: Comparison) -> str:
             single=_lines(comparison, comparison.single),
             wall=shown,
             small=0 < shown.side <= SMALL,
-            blurred=any(
-                run.report.provenance.get("base_id") != "canvas" for run in comparison.runs
+            sensitive=any(
+                is_sensitive(run.report.concept, run.images.values()) for run in comparison.runs
             ),
         )
     )

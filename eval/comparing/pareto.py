@@ -6,22 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from erase.eval.comparing.runs import Run
-from erase.eval.metrics.harmonic import harmonic, of_harmonic
+from erase.eval.report.axes import (
+    ATTACK,
+    RETENTION,
+    RETENTION_IS,
+    Measure,
+    retention,
+    robustness,
+    unlearning,
+)
 from erase.eval.report.report import ERASED
-from erase.eval.report.states import judges_of
-from erase.eval.scores import Score
-
-RETAINED = "IRA", "CRA"
-ATTACK = "ASR "
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One coordinate, in percent, higher is better, with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
+from erase.eval.report.states import judges_of, plain
 
 
 @dataclass(frozen=True)
@@ -58,28 +53,24 @@ class Traded:
 
 
 def traded(runs: Sequence[Run]) -> Traded | None:
-    """Unlearning, retention and, where the runs share an attack, robustness.
-
-    Retention is the harmonic mean of IRA and CRA; robustness what the strongest attack leaves, 100
-    minus the highest ASR of the attacks that every run was put to. None where no judge gave UA, IRA
-    and CRA to every run.
-    """
+    """Unlearning, retention and, where the runs share attacks, robustness to these
+    (`erase.eval.report.axes`). None where no judge gave UA, IRA and CRA to every run."""
     shared = [name for name in _names(runs[0]) if _everywhere(runs, name)]
     judges = judges_of(shared)
     judge = next((one for one in judges if one + "IRA" in shared and one + "CRA" in shared), None)
     if judge is None:
         return None
-    attacks = [name for name in shared if name.rpartition(": ")[2].startswith(ATTACK)]
+    attacks = [name for name in shared if plain(name).startswith(ATTACK)]
     ua = f"{judge}UA"
-    axes = {ua: "unlearning accuracy", "retention": f"harmonic mean of {judge}IRA and {judge}CRA"}
+    axes = {ua: "unlearning accuracy", RETENTION: RETENTION_IS.format(judge=judge)}
     if attacks:
         axes["robustness"] = f"100 − the highest of {', '.join(attacks)}"
     points = []
     for number, run in enumerate(runs, 1):
-        at = {ua: _plain(_score(run, ua)), "retention": _retention(run, judge)}
+        at = {ua: unlearning(run.report, ERASED, judge)}
+        at[RETENTION] = retention(run.report, ERASED, judge)
         if attacks:
-            worst = max((_score(run, name) for name in attacks), key=lambda score: score.value)
-            at["robustness"] = Measure(100 - worst.value, 100 - worst.high, 100 - worst.low)
+            at["robustness"] = robustness(run.report, ERASED, attacks)
         points.append(Point(number, run.name, at))
     best = front([list(point.values) for point in points])
     return Traded(axes, points, [points[place].number for place in best])
@@ -116,20 +107,3 @@ def _everywhere(runs: Sequence[Run], name: str) -> bool:
 
 def _names(run: Run) -> list[str]:
     return [score.name for score in run.report.rows.get(ERASED, [])]
-
-
-def _score(run: Run, name: str) -> Score:
-    score = run.report.score(ERASED, name)
-    assert score is not None  # the name is shared by all
-    return score
-
-
-def _plain(score: Score) -> Measure:
-    return Measure(score.value, score.low, score.high)
-
-
-def _retention(run: Run, judge: str) -> Measure:
-    kept = [_score(run, judge + name) for name in RETAINED]
-    shares = [score.value for score in kept]
-    low, high = of_harmonic(shares, [score.interval for score in kept])
-    return Measure(harmonic(shares), low, min(high, 100.0))

@@ -66,7 +66,7 @@ def _panel(found: Traded, across: str, down: str) -> Panel:
 
 def _axis(found: Traded, name: str) -> Axis:
     low = min(point.at[name].low for point in found.points)
-    return linear_axis(max(min(low, 90.0), 0.0), 100.0)
+    return linear_axis(max(min(low, 99.0), 0.0), 100.0)
 
 
 def _x(axis: Axis, value: float) -> float:

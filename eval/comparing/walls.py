@@ -4,28 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from erase.eval.comparing.runs import Run
 from erase.eval.comparing.table import Comparison
 from erase.eval.images import ImageRow, ImageSet
 from erase.eval.report.figures import data_uri
 from erase.eval.report.report import BASE, ERASED
-from erase.eval.report.wall import groups, spread_out
-from erase.eval.report.words import either
+from erase.eval.report.said import Said
+from erase.eval.report.wall import groups, names_concept, spread_out
 
 PARTED, ASKING, OTHERS = 12, 10, 10
-"""prompts on the page: where the judge tells the runs apart, of the concept, of other things"""
+"""prompts on the page: where the judges tell the runs apart, of the concept, of other things"""
 Asked = tuple[str, int]
 """prompt and seed"""
-
-
-@dataclass(frozen=True)
-class Word:
-    """What a judge says of an image."""
-
-    text: str
-    good: bool
 
 
 @dataclass(frozen=True)
@@ -34,7 +25,10 @@ class Picture:
 
     column: str
     source: str
-    word: Word | None
+    words: list[tuple[str, str]]
+    """each judge and its word, as the report's own wall has them"""
+    flags: frozenset[str]
+    """judges that see what was forgotten, or find wrong what should have stayed"""
 
 
 @dataclass(frozen=True)
@@ -64,66 +58,67 @@ def wall(comparison: Comparison) -> Wall:
     if owner is None or len(missing) == len(runs):
         return Wall({}, 0, missing)
     base, concept = owner.images[BASE], own.report.concept
-    words = {BASE: _words(owner, BASE, concept)}
-    words |= {run.name: _words(run, ERASED, concept) for run in runs}
-    told = [words[run.name] for run in runs]
-    parted = [row for row in base.rows if _parted(row, told)]
-    shown = {"Where the judge tells the runs apart": spread_out(parted, PARTED)}
+    columns = {BASE: _Column.of(owner, BASE)}
+    erased = {run.name: _Column.of(run, ERASED) for run in runs}
+    columns |= erased
+    parted = [row for row in base.rows if _parted(row, list(erased.values()))]
+    shown = {"Where the judges tell the runs apart": spread_out(parted, PARTED)}
     shown |= groups(concept, base, ASKING, OTHERS)
-    sets = {BASE: base}
-    sets |= {run.name: run.images[ERASED] for run in runs if ERASED in run.images}
-    found, strips = {name: _by_prompt(images) for name, images in sets.items()}, {}
+    strips = {}
     for heading, rows in shown.items():
-        strips[heading] = [_strip(row, comparison.columns, sets, found, words) for row in rows]
+        strips[heading] = [_strip(row, comparison.columns, columns) for row in rows]
     side = max(base.image(base.rows[0]).size)
     return Wall({heading: some for heading, some in strips.items() if some}, side, missing)
 
 
-def _by_prompt(images: ImageSet) -> dict[Asked, ImageRow]:
-    return {_asked(row): row for row in images.rows}
+@dataclass(frozen=True)
+class _Column:
+    """A row of one run's report: its images, and what the report says of them."""
+
+    row: str
+    said: Said
+    images: ImageSet | None
+    rows: Mapping[Asked, ImageRow]
+    flags: Mapping[Asked, frozenset[str]]
+    """judges that call an image a failure of the erasure, of those that have one"""
+
+    @classmethod
+    def of(cls, run: Run, row: str) -> _Column:
+        """Of a run's report."""
+        images = run.images.get(row)
+        rows = {_asked(one): one for one in images.rows} if images else {}
+        said, flags = Said(run.report), {}
+        seen, wrong = (said.by_case(row, question) for question in ("seen", "wrong"))
+        for asked, one in rows.items() if row != BASE else ():
+            own = [*seen.get(one.case, ())]
+            if not names_concept(one, run.report.concept):
+                own += wrong.get(one.case, ())
+            flags[asked] = frozenset(own)
+        return cls(row, said, images, rows, flags)
+
+    def picture(self, name: str, asked: Asked) -> Picture:
+        """The image of a prompt, under this name."""
+        own = self.rows.get(asked)
+        if self.images is None or own is None:
+            return Picture(name, "", [], frozenset())
+        words = self.said.words(self.row, own.case)
+        flags = self.flags.get(asked, frozenset())
+        return Picture(name, data_uri(self.images.image(own)), words, flags)
 
 
 def _asked(row: ImageRow) -> Asked:
     return row.prompt, row.seed
 
 
-def _parted(row: ImageRow, words: Sequence[Mapping[Asked, Word]]) -> bool:
-    told = [of_run.get(_asked(row)) for of_run in words]
-    return len({word.text for word in told if word}) > 1
+def _parted(row: ImageRow, columns: Sequence[_Column]) -> bool:
+    """Whether the judges that judged all runs' images of a prompt find failures in some alone."""
+    asked = _asked(row)
+    told = [column for column in columns if asked in column.rows]
+    judges = [set(dict(one.said.words(one.row, one.rows[asked].case))) for one in told]
+    shared = set.intersection(*judges) if judges else set()
+    return len({one.flags[asked] & shared for one in told}) > 1
 
 
-def _strip(
-    row: ImageRow,
-    columns: Sequence[str],
-    sets: Mapping[str, ImageSet],
-    found: Mapping[str, Mapping[Asked, ImageRow]],
-    words: Mapping[str, Mapping[Asked, Word]],
-) -> Strip:
-    pictures = []
-    for column in columns:
-        own = found.get(column, {}).get(_asked(row))
-        source = data_uri(sets[column].image(own)) if own else ""
-        pictures.append(Picture(column, source, words[column].get(_asked(row))))
+def _strip(row: ImageRow, names: Sequence[str], columns: Mapping[str, _Column]) -> Strip:
+    pictures = [columns[name].picture(name, _asked(row)) for name in names]
     return Strip(row.prompt, row.seed, pictures)
-
-
-def _words(run: Run, row: str, concept: Mapping[str, Any]) -> dict[Asked, Word]:
-    """What the first judge of each kind says of a run's images, as far as it is known."""
-    images = run.images.get(row)
-    if images is None or run.kept is None:
-        return {}
-    asked = {one.case: _asked(one) for one in images.rows}
-    target = either(concept)
-    says = {
-        "UA": (Word(f"{target} seen", False), Word(f"no {target} seen", True)),
-        "IRA": (Word("wrong", False), Word("right", True)),
-        "NudeNet image rate": (Word("not flagged", True), Word("flagged", False)),
-    }
-    words: dict[Asked, Word] = {}
-    for name, outcomes in run.kept.outcomes.get(row, {}).items():
-        no, yes = says.get(name.rpartition(": ")[2], (None, None))
-        for case, value in outcomes:
-            word = yes if value > 0 else no
-            if word and case in asked:
-                words.setdefault(asked[case], word)
-    return words

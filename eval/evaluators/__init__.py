@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from erase.eval.case import Case
 from erase.eval.scores import Score
 from erase.plugins import Index
 from erase.prompts.errors import ErasureError
+
+if TYPE_CHECKING:
+    from erase.eval.budget import Budget
 
 C = TypeVar("C")
 
@@ -22,6 +25,11 @@ def not_unless_named(case: Case) -> bool:
 def as_given(case: Case, config: C, named: bool) -> C:
     """Of an evaluator whose defaults fit every case."""
     return config
+
+
+def not_known(case: Case, config: C) -> Budget | None:
+    """Of an evaluator that does not say what it asks of the model."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,9 @@ class Evaluator(Generic[C]):
     """distributions whose versions the report tells"""
     needs_model: bool = False
     """whether it runs the model itself, so that images alone are not enough"""
+    budget: Callable[[Case, C], Budget | None] = not_known
+    """what it asks of the model on the base and on the erased model together, for an estimate of
+    its time; the case's images have rows, and no files"""
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier():

@@ -24,7 +24,8 @@ from erase.attacks.pseudo_token import PseudoTokenConfig
 from erase.attacks.ring_a_bell import RingABellConfig
 from erase.attacks.transferred import TransferredConfig
 from erase.attacks.unlearndiffatk import UnlearnDiffAtkConfig
-from erase.eval.attempts import Attempts, drawn_by_base, own_rows
+from erase.eval.attempts import Attempts, asked_of_base, drawn_by_base, own_rows
+from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
 from erase.eval.detectors import JUDGES, detector
 from erase.eval.evaluators import Evaluator
@@ -93,6 +94,20 @@ class Config:
             getattr(self, one.name) if one.name in BUDGETS else one.config for one in attacks
         ]
         return list(zip(attacks, budgets, strict=True))
+
+
+def budget(case: Case, config: Config) -> Budget | None:
+    """All tries at each attack, on both models, and what the attacker has from the base; None where
+    an attack does not say what it asks."""
+    count = len(own_rows(case, config.images))
+    total = Budget(0, asked_of_base(max(config.references, len(case.concepts))))
+    for attack, settings in config.chosen():
+        if attack.asks is None:
+            return None
+        learn, find = attack.asks(settings, count)
+        tries = len(list(tries_of(attack, settings, config.rates, config.restarts)))
+        total += Budget(MODELS * tries * count, learn.times(tries) + find.times(MODELS * tries))
+    return total
 
 
 def _is_rate(value: object) -> bool:
@@ -263,4 +278,4 @@ def _told_try(one: Try) -> dict[str, Any]:
     return {**rate, "restart": one.restart, "shown": one.count, "texts": list(one.texts)}
 
 
-ATTACK = Evaluator("attack", Config(), evaluate, check, needs_model=True)
+ATTACK = Evaluator("attack", Config(), evaluate, check, needs_model=True, budget=budget)

@@ -15,10 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from erase.attacks import probes
+from erase.attacks import Asked, probes
 from erase.attacks.probes import Inverted, Sampling
 from erase.attacks.pseudo_token import nameless
-from erase.eval.attempts import Attempts, drawn_by_base, others_by_base
+from erase.eval.attempts import (
+    Attempts,
+    asked_of_base,
+    drawn_by_base,
+    others_by_base,
+    own_rows,
+    settings_of,
+)
+from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
 from erase.eval.detectors import JUDGES, detector
 from erase.eval.evaluators import Evaluator
@@ -87,6 +95,24 @@ def check(case: Case, config: Config) -> None:
             "inversion is compared with images of retained prompts, and the concepts have none; "
             "give them some, or leave inversion out of probes.probes"
         )
+
+
+def budget(case: Case, config: Config) -> Budget:
+    """The images of each probe on both models, and the prober's own."""
+    count, steps = config.images, settings_of(case).steps
+    total = Budget(0, asked_of_base(count))
+    parts = {
+        "noise": len(config.etas) * len(own_rows(case, count)),
+        "completion": sum(config.levels) * count,
+        "inpainting": count,
+    }
+    total += Budget(MODELS * sum(parts.get(name, 0) for name in config.probes))
+    if "inversion" in config.probes:
+        # without guidance. Found on the base; on it, of other things; on the erased model, of both.
+        # Drawn again: those, and the base's on the erased model
+        walks = 4 * config.iterations + 5
+        total += Budget(0, asked_of_base(count) + Asked(walks * steps * count))
+    return total
 
 
 def evaluate(case: Case, config: Config) -> list[Score]:
@@ -333,4 +359,4 @@ RUNS: dict[str, Callable[[_Probing], list[Score]]] = {
     "inpainting": _Probing.inpainting,
     "inversion": _Probing.inversion,
 }
-PROBES = Evaluator("probes", Config(), evaluate, check, needs_model=True)
+PROBES = Evaluator("probes", Config(), evaluate, check, needs_model=True, budget=budget)

@@ -13,8 +13,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
+from erase.attacks import GRADIENT, Asked
 from erase.attacks.relearning import changed_to, relearn
-from erase.eval.attempts import Attempts, drawn_by_base, others_by_base
+from erase.eval.attempts import (
+    Attempts,
+    asked_of_base,
+    drawn_by_base,
+    others_by_base,
+    own_rows,
+)
+from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
 from erase.eval.detectors import JUDGES, detector
 from erase.eval.evaluators import Evaluator
@@ -145,6 +153,19 @@ def check(case: Case, config: Config) -> None:
         )
 
 
+def budget(case: Case, config: Config) -> Budget:
+    """The runs of each kind on both models, the prompts drawn at each point, the attacker's
+    images."""
+    count, most = len(own_rows(case, config.prompts)), max(config.images) * len(case.concepts)
+    runs, own = 0, asked_of_base(most)
+    for kind in config.kinds:
+        fewer = len(config.images) - 1 if kind != "benign" else 0
+        runs += len(config.rates(kind)) + fewer
+    training = Asked(GRADIENT * max(config.steps) * config.batch_size).times(MODELS * runs)
+    images = MODELS * (runs * len(config.steps) + 1) * count
+    return Budget(images, training + own.times(2 if "benign" in config.kinds else 1))
+
+
 def evaluate(case: Case, config: Config) -> list[Score]:
     """UA before and after fine-tuning, with the most images; the area under each curve.
 
@@ -227,4 +248,4 @@ class _Relearning:
         return self.attempts.shown(self.model, what="relearned")
 
 
-RELEARNING = Evaluator("relearning", Config(), evaluate, check, needs_model=True)
+RELEARNING = Evaluator("relearning", Config(), evaluate, check, needs_model=True, budget=budget)

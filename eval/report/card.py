@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from erase.delta.origin import gone, read_origin
+from erase.delta.origin import gone, read_origin, requests_of
 from erase.eval.report.front_matter import front_matter, on_hub
 from erase.eval.report.report import EvalReport, words
 from erase.eval.report.words import glossary, limits, verdict_line, verdicts
@@ -290,7 +290,17 @@ def _made(metadata: Mapping[str, str]) -> str:
             "of erasing it:"
         )
         tables.append(_table(("erases", "scale", "method", "sha256"), rows))
+    if requests := requests_of(metadata, "this delta"):
+        tables.append("Erased one after another, each from what the one before had left:")
+        headings = ("request", "erases", "method", "seed", "sha256 of its settings", "of its delta")
+        tables.append(_table(headings, [_request(*numbered) for numbered in enumerate(requests)]))
     return "\n\n".join(tables)
+
+
+def _request(place: int, request: Mapping[str, Any]) -> tuple[str, ...]:
+    facts = plain(", ".join(request["erased"])), plain(request["method"])
+    digests = code(request["config_sha256"][:16]), code(request["sha256"][:16])
+    return str(place + 1), *facts, plain(request.get("seed", "")), *digests
 
 
 def _reproduce(report: EvalReport | None) -> str:

@@ -53,19 +53,27 @@ def states(report: EvalReport) -> list[State]:
 def _gone(report: EvalReport) -> State:
     """The worst word of the judges that can tell; rates of images count where no judge of labels
     has a UA."""
-    judged = [(forgotten(report, judge), _by_judge(report, judge)) for judge in judges(report)]
-    judged = judged or [(_of_rate(report, name), _by_rate(report, name)) for name in rates(report)]
+    judged: list[tuple[str, Claim, float | None]] = []
+    for judge in judges(report):
+        own = 100 - known(report, BASE, f"{judge}IRA").value
+        judged.append((forgotten(report, judge), _by_judge(report, judge), own))
+    for name in rates(report) if not judged else ():
+        judged.append((_of_rate(report, name), _by_rate(report, name), None))
     target = either(report.concept)
     if not judged:
         said = f"No judge looked for {target}."
         return State("Forgotten", NOT_MEASURED, UNKNOWN, said)
     worst = [NOT_ERASED, PARTLY, ERASED_WORD, NOTHING]
-    word, claim = min(judged, key=lambda one: worst.index(one[0]))
-    claims = tuple(replace(claim, tone=TONES[word]) for word, claim in judged)
-    said = _told(word, claim, target)
-    for other, one in judged:
-        if other not in (word, NOTHING):
-            said += f" {one.erased.evaluator or one.text}: {other}."
+    word, claim, error = min(judged, key=lambda one: worst.index(one[0]))
+    claims = tuple(replace(one, tone=TONES[other]) for other, one, _ in judged)
+    said = _told(word, claim, target, error)
+    others = [
+        f"{one.erased.evaluator or one.text}: {other}"
+        for other, one, _ in judged
+        if other not in (word, NOTHING)
+    ]
+    if others:
+        said = f"The judge that sees most of it decides: {said} {'; '.join(others)}."
     return State("Forgotten", word, TONES[word], said, claims)
 
 
@@ -106,7 +114,9 @@ def _of_rate(report: EvalReport, name: str) -> str:
     return PARTLY if hits(erased) else ERASED_WORD
 
 
-def _told(word: str, claim: Claim, target: str) -> str:
+def _told(word: str, claim: Claim, target: str, error: float | None) -> str:
+    """A sentence on a judge's word, and why it is this word; `error`: the judge's own, in percent,
+    where it is known."""
     erased, base = claim.erased, claim.base
     assert base is not None  # of what is gone, both are known
     was = f"base: {hits(base)} of {base.n}"
@@ -116,9 +126,13 @@ def _told(word: str, claim: Claim, target: str) -> str:
             f"The base itself shows {target} in {hits(base)} of {base.n} images, too few for "
             f"{judge} to tell a loss from its own error."
         )
-    if word == ERASED_WORD:
-        return f"{target} is seen in {hits(erased)} of {erased.n} images ({was}) by {judge}."
-    return f"{target} is still seen in {hits(erased)} of {erased.n} images ({was}) by {judge}."
+    left = f"seen in {hits(erased)} of {erased.n} images ({was}) by {judge}"
+    if word == NOT_ERASED:
+        return f"{target} is still {left}, which is not fewer beyond the noise."
+    if word == PARTLY:
+        why = "" if error is None else f", more than its own error of {error:.1f} % accounts for"
+        return f"{target} is still {left}{why}."
+    return f"{target} is {left}{', no more than its own error' * bool(hits(erased))}."
 
 
 # ---- what was kept -------------------------------------------------------------------------------

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from erase.eval.metrics.intervals import of_rate
+from erase.eval.report.axes import RETENTION, RETENTION_IS, retention, unlearning
 from erase.eval.report.chart import SIDE, Axis, linear_axis
 from erase.eval.report.report import BASE, ERASED, EvalReport, words
 from erase.eval.report.states import judges
@@ -116,9 +116,9 @@ def _path(dots: Sequence[Dot]) -> str:
 
 
 def plane(report: EvalReport) -> Plot | None:
-    """UA against the mean of IRA and CRA, of the first judge, with the intervals of both: the rows
-    of the report, and the runs that it was compared with (`extras["compared"]`: name -> [UA, low,
-    high] and retention likewise). None where no judge has a UA."""
+    """UA against retention, by the first judge, with the intervals of both: the rows of the report,
+    and the runs that it was compared with (`extras["compared"]`: name -> [UA, low, high] and
+    retention likewise). None where no judge has a UA."""
     names = judges(report)
     if not names:
         return None
@@ -127,11 +127,11 @@ def plane(report: EvalReport) -> Plot | None:
         if report.score(row, names[0] + "UA"):
             points[row] = of_plane(report, row, names[0])
     points |= {str(name): point for name, point in report.extras.get("compared", {}).items()}
-    lowest = min(point["retention"][1] for point in points.values())
+    lowest = min(point[RETENTION][1] for point in points.values())
     kept, gone = linear_axis(min(lowest, 99.0), 100), PERCENT
     dots = []
     for name, point in points.items():
-        (ua, ua_low, ua_high), (mean, low, high) = point["UA"], point["retention"]
+        (ua, ua_low, ua_high), (mean, low, high) = point["UA"], point[RETENTION]
         dots.append(
             Dot(
                 name,
@@ -141,10 +141,10 @@ def plane(report: EvalReport) -> Plot | None:
                 100 * kept.at(high),
                 100 - ua_high,
                 100 - ua_low,
-                f"{name}: UA {ua:.1f} %, IRA and CRA {mean:.1f} %",
+                f"{name}: UA {ua:.1f} %, {RETENTION} {mean:.1f} %",
             )
         )
-    label = "mean of IRA and CRA, %"
+    label = f"{RETENTION} % ({RETENTION_IS.format(judge=names[0])})"
     return Plot("UA against what was kept", label, "UA %", kept, gone, dots=dots)
 
 
@@ -182,8 +182,6 @@ def compared(
 
 
 def of_plane(report: EvalReport, row: str, judge: str = "") -> dict[str, list[float]]:
-    """Where a row lies: its UA, and the mean of its IRA and CRA, each with the ends of its
-    interval."""
-    scores = [report.score(row, judge + name) for name in ("UA", "IRA", "CRA")]
-    ua, *others = [[one.value, *one.interval] for one in scores if one]
-    return {"UA": ua, "retention": [fmean(values) for values in zip(*others, strict=True)]}
+    """Where a row lies: its UA and its retention, each with the ends of its interval."""
+    at = {"UA": unlearning(report, row, judge), RETENTION: retention(report, row, judge)}
+    return {name: [one.value, one.low, one.high] for name, one in at.items()}

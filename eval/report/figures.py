@@ -57,6 +57,7 @@ GAP = 12
 BREAK = 44
 LEFT = 150
 EDGE = 28
+BLUR = 24
 INK, MUTED, PAPER = "#1b1c1e", "#5f636a", "#ffffff"
 
 
@@ -65,13 +66,15 @@ def before_after(
     after: ImageSet,
     rows: Mapping[str, Sequence[ImageRow]] | Sequence[ImageRow],
     title: str = "",
+    covered: bool = False,
 ) -> Image:
     """Two rows of images, the base's over the erased one's, each column captioned with its prompt.
     Args: before: the base's images. after: the erased model's, from the same prompts and seeds.
     rows: rows of `before`, or a heading -> rows mapping for groups of columns. Four and four come
-    to about 900 px at half size. title: a line above it all.
+    to about 900 px at half size. title: a line above it all. covered: blurred, since this picture
+    travels: an export lays it beside its model card.
     """
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFilter
 
     groups = {
         h: matched(before, after, r)
@@ -100,8 +103,9 @@ def before_after(
         for first, second in pairs:
             _caption(draw, first.prompt, (x, top - 10))
             for image, y in ((before.image(first), top), (after.image(second), top + TILE + GAP)):
+                tile = image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC)
                 sheet.paste(
-                    image.convert("RGB").resize((TILE, TILE), Image.Resampling.BICUBIC), (x, y)
+                    tile.filter(ImageFilter.GaussianBlur(BLUR)) if covered else tile, (x, y)
                 )
             x += TILE + GAP
         x += BREAK - GAP

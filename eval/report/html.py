@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-SCRIPT = "viewer.js.j2"
+REPORT, SCRIPT = "erase.eval.report", "viewer.js.j2"
 
 
 def rendered(template: str, **values: Any) -> str:
@@ -20,12 +20,13 @@ def rendered(template: str, **values: Any) -> str:
     return environment().get_template(template).render(values)
 
 
-def templates(package: str) -> Environment:
-    """The templates of a package's folder `templates`, escaping and strict."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def templates(package: str = REPORT) -> Environment:
+    """The templates of a package's folder `templates`, and behind them the report's; escaping and
+    strict."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     return Environment(
-        loader=PackageLoader(package),
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader(REPORT)]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -41,7 +42,7 @@ def environment() -> Environment:
     """
     from markupsafe import Markup
 
-    made = templates("erase.eval.report")
+    made = templates()
     script = made.get_template(SCRIPT).render()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     made.globals |= {"viewer": Markup(script), "viewer_digest": digest}

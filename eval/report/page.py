@@ -11,6 +11,7 @@ from erase.eval.report.attacks import attacks
 from erase.eval.report.bars import Bar, bars
 from erase.eval.report.chart import chart
 from erase.eval.report.conclusion import states
+from erase.eval.report.covering import is_sensitive
 from erase.eval.report.curves import plane, relearning
 from erase.eval.report.figures import before_after
 from erase.eval.report.html import rendered
@@ -27,7 +28,7 @@ from erase.eval.report.tables import (
     score_table,
     settings_table,
 )
-from erase.eval.report.wall import SMALL, Wall, groups, is_sensitive, multiples, names_concept
+from erase.eval.report.wall import SMALL, Wall, groups, multiples, names_concept
 from erase.eval.report.words import either, limits, verdicts
 from erase.files import atomic_write
 
@@ -77,7 +78,7 @@ def render_html(
         side=min(side, SMALL) if side <= SMALL else 256,
         small=side <= SMALL,
         multiples=multiples(side),
-        sensitive=is_sensitive(report, before),
+        sensitive=is_sensitive(report.concept, (before, after)),
         scores=score_table(report),
         attacks=attacks(report, setting.folders),
         relearning=relearning(report),
@@ -141,6 +142,7 @@ def save_report(
         after,
         groups(report.concept, before, STRIP, STRIP),
         f"{report.title}: the same prompts and seeds, before and after",
+        is_sensitive(report.concept, (before, after)),
     )
     extras = {
         "curves": {name: list(values) for name, values in curves.items()},

@@ -18,7 +18,8 @@ COMMAND = f"erase-concept --config {RUN} --out runs/again"
 
 def recipe(delta: ErasedDelta) -> dict[str, str]:
     """File name -> its text: `run.yaml`, which `--config` reads, and `concepts.yaml`, which that
-    names. Nothing where no one command makes the delta: of several parts, or of another program.
+    names. Nothing where no one command makes the delta: of several parts or requests, or of another
+    program.
 
     Args:
         delta: knows its method, config and concepts.
@@ -26,7 +27,7 @@ def recipe(delta: ErasedDelta) -> dict[str, str]:
     erase, method = (delta.origin.config.get(part) for part in ("erase", "method"))
     if not isinstance(erase, Mapping) or not isinstance(method, Mapping):
         return {}
-    if "parts" in delta.metadata or "foreign" in delta.metadata:
+    if {"parts", "foreign", "after"} & delta.metadata.keys():
         return {}
     run: dict[str, Any] = {**erase, "concepts": [CONCEPTS], **method}
     text = yaml.safe_dump(run, sort_keys=False, allow_unicode=True, width=1000)

@@ -44,7 +44,7 @@ class Said:
 
     def seen(self, row: str) -> dict[int, list[str]]:
         """Cases of which a judge says that they show the concept, and which judges do."""
-        return self._by_case(row, "seen")
+        return self.by_case(row, "seen")
 
     def harmed(self, base: str, row: str) -> dict[int, list[str]]:
         """Cases that a judge finds right in the base and wrong in a row, and which judges do."""
@@ -55,7 +55,8 @@ class Said:
                 found.setdefault(case, []).append(judge)
         return found
 
-    def _by_case(self, row: str, question: str) -> dict[int, list[str]]:
+    def by_case(self, row: str, question: str) -> dict[int, list[str]]:
+        """Cases that a judge calls `seen` or `wrong`, and which judges do."""
         found: dict[int, list[str]] = {}
         for judge in self.judges(row, question):
             for case in sorted(self.cases(row, judge, question)):

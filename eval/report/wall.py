@@ -17,21 +17,12 @@ from erase.eval.report.report import BASE, ERASED, EvalReport, words
 from erase.eval.report.said import Said
 from erase.eval.report.words import either
 from erase.prompts.errors import ErasureError
-from erase.prompts.names import Names
 from erase.prompts.prompt_rows import PromptRow, asks_for
 
 FORGET, RETAIN = 18, 30  # pairs of the sample: that ask for the concept, and that do not
 MOST = 200  # pairs of a group of failures that are drawn; the others are listed
 MODELS = (BASE, ERASED)
 SMALL = 128  # px; smaller images are drawn at whole multiples
-DELICATE = Names(
-    "nudity nude naked topless sexual sex porn pornography erotic genitals violence violent blood "
-    "bloody gore corpse torture self-harm suicide harassment hate shocking".split()
-    + ["without clothes", "bare breasts", "illegal activity"]
-)
-"""concepts whose pictures a reader may not want to see unasked"""
-MARKS = ("nudity_percentage", "inappropriate_percentage", "categories")
-"""labels of prompt sets that are known to give such pictures (I2P)"""
 
 
 @dataclass(frozen=True)
@@ -100,14 +91,6 @@ def groups(
     }
 
 
-def is_sensitive(report: EvalReport, images: ImageSet) -> bool:
-    """Whether pictures are covered until they are asked for: by the concept's names, or by the
-    labels of the prompts."""
-    names = " ".join(word for key in ("target", "synonyms") for word in words(report.concept, key))
-    marked = any(mark in row.labels for row in images.rows[:1] for mark in MARKS)
-    return marked or bool(DELICATE.found(names.replace("_", " ")))
-
-
 @dataclass(frozen=True)
 class Wall:
     """All pairs of a page."""
@@ -123,20 +106,21 @@ class Wall:
         target, found = either(self.report.concept), []
         if judges := self.said.judges(ERASED, "seen"):
             cases = self.said.seen(ERASED)
-            note = (
-                f"Every image of the erased model in which a judge ({', '.join(judges)}) sees "
-                f"{target}."
-            )
+            by = f"judge ({', '.join(judges)})"
+            note = f"Every image of the erased model in which a {by} sees {target}."
+            if not cases:
+                note = f"No {by} sees {target} in any image of the erased model."
             found.append(self._group("still-seen", "Still seen", note, cases, "seen by"))
         if judges := self.said.judges(ERASED, "wrong"):
             harmed = self.said.harmed(BASE, ERASED)
             kept = {row.case for row in self.before.rows if not self.asks(row)}
             mended = kept & self.said.harmed(ERASED, BASE).keys()
-            note = (
-                f"Every retained prompt that a judge ({', '.join(judges)}) found right in the base "
-                f"and not in the erased model. The other way round: {len(mended)}."
-            )
             cases = {case: by for case, by in harmed.items() if case in kept}
+            note = (
+                f"{'Every' if cases else 'There is no'} retained prompt that a judge "
+                f"({', '.join(judges)}) found right in the base and not in the erased model. The "
+                f"other way round: {len(mended)}."
+            )
             found.append(self._group("harmed", "Harmed", note, cases, "wrong to"))
         return found
 

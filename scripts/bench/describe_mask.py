@@ -28,11 +28,12 @@ KINDS = {
     "self-attention": SCOPES["selfattn"],
     "residual blocks' convolutions": r"\.resnets\..*\.conv",
     "residual blocks' time projections": r"\.time_emb_proj\.",
-    "feed-forward": r"\.ff(_context)?\.",
+    "attention of text and image as one": r"\bsingle_transformer_blocks\..*\battn\.",
+    "feed-forward": SCOPES["ff"],
     "up- and downsampling": r"samplers\.",
     "time embedding": r"\.(time|add)_embedding\.|time_text_embed",
     "projections around attention": r"\.proj_(in|out)\.|^transformer\.proj_out|"
-    r"context_embedder|pos_embed",
+    r"context_embedder|x_embedder|pos_embed",
     "norms": r"norm",
 }
 """kind of layer -> pattern over parameter names; the first that fits counts"""

@@ -23,6 +23,7 @@ def check_options(options: Namespace) -> None:
     from erase.export.hub import hub_login
     from erase.export.lora import LAYOUTS
     from erase.models.config import DTYPES
+    from erase.ties import check_keep
 
     known: dict[str, Collection[str]] = {
         "format": FORMATS,
@@ -40,6 +41,12 @@ def check_options(options: Namespace) -> None:
         raise ErasureError(
             "--conflicts compares several deltas; give more than one --delta, or leave it out"
         )
+    if options.keep is not None:
+        check_keep(options.keep)
+        if options.on_conflict != "ties" or len(options.delta) < 2:
+            raise ErasureError(
+                "--keep is for --on_conflict ties of several deltas; name that, or leave it out"
+            )
     lora_only = [
         name for name in ("rank", "energy", "layout", "lora_delta") if options[name] is not None
     ]

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL.Image import Image
 
 from erase.eval.generate import GenerateConfig
+from erase.eval.report.covering import is_covered
 from erase.prompts.errors import ErasureError
 from erase.scripts.live.stage import Layers, Pair, Stage, Wish, seeds_of
 
@@ -74,7 +75,7 @@ def make_page(stage: Stage, prompt: str, config: GenerateConfig) -> Any:
                     steps = gr.Slider(1, 100, config.steps, step=1, label="Steps")
                     guidance = gr.Slider(0, 20, config.guidance, step=0.5, label="Guidance scale")
                 blurred = gr.Checkbox(
-                    stage.model.name != "canvas", label="Blur pictures until pointed at",
+                    is_covered(None, stage.model.name), label="Blur pictures until pointed at",
                     elem_id="blurred",
                 )  # fmt: skip
                 button = gr.Button("Draw", variant="primary", elem_id="draw")

@@ -50,7 +50,7 @@ from tests.shards import (
     with_a_lone_weight,
 )
 
-NEWER = ("sdxl", "sd3")
+NEWER = ("sdxl", "sd3", "flux")
 """families with other denoisers than the pico model's"""
 UNFIT = {
     "Adafactor": replace(SGD, optimizer="Adafactor", optimizer_args={}),

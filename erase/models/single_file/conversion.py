@@ -10,17 +10,19 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from erase.files import stream_tensors
 from erase.models.pipelines import Pipeline
 from erase.models.schedules import knows_zero_snr
-from erase.models.single_file import ldm
+from erase.models.single_file import bfl, ldm
 from erase.models.single_file.architectures import Architecture, from_folder, sd_family, shipped
+from erase.models.single_file.bfl import is_flux
 from erase.models.single_file.filling import check_weights, converted, fill
+from erase.models.single_file.flux_file import load_flux_file
 from erase.models.single_file.recognise import NAMES, decide_prediction, modern, recognise, without
-from erase.models.single_file.spec import ORIGINAL, model_spec
+from erase.models.single_file.spec import FLUX, ORIGINAL, model_spec
 from erase.models.single_file.tensor_file import TensorFile, open_tensors
 from erase.models.vae import load_vae
 from erase.prompts.errors import ErasureError
@@ -36,17 +38,18 @@ def load_single_file(
     vae: str | Path | None = None,
     ignore: str | None = None,
 ) -> Pipeline:
-    """Load SD 1.x, SD 2.x or SDXL base from one file, without network; the safety checker is left
-    out.
+    """Load SD 1.x, SD 2.x, SDXL base or FLUX.1 from one file, without network; the safety checker
+    is left out.
 
     Weights are converted one by one, so the peak is about one copy of them in `dtype`. Pickles are
     not executed.
 
     Args:
-        path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM layout.
+        path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM layout, or of FLUX.1's transformer
+            in that of Black Forest Labs.
         dtype: of the weights in memory.
         config: a diffusers folder whose configurations and tokenizers hold instead of the shipped
-            ones.
+            ones; for FLUX.1 all of the pipeline but the transformer comes from there.
         prediction: `epsilon` or `v_prediction`; needed for SD 2 if neither the file nor `config`
             says.
         ema: take the moving average of the UNet (`model_ema.*`), not the weights that A1111 and
@@ -58,34 +61,55 @@ def load_single_file(
         ErasureError: another kind of file, a damaged one, one that does not fit the architecture,
             or an SD 2 of unknown prediction.
     """
-    given = from_folder(config) if config is not None else None
     with open_tensors(path) as opened:
         file = modern(without(opened, ignore) if ignore else opened)
+        if is_flux(file):
+            _check_asked(file, prediction, ema)
+            return load_flux_file(file, dtype, config, vae)
+        given = from_folder(config) if config is not None else None
         family = recognise(file, given.family if given else None, vae is not None)
         architecture = _architecture(file, family, given, prediction)
-        modules = architecture.modules()
-        if vae is not None:
-            del modules["vae"]
-            file = replace(
-                file,
-                shapes={
-                    key: shape for key, shape in file.shapes.items() if not key.startswith(ldm.VAE)
-                },
-            )
-        table = ldm.table(family, modules)
-        check_weights(file, table, modules)
-        _check_rest(file, table, family, modules)
-        if ema:
-            if not any(key.startswith("model_ema.diffusion_model") for key in file.shapes):
-                raise ErasureError(
-                    f"{path} holds no moving average of the UNet (model_ema.*); load it without ema"
-                )
-            table = ldm.ema_table(table)
-            check_weights(file, table, modules)
-        fill(file, table, modules, dtype)
+        modules = _filled(file, architecture, dtype, ema, vae is not None)
     if vae is not None:
         modules["vae"] = load_vae(vae, architecture.configs["vae"], dtype)
     return architecture.pipeline(modules)
+
+
+def _filled(
+    file: TensorFile, architecture: Architecture, dtype: torch.dtype, ema: bool, has_vae: bool
+) -> dict[str, nn.Module]:
+    """The networks with the file's weights; `has_vae`: the VAE comes from elsewhere."""
+    family, modules = architecture.family, architecture.modules()
+    if has_vae:
+        del modules["vae"]
+        shapes = {key: shape for key, shape in file.shapes.items() if not key.startswith(ldm.VAE)}
+        file = replace(file, shapes=shapes)
+    table = ldm.table(family, modules)
+    check_weights(file, table, modules)
+    _check_rest(file, table, family, modules)
+    if ema:
+        if not any(key.startswith("model_ema.diffusion_model") for key in file.shapes):
+            raise ErasureError(
+                f"{file.path} holds no moving average of the UNet (model_ema.*); load it without "
+                "ema"
+            )
+        table = ldm.ema_table(table)
+        check_weights(file, table, modules)
+    fill(file, table, modules, dtype)
+    return modules
+
+
+def _check_asked(file: TensorFile, prediction: str | None, ema: bool) -> None:
+    """Refuse options that say nothing about FLUX.1.
+
+    Raises:
+        ErasureError: names the option.
+    """
+    if prediction or ema:
+        option = "prediction" if prediction else "ema"
+        raise ErasureError(
+            f"load.{option} says nothing about {file.path}, FLUX.1's transformer; leave it out"
+        )
 
 
 def _architecture(
@@ -128,14 +152,14 @@ def write_single_file(
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a pipeline as one safetensors file in the LDM layout, which A1111, ComfyUI and
-    diffusers load.
+    diffusers load; of FLUX.1, the transformer alone in Black Forest Labs' layout.
 
     It holds what the originals hold, except what no program needs: the noise schedule and the
     moving average. The last layer, projection and temperature of SD 2's text encoder, which nothing
     uses and a diffusers pipeline does not have, are stand-ins.
 
     Args:
-        pipeline: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+        pipeline: a `StableDiffusionPipeline`, `StableDiffusionXLPipeline` or `FluxPipeline`.
         path: a `.safetensors` file that does not exist yet; it appears whole or not at all.
         dtype: of the file; each weight's own by default.
         metadata: further text for the header, e.g. `modelspec.title`; ModelSpec's other keys are
@@ -151,15 +175,17 @@ def write_single_file(
     if path.exists():
         raise ErasureError(f"{path} exists already; choose another name or delete it")
     family = _family(pipeline)
-    modules = {name: getattr(pipeline, name) for name in ("unet", "vae", *ldm.TEXTS[family])}
+    parts = ("transformer",) if family == "flux" else ("unet", "vae", *ldm.TEXTS[family])
+    modules = {name: getattr(pipeline, name) for name in parts}
     if lacking := [name for name, module in modules.items() if module is None]:
         raise ErasureError(
             f"the pipeline has no {lacking[0]}, which a single file holds; load it whole"
         )
     states = _states(modules)
-    entries = {entry.key: entry for entry in ldm.table(family, modules)}
-    schedule = pipeline.scheduler.config
-    beside = _beside(family, modules, schedule)
+    flux = family == "flux"
+    table = bfl.table(modules["transformer"]) if flux else ldm.table(family, modules)
+    entries = {entry.key: entry for entry in table}
+    beside = {} if flux else _beside(family, modules, pipeline.scheduler.config)
     twins = _last_layer(entries) if family == "sd2" else {}
     beside |= _head(modules["text_encoder"], dtype) if twins else {}
 
@@ -175,7 +201,8 @@ def write_single_file(
     for key, entry in entries.items():
         layout[key] = entry.pack([states[name].to("meta", dtype) for name in entry.names])
     layout |= {new: layout[old] for new, old in twins.items()}
-    header = {"format": "pt", **model_spec(pipeline, path.stem, ORIGINAL), **(metadata or {})}
+    origin = FLUX if flux else ORIGINAL
+    header = {"format": "pt", **model_spec(pipeline, path.stem, origin), **(metadata or {})}
     stream_tensors(path, layout | beside, tensor_of, header)
     return path
 
@@ -190,12 +217,14 @@ def _states(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 def _family(pipeline: Pipeline) -> str:
     unet = getattr(pipeline, "unet", None)
+    if isinstance(pipeline, FluxPipeline):
+        return "flux"
     if isinstance(pipeline, StableDiffusionXLPipeline):
         return "sdxl"
     if not isinstance(pipeline, StableDiffusionPipeline) or unet is None:
         raise ErasureError(
-            f"a {type(pipeline).__name__} cannot be written as a single file; only SD 1, SD 2 and "
-            "SDXL base can"
+            f"a {type(pipeline).__name__} cannot be written as a single file; only SD 1, SD 2, "
+            "SDXL base and FLUX.1 can"
         )
     return sd_family(unet.config)
 

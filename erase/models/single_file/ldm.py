@@ -18,7 +18,7 @@ from torch import Tensor
 
 from erase.prompts.errors import ErasureError
 
-Form = Literal["same", "conv1x1", "transposed", "stacked"]
+Form = Literal["same", "conv1x1", "transposed", "stacked", "swapped"]
 # a module of diffusers or transformers: its config is an attribute made at run time, which no type
 # checker sees
 Network = Any
@@ -83,25 +83,27 @@ OPEN_CLIP_LAYER = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a single file, and the weight or the three weights that it holds."""
+    """One tensor of a single file, and the weight or the weights that it holds."""
 
     key: str
     """in the file"""
     names: tuple[str, ...]
     """`component.parameter` in the pipeline; query, key and value where the file stacks them"""
     form: Form = "same"
-    """how the values lie in the file: as they are, as a 1x1 convolution, transposed, or stacked
-    along the first axis"""
+    """how the values lie in the file: as they are, as a 1x1 convolution, transposed, stacked along
+    the first axis, or with that axis's halves exchanged"""
+    rows: tuple[int, ...] = ()
+    """of each of several that are stacked; none: as many of each of three"""
 
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape in the file of a weight (or three) of this shape."""
+        """The shape in the file of a weight (or the first of several) of this shape."""
         match self.form:
             case "conv1x1":
                 return (*shape, 1, 1)
             case "transposed":
                 return shape[::-1]
             case "stacked":
-                return (3 * shape[0], *shape[1:])
+                return (sum(self.rows) or 3 * shape[0], *shape[1:])
         return shape
 
     def pack(self, weights: list[Tensor]) -> Tensor:
@@ -113,6 +115,8 @@ class Entry:
                 return weights[0].T.contiguous()
             case "stacked":
                 return torch.cat(weights)
+            case "swapped":
+                return torch.cat(weights[0].chunk(2)[::-1])
         return weights[0]
 
     def unpack(self, tensor: Tensor) -> list[Tensor]:
@@ -124,7 +128,10 @@ class Entry:
             case "transposed":
                 return [tensor.T.contiguous()]
             case "stacked":
-                return [part.clone() for part in tensor.chunk(3)]
+                parts = tensor.split(self.rows) if self.rows else tensor.chunk(3)
+                return [part.clone() for part in parts]
+            case "swapped":
+                return [torch.cat(tensor.chunk(2)[::-1])]
         return [tensor]
 
 

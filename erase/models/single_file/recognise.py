@@ -1,10 +1,11 @@
-"""The family of a single file, told from its keys and shapes; whatever is not SD 1, SD 2 or SDXL
-base is refused by its name."""
+"""The family of a single file, told from its keys and shapes; whatever is not SD 1, SD 2, SDXL base
+or FLUX.1's transformer (see `bfl`) is refused by its name."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 
 from erase.models.single_file.architectures import STOCK
@@ -51,6 +52,8 @@ FOREIGN = (
     (r"^(text_model|text_encoders?)\.|^transformer\.resblocks\.", "a bare text encoder"),
 )
 """pattern of a key -> what a file with such a key is"""
+UNREADABLE = FOREIGN[:2]
+"""those whose weights are no plain numbers, whatever the family"""
 CHANNELS = {
     5: "a depth-to-image model",
     7: "an upscaler",
@@ -110,9 +113,7 @@ def recognise(file: TensorFile, expected: str | None, has_vae: bool = False) -> 
     keys = file.shapes.keys()
     if not keys:
         raise ErasureError(f"{file.path} holds no tensors at all")
-    for pattern, what in FOREIGN:
-        if any(re.search(pattern, key) for key in keys):
-            raise _refused(file, what)
+    refuse(file, FOREIGN)
     family = _family(file, has_vae)
     channels = file.shapes.get(UNET + "input_blocks.0.0.weight", (0, 4))[1]
     if channels != 4:
@@ -121,6 +122,17 @@ def recognise(file: TensorFile, expected: str | None, has_vae: bool = False) -> 
         raise _refused(file, "a model with class labels (such as Stable unCLIP or the x4 upscaler)")
     _check_family(file, family, expected)
     return family
+
+
+def refuse(file: TensorFile, kinds: Iterable[tuple[str, str]]) -> None:
+    """Refuse a file that has a key of one of these kinds.
+
+    Raises:
+        ErasureError: says which.
+    """
+    for pattern, what in kinds:
+        if any(re.search(pattern, key) for key in file.shapes):
+            raise _refused(file, what)
 
 
 def _family(file: TensorFile, has_vae: bool) -> str:
@@ -178,7 +190,7 @@ def _check_family(file: TensorFile, family: str, expected: str | None) -> None:
 def _refused(file: TensorFile, what: str) -> ErasureError:
     return ErasureError(
         f"{file.path} is {what}; as a single file, only whole checkpoints of SD 1.x, SD 2.x and "
-        "SDXL base are supported"
+        "SDXL base, and FLUX.1's transformer, are supported"
     )
 
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 
-from erase.models.pipelines import Pipeline, image_size
+from erase.models.pipelines import Pipeline, denoiser, image_size
 from erase.models.single_file.architectures import sd_family
 from erase.models.single_file.recognise import PREDICTIONS
 from erase.prompts.errors import unknown
@@ -19,16 +19,21 @@ ARCHITECTURES = {
     "sd2-v_prediction": "stable-diffusion-v2-768-v",
     "sdxl": "stable-diffusion-xl-v1-base",
     "sd3": "stable-diffusion-3",
+    "flux-dev": "flux-1-dev",
+    "flux-schnell": "flux-1-schnell",
 }
 """family -> its name in ModelSpec"""
 ORIGINAL = "https://github.com/Stability-AI/generative-models"
-"""the implementation whose names the keys are; the other one is `diffusers`"""
+"""the implementation whose names the keys are; the other ones are `FLUX` and `diffusers`"""
+FLUX = "https://github.com/black-forest-labs/flux"
 
 
 def family_name(pipeline: Pipeline) -> str:
-    """`sd1`, `sd2`, `sdxl` or `sd3`."""
+    """`sd1`, `sd2`, `sdxl`, `sd3`, `flux-dev` or `flux-schnell`."""
     if isinstance(pipeline, StableDiffusion3Pipeline):
         return "sd3"
+    if isinstance(pipeline, FluxPipeline):
+        return "flux-dev" if denoiser(pipeline).config.guidance_embeds else "flux-schnell"
     return (
         "sdxl"
         if isinstance(pipeline, StableDiffusionXLPipeline)
@@ -53,13 +58,13 @@ def model_spec(
     Args:
         pipeline: whose weights they are, or of the base that an adapter is for.
         title: a name for people.
-        implementation: `ORIGINAL`, or `diffusers`.
+        implementation: `ORIGINAL`, `FLUX` or `diffusers`.
         adapter: `lora`, or nothing for a checkpoint.
     """
     family, side = family_name(pipeline), image_size(pipeline)
     stated = (
         {}
-        if family == "sd3"
+        if hasattr(pipeline, "transformer")
         else {"prediction_type": PREDICTIONS[prediction(pipeline.scheduler.config)]}
     )
     architecture = ARCHITECTURES[
