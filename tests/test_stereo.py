@@ -194,7 +194,7 @@ def test_outside_the_mask_no_stage_changes_a_weight(task, attacked):
             assert torch.equal(values[name][outside], base[name][outside])
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
 def test_stereo_goes_with_several_encoders_and_pooled_states(family):
     model = wrap(FAMILIES[family](), family)
     shape = len(PROMPTS), *model.latent_shape
