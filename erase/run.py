@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from erase.claims import check_artifact, check_settings, claim, flat
+from erase.compose.sequence import check_earlier, with_earlier
 from erase.delta import ErasedDelta
 from erase.delta.stored import FILE
 from erase.files import atomic_write
@@ -27,7 +28,6 @@ from erase.prompts.canvas import check_canvas
 from erase.prompts.concepts import ConceptSpec, check_after, check_together
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.reading import as_path
-from erase.sequence import check_earlier, with_earlier
 from erase.task import Edit, Task
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import check_machine, check_scope
@@ -78,7 +78,7 @@ def erase_concept(
         out: a folder for delta.safetensors, mask.safetensors, saliency.safetensors and
             training.json, and for the state of a stopped run: the same call with the same folder
             resumes.
-        after: an earlier erasure of the same base, to go on from (`erase.sequence`).
+        after: an earlier erasure of the same base, to go on from (`erase.compose.sequence`).
 
     Returns:
         The delta, which `delta.apply(model)` puts into a base and `erase.export` writes in the

@@ -253,8 +253,8 @@ def back(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -
 def composed(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -> ErasedDelta:
     """The one delta of all, with a table of their overlaps where there are several."""
     from erase.compose import compose, conflict_table, conflicts
+    from erase.compose.ties import KEEP
     from erase.files import atomic_write
-    from erase.ties import KEEP
 
     scales = scales_of(options.scale) or [1.0] * len(deltas)
     if len(deltas) > 1:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from erase.mask import SaliencyMask
-from erase.objectives.null_space import null_space
 from erase.parallel.layout import ActiveWeights, Layout
 from erase.prompts.errors import ErasureError
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
+from erase.training.confine import null_space
 from erase.training.gradients import behind_barrier, moved, soften, without_conflict
 from erase.training.loop import fit
 from erase.training.trainable import Trainable

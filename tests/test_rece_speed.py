@@ -10,10 +10,11 @@ from erase.methods import get_method
 from erase.methods.rece import still_meaning
 from erase.models import wrap
 from erase.objectives.closed_form import erasure_states, ridge_edit
-from erase.objectives.null_space import confined_edit, held_still, null_space
+from erase.objectives.null_space import confined_edit, held_still
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
+from erase.training.confine import null_space
 from tests.families import FAMILIES
 
 CONCEPT = ConceptSpec(

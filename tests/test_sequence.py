@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from erase.compose import compose
+from erase.compose.sequence import followed
 from erase.delta import ErasedDelta
 from erase.eval.evidence import Evidence
 from erase.eval.report.card import model_card
@@ -18,15 +19,15 @@ from erase.mask import SaliencyMask
 from erase.methods import get_method
 from erase.methods.uce import UCEConfig
 from erase.models import load_model, wrap
-from erase.objectives.closed_form import reads_text, ridge_edit, seen_states, subject_states
-from erase.objectives.null_space import null_space
+from erase.models.scopes import reads_text
+from erase.objectives.closed_form import ridge_edit, seen_states, subject_states
 from erase.prompts.concepts import ConceptSpec, earlier_prompts
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase
-from erase.sequence import followed
 from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig
+from erase.training.confine import null_space
 from tests.run_fixtures import DATA, FLAGS, METHOD
 from tests.run_fixtures import base as base
 from tests.test_delta import copies, make, patched, unchanged

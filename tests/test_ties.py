@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from erase.compose import compose
+from erase.compose.ties import trimmed
 from erase.prompts.errors import ErasureError
 from erase.scripts import run_export
-from erase.ties import trimmed
 from tests.test_delta import copies, make, model, patched, places  # noqa: F401  # a fixture
 
 

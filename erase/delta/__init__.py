@@ -88,7 +88,7 @@ class ErasedDelta:
 
     @property
     def requests(self) -> list[dict[str, Any]]:
-        """The log of requests that came one after another (`erase.sequence`); of one, none."""
+        """Requests that came one after another, `erase.compose.sequence`; of one, none."""
         return requests_of(self.metadata, self.source)
 
     @property

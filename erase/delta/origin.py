@@ -131,7 +131,7 @@ def config_of(metadata: Mapping[str, str], source: str) -> dict[str, Any]:
 
 
 def requests_of(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
-    """The requests that a delta answers, one after another (`erase.sequence`); none where
+    """The requests that a delta answers, one after another (`erase.compose.sequence`); none where
     they came at once. Errors as `check_metadata`."""
     requests: list[dict[str, Any]] = _plain(metadata, "requests", list, source)
     for i, request in enumerate(requests, 1):

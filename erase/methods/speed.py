@@ -16,9 +16,10 @@ from torch import Tensor
 
 from erase.methods import Method
 from erase.objectives.closed_form import erasure_states, ridge_edit, text_projections
-from erase.objectives.null_space import confined_edit, held_still, null_space
+from erase.objectives.null_space import confined_edit, held_still
 from erase.prompts.errors import FRACTION, check_ranges
 from erase.task import Edit, Task
+from erase.training.confine import null_space
 
 PAPER = "https://arxiv.org/abs/2503.07392"
 CENTRES = 3

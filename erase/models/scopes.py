@@ -69,3 +69,8 @@ def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Param
             f"{next(iter(params), 'none')!r}"
         )
     return selected
+
+
+def reads_text(name: str) -> bool:
+    """Whether a parameter is a matrix that is applied to text states themselves."""
+    return name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.models import DiffusionModel
+from erase.models.scopes import reads_text
 from erase.prompts.concepts import ConceptSpec, earlier_prompts
 from erase.prompts.errors import ErasureError
 from erase.task import Task
@@ -36,11 +37,6 @@ def ridge_edit(
     gram = c.T @ c + p.T @ p + ridge * torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
     error = (v - c @ old.T).T @ c
     return (old + torch.linalg.solve(gram, error, left=False)).to(weight.dtype)
-
-
-def reads_text(name: str) -> bool:
-    """Whether a parameter is a matrix that is applied to text states themselves."""
-    return name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
 
 
 def text_projections(task: Task, scope: str) -> dict[str, nn.Parameter]:

@@ -1,5 +1,4 @@
-"""The null space of what must stay: directions of text states in which a weight may change without
-retained prompts noticing (SPEED, Li et al., ICLR 2026; AlphaEdit, Fang et al., ICLR 2025)."""
+"""Edits inside the null space of what must stay (`erase.training.confine`)."""
 
 from __future__ import annotations
 
@@ -7,37 +6,6 @@ import torch
 from torch import Tensor
 
 from erase.objectives.closed_form import ridge_edit
-from erase.prompts.errors import ErasureError
-
-
-def null_space(states: Tensor, threshold: float) -> Tensor:
-    """The projector P = U_0 U_0^T onto the directions that these states hardly have.
-
-    (W + D P) s is near W s for each of them, whatever D is: |D P s|^2 <= threshold * (the states'
-    mean square per direction) * |D|^2 on average. So it confines any change of a projection of text
-    states: W_0 + (W - W_0) P.
-
-    Args:
-        states: of the prompts that must stay, shape (n, dim).
-        threshold: a direction is free where the states' mean square along it is below this share of
-            the average over all directions; 0.1 in SPEED, whose states have an average near 1.
-
-    Returns:
-        Shape (dim, dim), float64, symmetric, idempotent.
-
-    Raises:
-        ErasureError: no direction is free.
-    """
-    states = states.detach().double()
-    covariance = states.T @ states / len(states)
-    squares, directions = torch.linalg.eigh(covariance)
-    free = directions[:, squares < threshold * squares.clamp_min(0).mean()]
-    if not free.shape[1]:
-        raise ErasureError(
-            f"the {len(states)} retained text states leave none of {len(covariance)} directions "
-            f"free at threshold {threshold:g}; raise it, or retain fewer prompts"
-        )
-    return free @ free.T
 
 
 def held_still(projector: Tensor, states: Tensor) -> Tensor:

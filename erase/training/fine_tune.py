@@ -12,14 +12,11 @@ from torch import Tensor, nn
 from erase.claims import flat
 from erase.mask import SaliencyMask, kept_count
 from erase.models.scopes import select
-from erase.objectives.closed_form import reads_text
-from erase.objectives.null_space import null_space
 from erase.parallel.fsdp import check_parts, check_sharded
-from erase.prompts.concepts import earlier_prompts
-from erase.prompts.errors import ErasureError
 from erase.task import Edit, Task, describe
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
+from erase.training.confine import null_spaces
 from erase.training.loop import Batches, LossFn, fit, make_accelerator
 from erase.training.opponent import Opponent
 from erase.training.rules import LADDER
@@ -67,7 +64,7 @@ def fine_tune(
         else None
     )
 
-    spaces = _null_spaces(task, params, config) if config.confine else None
+    spaces = null_spaces(task, params, config) if config.confine else None
     with running(task.model, params, config.train) as active:
         fitted = fit(
             params,
@@ -84,27 +81,6 @@ def fine_tune(
             spaces=spaces,
         )
     return Edit(fitted.values, fitted.losses, mask)
-
-
-def _null_spaces(
-    task: Task, params: Mapping[str, nn.Parameter], config: TunedConfig
-) -> dict[str, Tensor]:
-    """For each matrix that is applied to text states: where it may change without the prompts of
-    earlier concepts being answered otherwise, at any of their tokens.
-
-    Raises:
-        ErasureError: no earlier concept, or no such matrix.
-    """
-    prompts = earlier_prompts(task.earlier, task.concepts)
-    names = [name for name in params if reads_text(name)]
-    if not prompts or not names:
-        lacks = "no earlier concept" if not prompts else f"no such matrix in scope {config.scope}"
-        raise ErasureError(
-            "confine holds still what the keys and values of a UNet's cross-attention answer to "
-            f"earlier concepts (--after), and there is {lacks}; leave it out"
-        )
-    projector = null_space(task.cond(prompts).embeddings.flatten(0, 1), config.confine)
-    return dict.fromkeys(names, projector)
 
 
 def _settings(config: TunedConfig) -> dict[str, str]:

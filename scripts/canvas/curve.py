@@ -21,7 +21,8 @@ def drawn(rows: Sequence[dict[str, Any]], ways: Sequence[str]) -> str:
     same in every way."""
     most = max((len(row["concepts"]) for row in rows), default=1)
     steps = linear_axis(1, max(most, 2))
-    shown = [way for way in ways if any(row["way"] == way for row in rows)]
+    measured = {row["way"] for row in rows}
+    shown = [way for way in ways if way in measured]
     parts = [_plot(rows, shown, name, place, steps) for place, name in enumerate(SCORES)]
     parts.append(_keys(shown))
     width, height = len(SCORES) * (WIDTH + GAP) + LEFT, HEIGHT + TOP + 64

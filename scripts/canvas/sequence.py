@@ -42,6 +42,7 @@ from erase.models import DiffusionModel, load_model
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import unknown
+from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
 from erase.scripts.canvas.curve import drawn
@@ -113,14 +114,16 @@ def asked_for(concepts: Sequence[ConceptSpec], own: int, others: int) -> PromptS
     """So many rows of each concept, and so many that name none of them, spread over the set."""
     prompts = canvas_grid(ANSWER_SEEDS[:1])
     named = [(str(concept.kind), concept.target) for concept in concepts]
-    parts = [
-        ([row for row in prompts.rows if row.labels[kind] == name], own) for kind, name in named
-    ]
     rest = [row for row in prompts.rows if not set(named) & set(row.labels.items())]
-    chosen = set()
-    for rows, count in [*parts, (rest, others)]:
-        chosen |= {rows[i * len(rows) // count].case for i in range(min(count, len(rows)))}
+    chosen = _spread(rest, others)
+    for kind, name in named:
+        chosen |= _spread([row for row in prompts.rows if row.labels[kind] == name], own)
     return replace(prompts, rows=tuple(row for row in prompts.rows if row.case in chosen))
+
+
+def _spread(rows: Sequence[PromptRow], count: int) -> set[int]:
+    """Cases of so many of the rows, evenly apart."""
+    return {rows[i * len(rows) // count].case for i in range(min(count, len(rows)))}
 
 
 def measure(
@@ -135,10 +138,9 @@ def measure(
         provenance = {"fingerprint": model.fingerprint}
         after = generate(model.pipeline(), asked, folder, config, provenance)
     concepts = [canvas_concept(name) for name in job.concepts]
-    rows = {
-        name: {one.name: told(one) for one in score(images, concepts, ["classifier"])}
-        for name, images in (("base", base), ("erased", after))
-    }
+    rows = {}
+    for name, images in (("base", base), ("erased", after)):
+        rows[name] = {one.name: told(one) for one in score(images, concepts, ["classifier"])}
     shutil.rmtree(folder)
     return {
         **asdict(job),

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def check_options(options: Namespace) -> None:
     """Refuse what would only fail later."""
     from erase.compose import ON_CONFLICT
+    from erase.compose.ties import check_keep
     from erase.export import check_free
     from erase.export.formats import FORMATS
     from erase.export.hub import hub_login
     from erase.export.lora import LAYOUTS
     from erase.models.config import DTYPES
-    from erase.ties import check_keep
 
     known: dict[str, Collection[str]] = {
         "format": FORMATS,

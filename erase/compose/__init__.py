@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from erase.compose.ties import KEEP, Part, check_keep, elected, trimmed
 from erase.delta import ErasedDelta, difference
 from erase.delta.origin import config_of
 from erase.models import DiffusionModel
 from erase.prompts.errors import ErasureError, unknown
 from erase.tensors import all_finite, indices
-from erase.ties import KEEP, Part, check_keep, elected, trimmed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,7 +43,7 @@ def compose(
         parts: deltas with their scales.
         on_conflict: for weights that several parts change: sum of the changes; the change of the
             first or the last part; ties, the mean of those in the direction of their sum, of what
-            `keep` leaves of each part (`erase.ties`); or error.
+            `keep` leaves of each part (`erase.compose.ties`); or error.
         keep: of ties alone: fraction of each part's changes, the largest, that count.
 
     Raises:
