@@ -97,8 +97,8 @@ def test_the_embedded_checkpoints_card_runs_as_it_stands(tmp_path, monkeypatch):
     assert (tmp_path / "heart.png").stat().st_size > 1000
 
 
-OTHERWISE = ("add_a_method.md", "quickstart.md")
-"""a package in pieces (tests/test_add_a_method.py); what opens the folder that commands made"""
+OTHERWISE = ("add_a_method.md", "quickstart.md", "sequences.md")
+"""a package in pieces (tests/test_add_a_method.py); what open the folders that commands made"""
 
 
 def test_the_code_of_the_documents_runs_as_it_stands(tmp_path, monkeypatch):

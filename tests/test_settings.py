@@ -44,6 +44,8 @@ OUT_OF_RANGE = {
     (SalUnConfig, "smoothing"): (-1,),
     (SalUnConfig, "smoothing_draws"): (0, -1, 1.5),
     (SalUnConfig, "prox_l1"): (-1,),
+    (SalUnConfig, "prox_l2"): (-1,),
+    (SalUnConfig, "confine"): (-1, 1.5),
     (SalUnConfig, "barrier"): (-1, 1e300),
     (SalUnConfig, "lora_rank"): (-1, 1.5),
     (MaskConfig, "density"): (0, -0.1, 1.1),
@@ -134,7 +136,7 @@ def test_every_method_has_settings_of_a_type_of_its_own():
 def test_one_setting_of_a_preset_can_be_changed_on_the_command_line(monkeypatch, tmp_path):
     given = []
 
-    def erased(concepts, config, settings, out):
+    def erased(concepts, config, settings, out, after=None):
         given.extend([config.method, settings])
         raise ErasureError("far enough")
 
