@@ -14,8 +14,8 @@ from torch import nn
 
 from erase.models.config import LoadConfig
 from erase.models.part_files import check_part, check_variant, read_config
-from erase.models.parts import load_part
-from erase.models.pipelines import Pipeline
+from erase.models.parts import check_finite, load_part, own_weights
+from erase.models.pipelines import Pipeline, modules
 from erase.models.schedules import scheduler_class
 from erase.models.tokenizers import read_tokenizer
 from erase.models.vae import load_vae
@@ -122,6 +122,8 @@ def load_folder(
             f"{name} says of itself that its prediction is {own!r}, not {options.prediction!r}; "
             "leave load.prediction out"
         )
+    check_finite(modules(pipeline), name)
+    own_weights(modules(pipeline))
     return pipeline
 
 

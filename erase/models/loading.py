@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from erase.models.config import LoadConfig
-from erase.models.pipelines import Pipeline, modules
+from erase.models.pipelines import Pipeline
 from erase.models.single_file.tensor_file import SINGLE_FILES
 from erase.prompts.errors import ErasureError, reason
-from erase.tensors import all_finite
 
 FAMILIES = {
     "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),
@@ -56,10 +51,7 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
             "the base that it erased from"
         )
     folder = path if kind == "folder" else _download(str(name), options)
-    pipeline = load_folder(folder, str(name), options)
-    check_finite(modules(pipeline), str(name))
-    own(modules(pipeline))
-    return pipeline
+    return load_folder(folder, str(name), options)
 
 
 def kind_of(name: str | Path) -> str:
@@ -140,28 +132,3 @@ def _download(name: str, options: LoadConfig) -> Path:
             f"diffusers checkpoint with safetensors weights ({reason(error)}); check the name, the "
             "network and your access to it, or give a local path"
         ) from error
-
-
-def check_finite(parts: Mapping[str, nn.Module], name: str) -> None:
-    """Refuse NaN and infinite weights.
-
-    Raises:
-        ErasureError: names the first one.
-    """
-    for part, module in parts.items():
-        for key, tensor in module.named_parameters():
-            if not all_finite(tensor):
-                bad = int((~torch.isfinite(tensor)).sum())
-                raise ErasureError(
-                    f"{name}: {part}.{key} holds {bad:,} values that are not finite; the "
-                    "checkpoint is damaged"
-                )
-
-
-def own(parts: Mapping[str, nn.Module]) -> None:
-    """Copy weights out of the files they are mapped from: those may change under us, and their
-    addresses, which follow from the length of a file's header, change the last bits of sums. So one
-    checkpoint gives one delta, whatever format it is read from."""
-    for module in parts.values():
-        for tensor in module.parameters():
-            tensor.data = tensor.data.clone()

@@ -1,15 +1,18 @@
-"""One part of a diffusers folder, loaded with every one of its weights."""
+"""The parts of a pipeline, each loaded with every one of its weights, finite and our own."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from erase.models.config import LoadConfig
 from erase.models.part_files import weight_variant
 from erase.prompts.errors import ErasureError, reason
+from erase.tensors import all_finite
 
 
 def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
@@ -45,3 +48,28 @@ def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
                 "config.json"
             )
     return module  # type: ignore[no-any-return]
+
+
+def check_finite(parts: Mapping[str, nn.Module], name: str) -> None:
+    """Refuse NaN and infinite weights.
+
+    Raises:
+        ErasureError: names the first one.
+    """
+    for part, module in parts.items():
+        for key, tensor in module.named_parameters():
+            if not all_finite(tensor):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise ErasureError(
+                    f"{name}: {part}.{key} holds {bad:,} values that are not finite; the "
+                    "checkpoint is damaged"
+                )
+
+
+def own_weights(parts: Mapping[str, nn.Module]) -> None:
+    """Copy weights out of the files they are mapped from: those may change under us, and their
+    addresses, which follow from the length of a file's header, change the last bits of sums. So one
+    checkpoint gives one delta, whatever format it is read from."""
+    for module in parts.values():
+        for tensor in module.parameters():
+            tensor.data = tensor.data.clone()

@@ -13,7 +13,7 @@ from torch import nn
 
 from erase.models.config import DTYPES, LoadConfig
 from erase.models.part_files import read_config
-from erase.models.pipelines import Pipeline, modules
+from erase.models.pipelines import Pipeline
 from erase.models.single_file import bfl
 from erase.models.single_file.filling import check_weights, fill
 from erase.models.single_file.ldm import UNET
@@ -38,7 +38,6 @@ def load_flux_file(
             not fit the folder's configuration.
     """
     from erase.models.folder import load_folder, read_index
-    from erase.models.loading import check_finite, own
 
     if config is None:
         raise ErasureError(
@@ -54,10 +53,7 @@ def load_flux_file(
     name = next(name for name, one in DTYPES.items() if one == dtype)
     options = LoadConfig(dtype=name, vae=str(vae) if vae else None)
     transformer = _read(file, folder / "transformer" / "config.json", dtype)
-    pipeline = load_folder(folder, str(folder), options, {"transformer": transformer})
-    check_finite(modules(pipeline), str(folder))
-    own(modules(pipeline))
-    return pipeline
+    return load_folder(folder, str(folder), options, {"transformer": transformer})
 
 
 def _bare(file: TensorFile) -> TensorFile:
