@@ -92,13 +92,9 @@ def erase_concept(
     concepts = [concepts] if isinstance(concepts, ConceptSpec) else list(concepts)
     _check_request(concepts, config, model, after)
     method = get_method(config.method)
-    settings = method.settings(method_config)
-    if isinstance(settings, TunedConfig):
-        check_machine(settings)
-
-    folder, description = _folder(out), describe(concepts, config, settings, after)
-    if isinstance(settings, TunedConfig):
-        check_log(settings.train.log_with, folder)
+    settings, folder = method.settings(method_config), _folder(out)
+    _check_settings(settings, folder)
+    description = describe(concepts, config, settings, after)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
     path = folder / FILE if folder else None
     finished = path is not None and exists_on_all(path)
@@ -107,45 +103,47 @@ def erase_concept(
     if finished:
         log.info("%s is finished, so nothing is computed again; only its base is checked", path)
     model = model or load_model(config.model, default_device(), config.load)
-    _check_base(model, settings)
+    _check_base(model, settings, after)
     check_prompts(model, concepts)
-    if after:
-        after.check(model)
 
-    earlier_concepts = after.origin.concepts if after else []
-    metadata = _metadata(model, [*earlier_concepts, *concepts], description)
-    earlier = _finished(path, metadata, defaults) if path and finished else None
+    earlier = after.origin.concepts if after else []
+    metadata = _metadata(model, [*earlier, *concepts], description)
+    known = _finished(path, metadata, defaults) if path and finished else None
     if folder:
         claim(folder, metadata, defaults, finished)
-    if earlier:
-        return earlier
+    if known:
+        return known
 
-    with after.applied(model) if after else nullcontext(model) as start:
-        task = Task(start, concepts, config.latents, config.seed, folder, earlier_concepts)
-        edit, delta, cost = _erased(task, method, settings, metadata)
-    if after:
-        targets = [concept.target for concept in concepts]
-        delta = with_earlier(model, after, delta, targets, metadata)
-    if folder and processes().is_main_process:
-        _save(folder, edit, delta, cost)
-    processes().wait_for_everyone()  # who goes on finds the files
+    task = Task(model, concepts, config.latents, config.seed, folder, earlier)
+    edit, delta, cost = _erased(task, method, settings, metadata, after)
+    _save(folder, edit, delta, cost)
     return delta
 
 
 def _erased(
-    task: Task, method: Method[Any], settings: Any, metadata: dict[str, str]
+    task: Task,
+    method: Method[Any],
+    settings: Any,
+    metadata: dict[str, str],
+    after: ErasedDelta | None,
 ) -> tuple[Edit, ErasedDelta, dict[str, float]]:
-    """A method's edit, its delta against the task's model, and what it cost."""
-    started = perf_counter()
-    edit = method.edit(task, settings)
-    cost = {"seconds": perf_counter() - started, "peak_memory_bytes": peak_memory()}
-    base = task.model.parameters()
-    delta = ErasedDelta.between(
-        {name: base[name].data for name in edit.values},
-        edit.values,
-        {**metadata, "base_fingerprint": task.model.fingerprint},
-    )
+    """A method's edit of the task's model, or of what `after` left of it; the delta against the
+    task's model; and what it cost."""
+    model = task.model
+    with after.applied(model) if after else nullcontext():
+        started = perf_counter()
+        edit = method.edit(task, settings)
+        cost = {"seconds": perf_counter() - started, "peak_memory_bytes": peak_memory()}
+        base = model.parameters()
+        delta = ErasedDelta.between(
+            {name: base[name].data for name in edit.values},
+            edit.values,
+            {**metadata, "base_fingerprint": model.fingerprint},
+        )
     _check_changed(delta, task.concepts)
+    if after:
+        targets = [concept.target for concept in task.concepts]
+        delta = with_earlier(model, after, delta, targets, metadata)
     return edit, delta, cost
 
 
@@ -174,7 +172,14 @@ def _check_request(
         )
 
 
-def _save(folder: Path, edit: Edit, delta: ErasedDelta, cost: dict[str, float]) -> None:
+def _save(folder: Path | None, edit: Edit, delta: ErasedDelta, cost: Mapping[str, float]) -> None:
+    """Keep the results of a run, if it has a folder; whoever goes on finds the files."""
+    if folder and processes().is_main_process:
+        _write(folder, edit, delta, cost)
+    processes().wait_for_everyone()
+
+
+def _write(folder: Path, edit: Edit, delta: ErasedDelta, cost: Mapping[str, float]) -> None:
     """Write the results of a run, the delta last: it says that the run is finished."""
     if edit.mask:
         edit.mask.save(folder / "mask.safetensors")
@@ -231,8 +236,16 @@ def _check_changed(delta: ErasedDelta, concepts: Sequence[ConceptSpec]) -> None:
         )
 
 
-def _check_base(model: DiffusionModel, settings: Any) -> None:
-    """Refuse weights that cannot be trained, before hours are spent on latents."""
+def _check_settings(settings: Any, folder: Path | None) -> None:
+    """Refuse settings that this machine cannot train or log with, before anything is loaded."""
+    if isinstance(settings, TunedConfig):
+        check_machine(settings)
+        check_log(settings.train.log_with, folder)
+
+
+def _check_base(model: DiffusionModel, settings: Any, after: ErasedDelta | None) -> None:
+    """Refuse weights that cannot be trained, or that the earlier erasure is not of, before hours
+    are spent on latents."""
     params = model.parameters()
     for name, param in params.items():
         if param.dtype != torch.float32:
@@ -242,6 +255,8 @@ def _check_base(model: DiffusionModel, settings: Any) -> None:
             )
     if isinstance(settings, TunedConfig):
         check_scope(params, settings)
+    if after:
+        after.check(model)
 
 
 def _metadata(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from erase.compose.ties import KEEP, Part, check_keep, elected, trimmed
+from erase.compose.ties import KEEP, Part, change_of, check_keep, elected, trimmed
 from erase.delta import ErasedDelta, difference
 from erase.delta.origin import config_of
 from erase.models import DiffusionModel
@@ -112,8 +112,8 @@ def _combined(name: str, base: Tensor, parts: list[Part], on_conflict: str) -> T
     for where, _, _ in parts:
         changes.scatter_add_(0, where, torch.ones(where.shape, dtype=torch.int32))
     total = base.double()
-    for where, values, scale in parts:
-        change = scale * (values.double() - base.index_select(0, where).double())
+    for part in parts:
+        where, change = part[0], change_of(base, part)
         if on_conflict == "ties":  # the mean of those that are left
             change /= changes.index_select(0, where)
         total.scatter_add_(0, where, change)

@@ -38,8 +38,8 @@ def trimmed(params: Mapping[str, nn.Parameter], delta: ErasedDelta, keep: float)
     """
     sizes = {}
     for name, new in delta.values.items():
-        old = params[name].detach().cpu().flatten().index_select(0, delta.places(name))
-        sizes[name] = (new.double() - old.double()).abs().float()
+        base = params[name].detach().cpu().flatten()
+        sizes[name] = change_of(base, (delta.places(name), new, 1.0)).abs().float()
 
     values, bits = {}, {}
     count = max(int(keep * delta.count), min(delta.count, 1))
@@ -51,6 +51,13 @@ def trimmed(params: Mapping[str, nn.Parameter], delta: ErasedDelta, keep: float)
     return replace(delta, values=values, bits=bits)
 
 
+def change_of(base: Tensor, part: Part) -> Tensor:
+    """What a part adds to the flat values of one tensor where it changes them, scaled, in
+    float64."""
+    where, values, scale = part
+    return scale * (values.double() - base.index_select(0, where).double())
+
+
 def elected(base: Tensor, parts: Sequence[Part]) -> list[Part]:
     """Of each part the changes in the elected direction: the sign of the sum of all scaled changes
     of a weight.
@@ -59,10 +66,7 @@ def elected(base: Tensor, parts: Sequence[Part]) -> list[Part]:
         base: flat values of one tensor.
         parts: what changes there.
     """
-    changes = [
-        scale * (values.double() - base.index_select(0, where).double())
-        for where, values, scale in parts
-    ]
+    changes = [change_of(base, part) for part in parts]
     total = torch.zeros(base.shape, dtype=torch.float64)
     for (where, _, _), change in zip(parts, changes, strict=True):
         total.scatter_add_(0, where, change)

@@ -147,11 +147,7 @@ def fit(
     check_sharded(config.train, config.lora_rank)
     folder = checkpoint.path.parent if checkpoint else None
     accelerator = accelerator or make_accelerator(config.train, folder)
-    active = active or ActiveWeights(params)
-    if config.lora_rank:
-        trainable: Trainable = LowRank(params, mask, active, config.lora_rank, seed)
-    else:
-        trainable = Trainable(params, mask, active)
+    trainable = _trainable(params, mask, active or ActiveWeights(params), config.lora_rank, seed)
     try:
         if start:
             trainable.start_from(start)
@@ -163,6 +159,19 @@ def fit(
         trainable.close()
         # it keeps the optimizer: room that the model's own weights may need to come back
         accelerator.free_memory()
+
+
+def _trainable(
+    params: Mapping[str, nn.Parameter],
+    mask: SaliencyMask | None,
+    active: ActiveWeights,
+    rank: int,
+    seed: int,
+) -> Trainable:
+    """What the optimizer sees: the values themselves, or factors of their change."""
+    if rank:
+        return LowRank(params, mask, active, rank, seed)
+    return Trainable(params, mask, active)
 
 
 @dataclass(frozen=True)

@@ -214,11 +214,13 @@ def main() -> None:
     base = generate(
         model.pipeline(), asked, args.out / "base", config, {"fingerprint": model.fingerprint}
     )
+    done = {
+        Job(row["way"], tuple(row["concepts"]), row["method"], row["seed"]).key
+        for row in read_rows(record)
+    }
     for count in args.counts or range(1, len(concepts) + 1):
         for way in args.ways:
             job = Job(way, tuple(args.concepts[:count]), args.method, args.seed)
-            done = {Job(row["way"], tuple(row["concepts"]), row["method"], row["seed"]).key
-                    for row in read_rows(record)}  # fmt: skip
             if job.key in done or (count == 1 and way != "sequential"):
                 continue
             row = measure(job, asked, config, args.out, base)

@@ -19,7 +19,7 @@ from erase.models.schedules import knows_zero_snr
 from erase.models.single_file import bfl, ldm
 from erase.models.single_file.architectures import Architecture, from_folder, sd_family, shipped
 from erase.models.single_file.bfl import is_flux
-from erase.models.single_file.filling import check_weights, converted, fill
+from erase.models.single_file.filling import check_weights, converted, fill, refuse_surplus
 from erase.models.single_file.flux_file import load_flux_file
 from erase.models.single_file.recognise import NAMES, decide_prediction, modern, recognise, without
 from erase.models.single_file.spec import FLUX, ORIGINAL, model_spec
@@ -135,13 +135,7 @@ def _check_rest(
     """Nothing else is there, but what the originals hold and the pipeline does not use."""
     known, spare = {entry.key for entry in table}, ldm.spare_keys(family, modules)
     surplus = [key for key in file.shapes if key not in known and not spare.fullmatch(key)]
-    if surplus:
-        raise ErasureError(
-            f"{file.path} holds {len(surplus)} tensors for which {NAMES[family]} has no place, the "
-            f"first is {surplus[0]} {list(file.shapes[surplus[0]])}; if it is of another size, "
-            "give its configuration (load.config); if they do no harm, leave them out "
-            "(load.ignore, a regular expression of how their names begin)"
-        )
+    refuse_surplus(file, surplus, NAMES[family], "if it is of another size, give its configuration")
 
 
 @torch.no_grad()

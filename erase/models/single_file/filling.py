@@ -36,6 +36,24 @@ def check_weights(
             )
 
 
+def refuse_surplus(file: TensorFile, surplus: Sequence[str], place: str, advice: str) -> None:
+    """Nothing is there that would be left out without a word.
+
+    Args:
+        file: the file.
+        surplus: keys of it that are no weight of the architecture; none is no error.
+        place: what has no place for them.
+        advice: what to do with `load.config`.
+    """
+    if surplus:
+        first = surplus[0]
+        raise ErasureError(
+            f"{file.path} holds {len(surplus)} tensors for which {place} has no place, the first "
+            f"is {first} {list(file.shapes[first])}; {advice} (load.config); if they do no harm, "
+            "leave them out (load.ignore, a regular expression of how their names begin)"
+        )
+
+
 def _shape(modules: Mapping[str, ldm.Network], name: str) -> tuple[int, ...]:
     component, _, parameter = name.partition(".")
     return tuple(modules[component].get_parameter(parameter).shape)

@@ -15,7 +15,7 @@ from erase.models.config import DTYPES, LoadConfig
 from erase.models.part_files import read_config
 from erase.models.pipelines import Pipeline
 from erase.models.single_file import bfl
-from erase.models.single_file.filling import check_weights, fill
+from erase.models.single_file.filling import check_weights, fill, refuse_surplus
 from erase.models.single_file.ldm import UNET
 from erase.models.single_file.recognise import UNREADABLE, refuse
 from erase.models.single_file.tensor_file import TensorFile
@@ -75,14 +75,8 @@ def _read(file: TensorFile, config: Path, dtype: torch.dtype) -> nn.Module:
         ) from error
     table = bfl.table(networks["transformer"])
     check_weights(file, table, networks)
-    if surplus := file.shapes.keys() - {entry.key for entry in table}:
-        first = min(surplus)
-        raise ErasureError(
-            f"{file.path} holds {len(surplus)} tensors for which {config} has no place, the first "
-            f"is {first} {list(file.shapes[first])}; give the folder of the same model "
-            "(load.config); if they do no harm, leave them out (load.ignore, a regular expression "
-            "of how their names begin)"
-        )
+    surplus = sorted(file.shapes.keys() - {entry.key for entry in table})
+    refuse_surplus(file, surplus, str(config), "give the folder of the same model")
     fill(file, table, networks, dtype)
     module: nn.Module = networks["transformer"]
     return module
