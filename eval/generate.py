@@ -39,7 +39,7 @@ from erase.eval.images import (
 from erase.eval.sampling import prepared, sampled
 from erase.files import file_sha256
 from erase.models import Cond, autocast
-from erase.models.loading import family_of
+from erase.models.families import family_of
 from erase.models.pipelines import Pipeline, decode, denoiser, encode, image_size
 from erase.models.prompt_checks import cut_prompts
 from erase.models.tokenizers import tokens

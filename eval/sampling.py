@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
+from inspect import signature
 
 import torch
 from torch import Tensor
 
 from erase.eval.generate_config import GenerateConfig, scheduler_of
 from erase.models import Cond
-from erase.models.pipelines import Pipeline, check_side, denoised, image_size, is_patched
-from erase.prompts.errors import check_ranges
+from erase.models.pipelines import Pipeline, check_side, denoised, image_size, stock
+from erase.prompts.errors import ErasureError, check_ranges
 
 
 def prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
@@ -21,8 +22,13 @@ def prepared(pipeline: Pipeline, config: GenerateConfig) -> Pipeline:
     # no more than there are noise levels
     check_ranges(config, {"steps": (1, pipeline.scheduler.config.num_train_timesteps)})
     check_side(pipeline, config.resolution or image_size(pipeline))
-    pipe = copy(pipeline)
-    pipe.scheduler = scheduler_of(pipeline.scheduler, config.scheduler, is_patched(pipeline))
+    pipe, way = copy(pipeline), stock(pipeline)
+    pipe.scheduler = scheduler_of(pipeline.scheduler, config.scheduler, way.tells_shift)
+    if way.tells_levels and "sigmas" not in signature(pipe.scheduler.set_timesteps).parameters:
+        raise ErasureError(
+            f"scheduler {config.scheduler} cannot be told the noise levels, which a "
+            f"{type(pipeline).__name__} tells it; use euler"
+        )
     pipe.safety_checker = None
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from erase.models import CANVAS
-from erase.models.pipelines import T5_TOKENS
+from erase.models.flux import StockFlux
 from erase.models.precision import pin_mkl_rounding
 
 pin_mkl_rounding()  # before the first product, as the commands do
@@ -68,7 +68,7 @@ def build_pico_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 @pytest.fixture
 def short_t5(monkeypatch: pytest.MonkeyPatch) -> None:
     """FLUX's T5 reads few tokens, so that tests which ask no stock pipeline take less time."""
-    monkeypatch.setitem(T5_TOKENS, "FluxPipeline", 24)
+    monkeypatch.setattr(StockFlux, "tokens", 24)
 
 
 @pytest.fixture(scope="session")

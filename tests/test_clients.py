@@ -27,7 +27,7 @@ from erase.export import export_components, export_delta, export_diffusers, expo
 from erase.export.kohya import kohya_names
 from erase.export.lora import extract_lora
 from erase.models import CANVAS, load_model
-from erase.models.loading import family_of
+from erase.models.families import family_of
 from erase.models.single_file import write_single_file
 from erase.prompts.errors import ErasureError
 from erase.scripts import run_export

@@ -11,8 +11,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
 from erase.models import LoadConfig, load_model, wrap
-from erase.models.patches import pack, unpack
-from erase.models.pipelines import arguments, decode, denoiser, is_patched
+from erase.models.pipelines import decode, denoiser, stock
 from erase.models.scopes import select
 from erase.prompts.errors import ErasureError
 from tests.families import FAMILIES, tiny_flux, tiny_sd1, tiny_sd3, tiny_sdxl
@@ -25,7 +24,11 @@ def pipeline(request):
 
 def plain(pipeline, latents):
     """Latents as a family's pipeline gives them, as the others' do: of FLUX.1, out of patches."""
-    return unpack(latents, 8, 8) if is_patched(pipeline) else latents
+    return stock(pipeline).given(latents, 8)
+
+
+def is_flux(pipeline):
+    return stock(pipeline).patch == 2
 
 
 def first_prediction(pipeline, prompt, guidance):
@@ -49,13 +52,13 @@ def first_prediction(pipeline, prompt, guidance):
     handle.remove()
     seen |= {name: plain(pipeline, seen[name]) for name in ("xt", "prediction")}
     # FLUX's transformer multiplies by 1000 itself
-    seen["t"] = seen["t"] * 1000 if is_patched(pipeline) else seen["t"]
+    seen["t"] = seen["t"] * 1000 if is_flux(pipeline) else seen["t"]
     return seen
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_prediction_is_that_of_the_stock_pipeline(pipeline, guidance):
-    if is_patched(pipeline) and guidance != 1:
+    if is_flux(pipeline) and guidance != 1:
         pytest.skip("a prediction under a prompt, without guidance, is what methods ask for")
     model, seen = wrap(pipeline), first_prediction(pipeline, "a red house", guidance)
     t = seen["t"].reshape(-1)[:1]
@@ -72,18 +75,18 @@ def test_sampled_latents_are_those_of_the_stock_pipeline(pipeline):
     ours = model.sample(["a red house", "a moon"], [3, 4], 3, 4.0)
     pipeline.scheduler = model.sampler()
     generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
-    stock = pipeline(
+    drawn = pipeline(
         ["a red house", "a moon"],
         num_inference_steps=3,
         guidance_scale=4.0,
         generator=generators,
         output_type="latent",
     )
-    assert torch.allclose(ours, plain(pipeline, stock.images), atol=1e-4)
+    assert torch.allclose(ours, plain(pipeline, drawn.images), atol=1e-4)
     pixels = pipeline(
-        **arguments(model.encode(["a moon"]), model.encode([""])),
+        **stock(pipeline).arguments(model.encode(["a moon"]), model.encode([""])),
         num_inference_steps=2,
-        latents=pack(ours[:1]) if is_patched(pipeline) else ours[:1].clone(),
+        latents=stock(pipeline).taken(ours[:1]).clone(),
         output_type="pt",
     )
     assert pixels.images.shape == (1, 3, model.image_size, model.image_size)
@@ -106,7 +109,7 @@ def test_forward_process_and_target_are_those_of_the_scheduler(pipeline):
     t = torch.tensor([0, 400, 999])
     xt, target = model.add_noise(x0, noise, t), model.target(x0, noise, t)
     if hasattr(scheduler, "scale_noise"):
-        if is_patched(pipeline) and scheduler.config.use_dynamic_shifting:
+        if is_flux(pipeline) and scheduler.config.use_dynamic_shifting:
             mu = 0.5 + (16 - 256) / (4096 - 256) * (1.15 - 0.5)  # 16 patches
             scheduler.set_timesteps(1000, sigmas=torch.arange(1000, 0, -1) / 1000, mu=mu)
         theirs = scheduler.scale_noise(x0, scheduler.timesteps[[999, 599, 0]], noise)

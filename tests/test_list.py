@@ -16,7 +16,7 @@ from erase.eval.evaluators import EVALUATORS
 from erase.eval.protocols import protocol_names
 from erase.methods import METHODS, get_method
 from erase.models import load_model
-from erase.models.loading import FAMILIES
+from erase.models.families import FAMILIES
 from erase.models.scopes import ABOUT, SCOPES, select
 from erase.prompts.concepts import shipped
 from erase.prompts.prompt_sets import shipped_sets

@@ -11,8 +11,7 @@ from erase.latents.sampling import choose_states
 from erase.methods import get_method
 from erase.methods.salun import SalUnHalfConfig
 from erase.models import wrap
-from erase.models.patches import unpack
-from erase.models.pipelines import arguments, denoiser, is_patched
+from erase.models.pipelines import denoiser, stock
 from erase.objectives.remap import Remap
 from erase.prompts.canvas import canvas_concept
 from erase.task import Task
@@ -41,8 +40,8 @@ def test_a_trajectory_is_what_the_stock_pipeline_passes_through(pipeline):
     give back."""
     model, shown = wrap(pipeline), []
     pipeline.scheduler = model.sampler()
-    stock = denoiser(pipeline)
-    handle = stock.register_forward_hook(
+    net = denoiser(pipeline)
+    handle = net.register_forward_hook(
         lambda _, args, kwargs, out: shown.append(
             kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         ),
@@ -56,10 +55,9 @@ def test_a_trajectory_is_what_the_stock_pipeline_passes_through(pipeline):
         "generator": generators,
         "output_type": "latent",
     }
-    finished = pipeline(**arguments(cond, null), **given).images
+    finished = pipeline(**stock(pipeline).arguments(cond, null), **given).images
     handle.remove()
-    if is_patched(pipeline):
-        finished, *shown = (unpack(latents, 8, 8) for latents in (finished, *shown))
+    finished, *shown = (stock(pipeline).given(latents, 8) for latents in (finished, *shown))
     latents, noise, t = model.trajectory(["a red house", "a moon"], [3, 4], 3, 4.0)
     assert torch.equal(latents, finished) and torch.equal(
         latents, model.sample(["a red house", "a moon"], [3, 4], 3, 4.0)

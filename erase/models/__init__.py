@@ -56,7 +56,7 @@ def wrap(pipeline: Any, name: str = "in memory") -> DiffusionModel:
     Raises:
         ErasureError: a pipeline class that is not supported.
     """
-    from erase.models.loading import family_of
+    from erase.models.families import family_of
 
     model: DiffusionModel = family_of(pipeline, name)(pipeline, name)
     return model

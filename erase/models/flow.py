@@ -1,13 +1,19 @@
 """Rectified flow (Liu et al., ICLR 2023, https://arxiv.org/abs/2209.03003), which Stable Diffusion
-3 and FLUX.1 are trained by: x_t = (1 - sigma) x_0 + sigma noise, and the prediction is the
-velocity, noise - x_0."""
+3 and the flow transformers after it are trained by: x_t = (1 - sigma) x_0 + sigma noise, and the
+prediction is the velocity, noise - x_0."""
 
 from __future__ import annotations
+
+from math import exp
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from erase.models.pipeline_model import PipelineModel
 from erase.models.pipelines import Pipeline
+from erase.models.schedules import check_flow
+from erase.models.stock import Patched, Stock
+from erase.prompts.errors import ErasureError
 
 
 class RectifiedFlow(PipelineModel):
@@ -43,3 +49,34 @@ class RectifiedFlow(PipelineModel):
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return noise - x0
+
+
+class PatchedFlow(RectifiedFlow):
+    """A family whose denoiser takes patches, of which its shift may depend on their number."""
+
+    stock: ClassVar[type[Stock]] = Patched
+
+    def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
+        check_flow(pipeline.scheduler, name, by_size=True)
+        super().__init__(pipeline, name)
+        if self.latent_shape[1] % self.stock.patch:
+            raise ErasureError(
+                f"{name}: its VAE's configuration has the sample_size {self.image_size}, which "
+                "patches of 2 x 2 latents do not fill; write 1024 there"
+            )
+
+    def shift(self) -> float:
+        """At the model's own resolution."""
+        config: Any = self._pipeline.scheduler.config
+        if not config.use_dynamic_shifting:
+            return super().shift()
+        mu = self.log_shift(config, (self.latent_shape[1] // self.stock.patch) ** 2)
+        return mu if config.time_shift_type == "linear" else exp(mu)
+
+    def log_shift(self, config: Any, patches: int) -> float:
+        """mu, which grows with the number of patches, linearly."""
+        slope = (config.max_shift - config.base_shift) / (
+            config.max_image_seq_len - config.base_image_seq_len
+        )
+        mu: float = config.base_shift + slope * (patches - config.base_image_seq_len)
+        return mu

@@ -13,49 +13,58 @@ without guidance, as its stock pipeline draws it.
 
 from __future__ import annotations
 
-from math import exp
-from typing import Any, ClassVar
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from erase.models.base import Cond
-from erase.models.flow import RectifiedFlow
+from erase.models.flow import PatchedFlow
 from erase.models.patches import pack, positions, unpack
-from erase.models.pipelines import POOLED, Pipeline
-from erase.models.schedules import check_flow
+from erase.models.pipelines import Pipeline
+from erase.models.stock import POOLED, Patched, Stock
 from erase.prompts.errors import ErasureError
 
 PLAIN = 1.0
 """g, where nothing is guided"""
 
 
-class Flux(RectifiedFlow):
-    """A `DiffusionModel` over a stock `FluxPipeline`."""
+class StockFlux(Patched):
+    """A stock `FluxPipeline` as it is called: its latents are a sequence of patches."""
+
+    tells_shift = True
+
+    @property
+    def family(self) -> str:  # type: ignore[override]  # the transformer tells
+        return "flux-dev" if self.pipeline.transformer.config.guidance_embeds else "flux-schnell"
+
+    def taken(self, latents: Tensor) -> Tensor:
+        return pack(latents)
+
+    def given(self, latents: Tensor, rows: int) -> Tensor:
+        return unpack(latents, rows, rows)
+
+    def encoded(self, prompts: list[str], device: torch.device) -> Cond:
+        states, pooled, _ = self.pipeline.encode_prompt(
+            prompt=prompts,
+            prompt_2=None,
+            device=device,
+            num_images_per_prompt=1,
+            max_sequence_length=self.tokens,
+        )
+        return Cond(states, {POOLED: pooled})
+
+
+class Flux(PatchedFlow):
+    """A `DiffusionModel` over a stock `FluxPipeline`; dev's shift grows with the number of
+    patches, linearly in its logarithm."""
 
     components: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder", "text_encoder_2")
+    stock: ClassVar[type[Stock]] = StockFlux
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
-        check_flow(pipeline.scheduler, name, by_size=True)
         _check_transformer(pipeline, name)
         super().__init__(pipeline, name)
-        if self.latent_shape[1] % 2:
-            raise ErasureError(
-                f"{name}: its VAE's configuration has the sample_size {self.image_size}, which "
-                "patches of 2 x 2 latents do not fill; write 1024 there"
-            )
-
-    def shift(self) -> float:
-        """At the model's own resolution: dev's grows with the number of patches, linearly in its
-        logarithm."""
-        config: Any = self._pipeline.scheduler.config
-        if not config.use_dynamic_shifting:
-            return super().shift()
-        patches = (self.latent_shape[1] // 2) * (self.latent_shape[2] // 2)
-        slope = (config.max_shift - config.base_shift) / (
-            config.max_image_seq_len - config.base_image_seq_len
-        )
-        mu: float = config.base_shift + slope * (patches - config.base_image_seq_len)
-        return mu if config.time_shift_type == "linear" else exp(mu)
 
     def predict(self, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
         height, width = xt.shape[-2:]

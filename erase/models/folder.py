@@ -13,6 +13,7 @@ import transformers
 from torch import nn
 
 from erase.models.config import LoadConfig
+from erase.models.families import unsupported
 from erase.models.part_files import check_part, check_variant, read_config
 from erase.models.parts import check_finite, load_part, own_weights
 from erase.models.pipelines import Pipeline, modules
@@ -23,7 +24,13 @@ from erase.prompts.errors import ErasureError, reason
 
 INDEX = "model_index.json"
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
-WORDS = {CLIP: "CLIPTokenizer", PROJECTED: "CLIPTokenizer", T5: "T5Tokenizer"}
+QWEN3 = "Qwen3Model"
+WORDS = {
+    CLIP: "CLIPTokenizer",
+    PROJECTED: "CLIPTokenizer",
+    T5: "T5Tokenizer",
+    QWEN3: "Qwen2Tokenizer",
+}
 """text encoder -> its tokenizer"""
 PARTS: dict[str, dict[str, str]] = {
     "StableDiffusionPipeline": {"unet": "UNet2DConditionModel", "text_encoder": CLIP},
@@ -43,6 +50,7 @@ PARTS: dict[str, dict[str, str]] = {
         "text_encoder": CLIP,
         "text_encoder_2": T5,
     },
+    "ZImagePipeline": {"transformer": "ZImageTransformer2DModel", "text_encoder": QWEN3},
 }
 """pipeline class -> its denoiser and text encoders, and their classes; a VAE, a scheduler and a
 tokenizer for each encoder come to it"""
@@ -143,9 +151,7 @@ def read_index(folder: Path) -> Mapping[str, Any]:
     if not isinstance(kind, str):
         raise ErasureError(f"{folder / INDEX} names no pipeline class (_class_name)")
     if kind not in PARTS:
-        raise ErasureError(
-            f"{folder / INDEX} says {kind}, which is not supported; supported: {', '.join(PARTS)}"
-        )
+        raise unsupported(f"{folder / INDEX} says {kind}", kind)
     return index
 
 

@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from erase.models.config import LoadConfig
 from erase.models.pipelines import Pipeline
 from erase.models.single_file.tensor_file import SINGLE_FILES
 from erase.prompts.errors import ErasureError, reason
-
-FAMILIES = {
-    "StableDiffusionPipeline": ("erase.models.sd", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("erase.models.sdxl", "StableDiffusionXL"),
-    "StableDiffusion3Pipeline": ("erase.models.sd3", "StableDiffusion3"),
-    "FluxPipeline": ("erase.models.flux", "Flux"),
-}
-"""pipeline class in model_index.json -> where its `DiffusionModel` is"""
 
 
 def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
@@ -88,21 +78,6 @@ def is_here(name: str, options: LoadConfig) -> bool:
     except ErasureError:
         return False
     return True
-
-
-def family_of(pipeline: Pipeline, name: str) -> Any:
-    """The `DiffusionModel` class for a pipeline.
-
-    Raises:
-        ErasureError: a pipeline class that none supports.
-    """
-    kind = type(pipeline).__name__
-    if kind not in FAMILIES:
-        raise ErasureError(
-            f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}"
-        )
-    module, cls = FAMILIES[kind]
-    return getattr(import_module(module), cls)
 
 
 def _download(name: str, options: LoadConfig) -> Path:

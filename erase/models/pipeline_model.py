@@ -15,12 +15,12 @@ from erase.models.pipelines import (
     denoised,
     denoiser,
     encode,
-    image_size,
     latent_side,
     modules,
     text_encoders,
 )
 from erase.models.prefix import encode_live
+from erase.models.stock import Stock
 from erase.models.tokenizers import check_tokenizers, tokens
 
 
@@ -29,6 +29,8 @@ class PipelineModel:
 
     components: ClassVar[tuple[str, ...]]
     """parts whose weights a method may change, the denoiser first"""
+    stock: ClassVar[type[Stock]] = Stock
+    """how the pipeline is called"""
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         self.name = name
@@ -37,9 +39,9 @@ class PipelineModel:
         for part in modules(pipeline).values():
             part.requires_grad_(False).eval()
         check_tokenizers(pipeline, name)
-        side = latent_side(pipeline)
-        self.latent_shape = (pipeline.vae.config.latent_channels, side, side)
-        self.image_size = image_size(pipeline)
+        way, side = self.stock(pipeline), latent_side(pipeline)
+        self.latent_shape = (way.channels, side, side)
+        self.image_size = side * way.cell
         self.timesteps: int = pipeline.scheduler.config.num_train_timesteps
         self.refresh_fingerprint()
 
@@ -82,11 +84,7 @@ class PipelineModel:
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        vae = self._pipeline.vae
-        posterior = vae.encode(images.to(self.device, vae.dtype)).latent_dist
-        shift = getattr(vae.config, "shift_factor", None)
-        scale = vae.config.scaling_factor
-        return (posterior.mean - (shift or 0.0)) * scale, posterior.std * scale
+        return self.stock(self._pipeline).moments(images.to(self.device, self._pipeline.vae.dtype))
 
     def sampler(self) -> Any:
         """The scheduler that `sample` uses: the checkpoint's own, unless a family has a quicker
@@ -145,7 +143,7 @@ class PipelineModel:
         pipe.scheduler = self.sampler()
         # said, since XL and 3 stumble over a sample_size that is a pair
         size = size or self.image_size
-        side = [size // pipe.vae_scale_factor] * 2
+        side = [size // self.stock(pipe).cell] * 2
         # drawn from as the pipeline itself would
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         shape, dtype = (1, self.latent_shape[0], *side), cond.embeddings.dtype

@@ -1,10 +1,5 @@
-"""Stock diffusers pipelines, whatever their family: how they are conditioned, and how their latents
-become pixels.
-
-Stable Diffusion 1.x and 2.x are conditioned on text states alone; XL, 3 and FLUX.1 on pooled ones
-too, and FLUX.1 counts its latents in patches. Here is all that tells them apart where images are
-made, so that generation needs no code for a family of its own.
-"""
+"""Stock diffusers pipelines, whatever their family: their sizes, how they are conditioned and
+sampled, and how their latents become pixels."""
 
 from __future__ import annotations
 
@@ -15,18 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from erase.models.base import Cond
-from erase.models.patches import pack, unpack
+from erase.models.families import family_of
 from erase.models.precision import autocast
+from erase.models.stock import Pipeline, Stock
 from erase.prompts.errors import ErasureError
 
-# a diffusers pipeline: its parts are attributes made at run time, which no type checker sees
-Pipeline = Any
-POOLED = "pooled"
-PATCHED = ("FluxPipeline",)
-"""pipelines that take and give latents as patches of 2 x 2"""
-T5_TOKENS = {"StableDiffusion3Pipeline": 256, "FluxPipeline": 512}
-"""pipeline -> tokens of a prompt that its T5 reads, where the caller of its stock form gives no
-`max_sequence_length`"""
+
+def stock(pipeline: Pipeline) -> Stock:
+    """The pipeline as its family calls it.
+
+    Raises:
+        ErasureError: a class that no family has.
+    """
+    way: Stock = family_of(pipeline, "the pipeline").stock(pipeline)
+    return way
 
 
 def denoiser(pipeline: Pipeline) -> Any:
@@ -36,25 +33,16 @@ def denoiser(pipeline: Pipeline) -> Any:
 
 def image_size(pipeline: Pipeline) -> int:
     """Side of an image at the model's own resolution, in pixels."""
-    size: int = latent_side(pipeline) * pipeline.vae_scale_factor
-    return size
+    return latent_side(pipeline) * stock(pipeline).cell
 
 
 def latent_side(pipeline: Pipeline) -> int:
     """Side of a latent at the model's own resolution.
 
-    A transformer of FLUX.1 says nothing of it. Its VAE may, in pixels; else it is what the stock
-    pipeline draws.
-
     Raises:
         ErasureError: the denoiser's configuration does not say, or its latents are not square.
     """
-    if is_patched(pipeline):
-        stated = pipeline.vae.config
-        if "sample_size" in stated.get("_use_default_values", ()):
-            return int(pipeline.default_sample_size)
-        return int(stated.sample_size // pipeline.vae_scale_factor)
-    size = denoiser(pipeline).config.sample_size
+    size = stock(pipeline).stated_side()
     side, *others = size if isinstance(size, list | tuple) and size else [size]
     if (
         any(other != side for other in others)
@@ -69,19 +57,15 @@ def latent_side(pipeline: Pipeline) -> int:
     return side
 
 
-def is_patched(pipeline: Pipeline) -> bool:
-    """Whether a pipeline takes and gives latents as patches."""
-    return type(pipeline).__name__ in PATCHED
-
-
 def check_side(pipeline: Pipeline, side: int) -> None:
     """Refuse images that are not made of whole patches, which a pipeline would cut to size.
 
     Raises:
         ErasureError: such a side, in pixels.
     """
-    step = 2 * pipeline.vae_scale_factor
-    if is_patched(pipeline) and side % step:
+    way = stock(pipeline)
+    step = way.patch * way.cell
+    if way.patch > 1 and side % step:
         raise ErasureError(
             f"images of {side} pixels are no whole number of patches; give a multiple of {step}"
         )
@@ -110,35 +94,10 @@ def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None =
     device = device or pipeline._execution_device
     rows = []
     for prompt in prompts:
-        row = encoded(pipeline, [prompt], device)
+        row = stock(pipeline).encoded([prompt], device)
         zeros = not prompt and pipeline.config.get("force_zeros_for_empty_prompt", False)
         rows.append(row.each(torch.zeros_like) if zeros else row)
     return Cond.stack(rows)
-
-
-def encoded(pipeline: Pipeline, prompts: list[str], device: torch.device) -> Cond:
-    """Text states of the prompts, all in one pass; nothing is said of an empty one."""
-    given: dict[str, Any] = {"prompt": prompts, "device": device, "num_images_per_prompt": 1}
-    if room := T5_TOKENS.get(type(pipeline).__name__):
-        given["max_sequence_length"] = room
-    if is_patched(pipeline):
-        states, pooled, _ = pipeline.encode_prompt(**given)
-        return Cond(states, {POOLED: pooled})
-    further = {"prompt_2": None, "prompt_3": None} if hasattr(pipeline, "text_encoder_3") else {}
-    found = pipeline.encode_prompt(**given, do_classifier_free_guidance=False, **further)
-    return Cond(found[0], {POOLED: found[2]} if len(found) == 4 else {})
-
-
-def arguments(cond: Cond, null: Cond) -> dict[str, Tensor]:
-    """The keyword arguments of a pipeline's call in the place of prompts: these conditions, each
-    guided away from its null condition."""
-    keywords = {"prompt_embeds": cond.embeddings, "negative_prompt_embeds": null.embeddings}
-    if POOLED in cond.extras:
-        keywords |= {
-            "pooled_prompt_embeds": cond.extras[POOLED],
-            "negative_pooled_prompt_embeds": null.extras[POOLED],
-        }
-    return keywords
 
 
 def denoised(
@@ -159,8 +118,7 @@ def denoised(
         cond: states of the prompts.
         null: of the empty prompt, as many rows.
         generators: of the noise, one a row.
-        guidance: scale, as the pipeline means its own `guidance_scale`: FLUX.1 dev embeds it, and
-            schnell has none.
+        guidance: scale, of which 1 is none: FLUX.1 dev embeds it, and schnell has none.
         steps: of the sampler.
         side: pixels of the square image.
         start: noise to start from, shape as the latents', before the sampler scales it; None: drawn
@@ -171,29 +129,29 @@ def denoised(
         ErasureError: see `check_side`.
     """
     check_side(pipe, side)
-    rows = side // pipe.vae_scale_factor
-    patched = is_patched(pipe)
-
-    def plain(latents: Tensor) -> Tensor:
-        return unpack(latents, rows, rows) if patched else latents
+    way = stock(pipe)
+    rows, last = side // way.cell, torch.empty(0)
 
     def shown(pipeline: Pipeline, step: int, t: Tensor, tensors: dict[str, Tensor]) -> Any:
+        # what a call gives at its end may be no more what the denoiser sees (FLUX.2)
+        nonlocal last
+        last = way.given(tensors["latents"], rows)
         if on_state:
-            on_state(plain(tensors["latents"]))
+            on_state(last)
         return tensors
 
-    latents: Tensor = pipe(
-        **arguments(cond, null),
+    pipe(
+        **way.arguments(cond, null),
+        **way.guided(guidance),
         height=side,
         width=side,
         num_inference_steps=steps,
-        guidance_scale=guidance,
         generator=list(generators),
-        latents=pack(start) if patched and start is not None else start,
+        latents=None if start is None else way.taken(start),
         output_type="latent",
         callback_on_step_end=shown,
-    ).images
-    return plain(latents)
+    )
+    return last
 
 
 @torch.no_grad()
@@ -205,13 +163,12 @@ def decode(pipeline: Pipeline, latents: Tensor, precision: str) -> Tensor:
     """
     vae = pipeline.vae
     stored, half = vae.dtype, precision == "fp16" or vae.dtype == torch.float16
-    upcast = half and vae.config.force_upcast
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    upcast = half and vae.config.get("force_upcast", False)
     try:
         if upcast and stored == torch.float16:
             vae.to(torch.float32)
         with autocast(latents.device, "no" if upcast else precision):
-            pixels = vae.decode((latents / vae.config.scaling_factor + shift).to(vae.dtype)).sample
+            pixels = stock(pipeline).decoded(latents)
     finally:
         if vae.dtype != stored:
             vae.to(stored)

@@ -3,7 +3,7 @@ standing before the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.models.base import Cond
-from erase.models.pipelines import Pipeline, encoded, text_encoders
+from erase.models.pipelines import Pipeline, stock, text_encoders
 from erase.prompts.errors import ErasureError
 
 HOLDER = "a"
@@ -33,16 +33,17 @@ def encode_live(
         ErasureError: a prefix for an encoder that is not there or of a width that is not its own,
             or different k.
     """
-    encoders = text_encoders(pipeline)
+    encoders, way = text_encoders(pipeline), stock(pipeline)
     if prefix is not None and not isinstance(prefix, Mapping):
         prefix = dict.fromkeys(encoders, prefix)
     places = _places(prefix or {}, encoders)
     with ExitStack() as stack:
         for name, embeddings in (prefix or {}).items():
-            holder = _holder_id(getattr(pipeline, name.replace("text_encoder", "tokenizer")), name)
-            stack.enter_context(_standing_before(encoders[name], embeddings, holder))
+            tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+            place = _place(tokenizer, way.text, name)
+            stack.enter_context(_standing_before(encoders[name], embeddings, place))
         texts = [f"{HOLDER} " * places + prompt for prompt in prompts]
-        cond = encoded(pipeline, texts, pipeline._execution_device)
+        cond = way.encoded(texts, pipeline._execution_device)
     return _zeros_for_empty(pipeline, texts, cond)
 
 
@@ -68,23 +69,25 @@ def _places(prefix: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> int:
     return counts.pop() if counts else 0
 
 
-def _holder_id(tokenizer: Any, name: str) -> int:
-    ids = tokenizer(HOLDER, add_special_tokens=False).input_ids
-    if len(ids) != 1:
+def _place(tokenizer: Any, text: Callable[[str], str], name: str) -> int:
+    """How many tokens stand before a prompt, as its encoder takes it."""
+    empty, held = (tokenizer(text(prompt)).input_ids for prompt in ("", HOLDER))
+    if len(held) != len(empty) + 1:
         raise ErasureError(
-            f"{HOLDER!r} is {len(ids)} tokens of {name}, so that a prefix has no place"
+            f"{HOLDER!r} is {len(held) - len(empty)} tokens of {name}, so that a prefix has no "
+            "place"
         )
-    return int(ids[0])
+    differing = (at for at, ids in enumerate(zip(held, empty, strict=False)) if len(set(ids)) > 1)
+    return next(differing, len(empty))
 
 
 @contextmanager
-def _standing_before(encoder: Any, embeddings: Tensor, holder: int) -> Iterator[None]:
-    """Within the block these embeddings stand in the places of the first holders, which every row
-    has in the same places."""
+def _standing_before(encoder: Any, embeddings: Tensor, start: int) -> Iterator[None]:
+    """Within the block these embeddings stand in the places of the holders, from `start` on, which
+    every row has in the same places."""
     count = embeddings.shape[-2]
 
     def replaced(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        start = int((inputs[0][0] == holder).nonzero()[0])
         prefix = embeddings.to(output).expand(len(output), count, -1)
         return torch.cat([output[:, :start], prefix, output[:, start + count :]], dim=1)
 

@@ -11,20 +11,32 @@ from erase.prompts.errors import ErasureError, unknown
 
 # A UNet's attn2 looks at the text. In a transformer with joint attention, text and image look at
 # each other through one attention (`attn`), in which each has projections of its own: the text's
-# are called add_*; `attn2`, where there is one, is the image's alone. FLUX's blocks of one stream
-# (single_transformer_blocks) project text and image by the same weights, which are neither the
-# text's nor the image's: only `full`, `noxattn` and, of their feed-forward half, `ff` hold them.
-# Their proj_out ends both halves.
-_TEXT = r"^unet\..*\battn2\b|^transformer\..*\battn\.(add_|to_add_out|norm_added_)"
+# are called add_*; `attn2`, where there is one, is the image's alone. Blocks of one stream project
+# text and image by the same weights, which are neither the text's nor the image's: only `full`,
+# `noxattn` and, of their feed-forward half, `ff` hold them. FLUX's single_transformer_blocks are
+# such, whose last matrix ends both halves (proj_out), and Z-Image's layers, before which the text
+# passes through blocks of its own (context_refiner) and so does the image (noise_refiner).
+_TEXT = (
+    r"^unet\..*\battn2\b|^transformer\..*\battn\.(add_|to_add_out|norm_added_)"
+    r"|^transformer\.context_refiner\.\d+\.attention\."
+)
+_KV = (
+    r"^unet\..*\battn2\.to_[kv]\b|^transformer\..*\battn\.add_[kv]_proj\b"
+    r"|^transformer\.context_refiner\.\d+\.attention\.to_[kv]\b"
+)
 _BLOCK = r"^transformer\.transformer_blocks\..*"
-_IMAGE = rf"^unet\..*\battn1\b|{_BLOCK}\b(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)\b"
+_IMAGE = (
+    rf"^unet\..*\battn1\b|{_BLOCK}\b(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)\b"
+    r"|^transformer\.noise_refiner\.\d+\.attention\."
+)
 _SINGLE = r"^transformer\.single_transformer_blocks\.\d+\.proj_(mlp|out)\b"
+_FORWARD = rf"^unet\..*\bff\b|{_BLOCK}\bff(_context)?\b|{_SINGLE}|^transformer\..*\bfeed_forward\."
 SCOPES = {
     "full": r"^(unet|transformer)\.",
     "xattn": _TEXT,
-    "xattn_kv": r"^unet\..*\battn2\.to_[kv]\b|^transformer\..*\battn\.add_[kv]_proj\b",
+    "xattn_kv": _KV,
     "selfattn": _IMAGE,
-    "ff": rf"^unet\..*\bff\b|{_BLOCK}\bff(_context)?\b|{_SINGLE}",
+    "ff": _FORWARD,
     "noxattn": rf"^(?!{_TEXT})(unet|transformer)\.",
     "text_encoder": r"^text_encoder(_\d)?\.",
 }

@@ -8,12 +8,33 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from erase.models.base import Cond
 from erase.models.flow import RectifiedFlow
-from erase.models.pipelines import POOLED, Pipeline
+from erase.models.pipelines import Pipeline
 from erase.models.schedules import check_flow
+from erase.models.stock import POOLED, Stock
+
+
+class Stock3(Stock):
+    """A stock `StableDiffusion3Pipeline` as it is called."""
+
+    family = "sd3"
+    tokens = 256
+
+    def encoded(self, prompts: list[str], device: torch.device) -> Cond:
+        found = self.pipeline.encode_prompt(
+            prompt=prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.tokens,
+        )
+        return Cond(found[0], {POOLED: found[2]})
 
 
 class StableDiffusion3(RectifiedFlow):
@@ -25,6 +46,7 @@ class StableDiffusion3(RectifiedFlow):
         "text_encoder_2",
         "text_encoder_3",
     )
+    stock: ClassVar[type[Stock]] = Stock3
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
         check_flow(pipeline.scheduler, name)

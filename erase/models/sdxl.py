@@ -9,15 +9,23 @@ import torch
 from torch import Tensor
 
 from erase.models.base import Cond
-from erase.models.pipelines import POOLED, Pipeline
+from erase.models.pipelines import Pipeline
 from erase.models.sd import StableDiffusion
+from erase.models.stock import POOLED, Stock
 from erase.prompts.errors import ErasureError
+
+
+class StockXL(Stock):
+    """A stock `StableDiffusionXLPipeline` as it is called."""
+
+    family = "sdxl"
 
 
 class StableDiffusionXL(StableDiffusion):
     """A `DiffusionModel` over a stock `StableDiffusionXLPipeline`."""
 
     components: ClassVar[tuple[str, ...]] = ("unet", "text_encoder", "text_encoder_2")
+    stock: ClassVar[type[Stock]] = StockXL
     addition: ClassVar[str | None] = "text_time"
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:

@@ -12,12 +12,13 @@ from transformers import CLIPTokenizer
 
 from erase.models.base import Tokens
 from erase.models.part_files import read_config
-from erase.models.pipelines import T5_TOKENS, Pipeline
+from erase.models.pipelines import Pipeline, stock
 from erase.prompts.errors import ErasureError, reason
 
 FILES = {
     "CLIPTokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
     "T5Tokenizer": (("tokenizer.json",), ("spiece.model",)),
+    "Qwen2Tokenizer": (("tokenizer.json",), ("vocab.json", "merges.txt")),
 }
 """tokenizer class -> sets of files, of which one must be there"""
 SPARE = 128
@@ -27,12 +28,12 @@ sizes"""
 
 def tokens(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[Tokens]]:
     """Prompts as each text encoder of a pipeline takes them, by the encoder's name."""
-    by_encoder = {}
+    way, by_encoder = stock(pipeline), {}
     for part, tokenizer in _tokenizers(pipeline).items():
         rows = tokenizer(
             prompts, add_special_tokens=False, truncation=False, padding=False, verbose=False
         ).input_ids
-        room = _length(tokenizer, pipeline) - tokenizer.num_special_tokens_to_add()
+        room = way.room(tokenizer)
         by_encoder[part.replace("tokenizer", "text_encoder")] = [
             Tokens(tuple(ids), room) for ids in rows
         ]
@@ -45,14 +46,6 @@ def _tokenizers(pipeline: Pipeline) -> dict[str, Any]:
         for name, part in pipeline.components.items()
         if name.startswith("tokenizer") and part is not None
     }
-
-
-def _length(tokenizer: Any, pipeline: Pipeline) -> int:
-    """Tokens of a prompt in all, as its pipeline cuts it."""
-    if not _is_clip(tokenizer):
-        return T5_TOKENS[type(pipeline).__name__]
-    length: int = tokenizer.model_max_length
-    return length
 
 
 def _is_clip(tokenizer: Any) -> bool:
@@ -101,6 +94,7 @@ def check_tokenizers(pipeline: Pipeline, name: str) -> None:
 
 def _check(tokenizer: Any, config: Any, which: str) -> None:
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    config = getattr(config, "text_config", config)  # of a model that sees images, too
     if max(vocabulary.values()) >= config.vocab_size:
         raise ErasureError(
             f"{which} has tokens up to number {max(vocabulary.values())}, but its text encoder "
@@ -116,6 +110,8 @@ def _check(tokenizer: Any, config: Any, which: str) -> None:
         )
     if _is_clip(tokenizer):
         _check_clip(tokenizer, vocabulary, config, which)
+    if not type(tokenizer).__name__.startswith("T5"):
+        _check_merges(tokenizer, vocabulary, which)
 
 
 def _check_clip(tokenizer: Any, vocabulary: Mapping[str, int], config: Any, which: str) -> None:
@@ -130,6 +126,9 @@ def _check_clip(tokenizer: Any, vocabulary: Mapping[str, int], config: Any, whic
             f"encoder has {config.max_position_embeddings} positions; write that into "
             "model_max_length of tokenizer_config.json"
         )
+
+
+def _check_merges(tokenizer: Any, vocabulary: Mapping[str, int], which: str) -> None:
     merged = {"".join(pair) for pair in _merges(tokenizer)} | set(tokenizer.get_added_vocab())
     lost = [
         token for token in vocabulary if len(token.removesuffix("</w>")) > 1 and token not in merged

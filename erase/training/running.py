@@ -119,9 +119,14 @@ def attention(model: DiffusionModel, kind: str) -> Iterator[None]:
         and model.device.type == "cpu"
         and model.latent_shape[1] * model.latent_shape[2] <= PLAIN_TOKENS
     )
-    processors = dict(module.attn_processors)
+    processors = dict(getattr(module, "attn_processors", {}))
+    if not processors and kind not in ("auto", "sdpa"):
+        raise ErasureError(
+            f"diffusers has no {kind} attention for a {type(module).__name__}; use attention auto "
+            "or sdpa"
+        )
     try:
-        if plain:
+        if plain and processors:
             ours = {
                 name: AttnProcessor() if type(one) is AttnProcessor2_0 else one
                 for name, one in processors.items()
@@ -134,7 +139,8 @@ def attention(model: DiffusionModel, kind: str) -> Iterator[None]:
         with _kernel(plain):
             yield
     finally:
-        module.set_attn_processor(dict(processors))  # it empties the dict that it is given
+        if processors:
+            module.set_attn_processor(dict(processors))  # it empties the dict that it is given
 
 
 def _kernel(plain: bool) -> AbstractContextManager[None]:

@@ -114,7 +114,7 @@ def recipe_list() -> list[Entry]:
 
 def families() -> list[Entry]:
     """Kinds of checkpoint, by what model_index.json calls them."""
-    from erase.models.loading import FAMILIES
+    from erase.models.families import FAMILIES
 
     texts = {name: import_module(module).__doc__ for name, (module, _) in FAMILIES.items()}
     return [Entry(name, first_sentence(text)) for name, text in texts.items()]

@@ -6,9 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import FluxPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
-
-from erase.models.pipelines import Pipeline, denoiser, image_size
+from erase.models.pipelines import Pipeline, image_size, stock
 from erase.models.single_file.architectures import sd_family
 from erase.models.single_file.recognise import PREDICTIONS
 from erase.prompts.errors import unknown
@@ -21,6 +19,7 @@ ARCHITECTURES = {
     "sd3": "stable-diffusion-3",
     "flux-dev": "flux-1-dev",
     "flux-schnell": "flux-1-schnell",
+    "z-image": "Z-Image",
 }
 """family -> its name in ModelSpec"""
 ORIGINAL = "https://github.com/Stability-AI/generative-models"
@@ -29,16 +28,8 @@ FLUX = "https://github.com/black-forest-labs/flux"
 
 
 def family_name(pipeline: Pipeline) -> str:
-    """`sd1`, `sd2`, `sdxl`, `sd3`, `flux-dev` or `flux-schnell`."""
-    if isinstance(pipeline, StableDiffusion3Pipeline):
-        return "sd3"
-    if isinstance(pipeline, FluxPipeline):
-        return "flux-dev" if denoiser(pipeline).config.guidance_embeds else "flux-schnell"
-    return (
-        "sdxl"
-        if isinstance(pipeline, StableDiffusionXLPipeline)
-        else sd_family(pipeline.unet.config)
-    )
+    """`sd1`, `sd2`, `sdxl`, `sd3`, `flux-dev`, ...: those of `ARCHITECTURES`."""
+    return stock(pipeline).family or sd_family(pipeline.unet.config)
 
 
 def prediction(schedule: Mapping[str, Any]) -> str:

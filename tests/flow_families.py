@@ -1,0 +1,95 @@
+"""Flow transformers whose text encoder is a language model, in miniature: the layers of the real
+ones, narrow, with random weights."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+WORDS = (
+    "a Ġa red Ġred blue Ġblue heart Ġheart mushroom Ġmushroom moon Ġmoon house Ġhouse user "
+    "assistant think"
+).split()
+"""one token each, as the real tokenizer has them"""
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+"""what Qwen3's says of one message, written anew"""
+WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def chat_tokenizer(words: tuple[str, ...] | list[str] = WORDS) -> Qwen2Tokenizer:
+    """Bytes and some words, in Qwen's manner, with a chat template."""
+    vocabulary = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    merges = []
+    for word in sorted(words, key=lambda word: not word.startswith("Ġ")):  # their pairs first
+        for end in range(1, len(word)):
+            if word[: end + 1] not in vocabulary:
+                vocabulary[word[: end + 1]] = len(vocabulary)
+                merges.append((word[:end], word[end]))
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def tiny_z_image(seed: int = 0, by_size: bool = False) -> ZImagePipeline:
+    """Z-Image: one layer each that refines the image and the text, two of one stream, a Qwen3 of
+    three layers of which the last is not read, FLUX.1's VAE; a shift of 3, as Turbo's. `by_size`:
+    one that follows the image's size."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = chat_tokenizer()
+        transformer = ZImageTransformer2DModel(
+            in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=4, n_kv_heads=4,
+            cap_feat_dim=32, axes_dims=[2, 2, 4], axes_lens=[1024, 32, 32],
+        )  # fmt: skip
+        encoder = Qwen3Model(
+            Qwen3Config(vocab_size=len(tokenizer) + 7, head_dim=8, **WIDTH, **HEADS)
+        )
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=by_size)
+        return stirred(ZImagePipeline(scheduler, flux_vae(), encoder, tokenizer, transformer))
+
+
+def flux_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 8, 16, 16),
+        layers_per_block=2,
+        latent_channels=16,
+        norm_num_groups=4,
+        sample_size=64,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def stirred(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """No two tensors alike (fresh norms are all ones, fresh biases zero), so that no exchanged pair
+    goes unseen."""
+    pipeline.set_progress_bar_config(disable=True)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.requires_grad_(False).eval()
+            for weight in part.parameters():
+                weight.add_(torch.randn_like(weight), alpha=0.02)
+    return pipeline
+
+
+FLOWS = {"z-image": tiny_z_image}
