@@ -11,13 +11,16 @@ from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
 from erase.task import Task
 from tests.families import FAMILIES
+from tests.flow_families import FLOWS
+
+ALL = FAMILIES | FLOWS
 
 PROMPTS = ["a red heart", "", "a photo of a small blue house"]
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=ALL)
 def model(request):
-    return wrap(FAMILIES[request.param](), request.param)
+    return wrap(ALL[request.param](), request.param)
 
 
 @pytest.fixture

@@ -30,7 +30,9 @@ PAPER = "https://arxiv.org/abs/2601.06163"
 class FIAConfig:
     """Settings of FIA."""
 
-    scope: str = r"\bff(_context)?\.net\.2\.weight$"
+    scope: str = (
+        r"\b((ff(_context)?|img_mlp|txt_mlp)\.(net\.2|linear_out)|feed_forward\.w2)\.weight$"
+    )
     """whose linear layers of the denoiser lose weights"""
     density: float = 0.01
     """r_2: of the weights of a layer, and of each of its outputs, the most that become 0"""

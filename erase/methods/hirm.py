@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from erase.latents.latent_set import epoch_rows, texts_of
 from erase.losses import denoising
@@ -49,15 +49,17 @@ class HiRMConfig(TunedConfig):
 
 @contextmanager
 def last_attention(model: DiffusionModel) -> Iterator[list[Tensor]]:
-    """Within the block, what the last self-attention of each CLIP says is added to the list as it
-    runs, shape (n, tokens, width)."""
-    said: list[Tensor] = []
+    """Within the block, what each CLIP's last attention says is added to the list, each shape
+    (n, tokens, width)."""
+    said, speaking = list[Tensor](), list[nn.Module]()
+    for encoder in text_encoders(model.pipeline()).values():
+        own = [part for name, part in encoder.named_modules() if name.endswith(SPEAKS)]
+        speaking += own[-1:]  # a T5 has none
+    if not speaking:
+        raise ErasureError(f"hirm turns a CLIP's last attention, and {model.name} has no CLIP")
     with ExitStack() as hooks:
-        for encoder in text_encoders(model.pipeline()).values():
-            speaking = [part for name, part in encoder.named_modules() if name.endswith(SPEAKS)]
-            for part in speaking[-1:]:  # a T5 has none
-                hook = part.register_forward_hook(lambda _, __, output: said.append(output))
-                hooks.callback(hook.remove)
+        for part in speaking:
+            hooks.callback(part.register_forward_hook(lambda *given: said.append(given[2])).remove)
         yield said
 
 
@@ -65,10 +67,8 @@ def edit(task: Task, config: HiRMConfig) -> Edit:
     """Minimise |h(c) - s u|^2: h what the last attention says at each token but the first, which is
     the same of every prompt, and u normal noise that never changes."""
     if other := [name for name in task.weights(config.scope) if not name.startswith("text_")]:
-        raise ErasureError(
-            f"hirm trains text encoders, and scope {config.scope!r} holds {other[0]}; leave the "
-            "scope as it is, or take text_encoder"
-        )
+        held = f"scope {config.scope!r} holds {other[0]}"
+        raise ErasureError(f"hirm trains text encoders, and {held}; take scope text_encoder")
     forget = [prompt for concept in task.concepts for prompt, _ in concept.pairs()]
     listed = [prompt for concept in task.concepts for prompt in concept.retain]
     listed += earlier_prompts(task.earlier, task.concepts)
