@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from erase.models import CANVAS
+from erase.models.chat import Chat
 from erase.models.flux import StockFlux
 from erase.models.precision import pin_mkl_rounding
 
@@ -69,6 +70,12 @@ def build_pico_pipeline(seed: int = 0) -> StableDiffusionPipeline:
 def short_t5(monkeypatch: pytest.MonkeyPatch) -> None:
     """FLUX's T5 reads few tokens, so that tests which ask no stock pipeline take less time."""
     monkeypatch.setattr(StockFlux, "tokens", 24)
+
+
+@pytest.fixture
+def short_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Language models read few tokens, so that tests take less time."""
+    monkeypatch.setattr(Chat, "tokens", 40)
 
 
 @pytest.fixture(scope="session")

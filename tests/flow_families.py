@@ -6,14 +6,17 @@ from __future__ import annotations
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 WORDS = (
     "a Ġa red Ġred blue Ġblue heart Ġheart mushroom Ġmushroom moon Ġmoon house Ġhouse user "
@@ -64,6 +67,35 @@ def tiny_z_image(seed: int = 0, by_size: bool = False) -> ZImagePipeline:
         return stirred(ZImagePipeline(scheduler, flux_vae(), encoder, tokenizer, transformer))
 
 
+def tiny_klein(seed: int = 0, distilled: bool = False) -> Flux2KleinPipeline:
+    """FLUX.2 klein: a block of two streams and two of one, positions of four axes, a Qwen3 of 28
+    layers (the 9th, 18th and 27th are read), a VAE with running statistics; a shift by the image's
+    size."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = chat_tokenizer()
+        transformer = Flux2Transformer2DModel(
+            in_channels=32, num_layers=1, num_single_layers=2, attention_head_dim=8,
+            num_attention_heads=4, joint_attention_dim=3 * 16, timestep_guidance_channels=32,
+            axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False,
+        )  # fmt: skip
+        encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer) + 7, head_dim=8, hidden_size=16, intermediate_size=32,
+                num_hidden_layers=28, num_attention_heads=2, num_key_value_heads=1,
+                tie_word_embeddings=True,
+            )
+        )  # fmt: skip
+        vae = AutoencoderKLFlux2(
+            block_out_channels=(4, 8, 16, 16), latent_channels=8, norm_num_groups=4, sample_size=64
+        )
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+        parts = scheduler, vae, encoder, tokenizer, transformer
+        return stirred(Flux2KleinPipeline(*parts, is_distilled=distilled))
+
+
 def flux_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -92,4 +124,8 @@ def stirred(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     return pipeline
 
 
-FLOWS = {"z-image": tiny_z_image}
+FLOWS = {
+    "z-image": tiny_z_image,
+    "klein": tiny_klein,
+    "klein-distilled": lambda seed=0: tiny_klein(seed, distilled=True),
+}

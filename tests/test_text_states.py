@@ -14,6 +14,7 @@ from tests.families import FAMILIES
 from tests.flow_families import FLOWS
 
 ALL = FAMILIES | FLOWS
+pytestmark = pytest.mark.usefixtures("short_chat")
 
 PROMPTS = ["a red heart", "", "a photo of a small blue house"]
 

@@ -13,6 +13,7 @@ FAMILIES = {
     "StableDiffusion3Pipeline": ("erase.models.sd3", "StableDiffusion3"),
     "FluxPipeline": ("erase.models.flux", "Flux"),
     "ZImagePipeline": ("erase.models.z_image", "ZImage"),
+    "Flux2KleinPipeline": ("erase.models.flux2", "Klein"),
 }
 """pipeline class in model_index.json -> where its `DiffusionModel` is"""
 SIBLINGS = {

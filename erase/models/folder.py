@@ -24,12 +24,13 @@ from erase.prompts.errors import ErasureError, reason
 
 INDEX = "model_index.json"
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
-QWEN3 = "Qwen3Model"
+QWEN3, QWEN3_SPEAKING = "Qwen3Model", "Qwen3ForCausalLM"
 WORDS = {
     CLIP: "CLIPTokenizer",
     PROJECTED: "CLIPTokenizer",
     T5: "T5Tokenizer",
     QWEN3: "Qwen2Tokenizer",
+    QWEN3_SPEAKING: "Qwen2Tokenizer",
 }
 """text encoder -> its tokenizer"""
 PARTS: dict[str, dict[str, str]] = {
@@ -51,9 +52,15 @@ PARTS: dict[str, dict[str, str]] = {
         "text_encoder_2": T5,
     },
     "ZImagePipeline": {"transformer": "ZImageTransformer2DModel", "text_encoder": QWEN3},
+    "Flux2KleinPipeline": {
+        "transformer": "Flux2Transformer2DModel",
+        "text_encoder": QWEN3_SPEAKING,
+        "vae": "AutoencoderKLFlux2",
+    },
 }
-"""pipeline class -> its denoiser and text encoders, and their classes; a VAE, a scheduler and a
-tokenizer for each encoder come to it"""
+"""pipeline class -> its denoiser and text encoders, and their classes; a VAE (`VAE`, where none is
+named), a scheduler and a tokenizer for each encoder come to it"""
+VAE = "AutoencoderKL"
 ABSENT = {
     "StableDiffusionXLPipeline": ("text_encoder", "tokenizer"),
     "StableDiffusion3Pipeline": ("text_encoder_3", "tokenizer_3"),
@@ -113,6 +120,11 @@ def load_folder(
     components |= {part: _load(wanted[part], where, options) for part, where in folders.items()}
     components |= given
     if options.vae:
+        if (own := _expected(kind)["vae"]) != VAE:
+            raise ErasureError(
+                f"{name} is a {kind}, whose VAE is an {own}; no other is read for it, so leave "
+                "load.vae out"
+            )
         components["vae"] = load_vae(options.vae, _vae_config(folder), options.torch_dtype)
     extra = {"requires_safety_checker": False} if "safety_checker" in index else {}
     extra |= {"add_watermarker": False} if kind == "StableDiffusionXLPipeline" else {}
@@ -206,12 +218,7 @@ def _expected(kind: str) -> dict[str, str]:
         for part, encoder in PARTS[kind].items()
         if encoder in WORDS
     }
-    return {
-        **PARTS[kind],
-        **tokenizers,
-        "vae": "AutoencoderKL",
-        "scheduler": "scheduler of diffusers",
-    }
+    return {"vae": VAE, **PARTS[kind], **tokenizers, "scheduler": "scheduler of diffusers"}
 
 
 def _is(part: Part, known: str) -> bool:

@@ -58,16 +58,18 @@ def latent_side(pipeline: Pipeline) -> int:
 
 
 def check_side(pipeline: Pipeline, side: int) -> None:
-    """Refuse images that are not made of whole patches, which a pipeline would cut to size.
+    """Refuse images that are not made of whole latent cells and patches, which a pipeline would cut
+    to size.
 
     Raises:
         ErasureError: such a side, in pixels.
     """
     way = stock(pipeline)
     step = way.patch * way.cell
-    if way.patch > 1 and side % step:
+    if side % step:
         raise ErasureError(
-            f"images of {side} pixels are no whole number of patches; give a multiple of {step}"
+            f"images of {side} pixels are no whole number of latent cells or patches; give a "
+            f"multiple of {step}"
         )
 
 

@@ -92,7 +92,8 @@ def _standing_before(encoder: Any, embeddings: Tensor, start: int) -> Iterator[N
         return torch.cat([output[:, :start], prefix, output[:, start + count :]], dim=1)
 
     weight = encoder.get_input_embeddings().weight
-    layers = [layer for layer in encoder.modules() if getattr(layer, "weight", None) is weight]
+    embeddings_of = [layer for layer in encoder.modules() if isinstance(layer, nn.Embedding)]
+    layers = [layer for layer in embeddings_of if layer.weight is weight]
     # T5 has two, with one weight
     hooks = [layer.register_forward_hook(replaced) for layer in layers]
     try:

@@ -14,8 +14,9 @@ from erase.prompts.errors import ErasureError, unknown
 # are called add_*; `attn2`, where there is one, is the image's alone. Blocks of one stream project
 # text and image by the same weights, which are neither the text's nor the image's: only `full`,
 # `noxattn` and, of their feed-forward half, `ff` hold them. FLUX's single_transformer_blocks are
-# such, whose last matrix ends both halves (proj_out), and Z-Image's layers, before which the text
-# passes through blocks of its own (context_refiner) and so does the image (noise_refiner).
+# such, whose last matrix ends both halves (FLUX.1's proj_out, FLUX.2's attn.to_out; the latter's
+# first matrix begins both, and is left to the wider scopes), and Z-Image's layers, before which the
+# text passes through blocks of its own (context_refiner) and so does the image (noise_refiner).
 _TEXT = (
     r"^unet\..*\battn2\b|^transformer\..*\battn\.(add_|to_add_out|norm_added_)"
     r"|^transformer\.context_refiner\.\d+\.attention\."
@@ -29,7 +30,7 @@ _IMAGE = (
     rf"^unet\..*\battn1\b|{_BLOCK}\b(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)\b"
     r"|^transformer\.noise_refiner\.\d+\.attention\."
 )
-_SINGLE = r"^transformer\.single_transformer_blocks\.\d+\.proj_(mlp|out)\b"
+_SINGLE = r"^transformer\.single_transformer_blocks\.\d+\.(proj_(mlp|out)|attn\.to_out\.weight)\b"
 _FORWARD = rf"^unet\..*\bff\b|{_BLOCK}\bff(_context)?\b|{_SINGLE}|^transformer\..*\bfeed_forward\."
 SCOPES = {
     "full": r"^(unet|transformer)\.",

@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "flux-dev": "flux-1-dev",
     "flux-schnell": "flux-1-schnell",
     "z-image": "Z-Image",
+    "flux-2-klein": "flux-2-klein",
 }
 """family -> its name in ModelSpec"""
 ORIGINAL = "https://github.com/Stability-AI/generative-models"
