@@ -20,6 +20,7 @@ from erase.export import (
 )
 from erase.export.lora import extract_lora
 from erase.models import LoadConfig, load_model, wrap
+from erase.models.qwen_image import StockQwen
 from erase.prompts.errors import ErasureError
 from erase.run import erase_concept
 from tests.flow_families import FLOWS, tiny_klein, tiny_z_image
@@ -39,6 +40,12 @@ def image(pipeline) -> np.ndarray:
     generator = torch.Generator().manual_seed(3)
     asked = {"prompt": "a red heart", "generator": generator, "output_type": "np"}
     return pipeline(**asked, **given).images[0]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """64 pixels, of Qwen-Image too, no part of which says a size."""
+    monkeypatch.setattr(StockQwen, "stated_side", lambda _: 8)
 
 
 class Made:

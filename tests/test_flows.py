@@ -16,12 +16,19 @@ from erase.eval.sampling import prepared
 from erase.latents.prepare import LatentConfig
 from erase.methods import get_method
 from erase.models import wrap
+from erase.models.patches import pack
 from erase.models.pipelines import decode, stock
 from erase.models.prompt_checks import cut_prompts
 from erase.models.scopes import select
 from erase.prompts.errors import ErasureError
 from erase.task import Task
-from tests.flow_families import FLOWS, tiny_klein, tiny_z_image
+from tests.flow_families import (
+    FLOWS,
+    chat_tokenizer,
+    tiny_klein,
+    tiny_qwen_image,
+    tiny_z_image,
+)
 from tests.test_methods import CONCEPT, quick
 
 pytestmark = pytest.mark.usefixtures("short_chat")
@@ -44,6 +51,8 @@ def drawn(pipeline, prompts, seeds, guidance, **more):
     way = stock(pipeline)
     given = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "pt"} | more
     given |= way.guided(guidance) | {"max_sequence_length": way.tokens}
+    if "negative_prompt" in signature(pipeline.__call__).parameters:
+        given |= {"negative_prompt": [""] * len(prompts)}
     return pipeline(prompt=prompts, generator=generators, **given).images
 
 
@@ -150,13 +159,13 @@ def test_images_are_the_stock_pipelines_bit_for_bit(pipeline, guidance):
     assert torch.equal(decode(pipeline, latents, "no"), drawn(pipeline, prompts, [3, 4], guidance))
 
 
-def test_guidance_is_away_from_the_empty_prompt(pipeline):
-    """v("") + g (v(c) - v("")), of which g = 1 is one pass."""
-    images = {g: wrap(pipeline).sample(["a red heart"], [3], 1, g) for g in (1.0, 2.0, 3.0)}
+@pytest.mark.parametrize("make", [tiny_z_image, tiny_klein])
+def test_guidance_is_away_from_the_empty_prompt(make):
+    """v("") + g (v(c) - v("")); of Qwen-Image see below."""
+    model = wrap(make())
+    images = {g: model.sample(["a red heart"], [3], 1, g) for g in (1.0, 2.0, 3.0)}
     first, second = images[2.0] - images[1.0], images[3.0] - images[2.0]
-    assert torch.allclose(first, second, atol=1e-5)
-    distilled = pipeline.config.get("is_distilled", False)
-    assert (first.abs().max() > 1e-4) != distilled
+    assert torch.allclose(first, second, atol=1e-5) and first.abs().max() > 1e-4
 
 
 def test_an_image_is_encoded_as_it_is_decoded(pipeline):
@@ -241,6 +250,7 @@ def test_the_texts_projections_are_given_text_and_the_images_the_image(pipeline)
 ERASE = {
     "z-image": ("salun", "esd", "fia", "advunlearn", "few-shot"),
     "klein": ("esd", "fia"),
+    "qwen-image": ("salun", "esd", "fia", "advunlearn", "few-shot"),
 }
 REFUSE = {
     "uce": "no closed form",
@@ -341,6 +351,56 @@ def test_a_distilled_klein_is_drawn_in_one_pass():
 )
 def test_other_models_in_kleins_place_are_refused(change, message):
     pipeline = tiny_klein()
+    change(pipeline)
+    with pytest.raises(ErasureError, match=message):
+        wrap(pipeline, "base")
+
+
+def test_qwen_image_gives_what_is_guided_the_norm_of_what_is_not():
+    """Patch by patch: its step is along v("") + g (v(c) - v("")), at the length of v(c)."""
+    pipeline = tiny_qwen_image()
+    model = wrap(pipeline)
+    start = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(3))
+    plain, none = (
+        pack(model.predict(start, torch.tensor([999]), model.encode([prompt])))
+        for prompt in ("a red heart", "")
+    )
+    _, states, sampled = model._denoise(["a red heart"], [3], 2, 4.0)
+    sigma = sampled / 1000
+    step = pack(states[1] - states[0]) / (sigma[1] - sigma[0])
+    along = none + 4 * (plain - none)
+    wanted = along * plain.norm(dim=-1, keepdim=True) / along.norm(dim=-1, keepdim=True)
+    assert torch.allclose(step, wanted, atol=1e-4)
+
+
+def test_qwen_images_sight_is_no_weight_that_may_change():
+    model = wrap(tiny_qwen_image())
+    names = [name for name, _ in model.component("text_encoder").named_parameters()]
+    own = {name for name in model.parameters() if name.startswith("text_encoder.")}
+    assert own == {f"text_encoder.{name}" for name in names if ".visual." not in f".{name}"}
+    assert len(own) < len(names)
+
+
+def test_qwen_images_sampler_ends_above_zero_and_its_training_does_not():
+    pipeline = tiny_qwen_image()
+    model = wrap(pipeline)
+    drawn(pipeline, ["a moon"], [1], 1.0, num_inference_steps=4)
+    sigmas = pipeline.scheduler.sigmas
+    assert sigmas[-2].item() == pytest.approx(0.02) and model.sigma(torch.tensor([0])) < 0.002
+    _, _, t = model.trajectory(["a moon"], [1], 4, 1.0)
+    assert torch.allclose(model.sigma(t), sigmas[:-1], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p.transformer.register_to_config(zero_cond_t=True), "Qwen-Image's siblings"),
+        (lambda p: setattr(p, "tokenizer", chat_tokenizer()), "instruction is .* tokens .* of 34"),
+    ],
+    ids=["edit", "tokenizer"],
+)
+def test_other_models_in_qwen_images_place_are_refused(change, message):
+    pipeline = tiny_qwen_image()
     change(pipeline)
     with pytest.raises(ErasureError, match=message):
         wrap(pipeline, "base")

@@ -25,7 +25,7 @@ PROBES = ("", "a Red house, in a box", " spaces ")
 class Chat(Patched):
     """A pipeline whose one tokenizer is given the prompt in a chat template."""
 
-    thinking: ClassVar[bool]
+    thinking: ClassVar[bool] = False
     """the template's `enable_thinking`"""
 
     def filled(self, prompt: str) -> str:
@@ -83,3 +83,11 @@ def unpadded(cond: Cond) -> list[Tensor]:
     """The states of each row without their filling."""
     lengths = cond.extras[LENGTH].tolist()
     return [row[:length] for row, length in zip(cond.embeddings, lengths, strict=True)]
+
+
+def masked(cond: Cond) -> tuple[Tensor, Tensor]:
+    """Text states as long as the longest row's, and where they are any."""
+    lengths = cond.extras[LENGTH]
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+    return cond.embeddings[:, :longest], mask

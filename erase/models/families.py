@@ -14,6 +14,7 @@ FAMILIES = {
     "FluxPipeline": ("erase.models.flux", "Flux"),
     "ZImagePipeline": ("erase.models.z_image", "ZImage"),
     "Flux2KleinPipeline": ("erase.models.flux2", "Klein"),
+    "QwenImagePipeline": ("erase.models.qwen_image", "QwenImage"),
 }
 """pipeline class in model_index.json -> where its `DiffusionModel` is"""
 SIBLINGS = {

@@ -55,9 +55,11 @@ class PatchedFlow(RectifiedFlow):
     """A family whose denoiser takes patches, of which its shift may depend on their number."""
 
     stock: ClassVar[type[Stock]] = Patched
+    stretched: ClassVar[bool] = False
+    """whether the sampler's levels may be stretched to end above 0; those of training are not"""
 
     def __init__(self, pipeline: Pipeline, name: str = "in memory") -> None:
-        check_flow(pipeline.scheduler, name, by_size=True)
+        check_flow(pipeline.scheduler, name, by_size=True, stretched=self.stretched)
         super().__init__(pipeline, name)
         if self.latent_shape[1] % self.stock.patch:
             raise ErasureError(

@@ -33,7 +33,6 @@ class StockKlein(Chat):
 
     family = "flux-2-klein"
     patch = 1
-    thinking = False
     tells_shift = True
 
     @property

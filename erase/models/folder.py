@@ -25,12 +25,14 @@ from erase.prompts.errors import ErasureError, reason
 INDEX = "model_index.json"
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 QWEN3, QWEN3_SPEAKING = "Qwen3Model", "Qwen3ForCausalLM"
+QWEN_SEEING = "Qwen2_5_VLForConditionalGeneration"
 WORDS = {
     CLIP: "CLIPTokenizer",
     PROJECTED: "CLIPTokenizer",
     T5: "T5Tokenizer",
     QWEN3: "Qwen2Tokenizer",
     QWEN3_SPEAKING: "Qwen2Tokenizer",
+    QWEN_SEEING: "Qwen2Tokenizer",
 }
 """text encoder -> its tokenizer"""
 PARTS: dict[str, dict[str, str]] = {
@@ -56,6 +58,11 @@ PARTS: dict[str, dict[str, str]] = {
         "transformer": "Flux2Transformer2DModel",
         "text_encoder": QWEN3_SPEAKING,
         "vae": "AutoencoderKLFlux2",
+    },
+    "QwenImagePipeline": {
+        "transformer": "QwenImageTransformer2DModel",
+        "text_encoder": QWEN_SEEING,
+        "vae": "AutoencoderKLQwenImage",
     },
 }
 """pipeline class -> its denoiser and text encoders, and their classes; a VAE (`VAE`, where none is

@@ -39,8 +39,8 @@ def check_diffusion(own: Any, name: str) -> None:
         or config.get("prediction_type") == "flow_prediction"
     ):
         raise ErasureError(
-            f"{name}: its scheduler ({kind}) is one of flow matching, which only Stable Diffusion "
-            "3 and FLUX.1 are trained by"
+            f"{name}: its scheduler ({kind}) is one of flow matching, which Stable Diffusion 1, 2 "
+            "and XL are not trained by"
         )
     alphas = getattr(own, "alphas_cumprod", None)
     if kind.startswith("EDM") or not torch.is_tensor(alphas):
@@ -65,13 +65,14 @@ def check_diffusion(own: Any, name: str) -> None:
         )
 
 
-def check_flow(own: Any, name: str, by_size: bool = False) -> None:
+def check_flow(own: Any, name: str, by_size: bool = False, stretched: bool = False) -> None:
     """Refuse a scheduler of rectified flow whose noise levels are not the shifted linear ones.
 
     Args:
         own: the model's own scheduler.
         name: what errors call the model.
         by_size: whether the shift may depend on the image's size.
+        stretched: whether the sampler's levels may be stretched (`shift_terminal`).
 
     Raises:
         ErasureError: names the scheduler, or what its configuration says.
@@ -86,7 +87,7 @@ def check_flow(own: Any, name: str, by_size: bool = False) -> None:
         raise ErasureError(
             f"{name}: a schedule whose shift depends on the image's size is not supported"
         )
-    for option in ("shift_terminal", "invert_sigmas"):
+    for option in ("invert_sigmas",) if stretched else ("shift_terminal", "invert_sigmas"):
         if config.get(option):
             raise ErasureError(f"{name}: a schedule with {option} is not supported")
 

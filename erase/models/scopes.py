@@ -31,7 +31,10 @@ _IMAGE = (
     r"|^transformer\.noise_refiner\.\d+\.attention\."
 )
 _SINGLE = r"^transformer\.single_transformer_blocks\.\d+\.(proj_(mlp|out)|attn\.to_out\.weight)\b"
-_FORWARD = rf"^unet\..*\bff\b|{_BLOCK}\bff(_context)?\b|{_SINGLE}|^transformer\..*\bfeed_forward\."
+_FORWARD = (
+    rf"^unet\..*\bff\b|{_BLOCK}\b(ff(_context)?|(img|txt)_mlp)\b|{_SINGLE}"
+    r"|^transformer\..*\bfeed_forward\."
+)
 SCOPES = {
     "full": r"^(unet|transformer)\.",
     "xattn": _TEXT,

@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "flux-schnell": "flux-1-schnell",
     "z-image": "Z-Image",
     "flux-2-klein": "flux-2-klein",
+    "qwen-image": "Qwen-Image",
 }
 """family -> its name in ModelSpec"""
 ORIGINAL = "https://github.com/Stability-AI/generative-models"
