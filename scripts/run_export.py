@@ -172,7 +172,7 @@ def _add_lora(command: Parser) -> None:
         type=str | None,
         default=None,
         help=(
-            "lora: key names (kohya, but for SD 3 and FLUX.1). "
+            "lora: key names (kohya, but diffusers for transformers). "
             f"{'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}"
         ),
     )

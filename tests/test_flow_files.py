@@ -213,7 +213,10 @@ def test_an_omni_transformer_is_refused():
         wrap(pipeline, "base")
 
 
-def test_a_single_file_is_refused(it, tmp_path):
+@pytest.mark.parametrize("family", ["klein", "qwen-image"])
+def test_a_single_file_is_refused(family, made, tmp_path):
+    """Of Z-Image see tests/test_z_image_file.py."""
+    it = made(family)
     with pytest.raises(ErasureError, match="cannot be written as a single file"):
         export_single_file(it.delta, str(it.base), tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()

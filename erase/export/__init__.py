@@ -24,6 +24,7 @@ from erase.export.formats import FILES
 from erase.export.lora import LoRA, extract_lora
 from erase.models import DiffusionModel
 from erase.models.pipelines import modules
+from erase.models.single_file.alone import layout_of
 from erase.prompts.errors import ErasureError
 from erase.tensors import all_finite
 
@@ -85,8 +86,8 @@ def export_single_file(
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
 ) -> Path:
-    """Write one checkpoint file in the layout that the family was published in: of FLUX.1, its
-    transformer alone. Arguments as `export_diffusers`.
+    """Write one checkpoint file in the layout that the family was published in: of FLUX.1 and
+    Z-Image, the transformer alone. Arguments as `export_diffusers`.
 
     If `out` ends in .safetensors it is that file, without a card; else a folder with
     `model.safetensors`.
@@ -110,11 +111,12 @@ def _check_held(delta: ErasedDelta, pipeline: Any) -> None:
     Raises:
         ErasureError: names the part.
     """
+    layout = layout_of(pipeline)
     others = [part for part in delta.components if part != "transformer"]
-    if type(pipeline).__name__ == "FluxPipeline" and others:
+    if layout and others:
         raise ErasureError(
-            f"a single file of FLUX.1 holds its transformer alone, and {delta.source} changes "
-            f"{others[0]}; take --format diffusers or components"
+            f"a single file of {layout.name} holds its transformer alone, and {delta.source} "
+            f"changes {others[0]}; take --format diffusers or components"
         )
 
 

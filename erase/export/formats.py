@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from erase.models import DiffusionModel
+from erase.models.single_file.alone import layout_of
 from erase.models.single_file.tensor_file import SINGLE_FILES
 
 FORMATS = {
     "diffusers": "a whole pipeline folder",
     "components": "only the folders of the components that changed",
-    "single-file": "one checkpoint file in the original layout (A1111, ComfyUI); of FLUX.1, the "
-    "transformer",
+    "single-file": "one checkpoint file in the original layout (A1111, ComfyUI); of FLUX.1 and "
+    "Z-Image, the transformer",
     "lora": "a LoRA file, an approximation",
     "delta": "the changed values themselves, composed and rounded as asked",
 }
@@ -69,15 +70,15 @@ from diffusers import {pipeline}
 pipeline = {pipeline}.from_single_file("path/to/this/folder/model.safetensors"{config})""",
 )
 TRANSFORMER = Usage(
-    "the transformer alone, in the layout that FLUX.1 was published in, for ComfyUI "
+    "the transformer alone, in the layout that it was published in, for ComfyUI "
     "(models/diffusion_models) and stock diffusers; the rest of the pipeline comes from the base",
     """\
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import {pipeline}, {network}
 
-transformer = FluxTransformer2DModel.from_single_file(
+transformer = {network}.from_single_file(
     "path/to/this/folder/model.safetensors", config="path/to/base", subfolder="transformer"
 )
-pipeline = FluxPipeline.from_pretrained("path/to/base", transformer=transformer)""",
+pipeline = {pipeline}.from_pretrained("path/to/base", transformer=transformer)""",
 )
 LORA = Usage(
     "a LoRA: the base with it is close to the erased model, and not the same (see Limits); loading "
@@ -115,8 +116,8 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
     """How one of `FORMATS` is loaded, in the classes of this base; `components` are those that
     changed."""
     pipeline = type(model.pipeline()).__name__
-    flux = pipeline == "FluxPipeline"
-    one_file = Path(model.name).suffix.lower() in SINGLE_FILES and not flux
+    alone = layout_of(model.pipeline())
+    one_file = Path(model.name).suffix.lower() in SINGLE_FILES and not alone
     base_class = pipeline if one_file else "DiffusionPipeline"
     classes = {name: type(model.component(name)) for name in components}
     imports = sorted(
@@ -133,11 +134,12 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
             for name, kind in classes.items()
         ),
         "pipeline": pipeline,
+        "network": alone.network if alone else "",
         "import_base": f"from diffusers import {base_class}",
         "load_base": f"{base_class}.{'from_single_file' if one_file else 'from_pretrained'}",
         "config": "" if one_file else ', config="path/to/base"',
     }
-    template = TRANSFORMER if flux and format == "single-file" else USAGES[format]
+    template = TRANSFORMER if alone and format == "single-file" else USAGES[format]
     return replace(
         template, about=template.about.format(**texts), code=template.code.format(**texts)
     )

@@ -33,8 +33,8 @@ LAYOUTS = {
         "stable-diffusion.cpp and diffusers read"
     ),
     "diffusers": (
-        "names of diffusers, which it reads whole; ComfyUI has those of SD 3's and FLUX.1's "
-        "transformers too"
+        "names of diffusers, which it reads whole, for transformers; ComfyUI has those of SD 3's "
+        "and FLUX.1's too"
     ),
 }
 

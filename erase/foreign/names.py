@@ -16,7 +16,8 @@ from torch import nn
 
 from erase.models import DiffusionModel
 from erase.models.pipelines import Pipeline, modules
-from erase.models.single_file import bfl, ldm
+from erase.models.single_file import ldm
+from erase.models.single_file.alone import layout_of
 from erase.models.single_file.spec import family_name
 
 Places = dict[str, list[ldm.Entry]]
@@ -62,8 +63,8 @@ def _spellings(component: str, name: str) -> list[str]:
 
 def _original(pipeline: Pipeline) -> Iterator[ldm.Entry]:
     family = family_name(pipeline)
-    if family.startswith("flux"):
-        for entry in bfl.table(pipeline.transformer):
+    if layout := layout_of(pipeline):
+        for entry in layout.table(pipeline.transformer):
             yield from (replace(entry, key=prefix + entry.key) for prefix in ("", ldm.UNET))
     if family not in ldm.TEXTS:
         return

@@ -10,19 +10,18 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from erase.files import stream_tensors
 from erase.models.pipelines import Pipeline
 from erase.models.schedules import knows_zero_snr
-from erase.models.single_file import bfl, ldm
+from erase.models.single_file import ldm
+from erase.models.single_file.alone import layout_in, layout_of, load_alone
 from erase.models.single_file.architectures import Architecture, from_folder, sd_family, shipped
-from erase.models.single_file.bfl import is_flux
 from erase.models.single_file.filling import check_weights, converted, fill, refuse_surplus
-from erase.models.single_file.flux_file import load_flux_file
 from erase.models.single_file.recognise import NAMES, decide_prediction, modern, recognise, without
-from erase.models.single_file.spec import FLUX, ORIGINAL, model_spec
+from erase.models.single_file.spec import ORIGINAL, model_spec
 from erase.models.single_file.tensor_file import TensorFile, open_tensors
 from erase.models.vae import load_vae
 from erase.prompts.errors import ErasureError
@@ -38,18 +37,18 @@ def load_single_file(
     vae: str | Path | None = None,
     ignore: str | None = None,
 ) -> Pipeline:
-    """Load SD 1.x, SD 2.x, SDXL base or FLUX.1 from one file, without network; the safety checker
-    is left out.
+    """Load SD 1.x, SD 2.x, SDXL base, FLUX.1 or Z-Image from one file, without network; the safety
+    checker is left out.
 
     Weights are converted one by one, so the peak is about one copy of them in `dtype`. Pickles are
     not executed.
 
     Args:
-        path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM layout, or of FLUX.1's transformer
-            in that of Black Forest Labs.
+        path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM layout, or of a transformer alone
+            in one of `alone.LAYOUTS`.
         dtype: of the weights in memory.
         config: a diffusers folder whose configurations and tokenizers hold instead of the shipped
-            ones; for FLUX.1 all of the pipeline but the transformer comes from there.
+            ones; beside a transformer alone, all the rest of the pipeline comes from there.
         prediction: `epsilon` or `v_prediction`; needed for SD 2 if neither the file nor `config`
             says.
         ema: take the moving average of the UNet (`model_ema.*`), not the weights that A1111 and
@@ -63,9 +62,9 @@ def load_single_file(
     """
     with open_tensors(path) as opened:
         file = modern(without(opened, ignore) if ignore else opened)
-        if is_flux(file):
+        if layout := layout_in(file):
             _check_asked(file, prediction, ema)
-            return load_flux_file(file, dtype, config, vae)
+            return load_alone(file, layout, dtype, config, vae)
         given = from_folder(config) if config is not None else None
         family = recognise(file, given.family if given else None, vae is not None)
         architecture = _architecture(file, family, given, prediction)
@@ -100,7 +99,7 @@ def _filled(
 
 
 def _check_asked(file: TensorFile, prediction: str | None, ema: bool) -> None:
-    """Refuse options that say nothing about FLUX.1.
+    """Refuse options that say nothing about a transformer alone.
 
     Raises:
         ErasureError: names the option.
@@ -108,7 +107,7 @@ def _check_asked(file: TensorFile, prediction: str | None, ema: bool) -> None:
     if prediction or ema:
         option = "prediction" if prediction else "ema"
         raise ErasureError(
-            f"load.{option} says nothing about {file.path}, FLUX.1's transformer; leave it out"
+            f"load.{option} says nothing about {file.path}, a transformer alone; leave it out"
         )
 
 
@@ -146,14 +145,14 @@ def write_single_file(
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a pipeline as one safetensors file in the LDM layout, which A1111, ComfyUI and
-    diffusers load; of FLUX.1, the transformer alone in Black Forest Labs' layout.
+    diffusers load; of FLUX.1 and Z-Image, the transformer alone (`alone.LAYOUTS`).
 
     It holds what the originals hold, except what no program needs: the noise schedule and the
     moving average. The last layer, projection and temperature of SD 2's text encoder, which nothing
     uses and a diffusers pipeline does not have, are stand-ins.
 
     Args:
-        pipeline: a `StableDiffusionPipeline`, `StableDiffusionXLPipeline` or `FluxPipeline`.
+        pipeline: a `StableDiffusionPipeline`, a `StableDiffusionXLPipeline`, or one of `LAYOUTS`.
         path: a `.safetensors` file that does not exist yet; it appears whole or not at all.
         dtype: of the file; each weight's own by default.
         metadata: further text for the header, e.g. `modelspec.title`; ModelSpec's other keys are
@@ -168,18 +167,18 @@ def write_single_file(
         raise ErasureError(f"{path} must end in .safetensors")
     if path.exists():
         raise ErasureError(f"{path} exists already; choose another name or delete it")
-    family = _family(pipeline)
-    parts = ("transformer",) if family == "flux" else ("unet", "vae", *ldm.TEXTS[family])
+    alone = layout_of(pipeline)
+    family = "" if alone else _family(pipeline)
+    parts = ("transformer",) if alone else ("unet", "vae", *ldm.TEXTS[family])
     modules = {name: getattr(pipeline, name) for name in parts}
     if lacking := [name for name, module in modules.items() if module is None]:
         raise ErasureError(
             f"the pipeline has no {lacking[0]}, which a single file holds; load it whole"
         )
     states = _states(modules)
-    flux = family == "flux"
-    table = bfl.table(modules["transformer"]) if flux else ldm.table(family, modules)
+    table = alone.table(modules["transformer"]) if alone else ldm.table(family, modules)
     entries = {entry.key: entry for entry in table}
-    beside = {} if flux else _beside(family, modules, pipeline.scheduler.config)
+    beside = {} if alone else _beside(family, modules, pipeline.scheduler.config)
     twins = _last_layer(entries) if family == "sd2" else {}
     beside |= _head(modules["text_encoder"], dtype) if twins else {}
 
@@ -195,7 +194,7 @@ def write_single_file(
     for key, entry in entries.items():
         layout[key] = entry.pack([states[name].to("meta", dtype) for name in entry.names])
     layout |= {new: layout[old] for new, old in twins.items()}
-    origin = FLUX if flux else ORIGINAL
+    origin = alone.origin if alone else ORIGINAL
     header = {"format": "pt", **model_spec(pipeline, path.stem, origin), **(metadata or {})}
     stream_tensors(path, layout | beside, tensor_of, header)
     return path
@@ -211,14 +210,12 @@ def _states(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 def _family(pipeline: Pipeline) -> str:
     unet = getattr(pipeline, "unet", None)
-    if isinstance(pipeline, FluxPipeline):
-        return "flux"
     if isinstance(pipeline, StableDiffusionXLPipeline):
         return "sdxl"
     if not isinstance(pipeline, StableDiffusionPipeline) or unet is None:
         raise ErasureError(
             f"a {type(pipeline).__name__} cannot be written as a single file; only SD 1, SD 2, "
-            "SDXL base and FLUX.1 can"
+            "SDXL base, FLUX.1 and Z-Image can"
         )
     return sd_family(unet.config)
 

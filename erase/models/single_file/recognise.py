@@ -1,5 +1,5 @@
 """The family of a single file, told from its keys and shapes; whatever is not SD 1, SD 2, SDXL base
-or FLUX.1's transformer (see `bfl`) is refused by its name."""
+or a transformer alone (see `alone`) is refused by its name."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def _check_family(file: TensorFile, family: str, expected: str | None) -> None:
 def _refused(file: TensorFile, what: str) -> ErasureError:
     return ErasureError(
         f"{file.path} is {what}; as a single file, only whole checkpoints of SD 1.x, SD 2.x and "
-        "SDXL base, and FLUX.1's transformer, are supported"
+        "SDXL base, and the transformers of FLUX.1 and Z-Image, are supported"
     )
 
 

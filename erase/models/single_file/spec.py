@@ -25,8 +25,9 @@ ARCHITECTURES = {
 }
 """family -> its name in ModelSpec"""
 ORIGINAL = "https://github.com/Stability-AI/generative-models"
-"""the implementation whose names the keys are; the other ones are `FLUX` and `diffusers`"""
+"""the implementation whose names the keys are; or `FLUX`, `Z_IMAGE`, `diffusers`"""
 FLUX = "https://github.com/black-forest-labs/flux"
+Z_IMAGE = "https://github.com/Tongyi-MAI/Z-Image"
 
 
 def family_name(pipeline: Pipeline) -> str:
@@ -51,7 +52,7 @@ def model_spec(
     Args:
         pipeline: whose weights they are, or of the base that an adapter is for.
         title: a name for people.
-        implementation: `ORIGINAL`, `FLUX` or `diffusers`.
+        implementation: `ORIGINAL`, `FLUX`, `Z_IMAGE` or `diffusers`.
         adapter: `lora`, or nothing for a checkpoint.
     """
     family, side = family_name(pipeline), image_size(pipeline)
