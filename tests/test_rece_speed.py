@@ -107,7 +107,7 @@ def reference_rece(pipeline, concept, rounds, ridge, search, retain):
 
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_rece_is_its_algorithm(model, make_pico_pipeline, rounds):
-    config = replace(get_method("rece").config, rounds=rounds)
+    config = replace(get_method("rece").config, rounds=rounds, following=False)
     found = get_method("rece").edit(Task(model, [CONCEPT]), config).values
     expected = reference_rece(make_pico_pipeline(), CONCEPT, rounds, 0.1, 0.1, 0.1)
     assert found.keys() == expected.keys()
@@ -131,7 +131,7 @@ def test_each_round_leaves_the_attacker_less(model):
     base = {name: p.detach().double() for name, p in task.weights("xattn_kv").items()}
 
     def miss(rounds):
-        config = replace(get_method("rece").config, rounds=rounds)
+        config = replace(get_method("rece").config, rounds=rounds, following=False)
         values = get_method("rece").edit(task, config).values
         new = {name: value.double() for name, value in values.items()}
         found = still_meaning(new, base, concepts, config.attack_ridge)
@@ -202,7 +202,14 @@ def test_speed_erases_without_touching_what_is_retained(model):
     """Beside few prompts, the anchor's values stand in the concept's place to a tenth, and no
     retained token's value changes."""
     task = Task(model, [replace(CONCEPT, templates=("a {}",), retain=("a moon",))])
-    config = replace(get_method("speed").config, threshold=1e-6, copies=0, filter=False, ridge=1e-6)
+    config = replace(
+        get_method("speed").config,
+        following=False,
+        threshold=1e-6,
+        copies=0,
+        filter=False,
+        ridge=1e-6,
+    )
     base = {name: p.detach().double() for name, p in task.weights(config.scope).items()}
     concepts, anchors, retained = (states.double() for states in erasure_states(task))
     found = get_method("speed").edit(task, config).values
