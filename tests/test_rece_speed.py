@@ -9,7 +9,7 @@ import torch
 from erase.methods import get_method
 from erase.methods.rece import still_meaning
 from erase.models import wrap
-from erase.objectives.closed_form import erasure_states, ridge_edit
+from erase.objectives.closed_form import erasure_states, ridge_edit, seen_states
 from erase.objectives.null_space import confined_edit, held_still
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
@@ -231,6 +231,14 @@ def test_the_closed_forms_edit_projections_of_text_states_alone(name):
     for family in ("sd1", "sd2", "sdxl"):
         found = get_method(name).edit(Task(wrap(FAMILIES[family](), family), [CONCEPT]), config)
         assert all(value.isfinite().all() for value in found.values.values())
+
+
+def test_what_another_concept_forgets_is_not_retained(model):
+    """Of two concepts that each retain the other, as those of the embedded world do."""
+    moon = ConceptSpec("moon", "house", templates=("a {}",), retain=("a heart", "a fish"))
+    task = Task(model, [CONCEPT, moon])
+    retained = erasure_states(task)[2]
+    assert torch.equal(retained, seen_states(task, ["a red house", "a fish"]))
 
 
 @pytest.mark.parametrize("name", [*CLOSED, "uce"])

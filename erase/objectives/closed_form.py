@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from erase.models import DiffusionModel
 from erase.models.scopes import reads_text
-from erase.prompts.concepts import ConceptSpec, earlier_prompts
+from erase.prompts.concepts import ConceptSpec, retained_prompts
 from erase.prompts.errors import ErasureError
 from erase.task import Task
 
@@ -93,8 +93,7 @@ def erasure_states(task: Task, following: bool = False) -> tuple[Tensor, Tensor,
                 weight = max(len(behind), 1) ** -0.5
                 pairs.append((weight * behind, weight * anchors))
     concepts, anchors = (torch.cat(states) for states in zip(*pairs, strict=True))
-    kept = [prompt for concept in task.concepts for prompt in concept.retain]
-    kept += earlier_prompts(task.earlier, task.concepts)
+    kept = retained_prompts(task.concepts, task.earlier)
     return concepts, anchors, seen_states(task, kept)
 
 
