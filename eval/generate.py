@@ -52,6 +52,7 @@ __all__ = ["Batch", "GenerateConfig", "batches", "denoise", "generate", "planned
 TOLD = ("command", "sensitive")
 """settings that no image depends on, and that may differ from one run to the next"""
 EMBEDDINGS = 2048  # kept at most; 230 KB each for SD 1.x in float32, 630 KB for SDXL
+BYTES = 2_000_000_000  # of them, at most: a language model's take up to 16 MB each
 
 
 @dataclass(frozen=True)
@@ -267,10 +268,13 @@ def _wait(writes: list[Future[None]]) -> None:
 
 
 def _embedder(pipe: Pipeline) -> Callable[[str], Cond]:
-    """prompt -> its condition, one row; encoded alone and once, so that its bits are always the
-    same."""
+    """prompt -> its condition, one row; encoded alone and once (or again, where there is no room
+    to keep it), so that its bits are always the same."""
     device = pipe._execution_device
-    return lru_cache(EMBEDDINGS)(lambda prompt: encode(pipe, [prompt], device))
+    null = encode(pipe, [""], device)
+    size = sum(tensor.nbytes for tensor in (null.embeddings, *null.extras.values()))
+    kept = lru_cache(min(EMBEDDINGS, BYTES // size))(lambda prompt: encode(pipe, [prompt], device))
+    return lambda prompt: kept(prompt) if prompt else null
 
 
 def denoise(

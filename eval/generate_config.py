@@ -53,10 +53,11 @@ class GenerateConfig:
     steps: int = 20
     """denoising steps"""
     guidance: float = 5.0
-    """classifier-free guidance scale, as diffusers counts it (1 is none); a row's own wins. FLUX.1
-    dev embeds it (3.5 is usual there), schnell has none"""
+    """classifier-free guidance scale, of which 1 is none, as diffusers mostly counts; a row's own
+    wins. FLUX.1 dev embeds it (3.5 is usual there); schnell and a distilled klein have none"""
     resolution: int | None = None
-    """pixels per side, a multiple of 8 (FLUX.1: of 16); default: the model's own"""
+    """pixels per side, a multiple of 8 (flow transformers but SD 3: of 16); default: the model's
+    own"""
     batch_size: int = 32
     """images per batch, at most; it is one of the settings that an image depends on, by rounding"""
 

@@ -213,6 +213,14 @@ def test_an_omni_transformer_is_refused():
         wrap(pipeline, "base")
 
 
+def test_statistics_that_are_not_finite_are_refused(tmp_path):
+    pipeline = tiny_klein()
+    pipeline.vae.bn.running_var[3] = torch.nan
+    pipeline.save_pretrained(tmp_path / "base")
+    with pytest.raises(ErasureError, match="vae.bn.running_var holds 1 values that are not finite"):
+        load_model(tmp_path / "base")
+
+
 @pytest.mark.parametrize("family", ["klein", "qwen-image"])
 def test_a_single_file_is_refused(family, made, tmp_path):
     """Of Z-Image see tests/test_z_image_file.py."""

@@ -51,14 +51,14 @@ def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
 
 
 def check_finite(parts: Mapping[str, nn.Module], name: str) -> None:
-    """Refuse NaN and infinite weights.
+    """Refuse NaN and infinite weights and statistics.
 
     Raises:
         ErasureError: names the first one.
     """
     for part, module in parts.items():
-        for key, tensor in module.named_parameters():
-            if not all_finite(tensor):
+        for key, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_floating_point() and not all_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise ErasureError(
                     f"{name}: {part}.{key} holds {bad:,} values that are not finite; the "
@@ -71,5 +71,5 @@ def own_weights(parts: Mapping[str, nn.Module]) -> None:
     addresses, which follow from the length of a file's header, change the last bits of sums. So one
     checkpoint gives one delta, whatever format it is read from."""
     for module in parts.values():
-        for tensor in module.parameters():
+        for tensor in (*module.parameters(), *module.buffers()):
             tensor.data = tensor.data.clone()
