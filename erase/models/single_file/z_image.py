@@ -23,7 +23,8 @@ SPARE = ("norm_final.weight",)
 
 def is_z_image(file: TensorFile) -> bool:
     """Whether a file holds a transformer in this layout."""
-    return any(all(prefix + key in file.shapes for key in FIRST) for prefix in ("", UNET))
+    bare = {key.removeprefix(UNET) for key in file.shapes}
+    return bare.issuperset(FIRST)
 
 
 def table(transformer: Network) -> list[Entry]:
