@@ -266,7 +266,7 @@ ROOMS = (
     ("training",),
     ("attacks", "objectives"),
     ("methods", "export"),
-    ("run",),
+    ("run", "worst_case"),
     ("foreign",),
 )
 """rooms of erase/ by floor: each imports those of lower floors, and its own"""

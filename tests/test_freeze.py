@@ -14,7 +14,6 @@ from erase.eval.case import Case
 from erase.eval.evaluators import relearning
 from erase.eval.report.conclusion import states
 from erase.eval.scores import proportion
-from erase.freeze import Freeze
 from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import Given
 from erase.models import Cond, load_model
@@ -26,6 +25,7 @@ from erase.scripts.cli import run
 from erase.task import Task
 from erase.training.batches import row_batches
 from erase.training.config import TrainConfig, TunedConfig
+from erase.training.freeze import Freeze
 from erase.training.freezing import FreezeConfig, _Learner, fill, find_freeze, soft_mask
 from tests.test_relearning import (  # noqa: F401  # fixtures
     CONCEPT,

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erase.freeze import Freeze
 from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import Given
 from erase.models import DiffusionModel
@@ -26,6 +25,7 @@ from erase.task import Task
 from erase.training.batches import denoising_loss, row_batches
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import fine_tune
+from erase.training.freeze import Freeze
 
 
 def relearn(

@@ -23,12 +23,12 @@ from math import inf
 import torch
 from torch import Tensor, nn
 
-from erase.freeze import Freeze
 from erase.losses import denoising
 from erase.parallel.progress import bar
 from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_names, check_ranges
 from erase.task import Task
 from erase.training.batches import PromptedRows, row_batches
+from erase.training.freeze import Freeze
 from erase.training.trainable import gradients_on
 
 RULES = ("learned", "random")

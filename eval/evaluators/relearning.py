@@ -3,8 +3,8 @@ or of other things.
 
 The base's row is the control: it never forgot, so what it shows after the same steps is what an
 attacker can hope for. UA against steps is a curve; the area under it, over the steps' range, is its
-mean. With a freeze (`erase.freeze`) both models keep the same tensors as they are: what is measured
-then is a trainer who honours it, and no property of the weights.
+mean. With a freeze (`erase.training.freeze`) both models keep the same tensors as they are: what is
+measured then is a trainer who honours it, and no property of the weights.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from erase.eval.evaluators import Evaluator
 from erase.eval.kept import Kept
 from erase.eval.metrics.intervals import of_rate
 from erase.eval.scores import Score, proportion
-from erase.freeze import Freeze
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
 from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_names, check_ranges, unknown
 from erase.training.config import TrainConfig, TunedConfig
+from erase.training.freeze import Freeze
 
 KINDS = ("full", "lora", "benign")
 

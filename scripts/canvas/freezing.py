@@ -28,7 +28,6 @@ from erase.compose import compose
 from erase.delta import ErasedDelta
 from erase.eval.attempts import drawn_by_base
 from erase.eval.detectors import detector
-from erase.freeze import Freeze
 from erase.latents.latent_set import LatentSet
 from erase.latents.prepare import Given, LatentConfig, Plan
 from erase.losses import denoising
@@ -42,6 +41,7 @@ from erase.scripts.canvas.results import read_rows, tell
 from erase.task import Task
 from erase.training.batches import row_batches
 from erase.training.config import TrainConfig, TunedConfig
+from erase.training.freeze import Freeze
 from erase.training.freezing import FreezeConfig, find_freeze
 
 IMAGES, HELD, GUIDANCE = 16, 32, 5.0

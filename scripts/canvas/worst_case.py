@@ -8,9 +8,9 @@ search finds them.
 ESD erases prompts such as "A heart image in Neon style." in proportion to weights, and the weights
 move to the prompts that stay known (erase/worst_case.py); the --budget prompts of largest weight
 are the worst-case set. It is then erased alone, as are --random sets of the same size, drawn from
-all of them, and UA is told of each on its own prompts, beside the base's: images in which the classifier does not see
-both the object and the style. A worst-case set is worth its name if few random ones have a lower
-UA.
+all of them, and UA is told of each on its own prompts, beside the base's: images in which the
+classifier does not see both the object and the style. A worst-case set is worth its name if few
+random ones have a lower UA.
 
 Each measurement is one line of OUT/worst_case.jsonl; what is there is not measured again.
 """
@@ -125,7 +125,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=8, help="of a prompt that are judged")
     parser.add_argument("--steps", type=int, default=8, help="sampling steps")
     parser.add_argument("--train_steps", type=int, default=30, help="of ESD")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of ESD")
+    parser.add_argument("--lr", type=float, default=3e-4, help="of ESD")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/worst_case"))
     parser.add_argument("--table", action="store_true", help="print the table and end")
@@ -162,7 +162,7 @@ def main() -> None:
         if name == "worst case":
             found = select(erasing.losses, len(pairs), config)
             chosen, row["weights"] = found.chosen, [round(w, 3) for w in found.weights]
-            row["losses"] = [[round(loss, 5) for loss in losses] for losses in found.losses]
+            row["losses"] = found.losses
         row |= measure(erasing, pairs, chosen, args)
         row["prompts"] = [pairs[i].prompt for i in chosen]
         row["seconds"] = round(time.process_time() - started, 1)
