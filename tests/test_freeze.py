@@ -357,6 +357,7 @@ def test_a_ratio_that_freezes_nothing_and_a_loss_that_breaks_are_refused(model, 
     assert same(weights(model), before)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_freeze_of_the_erased_model(tmp_path, capsys):
     delta = erase_concept(canvas_concept("heart"), EraseConfig(method="uce"), out=tmp_path)
     erased = delta.inverse(load_model("canvas")).metadata["base_fingerprint"]
