@@ -219,6 +219,16 @@ def check_after(
             )
 
 
+def retained_prompts(
+    concepts: Sequence[ConceptSpec], earlier: Sequence[ConceptSpec] = ()
+) -> tuple[str, ...]:
+    """The retain prompts of concepts that are forgotten together, each once, less those that name
+    one of them; and `earlier_prompts`."""
+    listed = dict.fromkeys(prompt for concept in concepts for prompt in concept.retain)
+    kept = without(listed, [name for concept in concepts for name in concept.names])
+    return kept + earlier_prompts(earlier, concepts)
+
+
 def earlier_prompts(
     earlier: Sequence[ConceptSpec], concepts: Sequence[ConceptSpec]
 ) -> tuple[str, ...]:

@@ -107,7 +107,7 @@ def test_the_ridge_edit_is_where_its_objective_has_no_slope():
     )
 
 
-def reference_uce(pipeline, concept, ridge):
+def reference_uce(pipeline, concept, ridge, following):
     """The closed form with one loop per token, from the bare text encoder; the paper's eq. 7 with
     lambda on the old weight."""
 
@@ -121,11 +121,14 @@ def reference_uce(pipeline, concept, ridge):
     for name in (concept.target, *concept.synonyms):
         for template in concept.templates:
             before = template.split("{}")[0]
-            at = [
-                states(template.replace("{}", word))[length(before + word)]
-                for word in (name, concept.anchor)
-            ]
-            pairs.append(at)
+            words = (name, concept.anchor)
+            rows = [states(template.replace("{}", word)) for word in words]
+            ends = [length(before + word) for word in words]
+            pairs.append([row[end] for row, end in zip(rows, ends, strict=True)])
+            behind = len(rows[0]) - 1 - max(ends) if following else 0
+            for i in range(1, behind + 1):
+                pair = [row[end + i] for row, end in zip(rows, ends, strict=True)]
+                pairs.append([state / behind**0.5 for state in pair])
     kept = [row for prompt in concept.retain for row in states(prompt)[: length(prompt) + 2]]
 
     found = {}
@@ -144,10 +147,12 @@ def reference_uce(pipeline, concept, ridge):
 
 
 @pytest.mark.parametrize("synonyms", [(), ("valentine",)])
-def test_uce_is_its_closed_form(model, make_pico_pipeline, synonyms):
+@pytest.mark.parametrize("following", [False, True])
+def test_uce_is_its_closed_form(model, make_pico_pipeline, synonyms, following):
     concept = replace(CONCEPT, synonyms=synonyms)
-    found = get_method("uce").edit(Task(model, [concept]), get_method("uce").config).values
-    expected = reference_uce(make_pico_pipeline(), concept, 0.5)
+    config = replace(get_method("uce").config, following=following)
+    found = get_method("uce").edit(Task(model, [concept]), config).values
+    expected = reference_uce(make_pico_pipeline(), concept, 0.5, following)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.allclose(found[name], value, atol=1e-5), name
@@ -158,7 +163,7 @@ def test_uce_puts_the_anchors_keys_and_values_in_the_concepts_place(model):
     """Without retained prompts and with a weak tie to the base, the concept's states are answered
     as the anchor's were."""
     task = Task(model, [replace(CONCEPT, templates=("a {}",), retain=("a moon",))])
-    config = replace(get_method("uce").config, retain_scale=0.0, ridge=1e-6)
+    config = replace(get_method("uce").config, following=False, retain_scale=0.0, ridge=1e-6)
     for name, value in get_method("uce").edit(task, config).values.items():
         heart, mushroom = (
             task.cond([f"a {word}"]).embeddings[0, 2] for word in ("heart", "mushroom")

@@ -5,10 +5,13 @@ from xml.etree import ElementTree
 import pytest
 
 from erase.prompts.canvas import canvas_concept
+from erase.prompts.concepts import check_together, retained_prompts
+from erase.prompts.names import Names
 from erase.prompts.prompt_sets import canvas_grid
 from erase.scripts.canvas import sequence
 from erase.scripts.canvas.curve import drawn
 from erase.scripts.canvas.leaderboard import table as leaderboard
+from erase.scripts.canvas.many import world
 from erase.scripts.canvas.results import Job, asked_for
 from erase.scripts.canvas.tables import grid, paired, prediction, spread, summary
 from erase.scripts.canvas.variants import groups
@@ -155,3 +158,25 @@ def test_a_single_concept_is_erased_once_for_all_ways():
     assert slugs == {"alone-heart-salun-0"}
     both = {sequence.Job(way, ("heart", "Neon"), "salun", 0).slug for way in sequence.WAYS}
     assert len(both) == len(sequence.WAYS)
+
+
+@pytest.mark.parametrize("count", [10, 30, 100])
+def test_many_concepts_leave_their_anchors_and_the_rest(count):
+    """No anchor is forgotten too, no retained prompt asks for a concept, and each kind of image is
+    asked for as often as said."""
+    here = world(count, 60)
+    check_together(here.concepts)
+    assert len(here.concepts) == len(here.gone) == count
+    asked = [bool(here.asks(row)) for row in here.prompts.rows]
+    assert sum(asked) == 60 and len(asked) == 120
+
+    named = Names([name for concept in here.concepts for name in concept.names])
+    retained = retained_prompts(here.concepts)
+    assert len(retained) > 80 and not any(named.found(prompt) for prompt in retained)
+    for row, one in zip(here.prompts.rows, asked, strict=True):
+        assert one or not named.found(row.prompt)
+
+
+def test_many_concepts_are_ten_thirty_or_a_hundred():
+    with pytest.raises(SystemExit, match="unknown count '11'"):
+        world(11, 60)

@@ -9,7 +9,7 @@ import torch
 from erase.methods import get_method
 from erase.methods.rece import still_meaning
 from erase.models import wrap
-from erase.objectives.closed_form import erasure_states, ridge_edit
+from erase.objectives.closed_form import erasure_states, ridge_edit, seen_states
 from erase.objectives.null_space import confined_edit, held_still
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
@@ -107,7 +107,7 @@ def reference_rece(pipeline, concept, rounds, ridge, search, retain):
 
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_rece_is_its_algorithm(model, make_pico_pipeline, rounds):
-    config = replace(get_method("rece").config, rounds=rounds)
+    config = replace(get_method("rece").config, rounds=rounds, following=False)
     found = get_method("rece").edit(Task(model, [CONCEPT]), config).values
     expected = reference_rece(make_pico_pipeline(), CONCEPT, rounds, 0.1, 0.1, 0.1)
     assert found.keys() == expected.keys()
@@ -131,7 +131,7 @@ def test_each_round_leaves_the_attacker_less(model):
     base = {name: p.detach().double() for name, p in task.weights("xattn_kv").items()}
 
     def miss(rounds):
-        config = replace(get_method("rece").config, rounds=rounds)
+        config = replace(get_method("rece").config, rounds=rounds, following=False)
         values = get_method("rece").edit(task, config).values
         new = {name: value.double() for name, value in values.items()}
         found = still_meaning(new, base, concepts, config.attack_ridge)
@@ -202,7 +202,14 @@ def test_speed_erases_without_touching_what_is_retained(model):
     """Beside few prompts, the anchor's values stand in the concept's place to a tenth, and no
     retained token's value changes."""
     task = Task(model, [replace(CONCEPT, templates=("a {}",), retain=("a moon",))])
-    config = replace(get_method("speed").config, threshold=1e-6, copies=0, filter=False, ridge=1e-6)
+    config = replace(
+        get_method("speed").config,
+        following=False,
+        threshold=1e-6,
+        copies=0,
+        filter=False,
+        ridge=1e-6,
+    )
     base = {name: p.detach().double() for name, p in task.weights(config.scope).items()}
     concepts, anchors, retained = (states.double() for states in erasure_states(task))
     found = get_method("speed").edit(task, config).values
@@ -224,6 +231,14 @@ def test_the_closed_forms_edit_projections_of_text_states_alone(name):
     for family in ("sd1", "sd2", "sdxl"):
         found = get_method(name).edit(Task(wrap(FAMILIES[family](), family), [CONCEPT]), config)
         assert all(value.isfinite().all() for value in found.values.values())
+
+
+def test_what_another_concept_forgets_is_not_retained(model):
+    """Of two concepts that each retain the other, as those of the embedded world do."""
+    moon = ConceptSpec("moon", "house", templates=("a {}",), retain=("a heart", "a fish"))
+    task = Task(model, [CONCEPT, moon])
+    retained = erasure_states(task)[2]
+    assert torch.equal(retained, seen_states(task, ["a red house", "a fish"]))
 
 
 @pytest.mark.parametrize("name", [*CLOSED, "uce"])

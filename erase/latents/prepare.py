@@ -24,9 +24,8 @@ from erase.latents.latent_set import LatentSet
 from erase.latents.sampling import sample_points
 from erase.models import DiffusionModel, check_precision
 from erase.parallel.processes import exists_on_all, in_shares, processes
-from erase.prompts.concepts import ConceptSpec, earlier_prompts
+from erase.prompts.concepts import ConceptSpec, earlier_prompts, retained_prompts
 from erase.prompts.errors import BELOW_ONE, COUNT, FINITE, ErasureError, check_names, check_ranges
-from erase.prompts.retain import without
 
 T = TypeVar("T")
 log = logging.getLogger("erase")
@@ -254,9 +253,8 @@ def _pick_pairs(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list
 
 def _pick_retain(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[str]:
     """Retain prompts of all concepts, less those that name any of the concepts."""
-    names = [name for concept in concepts for name in concept.names]
-    listed = list(dict.fromkeys(prompt for concept in concepts for prompt in concept.retain))
-    prompts = without(listed, names)
+    listed = {prompt for concept in concepts for prompt in concept.retain}
+    prompts = retained_prompts(concepts)
     if prompts and len(prompts) < len(listed):
         log.info(
             "%d of %d retain prompts name what is to be forgotten and are left out",

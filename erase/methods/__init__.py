@@ -73,6 +73,7 @@ METHODS: Index[Method[Any]] = Index(
         "race": "erase.methods.race:METHODS",
         "fia": "erase.methods.fia:METHODS",
         "stereo": "erase.methods.stereo:METHODS",
+        "sfd": "erase.methods.sfd:METHODS",
     },
     Method,
 )

@@ -17,9 +17,8 @@ from erase.losses import denoising
 from erase.methods import Method
 from erase.models import DiffusionModel
 from erase.models.pipelines import text_encoders
-from erase.prompts.concepts import earlier_prompts
+from erase.prompts.concepts import retained_prompts
 from erase.prompts.errors import POSITIVE, ErasureError, check_ranges
-from erase.prompts.retain import without
 from erase.task import Edit, Task
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
@@ -70,9 +69,7 @@ def edit(task: Task, config: HiRMConfig) -> Edit:
             "scope as it is, or take text_encoder"
         )
     forget = [prompt for concept in task.concepts for prompt, _ in concept.pairs()]
-    listed = [prompt for concept in task.concepts for prompt in concept.retain]
-    listed += earlier_prompts(task.earlier, task.concepts)
-    retain = [*without(listed, [name for one in task.concepts for name in one.names])] or [""]
+    retain = [*retained_prompts(task.concepts, task.earlier)] or [""]
     size = config.train.batch_size
 
     def batches(step: int) -> tuple[list[str], list[str]]:

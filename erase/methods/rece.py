@@ -28,6 +28,9 @@ class RECEConfig:
 
     scope: str = "xattn_kv"
     """the projections of text states that are edited"""
+    following: bool = True
+    """edit the states behind a name as well (other words, the end, padding): it has told them what
+    it means; False: the state at its last token alone"""
     rounds: int = 3
     """of finding what still means the concept, and erasing it; 0 is UCE"""
     attack_ridge: float = 0.1
@@ -46,9 +49,11 @@ class RECEConfig:
 
 
 def edit(task: Task, config: RECEConfig) -> Edit:
-    """UCE of the concept's states, then of those that still mean it ; what was erased
+    """UCE of the concept's states, then of those that still mean it; what was erased
     in earlier rounds stays among what is erased."""
-    concepts, anchors, retained = (states.double() for states in erasure_states(task))
+    concepts, anchors, retained = (
+        states.double() for states in erasure_states(task, config.following)
+    )
     weights = text_projections(task, config.scope)
     base = {name: weight.detach().double() for name, weight in weights.items()}
     scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * retained

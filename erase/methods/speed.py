@@ -31,6 +31,9 @@ class SPEEDConfig:
 
     scope: str = r"^unet\..*\battn2\.to_v\b"
     """the projections of text states that are edited: the values"""
+    following: bool = True
+    """edit the states behind a name as well (other words, the end, padding): it has told them what
+    it means; False: the state at its last token alone"""
     threshold: float = 0.1
     """directions of the retained states are free below this share of their mean square"""
     filter: bool = True
@@ -54,7 +57,9 @@ def edit(task: Task, config: SPEEDConfig) -> Edit:
     P: null space of what is retained there; K: states of the empty prompt, which stay exactly. The
     bracket is written as a smaller null space (`held_still`), which is the same and solves well.
     """
-    concepts, anchors, retained = (states.double() for states in erasure_states(task))
+    concepts, anchors, retained = (
+        states.double() for states in erasure_states(task, config.following)
+    )
     still = _empty_prompt(task).double()
     values = {}
     for i, (name, weight) in enumerate(text_projections(task, config.scope).items()):

@@ -19,6 +19,9 @@ class UCEConfig:
 
     scope: str = "xattn_kv"
     """the projections of text states that are edited"""
+    following: bool = True
+    """edit the states behind a name as well (other words, the end, padding): it has told them what
+    it means; False: the state at its last token alone"""
     erase_scale: float = 1.0
     """weight of the concept's states"""
     retain_scale: float = 1.0
@@ -33,7 +36,7 @@ class UCEConfig:
 
 def edit(task: Task, config: UCEConfig) -> Edit:
     """Solve for each projection (eq. 7)."""
-    concepts, anchors, retained = erasure_states(task)
+    concepts, anchors, retained = erasure_states(task, config.following)
     scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * retained
     values = {}
     for name, weight in text_projections(task, config.scope).items():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from erase.models import DiffusionModel
 from erase.models.scopes import reads_text
-from erase.prompts.concepts import ConceptSpec, earlier_prompts
+from erase.prompts.concepts import ConceptSpec, retained_prompts
 from erase.prompts.errors import ErasureError
 from erase.task import Task
 
@@ -73,26 +73,27 @@ def following_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:
     Returns:
         Both of shape (states, dim), in the same order.
     """
-    behind: tuple[list[Tensor], list[Tensor]] = [], []
-    for template in concept.templates:
-        for name in concept.names:
-            texts = [template.replace("{}", word) for word in (name, concept.anchor)]
-            ends = [template.split("{}")[0] + word for word in (name, concept.anchor)]
-            starts = [length + 1 for length in _lengths(task.model, ends)]
-            rows = task.cond(texts).embeddings
-            count = rows.shape[1] - max(starts)
-            for states, row, start in zip(behind, rows, starts, strict=True):
-                states.append(row[start : start + count])
-    return torch.cat(behind[0]), torch.cat(behind[1])
+    behind, anchors = zip(*_behind_names(task, concept), strict=True)
+    return torch.cat(behind), torch.cat(anchors)
 
 
-def erasure_states(task: Task) -> tuple[Tensor, Tensor, Tensor]:
+def erasure_states(task: Task, following: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """States of an erasure: of all names of its concepts and of their anchors (`subject_states`),
-    and of the retained prompts and those of earlier concepts (`seen_states`)."""
+    and of the retained prompts and those of earlier concepts (`seen_states`).
+
+    Args:
+        task: its concepts and the model.
+        following: also the states behind each name (`following_states`), which weigh together as
+            much as the name's own: without, a style that is named in the middle of a prompt stays.
+    """
     pairs = [subject_states(task, concept) for concept in task.concepts]
+    if following:
+        for concept in task.concepts:
+            for behind, anchors in _behind_names(task, concept):
+                weight = max(len(behind), 1) ** -0.5
+                pairs.append((weight * behind, weight * anchors))
     concepts, anchors = (torch.cat(states) for states in zip(*pairs, strict=True))
-    kept = [prompt for concept in task.concepts for prompt in concept.retain]
-    kept += earlier_prompts(task.earlier, task.concepts)
+    kept = retained_prompts(task.concepts, task.earlier)
     return concepts, anchors, seen_states(task, kept)
 
 
@@ -111,6 +112,23 @@ def seen_states(task: Task, prompts: Sequence[str]) -> Tensor:
         )
     states, lengths = task.cond(distinct).embeddings, _lengths(task.model, distinct)
     return torch.cat([row[: length + 2] for row, length in zip(states, lengths, strict=True)])
+
+
+def _behind_names(task: Task, concept: ConceptSpec) -> list[tuple[Tensor, Tensor]]:
+    """Of each template and name, the states behind the name and behind the anchor in its place."""
+    pairs = []
+    for template in concept.templates:
+        for name in concept.names:
+            texts = [template.replace("{}", word) for word in (name, concept.anchor)]
+            ends = [template.split("{}")[0] + word for word in (name, concept.anchor)]
+            starts = [length + 1 for length in _lengths(task.model, ends)]
+            rows = task.cond(texts).embeddings
+            count = rows.shape[1] - max(starts)
+            named, anchor = (
+                row[start : start + count] for row, start in zip(rows, starts, strict=True)
+            )
+            pairs.append((named, anchor))
+    return pairs
 
 
 def _at_name(task: Task, filled: Sequence[tuple[str, str]]) -> Tensor:

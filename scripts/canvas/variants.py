@@ -76,6 +76,17 @@ METHODS: dict[str, dict[str, Any]] = {
         "train.steps": 40,
         "train.batch_size": 4,
     },
+    "sfd": {
+        "alpha": 5.0,
+        "mask.rule": "benefit",
+        "mask.density": 0.04,
+        "mask.batches": 8,
+        "train.lr": 1e-3,
+        "train.steps": 144,
+        "train.schedule": "linear",
+        "train.warmup": 8,
+        "train.batch_size": 2,
+    },
 }
 """method -> what it needs on the embedded world in the place of its paper's settings"""
 
@@ -218,12 +229,16 @@ def _preset(name: str, precision: str) -> Variant:
 
 
 def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
-    """A method with its canvas settings; `train.NAME` is one of training's."""
+    """A method with its canvas settings; `train.NAME` is one of training's, `mask.NAME` of the
+    mask's."""
     config = get_method(name).config
-    train = {key[6:]: value for key, value in change.items() if key.startswith("train.")}
-    own = {key: value for key, value in change.items() if not key.startswith("train.")}
+    own: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {"train": {"mixed_precision": precision}, "mask": {}}
+    for key, value in change.items():
+        group, _, field = key.rpartition(".")
+        groups.get(group, own)[field] = value
     if isinstance(config, TunedConfig):
-        own["train"] = replace(config.train, mixed_precision=precision, **train)
+        own |= {group: replace(getattr(config, group), **new) for group, new in groups.items()}
     return Variant(name, replace(config, **own), _latents(name, precision))
 
 
