@@ -21,6 +21,7 @@ from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_freeze
+from erase.scripts.canvas.freezing import table
 from erase.scripts.cli import run
 from erase.task import Task
 from erase.training.batches import row_batches
@@ -372,3 +373,16 @@ def test_the_command_writes_a_freeze_of_the_erased_model(tmp_path, capsys):
         assert found.made["concepts"] == ["heart"] and found.made["rule"] == rule
     assert run(run_freeze.main, [*flags, "--out", str(tmp_path / "x.yaml")]) == 2
     assert "name a .json file" in capsys.readouterr().err
+
+
+def test_the_table_has_a_line_for_each_kind_and_the_range_of_its_draws():
+    facts = {"tensors": 80, "share": 0.2, "n": 24, "innocent": 0.025}
+    rows = [
+        {"freeze": "none", **facts, "tensors": 0, "share": 0, "forgotten": {"10": 24, "50": 6}},
+        {"freeze": "random 0.2 0", **facts, "forgotten": {"10": 24, "50": 6}},
+        {"freeze": "random 0.2 1", **facts, "tensors": 90, "forgotten": {"10": 24, "50": 12}},
+    ]
+    assert table(rows).splitlines()[2:] == [
+        "| none | 0 | 0 | 100 | 25 | 25.0 |",
+        "| random 0.2 | 80 to 90 | 20 | 100 | 25 to 50 | 25.0 |",
+    ]

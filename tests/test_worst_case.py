@@ -16,6 +16,7 @@ from erase.methods.esd import ESDConfig
 from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
+from erase.scripts.canvas.worst_case import table
 from erase.task import Task
 from erase.training.config import TrainConfig
 from erase.worst_case import WeightedESD, WorstCaseConfig, project, select
@@ -203,3 +204,19 @@ def test_a_loss_is_the_rise_of_the_denoising_error_and_the_model_stays_as_it_was
 def test_weights_that_mean_no_erasure_are_refused(erasing, weights):
     with pytest.raises(ErasureError, match="4 prompts take as many weights"):
         erasing.edit(weights)
+
+
+def test_the_table_ranks_the_sets_beside_the_base():
+    rows = [
+        {"set": "base", "seen": [8, 6, 8]},
+        {"set": "random 0", "places": [0, 2], "prompts": ["a", "c"], "forgotten": 8, "n": 16},
+        {"set": "random 1", "places": [1, 2], "prompts": ["b", "c"], "forgotten": 2, "n": 16},
+        {"set": "worst case", "places": [0, 1], "prompts": ["a", "b"], "forgotten": 2, "n": 16},
+    ]
+    lines = table(rows).splitlines()
+    assert lines[2:5] == [
+        "| random 1 | b; c | 12 | 12 |",
+        "| worst case | a; b | 12 | 12 |",
+        "| random 0 | a; c | 50 | 0 |",
+    ]
+    assert lines[-1] == "0 of 2 random sets have a lower UA, 1 the same; their mean is 31"
