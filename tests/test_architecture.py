@@ -266,7 +266,7 @@ ROOMS = (
     ("training",),
     ("attacks", "objectives"),
     ("methods", "export"),
-    ("run", "worst_case"),
+    ("run",),
     ("foreign",),
 )
 """rooms of erase/ by floor: each imports those of lower floors, and its own"""
