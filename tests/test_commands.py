@@ -33,6 +33,7 @@ from erase.scripts import (
     run_erase,
     run_evaluate,
     run_export,
+    run_freeze,
     run_generate,
     run_list,
     run_live,
@@ -51,6 +52,7 @@ COMMANDS = {
     "erase-list": run_list,
     "erase-live": run_live,
     "erase-compare": run_compare,
+    "erase-freeze": run_freeze,
 }
 WITHOUT_OUT = ("erase-list", "erase-live")  # these write no folder
 every_command = pytest.mark.parametrize("name", COMMANDS)

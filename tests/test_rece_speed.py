@@ -9,7 +9,7 @@ import torch
 from erase.methods import get_method
 from erase.methods.rece import still_meaning
 from erase.models import wrap
-from erase.objectives.closed_form import erasure_states, ridge_edit, seen_states
+from erase.objectives.closed_form import condensed, erasure_states, ridge_edit, seen_states
 from erase.objectives.null_space import confined_edit, held_still
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
@@ -231,6 +231,17 @@ def test_the_closed_forms_edit_projections_of_text_states_alone(name):
     for family in ("sd1", "sd2", "sdxl"):
         found = get_method(name).edit(Task(wrap(FAMILIES[family](), family), [CONCEPT]), config)
         assert all(value.isfinite().all() for value in found.values.values())
+
+
+def test_condensed_states_say_the_same_to_a_least_squares_problem():
+    states, weight, keep = normal(50, 12), normal(5, 6, seed=1), normal(3, 6, seed=2)
+    few = condensed(states)
+    assert few.shape == (12, 12) and torch.allclose(few.T @ few, states.T @ states)
+    whole, small = (
+        ridge_edit(weight, rows[:, :6], rows[:, 6:] @ weight.T, keep, 0.3) for rows in (states, few)
+    )
+    assert torch.allclose(whole, small)
+    assert torch.equal(condensed(states[:12]), states[:12])
 
 
 def test_what_another_concept_forgets_is_not_retained(model):

@@ -25,6 +25,7 @@ from erase.task import Task
 from erase.training.batches import denoising_loss, row_batches
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import fine_tune
+from erase.training.freeze import Freeze
 
 
 def relearn(
@@ -36,6 +37,7 @@ def relearn(
     *,
     seed: int = 0,
     folder: Path | None = None,
+    freeze: Freeze | None = None,
 ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
     """Values after so many steps of plain fine-tuning (noise prediction) on these latents and their
     prompts; the model is left as it was found.
@@ -49,9 +51,12 @@ def relearn(
         seed: of batches and noise.
         folder: where the training state is kept: each count goes on from the one before, and a
             stopped run from the last count. None: each starts anew, to the same bits.
+        freeze: tensors that the trainer leaves as they are; None: none. Its names must be the
+            model's (`Freeze.check_names`), its fingerprint need not: a control trains another.
 
     Raises:
-        ErasureError: a rate that falls, so that each count were another run.
+        ErasureError: a rate that falls, so that each count were another run; or a freeze that
+            leaves nothing to train.
     """
     if config.train.schedule != "constant":
         raise ErasureError(
@@ -61,9 +66,13 @@ def relearn(
     task = Task(model, concepts, Given(latents, latents), seed, folder)
     loss = denoising_loss(task)
     batches = row_batches(task, task.forget(), config.train.batch_size)
+    mask = None
+    if freeze:
+        matrices, params = config.lora_rank > 0, task.weights(config.scope)
+        mask = freeze.mask(params, model.fingerprint, matrices=matrices)
     for count in sorted(counts):
         train = replace(config.train, steps=count, checkpoint_every=count)
-        yield count, fine_tune(task, loss, batches, replace(config, train=train)).values
+        yield count, fine_tune(task, loss, batches, replace(config, train=train), mask=mask).values
 
 
 @contextmanager

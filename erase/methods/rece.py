@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from erase.methods import Method
-from erase.objectives.closed_form import erasure_states, ridge_edit, text_projections
+from erase.objectives.closed_form import condensed, erasure_states, ridge_edit, text_projections
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
 
@@ -51,12 +51,10 @@ class RECEConfig:
 def edit(task: Task, config: RECEConfig) -> Edit:
     """UCE of the concept's states, then of those that still mean it; what was erased
     in earlier rounds stays among what is erased."""
-    concepts, anchors, retained = (
-        states.double() for states in erasure_states(task, config.following)
-    )
+    concepts, anchors, retained = erasure_states(task, config.following)
     weights = text_projections(task, config.scope)
     base = {name: weight.detach().double() for name, weight in weights.items()}
-    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * retained
+    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * condensed(retained)
 
     values, erased = dict(base), concepts
     for round_ in range(config.rounds + 1):

@@ -57,10 +57,8 @@ def edit(task: Task, config: SPEEDConfig) -> Edit:
     P: null space of what is retained there; K: states of the empty prompt, which stay exactly. The
     bracket is written as a smaller null space (`held_still`), which is the same and solves well.
     """
-    concepts, anchors, retained = (
-        states.double() for states in erasure_states(task, config.following)
-    )
-    still = _empty_prompt(task).double()
+    concepts, anchors, retained = erasure_states(task, config.following)
+    retained, still = retained.double(), _empty_prompt(task).double()
     values = {}
     for i, (name, weight) in enumerate(text_projections(task, config.scope).items()):
         old = weight.detach().double()

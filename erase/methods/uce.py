@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import inf
 
 from erase.methods import Method
-from erase.objectives.closed_form import erasure_states, ridge_edit, text_projections
+from erase.objectives.closed_form import condensed, erasure_states, ridge_edit, text_projections
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
 
@@ -37,10 +37,10 @@ class UCEConfig:
 def edit(task: Task, config: UCEConfig) -> Edit:
     """Solve for each projection (eq. 7)."""
     concepts, anchors, retained = erasure_states(task, config.following)
-    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * retained
+    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * condensed(retained)
     values = {}
     for name, weight in text_projections(task, config.scope).items():
-        outputs = scale * anchors @ weight.detach().T
+        outputs = scale * anchors @ weight.detach().double().T
         values[name] = ridge_edit(weight, scale * concepts, outputs, keep, config.ridge)
     return Edit(values)
 

@@ -85,16 +85,34 @@ def erasure_states(task: Task, following: bool = False) -> tuple[Tensor, Tensor,
         task: its concepts and the model.
         following: also the states behind each name (`following_states`), which weigh together as
             much as the name's own: without, a style that is named in the middle of a prompt stays.
+
+    Returns:
+        Of names and anchors, in float64, as few rows as say the same to a closed form
+        (`condensed`), in the same order.
     """
-    pairs = [subject_states(task, concept) for concept in task.concepts]
-    if following:
-        for concept in task.concepts:
-            for behind, anchors in _behind_names(task, concept):
-                weight = max(len(behind), 1) ** -0.5
-                pairs.append((weight * behind, weight * anchors))
-    concepts, anchors = (torch.cat(states) for states in zip(*pairs, strict=True))
-    kept = retained_prompts(task.concepts, task.earlier)
-    return concepts, anchors, seen_states(task, kept)
+    pairs = []
+    for concept in task.concepts:
+        found = [torch.cat(subject_states(task, concept), dim=1)]
+        if following:
+            for behind in _behind_names(task, concept):
+                found.append(torch.cat(behind, dim=1) * max(len(behind[0]), 1) ** -0.5)
+        pairs.append(condensed(torch.cat(found)))
+    concepts, anchors = condensed(torch.cat(pairs)).chunk(2, dim=1)
+    return concepts, anchors, seen_states(task, retained_prompts(task.concepts, task.earlier))
+
+
+def condensed(states: Tensor) -> Tensor:
+    """Rows with the same products R^T R as these have, as many as there are columns at most: all
+    that a least-squares problem asks of them.
+
+    Args:
+        states: shape (n, dim); with a row's wanted inputs behind it, if it has any.
+
+    Returns:
+        Shape (min(n, dim), dim), float64; the states themselves where they are no more.
+    """
+    rows = states.double()
+    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
 
 
 def seen_states(task: Task, prompts: Sequence[str]) -> Tensor:

@@ -3,7 +3,8 @@ or of other things.
 
 The base's row is the control: it never forgot, so what it shows after the same steps is what an
 attacker can hope for. UA against steps is a curve; the area under it, over the steps' range, is its
-mean.
+mean. With a freeze (`erase.training.freeze`) both models keep the same tensors as they are: what is
+measured then is a trainer who honours it, and no property of the weights.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
 from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_names, check_ranges, unknown
 from erase.training.config import TrainConfig, TunedConfig
+from erase.training.freeze import Freeze
 
 KINDS = ("full", "lora", "benign")
 
@@ -61,6 +63,9 @@ class Config:
     """of the report's own prompts for the concept, drawn at each point"""
     judge: str = "auto"
     """canvas, nudenet, clip, or auto for the one that fits"""
+    freeze: str | None = None
+    """a file of erase-freeze: the tensors that it names stay as they are, the base's too. This
+    measures a trainer who honours it (docs/freezing.md); None: all are trained"""
 
     def __post_init__(self) -> None:
         for name in ("images", "steps", "kinds", "lr", "lora_lr"):
@@ -79,6 +84,10 @@ class Config:
                 _check_value(name, value, POSITIVE[0])
         check_ranges(self, dict.fromkeys(("lora_rank", "batch_size", "prompts"), COUNT))
         check_names(self, {"judge": JUDGES})
+
+    def frozen(self) -> Freeze | None:
+        """The freeze, read anew."""
+        return Freeze.load(self.freeze) if self.freeze else None
 
     def rates(self, kind: str) -> list[float]:
         """Of this kind."""
@@ -108,11 +117,14 @@ class Curve:
     """images that do not show the concept, at each"""
     n: int
     """images at each"""
+    frozen: int = 0
+    """tensors that were left as they are"""
 
     @property
     def about(self) -> str:
-        """`lora, 4 images`."""
-        return f"{self.kind}, {self.images} image{'s' * (self.images > 1)}"
+        """`lora, 4 images`, and what was frozen."""
+        frozen = f", {self.frozen} tensors frozen" * (self.frozen > 0)
+        return f"{self.kind}, {self.images} image{'s' * (self.images > 1)}{frozen}"
 
     def scores(self, evaluator: str) -> list[Score]:
         """UA after each count of steps, and of several the area too."""
@@ -142,9 +154,14 @@ class Curve:
 
 
 def check(case: Case, config: Config) -> None:
-    """Refuse a case without a model, without prompts to attack, or of a judge that does not fit."""
-    with case.base_model():
-        pass
+    """Refuse a case without a model, without prompts to attack, of a judge or with a freeze that
+    does not fit."""
+    freeze = config.frozen()
+    with case.model() if freeze else case.base_model() as model:
+        if freeze and case.delta:
+            freeze.check(model)
+        elif freeze:
+            freeze.check_names(model.parameters())
     Attempts.of(case, detector(case, config.judge), config.prompts)
     if "benign" in config.kinds and not any(concept.retain for concept in case.concepts):
         raise ErasureError(
@@ -182,15 +199,16 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     """
     attempts = Attempts.of(case, detector(case, config.judge), config.prompts)
     most = max(config.images)
-    count, shared = most * len(case.concepts), case.shared
+    count, shared, freeze = most * len(case.concepts), case.shared, config.frozen()
     with case.base_model() as base:
         own, others = drawn_by_base(base, case.concepts, count, folder=shared), None
         if "benign" in config.kinds:
             others = others_by_base(base, case.concepts, count, folder=shared)
         settings = {name: getattr(config, name) for name in ("batch_size", "lora_rank")}
-        kept = Kept.of(case, "relearning", attempts, base.fingerprint, settings | {"most": most})
+        settings |= {"most": most, **({"freeze": freeze.sha256} if freeze else {})}
+        kept = Kept.of(case, "relearning", attempts, base.fingerprint, settings)
     with case.model() as model:
-        curves = _Relearning(model, case, config, attempts, kept).curves(own, others)
+        curves = _Relearning(model, case, config, attempts, kept, freeze).curves(own, others)
     case.add_extra("relearning", [asdict(curve) for curve in curves])
 
     by = attempts.detector.name
@@ -210,6 +228,7 @@ class _Relearning:
     config: Config
     attempts: Attempts
     kept: Kept
+    freeze: Freeze | None
 
     def curves(self, own: LatentSet, others: LatentSet | None) -> list[Curve]:
         """One curve per kind and count of images, the most first; benign has the most alone."""
@@ -232,7 +251,13 @@ class _Relearning:
         folder = self.kept.folder / name if self.kept.folder else None
         points = {0: self.kept.find("before", self._shown)}
         runs = relearn(
-            self.model, self.case.concepts, few, self.config.tuned(kind, lr), missing, folder=folder
+            self.model,
+            self.case.concepts,
+            few,
+            self.config.tuned(kind, lr),
+            missing,
+            folder=folder,
+            freeze=self.freeze,
         )
         for step, values in runs:
             with changed_to(self.model, values):
@@ -242,7 +267,8 @@ class _Relearning:
         points |= {step: self.kept[each] for step, each in names.items()}
         n = len(self.attempts.rows)
         left = [n - sum(shown) for shown in points.values()]
-        return Curve(kind, images, lr, list(points), left, n)
+        frozen = len(self.freeze.shapes) if self.freeze else 0
+        return Curve(kind, images, lr, list(points), left, n, frozen)
 
     def _shown(self) -> list[bool]:
         return self.attempts.shown(self.model, what="relearned")

@@ -103,7 +103,8 @@ def _relearned(kind: str, curves: Sequence[tuple[str, Mapping[str, Any]]]) -> Pl
         name = f"{row}, {curve['images']} image{'s' * (curve['images'] > 1)}"
         traces.append(Trace(name, row.startswith(BASE), _path(dots), dots, curve["images"] < most))
     title = {"benign": "benign: images of other things", "full": "full: all weights"}
-    label = title.get(kind, kind)
+    frozen = max(curve.get("frozen", 0) for _, curve in curves)
+    label = title.get(kind, kind) + f", {frozen} tensors frozen" * (frozen > 0)
     return Plot(label, "steps of fine-tuning", "UA %", steps, PERCENT, traces)
 
 

@@ -23,8 +23,10 @@ from erase.eval.report.words import NOT_ERASED, NOTHING, either
 from erase.eval.scores import Score
 
 NOT_TESTED, ROBUST, BROKEN = "not tested", "robust", "broken"
+CONDITIONAL = "conditional"
 NOTHING_TO_ATTACK, TOO_WEAK = "nothing to attack", "attacks too weak to tell"
 AFTER = re.compile(r"UA after (\d+) steps \((.+)\)")
+FROZEN = re.compile(r", (\d+) tensors frozen")
 
 
 def attacked(report: EvalReport, gone: State) -> State:
@@ -87,7 +89,8 @@ def _is_weak(report: EvalReport, name: str) -> bool:
 
 
 def relearned(report: EvalReport, gone: State) -> State | None:
-    """UA after the most steps of each kind of fine-tuning, beside UA before any."""
+    """UA after the most steps of each kind of fine-tuning, beside UA before any. What holds under a
+    freeze holds of a trainer, not of the weights."""
     last: dict[str, tuple[int, str, Score]] = {}
     for score in report.rows.get(ERASED, []):
         if match := AFTER.fullmatch(plain(score.name)):
@@ -112,5 +115,9 @@ def relearned(report: EvalReport, gone: State) -> State | None:
             f"{worst.erased.n} images{was} after {worst.text}."
         )
         return State("Relearning", BROKEN, BAD, said, (*claims,))
-    said = f"Fine-tuning does not bring {either(report.concept)} back beyond the judge's error."
+    said = f"Fine-tuning does not bring {either(report.concept)} back beyond the judge's error"
+    if match := FROZEN.search(next(iter(last))):
+        said += f" where {match[1]} tensors are frozen; without that it was not measured here."
+        return State("Relearning", CONDITIONAL, UNKNOWN, said, (*claims,))
+    said += "."
     return State("Relearning", ROBUST, GOOD, said, (*claims,))

@@ -78,6 +78,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "sfd": {
         "alpha": 5.0,
+        "init": 0.9,
         "mask.rule": "benefit",
         "mask.density": 0.04,
         "mask.batches": 8,
