@@ -225,7 +225,8 @@ def _expected(kind: str) -> dict[str, str]:
         for part, encoder in PARTS[kind].items()
         if encoder in WORDS
     }
-    return {"vae": VAE, **PARTS[kind], **tokenizers, "scheduler": "scheduler of diffusers"}
+    vae = PARTS[kind].get("vae", VAE)
+    return {**PARTS[kind], **tokenizers, "vae": vae, "scheduler": "scheduler of diffusers"}
 
 
 def _is(part: Part, known: str) -> bool:
