@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -271,10 +271,18 @@ def _embedder(pipe: Pipeline) -> Callable[[str], Cond]:
     """prompt -> its condition, one row; encoded alone and once (or again, where there is no room
     to keep it), so that its bits are always the same."""
     device = pipe._execution_device
-    null = encode(pipe, [""], device)
-    size = sum(tensor.nbytes for tensor in (null.embeddings, *null.extras.values()))
-    kept = lru_cache(min(EMBEDDINGS, BYTES // size))(lambda prompt: encode(pipe, [prompt], device))
-    return lambda prompt: kept(prompt) if prompt else null
+
+    @cache
+    def null() -> Cond:
+        return encode(pipe, [""], device)
+
+    @cache
+    def kept() -> Callable[[str], Cond]:
+        size = sum(tensor.nbytes for tensor in (null().embeddings, *null().extras.values()))
+        room = min(EMBEDDINGS, BYTES // size)
+        return lru_cache(room)(lambda prompt: encode(pipe, [prompt], device))
+
+    return lambda prompt: kept()(prompt) if prompt else null()
 
 
 def denoise(
