@@ -24,7 +24,7 @@ class SalUnConfig(RemapConfig):
     Few weights, chosen by the benefit of moving them, to a target a little beyond the anchor; many
     small steps."""
 
-    alpha: float = 10.0
+    alpha: float = 5.0
     beyond: float = 1.0
     beyond_limit: float | None = 0.02
     noise_power: float = 2.0
