@@ -97,8 +97,9 @@ def test_the_embedded_checkpoints_card_runs_as_it_stands(tmp_path, monkeypatch):
     assert (tmp_path / "heart.png").stat().st_size > 1000
 
 
-OTHERWISE = ("add_a_method.md", "quickstart.md", "sequences.md")
-"""a package in pieces (tests/test_add_a_method.py); what open the folders that commands made"""
+OTHERWISE = ("add_a_method.md", "freezing.md", "quickstart.md", "sequences.md")
+"""a package in pieces (tests/test_add_a_method.py), and what opens the folders that commands made
+(freezing.md: tests/test_freeze.py)"""
 
 
 def test_the_code_of_the_documents_runs_as_it_stands(tmp_path, monkeypatch):

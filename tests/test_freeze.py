@@ -28,6 +28,7 @@ from erase.training.batches import row_batches
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.freeze import Freeze
 from erase.training.freezing import FreezeConfig, _Learner, fill, find_freeze, soft_mask
+from tests.test_clients import BLOCK, ROOT, moved
 from tests.test_relearning import (  # noqa: F401  # fixtures
     CONCEPT,
     SMALL,
@@ -373,6 +374,20 @@ def test_the_command_writes_a_freeze_of_the_erased_model(tmp_path, capsys):
         assert found.made["concepts"] == ["heart"] and found.made["rule"] == rule
     assert run(run_freeze.main, [*flags, "--out", str(tmp_path / "x.yaml")]) == 2
     assert "name a .json file" in capsys.readouterr().err
+
+
+def test_the_code_of_its_page_runs_as_it_stands(tmp_path, monkeypatch):
+    model = load_model("canvas")  # noqa: F811
+    delta = moved(model, "unet.mid_block")
+    (tmp_path / "runs/heart").mkdir(parents=True)
+    delta.save(tmp_path / "runs/heart/delta.safetensors")
+    with delta.applied(model):
+        freeze_of(model, every_second(model)).save(tmp_path / "runs/heart/freeze.json")
+    (code,) = BLOCK.findall((ROOT / "docs/freezing.md").read_text(encoding="utf-8"))
+    monkeypatch.chdir(tmp_path)
+    made = {}
+    exec(compile(code, "freezing.md", "exec"), made)
+    assert len(made["trained"]) == len(model.parameters()) - len(every_second(model))
 
 
 def test_the_table_has_a_line_for_each_kind_and_the_range_of_its_draws():
