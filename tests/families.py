@@ -100,11 +100,11 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
             _text(CLIPTextModelWithProjection, 48, 3, "gelu", projection=40),
         )
         pipeline = StableDiffusionXLPipeline(
-            _vae(0.13025), *texts, _tokenizer(), _tokenizer("!"), unet,
+            small_vae(0.13025), *texts, _tokenizer(), _tokenizer("!"), unet,
             EulerDiscreteScheduler(**SCHEDULE),
             add_watermarker=False,
         )  # fmt: skip
-        return _stirred(pipeline)
+        return stirred(pipeline)
 
 
 def tiny_sd3(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
@@ -124,7 +124,7 @@ def tiny_sd3(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
             _text(CLIPTextModelWithProjection, 32, 3, "gelu", 24),
         ]
         third = _t5() if t5 else None
-        vae = _vae(
+        vae = small_vae(
             1.5305,
             latent_channels=16,
             shift_factor=0.0609,
@@ -133,7 +133,7 @@ def tiny_sd3(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
         )
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
         tokenizers = _tokenizer(), _tokenizer("!"), _t5_tokenizer() if t5 else None
-        return _stirred(
+        return stirred(
             StableDiffusion3Pipeline(
                 transformer,
                 scheduler,
@@ -160,13 +160,7 @@ def tiny_flux(seed: int = 0, guidance: bool = True) -> FluxPipeline:
             guidance_embeds=guidance, axes_dims_rope=(2, 2, 4),
         )  # fmt: skip
         clip = _text(CLIPTextModel, 32, 2, "quick_gelu")
-        vae = _vae(
-            0.3611,
-            latent_channels=16,
-            shift_factor=0.1159,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-        )
+        vae = flux_vae()
         shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance else {"shift": 1.0}
         scheduler = FlowMatchEulerDiscreteScheduler(**shift)
         pipeline = FluxPipeline(
@@ -174,7 +168,7 @@ def tiny_flux(seed: int = 0, guidance: bool = True) -> FluxPipeline:
         )
         # its side in latents, for calls that name none; 128 is written into the class
         pipeline.default_sample_size = 8
-        return _stirred(pipeline)
+        return stirred(pipeline)
 
 
 def _t5() -> T5EncoderModel:
@@ -202,8 +196,8 @@ def _t5_tokenizer() -> T5Tokenizer:
 def _pipeline(
     unet: nn.Module, text: nn.Module, scheduler: object, pad: str = "<|endoftext|>"
 ) -> StableDiffusionPipeline:
-    parts = (_vae(0.18215), text, _tokenizer(pad), unet, scheduler)
-    return _stirred(
+    parts = (small_vae(0.18215), text, _tokenizer(pad), unet, scheduler)
+    return stirred(
         StableDiffusionPipeline(
             *parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
@@ -227,7 +221,7 @@ def _text(kind: type, width: int, layers: int, act: str, projection: int = 512) 
     )  # fmt: skip
 
 
-def _vae(scaling_factor: float, latent_channels: int = 4, **further: float) -> AutoencoderKL:
+def small_vae(scaling_factor: float, latent_channels: int = 4, **further: float) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -241,7 +235,18 @@ def _vae(scaling_factor: float, latent_channels: int = 4, **further: float) -> A
     )
 
 
-def _stirred(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+def flux_vae() -> AutoencoderKL:
+    """That of FLUX.1, which Z-Image has too."""
+    return small_vae(
+        0.3611,
+        latent_channels=16,
+        shift_factor=0.1159,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def stirred(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """No two tensors alike (fresh norms are all ones, fresh biases zero), so that no exchanged pair
     goes unseen."""
     pipeline.set_progress_bar_config(disable=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -18,7 +16,6 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import nn
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -27,6 +24,8 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
+
+from tests.families import flux_vae, stirred
 
 WORDS = (
     "a Ġa red Ġred blue Ġblue heart Ġheart mushroom Ġmushroom moon Ġmoon house Ġhouse user "
@@ -142,34 +141,6 @@ def tiny_qwen_image(seed: int = 0) -> QwenImagePipeline:
         # its side in latents, for calls that name none; 128 is written into the class
         pipeline.default_sample_size = 8
         return stirred(pipeline)
-
-
-def flux_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(4, 8, 16, 16),
-        layers_per_block=2,
-        latent_channels=16,
-        norm_num_groups=4,
-        sample_size=64,
-        scaling_factor=0.3611,
-        shift_factor=0.1159,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def stirred(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """No two tensors alike (fresh norms are all ones, fresh biases zero), so that no exchanged pair
-    goes unseen."""
-    pipeline.set_progress_bar_config(disable=True)
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.requires_grad_(False).eval()
-            for weight in part.parameters():
-                weight.add_(torch.randn_like(weight), alpha=0.02)
-    return pipeline
 
 
 FLOWS = {

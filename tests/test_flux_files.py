@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import (
@@ -15,15 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from erase.export import export_single_file
-from erase.export.formats import usage
 from erase.export.lora import extract_lora
-from erase.foreign import read_erased
-from erase.models import LoadConfig, load_model, wrap
+from erase.models import load_model
 from erase.models.single_file import write_single_file
 from erase.prompts.errors import ErasureError
 from tests.families import tiny_flux
 from tests.test_clients import moved
 from tests.test_round_trips import image
+from tests.transformer_files import (
+    check_drawn_by_its_card,
+    check_read_as_erased,
+    options,
+    same,
+    state,
+)
 
 WIDTH = 32
 """of the miniature, where diffusers' converter has 3072 written into it"""
@@ -52,18 +56,6 @@ def folder(tmp_path):
 @pytest.fixture
 def file(tmp_path):
     return write_single_file(tiny_flux(), tmp_path / "flux.safetensors")
-
-
-def options(folder, **more):
-    return LoadConfig(config=str(folder), **more)
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-def state(pipeline):
-    return pipeline.transformer.state_dict()
 
 
 @pytest.mark.usefixtures("narrow")
@@ -101,21 +93,7 @@ def test_a_file_is_read_as_the_folder_is(pipeline, prefix, tmp_path):
 
 @pytest.mark.usefixtures("narrow")
 def test_an_erased_transformer_draws_in_stock_diffusers_what_it_draws_here(folder, tmp_path):
-    base = load_model(folder)
-    delta = moved(base, "transformer.")
-    export_single_file(delta, str(folder), tmp_path / "erased.safetensors")
-    erased = image(delta.apply(base).pipeline())
-    # as its card says
-    code = usage("single-file", base, ["transformer"]).code
-    places = {
-        "path/to/this/folder/model.safetensors": str(tmp_path / "erased.safetensors"),
-        "path/to/base": str(folder),
-    }
-    for said, meant in places.items():
-        code = code.replace(said, meant)
-    found = {}
-    exec(compile(code, "card", "exec"), found)
-    assert np.array_equal(image(found["pipeline"]), erased)
+    check_drawn_by_its_card(folder, tmp_path, image)
 
 
 def test_a_delta_of_a_text_encoder_is_refused(folder, tmp_path):
@@ -126,12 +104,7 @@ def test_a_delta_of_a_text_encoder_is_refused(folder, tmp_path):
 
 
 def test_what_another_program_erased_is_read_from_its_file(tmp_path):
-    base, other = wrap(tiny_flux(), "flux"), tiny_flux()
-    delta = moved(base, "transformer.")
-    delta.apply(wrap(other, "flux"))
-    read = read_erased(base, [write_single_file(other, tmp_path / "erased.safetensors")])
-    assert read.values.keys() == delta.values.keys() and read.count == delta.count
-    assert same(state(read.apply(base).pipeline()), state(other))
+    check_read_as_erased(tiny_flux, tmp_path)
 
 
 # ---- what is refused ----

@@ -10,7 +10,7 @@ from erase.latents.latent_set import LatentSet, epoch_rows
 from erase.latents.prepare import Given
 from erase.methods import get_method
 from erase.models import wrap
-from erase.objectives.closed_form import erasure_states, following_states, subject_states
+from erase.objectives.closed_form import following_states, retained_states, subject_states
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
@@ -163,7 +163,7 @@ def gaps(task, found):
     how far they were, and how far the answers to retained prompts moved."""
     pairs = [following_states(task, concept) for concept in CONCEPTS]
     words, instead = (torch.cat(states) for states in zip(*pairs, strict=True))
-    retained, base = erasure_states(task)[-1], task.model.parameters()
+    retained, base = retained_states(task), task.model.parameters()
     left = sum((words @ v.T - instead @ base[n].T).norm() for n, v in found.items())
     before = sum((words @ base[n].T - instead @ base[n].T).norm() for n in found)
     moved = sum((retained @ (v - base[n]).T).norm() for n, v in found.items())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import (
@@ -15,15 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from erase.export import export_single_file
-from erase.export.formats import usage
-from erase.foreign import read_erased
-from erase.models import LoadConfig, load_model, wrap
+from erase.models import load_model
 from erase.models.single_file import write_single_file
 from erase.prompts.errors import ErasureError
 from tests.families import tiny_flux
 from tests.flow_families import tiny_z_image
 from tests.test_clients import moved
 from tests.test_flow_files import image
+from tests.transformer_files import (
+    check_drawn_by_its_card,
+    check_read_as_erased,
+    options,
+    same,
+    state,
+)
 
 pytestmark = pytest.mark.usefixtures("short_chat")
 
@@ -37,18 +41,6 @@ def folder(tmp_path):
 @pytest.fixture
 def file(tmp_path):
     return write_single_file(tiny_z_image(), tmp_path / "z_image.safetensors")
-
-
-def options(folder, **more):
-    return LoadConfig(config=str(folder), **more)
-
-
-def state(pipeline):
-    return pipeline.transformer.state_dict()
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 def test_the_layout_is_the_one_that_diffusers_converts(file):
@@ -76,21 +68,7 @@ def test_a_file_is_read_as_the_folder_is(prefix, file, folder, tmp_path):
 
 
 def test_an_erased_transformer_draws_in_stock_diffusers_what_it_draws_here(folder, tmp_path):
-    base = load_model(folder)
-    delta = moved(base, "transformer.")
-    export_single_file(delta, str(folder), tmp_path / "erased.safetensors")
-    erased = image(delta.apply(base).pipeline())
-    # as its card says
-    code = usage("single-file", base, ["transformer"]).code
-    places = {
-        "path/to/this/folder/model.safetensors": str(tmp_path / "erased.safetensors"),
-        "path/to/base": str(folder),
-    }
-    for said, meant in places.items():
-        code = code.replace(said, meant)
-    found = {}
-    exec(compile(code, "card", "exec"), found)
-    assert np.array_equal(image(found["pipeline"]), erased)
+    check_drawn_by_its_card(folder, tmp_path, image)
 
 
 def test_a_delta_of_a_text_encoder_is_refused(folder, tmp_path):
@@ -101,12 +79,7 @@ def test_a_delta_of_a_text_encoder_is_refused(folder, tmp_path):
 
 
 def test_what_another_program_erased_is_read_from_its_file(tmp_path):
-    base, other = wrap(tiny_z_image(), "z-image"), tiny_z_image()
-    delta = moved(base, "transformer.")
-    delta.apply(wrap(other, "z-image"))
-    read = read_erased(base, [write_single_file(other, tmp_path / "erased.safetensors")])
-    assert read.values.keys() == delta.values.keys() and read.count == delta.count
-    assert same(state(read.apply(base).pipeline()), state(other))
+    check_read_as_erased(tiny_z_image, tmp_path)
 
 
 # ---- what is refused ----

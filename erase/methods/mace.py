@@ -16,8 +16,8 @@ from torch import Tensor
 
 from erase.methods import Method
 from erase.objectives.closed_form import (
-    erasure_states,
     following_states,
+    retained_states,
     ridge_edit,
     subject_states,
     text_projections,
@@ -62,7 +62,7 @@ def edit(task: Task, config: MACEConfig) -> Edit:
     Both "..." are retain_scale sum |W p - W_0 p|^2 + ridge |W - W_0|^2, p of retained prompts.
     """
     base = text_projections(task, config.scope)
-    kept = config.retain_scale**0.5 * erasure_states(task)[-1]
+    kept = config.retain_scale**0.5 * retained_states(task)
     behind = [following_states(task, concept) for concept in task.concepts]
     words, instead = (torch.cat(states) for states in zip(*behind, strict=True))
     refined = {

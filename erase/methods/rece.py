@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from erase.methods import Method
-from erase.objectives.closed_form import condensed, erasure_states, ridge_edit, text_projections
+from erase.objectives.closed_form import (
+    StatesConfig,
+    condensed,
+    erasure_states,
+    ridge_edit,
+    text_projections,
+)
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
 
@@ -23,14 +29,9 @@ PAPER = "https://arxiv.org/abs/2407.12383"
 
 
 @dataclass
-class RECEConfig:
+class RECEConfig(StatesConfig):
     """Settings of RECE."""
 
-    scope: str = "xattn_kv"
-    """the projections of text states that are edited"""
-    following: bool = True
-    """edit the states behind a name as well (other words, the end, padding): it has told them what
-    it means; False: the state at its last token alone"""
     rounds: int = 3
     """of finding what still means the concept, and erasing it; 0 is UCE"""
     attack_ridge: float = 0.1

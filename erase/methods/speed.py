@@ -15,7 +15,7 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from erase.methods import Method
-from erase.objectives.closed_form import erasure_states, ridge_edit, text_projections
+from erase.objectives.closed_form import StatesConfig, erasure_states, ridge_edit, text_projections
 from erase.objectives.null_space import confined_edit, held_still
 from erase.prompts.errors import FRACTION, check_ranges
 from erase.task import Edit, Task
@@ -26,14 +26,11 @@ CENTRES = 3
 
 
 @dataclass
-class SPEEDConfig:
+class SPEEDConfig(StatesConfig):
     """Settings of SPEED."""
 
     scope: str = r"^unet\..*\battn2\.to_v\b"
     """the projections of text states that are edited: the values"""
-    following: bool = True
-    """edit the states behind a name as well (other words, the end, padding): it has told them what
-    it means; False: the state at its last token alone"""
     threshold: float = 0.1
     """directions of the retained states are free below this share of their mean square"""
     filter: bool = True

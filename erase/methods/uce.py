@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from math import inf
 
 from erase.methods import Method
-from erase.objectives.closed_form import condensed, erasure_states, ridge_edit, text_projections
+from erase.objectives.closed_form import (
+    StatesConfig,
+    condensed,
+    erasure_states,
+    ridge_edit,
+    text_projections,
+)
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
 
 
 @dataclass
-class UCEConfig:
+class UCEConfig(StatesConfig):
     """Settings of UCE."""
 
-    scope: str = "xattn_kv"
-    """the projections of text states that are edited"""
-    following: bool = True
-    """edit the states behind a name as well (other words, the end, padding): it has told them what
-    it means; False: the state at its last token alone"""
     erase_scale: float = 1.0
     """weight of the concept's states"""
     retain_scale: float = 1.0

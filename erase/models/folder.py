@@ -107,6 +107,7 @@ def load_folder(
     given = given or {}
     index = read_index(folder)
     kind = index["_class_name"]
+    _check_vae(kind, name, options)
     parts = _parts(folder, index, options.vae is not None)
     for part in LEFT_OUT.keys() & parts.keys():
         log.info("%s: its %s is left out (%s)", name, part, LEFT_OUT[part])
@@ -127,11 +128,6 @@ def load_folder(
     components |= {part: _load(wanted[part], where, options) for part, where in folders.items()}
     components |= given
     if options.vae:
-        if (own := _expected(kind)["vae"]) != VAE:
-            raise ErasureError(
-                f"{name} is a {kind}, whose VAE is an {own}; no other is read for it, so leave "
-                "load.vae out"
-            )
         components["vae"] = load_vae(options.vae, _vae_config(folder), options.torch_dtype)
     extra = {"requires_safety_checker": False} if "safety_checker" in index else {}
     extra |= {"add_watermarker": False} if kind == "StableDiffusionXLPipeline" else {}
@@ -152,6 +148,15 @@ def load_folder(
     check_finite(modules(pipeline), name)
     own_weights(modules(pipeline))
     return pipeline
+
+
+def _check_vae(kind: str, name: str, options: LoadConfig) -> None:
+    """Refuse another VAE for a pipeline whose own is of a class that no file is read as."""
+    if options.vae and (own := _expected(kind)["vae"]) != VAE:
+        raise ErasureError(
+            f"{name} is a {kind}, whose VAE is an {own}; no other is read for it, so leave "
+            "load.vae out"
+        )
 
 
 def read_index(folder: Path) -> Mapping[str, Any]:

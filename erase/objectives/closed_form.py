@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,17 @@ from erase.models.scopes import reads_text
 from erase.prompts.concepts import ConceptSpec, retained_prompts
 from erase.prompts.errors import ErasureError
 from erase.task import Task
+
+
+@dataclass
+class StatesConfig:
+    """Which states of a concept's prompts a closed form edits, and where."""
+
+    scope: str = "xattn_kv"
+    """the projections of text states that are edited"""
+    following: bool = True
+    """edit the states behind a name as well (other words, the end, padding): it has told them what
+    it means; False: the state at its last token alone"""
 
 
 def ridge_edit(
@@ -79,7 +91,7 @@ def following_states(task: Task, concept: ConceptSpec) -> tuple[Tensor, Tensor]:
 
 def erasure_states(task: Task, following: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """States of an erasure: of all names of its concepts and of their anchors (`subject_states`),
-    and of the retained prompts and those of earlier concepts (`seen_states`).
+    and `retained_states`.
 
     Args:
         task: its concepts and the model.
@@ -98,7 +110,12 @@ def erasure_states(task: Task, following: bool = False) -> tuple[Tensor, Tensor,
                 found.append(torch.cat(behind, dim=1) * max(len(behind[0]), 1) ** -0.5)
         pairs.append(condensed(torch.cat(found)))
     concepts, anchors = condensed(torch.cat(pairs)).chunk(2, dim=1)
-    return concepts, anchors, seen_states(task, retained_prompts(task.concepts, task.earlier))
+    return concepts, anchors, retained_states(task)
+
+
+def retained_states(task: Task) -> Tensor:
+    """States of the retained prompts and of those of earlier concepts (`seen_states`)."""
+    return seen_states(task, retained_prompts(task.concepts, task.earlier))
 
 
 def condensed(states: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
-from erase.scripts.canvas.results import read_rows, tell
+from erase.scripts.canvas.results import plain_parser, read_rows, spaced, tell
 from erase.task import Task
 from erase.training.batches import row_batches
 from erase.training.config import TrainConfig, TunedConfig
@@ -52,7 +52,7 @@ def asked_for(concept: ConceptSpec, innocent: ConceptSpec, count: int) -> list[P
     """So many prompts of the concept, spread over the answer set, that do not name the style."""
     rows = canvas_grid(ANSWER_SEEDS[:1], {str(concept.kind): concept.target}).rows
     rows = tuple(row for row in rows if row.labels[str(innocent.kind)] != innocent.target)
-    return [rows[place * len(rows) // count] for place in range(count)]
+    return spaced(rows, count)
 
 
 @torch.no_grad()
@@ -148,11 +148,7 @@ def _range(values: Sequence[float], form: str) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """All options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--deltas", nargs="+", default=["runs/heart", "runs/neon"])
     parser.add_argument("--concept", default="heart")
     parser.add_argument("--innocent", default="Neon", help="a style that was erased too")

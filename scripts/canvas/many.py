@@ -39,7 +39,7 @@ from erase.prompts.errors import unknown
 from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
-from erase.scripts.canvas.results import read_rows, tell
+from erase.scripts.canvas.results import plain_parser, read_rows, spaced, tell
 from erase.scripts.canvas.sequence import of_many
 from erase.scripts.canvas.variants import Variant, groups
 
@@ -82,8 +82,8 @@ def world(count: int, images: int) -> World:
     forgotten = [row for row in prompts.rows if whole.asks(row)]
     retain = tuple(row.prompt for row in kept)
     concepts = [one if one.retain else replace(one, retain=retain) for one in whole.concepts]
-    rows = (*_spread(forgotten, images), *_spread(kept, images))
-    return World(concepts, whole.gone, replace(prompts, rows=rows))
+    rows = spaced(forgotten, min(images, len(forgotten))) + spaced(kept, min(images, len(kept)))
+    return World(concepts, whole.gone, replace(prompts, rows=tuple(rows)))
 
 
 def _names() -> list[tuple[ConceptSpec, Labels]]:
@@ -127,11 +127,6 @@ def _cells() -> list[tuple[ConceptSpec, Labels]]:
     return pairs
 
 
-def _spread(rows: Sequence[PromptRow], count: int) -> tuple[PromptRow, ...]:
-    n = min(count, len(rows))
-    return tuple(rows[i * len(rows) // n] for i in range(n))
-
-
 def shares(here: World, model: DiffusionModel, folder: Path, steps: int) -> dict[str, list[float]]:
     """UA and kept in percent: value, number of images, ends of the 95 % interval."""
     config, provenance = GenerateConfig(steps=steps), {"fingerprint": model.fingerprint}
@@ -149,12 +144,13 @@ def shares(here: World, model: DiffusionModel, folder: Path, steps: int) -> dict
     return found
 
 
-def measure(count: int, variant: Variant, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    here: World, model: DiffusionModel, variant: Variant, args: argparse.Namespace
+) -> dict[str, Any]:
     """Erase all of them at once, and judge what is left of them and of the rest."""
-    here, model = world(count, args.images), load_model("canvas")
+    count = len(here.concepts)
     settings, latents = of_many(variant.settings, variant.latents, min(count, args.limit))
     config = EraseConfig(method=variant.method, seed=args.seed, latents=latents)
-    base = shares(here, model, args.out / f"base-{count}", args.steps)
     started = time.process_time()
     delta = erase_concept(here.concepts, config, settings, model=model)
     seconds = round(time.process_time() - started, 1)
@@ -163,7 +159,7 @@ def measure(count: int, variant: Variant, args: argparse.Namespace) -> dict[str,
     with delta.applied(model):
         erased = shares(here, model, folder, args.steps)
     shutil.rmtree(folder)
-    return {"seconds": seconds, "changed": delta.count, "base": base, "erased": erased}
+    return {"seconds": seconds, "changed": delta.count, "erased": erased}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -180,11 +176,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """All options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--counts", nargs="+", type=int, default=[10, 30, 100])
     parser.add_argument("--methods", nargs="+", default=["uce", "rece", "speed"])
     parser.add_argument("--limit", type=int, default=10, help="concepts' worth of steps, at most")
@@ -210,10 +202,15 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     done = {(row["count"], row["method"], row["seed"]) for row in read_rows(record)}
-    for count, name in product(args.counts, args.methods):
-        if (count, name, args.seed) not in done:
-            row = {"count": count, "method": name, "seed": args.seed}
-            row |= measure(count, variants[name], args)
+    for count in args.counts:
+        missing = [name for name in args.methods if (count, name, args.seed) not in done]
+        if not missing:
+            continue
+        here, model = world(count, args.images), load_model("canvas")
+        base = shares(here, model, args.out / f"base-{count}", args.steps)
+        for name in missing:
+            row = {"count": count, "method": name, "seed": args.seed, "base": base}
+            row |= measure(here, model, variants[name], args)
             tell(record, row, [count, name, row["seconds"], "s", row["erased"]])
 
 

@@ -39,6 +39,7 @@ from erase.objectives.remap import Remap
 from erase.prompts.canvas import KINDS, canvas_concept, vocabulary
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import unknown
+from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
 from erase.scripts.canvas.tables import grid, paired, prediction, summary, table
@@ -178,8 +179,13 @@ def asked_for(prompts: PromptSet, concept: ConceptSpec, others: int | None) -> P
     own = [row for row in prompts.rows if row.labels.get(str(concept.kind)) == concept.target]
     rest = [row for row in prompts.rows if row not in own]
     if others is not None:
-        rest = [rest[i * len(rest) // others] for i in range(others)]
+        rest = spaced(rest, others)
     return replace(prompts, rows=tuple(sorted([*own, *rest], key=lambda row: row.case)))
+
+
+def spaced(rows: Sequence[PromptRow], count: int) -> list[PromptRow]:
+    """So many of the rows, evenly apart."""
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def base_folder(budget: Budget, out: Path) -> Path:
@@ -240,11 +246,18 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
+def plain_parser(about: str | None) -> argparse.ArgumentParser:
+    """Without options yet; told of by a script's own text, as it stands."""
+    return argparse.ArgumentParser(
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Options that this script and that of robustness share."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(None)
     parser.add_argument(
         "--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all"
     )

@@ -46,7 +46,7 @@ from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
 from erase.scripts.canvas.curve import drawn
-from erase.scripts.canvas.results import read_rows, tell
+from erase.scripts.canvas.results import plain_parser, read_rows, spaced, tell
 from erase.training.config import TunedConfig
 
 MERGED = {"sum": ("sum", 1.0), "ties": ("ties", 0.2), "ties-all": ("ties", 1.0)}
@@ -123,7 +123,7 @@ def asked_for(concepts: Sequence[ConceptSpec], own: int, others: int) -> PromptS
 
 def _spread(rows: Sequence[PromptRow], count: int) -> set[int]:
     """Cases of so many of the rows, evenly apart."""
-    return {rows[i * len(rows) // count].case for i in range(min(count, len(rows)))}
+    return {row.case for row in spaced(rows, min(count, len(rows)))}
 
 
 def measure(
@@ -172,11 +172,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     """All options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument(
         "--concepts", nargs="+", default=["heart", "Neon", "red", "tree"], help="in this order"
     )
