@@ -173,10 +173,12 @@ def test_uce_puts_the_anchors_keys_and_values_in_the_concepts_place(model):
 
 
 def test_uce_edits_projections_of_text_states_alone(model):
-    with pytest.raises(ErasureError, match="is not applied to text states.*use scope xattn_kv"):
+    with pytest.raises(ErasureError, match="is not applied to text states.*use scope text_in"):
         get_method("uce").edit(
             Task(model, [CONCEPT]), replace(get_method("uce").config, scope="xattn")
         )
     sd3 = wrap(FAMILIES["sd3"](), "sd3")
     with pytest.raises(ErasureError, match="is not applied to text states"):
-        get_method("uce").edit(Task(sd3, [CONCEPT]), get_method("uce").config)
+        get_method("uce").edit(
+            Task(sd3, [CONCEPT]), replace(get_method("uce").config, scope="xattn_kv")
+        )

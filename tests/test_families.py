@@ -48,6 +48,7 @@ def first_prediction(pipeline, prompt, guidance):
         guidance_scale=guidance,
         generator=torch.Generator().manual_seed(1),
         output_type="latent",
+        **stock(pipeline).stated(),
     )
     handle.remove()
     seen |= {name: plain(pipeline, seen[name]) for name in ("xt", "prediction")}
@@ -81,6 +82,7 @@ def test_sampled_latents_are_those_of_the_stock_pipeline(pipeline):
         guidance_scale=4.0,
         generator=generators,
         output_type="latent",
+        **stock(pipeline).stated(),
     )
     assert torch.allclose(ours, plain(pipeline, drawn.images), atol=1e-4)
     pixels = pipeline(

@@ -252,14 +252,12 @@ def test_the_texts_projections_are_given_text_and_the_images_the_image(pipeline)
 # ---- methods ----
 
 ERASE = {
-    "z-image": ("salun", "esd", "fia", "advunlearn", "few-shot"),
-    "klein": ("esd", "fia"),
-    "qwen-image": ("salun", "esd", "fia", "advunlearn", "few-shot"),
+    "z-image": ("salun", "esd", "uce", "rece", "fia", "advunlearn", "few-shot"),
+    "klein": ("esd", "uce", "rece", "fia"),
+    "qwen-image": ("salun", "esd", "uce", "rece", "fia", "advunlearn", "few-shot"),
 }
 REFUSE = {
-    "uce": "no closed form",
-    "rece": "no closed form",
-    "mace": "no closed form",
+    "mace": "UNet",
     "speed": "matches none",
     "forget-me-not": "UNet",
     "hirm": "CLIP's last attention",

@@ -10,7 +10,7 @@ from erase.latents.latent_set import LatentSet, epoch_rows
 from erase.latents.prepare import Given
 from erase.methods import get_method
 from erase.models import wrap
-from erase.objectives.closed_form import following_states, retained_states, subject_states
+from erase.objectives.text_inputs import following_states, retained_states, subject_states
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task

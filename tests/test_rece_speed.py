@@ -9,8 +9,9 @@ import torch
 from erase.methods import get_method
 from erase.methods.rece import still_meaning
 from erase.models import wrap
-from erase.objectives.closed_form import condensed, erasure_states, ridge_edit, seen_states
+from erase.objectives.closed_form import condensed, erasure_states, ridge_edit
 from erase.objectives.null_space import confined_edit, held_still
+from erase.objectives.text_inputs import seen_states
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
@@ -228,8 +229,9 @@ def test_the_closed_forms_edit_projections_of_text_states_alone(name):
     sd3 = wrap(FAMILIES["sd3"](), "sd3")
     with pytest.raises(ErasureError, match="is not applied to text states"):
         get_method(name).edit(Task(sd3, [CONCEPT]), replace(config, scope="xattn_kv"))
-    for family in ("sd1", "sd2", "sdxl"):
-        found = get_method(name).edit(Task(wrap(FAMILIES[family](), family), [CONCEPT]), config)
+    for family in ("sd1", "sd2", "sdxl", "sd3", "flux"):
+        task = Task(wrap(FAMILIES[family](), family), [CONCEPT])
+        found = get_method(name).edit(task, replace(config, scope="text_in"))
         assert all(value.isfinite().all() for value in found.values.values())
 
 

@@ -20,7 +20,8 @@ from erase.methods import get_method
 from erase.methods.uce import UCEConfig
 from erase.models import load_model, wrap
 from erase.models.scopes import reads_text
-from erase.objectives.closed_form import ridge_edit, seen_states, subject_states
+from erase.objectives.closed_form import ridge_edit
+from erase.objectives.text_inputs import seen_states, subject_states
 from erase.prompts.concepts import ConceptSpec, earlier_prompts
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from erase.models import DiffusionModel
+from erase.models.pipelines import stock
 from erase.models.single_file.alone import layout_of
 from erase.models.single_file.tensor_file import SINGLE_FILES
 
@@ -36,6 +37,8 @@ class Usage:
     code: str
     """Python that makes `pipeline` of them; it has the placeholders path/to/this/folder and, where
     it is needed, path/to/base"""
+    call: str = ""
+    """what a call of `pipeline` must be told beside the prompt, as code"""
     relation: str = "finetune"
     """base_model_relation on the hub: finetune, or adapter for what does not work without its
     base"""
@@ -140,6 +143,10 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
         "config": "" if one_file else ', config="path/to/base"',
     }
     template = TRANSFORMER if alone and format == "single-file" else USAGES[format]
+    stated = stock(model.pipeline()).stated()
     return replace(
-        template, about=template.about.format(**texts), code=template.code.format(**texts)
+        template,
+        about=template.about.format(**texts),
+        code=template.code.format(**texts),
+        call="".join(f", {name}={value}" for name, value in stated.items()),
     )

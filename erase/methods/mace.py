@@ -15,14 +15,9 @@ import torch
 from torch import Tensor
 
 from erase.methods import Method
-from erase.objectives.closed_form import (
-    following_states,
-    retained_states,
-    ridge_edit,
-    subject_states,
-    text_projections,
-)
-from erase.objectives.cross_attention import attention_where_seen
+from erase.objectives.closed_form import ridge_edit, text_projections
+from erase.objectives.cross_attention import attention_where_seen, find_layers
+from erase.objectives.text_inputs import following_states, retained_states, subject_states
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import batches_of
@@ -61,6 +56,7 @@ def edit(task: Task, config: MACEConfig) -> Edit:
 
     Both "..." are retain_scale sum |W p - W_0 p|^2 + ridge |W - W_0|^2, p of retained prompts.
     """
+    find_layers(task.model)  # refuses a transformer
     base = text_projections(task, config.scope)
     kept = config.retain_scale**0.5 * retained_states(task)
     behind = [following_states(task, concept) for concept in task.concepts]

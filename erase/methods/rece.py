@@ -16,11 +16,11 @@ from torch import Tensor
 
 from erase.methods import Method
 from erase.objectives.closed_form import (
+    Projections,
     StatesConfig,
     condensed,
-    erasure_states,
+    projections,
     ridge_edit,
-    text_projections,
 )
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
@@ -52,21 +52,25 @@ class RECEConfig(StatesConfig):
 def edit(task: Task, config: RECEConfig) -> Edit:
     """UCE of the concept's states, then of those that still mean it; what was erased
     in earlier rounds stays among what is erased."""
-    concepts, anchors, retained = erasure_states(task, config.following)
-    weights = text_projections(task, config.scope)
-    base = {name: weight.detach().double() for name, weight in weights.items()}
-    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * condensed(retained)
+    values: dict[str, Tensor] = {}
+    for group in projections(task, config):
+        values |= _edited(group, config)
+    return Edit(values)
 
-    values, erased = dict(base), concepts
+
+def _edited(group: Projections, config: RECEConfig) -> dict[str, Tensor]:
+    base = {name: weight.detach().double() for name, weight in group.weights.items()}
+    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * condensed(group.retained)
+    values, erased = dict(base), group.concepts
     for round_ in range(config.rounds + 1):
         if round_:
-            found = still_meaning(values, base, concepts, config.attack_ridge)
+            found = still_meaning(values, base, group.concepts, config.attack_ridge)
             erased = torch.cat([erased, found])
-        repeated = anchors.repeat(round_ + 1, 1)
+        repeated = group.anchors.repeat(round_ + 1, 1)
         inputs, wanted = torch.cat([scale * erased, keep]), torch.cat([scale * repeated, keep])
         for name, old in base.items():
             values[name] = ridge_edit(values[name], inputs, wanted @ old.T, keep[:0], config.ridge)
-    return Edit({name: value.to(weights[name].dtype) for name, value in values.items()})
+    return {name: value.to(group.weights[name].dtype) for name, value in values.items()}
 
 
 def still_meaning(

@@ -15,8 +15,10 @@ from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
 from erase.methods import Method
-from erase.objectives.closed_form import StatesConfig, erasure_states, ridge_edit, text_projections
+from erase.models.scopes import TextInput
+from erase.objectives.closed_form import Projections, StatesConfig, projections, ridge_edit
 from erase.objectives.null_space import confined_edit, held_still
+from erase.objectives.text_inputs import prompt_states
 from erase.prompts.errors import FRACTION, check_ranges
 from erase.task import Edit, Task
 from erase.training.confine import null_space
@@ -54,10 +56,16 @@ def edit(task: Task, config: SPEEDConfig) -> Edit:
     P: null space of what is retained there; K: states of the empty prompt, which stay exactly. The
     bracket is written as a smaller null space (`held_still`), which is the same and solves well.
     """
-    concepts, anchors, retained = erasure_states(task, config.following)
-    retained, still = retained.double(), _empty_prompt(task).double()
-    values = {}
-    for i, (name, weight) in enumerate(text_projections(task, config.scope).items()):
+    values: dict[str, Tensor] = {}
+    for group in projections(task, config):
+        values |= _edited(task, group, config)
+    return Edit(values)
+
+
+def _edited(task: Task, group: Projections, config: SPEEDConfig) -> dict[str, Tensor]:
+    concepts, anchors, retained = group.concepts, group.anchors, group.retained.double()
+    still, values = _empty_prompt(task, group.of).double(), {}
+    for i, (name, weight) in enumerate(group.weights.items()):
         old = weight.detach().double()
         outputs = anchors @ old.T
         kept = retained
@@ -69,7 +77,7 @@ def edit(task: Task, config: SPEEDConfig) -> Edit:
         projector = null_space(kept, config.threshold)
         projector = held_still(projector, still)
         values[name] = confined_edit(weight, concepts, outputs, projector, config.ridge)
-    return Edit(values)
+    return values
 
 
 def _augmented(states: Tensor, weight: Tensor, copies: int, generator: torch.Generator) -> Tensor:
@@ -80,16 +88,16 @@ def _augmented(states: Tensor, weight: Tensor, copies: int, generator: torch.Gen
     return torch.cat([states, states.repeat(copies, 1) + far * weakest])
 
 
-def _empty_prompt(task: Task) -> Tensor:
+def _empty_prompt(task: Task, of: TextInput) -> Tensor:
     """The start token's state, and the centres of the others of the empty prompt, shape
     (at most 1 + CENTRES, dim)."""
-    start, *rest = task.cond([""]).embeddings[0].double()
-    others = torch.unique(torch.stack(rest), dim=0)
+    (states,), count = prompt_states(task, [""], of)
+    start, others = states[:1].double(), torch.unique(states[1:count].double(), dim=0)
     if len(others) > CENTRES:
         first = others[torch.linspace(0, len(others) - 1, CENTRES).long()]
         centres, _ = kmeans2(others.cpu().numpy(), first.cpu().numpy(), minit="matrix")
         others = torch.from_numpy(centres).to(others)
-    return torch.cat([start[None], others])
+    return torch.cat([start, others])
 
 
 METHODS = {"speed": Method("speed", PAPER, SPEEDConfig(), edit)}

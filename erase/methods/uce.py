@@ -8,13 +8,7 @@ from dataclasses import dataclass
 from math import inf
 
 from erase.methods import Method
-from erase.objectives.closed_form import (
-    StatesConfig,
-    condensed,
-    erasure_states,
-    ridge_edit,
-    text_projections,
-)
+from erase.objectives.closed_form import StatesConfig, condensed, projections, ridge_edit
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
 
@@ -37,12 +31,12 @@ class UCEConfig(StatesConfig):
 
 def edit(task: Task, config: UCEConfig) -> Edit:
     """Solve for each projection (eq. 7)."""
-    concepts, anchors, retained = erasure_states(task, config.following)
-    scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * condensed(retained)
-    values = {}
-    for name, weight in text_projections(task, config.scope).items():
-        outputs = scale * anchors @ weight.detach().double().T
-        values[name] = ridge_edit(weight, scale * concepts, outputs, keep, config.ridge)
+    scale, values = config.erase_scale**0.5, {}
+    for group in projections(task, config):
+        keep = config.retain_scale**0.5 * condensed(group.retained)
+        for name, weight in group.weights.items():
+            outputs = scale * group.anchors @ weight.detach().double().T
+            values[name] = ridge_edit(weight, scale * group.concepts, outputs, keep, config.ridge)
     return Edit(values)
 
 

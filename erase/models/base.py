@@ -56,6 +56,9 @@ class Tokens:
     """of the whole prompt, without begin and end"""
     room: int
     """how many of them the encoder sees"""
+    states: range | None = None
+    """where the encoder's text states lie among those of the prompt, from the first token's place;
+    None: the denoiser is given none of them"""
 
     @property
     def seen(self) -> tuple[int, ...]:

@@ -41,8 +41,15 @@ class Chat(Patched):
     def text(self, prompt: str) -> str:
         return self.filled(prompt)
 
+    def head(self) -> int:
+        """Tokens of the template before the prompt."""
+        return len(self.pipeline.tokenizer(self.filled(MARK).partition(MARK)[0]).input_ids)
+
     def room(self, tokenizer: Any) -> int:
-        return self.tokens - len(tokenizer(self.filled(MARK).partition(MARK)[0]).input_ids)
+        return self.tokens - self.head()
+
+    def states(self, encoder: str) -> range | None:
+        return range(self.head(), self.tokens)
 
     def check_template(self, name: str) -> None:
         """Refuse a template in which a prompt does not stand as it is, and a tokenizer that does

@@ -44,6 +44,9 @@ class StockFlux(Patched):
     def given(self, latents: Tensor, rows: int) -> Tensor:
         return unpack(latents, rows, rows)
 
+    def states(self, encoder: str) -> range | None:
+        return range(self.tokens) if encoder == "text_encoder_2" else None
+
     def encoded(self, prompts: list[str], device: torch.device) -> Cond:
         states, pooled, _ = self.pipeline.encode_prompt(
             prompt=prompts,

@@ -70,6 +70,9 @@ class StockQwen(Chat):
     def room(self, tokenizer: Any) -> int:
         return self.tokens
 
+    def states(self, encoder: str) -> range | None:
+        return range(self.tokens)  # the pipeline drops those of the instruction before it
+
     def encoded(self, prompts: list[str], device: torch.device) -> Cond:
         states, mask = self.pipeline.encode_prompt(
             prompts, device=device, max_sequence_length=self.tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -30,6 +31,11 @@ _IMAGE = (
     rf"^unet\..*\battn1\b|{_BLOCK}\b(attn\.(to_[qkv]|to_out|norm_[qk])|attn2)\b"
     r"|^transformer\.noise_refiner\.\d+\.attention\."
 )
+_READS = r"^unet\..*\battn2\.to_[kv]\.weight$"
+_ENTRY = (
+    r"^transformer\.(context_embedder|txt_in|cap_embedder\.1|time_text_embed\.text_embedder\.linear_1)"
+    r"\.weight$"
+)
 _SINGLE = r"^transformer\.single_transformer_blocks\.\d+\.(proj_(mlp|out)|attn\.to_out\.weight)\b"
 _FORWARD = (
     rf"^unet\..*\bff\b|{_BLOCK}\b(ff(_context)?|(img|txt)_mlp)\b|{_SINGLE}"
@@ -39,6 +45,7 @@ SCOPES = {
     "full": r"^(unet|transformer)\.",
     "xattn": _TEXT,
     "xattn_kv": _KV,
+    "text_in": rf"{_READS}|{_ENTRY}",
     "selfattn": _IMAGE,
     "ff": _FORWARD,
     "noxattn": rf"^(?!{_TEXT})(unet|transformer)\.",
@@ -52,7 +59,9 @@ side and `selfattn` the image's."""
 ABOUT = {
     "full": "the whole denoiser",
     "xattn": "cross-attention; of a joint attention, the text's side (ESD-x)",
-    "xattn_kv": "keys and values of the text in there, what a closed form edits (UCE)",
+    "xattn_kv": "keys and values of the text in there",
+    "text_in": "what is given the text states themselves: keys and values of a UNet's "
+    "cross-attention, the matrices by which they enter a transformer (closed forms)",
     "selfattn": "self-attention; of a joint attention, the image's side",
     "ff": "the feed-forward layers, of a joint attention's blocks both sides'",
     "noxattn": "the denoiser outside cross-attention (ESD-u)",
@@ -87,6 +96,35 @@ def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Param
     return selected
 
 
+POOLED, STATES = "pooled", "states"
+NORMS = {"txt_in": "txt_norm", "cap_embedder.1": "cap_embedder.0"}
+"""matrix of a transformer's entry -> the norm before it"""
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """What of the text a matrix is applied to."""
+
+    kind: str
+    """`STATES`: of each token; `POOLED`: of the whole prompt"""
+    norm: str | None = None
+    """`component.module` that they pass through before"""
+
+
+def text_input(name: str) -> TextInput | None:
+    """What a parameter reads of the text, if it is a matrix that is applied to text states
+    themselves, or to their norm."""
+    if reads_text(name):
+        return TextInput(STATES)
+    if not re.search(_ENTRY, name):
+        return None
+    module = name.removeprefix("transformer.").removesuffix(".weight")
+    if module.startswith("time_text_embed"):
+        return TextInput(POOLED)
+    norm = NORMS.get(module)
+    return TextInput(STATES, norm and f"transformer.{norm}")
+
+
 def reads_text(name: str) -> bool:
-    """Whether a parameter is a matrix that is applied to text states themselves."""
-    return name.startswith("unet.") and name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))
+    """Whether a parameter is a key or value matrix of a UNet, applied to text states themselves."""
+    return bool(re.search(_READS, name))

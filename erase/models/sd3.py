@@ -19,10 +19,30 @@ from erase.models.stock import POOLED, Stock
 
 
 class Stock3(Stock):
-    """A stock `StableDiffusion3Pipeline` as it is called."""
+    """A stock `StableDiffusion3Pipeline` as it is called.
+
+    In the place of a T5 that is left out stand zeros: as many as CLIP has tokens, as the reference
+    code has it. (The stock call puts `max_sequence_length` of them there, 256 by default.)
+    """
 
     family = "sd3"
     tokens = 256
+
+    @property
+    def length(self) -> int:
+        """Places of the last encoder's states."""
+        if self.pipeline.text_encoder_3 is not None:
+            return self.tokens
+        clip: int = self.pipeline.tokenizer_max_length
+        return clip
+
+    def states(self, encoder: str) -> range | None:
+        clip = self.pipeline.tokenizer_max_length
+        t5 = range(clip, clip + self.tokens)
+        return t5 if encoder == "text_encoder_3" else range(1, clip)
+
+    def stated(self) -> dict[str, int]:
+        return {} if self.length == self.tokens else {"max_sequence_length": self.length}
 
     def encoded(self, prompts: list[str], device: torch.device) -> Cond:
         found = self.pipeline.encode_prompt(
@@ -32,7 +52,7 @@ class Stock3(Stock):
             device=device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.tokens,
+            max_sequence_length=self.length,
         )
         return Cond(found[0], {POOLED: found[2]})
 

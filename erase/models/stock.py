@@ -96,6 +96,16 @@ class Stock:
         length: int = tokenizer.model_max_length if clip else self.tokens
         return length - int(tokenizer.num_special_tokens_to_add())
 
+    def states(self, encoder: str) -> range | None:
+        """Where an encoder's text states lie, see `Tokens`: behind CLIP's begin token, those of
+        several side by side."""
+        length: int = self.pipeline.tokenizer.model_max_length
+        return range(1, length)
+
+    def stated(self) -> dict[str, int]:
+        """What a stock call must be told, beside the prompt, to read it as it is read here."""
+        return {}
+
     def encoded(self, prompts: list[str], device: torch.device) -> Cond:
         """Text states of the prompts, all in one pass; nothing is said of an empty one."""
         found = self.pipeline.encode_prompt(

@@ -33,10 +33,9 @@ def tokens(pipeline: Pipeline, prompts: list[str]) -> dict[str, list[Tokens]]:
         rows = tokenizer(
             prompts, add_special_tokens=False, truncation=False, padding=False, verbose=False
         ).input_ids
-        room = way.room(tokenizer)
-        by_encoder[part.replace("tokenizer", "text_encoder")] = [
-            Tokens(tuple(ids), room) for ids in rows
-        ]
+        encoder, room = part.replace("tokenizer", "text_encoder"), way.room(tokenizer)
+        places = way.states(encoder)
+        by_encoder[encoder] = [Tokens(tuple(ids), room, places) for ids in rows]
     return by_encoder
 
 

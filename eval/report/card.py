@@ -37,7 +37,7 @@ CARD = """\
 
 ```python
 {code}
-pipeline({prompt!r}).images[0].save("image.png")
+pipeline({prompt!r}{call}).images[0].save("image.png")
 ```
 
 ## Scores
@@ -101,6 +101,7 @@ def model_card(
         about=usage.about,
         picture=f"![The same prompts and seeds before and after]({PICTURE})\n\n" if picture else "",
         concepts=_concepts(concepts, "foreign" not in metadata),
+        call=usage.call,
         code=usage.code.replace(
             '"path/to/base"', json.dumps(_base_path(metadata["base_id"]), ensure_ascii=False)
         ),
