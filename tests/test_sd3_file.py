@@ -8,7 +8,8 @@ import torch
 from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file, save_file
 
-from erase.models import LoadConfig, load_model
+from erase.foreign import read_erased
+from erase.models import LoadConfig, load_model, wrap
 from erase.models.pipelines import modules
 from erase.models.single_file import mmdit
 from erase.models.single_file.layouts import layout_of
@@ -16,6 +17,7 @@ from erase.models.single_file.ldm import UNET
 from erase.prompts.errors import ErasureError
 from tests.families import small_vae, tiny_sd3
 from tests.single_file_fixtures import same, weights
+from tests.test_clients import moved
 from tests.transformer_files import options
 
 
@@ -88,6 +90,16 @@ def test_in_half_precision_the_same_layers_stay_wide_as_from_the_folder(file, fo
     wide = {name for name, weight in found.items() if weight.dtype == torch.float32}
     assert wide and all(name.startswith("text_encoder_3.") for name in wide)
     assert same(found, own)
+
+
+def test_what_another_program_erased_is_read_in_all_parts(tmp_path, caplog):
+    base, other = wrap(square_sd3(), "base"), square_sd3()
+    delta = moved(base, "mlp.fc1")
+    delta.apply(wrap(other, "other"))
+    read = read_erased(base, [written(other, tmp_path / "erased.safetensors")])
+    assert read.values.keys() == delta.values.keys() and read.count == delta.count
+    assert {"text_encoder", "text_encoder_2"} == set(read.components)
+    assert "left out" not in caplog.text
 
 
 def test_what_is_ignored_comes_from_the_folder(file, folder):

@@ -151,8 +151,9 @@ def test_a_delta_of_a_text_encoder_is_refused(family, folder, tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_what_another_program_erased_is_read_from_its_file(family, tmp_path):
+def test_what_another_program_erased_is_read_from_its_file(family, tmp_path, caplog):
     check_read_as_erased(MAKE[family], tmp_path)
+    assert "left out" not in caplog.text
 
 
 # ---- what is refused ----
