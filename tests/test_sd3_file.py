@@ -102,15 +102,21 @@ def test_what_another_program_erased_is_read_in_all_parts(tmp_path, caplog):
     assert "left out" not in caplog.text
 
 
-def test_what_is_ignored_comes_from_the_folder(file, folder):
+@pytest.mark.parametrize(
+    ("ignored", "part"),
+    [
+        ("text_encoders.t5xxl", "text_encoder_3"),
+        ("text_encoders.clip_l.transformer.text_model", "text_encoder"),
+        ("first_stage_model", "vae"),
+    ],
+)
+def test_what_is_ignored_comes_from_the_folder(ignored, part, file, folder):
     other = square_sd3(seed=1)
     other.save_pretrained(folder)
-    read = load_model(file, options=options(folder, ignore="text_encoders.t5xxl"))
-    found, own = weights(read.pipeline()), weights(square_sd3())
-    assert found.keys() == own.keys()
-    for name, weight in weights(other).items():
-        expected = weight if name.startswith("text_encoder_3.") else own[name]
-        assert torch.equal(found[name], expected)
+    read = load_model(file, options=options(folder, ignore=ignored))
+    found, own, theirs = (weights(one) for one in (read.pipeline(), square_sd3(), other))
+    expected = {name: (theirs if name.startswith(f"{part}.") else own)[name] for name in own}
+    assert same(found, expected) and not same(found, own)
 
 
 def test_another_vae_takes_the_place_of_the_files_own(file, folder, tmp_path):

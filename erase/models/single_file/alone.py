@@ -12,14 +12,14 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 
 from erase.models.config import DTYPES, LoadConfig
 from erase.models.part_files import read_config
 from erase.models.pipelines import Pipeline
-from erase.models.single_file.filling import check_weights, converted, fill, refuse_surplus
+from erase.models.single_file.filling import check_weights, fill, refuse_surplus
 from erase.models.single_file.layouts import Beside, Layout
-from erase.models.single_file.ldm import UNET, VAE, Entry, Network
+from erase.models.single_file.ldm import UNET, VAE, Network
 from erase.models.single_file.recognise import CONTROLNET, UNREADABLE, refuse
 from erase.models.single_file.tensor_file import TensorFile
 from erase.prompts.errors import ErasureError, reason
@@ -47,6 +47,7 @@ def load_alone(
     """
     from erase.models.folder import load_folder, read_index
 
+    file = _bare(file, layout.spare)
     refuse(file, (*UNREADABLE, CONTROLNET, *layout.siblings))
     if config is None:
         raise ErasureError(
@@ -92,7 +93,6 @@ def _read(
     file: TensorFile, layout: Layout, parts: list[Beside], folder: Path, dtype: torch.dtype
 ) -> dict[str, nn.Module]:
     """The transformer and these parts, with the file's weights."""
-    file = _bare(file, layout.spare)
     modules: dict[str, Any] = {
         name: _empty(layout, name, folder)
         for name in ("transformer", *(part.component for part in parts))
@@ -106,33 +106,11 @@ def _read(
         for part in parts
         for name, tensor in part.stated(modules[part.component]).items()
     }
-    for name, module in modules.items():
-        mine = [entry for entry in table if entry.names[0].startswith(f"{name}.")]
-        own = {key: tensor for key, tensor in stated.items() if key.startswith(f"{name}.")}
-        _fill(file, mine, name, module, dtype, own)
+    fill(file, table, modules, dtype, stated)
+    for part in parts:
+        if hasattr(modules[part.component], "tie_weights"):
+            modules[part.component].tie_weights()
     return modules
-
-
-def _fill(
-    file: TensorFile,
-    table: list[Entry],
-    name: str,
-    module: Network,
-    dtype: torch.dtype,
-    stated: dict[str, Tensor],
-) -> None:
-    """Read the weights of one part. What transformers keeps in float32 in a model of float16, since
-    it overflows, is kept so here (T5)."""
-    wide = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-    if dtype != torch.float16 or not wide:
-        fill(file, table, {name: module}, dtype, stated)
-    else:
-        fill(file, table, {name: module}, torch.float32, stated)
-        for key, weight in module.named_parameters():
-            if not set(wide) & set(key.split(".")):
-                weight.data = converted(weight.data, dtype, f"{file.path}: {name}.{key}")
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
 
 
 def _empty(layout: Layout, name: str, folder: Path) -> Network:
