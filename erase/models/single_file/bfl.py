@@ -11,7 +11,7 @@ after it.
 from __future__ import annotations
 
 from erase.models.single_file import blocks
-from erase.models.single_file.blocks import ADDED, QUERY_KEY_VALUE, Block, Names, stacked
+from erase.models.single_file.blocks import ADDED, Block, Names, stacked
 from erase.models.single_file.ldm import UNET, Entry, Network
 from erase.models.single_file.tensor_file import TensorFile
 
@@ -59,7 +59,7 @@ FLUX = Names(
         "single_transformer_blocks": Block(
             "single_blocks",
             SINGLE | {"norm.linear": "modulation.lin", "proj_out": "linear2"},
-            {"linear1": (*stacked("attn", QUERY_KEY_VALUE), "proj_mlp")},
+            {"linear1": (*stacked("attn"), "proj_mlp")},
         ),
     },
     norm="scale",
