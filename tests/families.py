@@ -107,20 +107,20 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
         return stirred(pipeline)
 
 
-def tiny_sd3(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
+def tiny_sd3(seed: int = 0, t5: bool = True, projection: int = 40) -> StableDiffusion3Pipeline:
     """SD 3.5: joint attention over image and text, with the second attention of its medium size,
-    two CLIPs and a T5; flow matching."""
+    two CLIPs and a T5; flow matching. The first CLIP, 16 wide, projects to `projection`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = SD3Transformer2DModel(
             sample_size=8, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=8,
             num_attention_heads=4, joint_attention_dim=64,
-            caption_projection_dim=32, pooled_projection_dim=40 + 24, out_channels=16,
+            caption_projection_dim=32, pooled_projection_dim=projection + 24, out_channels=16,
             pos_embed_max_size=12, dual_attention_layers=(0,),
             qk_norm="rms_norm",
         )  # fmt: skip
         texts = [
-            _text(CLIPTextModelWithProjection, 16, 2, "quick_gelu", 40),
+            _text(CLIPTextModelWithProjection, 16, 2, "quick_gelu", projection),
             _text(CLIPTextModelWithProjection, 32, 3, "gelu", 24),
         ]
         third = _t5() if t5 else None

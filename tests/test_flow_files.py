@@ -16,15 +16,14 @@ from erase.export import (
     export_delta,
     export_diffusers,
     export_lora,
-    export_single_file,
 )
 from erase.export.lora import extract_lora
 from erase.models import LoadConfig, load_model, wrap
 from erase.models.qwen_image import StockQwen
 from erase.prompts.errors import ErasureError
-from erase.run import erase_concept
 from tests.flow_families import FLOWS, tiny_klein, tiny_z_image
-from tests.test_round_trips import CONCEPT, METHOD, QUICK
+from tests.made import maker
+from tests.transformer_files import check_file_both_ways
 
 pytestmark = pytest.mark.usefixtures("short_chat")
 
@@ -48,28 +47,9 @@ def small(monkeypatch):
     monkeypatch.setattr(StockQwen, "stated_side", lambda _: 8)
 
 
-class Made:
-    """A family's base folder, its delta, and the erased model's image in memory."""
-
-    def __init__(self, family: str, folder) -> None:
-        self.base = folder / "base"
-        FLOWS[family]().save_pretrained(self.base)
-        model = load_model(self.base)
-        self.plain = image(model.pipeline())
-        self.delta = erase_concept(CONCEPT, QUICK, METHOD, model=model, out=folder / "run")
-        self.image = image(self.delta.apply(model).pipeline())
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    found: dict[str, Made] = {}
-
-    def make(family: str) -> Made:
-        if family not in found:
-            found[family] = Made(family, tmp_path_factory.mktemp(family))
-        return found[family]
-
-    return make
+    return maker(FLOWS, image, tmp_path_factory)
 
 
 FILES = [family for family in FLOWS if family != "klein-distilled"]
@@ -92,6 +72,10 @@ def test_components(it, tmp_path):
     part = kind.from_pretrained(tmp_path / "out" / "transformer")
     whole = DiffusionPipeline.from_pretrained(it.base, transformer=part)
     assert np.array_equal(image(whole), it.image)
+
+
+def test_a_transformer_in_a_file_gives_the_same_delta_and_image(it, tmp_path):
+    check_file_both_ways(it, tmp_path, image)
 
 
 def test_delta(it, tmp_path):
@@ -219,12 +203,3 @@ def test_statistics_that_are_not_finite_are_refused(tmp_path):
     pipeline.save_pretrained(tmp_path / "base")
     with pytest.raises(ErasureError, match="vae.bn.running_var holds 1 values that are not finite"):
         load_model(tmp_path / "base")
-
-
-@pytest.mark.parametrize("family", ["klein", "qwen-image"])
-def test_a_single_file_is_refused(family, made, tmp_path):
-    """Of Z-Image see tests/test_z_image_file.py."""
-    it = made(family)
-    with pytest.raises(ErasureError, match="cannot be written as a single file"):
-        export_single_file(it.delta, str(it.base), tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()

@@ -111,7 +111,7 @@ def test_what_another_program_erased_is_read_from_its_file(tmp_path):
 
 
 def test_a_file_needs_the_folder_of_the_rest(file, folder, tmp_path):
-    with pytest.raises(ErasureError, match="FLUX.1's transformer alone; name a diffusers folder"):
+    with pytest.raises(ErasureError, match="FLUX.1's transformer, and not its whole"):
         load_model(file)
     with pytest.raises(ErasureError, match="load.prediction says nothing"):
         load_model(file, options=options(folder, prediction="epsilon"))

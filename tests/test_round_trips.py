@@ -3,7 +3,6 @@ image. The table is docs/formats.md."""
 
 from __future__ import annotations
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -18,15 +17,10 @@ from erase.export import (
     export_single_file,
 )
 from erase.export.lora import extract_lora
-from erase.latents.prepare import LatentConfig
-from erase.methods.salun import SalUnConfig
-from erase.models import LoadConfig, load_model
-from erase.models.single_file import write_single_file
-from erase.prompts.concepts import ConceptSpec
-from erase.prompts.errors import ErasureError
-from erase.run import EraseConfig, erase_concept
-from erase.training.config import MaskConfig, TrainConfig
+from erase.models import load_model
 from tests.families import tiny_flux, tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl
+from tests.made import maker
+from tests.transformer_files import check_file_both_ways
 
 FAMILIES = {
     "sd1": tiny_sd1,
@@ -36,14 +30,9 @@ FAMILIES = {
     "sd3": tiny_sd3,
     "flux": tiny_flux,
 }
-# SD 3 is read and written as a folder only, and of FLUX.1 a single file holds the transformer alone
-# (tests/test_flux_files.py)
-SINGLE = [family for family in FAMILIES if family not in ("sd3", "flux")]
-CONCEPT = ConceptSpec("heart", "star", retain=("a red house", "a blue moon"))
-QUICK = EraseConfig(latents=LatentConfig(n_forget=4, n_retain=4, steps=2))
-METHOD = SalUnConfig(
-    mask=MaskConfig(batch_size=4), train=TrainConfig(steps=2, batch_size=2, lr=1e-3)
-)
+# the files of flow transformers hold no text encoders (tests/test_transformer_files.py)
+FLOW = ("sd3", "flux")
+SINGLE = [family for family in FAMILIES if family not in FLOW]
 
 
 def image(pipeline) -> np.ndarray:
@@ -66,34 +55,9 @@ def image(pipeline) -> np.ndarray:
     ).images[0]
 
 
-class Made:
-    """A family's base folder, its delta, and the erased model's image in memory."""
-
-    def __init__(self, family: str, folder) -> None:
-        self.base, self.kind = folder / "base", type(FAMILIES[family]()).__name__
-        FAMILIES[family]().save_pretrained(self.base)
-        model = load_model(self.base)
-        self.plain = image(model.pipeline())
-        self.delta = erase_concept(CONCEPT, QUICK, METHOD, model=model, out=folder / "run")
-        self.image = image(self.delta.apply(model).pipeline())
-
-    def stock(self, path) -> DiffusionPipeline:
-        """A single file through stock diffusers, its configs from the base's folder."""
-        return getattr(diffusers, self.kind).from_single_file(
-            path, config=str(self.base), local_files_only=True
-        )
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    found: dict[str, Made] = {}
-
-    def make(family: str) -> Made:
-        if family not in found:
-            found[family] = Made(family, tmp_path_factory.mktemp(family))
-        return found[family]
-
-    return make
+    return maker(FAMILIES, image, tmp_path_factory)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,7 +72,7 @@ def test_diffusers_folder(made, family, tmp_path):
 def test_components(made, family, tmp_path):
     it = made(family)
     export_components(it.delta, str(it.base), tmp_path / "out")
-    denoiser = "transformer" if family in ("sd3", "flux") else "unet"
+    denoiser = "transformer" if family in FLOW else "unet"
     kind = type(getattr(FAMILIES[family](), denoiser))
     part = kind.from_pretrained(tmp_path / "out" / denoiser)
     assert np.array_equal(
@@ -150,25 +114,18 @@ def test_delta(made, family, tmp_path):
 @pytest.mark.parametrize("family", SINGLE)
 def test_a_base_in_one_file_gives_the_same_delta(made, family, suffix, tmp_path):
     it, path = made(family), tmp_path / f"base{suffix}"
-    write_single_file(FAMILIES[family](), tmp_path / "base.safetensors")
+    it.write_base(tmp_path / "base.safetensors")
     if suffix == ".ckpt":
         from safetensors.torch import load_file
 
         torch.save({"state_dict": load_file(tmp_path / "base.safetensors")}, path)
-    config = EraseConfig(
-        model=str(path), latents=QUICK.latents, load=LoadConfig(config=str(it.base))
-    )
-    delta = erase_concept(CONCEPT, config, METHOD, out=tmp_path / "run")
+    delta = it.from_one_file(path, tmp_path / "run")
     assert delta.sha256 == it.delta.sha256
     # the base is read as the delta says it was
     export_diffusers(delta, str(path), tmp_path / "out")
     assert np.array_equal(image(DiffusionPipeline.from_pretrained(tmp_path / "out")), it.image)
 
 
-def test_stable_diffusion_3_in_one_file_is_refused(made, tmp_path):
-    it = made("sd3")
-    with pytest.raises(
-        ErasureError, match="StableDiffusion3Pipeline cannot be written as a single file"
-    ):
-        export_single_file(it.delta, str(it.base), tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
+@pytest.mark.parametrize("family", FLOW)
+def test_a_transformer_in_a_file_gives_the_same_delta_and_image(made, family, tmp_path):
+    check_file_both_ways(made(family), tmp_path, image)

@@ -25,6 +25,20 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
+def drawn_by_its_card(base, folder, path):
+    """The stock pipeline of a transformer's file, made by the code on its card."""
+    code = usage("single-file", base, ["transformer"]).code
+    places = {
+        "path/to/this/folder/model.safetensors": str(path),
+        "path/to/base": str(folder),
+    }
+    for said, meant in places.items():
+        code = code.replace(said, meant)
+    found = {}
+    exec(compile(code, "card", "exec"), found)
+    return found["pipeline"]
+
+
 def check_drawn_by_its_card(folder, tmp_path, image):
     """An erased transformer draws in stock diffusers, loaded as its card says, what it draws
     here."""
@@ -32,16 +46,20 @@ def check_drawn_by_its_card(folder, tmp_path, image):
     delta = moved(base, "transformer.")
     export_single_file(delta, str(folder), tmp_path / "erased.safetensors")
     erased = image(delta.apply(base).pipeline())
-    code = usage("single-file", base, ["transformer"]).code
-    places = {
-        "path/to/this/folder/model.safetensors": str(tmp_path / "erased.safetensors"),
-        "path/to/base": str(folder),
-    }
-    for said, meant in places.items():
-        code = code.replace(said, meant)
-    found = {}
-    exec(compile(code, "card", "exec"), found)
-    assert np.array_equal(image(found["pipeline"]), erased)
+    stock = drawn_by_its_card(base, folder, tmp_path / "erased.safetensors")
+    assert np.array_equal(image(stock), erased)
+
+
+def check_file_both_ways(it, tmp_path, image):
+    """The base in one file gives the delta that its folder gives; the erased file, read again,
+    draws what the erased model draws."""
+    base = it.write_base(tmp_path / "base.safetensors")
+    delta = it.from_one_file(base, tmp_path / "run")
+    assert delta.sha256 == it.delta.sha256
+    # the base is read as the delta says it was
+    out = export_single_file(delta, str(base), tmp_path / "out.safetensors")
+    model = load_model(out, options=options(it.base))
+    assert np.array_equal(image(model.pipeline()), it.image)
 
 
 def check_read_as_erased(make, tmp_path):

@@ -24,7 +24,7 @@ from erase.export.formats import FILES
 from erase.export.lora import LoRA, extract_lora
 from erase.models import DiffusionModel
 from erase.models.pipelines import modules
-from erase.models.single_file.alone import layout_of
+from erase.models.single_file.layouts import layout_of
 from erase.prompts.errors import ErasureError
 from erase.tensors import all_finite
 
@@ -86,8 +86,9 @@ def export_single_file(
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
 ) -> Path:
-    """Write one checkpoint file in the layout that the family was published in: of FLUX.1 and
-    Z-Image, the transformer alone. Arguments as `export_diffusers`.
+    """Write one checkpoint file in the layout that the family was published in: of SD 3 the
+    transformer and the VAE, of the other flow transformers the transformer alone. Arguments as
+    `export_diffusers`.
 
     If `out` ends in .safetensors it is that file, without a card; else a folder with
     `model.safetensors`.
@@ -112,10 +113,10 @@ def _check_held(delta: ErasedDelta, pipeline: Any) -> None:
         ErasureError: names the part.
     """
     layout = layout_of(pipeline)
-    others = [part for part in delta.components if part != "transformer"]
+    others = [part for part in delta.components if part not in layout.written] if layout else []
     if layout and others:
         raise ErasureError(
-            f"a single file of {layout.name} holds its transformer alone, and {delta.source} "
+            f"a single file of {layout.name} holds its {layout.held}, and {delta.source} "
             f"changes {others[0]}; take --format diffusers or components"
         )
 

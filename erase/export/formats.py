@@ -8,14 +8,14 @@ from pathlib import Path
 
 from erase.models import DiffusionModel
 from erase.models.pipelines import stock
-from erase.models.single_file.alone import layout_of
+from erase.models.single_file.layouts import layout_of
 from erase.models.single_file.tensor_file import SINGLE_FILES
 
 FORMATS = {
     "diffusers": "a whole pipeline folder",
     "components": "only the folders of the components that changed",
-    "single-file": "one checkpoint file in the original layout (A1111, ComfyUI); of FLUX.1 and "
-    "Z-Image, the transformer",
+    "single-file": "one checkpoint file in the original layout (A1111, ComfyUI); of SD 3, FLUX, "
+    "Z-Image and Qwen-Image, the transformer",
     "lora": "a LoRA file, an approximation",
     "delta": "the changed values themselves, composed and rounded as asked",
 }
@@ -73,8 +73,8 @@ from diffusers import {pipeline}
 pipeline = {pipeline}.from_single_file("path/to/this/folder/model.safetensors"{config})""",
 )
 TRANSFORMER = Usage(
-    "the transformer alone, in the layout that it was published in, for ComfyUI "
-    "(models/diffusion_models) and stock diffusers; the rest of the pipeline comes from the base",
+    "the {held}, in the layout that it was published in, for ComfyUI ({place}) and stock "
+    "diffusers; the rest of the pipeline comes from the base",
     """\
 from diffusers import {pipeline}, {network}
 
@@ -138,6 +138,8 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
         ),
         "pipeline": pipeline,
         "network": alone.network if alone else "",
+        "held": alone.held if alone else "",
+        "place": alone.place if alone else "",
         "import_base": f"from diffusers import {base_class}",
         "load_base": f"{base_class}.{'from_single_file' if one_file else 'from_pretrained'}",
         "config": "" if one_file else ', config="path/to/base"',

@@ -17,7 +17,7 @@ from torch import nn
 from erase.models import DiffusionModel
 from erase.models.pipelines import Pipeline, modules
 from erase.models.single_file import ldm
-from erase.models.single_file.alone import layout_of
+from erase.models.single_file.layouts import layout_of
 from erase.models.single_file.spec import family_name
 
 Places = dict[str, list[ldm.Entry]]
@@ -64,8 +64,11 @@ def _spellings(component: str, name: str) -> list[str]:
 def _original(pipeline: Pipeline) -> Iterator[ldm.Entry]:
     family = family_name(pipeline)
     if layout := layout_of(pipeline):
-        for entry in layout.table(pipeline.transformer):
-            yield from (replace(entry, key=prefix + entry.key) for prefix in ("", ldm.UNET))
+        parts = modules(pipeline)
+        held = {f"{part}.{name}" for part in parts for name, _ in parts[part].named_parameters()}
+        for prefix in ("", ldm.UNET):
+            entries = layout.entries(parts, prefix)
+            yield from (entry for entry in entries if entry.names[0] in held)
     if family not in ldm.TEXTS:
         return
     prefixes = [ldm.UNET, ldm.VAE, *(prefix for _, prefix in ldm.TEXTS[family].values())]

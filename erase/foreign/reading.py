@@ -17,6 +17,7 @@ from erase.foreign.names import Places, layers
 from erase.foreign.weights import Changes, nowhere, read_weights
 from erase.models import DiffusionModel
 from erase.models.pipelines import modules
+from erase.models.single_file.layouts import layout_of
 from erase.models.single_file.ldm import TEXTS, spare_keys
 from erase.models.single_file.recognise import FOREIGN, modern
 from erase.models.single_file.spec import family_name
@@ -118,9 +119,10 @@ def _what(file: TensorFile) -> str | None:
 
 def _left_out(model: DiffusionModel, strange: Iterable[str]) -> list[str]:
     """The keys of a source that are no weight of the base, in words; those that hold no weight of
-    any pipeline (noise schedule, position ids) are not worth one."""
-    family = family_name(model.pipeline())
-    spare = r"(.*\.)?(position_ids|logit_scale)"
+    any pipeline (noise schedule, positions) are not worth one."""
+    family, layout = family_name(model.pipeline()), layout_of(model.pipeline())
+    spare = r"(.*\.)?(position_ids|logit_scale|pos_embed)"
+    spare += f"|{layout.spare}" if layout and layout.spare else ""
     if family in TEXTS:
         spare += "|" + spare_keys(family, modules(model.pipeline())).pattern
     averaged = [key for key in strange if key.startswith("model_ema.")]

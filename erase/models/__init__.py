@@ -35,7 +35,7 @@ def load_model(
 
     Args:
         name: `canvas`; a diffusers folder; a single file in the LDM layout (.safetensors, .ckpt,
-            .pt), as A1111 and ComfyUI use, or of FLUX.1's or Z-Image's transformer; or a hub id.
+            .pt), as A1111 and ComfyUI use, or of a flow transformer; or a hub id.
         device: where the modules go.
         options: variant, revision, dtype and what a single file does not tell.
 

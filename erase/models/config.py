@@ -38,7 +38,8 @@ class LoadConfig:
     A1111 and ComfyUI take)"""
     config: str | None = None
     """for a single file: a diffusers folder whose configs and tokenizers fit it, where the shipped
-    ones do not; for a transformer alone, the folder of the rest of its pipeline"""
+    ones do not; for a file of a flow transformer (SD 3, FLUX, Z-Image, Qwen-Image), the folder of
+    what the file does not hold"""
     vae: str | None = None
     """a VAE folder or file, in the place of the checkpoint's own or where it has none"""
     ignore: str | None = None

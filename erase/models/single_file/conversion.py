@@ -17,9 +17,10 @@ from erase.files import stream_tensors
 from erase.models.pipelines import Pipeline
 from erase.models.schedules import knows_zero_snr
 from erase.models.single_file import ldm
-from erase.models.single_file.alone import layout_in, layout_of, load_alone
+from erase.models.single_file.alone import load_alone
 from erase.models.single_file.architectures import Architecture, from_folder, sd_family, shipped
 from erase.models.single_file.filling import check_weights, converted, fill, refuse_surplus
+from erase.models.single_file.layouts import layout_in, layout_of
 from erase.models.single_file.recognise import NAMES, decide_prediction, modern, recognise, without
 from erase.models.single_file.spec import ORIGINAL, model_spec
 from erase.models.single_file.tensor_file import TensorFile, open_tensors
@@ -37,18 +38,18 @@ def load_single_file(
     vae: str | Path | None = None,
     ignore: str | None = None,
 ) -> Pipeline:
-    """Load SD 1.x, SD 2.x, SDXL base, FLUX.1 or Z-Image from one file, without network; the safety
-    checker is left out.
+    """Load SD 1.x, SD 2.x, SDXL base, or a family of `layouts.LAYOUTS` from one file, without
+    network; the safety checker is left out.
 
     Weights are converted one by one, so the peak is about one copy of them in `dtype`. Pickles are
     not executed.
 
     Args:
-        path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM layout, or of a transformer alone
-            in one of `alone.LAYOUTS`.
+        path: `.safetensors`, `.ckpt`, `.pt` or `.pth` in the LDM layout, or in one of
+            `layouts.LAYOUTS`.
         dtype: of the weights in memory.
         config: a diffusers folder whose configurations and tokenizers hold instead of the shipped
-            ones; beside a transformer alone, all the rest of the pipeline comes from there.
+            ones; what a file of `LAYOUTS` does not hold comes from there.
         prediction: `epsilon` or `v_prediction`; needed for SD 2 if neither the file nor `config`
             says.
         ema: take the moving average of the UNet (`model_ema.*`), not the weights that A1111 and
@@ -99,7 +100,7 @@ def _filled(
 
 
 def _check_asked(file: TensorFile, prediction: str | None, ema: bool) -> None:
-    """Refuse options that say nothing about a transformer alone.
+    """Refuse options that say nothing about a transformer.
 
     Raises:
         ErasureError: names the option.
@@ -107,7 +108,7 @@ def _check_asked(file: TensorFile, prediction: str | None, ema: bool) -> None:
     if prediction or ema:
         option = "prediction" if prediction else "ema"
         raise ErasureError(
-            f"load.{option} says nothing about {file.path}, a transformer alone; leave it out"
+            f"load.{option} says nothing about the transformer in {file.path}; leave it out"
         )
 
 
@@ -145,7 +146,7 @@ def write_single_file(
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a pipeline as one safetensors file in the LDM layout, which A1111, ComfyUI and
-    diffusers load; of FLUX.1 and Z-Image, the transformer alone (`alone.LAYOUTS`).
+    diffusers load; of the families of `layouts.LAYOUTS`, what their own files hold.
 
     It holds what the originals hold, except what no program needs: the noise schedule and the
     moving average. The last layer, projection and temperature of SD 2's text encoder, which nothing
@@ -169,14 +170,14 @@ def write_single_file(
         raise ErasureError(f"{path} exists already; choose another name or delete it")
     alone = layout_of(pipeline)
     family = "" if alone else _family(pipeline)
-    parts = ("transformer",) if alone else ("unet", "vae", *ldm.TEXTS[family])
+    parts = alone.written if alone else ("unet", "vae", *ldm.TEXTS[family])
     modules = {name: getattr(pipeline, name) for name in parts}
     if lacking := [name for name, module in modules.items() if module is None]:
         raise ErasureError(
             f"the pipeline has no {lacking[0]}, which a single file holds; load it whole"
         )
     states = _states(modules)
-    table = alone.table(modules["transformer"]) if alone else ldm.table(family, modules)
+    table = alone.entries(modules, alone.prefix) if alone else ldm.table(family, modules)
     entries = {entry.key: entry for entry in table}
     beside = {} if alone else _beside(family, modules, pipeline.scheduler.config)
     twins = _last_layer(entries) if family == "sd2" else {}
@@ -214,8 +215,8 @@ def _family(pipeline: Pipeline) -> str:
         return "sdxl"
     if not isinstance(pipeline, StableDiffusionPipeline) or unet is None:
         raise ErasureError(
-            f"a {type(pipeline).__name__} cannot be written as a single file; only SD 1, SD 2, "
-            "SDXL base, FLUX.1 and Z-Image can"
+            f"a {type(pipeline).__name__} cannot be written as a single file; only a pipeline of "
+            "a supported family can"
         )
     return sd_family(unet.config)
 

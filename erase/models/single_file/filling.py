@@ -17,7 +17,12 @@ def check_weights(
     file: TensorFile, table: Sequence[ldm.Entry], modules: Mapping[str, ldm.Network]
 ) -> None:
     """Every weight is there, in its shape; told from the header, before any is read."""
-    expected = {entry.key: entry.shape(_shape(modules, entry.names[0])) for entry in table}
+    shapes = {
+        f"{component}.{name}": tuple(tensor.shape)
+        for component, module in modules.items()
+        for name, tensor in module.state_dict().items()
+    }
+    expected = {entry.key: entry.shape(shapes[entry.names[0]]) for entry in table}
     missing = [key for key in expected if key not in file.shapes]
     if missing:
         raise ErasureError(
@@ -54,27 +59,44 @@ def refuse_surplus(file: TensorFile, surplus: Sequence[str], place: str, advice:
         )
 
 
-def _shape(modules: Mapping[str, ldm.Network], name: str) -> tuple[int, ...]:
-    component, _, parameter = name.partition(".")
-    return tuple(modules[component].get_parameter(parameter).shape)
-
-
 def fill(
     file: TensorFile,
     table: Sequence[ldm.Entry],
     modules: Mapping[str, ldm.Network],
     dtype: torch.dtype,
+    stated: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Read the weights one by one into the modules."""
+    """Read the weights one by one into the modules.
+
+    Args:
+        file: an open file.
+        table: where each weight is.
+        modules: by component, their parameters on the meta device.
+        dtype: of the weights in memory. In float16, the layers of T5 that overflow stay in float32,
+            as transformers keeps them.
+        stated: weights that the file does not hold, by `component.parameter`.
+    """
+    wide = {part: _wide(module, dtype) for part, module in modules.items()}
     states: dict[str, dict[str, Tensor]] = {component: {} for component in modules}
+    for name, tensor in (stated or {}).items():
+        component, _, parameter = name.partition(".")
+        states[component][parameter] = tensor.to(dtype)
     for entry in table:
-        tensor = converted(file.read(entry.key), dtype, f"{file.path}: {entry.key}")
+        part, *words = entry.names[0].split(".")
+        own = dtype if wide[part].isdisjoint(words) else torch.float32
+        tensor = converted(file.read(entry.key), own, f"{file.path}: {entry.key}")
         for name, weight in zip(entry.names, entry.unpack(tensor), strict=True):
             component, _, parameter = name.partition(".")
             states[component][parameter] = weight
     for component, module in modules.items():
         module.load_state_dict(states.pop(component), assign=True)
         module.eval()
+
+
+def _wide(module: ldm.Network, dtype: torch.dtype) -> set[str]:
+    """Words in the names of the layers that stay in float32."""
+    kept = getattr(module, "_keep_in_fp32_modules", None) or ()
+    return set(kept) if dtype == torch.float16 else set()
 
 
 def converted(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -1,5 +1,5 @@
 """The family of a single file, told from its keys and shapes; whatever is not SD 1, SD 2, SDXL base
-or a transformer alone (see `alone`) is refused by its name."""
+or of one of `layouts` is refused by its name."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ NAMES = {"sd1": "SD 1", "sd2": "SD 2", "sdxl": "SDXL base"}
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 """prediction type -> its name in the ModelSpec metadata (`modelspec.prediction_type`)"""
 
+CONTROLNET = (
+    r"^(control_model|controlnet_cond_embedding|controlnet_(single_)?blocks|controlnet_x_embedder"
+    r"|input_hint_block|pos_embed_input)\.",
+    "a ControlNet",
+)
 FOREIGN = (
     (
         r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale(_2)?|input_scale)$"
@@ -32,9 +37,9 @@ FOREIGN = (
         r"lora_(unet|te\d?)_|\.lora(_down|_up|_A|_B|\.down|\.up)\b|\.hada_w|\.lokr_w",
         "a LoRA, which changes a checkpoint but is none",
     ),
-    (r"^(control_model|controlnet_cond_embedding|input_hint_block)\.", "a ControlNet"),
+    CONTROLNET,
     (r"^(emb_params|clip_[lg]|string_to_param)$", "a textual inversion embedding"),
-    (r"(^|\.)joint_blocks\.\d", "Stable Diffusion 3"),
+    (r"(^|\.)joint_blocks\.\d", "of the Stable Diffusion 3 family"),
     (r"(^|\.)(double_blocks|single_blocks|double_stream_blocks)\.\d", "of the Flux family"),
     (r"(^|\.)(motion_modules|time_stack|time_mixer)\.", "a video model"),
     (r"^cond_stage_model\.roberta\.", "AltDiffusion"),
@@ -190,7 +195,8 @@ def _check_family(file: TensorFile, family: str, expected: str | None) -> None:
 def _refused(file: TensorFile, what: str) -> ErasureError:
     return ErasureError(
         f"{file.path} is {what}; as a single file, only whole checkpoints of SD 1.x, SD 2.x and "
-        "SDXL base, and the transformers of FLUX.1 and Z-Image, are supported"
+        "SDXL base, and the transformers of SD 3, FLUX.1, FLUX.2 klein, Z-Image and Qwen-Image, "
+        "are supported"
     )
 
 

@@ -25,8 +25,10 @@ ARCHITECTURES = {
 }
 """family -> its name in ModelSpec"""
 ORIGINAL = "https://github.com/Stability-AI/generative-models"
-"""the implementation whose names the keys are; or `FLUX`, `Z_IMAGE`, `diffusers`"""
+"""the implementation whose names the keys are; or one of these, or `diffusers`"""
+SD3 = "https://github.com/Stability-AI/sd3.5"
 FLUX = "https://github.com/black-forest-labs/flux"
+FLUX2 = "https://github.com/black-forest-labs/flux2"
 Z_IMAGE = "https://github.com/Tongyi-MAI/Z-Image"
 
 
@@ -52,7 +54,7 @@ def model_spec(
     Args:
         pipeline: whose weights they are, or of the base that an adapter is for.
         title: a name for people.
-        implementation: `ORIGINAL`, `FLUX`, `Z_IMAGE` or `diffusers`.
+        implementation: whose names the keys are: `ORIGINAL`, `FLUX`, ... or `diffusers`.
         adapter: `lora`, or nothing for a checkpoint.
     """
     family, side = family_name(pipeline), image_size(pipeline)

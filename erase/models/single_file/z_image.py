@@ -17,8 +17,8 @@ ATTENTION = {"to_out.0": "out", "norm_q": "q_norm", "norm_k": "k_norm"}
 STACKED = ("to_q", "to_k", "to_v")
 FIRST = ("cap_pad_token", "layers.0.attention.qkv.weight")
 """keys by which the layout is known; Lumina's has the second alone"""
-SPARE = ("norm_final.weight",)
-"""keys of published files that no program uses"""
+SPARE = r"norm_final\.weight"
+"""the key of published files that no program uses"""
 
 
 def is_z_image(file: TensorFile) -> bool:
