@@ -172,7 +172,7 @@ def _add_lora(command: Parser) -> None:
         type=str | None,
         default=None,
         help=(
-            "lora: key names (kohya, but diffusers for transformers). "
+            "lora: key names (kohya, but diffusers for transformers, of which FLUX.1 has both). "
             f"{'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}"
         ),
     )

@@ -18,6 +18,7 @@ import yaml
 from diffusers import DiffusionPipeline, FluxPipeline, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from erase.delta import ErasedDelta
@@ -28,7 +29,7 @@ from erase.export.kohya import kohya_names
 from erase.export.lora import extract_lora
 from erase.models import CANVAS, load_model
 from erase.models.families import family_of
-from erase.models.single_file import write_single_file
+from erase.models.single_file import bfl, write_single_file
 from erase.prompts.errors import ErasureError
 from erase.scripts import run_export
 from erase.scripts.cli import run
@@ -348,6 +349,58 @@ def test_a_family_without_kohya_names_goes_by_those_of_diffusers(tmp_path):
     assert lora.layout == "diffusers" and not kohya_names(model.pipeline(), lora.down)
     with pytest.raises(ErasureError, match="no names for this family"):
         lora.save(tmp_path / "lora.safetensors", layout="kohya")
+
+
+def as_stacked(lora, transformer):
+    """Layer of a FLUX.1 file -> the change of its matrix, as the file's layout has it."""
+    changes = {}
+    for entry in bfl.flux(transformer):
+        layers = [name.rpartition(".")[0] for name in entry.names]
+        if entry.key.endswith(".weight") and set(layers) & set(lora.down):
+            shapes = [transformer.get_parameter(n.partition(".")[2]).shape for n in entry.names]
+            parts = [
+                lora.up[layer] @ lora.down[layer] if layer in lora.down else torch.zeros(shape)
+                for layer, shape in zip(layers, shapes, strict=True)
+            ]
+            whole = torch.cat(parts)
+            halves = whole.chunk(2)[::-1] if entry.form == "swapped" else (whole,)
+            changes[entry.key.rpartition(".")[0]] = torch.cat(halves)
+    return changes
+
+
+def test_a_lora_of_flux_changes_what_its_file_stacks(tmp_path):
+    model = model_of("flux")
+    lora = extract_lora(moved(model, "transformer."), model, rank=2)
+    assert lora.layout == "diffusers"
+    lora.save(tmp_path / "lora.safetensors", layout="kohya")
+    state, header = load_file(tmp_path / "lora.safetensors"), metadata_of(tmp_path)
+    assert header["ss_base_model_version"] == "flux1"
+    assert header["ss_network_module"] == "networks.lora_flux"
+    expected = as_stacked(lora, model.component("transformer"))
+    assert any("linear1" in key for key in expected) and any("adaLN" in key for key in expected)
+    for key, change in expected.items():
+        name = "lora_unet_" + key.replace(".", "_")
+        down, up = (state.pop(f"{name}.lora_{side}.weight") for side in ("down", "up"))
+        scale = state.pop(f"{name}.alpha") / len(down)
+        assert torch.allclose(up @ down * scale, change, atol=1e-6), key
+    assert not state
+
+
+def test_diffusers_reads_a_lora_of_flux_in_kohyas_names_as_in_its_own(tmp_path):
+    """Of the blocks of two streams: it knows those of one stream in the published width alone."""
+    model = model_of("flux")
+    lora = extract_lora(moved(model, "transformer.transformer_blocks."), model, rank=2)
+    lora.save(tmp_path / "lora.safetensors", layout="kohya")
+    read = FluxPipeline.lora_state_dict(load_file(tmp_path / "lora.safetensors"))
+    assert {key.rsplit(".lora_", 1)[0] for key in read} == set(lora.down)
+    for name in lora.down:
+        change = read[f"{name}.lora_B.weight"] @ read[f"{name}.lora_A.weight"]
+        assert torch.allclose(change, lora.up[name] @ lora.down[name], atol=1e-6)
+
+
+def metadata_of(folder) -> dict[str, str]:
+    with safe_open(folder / "lora.safetensors", "pt") as file:
+        return file.metadata()
 
 
 def test_what_some_programs_pass_over_is_counted_and_said(base, tmp_path, capsys):

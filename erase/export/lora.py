@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from erase.delta import ErasedDelta
 from erase.delta.origin import config_of
-from erase.export.kohya import OUTSIDE, kohya_names, lora_header
+from erase.export.kohya import OUTSIDE, Place, kohya_names, lora_header
 from erase.export.published import without_folders, without_paths
 from erase.files import save_tensors
 from erase.models import DiffusionModel
@@ -67,16 +67,16 @@ class LoRA:
     its change"""
     metadata: dict[str, str] = field(default_factory=dict)
     """the delta's"""
-    kohya: dict[str, str] = field(default_factory=dict)
-    """`component.module` -> its name in the kohya layout; empty for a family that has none"""
+    kohya: dict[str, Place] = field(default_factory=dict)
+    """`component.module` -> its place in the kohya layout; empty for a family that has none"""
     header: dict[str, str] = field(default_factory=dict)
     """what tells programs the base's family: ModelSpec's keys and sd-scripts'"""
 
     @property
     def layout(self) -> str:
-        """The layout that most programs read: kohya, or for a family that has no such names
-        diffusers."""
-        return "kohya" if self.kohya else "diffusers"
+        """The layout that most programs read: kohya, for transformers diffusers."""
+        of_transformer = any(name.startswith("transformer.") for name in self.down)
+        return "kohya" if self.kohya and not of_transformer else "diffusers"
 
     @property
     def outside(self) -> dict[str, float]:
@@ -132,7 +132,7 @@ class LoRA:
             path: `pytorch_lora_weights.safetensors` is the name that `load_lora_weights(folder)`
                 looks for.
             dtype: of the factors in the file.
-            layout: one of `LAYOUTS`; by default kohya, where the family has it.
+            layout: one of `LAYOUTS`; by default `self.layout`.
 
         Raises:
             ErasureError: another layout, or kohya for a family that it has no names for.
@@ -164,13 +164,32 @@ class LoRA:
         Its readers scale a layer by alpha / rank. diffusers 0.42 confuses alphas that differ
         between layers, so the ranks go into the up factors instead.
         """
+        members: dict[str, list[str]] = {}
+        for name in self.down:
+            members.setdefault(self.kohya[name].name, []).append(name)
         tensors: dict[str, Tensor] = {}
-        for name, rank in self.ranks.items():
-            key = self.kohya[name]
+        for key, names in members.items():
+            down, up = self._stacked(names)
             tensors[f"{key}.alpha"] = torch.ones((), dtype=dtype)
-            tensors[f"{key}.lora_down.weight"] = self.down[name].to(dtype)
-            tensors[f"{key}.lora_up.weight"] = (self.up[name] * rank).to(dtype)
+            tensors[f"{key}.lora_down.weight"] = down.to(dtype)
+            tensors[f"{key}.lora_up.weight"] = (up * len(down)).to(dtype)
         return tensors
+
+    def _stacked(self, names: list[str]) -> tuple[Tensor, Tensor]:
+        """The factors of one matrix of the file, which holds the matrices of these layers, one
+        under the other: theirs, each in its own rows and ranks."""
+        place = self.kohya[names[0]]
+        if place.rows is None:
+            up = self.up[names[0]]
+            halves = up.chunk(2)[::-1] if place.swapped else (up,)
+            return self.down[names[0]], torch.cat(halves)
+        down = torch.cat([self.down[name] for name in names])
+        up, rank = down.new_zeros(place.rows, len(down)), 0
+        for name in names:
+            first, factor = self.kohya[name].first, self.up[name]
+            up[first : first + len(factor), rank : rank + factor.shape[1]] = factor
+            rank += factor.shape[1]
+        return down, up
 
     def as_delta(self, base: DiffusionModel) -> ErasedDelta:
         """Base + LoRA as a delta, so that it can be evaluated beside the delta that it was taken

@@ -54,7 +54,7 @@ def missed(lora: LoRA) -> str:
 
 def passed_over(lora: LoRA) -> str:
     """The part of a LoRA that some programs pass over."""
-    if not lora.kohya:
+    if lora.layout != "kohya":
         return "other programs have not been tried with it"
     if not lora.outside:
         return "every layer of it lies in the blocks, which all of them read"

@@ -93,10 +93,8 @@ def _read(
     file: TensorFile, layout: Layout, parts: list[Beside], folder: Path, dtype: torch.dtype
 ) -> dict[str, nn.Module]:
     """The transformer and these parts, with the file's weights."""
-    modules: dict[str, Any] = {
-        name: _empty(layout, name, folder)
-        for name in ("transformer", *(part.component for part in parts))
-    }
+    names = ["transformer", *(part.component for part in parts)]
+    modules: dict[str, Any] = {name: _empty(layout, name, folder) for name in names}
     table = layout.entries(modules)
     check_weights(file, table, modules)
     surplus = sorted(file.shapes.keys() - {entry.key for entry in table})
