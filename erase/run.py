@@ -19,15 +19,16 @@ from erase.compose.sequence import check_earlier, with_earlier
 from erase.delta import ErasedDelta
 from erase.delta.stored import FILE
 from erase.files import atomic_write
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods import Method, get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.models.prompt_checks import check_prompts, cut_prompts
 from erase.parallel.processes import default_device, exists_on_all, peak_memory, processes
 from erase.prompts.canvas import check_canvas
-from erase.prompts.concepts import ConceptSpec, check_after, check_together
+from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.reading import as_path
+from erase.prompts.several import check_after, check_together
 from erase.task import Edit, Task
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import check_machine, check_scope

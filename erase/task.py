@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from erase.latents.batches import Rows
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import LatentConfig, Plan, Source
+from erase.latents.config import LatentConfig
+from erase.latents.latent_set import LatentSet, Source
+from erase.latents.prepare import Plan
 from erase.mask import SaliencyMask
 from erase.models import Cond, DiffusionModel
 from erase.models.scopes import select

@@ -21,8 +21,9 @@ from erase.eval.detectors import Detector, pixels_of
 from erase.eval.generate_config import GenerateConfig
 from erase.eval.images import ImageRow
 from erase.eval.sampling import prepared, sampled
+from erase.latents.config import LatentConfig
 from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import LatentConfig, Plan
+from erase.latents.prepare import Plan
 from erase.models import DiffusionModel, autocast
 from erase.models.pipelines import decode, image_size
 from erase.parallel.processes import in_shares

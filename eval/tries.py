@@ -17,8 +17,7 @@ from erase.attacks import ALONE, NAMED, Attack, Found, Known, check_own_rows
 from erase.attacks.pseudo_token import nameless
 from erase.eval.attempts import Attempts
 from erase.files import errors_named, load_tensors, save_tensors
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.models import DiffusionModel
 from erase.parallel.processes import exists_on_all, processes
 from erase.prompts.concepts import ConceptSpec

@@ -34,7 +34,7 @@ DELTA = "runs/erased/delta.safetensors"
 
 def make_parser() -> Parser:
     """All options."""
-    from erase.latents.prepare import LatentConfig
+    from erase.latents.config import LatentConfig
     from erase.training.freezing import FreezeConfig
 
     command = parser("erase-freeze", __doc__)
@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, draw with the base, choose on the erased model, write."""
     from erase.delta import ErasedDelta
     from erase.delta.base import load_base
-    from erase.latents.prepare import Given, Plan
+    from erase.latents.latent_set import Given
+    from erase.latents.prepare import Plan
     from erase.parallel.processes import default_device
     from erase.prompts.reading import as_path
     from erase.task import Task

@@ -5,8 +5,7 @@ import re
 import torch
 from diffusers import DDIMScheduler
 
-from erase.latents.latent_set import LatentSet, epoch_rows
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet, epoch_rows
 from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec
 from erase.task import Task

@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 from diffusers import DiffusionPipeline
 
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods.salun import SalUnConfig
 from erase.models import LoadConfig, load_model
 from erase.models.single_file import write_single_file

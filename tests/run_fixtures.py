@@ -3,7 +3,7 @@ file imports a fixture as itself, so that pytest finds it there."""
 
 import pytest
 
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods.salun import SalUnConfig
 from erase.prompts.canvas import canvas_concept
 from erase.run import EraseConfig, erase_concept

@@ -10,8 +10,8 @@ from transformers import CLIPTextModel
 from erase.attacks.relearning import changed_to
 from erase.attacks.words import words_of
 from erase.export import export_diffusers
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given, LatentConfig
+from erase.latents.config import LatentConfig
+from erase.latents.latent_set import Given, LatentSet
 from erase.methods import advunlearn, get_method, race
 from erase.models import wrap
 from erase.models.pipelines import text_encoders

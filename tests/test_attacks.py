@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token, nameless
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.losses import denoising
 from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from erase.attacks.relearning import relearn
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given, LatentConfig, prepare_latents
+from erase.latents.config import LatentConfig
+from erase.latents.latent_set import Given, LatentSet
+from erase.latents.prepare import prepare_latents
 from erase.models import wrap
 from erase.objectives.remap import Remap, RemapConfig
 from erase.prompts.canvas import canvas_concept

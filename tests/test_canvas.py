@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from erase.eval.generate import GenerateConfig, generate
 from erase.eval.run import EvaluateConfig, Evidence, evaluate, score
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods import get_method
 from erase.models import CANVAS, load_model
 from erase.prompts.canvas import canvas_concept

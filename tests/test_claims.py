@@ -14,7 +14,7 @@ import torch
 
 from erase.delta import ErasedDelta
 from erase.latents import prepare
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.mask import SaliencyMask
 from erase.methods.salun import SalUnConfig
 from erase.models import load_model

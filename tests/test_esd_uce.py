@@ -6,8 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from erase.latents.latent_set import LatentSet, epoch_rows
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet, epoch_rows
 from erase.methods import get_method
 from erase.models import wrap
 from erase.objectives.closed_form import ridge_edit

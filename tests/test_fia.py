@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.methods import get_method
 from erase.methods.fia import top
 from erase.models import wrap

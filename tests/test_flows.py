@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from erase.eval.generate_config import GenerateConfig
 from erase.eval.sampling import prepared
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods import get_method
 from erase.models import wrap
 from erase.models.patches import pack

@@ -12,7 +12,9 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 
 from erase.eval.generate_config import GenerateConfig
 from erase.eval.sampling import prepared
-from erase.latents.prepare import Given, LatentConfig, prepare_latents
+from erase.latents.config import LatentConfig
+from erase.latents.latent_set import Given
+from erase.latents.prepare import prepare_latents
 from erase.methods import METHODS, get_method
 from erase.models import wrap
 from erase.models.patches import pack, positions, unpack

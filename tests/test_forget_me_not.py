@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods import get_method
 from erase.models import wrap
 from erase.objectives.cross_attention import name_places, recorded

@@ -14,8 +14,7 @@ from erase.eval.case import Case
 from erase.eval.evaluators import relearning
 from erase.eval.report.conclusion import states
 from erase.eval.scores import proportion
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.models import Cond, load_model
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError

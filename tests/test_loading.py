@@ -25,7 +25,7 @@ from torch import nn
 from erase.delta import ErasedDelta
 from erase.delta.base import load_base
 from erase.eval.generate import GenerateConfig, generate
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.models import CANVAS, LoadConfig, load_model, wrap
 from erase.models.prompt_checks import check_prompts, cut_prompts
 from erase.models.single_file import ldm, load_single_file, write_single_file

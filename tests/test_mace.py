@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from erase.latents.latent_set import LatentSet, epoch_rows
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet, epoch_rows
 from erase.methods import get_method
 from erase.models import wrap
 from erase.objectives.text_inputs import following_states, retained_states, subject_states

@@ -5,9 +5,9 @@ from xml.etree import ElementTree
 import pytest
 
 from erase.prompts.canvas import canvas_concept
-from erase.prompts.concepts import check_together, retained_prompts
 from erase.prompts.names import Names
 from erase.prompts.prompt_sets import canvas_grid
+from erase.prompts.several import check_together, retained_prompts
 from erase.scripts.canvas import sequence
 from erase.scripts.canvas.curve import drawn
 from erase.scripts.canvas.leaderboard import table as leaderboard

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods import METHODS, get_method
 from erase.models import wrap
 from erase.models.scopes import select

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from erase.prompts.concepts import ConceptSpec, check_together, dump, load_concepts
+from erase.prompts.concepts import ConceptSpec, dump, load_concepts
 from erase.prompts.names import Names, same
 from erase.prompts.retain import without
+from erase.prompts.several import check_together
 from erase.run import erase_concept
 from tests.texts import raises, written
 

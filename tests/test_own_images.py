@@ -18,9 +18,10 @@ from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from erase.latents.captions import forget_pairs, retain_prompts
+from erase.latents.config import LatentConfig
 from erase.latents.image_files import MOST_PIXELS, read_image
 from erase.latents.image_folders import OwnImage, look_at, read_folder, spread
-from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents
+from erase.latents.prepare import LatentSet, prepare_latents
 from erase.models import wrap
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import TEMPLATES, ConceptSpec

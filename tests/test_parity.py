@@ -12,8 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from erase.latents.latent_set import LatentSet, epoch_rows
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet, epoch_rows
 from erase.losses import guided
 from erase.methods.salun import METHODS, SalUnConfig, SalUnHalfConfig
 from erase.models.scopes import select

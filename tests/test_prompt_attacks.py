@@ -25,8 +25,7 @@ from erase.attacks.ring_a_bell import learn as learn_ring_a_bell
 from erase.attacks.unlearndiffatk import UnlearnDiffAtkConfig, search, squared_norm
 from erase.attacks.unlearndiffatk import find as find_unlearndiffatk
 from erase.attacks.words import nearest, onto_simplex, words_of
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.models import wrap
 from erase.models.prefix import encode_live
 from erase.prompts.concepts import ConceptSpec

@@ -14,8 +14,7 @@ from erase.eval.evaluators import relearning
 from erase.eval.evaluators.relearning import Config, Curve, evaluate
 from erase.eval.images import ImageRow, ImageSet
 from erase.eval.metrics.intervals import of_rate
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError

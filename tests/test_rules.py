@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from erase.latents.batches import noised
-from erase.latents.latent_set import LatentSet, epoch_rows
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet, epoch_rows
 from erase.mask import SaliencyMask
 from erase.methods import get_method
 from erase.methods.salun import SalUnConfig

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given, LatentConfig, prepare_latents
+from erase.latents.config import LatentConfig
+from erase.latents.latent_set import Given, LatentSet
+from erase.latents.prepare import prepare_latents
 from erase.latents.sampling import choose_states
 from erase.methods import get_method
 from erase.methods.salun import SalUnHalfConfig

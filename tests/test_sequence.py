@@ -14,7 +14,8 @@ from erase.eval.evidence import Evidence
 from erase.eval.report.card import model_card
 from erase.eval.report.reproduce import recipe
 from erase.export.formats import usage
-from erase.latents.prepare import LatentConfig, Plan
+from erase.latents.config import LatentConfig
+from erase.latents.prepare import Plan
 from erase.mask import SaliencyMask
 from erase.methods import get_method
 from erase.methods.uce import UCEConfig
@@ -22,8 +23,9 @@ from erase.models import load_model, wrap
 from erase.models.scopes import reads_text
 from erase.objectives.closed_form import ridge_edit
 from erase.objectives.text_inputs import seen_states, subject_states
-from erase.prompts.concepts import ConceptSpec, earlier_prompts
+from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
+from erase.prompts.several import earlier_prompts
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase
 from erase.task import Task

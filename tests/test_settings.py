@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import erase.training.loop
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods import METHODS, get_method
 from erase.methods.salun import SalUnConfig, SalUnPaperConfig
 from erase.models import wrap

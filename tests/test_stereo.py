@@ -9,8 +9,7 @@ import torch
 from erase.attacks import RESTART
 from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token, predict_behind
 from erase.attacks.relearning import changed_to
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.mask import SaliencyMask
 from erase.methods import get_method
 from erase.models import wrap

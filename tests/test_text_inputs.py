@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods import get_method
 from erase.models import wrap
 from erase.models.scopes import POOLED, select, text_input

@@ -4,7 +4,7 @@ embeddings of no word."""
 import pytest
 import torch
 
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.models import wrap
 from erase.models.pipelines import encode, text_encoders
 from erase.prompts.canvas import canvas_concept

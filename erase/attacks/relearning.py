@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.models import DiffusionModel
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError

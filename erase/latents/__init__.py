@@ -1,5 +1,6 @@
 """The training data: forget and retain latents, sampled or encoded from images."""
 
-from erase.latents.prepare import LatentConfig, LatentSet, prepare_latents
+from erase.latents.config import LatentConfig
+from erase.latents.prepare import LatentSet, prepare_latents
 
 __all__ = ["LatentConfig", "LatentSet", "prepare_latents"]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -189,3 +190,27 @@ def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) 
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         rows.append(order[max(start - epoch * n, 0) : start + count - epoch * n])
     return torch.cat(rows)
+
+
+class Source(Protocol):
+    """Where an erasure's latents come from."""
+
+    def forget(self, anchor_share: float = 0.0) -> LatentSet:
+        """Latents of the concepts; so large a fraction of them shows the anchor."""
+
+    def retain(self) -> LatentSet:
+        """Latents of what must stay."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Latents that are at hand already."""
+
+    forget_set: LatentSet
+    retain_set: LatentSet
+
+    def forget(self, anchor_share: float = 0.0) -> LatentSet:
+        return self.forget_set
+
+    def retain(self) -> LatentSet:
+        return self.retain_set

@@ -8,108 +8,28 @@ import json
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import inf
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from erase.files import file_sha256
 from erase.latents.captions import captioned, check_named, forget_pairs, retain_prompts, that_stay
+from erase.latents.config import LatentConfig
 from erase.latents.image_files import read_image
 from erase.latents.image_folders import OwnImage, look_at, read_folder, take
 from erase.latents.latent_set import LatentSet
 from erase.latents.sampling import sample_points
-from erase.models import DiffusionModel, check_precision
+from erase.models import DiffusionModel
 from erase.parallel.processes import exists_on_all, in_shares, processes
-from erase.prompts.concepts import ConceptSpec, earlier_prompts, retained_prompts
-from erase.prompts.errors import BELOW_ONE, COUNT, FINITE, ErasureError, check_names, check_ranges
+from erase.prompts.concepts import ConceptSpec
+from erase.prompts.errors import ErasureError, check_ranges
+from erase.prompts.several import earlier_prompts, retained_prompts
 
 T = TypeVar("T")
 log = logging.getLogger("erase")
-CAPTIONS = ("beside", "folder", "none")
-
-
-@dataclass
-class LatentConfig:
-    """Where forget and retain latents come from."""
-
-    n_forget: int = 32
-    """forget images in all, over all concepts"""
-    n_retain: int = 128
-    """retain images in all"""
-    steps: int = 5
-    """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""
-    guidance: float = 3.0
-    """guidance scale of that sampling"""
-    trajectory: int = 0
-    """k: of each image that the model makes itself, train on k noisy states that its sampling
-    passed through (on all, where there are fewer steps). They are fixed, so that what the frozen
-    base predicts there is computed once. 0: on the finished image, noised anew at each step"""
-    mixed_precision: str = "no"
-    """no, bf16 or fp16, for the sampling"""
-    batch_size: int = 32
-    """images sampled or encoded at a time"""
-    forget_images: str | None = None
-    """a folder of images of the concept to encode instead of sampling: n_forget of all in it and in
-    its folders, spread by the seed; without captions, the concept's prompts are paired with them in
-    turn"""
-    retain_images: str | None = None
-    """a folder of images to keep, likewise"""
-    captions: str = "beside"
-    """what the prompts of these images are: beside (the .txt file of the same name, where images
-    have one), folder (the name of the folder that each lies in, put into templates), or none. A
-    forget image's must name the concept; with the anchor in its place it is the anchor prompt"""
-    earlier: float = 0.25
-    """of an erasure after an earlier one: fraction of the retain latents that the model draws under
-    the earlier concepts' prompts, so that these go on giving what they give now; 0: none"""
-    cache: str | None = None
-    """a folder of finished latents that several runs share, at the same time too: what one has made
-    of a base, prompts, seed and these settings, no other makes again. Default: the run's own"""
-
-    def __post_init__(self) -> None:
-        check_precision(self.mixed_precision)
-        check_names(self, {"captions": CAPTIONS})
-        instead = dict.fromkeys(("forget_images", "retain_images"), "sample the images")
-        for name, otherwise in {**instead, "cache": "keep the latents in the run's"}.items():
-            if (folder := getattr(self, name)) is not None and not folder.strip():
-                raise ErasureError(
-                    f"latents.{name} is empty; name a folder, or leave it out to {otherwise}"
-                )
-        counts = dict.fromkeys(("n_forget", "n_retain", "steps", "batch_size"), COUNT)
-        check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE})
-        check_ranges(self, {"earlier": BELOW_ONE})
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """All that the latents depend on: not where they are kept."""
-        return {name: value for name, value in asdict(self).items() if name != "cache"}
-
-
-class Source(Protocol):
-    """Where an erasure's latents come from."""
-
-    def forget(self, anchor_share: float = 0.0) -> LatentSet:
-        """Latents of the concepts; so large a fraction of them shows the anchor."""
-
-    def retain(self) -> LatentSet:
-        """Latents of what must stay."""
-
-
-@dataclass(frozen=True)
-class Given:
-    """Latents that are at hand already."""
-
-    forget_set: LatentSet
-    retain_set: LatentSet
-
-    def forget(self, anchor_share: float = 0.0) -> LatentSet:
-        return self.forget_set
-
-    def retain(self) -> LatentSet:
-        return self.retain_set
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from erase.losses import denoising
 from erase.methods import Method
 from erase.models import DiffusionModel
 from erase.models.pipelines import text_encoders
-from erase.prompts.concepts import retained_prompts
 from erase.prompts.errors import POSITIVE, ErasureError, check_ranges
+from erase.prompts.several import retained_prompts
 from erase.task import Edit, Task
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune

@@ -15,8 +15,8 @@ from erase.latents.batches import Rows, clean, noised
 from erase.latents.latent_set import epoch_rows, texts_of
 from erase.losses import denoising
 from erase.methods import Method
-from erase.prompts.concepts import retained_prompts
 from erase.prompts.errors import FRACTION, ErasureError, check_ranges
+from erase.prompts.several import retained_prompts
 from erase.task import Edit, Task
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune

@@ -11,8 +11,9 @@ from torch import Tensor
 from erase.models.chat import LENGTH
 from erase.models.scopes import POOLED, STATES, TextInput
 from erase.models.stock import POOLED as POOLED_STATES
-from erase.prompts.concepts import ConceptSpec, retained_prompts
+from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
+from erase.prompts.several import retained_prompts
 from erase.task import Task
 
 TOKENS = TextInput(STATES)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from erase.models.scopes import reads_text
-from erase.prompts.concepts import earlier_prompts
 from erase.prompts.errors import ErasureError
+from erase.prompts.several import earlier_prompts
 from erase.task import Task
 from erase.training.config import TunedConfig
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from erase.delta import ErasedDelta
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods.salun import SalUnHalfConfig
 from erase.models import DiffusionModel, load_model
 from erase.prompts.canvas import canvas_concept

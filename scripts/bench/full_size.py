@@ -26,8 +26,7 @@ import torch
 from accelerate import init_empty_weights
 
 from erase.delta import ErasedDelta
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.methods import get_method
 from erase.methods.salun import SalUnHalfConfig
 from erase.models import DiffusionModel, load_model

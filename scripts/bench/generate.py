@@ -30,7 +30,8 @@ from diffusers import LMSDiscreteScheduler
 from torch.utils.flop_counter import FlopCounterMode
 
 from erase.eval.generate import GenerateConfig, generate
-from erase.latents.prepare import LatentConfig, prepare_latents
+from erase.latents.config import LatentConfig
+from erase.latents.prepare import prepare_latents
 from erase.models import DiffusionModel
 from erase.models.pipelines import decode, denoiser
 from erase.prompts.canvas import canvas_concept

@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, reduce
 
 from erase.eval.generate import GenerateConfig, generate
 from erase.eval.run import score
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods.salun import SalUnHalfConfig
 from erase.models import load_model
 from erase.objectives.remap import Remap

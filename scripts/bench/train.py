@@ -34,8 +34,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.mask import SaliencyMask
 from erase.methods import get_method
 from erase.models import DiffusionModel, load_model, wrap

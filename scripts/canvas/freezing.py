@@ -28,8 +28,9 @@ from erase.compose import compose
 from erase.delta import ErasedDelta
 from erase.eval.attempts import drawn_by_base
 from erase.eval.detectors import detector
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given, LatentConfig, Plan
+from erase.latents.config import LatentConfig
+from erase.latents.latent_set import Given, LatentSet
+from erase.latents.prepare import Plan
 from erase.losses import denoising
 from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import decode

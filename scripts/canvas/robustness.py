@@ -24,8 +24,7 @@ from erase.attacks.relearning import changed_to, relearn
 from erase.delta import ErasedDelta
 from erase.eval.attempts import drawn_by_base
 from erase.eval.detectors import detector
-from erase.latents.latent_set import LatentSet
-from erase.latents.prepare import Given
+from erase.latents.latent_set import Given, LatentSet
 from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import decode
 from erase.prompts.canvas import canvas_concept

@@ -36,7 +36,7 @@ from erase.eval.generate import GenerateConfig, generate
 from erase.eval.images import ImageSet
 from erase.eval.run import score
 from erase.eval.scores import Score
-from erase.latents.prepare import LatentConfig
+from erase.latents.config import LatentConfig
 from erase.methods import get_method
 from erase.models import DiffusionModel, load_model
 from erase.prompts.canvas import canvas_concept

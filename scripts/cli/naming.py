@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from erase.prompts.canvas import canvas_concept, check_canvas, vocabulary
-from erase.prompts.concepts import ConceptSpec, load_concepts, merged, shipped
+from erase.prompts.concepts import ConceptSpec, load_concepts, shipped
 from erase.prompts.errors import ErasureError, near_name, unknown
 from erase.prompts.proposals import find_shipped, known, propose
+from erase.prompts.several import merged
 from erase.scripts.cli.running import note
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from erase.delta import ErasedDelta
-from erase.latents.prepare import LatentConfig, prepare_latents
+from erase.latents.config import LatentConfig
+from erase.latents.prepare import prepare_latents
 from erase.methods.salun import SalUnConfig
 from erase.models import load_model
 from erase.objectives.remap import Remap

@@ -1,0 +1,104 @@
+"""Several concepts: which can be forgotten together or one after another, and what is retained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from erase.prompts.concepts import ConceptSpec, check_distinct
+from erase.prompts.errors import ErasureError
+from erase.prompts.names import same
+from erase.prompts.retain import without
+
+
+def check_together(concepts: Sequence[ConceptSpec]) -> None:
+    """Refuse concepts that cannot be forgotten in one go.
+
+    Raises:
+        ErasureError: none at all, two that have a name in common, or an anchor that is to be
+            forgotten too.
+    """
+    if not concepts:
+        raise ErasureError("no concept to erase was given")
+    check_distinct(concepts)
+    gone = {same(name) for concept in concepts for name in concept.names}
+    for concept in concepts:
+        if same(concept.anchor) in gone:
+            raise ErasureError(
+                f"the anchor of {concept.target!r} is {concept.anchor!r}, which is to be forgotten "
+                "as well; choose another anchor, or erase the concepts one at a time"
+            )
+
+
+def check_after(
+    concepts: Sequence[ConceptSpec], earlier: Sequence[ConceptSpec], source: str
+) -> None:
+    """Refuse concepts that cannot be forgotten by a model that has forgotten others.
+
+    Args:
+        concepts: to be forgotten now.
+        earlier: forgotten before.
+        source: what errors call the earlier erasure.
+
+    Raises:
+        ErasureError: a concept that is gone already, an anchor that is gone, or a concept that
+            stands in the place of an earlier one.
+    """
+    gone = {same(name): concept for concept in earlier for name in concept.names}
+    put = {same(concept.anchor): concept for concept in earlier}
+    for concept in concepts:
+        for name in concept.names:
+            if same(name) in gone:
+                raise ErasureError(
+                    f"{name!r} was erased by {source} already; leave it out, or erase again from "
+                    "the base if it is not gone"
+                )
+            if same(name) in put:
+                first = put[same(name)].target
+                raise ErasureError(
+                    f"{source} draws {name!r} in the place of {first!r}, so that it must stay "
+                    f"there; to forget both, erase {first!r} again with another anchor"
+                )
+        if same(concept.anchor) in gone:
+            raise ErasureError(
+                f"the anchor of {concept.target!r} is {concept.anchor!r}, which {source} erased; "
+                "choose another anchor"
+            )
+
+
+def retained_prompts(
+    concepts: Sequence[ConceptSpec], earlier: Sequence[ConceptSpec] = ()
+) -> tuple[str, ...]:
+    """The retain prompts of concepts that are forgotten together, each once, less those that name
+    one of them; and `earlier_prompts`."""
+    listed = dict.fromkeys(prompt for concept in concepts for prompt in concept.retain)
+    kept = without(listed, [name for concept in concepts for name in concept.names])
+    return kept + earlier_prompts(earlier, concepts)
+
+
+def earlier_prompts(
+    earlier: Sequence[ConceptSpec], concepts: Sequence[ConceptSpec]
+) -> tuple[str, ...]:
+    """The prompts of concepts that were forgotten before, each once, less those that name what is
+    to be forgotten now: what a model must go on answering as it does."""
+    prompts = dict.fromkeys(prompt for concept in earlier for prompt, _ in concept.pairs())
+    return without(prompts, [name for concept in concepts for name in concept.names])
+
+
+def merged(concepts: Sequence[ConceptSpec]) -> list[ConceptSpec]:
+    """The concepts, each once: of several whose names are the same to `same`, the first.
+
+    Raises:
+        ErasureError: two concepts of one target that differ in more.
+    """
+    first: dict[str, ConceptSpec] = {}
+    for concept in concepts:
+        earlier = first.setdefault(same(concept.target), concept)
+        if replace(concept, target=earlier.target, anchor=earlier.anchor) != earlier or same(
+            concept.anchor
+        ) != same(earlier.anchor):
+            raise ErasureError(
+                f"the concept {concept.target!r} is given twice, and not in the same way (its "
+                f"anchors are {earlier.anchor!r} and {concept.anchor!r}); leave one of them out"
+            )
+    return list(first.values())
