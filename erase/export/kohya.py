@@ -9,8 +9,11 @@ Stable Diffusion 1 and 2 go by those of diffusers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from erase.models.pipelines import Pipeline
 from erase.models.single_file import bfl, ldm
@@ -79,6 +82,47 @@ def _name(pipeline: Pipeline, family: str, component: str, module: str) -> str:
     prefix = "lora_te" if family in ("sd1", "sd2") else TEXTS[component]
     # which transformers 5 leaves out
     return f"{prefix}_text_model_{module.removeprefix('text_model.')}".replace(".", "_")
+
+
+def kohya_tensors(
+    down: Mapping[str, Tensor],
+    up: Mapping[str, Tensor],
+    places: Mapping[str, Place],
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """The tensors of a file, with the one alpha of 1 in all layers.
+
+    Its readers scale a layer by alpha / rank. diffusers 0.42 confuses alphas that differ between
+    layers, so the ranks go into the up factors instead.
+    """
+    members: dict[str, list[str]] = {}
+    for layer in down:
+        members.setdefault(places[layer].name, []).append(layer)
+    tensors: dict[str, Tensor] = {}
+    for name, layers in members.items():
+        below, above = _stacked(down, up, [(layer, places[layer]) for layer in layers])
+        tensors[f"{name}.alpha"] = torch.ones((), dtype=dtype)
+        tensors[f"{name}.lora_down.weight"] = below.to(dtype)
+        tensors[f"{name}.lora_up.weight"] = (above * len(below)).to(dtype)
+    return tensors
+
+
+def _stacked(
+    down: Mapping[str, Tensor], up: Mapping[str, Tensor], members: list[tuple[str, Place]]
+) -> tuple[Tensor, Tensor]:
+    """The factors of one matrix of the file, which holds the matrices of these layers, one under
+    the other: theirs, each in its own rows and ranks."""
+    layer, place = members[0]
+    if place.rows is None:
+        halves = up[layer].chunk(2)[::-1] if place.swapped else (up[layer],)
+        return down[layer], torch.cat(halves)
+    below = torch.cat([down[layer] for layer, _ in members])
+    above, rank = below.new_zeros(place.rows, len(below)), 0
+    for layer, place in members:
+        rows, ranks = up[layer].shape
+        above[place.first : place.first + rows, rank : rank + ranks] = up[layer]
+        rank += ranks
+    return below, above
 
 
 def lora_header(pipeline: Pipeline, title: str, ranks: Iterable[int]) -> dict[str, str]:

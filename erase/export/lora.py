@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from erase.delta import ErasedDelta
 from erase.delta.origin import config_of
-from erase.export.kohya import OUTSIDE, Place, kohya_names, lora_header
+from erase.export.kohya import OUTSIDE, Place, kohya_names, kohya_tensors, lora_header
 from erase.export.published import without_folders, without_paths
 from erase.files import save_tensors
 from erase.models import DiffusionModel
@@ -147,7 +147,7 @@ class LoRA:
             )
         metadata = {**_without_paths(self.metadata), **self.header, "format": "pt"}
         if layout == "kohya":
-            tensors = self._kohya(dtype)
+            tensors = kohya_tensors(self.down, self.up, self.kohya, dtype)
         else:
             tensors = {
                 f"{name}.lora_A.weight": factor.to(dtype) for name, factor in self.down.items()
@@ -157,39 +157,6 @@ class LoRA:
             }
             metadata["lora_adapter_metadata"] = json.dumps(_adapter_config(self.ranks))
         save_tensors(path, tensors, metadata)
-
-    def _kohya(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The tensors under kohya's names, with the one alpha of 1 in all layers.
-
-        Its readers scale a layer by alpha / rank. diffusers 0.42 confuses alphas that differ
-        between layers, so the ranks go into the up factors instead.
-        """
-        members: dict[str, list[str]] = {}
-        for name in self.down:
-            members.setdefault(self.kohya[name].name, []).append(name)
-        tensors: dict[str, Tensor] = {}
-        for key, names in members.items():
-            down, up = self._stacked(names)
-            tensors[f"{key}.alpha"] = torch.ones((), dtype=dtype)
-            tensors[f"{key}.lora_down.weight"] = down.to(dtype)
-            tensors[f"{key}.lora_up.weight"] = (up * len(down)).to(dtype)
-        return tensors
-
-    def _stacked(self, names: list[str]) -> tuple[Tensor, Tensor]:
-        """The factors of one matrix of the file, which holds the matrices of these layers, one
-        under the other: theirs, each in its own rows and ranks."""
-        place = self.kohya[names[0]]
-        if place.rows is None:
-            up = self.up[names[0]]
-            halves = up.chunk(2)[::-1] if place.swapped else (up,)
-            return self.down[names[0]], torch.cat(halves)
-        down = torch.cat([self.down[name] for name in names])
-        up, rank = down.new_zeros(place.rows, len(down)), 0
-        for name in names:
-            first, factor = self.kohya[name].first, self.up[name]
-            up[first : first + len(factor), rank : rank + factor.shape[1]] = factor
-            rank += factor.shape[1]
-        return down, up
 
     def as_delta(self, base: DiffusionModel) -> ErasedDelta:
         """Base + LoRA as a delta, so that it can be evaluated beside the delta that it was taken
