@@ -27,6 +27,7 @@ from erase.eval.report.card import model_card
 from erase.export import export_components, export_delta, export_diffusers, export_single_file
 from erase.export.kohya import kohya_names
 from erase.export.lora import extract_lora
+from erase.foreign import read_erased
 from erase.models import CANVAS, load_model
 from erase.models.families import family_of
 from erase.models.single_file import bfl, write_single_file
@@ -396,6 +397,18 @@ def test_diffusers_reads_a_lora_of_flux_in_kohyas_names_as_in_its_own(tmp_path):
     for name in lora.down:
         change = read[f"{name}.lora_B.weight"] @ read[f"{name}.lora_A.weight"]
         assert torch.allclose(change, lora.up[name] @ lora.down[name], atol=1e-6)
+
+
+def test_a_lora_of_flux_in_kohyas_names_is_read_as_what_it_was_made_of(tmp_path):
+    model = model_of("flux")
+    lora = extract_lora(moved(model, "transformer."), model, rank=2)
+    lora.save(tmp_path / "lora.safetensors", layout="kohya")
+    read = read_erased(model, [tmp_path / "lora.safetensors"])
+    made, base = lora.as_delta(model), model.parameters()
+    assert set(read.values) == set(made.values) == {f"{name}.weight" for name in lora.down}
+    for name in made.values:
+        one, other = (delta.change(name, base[name].detach()) for delta in (read, made))
+        assert torch.allclose(one, other, atol=1e-6), name
 
 
 def metadata_of(folder) -> dict[str, str]:

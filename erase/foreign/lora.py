@@ -23,6 +23,7 @@ from erase.foreign.names import Places
 from erase.foreign.weights import Changes
 from erase.models.part_files import read_config
 from erase.models.single_file.filling import converted
+from erase.models.single_file.ldm import Entry
 from erase.models.single_file.tensor_file import TensorFile
 from erase.prompts.errors import ErasureError
 
@@ -87,24 +88,34 @@ def read_lora(
     found, strange = _layers(file)
     alphas = _alphas(file)
     for name, layer in found.items():
-        weight = _weight(file, name, layer, known, base)
-        if weight is None:
+        entry = _entry(file, name, layer, known, base)
+        if entry is None:
             strange += layer.keys.values()
             continue
-        if weight in changes.given:
-            raise ErasureError(
-                f"{file.path} changes {weight} twice, by {changes.given[weight]} and by {name}; "
-                "give one LoRA a file"
-            )
-        changes.given[weight] = name
+        for weight in entry.names:
+            if weight in changes.given:
+                raise ErasureError(
+                    f"{file.path} changes {weight} twice, by {changes.given[weight]} and by "
+                    f"{name}; give one LoRA a file"
+                )
+            changes.given[weight] = name
         down, up = (_factor(file, layer.keys[part]) for part in ("down", "up"))
         changes.dtypes[str(down.dtype).removeprefix("torch.")] += 1
         alpha = float(file.read(layer.keys["alpha"])) if "alpha" in layer.keys else alphas.of(name)
         scale = 1.0 if alpha is None else alphas.scale(alpha, down.shape[0])
-        change = difference(base[weight], merged(base[weight], up.double() * scale, down))
-        if change:
-            changes.values[weight], changes.bits[weight] = change
+        for weight, rows in _rows(entry, up.double() * scale, base).items():
+            change = difference(base[weight], merged(base[weight], rows, down))
+            if change:
+                changes.values[weight], changes.bits[weight] = change
     return strange
+
+
+def _rows(entry: Entry, up: Tensor, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of an up factor that are of each weight."""
+    if entry.form == "swapped":
+        up = torch.cat(up.chunk(2)[::-1])
+    parts = up.split([base[name].shape[0] for name in entry.names])
+    return dict(zip(entry.names, parts, strict=True))
 
 
 def _layers(file: TensorFile) -> tuple[dict[str, Layer], list[str]]:
@@ -130,11 +141,12 @@ def _layers(file: TensorFile) -> tuple[dict[str, Layer], list[str]]:
     return found, strange
 
 
-def _weight(
+def _entry(
     file: TensorFile, name: str, layer: Layer, known: Places, base: Mapping[str, Tensor]
-) -> str | None:
-    """The weight that a layer's factors change; None if the base has no such layer."""
-    meant = [entry.names[0] for entry in known.get(name, ())]
+) -> Entry | None:
+    """The weight, or those stacked in one, that a layer's factors change; None if the base has no
+    such layer."""
+    meant = known.get(name, [])
     if not meant:
         return None
     for part in ("down", "up"):
@@ -142,21 +154,22 @@ def _weight(
             raise ErasureError(f"{file.path}: {name} lacks its {part} factor; fetch it again")
     down, up = (file.shapes[layer.keys[part]] for part in ("down", "up"))
     fitting = []
-    for weight in meant:
-        shape = tuple(base[weight].shape)
+    for entry in meant:
+        shapes = [base[weight].shape for weight in entry.names]
         if len(up) >= 2 and len(down) >= 2 and up[1] == down[0]:
-            wide = torch.Size(down[1:]).numel() == torch.Size(shape[1:]).numel()
-            fitting += [weight] if wide and up[0] == shape[0] else []
+            wide = torch.Size(down[1:]).numel() == shapes[0][1:].numel()
+            fitting += [entry] if wide and up[0] == sum(shape[0] for shape in shapes) else []
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
+        either = " or ".join(entry.names[0] for entry in fitting)
         raise ErasureError(
-            f"{file.path}: {name} may be of {' or '.join(fitting)}; put the component's name "
-            "before each layer's"
+            f"{file.path}: {name} may be of {either}; put the component's name before each layer's"
         )
+    first = meant[0].names[0]
     raise ErasureError(
         f"{file.path} is not of this base: the factors of {name} are {list(up)} and {list(down)}, "
-        f"and do not make {list(base[meant[0]].shape)} of {meant[0]}; name the checkpoint that it "
+        f"and do not make {list(base[first].shape)} of {first}; name the checkpoint that it "
         "was made for with --model"
     )
 

@@ -85,7 +85,8 @@ def _shortened(key: str, prefix: str) -> list[str]:
 
 
 def layers(model: DiffusionModel, known: Places) -> Places:
-    """Every name that a LoRA may have for a layer of the model, with the layer's weight.
+    """Every name that a LoRA may have for a layer of the model, with the layer's weight, or the
+    weights that a file stacks in one.
 
     These are the weights' own names without `.weight`, and kohya's: `lora_unet_`, `lora_te_`,
     `lora_te1_` or `lora_te2_` before one of these, its dots turned into `_`.
@@ -93,8 +94,8 @@ def layers(model: DiffusionModel, known: Places) -> Places:
     held = _held(model)
     found: Places = {}
     for key, entries in known.items():
-        mine = [entry for entry in entries if len(entry.names) == 1 and entry.names[0] in held]
-        if not mine or not key.endswith(".weight") or mine[0].form == "swapped":
+        mine = [entry for entry in entries if held.issuperset(entry.names)]
+        if not mine or not key.endswith(".weight"):
             continue
         layer = key.removesuffix(".weight")
         found[layer] = mine
@@ -108,6 +109,7 @@ def layers(model: DiffusionModel, known: Places) -> Places:
 
 KOHYA: Mapping[str, tuple[str, ...]] = {
     "unet": ("lora_unet_",),
+    "transformer": ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
