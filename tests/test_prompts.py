@@ -308,9 +308,10 @@ def test_objects_become_what_is_drawn_most_reliably() -> None:
     assert set(anchors.values()) == {"mushroom"}
 
 
-def test_a_colour_becomes_the_one_across_the_wheel() -> None:
+def test_a_colour_becomes_the_one_across_the_wheel_but_pink_which_becomes_red() -> None:
     names = vocabulary().names("colour")  # in the order of the wheel
-    assert [canvas_concept(name).anchor for name in names] == names[3:] + names[:3]
+    across = dict(zip(names, names[3:] + names[:3], strict=True))
+    assert {name: canvas_concept(name).anchor for name in names} == across | {"pink": "red"}
 
 
 def test_canvas_concepts_refuse_what_this_world_does_not_have() -> None:
