@@ -43,8 +43,7 @@ class SPEEDConfig(StatesConfig):
     """rho: weight of a small change"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"threshold": FRACTION, "copies": (0, 1000)})
-        check_ranges(self, {"ridge": (1e-12, inf)})
+        check_ranges(self, {"threshold": FRACTION, "copies": (0, 1000), "ridge": (1e-12, inf)})
 
 
 def edit(task: Task, config: SPEEDConfig) -> Edit:
@@ -58,26 +57,24 @@ def edit(task: Task, config: SPEEDConfig) -> Edit:
     """
     values: dict[str, Tensor] = {}
     for group in projections(task, config):
-        values |= _edited(task, group, config)
+        still = _empty_prompt(task, group.of)
+        for i, (name, weight) in enumerate(group.weights.items()):
+            values[name] = _edited(group, weight, still, config, task.generator(i))
     return Edit(values)
 
 
-def _edited(task: Task, group: Projections, config: SPEEDConfig) -> dict[str, Tensor]:
-    concepts, anchors, retained = group.concepts, group.anchors, group.retained.double()
-    still, values = _empty_prompt(task, group.of).double(), {}
-    for i, (name, weight) in enumerate(group.weights.items()):
-        old = weight.detach().double()
-        outputs = anchors @ old.T
-        kept = retained
-        if config.filter:
-            free = ridge_edit(old, concepts, outputs, retained[:0], config.ridge)
-            influence = (retained @ (free - old).T).norm(dim=1)
-            kept = retained[influence >= influence.mean()]
-        kept = _augmented(kept, old, config.copies, task.generator(i))
-        projector = null_space(kept, config.threshold)
-        projector = held_still(projector, still)
-        values[name] = confined_edit(weight, concepts, outputs, projector, config.ridge)
-    return values
+def _edited(
+    group: Projections, weight: Tensor, still: Tensor, config: SPEEDConfig, random: torch.Generator
+) -> Tensor:
+    old, kept = weight.detach().double(), group.retained.double()
+    outputs = group.anchors @ old.T
+    if config.filter:
+        free = ridge_edit(old, group.concepts, outputs, kept[:0], config.ridge)
+        influence = (kept @ (free - old).T).norm(dim=1)
+        kept = kept[influence >= influence.mean()]
+    kept = _augmented(kept, old, config.copies, random)
+    projector = held_still(null_space(kept, config.threshold), still)
+    return confined_edit(weight, group.concepts, outputs, projector, config.ridge)
 
 
 def _augmented(states: Tensor, weight: Tensor, copies: int, generator: torch.Generator) -> Tensor:
