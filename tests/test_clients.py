@@ -25,7 +25,7 @@ from erase.delta import ErasedDelta
 from erase.eval.report import EvalReport, proportion
 from erase.eval.report.card import model_card
 from erase.export import export_components, export_delta, export_diffusers, export_single_file
-from erase.export.kohya import kohya_names
+from erase.export.kohya import kohya_entries
 from erase.export.lora import extract_lora
 from erase.foreign import read_erased
 from erase.models import CANVAS, load_model
@@ -347,7 +347,7 @@ def test_a_lora_of_stable_diffusion_1_or_2_tells_its_base(
 def test_a_family_without_kohya_names_goes_by_those_of_diffusers(tmp_path):
     model = model_of("sd3-without-t5")
     lora = extract_lora(moved(model, "attn"), model, rank=2)
-    assert lora.layout == "diffusers" and not kohya_names(model.pipeline(), lora.down)
+    assert lora.layout == "diffusers" and not kohya_entries(model.pipeline(), lora.down)
     with pytest.raises(ErasureError, match="no names for this family"):
         lora.save(tmp_path / "lora.safetensors", layout="kohya")
 

@@ -8,8 +8,7 @@ import torch
 from diffusers.loaders import single_file_utils as theirs
 from safetensors.torch import load_file, save_file
 
-from erase.foreign import read_erased
-from erase.models import LoadConfig, load_model, wrap
+from erase.models import LoadConfig, load_model
 from erase.models.pipelines import modules
 from erase.models.single_file import mmdit
 from erase.models.single_file.layouts import layout_of
@@ -17,8 +16,7 @@ from erase.models.single_file.ldm import UNET
 from erase.prompts.errors import ErasureError
 from tests.families import small_vae, tiny_sd3
 from tests.single_file_fixtures import same, weights
-from tests.test_clients import moved
-from tests.transformer_files import options
+from tests.transformer_files import check_read_as_erased, options
 
 
 def square_sd3(**more):
@@ -93,11 +91,7 @@ def test_in_half_precision_the_same_layers_stay_wide_as_from_the_folder(file, fo
 
 
 def test_what_another_program_erased_is_read_in_all_parts(tmp_path, caplog):
-    base, other = wrap(square_sd3(), "base"), square_sd3()
-    delta = moved(base, "mlp.fc1")
-    delta.apply(wrap(other, "other"))
-    read = read_erased(base, [written(other, tmp_path / "erased.safetensors")])
-    assert read.values.keys() == delta.values.keys() and read.count == delta.count
+    read = check_read_as_erased(square_sd3, tmp_path, "mlp.fc1", written)
     assert {"text_encoder", "text_encoder_2"} == set(read.components)
     assert "left out" not in caplog.text
 

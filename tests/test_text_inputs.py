@@ -9,7 +9,7 @@ import torch
 from erase.latents.config import LatentConfig
 from erase.methods import get_method
 from erase.models import wrap
-from erase.models.scopes import POOLED, select, text_input
+from erase.models.scopes import select, text_input
 from erase.objectives.text_inputs import following_states, prompt_states, subject_states
 from erase.prompts.concepts import ConceptSpec
 from erase.task import Task
@@ -55,7 +55,7 @@ def test_a_matrix_is_given_what_a_closed_form_says(task):
         of = text_input(name)
         states, count = prompt_states(task, [prompt], of)
         flat = inputs.flatten(0, -2)
-        expected = states[0] if of.kind == POOLED else states[0, :count]
+        expected = states[0] if of.pooled else states[0, :count]
         assert torch.allclose(flat[: len(expected)], expected, atol=1e-5), name
 
 

@@ -62,11 +62,12 @@ def check_file_both_ways(it, tmp_path, image):
     assert np.array_equal(image(model.pipeline()), it.image)
 
 
-def check_read_as_erased(make, tmp_path):
-    """What another program erased is read from its file."""
+def check_read_as_erased(make, tmp_path, chosen="transformer.", write=write_single_file):
+    """What another program erased is read from its file; returns that."""
     base, other = wrap(make(), "base"), make()
-    delta = moved(base, "transformer.")
+    delta = moved(base, chosen)
     delta.apply(wrap(other, "other"))
-    read = read_erased(base, [write_single_file(other, tmp_path / "erased.safetensors")])
+    read = read_erased(base, [write(other, tmp_path / "erased.safetensors")])
     assert read.values.keys() == delta.values.keys() and read.count == delta.count
     assert same(state(read.apply(base).pipeline()), state(other))
+    return read

@@ -14,8 +14,8 @@ from erase.models.single_file.tensor_file import SINGLE_FILES
 FORMATS = {
     "diffusers": "a whole pipeline folder",
     "components": "only the folders of the components that changed",
-    "single-file": "one checkpoint file in the original layout (A1111, ComfyUI); of SD 3, FLUX, "
-    "Z-Image and Qwen-Image, the transformer",
+    "single-file": "one checkpoint file in the original layout (A1111, ComfyUI); of SD 3 the "
+    "transformer and the VAE, of FLUX, Z-Image and Qwen-Image the transformer",
     "lora": "a LoRA file, an approximation",
     "delta": "the changed values themselves, composed and rounded as asked",
 }

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from erase.models.pipelines import Pipeline
 from erase.models.single_file import bfl, ldm
+from erase.models.single_file.ldm import Entry
 from erase.models.single_file.spec import ORIGINAL, family_name, model_spec, prediction
 
 TEXTS = {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
@@ -34,45 +35,29 @@ OUTSIDE = re.compile(r"unet\.(conv_in|conv_out|(time|add)_embedding\.linear_[12]
 """layers outside of the blocks, which sd-scripts and stable-diffusion.cpp pass over"""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the factors of a layer stand."""
-
-    name: str
-    """of the layer in the file"""
-    first: int = 0
-    """row of that layer's matrix with which this one begins, where several are stacked in it"""
-    rows: int | None = None
-    """of that matrix; None: the layer is alone in it"""
-    swapped: bool = False
-    """whether its two halves stand in the other order"""
-
-
-def kohya_names(pipeline: Pipeline, layers: Iterable[str]) -> dict[str, Place]:
-    """`component.module` -> its place; empty for a family that has no such names."""
-    family = family_name(pipeline)
+def kohya_entries(pipeline: Pipeline, layers: Iterable[str]) -> tuple[Entry, ...]:
+    """What a file under these names holds of the layers (`component.module`): a name each, or one
+    of several that are stacked; empty for a family that has no such names."""
+    family, layers = family_name(pipeline), list(layers)
     if family not in VERSIONS:
-        return {}
-    stacked = _of_transformer(pipeline) if VERSIONS[family] == "flux1" else {}
-    return {
-        layer: stacked.get(layer) or Place(_name(pipeline, family, *layer.split(".", 1)))
-        for layer in layers
-    }
+        return ()
+    stacked = _of_transformer(pipeline) if VERSIONS[family] == "flux1" else []
+    stacked = [entry for entry in stacked if not set(entry.names).isdisjoint(layers)]
+    placed = {layer for entry in stacked for layer in entry.names}
+    alone = [layer for layer in layers if layer not in placed]
+    single = [Entry(_name(pipeline, family, *layer.split(".", 1)), (layer,)) for layer in alone]
+    return (*stacked, *single)
 
 
-def _of_transformer(pipeline: Pipeline) -> dict[str, Place]:
-    """The places of a FLUX.1's layers: those of the weights in its published file."""
-    places = {}
+def _of_transformer(pipeline: Pipeline) -> list[Entry]:
+    """A FLUX.1's layers as they lie in its published file."""
+    end, entries = ".weight", []
     for entry in bfl.flux(pipeline.transformer):
-        name, first = "lora_unet_" + entry.key.rpartition(".")[0].replace(".", "_"), 0
-        rows = entry.rows or (None,) * len(entry.names)
-        for part, count in zip(entry.names, rows, strict=True):
-            layer, _, leaf = part.rpartition(".")
-            if leaf == "weight":
-                total = sum(entry.rows) if entry.rows else None
-                places[layer] = Place(name, first, total, entry.form == "swapped")
-            first += count or 0
-    return places
+        if entry.key.endswith(end):
+            key = "lora_unet_" + entry.key.removesuffix(end).replace(".", "_")
+            layers = tuple(name.removesuffix(end) for name in entry.names)
+            entries.append(replace(entry, key=key, names=layers))
+    return entries
 
 
 def _name(pipeline: Pipeline, family: str, component: str, module: str) -> str:
@@ -85,9 +70,9 @@ def _name(pipeline: Pipeline, family: str, component: str, module: str) -> str:
 
 
 def kohya_tensors(
+    entries: Iterable[Entry],
     down: Mapping[str, Tensor],
     up: Mapping[str, Tensor],
-    places: Mapping[str, Place],
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """The tensors of a file, with the one alpha of 1 in all layers.
@@ -95,34 +80,30 @@ def kohya_tensors(
     Its readers scale a layer by alpha / rank. diffusers 0.42 confuses alphas that differ between
     layers, so the ranks go into the up factors instead.
     """
-    members: dict[str, list[str]] = {}
-    for layer in down:
-        members.setdefault(places[layer].name, []).append(layer)
     tensors: dict[str, Tensor] = {}
-    for name, layers in members.items():
-        below, above = _stacked(down, up, [(layer, places[layer]) for layer in layers])
-        tensors[f"{name}.alpha"] = torch.ones((), dtype=dtype)
-        tensors[f"{name}.lora_down.weight"] = below.to(dtype)
-        tensors[f"{name}.lora_up.weight"] = (above * len(below)).to(dtype)
+    for entry in entries:
+        below = torch.cat([down[layer] for layer in entry.names if layer in down])
+        above = entry.pack(_raised(entry, up, len(below)))
+        tensors[f"{entry.key}.alpha"] = torch.ones((), dtype=dtype)
+        tensors[f"{entry.key}.lora_down.weight"] = below.to(dtype)
+        tensors[f"{entry.key}.lora_up.weight"] = (above * len(below)).to(dtype)
     return tensors
 
 
-def _stacked(
-    down: Mapping[str, Tensor], up: Mapping[str, Tensor], members: list[tuple[str, Place]]
-) -> tuple[Tensor, Tensor]:
-    """The factors of one matrix of the file, which holds the matrices of these layers, one under
-    the other: theirs, each in its own rows and ranks."""
-    layer, place = members[0]
-    if place.rows is None:
-        halves = up[layer].chunk(2)[::-1] if place.swapped else (up[layer],)
-        return down[layer], torch.cat(halves)
-    below = torch.cat([down[layer] for layer, _ in members])
-    above, rank = below.new_zeros(place.rows, len(below)), 0
-    for layer, place in members:
-        rows, ranks = up[layer].shape
-        above[place.first : place.first + rows, rank : rank + ranks] = up[layer]
-        rank += ranks
-    return below, above
+def _raised(entry: Entry, up: Mapping[str, Tensor], ranks: int) -> list[Tensor]:
+    """The up factors of an entry's layers; of several, each with the ranks of all, of which it
+    takes its own."""
+    if len(entry.names) == 1:
+        return [up[entry.names[0]]]
+    factors, first = [], 0
+    for layer, rows in zip(entry.names, entry.rows, strict=True):
+        factor = torch.zeros(rows, ranks)
+        if layer in up:
+            own = up[layer].shape[1]
+            factor[:, first : first + own] = up[layer]
+            first += own
+        factors.append(factor)
+    return factors
 
 
 def lora_header(pipeline: Pipeline, title: str, ranks: Iterable[int]) -> dict[str, str]:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from erase.delta import ErasedDelta
 from erase.delta.origin import config_of
-from erase.export.kohya import OUTSIDE, Place, kohya_names, kohya_tensors, lora_header
+from erase.export.kohya import OUTSIDE, kohya_entries, kohya_tensors, lora_header
 from erase.export.published import without_folders, without_paths
 from erase.files import save_tensors
 from erase.models import DiffusionModel
+from erase.models.single_file.ldm import Entry
 from erase.prompts.errors import ErasureError, unknown
 
 RANK = 16
@@ -67,8 +68,8 @@ class LoRA:
     its change"""
     metadata: dict[str, str] = field(default_factory=dict)
     """the delta's"""
-    kohya: dict[str, Place] = field(default_factory=dict)
-    """`component.module` -> its place in the kohya layout; empty for a family that has none"""
+    kohya: tuple[Entry, ...] = ()
+    """what a file in the kohya layout holds; empty for a family that has none"""
     header: dict[str, str] = field(default_factory=dict)
     """what tells programs the base's family: ModelSpec's keys and sd-scripts'"""
 
@@ -147,7 +148,7 @@ class LoRA:
             )
         metadata = {**_without_paths(self.metadata), **self.header, "format": "pt"}
         if layout == "kohya":
-            tensors = kohya_tensors(self.down, self.up, self.kohya, dtype)
+            tensors = kohya_tensors(self.kohya, self.down, self.up, dtype)
         else:
             tensors = {
                 f"{name}.lora_A.weight": factor.to(dtype) for name, factor in self.down.items()
@@ -225,7 +226,7 @@ def extract_lora(
             "it"
         )
     pipeline, ranks = base.pipeline(), {fit.rank for fit in layers}
-    named = kohya_names(pipeline, down), lora_header(pipeline, delta.name, ranks)
+    named = kohya_entries(pipeline, down), lora_header(pipeline, delta.name, ranks)
     return LoRA(down, up, layers, left_out, dict(delta.metadata), *named)
 
 

@@ -103,19 +103,13 @@ def read_lora(
         changes.dtypes[str(down.dtype).removeprefix("torch.")] += 1
         alpha = float(file.read(layer.keys["alpha"])) if "alpha" in layer.keys else alphas.of(name)
         scale = 1.0 if alpha is None else alphas.scale(alpha, down.shape[0])
-        for weight, rows in _rows(entry, up.double() * scale, base).items():
+        up = up.double() * scale
+        parts = entry.unpack(up) if entry.form in ("stacked", "swapped") else [up]
+        for weight, rows in zip(entry.names, parts, strict=True):
             change = difference(base[weight], merged(base[weight], rows, down))
             if change:
                 changes.values[weight], changes.bits[weight] = change
     return strange
-
-
-def _rows(entry: Entry, up: Tensor, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The rows of an up factor that are of each weight."""
-    if entry.form == "swapped":
-        up = torch.cat(up.chunk(2)[::-1])
-    parts = up.split([base[name].shape[0] for name in entry.names])
-    return dict(zip(entry.names, parts, strict=True))
 
 
 def _layers(file: TensorFile) -> tuple[dict[str, Layer], list[str]]:

@@ -56,8 +56,8 @@ def edit(task: Task, config: MACEConfig) -> Edit:
 
     Both "..." are retain_scale sum |W p - W_0 p|^2 + ridge |W - W_0|^2, p of retained prompts.
     """
-    find_layers(task.model)  # refuses a transformer
-    base = text_projections(task, config.scope)
+    find_layers(task.model)  # refuses a transformer: of a UNet, all are given the same
+    (base,) = text_projections(task, config.scope).values()
     kept = config.retain_scale**0.5 * retained_states(task)
     behind = [following_states(task, concept) for concept in task.concepts]
     words, instead = (torch.cat(states) for states in zip(*behind, strict=True))

@@ -33,8 +33,8 @@ _IMAGE = (
 )
 _READS = r"^unet\..*\battn2\.to_[kv]\.weight$"
 _ENTRY = (
-    r"^transformer\.(context_embedder|txt_in|cap_embedder\.1|time_text_embed\.text_embedder\.linear_1)"
-    r"\.weight$"
+    r"^transformer\.(context_embedder|txt_in|cap_embedder\.1"
+    r"|time_text_embed\.text_embedder\.linear_1)\.weight$"
 )
 _SINGLE = r"^transformer\.single_transformer_blocks\.\d+\.(proj_(mlp|out)|attn\.to_out\.weight)\b"
 _FORWARD = (
@@ -96,7 +96,6 @@ def select(params: Mapping[str, nn.Parameter], scope: str) -> dict[str, nn.Param
     return selected
 
 
-POOLED, STATES = "pooled", "states"
 NORMS = {"txt_in": "txt_norm", "cap_embedder.1": "cap_embedder.0"}
 """matrix of a transformer's entry -> the norm before it"""
 
@@ -105,8 +104,8 @@ NORMS = {"txt_in": "txt_norm", "cap_embedder.1": "cap_embedder.0"}
 class TextInput:
     """What of the text a matrix is applied to."""
 
-    kind: str
-    """`STATES`: of each token; `POOLED`: of the whole prompt"""
+    pooled: bool = False
+    """the state of the whole prompt, and not that of each token"""
     norm: str | None = None
     """`component.module` that they pass through before"""
 
@@ -115,14 +114,14 @@ def text_input(name: str) -> TextInput | None:
     """What a parameter reads of the text, if it is a matrix that is applied to text states
     themselves, or to their norm."""
     if reads_text(name):
-        return TextInput(STATES)
+        return TextInput()
     if not re.search(_ENTRY, name):
         return None
     module = name.removeprefix("transformer.").removesuffix(".weight")
     if module.startswith("time_text_embed"):
-        return TextInput(POOLED)
+        return TextInput(pooled=True)
     norm = NORMS.get(module)
-    return TextInput(STATES, norm and f"transformer.{norm}")
+    return TextInput(norm=norm and f"transformer.{norm}")
 
 
 def reads_text(name: str) -> bool:

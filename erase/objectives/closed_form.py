@@ -68,35 +68,29 @@ def projections(task: Task, config: StatesConfig) -> list[Projections]:
     Raises:
         ErasureError: the scope has others (`text_projections`).
     """
-    groups: dict[TextInput, dict[str, nn.Parameter]] = {}
-    for name, weight in text_projections(task, config.scope).items():
-        groups.setdefault(_input_of(name), {})[name] = weight
     return [
         Projections(of, weights, *erasure_states(task, config.following, of))
-        for of, weights in groups.items()
+        for of, weights in text_projections(task, config.scope).items()
     ]
 
 
-def text_projections(task: Task, scope: str) -> dict[str, nn.Parameter]:
-    """The matrices of a scope that are applied to text states themselves, or to their norm.
+def text_projections(task: Task, scope: str) -> dict[TextInput, dict[str, nn.Parameter]]:
+    """The matrices of a scope that are applied to text states themselves, or to their norm; by what
+    they are given.
 
     Raises:
         ErasureError: the scope has others: a closed form over text states cannot answer for them.
     """
-    weights = task.weights(scope)
-    others = [name for name in weights if text_input(name) is None]
-    if others:
-        raise ErasureError(
-            f"{others[0]} is not applied to text states, so that no closed form over them can edit "
-            "it; use scope text_in"
-        )
-    return weights
-
-
-def _input_of(name: str) -> TextInput:
-    found = text_input(name)
-    assert found is not None
-    return found
+    groups: dict[TextInput, dict[str, nn.Parameter]] = {}
+    for name, weight in task.weights(scope).items():
+        of = text_input(name)
+        if of is None:
+            raise ErasureError(
+                f"{name} is not applied to text states, so that no closed form over them can edit "
+                "it; use scope text_in"
+            )
+        groups.setdefault(of, {})[name] = weight
+    return groups
 
 
 def erasure_states(

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from erase.models.chat import LENGTH
-from erase.models.scopes import POOLED, STATES, TextInput
-from erase.models.stock import POOLED as POOLED_STATES
+from erase.models.scopes import TextInput
+from erase.models.stock import POOLED
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.prompts.several import retained_prompts
 from erase.task import Task
 
-TOKENS = TextInput(STATES)
+TOKENS = TextInput()
 
 
 def subject_states(
@@ -52,7 +52,7 @@ def behind_names(
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each template, name and text encoder, the states behind the name and those behind the
     anchor in its place; of pooled states none."""
-    if of.kind == POOLED:
+    if of.pooled:
         return []
     pairs = []
     for template in concept.templates:
@@ -71,11 +71,11 @@ def prompt_states(task: Task, texts: Sequence[str], of: TextInput) -> tuple[Tens
     """What a matrix is given of each prompt, shape (n, places, dim), and how many of the places
     hold states in all of them."""
     cond = task.cond(texts)
-    if of.kind == POOLED:
-        return cond.extras[POOLED_STATES][:, None], 1
-    rows, part = cond.embeddings, of.norm
-    if part:
-        component, _, module = part.partition(".")
+    if of.pooled:
+        return cond.extras[POOLED][:, None], 1
+    rows = cond.embeddings
+    if of.norm:
+        component, _, module = of.norm.partition(".")
         with torch.no_grad():
             rows = task.model.component(component).get_submodule(module)(rows)
     lengths = cond.extras.get(LENGTH)
@@ -101,7 +101,7 @@ def seen_states(task: Task, prompts: Sequence[str], of: TextInput = TOKENS) -> T
             "concept some retain prompts"
         )
     rows, _ = prompt_states(task, distinct, of)
-    if of.kind == POOLED:
+    if of.pooled:
         return rows[:, 0]
     seen = []
     for i, (places, lengths) in enumerate(_lengths(task, distinct)):
@@ -112,7 +112,7 @@ def seen_states(task: Task, prompts: Sequence[str], of: TextInput = TOKENS) -> T
 
 def _at_name(task: Task, filled: Sequence[tuple[str, str]], of: TextInput) -> Tensor:
     rows, _ = prompt_states(task, [template.replace("{}", name) for template, name in filled], of)
-    if of.kind == POOLED:
+    if of.pooled:
         return rows[:, 0]
     ends = [template.split("{}")[0] + name for template, name in filled]
     found = []
