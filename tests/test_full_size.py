@@ -38,7 +38,7 @@ def test_an_erasure_of_the_real_size_stays_within_20_gb(family, tmp_path):
     stages = json.loads((tmp_path / "figures.json").read_text())["stages"]
     assert [row["stage"] for row in stages] == [
         "load",
-        "saliency and mask",
+        "statistics and mask, benefit",
         "one training step",
         "delta",
         "apply and export",

@@ -127,7 +127,7 @@ def sd3_pipeline() -> Any:
     )
 
 
-def filled(module: torch.nn.Module) -> torch.nn.Module:
+def filled(module: Any) -> Any:
     """Random fp16 values for parameters on the meta device; the gains of norms near one."""
     for name, meta in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
