@@ -142,6 +142,18 @@ def test_gradients_are_summed_signed_and_squared_one_by_one(collecting):
     ]
 
 
+def test_sums_wait_in_main_memory():
+    held = torch.nn.Parameter(torch.empty(3, device="meta"))  # a device that is not the CPU
+    assert (
+        Accumulator({"p": held}, None, ("sum",), away=True).finish()["sum"]["p"].tolist() == [0] * 3
+    )
+    param = torch.nn.Parameter(torch.zeros(3))
+    totals = Accumulator({"p": param}, None, ("square",), away=True)
+    with totals.collecting():
+        (param * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert totals.finish()["square"]["p"].tolist() == [1.0, 4.0, 9.0]
+
+
 def test_what_is_not_finite_is_refused():
     param = torch.nn.Parameter(torch.zeros(3))
     param.grad = torch.tensor([1.0, torch.nan, 0.0])

@@ -64,8 +64,8 @@ class TrainConfig:
     compile: bool = False
     """torch.compile the denoiser: needs a C++ compiler and minutes before the first step"""
     offload: bool = False
-    """keep on the CPU what the steps do not use: VAE, text encoders, and with mixed precision the
-    float32 weights of the base"""
+    """keep on the CPU what the steps do not use: VAE, text encoders, with mixed precision the
+    float32 weights of the base, and, in one process, the sums of gradients that choose a mask"""
     ema: float | None = None
     """decay of an exponential moving average that the result is taken from; None: the last
     weights"""

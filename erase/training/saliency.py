@@ -153,7 +153,8 @@ def compute_statistics(
         for source in dict.fromkeys(name.partition(".")[0] for name in names):
             kinds = tuple(kind for kind in ("sum", "square") if f"{source}.{kind}" in names)
             work = _pass_of(source, task, config, objective, active.layout.collective_forward)
-            totals = _accumulate(active, work, kinds, source)
+            away = config.train.offload and processes().num_processes == 1
+            totals = _accumulate(active, work, kinds, source, away)
             values |= {f"{source}.{kind}": total for kind, total in totals.items()}
     return Statistics(values, provenance)
 
@@ -235,10 +236,10 @@ def _retain_loss(task: Task, batch: PromptedRows) -> Tensor:
 
 
 def _accumulate(
-    active: ActiveWeights, work: _Pass, kinds: tuple[str, ...], source: str
+    active: ActiveWeights, work: _Pass, kinds: tuple[str, ...], source: str, away: bool
 ) -> dict[str, dict[str, Tensor]]:
     """Gradients of all batches, shared by the processes."""
-    totals = Accumulator(active.params, active.layout, kinds)
+    totals = Accumulator(active.params, active.layout, kinds, away)
     every = range(work.count)
     mine = [(batch, True) for batch in every]
     if not work.joint:

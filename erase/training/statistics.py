@@ -98,10 +98,15 @@ class Accumulator:
     """Sums gradients of parameters, signed and in float32, and their squares where asked for."""
 
     def __init__(
-        self, params: Mapping[str, nn.Parameter], layout: Layout | None, names: tuple[str, ...]
+        self,
+        params: Mapping[str, nn.Parameter],
+        layout: Layout | None,
+        names: tuple[str, ...],
+        away: bool = False,
     ) -> None:
-        """`names`: `sum`, `square` or both."""
-        self._params, self._layout = dict(params), layout or Layout()
+        """`names`: `sum`, `square` or both. `away`: the totals lie on the CPU meanwhile, where each
+        gradient is carried."""
+        self._params, self._layout, self._away = dict(params), layout or Layout(), away
         self._totals = {name: self._zeros() for name in names}
 
     def _zeros(self) -> dict[str, Tensor]:
@@ -109,7 +114,10 @@ class Accumulator:
         for name, param in self._params.items():
             held = self._layout.local(param)
             zeros[name] = torch.zeros_like(
-                held, dtype=torch.float32, memory_format=torch.contiguous_format
+                held,
+                dtype=torch.float32,
+                memory_format=torch.contiguous_format,
+                device="cpu" if self._away else None,
             )
         return zeros
 
@@ -124,6 +132,7 @@ class Accumulator:
         if param.grad is None:
             return
         gradient = self._layout.local(param.grad)
+        gradient = gradient.cpu() if self._away else gradient
         if "sum" in self._totals:
             self._totals["sum"][name] += gradient
         if "square" in self._totals:

@@ -2,19 +2,22 @@
 
   python scripts/bench/count_activations.py
       SD 1.x at 512 pixels, bf16, by a GPU's autocast rules
-  python scripts/bench/count_activations.py --family sdxl --rules cpu
+  python scripts/bench/count_activations.py --model sdxl --rules cpu
       SDXL at 1024 pixels, by a CPU's, where norms stay in bf16
+  python scripts/bench/count_activations.py --model flux1-dev
+      FLUX.1 dev at 1024 pixels, 512 tokens
 
-The real UNet runs on tensors without data (`FakeTensorMode`), and the memory that its graph holds
-on to is added up, weights left out: all of it, with `selective_recompute`, and with
+The real denoiser runs on tensors without data (`FakeTensorMode`), and the memory that its graph
+holds on to is added up, weights left out: all of it, with `selective_recompute`, and with
 `gradient_checkpointing`, which besides holds one block at a time while it makes that again. All
-weights of the UNet ask for gradients; attention is taken to be the fused kernel's.
+weights of the denoiser ask for gradients; attention is taken to be the fused kernel's.
 """
 
 from __future__ import annotations
 
 import argparse
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -28,13 +31,13 @@ from torch.nn import functional
 
 from erase.models import PRECISIONS
 from erase.models.precision import with_precision
-from erase.models.single_file.architectures import STOCK, shipped
+from erase.scripts.bench.published import MODELS, Published
 from erase.training.recompute import SavedActivations, recomputing
 from erase.training.running import checkpointed
 
 WAYS = ("all", "selective_recompute", "gradient_checkpointing")
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock)
-"""what diffusers checkpoints"""
+"""of a UNet"""
 
 
 class Counted(SavedActivations):
@@ -63,41 +66,37 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def without_data(family: str, device: str, half: torch.dtype | None) -> nn.Module:
-    """The UNet with weights as `stand_ins` has them."""
-    unet = shipped(family, "epsilon").modules()["unet"]
-    for name, meta in list(unet.named_parameters()):
+def without_data(network: nn.Module, device: str, half: torch.dtype | None) -> nn.Module:
+    """The network with weights as `stand_ins` has them, and buffers."""
+    for name, meta in list(network.named_parameters()):
         owner, _, leaf = name.rpartition(".")
-        setattr(
-            unet.get_submodule(owner), leaf, nn.Parameter(torch.empty(meta.shape, device=device))
-        )
-    for _, param, dtype in with_precision(unet, half):
+        value = torch.empty(meta.shape, device=device)
+        setattr(network.get_submodule(owner), leaf, nn.Parameter(value))
+    for name, buffer in list(network.named_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        network.get_submodule(owner).register_buffer(leaf, torch.empty(buffer.shape, device=device))
+    for _, param, dtype in with_precision(network, half):
         param.data = param.data.to(dtype)
-    return unet.eval()
+    return network.eval()
 
 
-def count(family: str, device: str, half: torch.dtype | None, way: str) -> tuple[int, int]:
+def count(model: Published, device: str, half: torch.dtype | None, way: str) -> tuple[int, int]:
     """Bytes kept at the end of a forward pass of one row, and the most that one block of it
     adds."""
-    with FakeTensorMode(), ExitStack() as stack:
-        unet: Any = without_data(family, device, half)
-        config, counted, added = unet.config, Counted(unet, way == WAYS[1]), [0]
-        for block in (module for module in unet.modules() if isinstance(module, BLOCKS)):
+    network = model.network()
+    with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
+        network = without_data(network, device, half)
+        counted, added = Counted(network, way == WAYS[1]), [0]
+        for block in blocks(network):
             before: list[int] = []
             block.register_forward_pre_hook(lambda *_, before=before: before.append(counted.bytes))
             block.register_forward_hook(
                 lambda *_, before=before: added.append(counted.bytes - before.pop())
             )
-        side, width = config.sample_size, config.cross_attention_dim
-        x = torch.randn(1, 4, side, side, device=device)
-        text = torch.randn(1, 77, width, device=device)
-        pooled = {
-            "text_embeds": torch.randn(1, 1280, device=device),
-            "time_ids": torch.zeros(1, 6, device=device),
-        }
-        stack.enter_context(checkpointed(unet, way == WAYS[2]))
+        given = model.row(partial(torch.randn, device=device), torch.zeros(1, device=device))
+        stack.enter_context(checkpointed(network, way == WAYS[2]))
         stack.enter_context(
-            recomputing([unet], counted)
+            recomputing([network], counted)
             if way == WAYS[1]
             else saved_tensors_hooks(counted.pack, counted.unpack)
         )
@@ -108,18 +107,24 @@ def count(family: str, device: str, half: torch.dtype | None, way: str) -> tuple
         torch.set_autocast_dtype(device, half or torch.bfloat16)
         # the context manager would look for a GPU
         torch.set_autocast_enabled(device, half is not None)
-        out = unet(
-            x, torch.zeros(1, dtype=torch.int64, device=device), text, added_cond_kwargs=pooled
-        ).sample
-        assert out.requires_grad
+        out = network(**given).sample
+        assert (out[0] if isinstance(out, list) else out).requires_grad
         return counted.bytes, max(added)
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """What diffusers checkpoints: a UNet's residual and transformer blocks, a transformer's."""
+    inner: list[nn.Module] = [part for part in network.modules() if isinstance(part, BLOCKS)]
+    lists = [part for part in network.children() if isinstance(part, nn.ModuleList)]
+    return inner or [part for blocks in lists for part in blocks]
 
 
 def _fused(device: str) -> Any:
     """The kernel that a GPU would take; torch chooses by looking at the GPU."""
     if device == "cpu":
         return functional.scaled_dot_product_attention
-    return lambda q, k, v, **_: torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention
+    return lambda query, key, value, **_: kernel(query, key, value)[0]
 
 
 def main() -> None:
@@ -129,7 +134,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--family", default="sd1", choices=list(STOCK))
+    parser.add_argument("--model", default="sd1", choices=list(MODELS))
     parser.add_argument("--precision", default="bf16", choices=list(PRECISIONS))
     parser.add_argument(
         "--rules",
@@ -138,8 +143,9 @@ def main() -> None:
         help="of autocast: on a GPU norms run in float32",
     )
     args = parser.parse_args()
-    print(f"{args.family}, {args.precision}, autocast of {args.rules}: GB a row")
-    counts = {way: count(args.family, args.rules, PRECISIONS[args.precision], way) for way in WAYS}
+    print(f"{args.model}, {args.precision}, autocast of {args.rules}: GB a row")
+    half = PRECISIONS[args.precision]
+    counts = {way: count(MODELS[args.model](), args.rules, half, way) for way in WAYS}
     for way, (kept, _) in counts.items():
         print(f"{way:24}{kept / 1e9:>8.3f}")
     print(f"{'the largest block':24}{counts['all'][1] / 1e9:>8.3f}")

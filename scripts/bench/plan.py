@@ -1,0 +1,113 @@
+"""What each stage of an erasure takes on a GPU, by arithmetic: which published model fits where.
+
+  python scripts/bench/plan.py                          every model, two scopes, 24, 48 and 80 GB
+  python scripts/bench/plan.py --models flux1-dev --scopes full --densities 0.01 --gpus 4 --rows 4
+
+Latents: the whole pipeline in float32, which samples them. Statistics: the denoiser, a block's
+gradients and activations in float32; the sums wait on the CPU. Steps: the denoiser in bf16, 22
+bytes for each weight that changes (with its float32 value elsewhere), activations in bf16;
+`train.offload` and `train.gradient_checkpointing`. Under FSDP on several GPUs each has its part of
+weights, sums and changes, and two blocks with their gradients. What kernels need besides is not in
+it, nor what torch itself takes, about a GB. No GPU was at hand: nothing here is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from erase.models.scopes import select
+from erase.scripts.bench.count_activations import WAYS, blocks, count
+from erase.scripts.bench.published import MODELS, Published
+
+GB = 1e9
+FULL, HALF, CHANGED = 4, 2, 22
+"""bytes of a weight in float32 and in bf16, and of one that changes under bf16"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model, as far as the stages go by it."""
+
+    denoiser: int
+    others: int
+    largest: int
+    """weights of the largest block"""
+    row: dict[torch.dtype | None, float]
+    """precision of the activations -> bytes of a row, with the block that is made again"""
+
+    @classmethod
+    def of(cls, model: Published, network: nn.Module) -> Size:
+        """Counted."""
+        row: dict[torch.dtype | None, float] = {}
+        for half in (None, torch.bfloat16):
+            kept, _ = count(model, "cuda", half, WAYS[2])
+            row[half] = kept + count(model, "cuda", half, WAYS[0])[1]
+        return cls(_weights(network), model.others(), max(map(_weights, blocks(network))), row)
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+def stages(size: Size, scope: int, density: float, rows: int, gpus: int) -> dict[str, float]:
+    """Bytes on each GPU, by stage."""
+    sums, gathered = (scope, 3 * size.largest) if gpus > 1 else (0, 0)
+    statistics = (
+        FULL * (size.denoiser + sums) / gpus
+        + FULL * (gathered or size.largest)
+        + rows * size.row[None]
+    )
+    return {
+        "latents": FULL * (size.denoiser + size.others),
+        "statistics": statistics if density < 1 else 0,
+        "steps": (HALF * size.denoiser + CHANGED * density * scope) / gpus
+        + HALF * gathered
+        + rows * size.row[torch.bfloat16],
+    }
+
+
+def table(args: argparse.Namespace) -> Iterator[str]:
+    """Markdown, a line for each model, scope and density."""
+    yield "| model | scope, density | latents | statistics | steps | fits |"
+    yield "|---|---|---|---|---|---|"
+    for name in args.models:
+        model = MODELS[name]()
+        network: Any = model.network()
+        size = Size.of(model, network)
+        component = "unet" if hasattr(network, "conv_in") else "transformer"
+        named = {f"{component}.{key}": param for key, param in network.named_parameters()}
+        for scope, density in zip(args.scopes, args.densities, strict=True):
+            held = sum(param.numel() for param in select(named, scope).values())
+            need = stages(size, held, density, args.rows, args.gpus)
+            most = max(need.values()) / GB
+            fits = next((f"{card:g} GB" for card in args.cards if most < 0.95 * card), "none")
+            cells = [f"{need[stage] / GB:.1f}" if need[stage] else "–" for stage in need]
+            yield f"| {name} | `{scope}`, {density:g} | {' | '.join(cells)} | {fits} |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--scopes", nargs="+", default=["xattn", "full"])
+    parser.add_argument(
+        "--densities", nargs="+", type=float, default=[1.0, 0.04], help="one for each scope"
+    )
+    parser.add_argument("--rows", type=int, default=4, help="of a step: 2 to forget, 2 to retain")
+    parser.add_argument("--gpus", type=int, default=1, help="that share the model (fsdp.yaml)")
+    parser.add_argument("--cards", nargs="+", type=float, default=[24, 48, 80], help="GB of a GPU")
+    print("\n".join(table(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
