@@ -10,6 +10,7 @@ from erase.prompts.prompt_sets import canvas_grid
 from erase.prompts.several import check_together, retained_prompts
 from erase.scripts.canvas import sequence
 from erase.scripts.canvas.curve import drawn
+from erase.scripts.canvas.leaderboard import BOARD, board, standing
 from erase.scripts.canvas.leaderboard import table as leaderboard
 from erase.scripts.canvas.many import world
 from erase.scripts.canvas.results import Job, asked_for
@@ -112,6 +113,24 @@ def test_the_leaderboard_has_the_base_beside_every_variant_and_seeds_in_one_cell
         "| CPU seconds |  | 30.0 |  |",  # of a delta that was found nothing is known
         "| delta, MB |  | 1.2 | 1.2 |",
     ]
+
+
+def test_the_board_shows_the_strongest_attack_and_ranks_by_four_shares_alike():
+    def suite(variant, ua, found, area):
+        names = {name for scores in BOARD.values() for name in scores}
+        scores = dict.fromkeys(names, 0.0) | {"UA": ua, "IRA": 100.0, "CRA": 90.0}
+        scores |= {"ASR seed_search": found, "SSIM to base": 0.9}
+        scores |= dict.fromkeys(BOARD["relearning area, full"], area)
+        scores |= dict.fromkeys(BOARD["relearning area, LoRA"], area + 10)
+        return {"concept": "heart", "variant": variant, "bytes": 1.2e6, "erased": scores}
+
+    weak, strong = suite("weak", 100.0, 40.0, 20.0), suite("strong", 96.0, 10.0, 60.0)
+    assert standing([weak]) == (100 + 90 + 60 + 20) / 4
+    assert standing([strong]) == (96 + 90 + 90 + 60) / 4
+    first, second = board([weak, strong]).splitlines()[2:]
+    shown = "96.0 | 100.0 | 90.0 | 0.0 | 0.0 | 10.0 | 0.0 | 60.0 | 70.0 | 0.900"
+    assert first == f"| strong | 1 | {shown} |  | 1.2 |"
+    assert second.startswith("| weak | 1 | 100.0 |")
 
 
 # ---- requests one after another ------------------------------------------------------------------

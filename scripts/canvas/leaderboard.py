@@ -2,7 +2,8 @@
 
   python scripts/canvas/leaderboard.py --variants salun salun-half esd uce --seeds 0 1 2
   python scripts/canvas/leaderboard.py --variants methods --suite quick
-  python scripts/canvas/leaderboard.py --table
+  python scripts/canvas/leaderboard.py --table       a table a concept: scores down, variants across
+  python scripts/canvas/leaderboard.py --board --concepts heart    variants down, the best one first
 
 Each erasure is made as scripts/canvas/results.py makes it (`--out` may be that script's folder: its
 deltas are found), then `erase-evaluate --suite` judges it. What is found on the base is found once
@@ -64,6 +65,64 @@ def measure(job: Job, variant: Variant, suite: str, out: Path) -> dict[str, Any]
     }
 
 
+WORDINGS = ("seen by name", "seen by variant", "seen by rewording", "seen by indirect")
+BOARD = {
+    "UA": ("UA",),
+    "IRA": ("IRA",),
+    "CRA": ("CRA",),
+    "seen by some wording": WORDINGS,
+    "free embeddings": ("ASR pseudo_token",),
+    "another attack": tuple(
+        f"ASR {name}"
+        for name in ("unlearndiffatk", "ring_a_bell", "transferred", "random_tokens", "seed_search")
+    ),
+    "boosted noise": ("boosted noise",),
+    "relearning area, full": ("relearning area (full, 16 images)",),
+    "relearning area, LoRA": ("relearning area (lora, 16 images)",),
+}
+"""column -> the scores of which it shows the highest"""
+
+
+def board(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line for each variant, means over concepts and seeds. The order is that of
+    `standing`."""
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    runs = {name: [row for row in rows if row["variant"] == name] for name in variants}
+    lines = [
+        f"| variant | runs | {' | '.join(BOARD)} | SSIM to the base | CPU seconds | delta, MB |",
+        "|---" * (5 + len(BOARD)) + "|",
+    ]
+    for name in sorted(variants, key=lambda name: standing(runs[name]), reverse=True):
+        here = runs[name]
+        cells = [
+            spread([max(row[ERASED][one] for one in scores) for row in here])
+            for scores in BOARD.values()
+        ]
+        cells.append(_cell([row[ERASED]["SSIM to base"] for row in here]))
+        cells.append(spread([row["seconds"] for row in here if "seconds" in row]))
+        cells.append(_cell([row["bytes"] / 1e6 for row in here]))
+        lines.append(f"| {name} | {len(here)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def standing(rows: list[dict[str, Any]]) -> float:
+    """Mean of four shares in percent that count alike: forgotten (UA), kept (the lower of IRA and
+    CRA), not found (by the strongest attack or wording), not relearned (the smaller area)."""
+    found = (*WORDINGS, *BOARD["free embeddings"], *BOARD["another attack"], "boosted noise")
+    relearned = *BOARD["relearning area, full"], *BOARD["relearning area, LoRA"]
+    return fmean(
+        fmean(
+            (
+                row[ERASED]["UA"],
+                min(row[ERASED]["IRA"], row[ERASED]["CRA"]),
+                100 - max(row[ERASED][name] for name in found),
+                min(row[ERASED][name] for name in relearned),
+            )
+        )
+        for row in rows
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a table per concept: scores down, base and variants across; means over seeds."""
     parts = []
@@ -97,10 +156,15 @@ def main() -> None:
     parser = make_parser()
     parser.description = __doc__
     parser.add_argument("--suite", default="full", choices=["full", "quick"])
+    parser.add_argument("--board", action="store_true", help="print the board and end")
     args = parser.parse_args()
     record = args.out / "suite.jsonl"
-    if args.table:
-        print(table([row for row in read_rows(record) if row["suite"] == args.suite]))
+    if args.table or args.board:
+        rows = [row for row in read_rows(record) if row["suite"] == args.suite]
+        asked = [
+            row for row in rows if row["concept"] in args.concepts and row["seed"] in args.seeds
+        ]
+        print(board(asked) if args.board else table(rows))
         return
 
     args.out.mkdir(parents=True, exist_ok=True)
