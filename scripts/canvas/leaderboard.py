@@ -86,18 +86,15 @@ BOARD = {
 def board(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line for each variant, means over concepts and seeds. The order is that of
     `standing`."""
-    variants = list(dict.fromkeys(row["variant"] for row in rows))
-    runs = {name: [row for row in rows if row["variant"] == name] for name in variants}
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        runs[row["variant"]].append(row)
     lines = [
         f"| variant | runs | {' | '.join(BOARD)} | SSIM to the base | CPU seconds | delta, MB |",
         "|---" * (5 + len(BOARD)) + "|",
     ]
-    for name in sorted(variants, key=lambda name: standing(runs[name]), reverse=True):
-        here = runs[name]
-        cells = [
-            spread([max(row[ERASED][one] for one in scores) for row in here])
-            for scores in BOARD.values()
-        ]
+    for name, here in sorted(runs.items(), key=lambda run: standing(run[1]), reverse=True):
+        cells = [spread(_highest(here, scores)) for scores in BOARD.values()]
         cells.append(_cell([row[ERASED]["SSIM to base"] for row in here]))
         cells.append(spread([row["seconds"] for row in here if "seconds" in row]))
         cells.append(_cell([row["bytes"] / 1e6 for row in here]))
@@ -105,22 +102,22 @@ def board(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _highest(rows: list[dict[str, Any]], scores: tuple[str, ...]) -> list[float]:
+    return [max(map(row[ERASED].__getitem__, scores)) for row in rows]
+
+
 def standing(rows: list[dict[str, Any]]) -> float:
     """Mean of four shares in percent that count alike: forgotten (UA), kept (the lower of IRA and
     CRA), not found (by the strongest attack or wording), not relearned (the smaller area)."""
     found = (*WORDINGS, *BOARD["free embeddings"], *BOARD["another attack"], "boosted noise")
     relearned = *BOARD["relearning area, full"], *BOARD["relearning area, LoRA"]
-    return fmean(
-        fmean(
-            (
-                row[ERASED]["UA"],
-                min(row[ERASED]["IRA"], row[ERASED]["CRA"]),
-                100 - max(row[ERASED][name] for name in found),
-                min(row[ERASED][name] for name in relearned),
-            )
-        )
-        for row in rows
-    )
+    shares = []
+    for row in rows:
+        scores = row[ERASED]
+        kept, seen = min(scores["IRA"], scores["CRA"]), max(map(scores.__getitem__, found))
+        back = min(map(scores.__getitem__, relearned))
+        shares.append(fmean((scores["UA"], kept, 100 - seen, back)))
+    return fmean(shares)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
