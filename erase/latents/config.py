@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any
 
+from erase.latents.picking import PICKS
 from erase.models.precision import check_precision
 from erase.prompts.errors import BELOW_ONE, COUNT, FINITE, ErasureError, check_names, check_ranges
 
@@ -24,6 +25,9 @@ class LatentConfig:
     """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""
     guidance: float = 3.0
     """guidance scale of that sampling"""
+    pick: str = "random"
+    """of the prompts that there are: random, or even (each word as often as in all of them, so that
+    no style or thing is left out by chance)"""
     trajectory: int = 0
     """k: of each image that the model makes itself, train on k noisy states that its sampling
     passed through (on all, where there are fewer steps). They are fixed, so that what the frozen
@@ -51,7 +55,7 @@ class LatentConfig:
 
     def __post_init__(self) -> None:
         check_precision(self.mixed_precision)
-        check_names(self, {"captions": CAPTIONS})
+        check_names(self, {"captions": CAPTIONS, "pick": PICKS})
         instead = dict.fromkeys(("forget_images", "retain_images"), "sample the images")
         for name, otherwise in {**instead, "cache": "keep the latents in the run's"}.items():
             if (folder := getattr(self, name)) is not None and not folder.strip():

@@ -9,8 +9,8 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from erase.latents.config import LatentConfig
 from erase.latents.image_files import read_image
 from erase.latents.image_folders import OwnImage, look_at, read_folder, take
 from erase.latents.latent_set import LatentSet
+from erase.latents.picking import pick
 from erase.latents.sampling import sample_points
 from erase.models import DiffusionModel
 from erase.parallel.processes import exists_on_all, in_shares, processes
@@ -28,7 +29,6 @@ from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.several import earlier_prompts, retained_prompts
 
-T = TypeVar("T")
 log = logging.getLogger("erase")
 
 
@@ -103,7 +103,8 @@ class Plan:
                 "latents.earlier keeps; set latents.earlier 0, or leave latents.retain_images out"
             )
         if kept:
-            of_earlier = _cycled(list(kept), round(self.config.earlier * len(prompts)), rng)
+            count = round(self.config.earlier * len(prompts))
+            of_earlier = pick(kept, count, rng, self.config.pick, str)
             prompts = prompts[: len(prompts) - len(of_earlier)] + of_earlier
         look_at(images, self.model.image_size, "latents.retain_images")
         return prompts, images
@@ -143,14 +144,14 @@ def _forget_rows(
 ) -> tuple[list[tuple[str, str]], list[OwnImage]]:
     """Pairs of prompts, and the images that go with them in turn: none, where they are sampled."""
     if not config.forget_images:
-        return _pick_pairs(concepts, config.n_forget, rng), []
+        return _pick_pairs(concepts, config, rng), []
     images = read_folder(config.forget_images, config.captions)
     check_named(images, concepts)
     taken = take(config.forget_images, images, config.n_forget, seed, "latents.forget_images")
     check_named(taken, concepts)
     if captioned(taken):
         return forget_pairs(taken, concepts, config.n_forget, rng), taken
-    return _pick_pairs(concepts, config.n_forget, rng), taken
+    return _pick_pairs(concepts, config, rng), taken
 
 
 def _retain_rows(
@@ -158,20 +159,25 @@ def _retain_rows(
 ) -> tuple[list[str], list[OwnImage]]:
     """Prompts, and the images that go with them in turn: none, where they are sampled."""
     if not config.retain_images:
-        return _pick_retain(concepts, config.n_retain, rng), []
+        return _pick_retain(concepts, config, rng), []
     images = that_stay(read_folder(config.retain_images, config.captions), concepts)
     taken = take(config.retain_images, images, config.n_retain, seed, "latents.retain_images")
     return retain_prompts(taken, config.n_retain) if captioned(taken) else _pick_retain(
-        concepts, config.n_retain, rng
+        concepts, config, rng
     ), taken
 
 
-def _pick_pairs(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[tuple[str, str]]:
-    shares = [_cycled(concept.pairs(), -(-n // len(concepts)), rng) for concept in concepts]
-    return [pair for row in zip(*shares, strict=True) for pair in row][:n]
+def _pick_pairs(
+    concepts: list[ConceptSpec], config: LatentConfig, rng: random.Random
+) -> list[tuple[str, str]]:
+    n = -(-config.n_forget // len(concepts))
+    shares = [pick(c.pairs(), n, rng, config.pick, itemgetter(0)) for c in concepts]
+    return [pair for row in zip(*shares, strict=True) for pair in row][: config.n_forget]
 
 
-def _pick_retain(concepts: list[ConceptSpec], n: int, rng: random.Random) -> list[str]:
+def _pick_retain(
+    concepts: list[ConceptSpec], config: LatentConfig, rng: random.Random
+) -> list[str]:
     """Retain prompts of all concepts, less those that name any of the concepts."""
     listed = {prompt for concept in concepts for prompt in concept.retain}
     prompts = retained_prompts(concepts)
@@ -186,16 +192,7 @@ def _pick_retain(concepts: list[ConceptSpec], n: int, rng: random.Random) -> lis
             f"no retain prompts are left for {', '.join(c.target for c in concepts)}; give some "
             "that do not name the concept"
         )
-    return _cycled(list(prompts), n, rng)
-
-
-def _cycled(items: list[T], n: int, rng: random.Random) -> list[T]:
-    """`n` items: whole shuffled rounds, so that each item comes as often as any other, within
-    one."""
-    picked: list[T] = []
-    while len(picked) < n:
-        picked += rng.sample(items, len(items))
-    return picked[:n]
+    return pick(prompts, config.n_retain, rng, config.pick, str)
 
 
 def _cached(

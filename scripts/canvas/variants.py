@@ -118,7 +118,7 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
 
 
 def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
-    """Groups around the preset `salun`: which weights, and which target."""
+    """Groups around the preset `salun`: which prompts, which weights, and which target."""
     ours = replace(ours, shares=True)
     masks = {
         "matched-random": {"mask.rule": "matched-random"},
@@ -136,7 +136,9 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
         "alpha 1": {"alpha": 1.0},
         "batches of 8": {"train": replace(ours.settings.train, batch_size=8)},
     }
+    even = replace(ours.latents, pick="even")
     return {
+        "prompts": {"salun, even prompts": replace(ours, latents=even, shares=False)},
         "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
         "target": {f"salun, {name}": _with(ours, change) for name, change in target.items()},
     }
