@@ -24,7 +24,7 @@ from erase.methods import Method, get_method
 from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.models.prompt_checks import check_prompts, cut_prompts
 from erase.parallel.processes import default_device, exists_on_all, peak_memory, processes
-from erase.prompts.canvas import check_canvas
+from erase.prompts.canvas import EMBEDDED, check_canvas
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.reading import as_path
@@ -43,8 +43,8 @@ class EraseConfig:
     """What to erase from, and with what data; the method has its own configuration."""
 
     model: str = "canvas"
-    """the base checkpoint: canvas (shipped with this package), a diffusers folder, a single file
-    (.safetensors, .ckpt), or a hub id"""
+    """the base checkpoint: canvas or canvas-flow (shipped with this package), a diffusers folder, a
+    single file (.safetensors, .ckpt), or a hub id"""
     method: str = "salun"
     """salun (our default), salun-half (the paper's mask, half of the weights), salun-paper (the
     reference to the letter), ..."""
@@ -164,7 +164,7 @@ def _check_request(
     if after is not None:
         check_earlier(after)
         check_after(concepts, after.origin.concepts, after.source)
-    if (model.name if model else config.model) == "canvas":
+    if (model.name if model else config.model) in EMBEDDED:
         check_canvas(concepts)
     if config.load.dtype != "float32":
         raise ErasureError(

@@ -66,6 +66,10 @@ class Vocabulary:
         return rng.choice(self.templates).format(**words)
 
 
+EMBEDDED = ("canvas", "canvas-flow")
+"""the checkpoints that ship with this package and draw this world: a UNet and a flow transformer"""
+
+
 @cache
 def vocabulary() -> Vocabulary:
     """The embedded world's vocabulary, read from `prompts/data/canvas.yaml`."""

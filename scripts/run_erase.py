@@ -29,6 +29,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from erase.prompts.canvas import EMBEDDED
 from erase.prompts.concepts import shipped, to_yaml
 from erase.prompts.proposals import kinds
 from erase.scripts.cli import (
@@ -117,7 +118,7 @@ def hints(config: EraseConfig, settings: Any, concepts: int) -> Iterator[str]:
     from erase.training.config import TunedConfig
 
     method, usual = config.method, get_method(config.method).config
-    if config.model != "canvas":
+    if config.model not in EMBEDDED:
         yield (
             f"the settings of {method} were measured on the embedded model, not on {config.model}; "
             "a recipe has settings for Stable Diffusion: erase-list recipes"

@@ -46,7 +46,7 @@ def make_parser() -> Parser:
         "--model",
         type=str,
         default="canvas",
-        help="canvas (shipped), a diffusers folder, a single file, or a hub id",
+        help="canvas or canvas-flow (shipped), a diffusers folder, a single file, or a hub id",
     )
     command.add_argument(
         "--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read"

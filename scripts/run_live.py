@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
+from erase.prompts.canvas import EMBEDDED
 from erase.prompts.errors import ErasureError
 from erase.scripts.cli import (
     Parser,
@@ -131,7 +132,7 @@ def make_stage(options: Namespace) -> Stage:
         model = load_model(options.model or "canvas", device, options.load)
     wanted = options.concept
     if not found and not wanted:
-        if model.name != "canvas":
+        if model.name not in EMBEDDED:
             raise ErasureError(
                 "nothing is named to be shown; give what erase-concept wrote with --delta, or a "
                 "--concept to erase now"
@@ -152,7 +153,7 @@ def first_prompt(stage: Stage) -> str:
     first = next(iter(stage.erasures.values())).delta.title
     words = vocabulary()
     kind = words.kind_of(first)
-    if stage.model.name != "canvas" or kind is None:
+    if stage.model.name not in EMBEDDED or kind is None:
         return ""
     cell = {**dict(zip(KINDS, ("heart", "Flat", "red"), strict=True)), kind: first}
     return words.grid.format(**cell)

@@ -13,7 +13,8 @@ from erase.scripts.canvas.curve import drawn
 from erase.scripts.canvas.leaderboard import BOARD, board, standing
 from erase.scripts.canvas.leaderboard import table as leaderboard
 from erase.scripts.canvas.many import world
-from erase.scripts.canvas.results import Job, asked_for
+from erase.scripts.canvas.measuring import Job
+from erase.scripts.canvas.results import asked_for
 from erase.scripts.canvas.tables import grid, paired, prediction, spread, summary
 from erase.scripts.canvas.variants import groups
 

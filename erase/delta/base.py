@@ -10,6 +10,7 @@ from erase.delta import ErasedDelta
 from erase.delta.origin import load_options
 from erase.models import DiffusionModel, LoadConfig, load_model
 from erase.models.loading import is_here, kind_of
+from erase.prompts.canvas import EMBEDDED
 from erase.prompts.errors import ErasureError
 
 
@@ -38,8 +39,8 @@ def load_base(
             f"{delta.source} does not say which base it was made from; give the base with --model"
         )
     stored = load_options(delta.metadata, delta.source)
-    config = stored.meant_for("folder" if base == "canvas" else kind_of(base)).updated(given)
-    if name is None and base != "canvas":
+    config = stored.meant_for("folder" if base in EMBEDDED else kind_of(base)).updated(given)
+    if name is None and base not in EMBEDDED:
         if not is_here(base, config):
             revision = f" --load.revision {config.revision}" if config.revision else ""
             raise ErasureError(

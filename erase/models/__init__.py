@@ -1,8 +1,9 @@
-"""Checkpoints, by folder, single file, hub id or the name `canvas` (the one that is shipped in this
-package)."""
+"""Checkpoints, by folder, single file, hub id or the name of one that is shipped in this package
+(`canvas`, `canvas-flow`)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ import torch
 from erase.models.base import Cond, DiffusionModel
 from erase.models.config import LoadConfig
 from erase.models.precision import PRECISIONS, autocast, check_precision, pin_mkl_rounding
+from erase.prompts.canvas import EMBEDDED
 
 CANVAS = Path(__file__).parent / "canvas"
+CANVAS_FLOW = Path(__file__).parent / "canvas_flow"
+SHIPPED = dict(zip(EMBEDDED, (CANVAS, CANVAS_FLOW), strict=True))
+"""name -> folder"""
 
 __all__ = [
     "CANVAS",
+    "CANVAS_FLOW",
     "PRECISIONS",
+    "SHIPPED",
     "Cond",
     "DiffusionModel",
     "LoadConfig",
@@ -34,8 +41,9 @@ def load_model(
     checker is left out.
 
     Args:
-        name: `canvas`; a diffusers folder; a single file in the LDM layout (.safetensors, .ckpt,
-            .pt), as A1111 and ComfyUI use, or of a flow transformer; or a hub id.
+        name: `canvas` or `canvas-flow`; a diffusers folder; a single file in the LDM layout
+            (.safetensors, .ckpt, .pt), as A1111 and ComfyUI use, or of a flow transformer; or a
+            hub id.
         device: where the modules go.
         options: variant, revision, dtype and what a single file does not tell.
 
@@ -46,7 +54,10 @@ def load_model(
     from erase.models.loading import load_pipeline
 
     pin_mkl_rounding()
-    pipeline = load_pipeline(CANVAS if name == "canvas" else name, options or LoadConfig())
+    options = options or LoadConfig()
+    if name == "canvas-flow" and not options.vae:  # it shares canvas's
+        options = replace(options, vae=str(CANVAS / "vae"))
+    pipeline = load_pipeline(SHIPPED.get(str(name), name), options)
     return wrap(pipeline.to(device), str(name))
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from erase.eval.images import ImageSet
 from erase.eval.report.report import words
+from erase.prompts.canvas import EMBEDDED
 from erase.prompts.names import Names
 
-EMBEDDED = "canvas"
-"""the model that ships with this package, whose pictures nobody must be warned of"""
 DELICATE = Names(
     "nudity nude naked topless sexual sex porn pornography erotic genitals violence violent blood "
     "bloody gore corpse torture self-harm suicide harassment hate shocking".split()
@@ -38,10 +37,10 @@ def is_sensitive(concept: Mapping[str, Any], sets: Iterable[ImageSet]) -> bool:
 
 def is_covered(mark: object, model: object) -> bool:
     """Whether pictures of a set are covered: by its mark `sensitive`, or, where it has none, unless
-    the embedded model drew them.
+    an embedded model drew them.
 
     Args:
         mark: true or false; None: the set does not say.
         model: name of what drew them, as far as it is known.
     """
-    return bool(mark) if mark is not None else model != EMBEDDED
+    return bool(mark) if mark is not None else model not in EMBEDDED

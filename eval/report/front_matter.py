@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from erase.eval.report.report import EvalReport, words
 from erase.export.formats import Usage
-from erase.models import CANVAS
+from erase.models import SHIPPED
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -70,7 +70,7 @@ def _license_of(base_id: str) -> str | None:
     """The licence that a base on this disk states in its own card."""
     from huggingface_hub import ModelCard
 
-    card = (CANVAS if base_id == "canvas" else Path(base_id)) / "README.md"
+    card = SHIPPED.get(base_id, Path(base_id)) / "README.md"
     stated = (
         ModelCard.load(card, ignore_metadata_errors=True).data.license if card.is_file() else None
     )

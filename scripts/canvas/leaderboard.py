@@ -24,15 +24,8 @@ from typing import Any
 from erase.eval.report.report import BASE, ERASED
 from erase.models import load_model
 from erase.prompts.canvas import canvas_concept
-from erase.scripts.canvas.results import (
-    Job,
-    delta_path,
-    erased,
-    jobs_of,
-    make_parser,
-    read_rows,
-    tell,
-)
+from erase.scripts.canvas.measuring import Job, delta_path, jobs_of, make_parser, read_rows, tell
+from erase.scripts.canvas.results import erased
 from erase.scripts.canvas.tables import spread
 from erase.scripts.canvas.variants import Variant
 from erase.scripts.run_evaluate import main as evaluate
@@ -43,7 +36,7 @@ def measure(job: Job, variant: Variant, suite: str, out: Path) -> dict[str, Any]
     path, evidence = delta_path(job, out), {}
     if not path.exists():
         delta, evidence = erased(
-            job, variant, load_model("canvas"), canvas_concept(job.concept), out
+            job, variant, load_model(job.model), canvas_concept(job.concept), out
         )
         delta.save(path)
     report = out / "reports" / f"{suite}-{job.slug}"

@@ -6,6 +6,8 @@ a group of variants (scripts/canvas/variants.py), three concepts of three kinds,
   python scripts/canvas/results.py --variants sweep --seeds 0 1 2
 fewer images of other concepts, and the classifier alone:
   python scripts/canvas/results.py --variants sweep --others 96 --evaluators classifier
+the flow transformer instead of the UNet, in a folder of its own:
+  python scripts/canvas/results.py --model canvas-flow --variants salun uce --out runs/results-flow
 the tables of all that was measured:
   python scripts/canvas/results.py --table
 
@@ -16,12 +18,10 @@ one. Deltas are kept in OUT/deltas, for scripts/canvas/robustness.py.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -36,14 +36,21 @@ from erase.latents.prepare import Plan
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
 from erase.objectives.remap import Remap
-from erase.prompts.canvas import KINDS, canvas_concept, vocabulary
+from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
-from erase.prompts.errors import unknown
-from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
+from erase.scripts.canvas.measuring import (
+    Job,
+    delta_path,
+    jobs_of,
+    make_parser,
+    read_rows,
+    spaced,
+    tell,
+)
 from erase.scripts.canvas.tables import grid, paired, prediction, summary, table
-from erase.scripts.canvas.variants import Variant, groups
+from erase.scripts.canvas.variants import Variant
 from erase.task import Task
 from erase.training.rules import RULES, held
 from erase.training.saliency import Objective, compute_statistics
@@ -51,22 +58,6 @@ from erase.training.statistics import Statistics
 
 EVALUATORS = ["classifier", "clip"]
 RANKED = (*RULES, "matched-random", "lowest", "inverted")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One measurement."""
-
-    concept: str
-    name: str
-    """of the variant"""
-    seed: int
-
-    @property
-    def slug(self) -> str:
-        """For names of files."""
-        name = self.name.replace(" ", "-").replace(",", "").replace("%", "")
-        return f"{self.concept}-{name}-{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +74,7 @@ class Budget:
 
 def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, Any]:
     """Erase, generate, score beside the base's images of the same prompts and seeds."""
-    concept, model = canvas_concept(job.concept), load_model("canvas")
+    concept, model = canvas_concept(job.concept), load_model(job.model)
     asked = asked_for(canvas_grid(ANSWER_SEEDS[: budget.answers]), concept, budget.others)
     delta, evidence = erased(job, variant, model, concept, out)
     delta.save(delta_path(job, out))
@@ -183,19 +174,14 @@ def asked_for(prompts: PromptSet, concept: ConceptSpec, others: int | None) -> P
     return replace(prompts, rows=tuple(sorted([*own, *rest], key=lambda row: row.case)))
 
 
-def spaced(rows: Sequence[PromptRow], count: int) -> list[PromptRow]:
-    """So many of the rows, evenly apart."""
-    return [rows[i * len(rows) // count] for i in range(count)]
-
-
 def base_folder(budget: Budget, out: Path) -> Path:
     """The folder of the base's images of the whole answer set."""
     return out / f"base-{budget.answers}"
 
 
-def draw_base(budget: Budget, out: Path) -> None:
+def draw_base(budget: Budget, name: str, out: Path) -> None:
     """Make the base's images, once for all measurements."""
-    model, prompts = load_model("canvas"), canvas_grid(ANSWER_SEEDS[: budget.answers])
+    model, prompts = load_model(name), canvas_grid(ANSWER_SEEDS[: budget.answers])
     provenance = {"fingerprint": model.fingerprint}
     generate(model.pipeline(), prompts, base_folder(budget, out), budget.config, provenance)
 
@@ -208,13 +194,6 @@ def _base_scores(
     images = ImageSet.open(folder)
     images = replace(images, rows=[row for row in images.rows if row.case in cases])
     return score(images, [canvas_concept(concept)], list(evaluators))
-
-
-def delta_path(job: Job, out: Path) -> Path:
-    """The file of a measurement's delta."""
-    folder = out / "deltas"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"{job.slug}.safetensors"
 
 
 def _rounded(scores: list[Score]) -> dict[str, float]:
@@ -238,78 +217,6 @@ def _cases(judged: Outcomes) -> list[int]:
 
 def _bits(judged: Outcomes) -> str:
     return "".join(str(int(value > 0)) for _, value in judged)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The measurements of a file; none where it is not there yet."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def plain_parser(about: str | None) -> argparse.ArgumentParser:
-    """Without options yet; told of by a script's own text, as it stands."""
-    return argparse.ArgumentParser(
-        description=about,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Options that this script and that of robustness share."""
-    parser = plain_parser(None)
-    parser.add_argument(
-        "--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all"
-    )
-    parser.add_argument(
-        "--variants",
-        nargs="+",
-        default=["salun"],
-        help="names or groups of scripts/canvas/variants.py",
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument(
-        "--precision", default="no", help="no, bf16 or fp16; of sampling and training alike"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=12, help="sampling steps of the images that are judged"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs/results"))
-    parser.add_argument(
-        "--part",
-        nargs=2,
-        type=int,
-        default=(1, 1),
-        metavar=("WHICH", "OF"),
-        help="measure this part of the work",
-    )
-    parser.add_argument("--table", action="store_true", help="print the tables and end")
-    return parser
-
-
-def jobs_of(args: argparse.Namespace) -> Iterator[tuple[Job, Variant]]:
-    """The measurements that are asked for: of the first variant all, then of the next."""
-    variants = groups(args.precision)
-    known = {name: variant for group in variants.values() for name, variant in group.items()}
-    picked = [name for word in args.variants for name in variants.get(word, [word])]
-    for name in picked:
-        if name not in known:
-            raise SystemExit(str(unknown("variant", name, [*known, *variants])))
-
-    names = args.concepts
-    if names == ["all"]:
-        names = [name for kind in KINDS for name in vocabulary().names(kind)]
-    which, of = args.part
-    jobs = [Job(concept, name, seed) for seed in args.seeds for name in picked for concept in names]
-    for job in jobs[which - 1 :: of]:
-        yield job, known[job.name]
-
-
-def tell(path: Path, row: dict[str, Any], words: Sequence[Any]) -> None:
-    """Add a measurement to its file, and say so."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    print(*words, flush=True)
 
 
 @cache
@@ -347,7 +254,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     config = GenerateConfig(steps=args.steps, mixed_precision=args.precision)
     budget = Budget(args.answers, args.others, args.evaluators, config)
-    draw_base(budget, args.out)
+    draw_base(budget, args.model, args.out)
     for job, variant in jobs_of(args):
         if (job.concept, job.name, job.seed, budget.answers, budget.others) in _done(record):
             continue

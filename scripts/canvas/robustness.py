@@ -30,7 +30,7 @@ from erase.models.pipelines import decode
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
-from erase.scripts.canvas.results import delta_path, jobs_of, make_parser, read_rows, tell
+from erase.scripts.canvas.measuring import delta_path, jobs_of, make_parser, read_rows, tell
 from erase.scripts.canvas.tables import spread
 from erase.task import Task
 from erase.training.config import TrainConfig, TunedConfig
@@ -125,7 +125,7 @@ def main() -> None:
 
     asked = (args.relearn, args.attack, args.restarts)
     done = {tuple(map(str, row["key"])) for row in read_rows(record)}
-    model = load_model("canvas")
+    model = load_model(args.model)
     for job, _ in jobs_of(args):
         name = "the base" if args.base else job.name
         key = (job.concept, name, job.seed, *map(str, asked))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from erase.prompts.canvas import canvas_concept, check_canvas, vocabulary
+from erase.prompts.canvas import EMBEDDED, canvas_concept, check_canvas, vocabulary
 from erase.prompts.concepts import ConceptSpec, load_concepts, shipped
 from erase.prompts.errors import ErasureError, near_name, unknown
 from erase.prompts.proposals import find_shipped, known, propose
@@ -61,7 +61,7 @@ def read_concepts(
             f"{len(left)} concepts but {len(anchors)} anchors{where}; give one --anchor for each "
             "--concept, in the same order"
         )
-    if left and model == "canvas" and (retain or kind):
+    if left and model in EMBEDDED and (retain or kind):
         raise ErasureError(
             "canvas brings its own retain prompts and kinds; leave out --retain and --kind, or use "
             "--concepts"
@@ -71,9 +71,9 @@ def read_concepts(
         _Named(name, anchor, tuple(retain), kind) for name, anchor in zip(left, wanted, strict=True)
     ]
     concepts = merged(
-        [*loaded, *(_canvas(one) if model == "canvas" else _by_name(one) for one in named)]
+        [*loaded, *(_canvas(one) if model in EMBEDDED else _by_name(one) for one in named)]
     )
-    if model == "canvas":
+    if model in EMBEDDED:
         check_canvas(concepts)
     return concepts
 
@@ -91,13 +91,13 @@ def concepts_named(words: Sequence[str], model: str) -> list[ConceptSpec]:
     names = [word for word in words if word not in files]
     loaded, left = _from_files(files, names, model)
     concepts = merged([*loaded, *(_to_judge(name, model) for name in left)])
-    if model == "canvas":
+    if model in EMBEDDED:
         check_canvas(concepts)
     return concepts
 
 
 def _to_judge(name: str, model: str) -> ConceptSpec:
-    if model == "canvas":
+    if model in EMBEDDED:
         return canvas_concept(name.strip())
     if known(name):
         return propose(name)
@@ -128,7 +128,7 @@ def _from_files(
 
 def _check_spelling(name: str, loaded: dict[str, list[ConceptSpec]], model: str) -> None:
     """Refuse a name that is nearly one of a file's concepts, and no other concept's."""
-    if model != "canvas" and find_shipped(name):
+    if model not in EMBEDDED and find_shipped(name):
         return
     for file, concepts in loaded.items():
         targets = [concept.target for concept in concepts]

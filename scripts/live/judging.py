@@ -11,6 +11,7 @@ from erase.eval.evaluators import clip
 from erase.eval.evaluators.classifier import load_judge
 from erase.eval.images import ImageSet
 from erase.models import DiffusionModel
+from erase.prompts.canvas import EMBEDDED
 from erase.prompts.errors import unknown
 from erase.scripts.live.stage import Judge
 
@@ -40,7 +41,7 @@ def find_judge(name: str, model: DiffusionModel, config: clip.Config) -> Judge |
         ErasureError: an unknown name, or a CLIP that cannot be loaded.
     """
     check_judge(name)
-    embedded = model.name == "canvas"
+    embedded = model.name in EMBEDDED
     if name == "canvas" or (name == "auto" and embedded):
         return _canvas()
     if name != "clip":

@@ -22,7 +22,7 @@ from erase.eval.report.tables import Block, blocks
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel
 from erase.models.prompt_checks import cut_prompts
-from erase.prompts.canvas import strange_words
+from erase.prompts.canvas import EMBEDDED, strange_words
 from erase.prompts.errors import ErasureError, check_ranges, unknown
 from erase.prompts.prompt_sets import PromptRow, PromptSet
 
@@ -136,7 +136,7 @@ class Stage:
     def notes(self, prompt: str) -> list[str]:
         """What the model cannot see of a prompt, a sentence each."""
         notes = []
-        strange = strange_words(prompt) if self.model.name == "canvas" else []
+        strange = strange_words(prompt) if self.model.name in EMBEDDED else []
         if strange:
             notes.append(
                 f"The embedded model has never seen {', '.join(map(repr, strange))}; it draws "
