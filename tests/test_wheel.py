@@ -89,6 +89,7 @@ def test_the_wheel_holds_one_package_and_all_of_its_data(wheel):
         "erase/eval/report/templates/report.html.j2",
         "erase/eval/report/fonts/DejaVuSans.ttf",
         "erase/models/canvas/model_index.json",
+        "erase/models/canvas_flow/model_index.json",
         "erase/scripts/recipes/canvas.yaml",
         "erase/scripts/launch/fsdp.yaml",
     ):

@@ -33,7 +33,7 @@ def card(
     """The model card of a checkpoint, with these figures."""
     vocab, folder = vocabulary(), SHIPPED[name]
     weights = sorted(folder.glob("*/*.safetensors"))
-    template = (CARDS / f"{folder.name}.md").read_text(encoding="utf-8")
+    template = (CARDS / f"{folder.name}.md.tmpl").read_text(encoding="utf-8")
     files = [(path, hashlib.sha256(path.read_bytes()).hexdigest()) for path in weights]
     return template.format(
         objects=len(vocab.names("object")),
