@@ -139,6 +139,7 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
     even = replace(ours.latents, pick="even")
     return {
         "prompts": {"salun, even prompts": replace(ours, latents=even, shares=False)},
+        "flow": {"salun, 10 %": _with(replace(ours, shares=False), {"mask.density": 0.1})},
         "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
         "target": {f"salun, {name}": _with(ours, change) for name, change in target.items()},
     }
