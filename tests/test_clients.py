@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,11 +25,19 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from erase.delta import ErasedDelta
 from erase.eval.report import EvalReport, proportion
 from erase.eval.report.card import model_card
-from erase.export import export_components, export_delta, export_diffusers, export_single_file
+from erase.export import (
+    export_components,
+    export_delta,
+    export_diffusers,
+    export_single_file,
+    write_export,
+)
+from erase.export.folders import save_pipeline
+from erase.export.formats import usage
 from erase.export.kohya import kohya_entries
 from erase.export.lora import extract_lora
 from erase.foreign import read_erased
-from erase.models import CANVAS, load_model
+from erase.models import CANVAS, CANVAS_FLOW, load_model
 from erase.models.families import family_of
 from erase.models.single_file import bfl, write_single_file
 from erase.prompts.errors import ErasureError
@@ -90,13 +99,30 @@ def drawn(pipeline) -> np.ndarray:
 # ---- the code that cards and documents show ----
 
 
-def test_the_embedded_checkpoints_card_runs_as_it_stands(tmp_path, monkeypatch):
-    (code,) = BLOCK.findall((CANVAS / "README.md").read_text(encoding="utf-8"))
-    (tmp_path / "erase/models").mkdir(parents=True)
-    (tmp_path / "erase/models/canvas").symlink_to(CANVAS)
+@pytest.mark.parametrize("folder", [CANVAS, CANVAS_FLOW], ids=lambda folder: folder.name)
+def test_the_embedded_checkpoints_cards_run_as_they_stand(folder, tmp_path, monkeypatch):
+    (code,) = BLOCK.findall((folder / "README.md").read_text(encoding="utf-8"))
+    (tmp_path / "erase").mkdir()
+    (tmp_path / "erase/models").symlink_to(CANVAS.parent)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "card", "exec"), {})
     assert (tmp_path / "heart.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("format", ["diffusers", "components", "lora"])
+def test_a_card_says_what_the_pipeline_is_without(format, tmp_path):
+    """diffusers opens a Stable Diffusion 3 without its T5 only if it is told so."""
+    model = model_of("sd3-without-t5")
+    save_pipeline(model.pipeline(), tmp_path / "base")
+    delta, out = moved(model, "attn"), tmp_path / "out"
+    write_export(format, delta, model, out)
+    code = usage(format, model, delta.components).code
+    code = code.replace("path/to/this/folder", str(out)).replace(
+        "path/to/base", str(tmp_path / "base")
+    )
+    names: dict[str, Any] = {}
+    exec(compile(code, "card", "exec"), names)
+    assert names["pipeline"].text_encoder_3 is None
 
 
 OTHERWISE = ("add_a_method.md", "freezing.md", "quickstart.md", "sequences.md")

@@ -10,6 +10,7 @@ from erase.models import DiffusionModel
 from erase.models.pipelines import stock
 from erase.models.single_file.layouts import layout_of
 from erase.models.single_file.tensor_file import SINGLE_FILES
+from erase.models.stock import Pipeline
 
 FORMATS = {
     "diffusers": "a whole pipeline folder",
@@ -51,7 +52,7 @@ DIFFUSERS = Usage(
     """\
 from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")""",
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{without})""",
 )
 COMPONENTS = Usage(
     "the erased {components} alone; the rest of the pipeline comes from the base",
@@ -81,7 +82,7 @@ from diffusers import {pipeline}, {network}
 transformer = {network}.from_single_file(
     "path/to/this/folder/model.safetensors", config="path/to/base", subfolder="transformer"
 )
-pipeline = {pipeline}.from_pretrained("path/to/base", transformer=transformer)""",
+pipeline = {pipeline}.from_pretrained("path/to/base", transformer=transformer{without})""",
 )
 LORA = Usage(
     "a LoRA: the base with it is close to the erased model, and not the same (see Limits); loading "
@@ -89,7 +90,7 @@ LORA = Usage(
     """\
 {import_base}
 
-pipeline = {load_base}("path/to/base")
+pipeline = {load_base}("path/to/base"{without})
 pipeline.load_lora_weights("path/to/this/folder")""",
     relation="adapter",
     tags=("lora",),
@@ -129,13 +130,16 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
             *((kind.__module__.split(".")[0], kind.__name__) for kind in classes.values()),
         }
     )
+    lacking = _lacking(model.pipeline())
     texts = {
         "components": " and ".join(components),
         "imports": "\n".join(f"from {library} import {name}" for library, name in imports),
         "loads": "\n".join(
             f'    {name}={kind.__name__}.from_pretrained(f"{{folder}}/{name}"),'
             for name, kind in classes.items()
-        ),
+        )
+        + "".join(f"\n    {name}=None," for name in lacking),
+        "without": "".join(f", {name}=None" for name in lacking),
         "pipeline": pipeline,
         "network": alone.network if alone else "",
         "held": alone.held if alone else "",
@@ -152,3 +156,11 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
         code=template.code.format(**texts),
         call="".join(f", {name}={value}" for name, value in stated.items()),
     )
+
+
+def _lacking(pipeline: Pipeline) -> list[str]:
+    """Parts that the pipeline is without and that diffusers must be told so (SD 3's T5)."""
+    optional = pipeline._optional_components
+    return [
+        name for name, part in pipeline.components.items() if part is None and name not in optional
+    ]
