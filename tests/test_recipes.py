@@ -11,6 +11,7 @@ import pytest
 from jsonargparse import Namespace
 
 from erase.delta import ErasedDelta
+from erase.prompts.canvas import EMBEDDED
 from erase.prompts.concepts import shipped
 from erase.prompts.errors import ErasureError
 from erase.scripts.cli import parse, read_concepts, run
@@ -18,6 +19,7 @@ from erase.scripts.run_erase import chosen_method, main, make_parser
 
 RECIPES = sorted((Path(__file__).parents[1] / "scripts" / "recipes").glob("*.yaml"))
 BASES = {
+    "canvas-flow": "canvas-flow",
     "canvas": "canvas",
     "sd14": "CompVis/stable-diffusion-v1-4",
     "sd21": "stabilityai/stable-diffusion-2-1",
@@ -41,10 +43,11 @@ def header_of(path: Path) -> str:
 @recipes
 def test_the_parser_takes_a_recipe_and_its_concepts_are_shipped(path: Path) -> None:
     options = options_of(path)
-    base = next(model for key, model in BASES.items() if key in path.stem.split("-"))
+    parts = (path.stem, *path.stem.split("-"))
+    base = next(model for key, model in BASES.items() if key in parts)
     assert (options.model, options.out) == (base, f"runs/recipes/{path.stem}")
     assert set(options.concepts) <= set(shipped()) and (
-        options.concepts or options.model == "canvas"
+        options.concepts or options.model in EMBEDDED
     )
     concepts = read_concepts(
         options.concept, options.anchor, options.concepts, options.model, options.retain
