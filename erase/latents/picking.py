@@ -6,7 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class _Even:
         while near and len(chosen) < n:
             best = min(near, key=self._excess)
             near.remove(best)
-            near += [index for index in [next(later, None)] if index is not None]
+            near += islice(later, 1)
             self._count.update(self._words[best])
             self._picked += 1
             chosen.append(best)

@@ -14,14 +14,13 @@ sentencepiece beside this toolkit. Not part of the tests. docs/formats.md has wh
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import logging
 import re
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,10 @@ from torch import Tensor
 from erase.export.kohya import kohya_entries, lora_header
 from erase.export.lora import LoRA
 from erase.models.patches import pack, positions, unpack
+from erase.models.pipelines import denoiser
 from erase.models.single_file import write_single_file
 from erase.scripts.bench.full_size import filled, random_pipeline
+from erase.scripts.bench.plain import plain_parser
 
 BOUND = 1e-4
 """relative error up to which two programs agree, in float32"""
@@ -147,7 +148,7 @@ FAMILIES = {
         lambda part: (16, part.config.joint_attention_dim, 1),
         _qwen,
         lambda model, given: _theirs(0.001)(
-            model, Given(given.latents[:, :, None], given.text, given.pooled)
+            model, replace(given, latents=given.latents[:, :, None])
         )[:, :, 0],
     ),
 }
@@ -209,11 +210,12 @@ RANDOM: dict[str, Callable[[], Any]] = {
 }
 
 
-def random_lora(pipeline: Any, component: str, rank: int = 4) -> LoRA:
+def random_lora(pipeline: Any, rank: int = 4) -> LoRA:
     """Factors of every attention projection of the denoiser, random."""
+    component = "unet" if hasattr(pipeline, "unet") else "transformer"
     layers = {
         f"{component}.{name}": module.weight
-        for name, module in getattr(pipeline, component).named_modules()
+        for name, module in denoiser(pipeline).named_modules()
         if isinstance(module, torch.nn.Linear) and re.search(r"\.(to|add)_", name)
     }
     down = {name: torch.randn(rank, weight.shape[1]) * 0.05 for name, weight in layers.items()}
@@ -237,19 +239,18 @@ def start(comfyui: Path) -> Any:
 def compare(comfy: Any, pipeline: Any, file: Path, lora: Path | None = None) -> tuple[float, str]:
     """||ComfyUI's prediction - diffusers'|| / ||diffusers'||, and what a LoRA does there."""
     family = FAMILIES[type(pipeline).__name__]
-    component = "unet" if hasattr(pipeline, "unet") else "transformer"
-    denoiser = getattr(pipeline, component).float().eval()
-    channels, width, pooled = family.widths(denoiser)
+    network = denoiser(pipeline).float().eval()
+    channels, width, pooled = family.widths(network)
     torch.manual_seed(1)
     given = Given(
         torch.randn(1, channels, SIDE, SIDE), torch.randn(1, TOKENS, width), torch.randn(1, pooled)
     )
     patcher, told = comfy.load_diffusion_model(str(file), {"dtype": torch.float32}), ""
     with torch.no_grad():
-        stock = family.diffusers(denoiser, given)
+        stock = family.diffusers(network, given)
         if lora:
             pipeline.load_lora_weights(str(lora))
-            without, stock = stock, family.diffusers(denoiser, given)
+            without, stock = stock, family.diffusers(network, given)
             pipeline.unload_lora_weights()
             weights = importlib.import_module("comfy.utils").load_torch_file(str(lora))
             patcher, _ = comfy.load_lora_for_models(patcher, None, weights, 1.0, 0.0)
@@ -283,11 +284,7 @@ def _distance(one: Tensor, other: Tensor) -> float:
 
 def main() -> int:
     """Compare what is asked for; exit code 1 if something differs."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--folder", help="of diffusers, whose denoiser is compared")
     parser.add_argument("--file", type=Path, help="the same as a single file; default: made of it")
@@ -319,7 +316,7 @@ def main() -> int:
             if hasattr(pipeline, "unet"):
                 for part, error in compare_rest(comfy, pipeline, file).items():
                     tell(f"{name}, {part}", (error, ""))
-            found = random_lora(pipeline, "unet" if hasattr(pipeline, "unet") else "transformer")
+            found = random_lora(pipeline)
             layouts = ["kohya"] * bool(found.kohya)
             if hasattr(pipeline, "transformer"):  # ComfyUI has no such names for a UNet's attention
                 layouts.append("diffusers")

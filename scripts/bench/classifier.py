@@ -17,7 +17,6 @@ is one line of OUT/classifier.jsonl; what is there is not measured again.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from erase.scripts.bench.classifier_data import SCENARIOS
 from erase.scripts.bench.classifier_methods import Row, World, rows
 from erase.scripts.bench.classifier_scores import gap, scores
 from erase.scripts.bench.classifier_tables import tables
+from erase.scripts.bench.plain import plain_parser
 
 TUNING_SEEDS, SEEDS = (100, 101), tuple(range(10))
 Measurement = dict[str, Any]
@@ -123,11 +123,7 @@ def measure_all(
 
 def main() -> None:
     """Measure what is asked for and not yet there; print the tables."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--scenarios", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[*TUNING_SEEDS, *SEEDS])
     parser.add_argument("--rows", nargs="+", help="names of rows; default: all")

@@ -15,7 +15,6 @@ weights of the denoiser ask for gradients; attention is taken to be the fused ke
 
 from __future__ import annotations
 
-import argparse
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -31,6 +30,7 @@ from torch.nn import functional
 
 from erase.models import PRECISIONS
 from erase.models.precision import with_precision
+from erase.scripts.bench.plain import plain_parser
 from erase.scripts.bench.published import MODELS, Published
 from erase.training.recompute import SavedActivations, recomputing
 from erase.training.running import checkpointed
@@ -129,11 +129,7 @@ def _fused(device: str) -> Any:
 
 def main() -> None:
     """One row of a table for each way."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--model", default="sd1", choices=list(MODELS))
     parser.add_argument("--precision", default="bf16", choices=list(PRECISIONS))
     parser.add_argument(

@@ -13,7 +13,6 @@ ones; what is left of the mantissa is noise, which is why no coder gets far.
 
 from __future__ import annotations
 
-import argparse
 import json
 import lzma
 import math
@@ -33,6 +32,7 @@ from erase.methods.salun import SalUnHalfConfig
 from erase.models import DiffusionModel, load_model
 from erase.prompts.canvas import canvas_concept
 from erase.run import EraseConfig, erase_concept
+from erase.scripts.bench.plain import plain_parser
 from erase.tensors import to_gaps
 from erase.training.config import MaskConfig, TrainConfig
 
@@ -111,11 +111,7 @@ def erase(density: float, scope: str) -> ErasedDelta:
 
 def main() -> None:
     """Measure, print, write."""
-    command = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    command = plain_parser(__doc__)
     command.add_argument(
         "--delta", action="append", help="a delta to measure; may be given several times"
     )

@@ -10,13 +10,13 @@ change; share is the part of the mask that lies there.
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
 from erase.mask import SaliencyMask
 from erase.models import load_model
 from erase.models.scopes import SCOPES
+from erase.scripts.bench.plain import plain_parser
 from erase.scripts.cli import run
 from erase.training.config import ALLOCATIONS
 from erase.training.rules import RULES, scores
@@ -66,11 +66,7 @@ def describe(mask: SaliencyMask) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """A table per density."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("file", type=Path, help="mask.safetensors or saliency.safetensors")
     parser.add_argument(
         "--densities", type=float, nargs="+", help="the file is a saliency, to be cut here"

@@ -35,6 +35,8 @@ from erase.objectives.remap import Remap
 from erase.parallel.processes import default_device
 from erase.prompts.concepts import ConceptSpec
 from erase.scripts.bench.measuring import host_peak, peak
+from erase.scripts.bench.plain import plain_parser
+from erase.scripts.bench.published import wide_vae
 from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig
 from erase.training.saliency import Objective, choose_mask
@@ -82,7 +84,6 @@ def random_pipeline(family: str) -> Any:
 def sd3_pipeline() -> Any:
     """Stable Diffusion 3 medium, sizes as in its configuration on the hub."""
     from diffusers import (
-        AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
         SD3Transformer2DModel,
         StableDiffusion3Pipeline,
@@ -101,18 +102,7 @@ def sd3_pipeline() -> Any:
             caption_projection_dim=1536,
             pos_embed_max_size=192,
         )
-        vae = AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            latent_channels=16,
-            sample_size=1024,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        )
+        vae = wide_vae(sample_size=1024, scaling_factor=1.5305, shift_factor=0.0609)
         texts = [
             CLIPTextModelWithProjection(
                 CLIPTextConfig(**{**clips.configs[name], "projection_dim": width})
@@ -204,11 +194,7 @@ def measure(args: argparse.Namespace, folder: Path, base: Path) -> list[dict[str
 def main() -> None:
     """Make the checkpoint in a process of its own, so that the peak is the erasure's alone, then
     measure."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--family", default="sd1", choices=["sd1", "sd2", "sdxl", "sd3"])
     parser.add_argument("--scope", default="full", help="as of erase-concept")
     parser.add_argument("--rule", default="benefit", help="of the mask, as of erase-concept")

@@ -37,6 +37,7 @@ from erase.models.pipelines import decode, denoiser
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.prompt_sets import PromptSet, canvas_grid
 from erase.scripts.bench.measuring import begin, in_own_process, wait, write_rows
+from erase.scripts.bench.plain import plain_parser
 from erase.scripts.bench.train import MODELS, build, matmul_rate
 
 VARIANTS = ("naive", "images", "latents")
@@ -141,11 +142,7 @@ def flops(model: DiffusionModel) -> tuple[int, int]:
 
 def main() -> None:
     """Each model and variant in its own process; a table, and JSON where asked for."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["canvas", "mid"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--images", type=int, default=8, help="images and latents that ours makes")

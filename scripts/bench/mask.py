@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from erase.scripts.bench.measuring import begin, in_own_process, peak, wait, write_rows
+from erase.scripts.bench.plain import plain_parser
 from erase.tensors import pack, top_k
 
 TENSORS = 50  # the values are spread over this many parameters
@@ -99,11 +100,7 @@ def measure(name: str, method: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Each method and size in its own process; a table, and JSON where asked for."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument(
         "--sizes",
         nargs="+",

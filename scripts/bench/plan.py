@@ -23,6 +23,7 @@ from torch import nn
 
 from erase.models.scopes import select
 from erase.scripts.bench.count_activations import WAYS, blocks, count
+from erase.scripts.bench.plain import plain_parser
 from erase.scripts.bench.published import MODELS, Published
 
 GB = 1e9
@@ -93,11 +94,7 @@ def table(args: argparse.Namespace) -> Iterator[str]:
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--scopes", nargs="+", default=["xattn", "full"])
     parser.add_argument(

@@ -7,7 +7,6 @@ OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 scripts/bench/processes.py
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,6 +27,7 @@ from erase.parallel.processes import default_device, processes, reduce_all
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.prompt_sets import PromptSet, canvas_grid
 from erase.scripts.bench.measuring import wait
+from erase.scripts.bench.plain import plain_parser
 from erase.task import Task
 from erase.training.loop import fit
 from erase.training.running import running
@@ -90,11 +90,7 @@ def stages(images: int, steps: int, latents: int, folder: Path) -> dict[str, flo
 
 def main() -> None:
     """Time every stage; the main process prints."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--images", type=int, default=96)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--latents", type=int, default=32)

@@ -115,7 +115,8 @@ def _qwen25() -> Any:
     )
 
 
-def _vae() -> Any:
+def wide_vae(**stated: Any) -> Any:
+    """The VAE of 16 channels that SD 3, FLUX.1 and Z-Image have; each states its own factors."""
     return diffusers.AutoencoderKL(
         latent_channels=16,
         block_out_channels=(128, 256, 512, 512),
@@ -124,6 +125,7 @@ def _vae() -> Any:
         up_block_types=("UpDecoderBlock2D",) * 4,
         use_quant_conv=False,
         use_post_quant_conv=False,
+        **stated,
     )
 
 
@@ -148,7 +150,7 @@ def _of_sd3(width: int, layers: int, dual: int) -> Published:
         }
 
     clips = partial(_clip, "text_encoder"), partial(_clip, "text_encoder_2")
-    return Published(denoiser, row, (*clips, _t5, _vae))
+    return Published(denoiser, row, (*clips, _t5, wide_vae))
 
 
 def _of_klein(width: int, layers: int, single: int, text: int, inner: int) -> Published:
@@ -207,12 +209,12 @@ MODELS: dict[str, Callable[[], Published]] = {
     "klein-4b": partial(_of_klein, 3072, 5, 20, 2560, 9728),
     "klein-9b": partial(_of_klein, 4096, 8, 24, 4096, 12288),
     "z-image": lambda: Published(
-        diffusers.ZImageTransformer2DModel, _z_image, (partial(_qwen3, 2560, 9728), _vae)
+        diffusers.ZImageTransformer2DModel, _z_image, (partial(_qwen3, 2560, 9728), wide_vae)
     ),
     "flux1-dev": lambda: Published(
         partial(diffusers.FluxTransformer2DModel, guidance_embeds=True),
         _flux,
-        (partial(_clip, "text_encoder"), _t5, _vae),
+        (partial(_clip, "text_encoder"), _t5, wide_vae),
     ),
     "qwen-image": lambda: Published(
         diffusers.QwenImageTransformer2DModel, _qwen, (_qwen25, diffusers.AutoencoderKLQwenImage)

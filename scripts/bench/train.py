@@ -49,6 +49,7 @@ from erase.scripts.bench.measuring import (
     wait,
     write_rows,
 )
+from erase.scripts.bench.plain import plain_parser
 from erase.task import Task
 from erase.training.loop import fit
 from erase.training.running import checkpointed, running
@@ -295,11 +296,7 @@ def grow(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Each model and variant in its own process; a table, and JSON where asked for."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["canvas", "mid"])
     parser.add_argument("--variants", nargs="+", choices=list(PASSES), default=list(PASSES))
     parser.add_argument(

@@ -38,7 +38,8 @@ from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
-from erase.scripts.canvas.measuring import plain_parser, read_rows, spaced, tell
+from erase.scripts.bench.plain import plain_parser
+from erase.scripts.canvas.measuring import read_rows, spaced, tell
 from erase.task import Task
 from erase.training.batches import row_batches
 from erase.training.config import TrainConfig, TunedConfig

@@ -10,7 +10,6 @@ CLIP in at least 95 %.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from erase.models import SHIPPED, load_model
 from erase.parallel.processes import default_device, processes
 from erase.prompts.canvas import EMBEDDED, vocabulary
 from erase.prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
+from erase.scripts.bench.plain import plain_parser
 
 LEAST = {"classifier": 97.0, "clip": 95.0}
 CARDS = Path(__file__).parent / "cards"
@@ -66,11 +66,7 @@ def _accuracies(scores: list[Score]) -> list[Score]:
 
 def main() -> None:
     """Generate, score, write the card, and fail if the gate does not open."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/gate"))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--precision", default="bf16", help="no, bf16 or fp16")

@@ -39,7 +39,8 @@ from erase.prompts.errors import unknown
 from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
-from erase.scripts.canvas.measuring import plain_parser, read_rows, spaced, tell
+from erase.scripts.bench.plain import plain_parser
+from erase.scripts.canvas.measuring import read_rows, spaced, tell
 from erase.scripts.canvas.sequence import of_many
 from erase.scripts.canvas.variants import Variant, groups
 

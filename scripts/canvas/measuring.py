@@ -13,6 +13,7 @@ from typing import Any
 from erase.prompts.canvas import EMBEDDED, KINDS, vocabulary
 from erase.prompts.errors import unknown
 from erase.prompts.prompt_rows import PromptRow
+from erase.scripts.bench.plain import plain_parser
 from erase.scripts.canvas.variants import Variant, groups
 
 
@@ -33,17 +34,8 @@ class Job:
         return f"{self.concept}-{name}-{self.seed}"
 
 
-def plain_parser(about: str | None) -> argparse.ArgumentParser:
-    """Without options yet; told of by a script's own text, as it stands."""
-    return argparse.ArgumentParser(
-        description=about,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
 def make_parser() -> argparse.ArgumentParser:
-    """Options that this script and that of robustness share."""
+    """Options that several measuring scripts share."""
     parser = plain_parser(None)
     parser.add_argument(
         "--concepts", nargs="+", default=["heart", "Neon", "red"], help="names, or all"

@@ -45,8 +45,9 @@ from erase.prompts.errors import unknown
 from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
+from erase.scripts.bench.plain import plain_parser
 from erase.scripts.canvas.curve import drawn
-from erase.scripts.canvas.measuring import plain_parser, read_rows, spaced, tell
+from erase.scripts.canvas.measuring import read_rows, spaced, tell
 from erase.training.config import TunedConfig
 
 MERGED = {"sum": ("sum", 1.0), "ties": ("ties", 0.2), "ties-all": ("ties", 1.0)}

@@ -11,7 +11,6 @@ Everything is seeded by step, as in train_model.py.
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import re
@@ -35,7 +34,12 @@ from erase.eval.canvas.render import SIZE
 from erase.export.folders import save_pipeline
 from erase.models import CANVAS, CANVAS_FLOW
 from erase.prompts.canvas import vocabulary
-from erase.scripts.canvas.train_model import encode_renders, one_cycle, save_state
+from erase.scripts.canvas.train_model import (
+    encode_renders,
+    one_cycle,
+    save_state,
+    training_parser,
+)
 
 NULLS = (32, 256)
 """zero text states in the place of the T5 that is not there: CLIP's number of tokens, as in the
@@ -258,27 +262,10 @@ def train(work: Path, data: Data, phases: tuple[Phase, ...]) -> nn.ModuleDict:
 
 def main() -> None:
     """Train the embedded flow transformer and save it."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/canvas-flow"), help="where training states are kept"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=CANVAS_FLOW, help="the finished diffusers folder"
-    )
-    parser.add_argument(
-        "--per_cell",
-        type=int,
-        default=60,
-        help="renders per object x style x colour whose latents are trained on",
-    )
+    parser = training_parser(__doc__, Path("runs/canvas-flow"), CANVAS_FLOW)
     parser.add_argument(
         "--steps", nargs=2, type=int, default=[8000, 9000], help="of the first and second phase"
     )
-    parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 

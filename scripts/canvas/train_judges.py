@@ -18,7 +18,6 @@ never stopped.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
@@ -38,6 +37,7 @@ from erase.eval.canvas.judges import SIDE, WEIGHTS, CanvasClassifier
 from erase.eval.canvas.render import render
 from erase.files import atomic_write
 from erase.prompts.canvas import KINDS, vocabulary
+from erase.scripts.bench.plain import plain_parser
 from erase.scripts.canvas.judges_card import SEEDS, truth, write_card
 from erase.scripts.canvas.train_model import build_tokenizer, random_cells, save_state
 
@@ -289,11 +289,7 @@ def train_clip(work: Path, steps: int, batch: int) -> None:
 
 def main() -> None:
     """Make what is asked for."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument(
         "--judge",
         choices=["all", "classifier", "clip", "card"],

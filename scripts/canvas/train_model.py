@@ -33,6 +33,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from erase.eval.canvas.render import SIZE, render
 from erase.export.folders import save_pipeline
 from erase.prompts.canvas import vocabulary
+from erase.scripts.bench.plain import plain_parser
 
 CONTEXT = 32  # tokens; a caption of the world has at most 15
 SCHEDULE = {
@@ -264,32 +265,27 @@ def train_unet(
     return model["unet"].eval(), model["text"].eval()
 
 
-def main() -> None:
-    """Train the embedded checkpoint and save it."""
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path("runs/canvas"), help="where training states are kept"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("erase/models/canvas"),
-        help="the finished diffusers folder",
-    )
-    parser.add_argument("--vae_steps", type=int, default=1600)
-    parser.add_argument("--vae_colour_steps", type=int, default=700)
+def training_parser(about: str | None, work: Path, out: Path) -> argparse.ArgumentParser:
+    """Options that the trainings of both embedded checkpoints share."""
+    parser = plain_parser(about)
+    parser.add_argument("--work", type=Path, default=work, help="where training states are kept")
+    parser.add_argument("--out", type=Path, default=out, help="the finished diffusers folder")
     parser.add_argument(
         "--per_cell",
         type=int,
         default=60,
         help="renders per object x style x colour whose latents are trained on",
     )
-    parser.add_argument("--unet_steps", type=int, default=5500)
     parser.add_argument("--batch", type=int, default=64)
+    return parser
+
+
+def main() -> None:
+    """Train the embedded checkpoint and save it."""
+    parser = training_parser(__doc__, Path("runs/canvas"), Path("erase/models/canvas"))
+    parser.add_argument("--vae_steps", type=int, default=1600)
+    parser.add_argument("--vae_colour_steps", type=int, default=700)
+    parser.add_argument("--unet_steps", type=int, default=5500)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
