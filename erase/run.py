@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -103,7 +103,7 @@ def erase_concept(
         check_settings(folder, description, defaults)
     if finished:
         log.info("%s is finished, so nothing is computed again; only its base is checked", path)
-    model = model or load_model(config.model, default_device(), config.load)
+    model = model or load_model(config.model, default_device(), _load_options(config, settings))
     _check_base(model, settings, after)
     check_prompts(model, concepts)
 
@@ -244,6 +244,12 @@ def _check_settings(settings: Any, folder: Path | None) -> None:
         check_log(settings.train.log_with, folder)
 
 
+def _load_options(config: EraseConfig, settings: Any) -> LoadConfig:
+    """As they are given; who offloads in training has no room for all parts before it either."""
+    offload = isinstance(settings, TunedConfig) and settings.train.offload
+    return replace(config.load, offload=config.load.offload or offload)
+
+
 def _check_base(model: DiffusionModel, settings: Any, after: ErasedDelta | None) -> None:
     """Refuse weights that cannot be trained, or that the earlier erasure is not of, before hours
     are spent on latents."""
@@ -289,7 +295,7 @@ def describe(
 ) -> dict[str, str]:
     """Everything that fixes the result but the base, as a delta's metadata: methods and concepts of
     an earlier erasure with those of this one, the config of this one."""
-    erase = {**asdict(config), "latents": config.latents.facts}
+    erase = {**asdict(config), "latents": config.latents.facts, "load": config.load.facts}
     named = [asdict(concept) for concept in concepts]
     facts = {
         "method": config.method,

@@ -19,6 +19,7 @@ from erase.mask import SaliencyMask
 from erase.models import DiffusionModel
 from erase.models.scopes import select
 from erase.models.sd import StableDiffusion
+from erase.models.waiting import Waiting, waiting
 from erase.parallel.fsdp import BF16
 from erase.parallel.launch import FSDP
 from erase.training.checkpoint import Checkpoint
@@ -144,6 +145,8 @@ def train(
         state: file of the training state.
         stop: the step that ends in a KeyboardInterrupt.
     """
+    if config.train.offload and not waiting(model.pipeline()):
+        Waiting(model.pipeline(), model.device)
     params, mask = select(model.parameters(), config.scope), density and mask_of(model, density)
     kept = state and Checkpoint(state, {"base_fingerprint": model.fingerprint})
 

@@ -3,10 +3,16 @@ trajectories that lead to them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
-from erase.models import DiffusionModel, autocast
+from erase.models import PRECISIONS, Cond, DiffusionModel, autocast
+from erase.models.half_precision import stand_ins
+from erase.models.pipelines import denoiser
+from erase.models.waiting import Waiting, waiting
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import ErasureError
 
@@ -44,9 +50,12 @@ def sample_points(
         ErasureError: latents that are not finite.
     """
     each = min(trajectory, steps)
+    parts = waiting(model.pipeline())
+    known = _encoded(model, prompts, precision) if parts else None
 
     def sample(rows: range) -> tuple[Tensor, Tensor, Tensor]:
-        batch, seeds = [prompts[row] for row in rows], [seed + row for row in rows]
+        texts, seeds = [prompts[row] for row in rows], [seed + row for row in rows]
+        batch = known(texts) if known else texts
         with autocast(model.device, precision):
             if not each:
                 return (
@@ -58,11 +67,40 @@ def sample_points(
         noise, t = choose_states(noise, t, each, seeds[0], model.timesteps)
         return latents.float().cpu(), noise.float().cpu(), t.cpu()
 
-    parts = in_shares(len(prompts), batch_size, sample, f"{what} latents", "img")
-    latents, noise, t = (torch.cat(column) for column in zip(*parts, strict=True))
+    with _alone(model, parts, precision) if parts else nullcontext():
+        found = in_shares(len(prompts), batch_size, sample, f"{what} latents", "img")
+    latents, noise, t = (torch.cat(column) for column in zip(*found, strict=True))
     if not (latents.isfinite().all() and noise.isfinite().all()):
         raise ErasureError("the model sampled latents that are not finite; load it in float32")
     return (latents.repeat_interleave(each, 0), noise, t) if each else (latents, None, None)
+
+
+def _encoded(
+    model: DiffusionModel, prompts: Sequence[str], precision: str
+) -> Callable[[list[str]], tuple[Cond, Cond]]:
+    """The states of all prompts, kept in main memory: the text encoders run once and leave."""
+    texts = list(dict.fromkeys(["", *prompts]))
+    with torch.no_grad(), autocast(model.device, precision):
+        states = [model.encode([text]).to(torch.device("cpu")) for text in texts]
+    known = dict(zip(texts, states, strict=True))
+    return lambda batch: (
+        Cond.stack([known[text] for text in batch]),
+        Cond.stack([known[""]] * len(batch)),
+    )
+
+
+@contextmanager
+def _alone(model: DiffusionModel, parts: Waiting, precision: str) -> Iterator[None]:
+    """The denoiser on the device, in the precision of its products, and no other part."""
+    device, module = model.device, denoiser(model.pipeline())
+    with (
+        parts.held([module]),
+        stand_ins({"denoiser": module}, PRECISIONS[precision], device, away=True),
+    ):
+        # by the first weight a pipeline tells in which precision it gives its latents
+        first = next(module.parameters())
+        first.data = first.data.float()
+        yield
 
 
 def choose_states(

@@ -45,20 +45,26 @@ def load_model(
             (.safetensors, .ckpt, .pt), as A1111 and ComfyUI use, or of a flow transformer; or a
             hub id.
         device: where the modules go.
-        options: variant, revision, dtype and what a single file does not tell.
+        options: variant, revision, dtype, what a single file does not tell, and whether parts wait
+            in main memory.
 
     Raises:
         ErasureError: nothing can be loaded from there, its family is not supported, or its weights
             are damaged.
     """
     from erase.models.loading import load_pipeline
+    from erase.models.waiting import Waiting
 
     pin_mkl_rounding()
     options = options or LoadConfig()
     if name == "canvas-flow" and not options.vae:  # it shares canvas's
         options = replace(options, vae=str(CANVAS / "vae"))
     pipeline = load_pipeline(SHIPPED.get(str(name), name), options)
-    return wrap(pipeline.to(device), str(name))
+    if options.offload:
+        Waiting(pipeline, torch.device(device))
+    else:
+        pipeline.to(device)
+    return wrap(pipeline, str(name))
 
 
 def wrap(pipeline: Any, name: str = "in memory") -> DiffusionModel:

@@ -122,7 +122,7 @@ class DiffusionModel(Protocol):
 
     def sample(
         self,
-        prompts: list[str],
+        prompts: list[str] | tuple[Cond, Cond],
         seeds: list[int],
         steps: int,
         guidance: float,
@@ -130,10 +130,11 @@ class DiffusionModel(Protocol):
         prefix: Tensor | Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Latents of generated images, one seed each, shape (n, *latent_shape); the VAE does not
-        run. `prefix`: embeddings before every prompt, as for `encode`."""
+        run. `prompts`: texts, or their states and the empty one's, as many rows. `prefix`:
+        embeddings before every prompt, as for `encode`."""
 
     def trajectory(
-        self, prompts: list[str], seeds: list[int], steps: int, guidance: float
+        self, prompts: list[str] | tuple[Cond, Cond], seeds: list[int], steps: int, guidance: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The latents of `sample`, and the states that it passed through, as the noise that leads
         there from the finished latents.

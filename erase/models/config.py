@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,9 @@ class LoadConfig:
     """a regular expression: surplus tensors whose names begin with it are not read"""
     offline: bool = False
     """of a hub id: only what is in the local cache"""
+    offload: bool = False
+    """parts of the checkpoint wait in main memory, and come to the GPU one at a time, when they are
+    called; `train.offload` asks for it too"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -73,6 +76,11 @@ class LoadConfig:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides which values are read."""
+        return {name: value for name, value in asdict(self).items() if name != "offload"}
 
     def ignores(self, key: str) -> bool:
         """Whether a surplus tensor of this name is not to be read."""

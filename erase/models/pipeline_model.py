@@ -13,7 +13,6 @@ from erase.models.base import Cond, Tokens, fingerprint
 from erase.models.pipelines import (
     Pipeline,
     denoised,
-    denoiser,
     encode,
     latent_side,
     modules,
@@ -22,6 +21,7 @@ from erase.models.pipelines import (
 from erase.models.prefix import encode_live
 from erase.models.stock import Stock
 from erase.models.tokenizers import check_tokenizers, tokens
+from erase.models.waiting import device_of
 
 
 class PipelineModel:
@@ -50,10 +50,7 @@ class PipelineModel:
 
     @property
     def device(self) -> torch.device:
-        # diffusers' own property walks through all modules, a millisecond on a small UNet; a step
-        # asks ten times
-        device: torch.device = next(denoiser(self._pipeline).parameters()).device
-        return device
+        return device_of(self._pipeline)
 
     def component(self, name: str) -> nn.Module:
         module: nn.Module = getattr(self._pipeline, name)
@@ -106,7 +103,7 @@ class PipelineModel:
 
     def sample(
         self,
-        prompts: list[str],
+        prompts: list[str] | tuple[Cond, Cond],
         seeds: list[int],
         steps: int,
         guidance: float,
@@ -116,7 +113,7 @@ class PipelineModel:
         return self._denoise(prompts, seeds, steps, guidance, size, prefix)[0]
 
     def trajectory(
-        self, prompts: list[str], seeds: list[int], steps: int, guidance: float
+        self, prompts: list[str] | tuple[Cond, Cond], seeds: list[int], steps: int, guidance: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         latents, states, sampled = self._denoise(prompts, seeds, steps, guidance)
         t = self.timestep(sampled.to(latents.device))
@@ -126,7 +123,7 @@ class PipelineModel:
     @torch.no_grad()
     def _denoise(
         self,
-        prompts: list[str],
+        prompts: list[str] | tuple[Cond, Cond],
         seeds: list[int],
         steps: int,
         guidance: float,
@@ -135,9 +132,11 @@ class PipelineModel:
     ) -> tuple[Tensor, list[Tensor], Tensor]:
         """Latents of generated images, the noisy states on the way there, and the sampler's
         timesteps of these."""
-        # null encoded once
-        cond = self.encode(prompts, prefix)
-        null = self.encode([""])[torch.zeros(len(prompts), dtype=torch.long)]
+        if isinstance(prompts, tuple):
+            cond, null = (states.to(self.device) for states in prompts)
+        else:  # null encoded once
+            cond, null = self.encode(prompts, prefix), self.encode([""])
+            null = null[torch.zeros(len(prompts), dtype=torch.long)]
         # the same parts behind another scheduler; the caller's pipeline stays as it is
         pipe = copy(self._pipeline)
         pipe.scheduler = self.sampler()

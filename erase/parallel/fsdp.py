@@ -183,7 +183,11 @@ class Shards(Layout):
 
 @contextmanager
 def sharded_twins(
-    model: DiffusionModel, parts: Iterable[str], half: torch.dtype | None, asked: FullShard
+    model: DiffusionModel,
+    parts: Iterable[str],
+    half: torch.dtype | None,
+    asked: FullShard,
+    device: torch.device,
 ) -> Iterator[Shards]:
     """A twin in shards in the place of each of these parts, which wait on the CPU.
 
@@ -192,28 +196,36 @@ def sharded_twins(
         parts: names of components.
         half: precision of matrix products, in which they are gathered; None: float32.
         asked: what the launch asks for.
+        device: of the shards.
 
     Raises:
         ErasureError: a part other than the denoiser.
     """
     with ExitStack() as stack:
         yield Shards(
-            [stack.enter_context(_twin_in_place(model, part, half, asked)) for part in parts]
+            [
+                stack.enter_context(_twin_in_place(model, part, half, asked, device))
+                for part in parts
+            ]
         )
 
 
 @contextmanager
 def _twin_in_place(
-    model: DiffusionModel, part: str, half: torch.dtype | None, asked: FullShard
+    model: DiffusionModel,
+    part: str,
+    half: torch.dtype | None,
+    asked: FullShard,
+    device: torch.device,
 ) -> Iterator[nn.Module]:
     pipeline, original = model.pipeline(), model.component(part)
     if original is not denoiser(pipeline):
         raise _only_the_denoiser(part)
     home = next(original.parameters()).device
     twin = _empty_twin(original)
-    _shard(twin, init_device_mesh(home.type, (processes().num_processes,)), half, asked)
+    _shard(twin, init_device_mesh(device.type, (processes().num_processes,)), half, asked)
     original.to("cpu")
-    twin.to_empty(device=home)
+    twin.to_empty(device=device)
     # not by the pipeline's own way, which would write the twin's class into its configuration
     object.__setattr__(pipeline, part, twin)
     layout = Shards([twin])

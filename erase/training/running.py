@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erase.models import PRECISIONS, DiffusionModel, check_precision
+from erase.models.half_precision import stand_ins
 from erase.models.pipelines import denoiser, modules
+from erase.models.waiting import waiting
 from erase.parallel.fsdp import check_sharded, sharded_twins
 from erase.parallel.layout import ActiveWeights
 from erase.prompts.errors import ErasureError, unknown
 from erase.training.config import TrainConfig
-from erase.training.half_precision import stand_ins
 from erase.training.recompute import SavedActivations, recomputing
 
 ATTENTION = ("auto", "sdpa", "xformers", "sliced")
@@ -45,11 +46,14 @@ def running(
             FSDP cannot do.
     """
     check_precision(config.mixed_precision)
-    parts = sorted({name.split(".")[0] for name in params})
+    names, device = sorted({name.split(".")[0] for name in params}), model.device
+    parts = {name: model.component(name) for name in names}
     with ExitStack() as stack:
-        if config.offload:
+        if moved := waiting(model.pipeline()):
+            stack.enter_context(moved.held(parts.values()))
+        elif config.offload:
             stack.enter_context(idle_on_cpu(model, set(parts)))
-        active = stack.enter_context(_active(model, params, config))
+        active = stack.enter_context(_active(model, params, parts, config, device))
         for part in map(model.component, parts):
             stack.enter_context(checkpointed(part, config.gradient_checkpointing))
             stack.enter_context(compiled(part, config.compile))
@@ -61,18 +65,20 @@ def running(
 
 @contextmanager
 def _active(
-    model: DiffusionModel, params: Mapping[str, nn.Parameter], config: TrainConfig
+    model: DiffusionModel,
+    params: Mapping[str, nn.Parameter],
+    parts: Mapping[str, nn.Module],
+    config: TrainConfig,
+    device: torch.device,
 ) -> Iterator[ActiveWeights]:
     """Weights in the layout that the launch asks for, in the precision of the steps."""
-    components = sorted({name.split(".")[0] for name in params})
-    parts = {component: model.component(component) for component in components}
     half = PRECISIONS[config.mixed_precision]
     if asked := check_sharded(config):
-        with sharded_twins(model, parts, half, asked) as layout:
+        with sharded_twins(model, parts, half, asked, device) as layout:
             parameters = model.parameters()
             yield ActiveWeights({name: parameters[name] for name in params}, layout=layout)
     else:
-        with stand_ins(parts, half, config.channels_last, away=config.offload) as own:
+        with stand_ins(parts, half, device, config.channels_last, config.offload) as own:
             yield ActiveWeights(params, own)
 
 

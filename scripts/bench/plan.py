@@ -3,12 +3,14 @@
   python scripts/bench/plan.py                          every model, two scopes, 24, 48 and 80 GB
   python scripts/bench/plan.py --models flux1-dev --scopes full --densities 0.01 --gpus 4 --rows 4
 
-Latents: the whole pipeline in float32, which samples them. Statistics: the denoiser, a block's
-gradients and activations in float32; the sums wait on the CPU. Steps: the denoiser in bf16, 22
-bytes for each weight that changes (with its float32 value elsewhere), activations in bf16;
-`train.offload` and `train.gradient_checkpointing`. Under FSDP on several GPUs each has its part of
-weights, sums and changes, and two blocks with their gradients. What kernels need besides is not in
-it, nor what torch itself takes, about a GB. No GPU was at hand: nothing here is measured.
+Latents: the largest text encoder in float32, or the denoiser in bf16 and what one of its blocks
+keeps of a batch, whichever takes more. Statistics: the denoiser, a block's gradients and
+activations in float32; the sums wait on the CPU. Steps: the denoiser in bf16, 22 bytes for each
+weight that changes (with its float32 value elsewhere), activations in bf16. All with
+`train.offload`, `train.gradient_checkpointing`, and bf16 for latents and steps. Under FSDP on
+several GPUs each has its part of weights, sums and changes, and two blocks with their gradients;
+latents are sampled whole. What kernels need besides is not in it, nor what torch itself takes,
+about a GB. No GPU was at hand: nothing here is measured.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from torch import nn
 from erase.models.scopes import select
 from erase.scripts.bench.count_activations import WAYS, blocks, count
 from erase.scripts.bench.plain import plain_parser
-from erase.scripts.bench.published import MODELS, Published
+from erase.scripts.bench.published import MODELS, Published, weights
 
 GB = 1e9
 FULL, HALF, CHANGED = 4, 2, 22
@@ -36,24 +38,26 @@ class Size:
     """Of a model, as far as the stages go by it."""
 
     denoiser: int
-    others: int
+    beside: int
+    """of the largest of the other parts"""
     largest: int
     """weights of the largest block"""
     row: dict[torch.dtype | None, float]
     """precision of the activations -> bytes of a row, with the block that is made again"""
+    block: float
+    """of these, a block's in bf16"""
 
     @classmethod
     def of(cls, model: Published, network: nn.Module) -> Size:
         """Counted."""
         row: dict[torch.dtype | None, float] = {}
+        block = 0
         for half in (None, torch.bfloat16):
             kept, _ = count(model, "cuda", half, WAYS[2])
-            row[half] = kept + count(model, "cuda", half, WAYS[0])[1]
-        return cls(_weights(network), model.others(), max(map(_weights, blocks(network))), row)
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(param.numel() for param in module.parameters())
+            block = count(model, "cuda", half, WAYS[0])[1]
+            row[half] = kept + block
+        largest = max(map(weights, blocks(network)))
+        return cls(weights(network), max(model.others()), largest, row, block)
 
 
 def stages(size: Size, scope: int, density: float, rows: int, gpus: int) -> dict[str, float]:
@@ -65,7 +69,7 @@ def stages(size: Size, scope: int, density: float, rows: int, gpus: int) -> dict
         + rows * size.row[None]
     )
     return {
-        "latents": FULL * (size.denoiser + size.others),
+        "latents": max(FULL * size.beside, HALF * size.denoiser + rows * size.block),
         "statistics": statistics if density < 1 else 0,
         "steps": (HALF * size.denoiser + CHANGED * density * scope) / gpus
         + HALF * gathered
@@ -100,7 +104,12 @@ def main() -> None:
     parser.add_argument(
         "--densities", nargs="+", type=float, default=[1.0, 0.04], help="one for each scope"
     )
-    parser.add_argument("--rows", type=int, default=4, help="of a step: 2 to forget, 2 to retain")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=4,
+        help="of a step, and of what is sampled at once",
+    )
     parser.add_argument("--gpus", type=int, default=1, help="that share the model (fsdp.yaml)")
     parser.add_argument("--cards", nargs="+", type=float, default=[24, 48, 80], help="GB of a GPU")
     print("\n".join(table(parser.parse_args())))

@@ -20,6 +20,11 @@ PATCHES, TOKENS = 4096, 512
 Made = Callable[..., Any]
 
 
+def weights(module: nn.Module) -> int:
+    """How many a module has."""
+    return sum(param.numel() for param in module.parameters())
+
+
 @dataclass(frozen=True)
 class Published:
     """A model's parts; sizes as in its configurations on the hub."""
@@ -37,10 +42,10 @@ class Published:
             network: nn.Module = self.denoiser()
         return network
 
-    def others(self) -> int:
-        """Weights of text encoders and VAE."""
+    def others(self) -> list[int]:
+        """Weights of each text encoder and of the VAE."""
         with init_empty_weights():
-            return sum(param.numel() for make in self.beside for param in make().parameters())
+            return [weights(make()) for make in self.beside]
 
 
 def _of_sd(family: str) -> Published:

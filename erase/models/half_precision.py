@@ -13,17 +13,22 @@ from erase.models.precision import with_precision
 
 @contextmanager
 def stand_ins(
-    parts: Mapping[str, nn.Module], half: torch.dtype | None, channels_last: bool, away: bool
+    parts: Mapping[str, nn.Module],
+    half: torch.dtype | None,
+    device: torch.device,
+    channels_last: bool = False,
+    away: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
-    """Copies of the weights in the precision and the memory format of the steps take the place of
-    the model's own.
+    """Copies of the weights in the precision and the memory format of the steps, on their device,
+    take the place of the model's own.
 
     Autocast would round the same weights to the same values, for each pass anew and, outside the
     scope, for each use. The model's own are not written meanwhile, and come back as they were.
 
     Args:
         parts: name -> module.
-        half: precision of matrix products; None: float32, which needs no copies.
+        half: precision of matrix products; None: float32, which needs no copies where it is.
+        device: of the steps.
         channels_last: convolution kernels with the channels innermost, as tensor cores take them.
         away: keep the model's own weights on the CPU meanwhile.
 
@@ -31,7 +36,7 @@ def stand_ins(
         `part.parameter` name -> the model's own weights, of those that have a stand-in.
     """
     own: dict[str, Tensor] = {}
-    params: dict[str, nn.Parameter] = {}
+    params: dict[str, tuple[nn.Parameter, torch.device]] = {}
     try:
         for part, module in parts.items():
             for name, param, dtype in with_precision(module, half):
@@ -41,14 +46,14 @@ def stand_ins(
                     else torch.preserve_format
                 )
                 data = param.data  # a new object at each look
-                copy = data.to(dtype=dtype, memory_format=layout)
+                copy = data.to(device, dtype, memory_format=layout)
                 if copy is not data:
-                    params[f"{part}.{name}"], own[f"{part}.{name}"] = (
-                        param,
-                        data.cpu() if away else data,
-                    )
+                    params[f"{part}.{name}"] = param, data.device
+                    own[f"{part}.{name}"] = data.cpu() if away else data
                     param.data = copy
+            if any(buffer.device != device for buffer in module.buffers()):
+                module.to(device)
         yield own
     finally:
-        for name, param in params.items():
-            param.data = own[name].to(param.device)
+        for name, (param, home) in params.items():
+            param.data = own[name].to(home)
