@@ -36,7 +36,7 @@ from erase.parallel.processes import default_device
 from erase.prompts.concepts import ConceptSpec
 from erase.scripts.bench.measuring import host_peak, peak
 from erase.scripts.bench.plain import plain_parser
-from erase.scripts.bench.published import wide_vae
+from erase.scripts.bench.published import MODELS, wide_vae
 from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig
 from erase.training.saliency import Objective, choose_mask
@@ -68,13 +68,13 @@ class Stages:
 
 
 def random_pipeline(family: str) -> Any:
-    """The real architecture with random fp16 weights; SD 3 (medium) without its T5, as many run
-    it."""
+    """The real architecture with random fp16 weights; SD 3 (medium) without its T5, as many run it,
+    klein with a narrow language model."""
     from erase.models.single_file.architectures import shipped
 
     torch.manual_seed(0)
-    if family == "sd3":
-        return sd3_pipeline()
+    if family in (made := {"sd3": sd3_pipeline, "klein": klein_pipeline}):
+        return made[family]()
     architecture = shipped(family, "v_prediction" if family == "sd2" else "epsilon")
     return architecture.pipeline(
         {name: filled(module) for name, module in architecture.modules().items()}
@@ -117,6 +117,40 @@ def sd3_pipeline() -> Any:
     )
 
 
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
+)
+
+
+def klein_pipeline() -> Any:
+    """FLUX.2 klein 4B, but for its Qwen3: the layers and the width that the denoiser reads (28 and
+    2,560) at a hundredth of the weights."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    letters = {letter: number for number, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=letters, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = TEMPLATE
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=2560,
+        intermediate_size=64,
+        num_hidden_layers=28,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=64,
+    )
+    with init_empty_weights():
+        encoder, vae = Qwen3ForCausalLM(config), AutoencoderKLFlux2()
+    transformer = MODELS["klein-4b"]().network()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    parts = filled(vae), filled(encoder), tokenizer, filled(transformer)
+    return Flux2KleinPipeline(scheduler, *parts)
+
+
 def filled(module: Any) -> Any:
     """Random fp16 values for parameters on the meta device; the gains of norms near one."""
     for name, meta in list(module.named_parameters()):
@@ -142,7 +176,7 @@ def save(pipeline: Any, path: Path) -> Path:
 
 def random_latents(model: DiffusionModel, n: int, size: int | None) -> Given:
     """Noise in the place of images, for `n` forget and `n` retain rows."""
-    side = size // 8 if size else model.latent_shape[1]
+    side = (size or model.image_size) * model.latent_shape[1] // model.image_size
     pairs, shape = CONCEPT.pairs()[:1] * n, (n, model.latent_shape[0], side, side)
     prompts, anchors = zip(*pairs, strict=True)
     forget = LatentSet(torch.randn(shape), None, prompts, anchors)
@@ -195,7 +229,7 @@ def main() -> None:
     """Make the checkpoint in a process of its own, so that the peak is the erasure's alone, then
     measure."""
     parser = plain_parser(__doc__)
-    parser.add_argument("--family", default="sd1", choices=["sd1", "sd2", "sdxl", "sd3"])
+    parser.add_argument("--family", default="sd1", choices=["sd1", "sd2", "sdxl", "sd3", "klein"])
     parser.add_argument("--scope", default="full", help="as of erase-concept")
     parser.add_argument("--rule", default="benefit", help="of the mask, as of erase-concept")
     parser.add_argument("--density", type=float, default=0.01)

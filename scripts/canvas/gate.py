@@ -28,7 +28,12 @@ CARDS = Path(__file__).parent / "cards"
 
 
 def card(
-    name: str, scores: dict[str, list[Score]], config: GenerateConfig, images: int, steps: int
+    name: str,
+    scores: dict[str, list[Score]],
+    config: GenerateConfig,
+    images: int,
+    steps: int,
+    command: str,
 ) -> str:
     """The model card of a checkpoint, with these figures."""
     vocab, folder = vocabulary(), SHIPPED[name]
@@ -46,7 +51,7 @@ def card(
             f"{config.scheduler}, {config.steps} steps, guidance {config.guidance:g}, autocast "
             f"{config.mixed_precision}"
         ),
-        command=" ".join(["python scripts/canvas/gate.py", *sys.argv[1:]]),
+        command=command,
         rows="\n".join(_row(judge, judged) for judge, judged in scores.items()),
         files="\n".join(
             f"| {path.relative_to(folder)} | {path.stat().st_size:,} | `{digest}` |"
@@ -90,7 +95,11 @@ def main() -> None:
     scores = {judge: score(images, [], [judge]) for judge in LEAST}
     if not processes().is_main_process:
         return
-    told = card(args.model, scores, config, len(images.rows), args.trained)
+    command = "python scripts/canvas/gate.py"
+    for option, value in vars(args).items():
+        if option != "out" and value != parser.get_default(option):
+            command += f" --{option} {value}"
+    told = card(args.model, scores, config, len(images.rows), args.trained, command)
     (SHIPPED[args.model] / "README.md").write_text(told, encoding="utf-8")
     for judge, judged in scores.items():
         print(judge, {s.name: s.text() for s in judged})
