@@ -13,6 +13,7 @@ from torch import nn
 
 from erase.eval.generate import GenerateConfig, generate
 from erase.latents.sampling import sample_points
+from erase.methods import get_method
 from erase.methods.esd import ESDConfig
 from erase.models import LoadConfig, load_model, wrap
 from erase.models.pipelines import decode, denoiser, modules
@@ -20,6 +21,7 @@ from erase.models.scopes import select
 from erase.models.waiting import CPU, Waiting, waiting
 from erase.prompts.prompt_sets import of_prompts
 from erase.run import EraseConfig, erase_concept
+from erase.task import Task
 from erase.training.config import TrainConfig
 from erase.training.running import running
 from erase.training.trainable import Trainable
@@ -128,6 +130,18 @@ def test_on_a_gpu_that_is_not_there(family):
         assert model.sample(["a heart"], [1], 2, 3.0).device == GPU
 
 
+@pytest.mark.parametrize("method, family", [("uce", "sdxl"), ("rece", "klein")])
+def test_a_closed_form_on_a_gpu_that_is_not_there(method, family):
+    """The text is read there, and the weights change where they wait."""
+    pipeline = ALL[family]()
+    model = wrap(pipeline)
+    with fake_gpu(pipeline):
+        Waiting(pipeline, GPU)
+        edit = get_method(method).edit(Task(model, [CONCEPT]), get_method(method).settings(None))
+        assert {value.device for value in edit.values.values()} == {CPU}
+        assert {param.device for param in model.parameters().values()} >= {CPU}
+
+
 def test_a_held_part_stays_and_is_as_it_was(there):
     model = waiting_model(FAMILIES["sd1"])
     pipeline, unet = model.pipeline(), denoiser(model.pipeline())
@@ -181,8 +195,8 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(
     "method, settings",
-    [("salun", METHOD), ("esd", ESDConfig(train=METHOD.train)), ("uce", None)],
-    ids=["salun", "esd", "uce"],
+    [("salun", METHOD), ("esd", ESDConfig(train=METHOD.train)), ("uce", None), ("fia", None)],
+    ids=["salun", "esd", "uce", "fia"],
 )
 def test_an_erasure_is_the_same_bits(method, settings, precision, base, tmp_path):
     latents = replace(QUICK.latents, mixed_precision=precision)

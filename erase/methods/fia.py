@@ -17,6 +17,8 @@ from erase.attacks.pseudo_token import nameless
 from erase.latents.batches import rows_at
 from erase.latents.latent_set import texts_of
 from erase.methods import Method
+from erase.models.pipelines import denoiser
+from erase.models.waiting import at_hand
 from erase.objectives.responses import linear_layers, responses
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import COUNT, check_ranges
@@ -87,13 +89,16 @@ def edit(task: Task, config: FIAConfig) -> Edit:
     """W_ij = 0 where A is among the top r_2 of output i and of the layer (eq. 4-6), with
     U_ij = |W_ij| |X_j| cos(X_j, Y_i) (eq. 1); where ceil(alpha C) of C concepts meet, it stays."""
     layers, most = linear_layers(task, config.scope), ceil(config.shared * len(task.concepts))
-    hits = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
-    for concept in task.concepts:
-        for name, found in sensitivity(task, concept, config, layers).items():
-            of_all = top(found.flatten(), config.density).view_as(found)
-            hits[name] += top(found, config.density) & of_all
-    lost = {name: (count > 0) & (count < max(2, most)) for name, count in hits.items()}
-    return Edit({n: layer.weight.detach().masked_fill(lost[n], 0) for n, layer in layers.items()})
+    pipeline = task.model.pipeline()
+    with at_hand(pipeline, denoiser(pipeline)):
+        hits = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+        for concept in task.concepts:
+            for name, found in sensitivity(task, concept, config, layers).items():
+                of_all = top(found.flatten(), config.density).view_as(found)
+                hits[name] += top(found, config.density) & of_all
+        lost = {name: (count > 0) & (count < max(2, most)) for name, count in hits.items()}
+    base = {name: layer.weight.detach() for name, layer in layers.items()}
+    return Edit({n: old.masked_fill(lost[n].to(old.device), 0) for n, old in base.items()})
 
 
 METHODS = {"fia": Method("fia", PAPER, FIAConfig(), edit)}

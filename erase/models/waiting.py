@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -67,6 +67,16 @@ def _move(part: nn.Module, device: torch.device) -> None:
     """A part that is there is not walked through: each call asks."""
     if next(part.parameters()).device.type != device.type:
         part.to(device)
+
+
+@contextmanager
+def at_hand(pipeline: Pipeline, part: nn.Module) -> Iterator[None]:
+    """Within the block a part is on the device, whoever is called."""
+    moved = waiting(pipeline)
+    with moved.held([part]) if moved else nullcontext():
+        if moved:
+            part.to(moved.execution_device)
+        yield
 
 
 def waiting(pipeline: Pipeline) -> Waiting | None:

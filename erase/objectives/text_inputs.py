@@ -68,9 +68,9 @@ def behind_names(
 
 
 def prompt_states(task: Task, texts: Sequence[str], of: TextInput) -> tuple[Tensor, int]:
-    """What a matrix is given of each prompt, shape (n, places, dim), and how many of the places
-    hold states in all of them."""
-    cond = task.cond(texts)
+    """What a matrix is given of each prompt, shape (n, places, dim), where the denoiser's weights
+    lie; and how many of the places hold states in all of them."""
+    cond = task.cond(texts).to(next(iter(task.model.parameters().values())).device)
     if of.pooled:
         return cond.extras[POOLED][:, None], 1
     rows = cond.embeddings
