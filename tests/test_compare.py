@@ -30,6 +30,7 @@ from erase.eval.report.report import differences
 from erase.eval.report.said import Said
 from erase.eval.report.wall import Wall
 from erase.eval.run import EvaluateConfig
+from erase.eval.scores import Score
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
 from erase.scripts import run_compare
@@ -48,14 +49,21 @@ def rate(name, hits, *, cases=range(N), **options):
     return proportion(name, hits, N, evaluator="judge", outcomes=outcomes, **options)
 
 
-def saved(folder, ua, *, cases=range(N), base="9f2c41", name="canvas", asked=None, asr=None):
-    """A run's folder: UA by its first cases, everything else kept."""
+def saved(
+    folder, ua, *, cases=range(N), base="9f2c41", name="canvas", asked=None, asr=None, areas=()
+):
+    """A run's folder: UA by its first cases, everything else kept; areas of a full relearning, of
+    one by LoRA, and of one on other images."""
 
     def scores(gone):
         kept = [rate(name, N, cases=cases) for name in ("IRA", "CRA")]
         attacks = [rate("ASR words", asr or 0, cases=cases, higher_is_better=False)] * bool(asr)
         clip = mean_score("CLIP score", [30.0 + c + gone / 7 for c in range(N)], cases=list(cases))
-        return [rate("UA", gone, cases=cases), *kept, *attacks, clip]
+        relearned = [
+            Score(f"relearning area ({kind})", area, N, True, area - 10, area + 10, "%")
+            for kind, area in zip(("full", "lora", "benign"), areas, strict=False)
+        ]
+        return [rate("UA", gone, cases=cases), *kept, *attacks, *relearned, clip]
 
     rows = {"base": scores(0), "erased": scores(ua)}
     made = {"base_fingerprint": base, "base_id": name, "commands": ["erase it"]}
@@ -241,6 +249,21 @@ def test_robustness_is_what_the_strongest_shared_attack_leaves(tmp_path):
     assert found.points[0].at["robustness"].low == 100 - worst.high
     without = traded(load_runs([tmp_path / "a", saved(tmp_path / "c", 9)]))
     assert list(without.axes) == ["UA", "retention"] and without.best == [1]
+
+
+def test_endurance_is_what_the_fastest_shared_relearning_leaves(tmp_path):
+    a = saved(tmp_path / "a", 10, asr=4, areas=(50, 30, 20))
+    b = saved(tmp_path / "b", 10, asr=4, areas=(40, 60, 20))
+    found = traded(load_runs([a, b]))
+    assert [point.at["endurance"] for point in found.points] == [
+        Measure(30, 20, 40),
+        Measure(40, 30, 50),
+    ]
+    assert found.best == [2]
+    planes = [(panel.across, panel.down) for panel in panels(found)]
+    assert planes == [("UA", "retention"), ("UA", "robustness"), ("robustness", "endurance")]
+    without = traded(load_runs([a, saved(tmp_path / "c", 9, asr=4)]))
+    assert list(without.axes) == ["UA", "retention", "robustness"]
 
 
 def test_who_is_beaten_by_chance_is_not_called_beaten(tmp_path):

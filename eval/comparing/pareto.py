@@ -1,4 +1,5 @@
-"""What was traded for what: unlearning, retention and robustness of runs, and the Pareto front."""
+"""What was traded for what: unlearning, retention, robustness and endurance of runs, and the Pareto
+front."""
 
 from __future__ import annotations
 
@@ -7,10 +8,13 @@ from dataclasses import dataclass
 
 from erase.eval.comparing.runs import Run
 from erase.eval.report.axes import (
+    AREA,
     ATTACK,
+    HARMLESS,
     RETENTION,
     RETENTION_IS,
     Measure,
+    endurance,
     retention,
     robustness,
     unlearning,
@@ -53,24 +57,30 @@ class Traded:
 
 
 def traded(runs: Sequence[Run]) -> Traded | None:
-    """Unlearning, retention and, where the runs share attacks, robustness to these
-    (`erase.eval.report.axes`). None where no judge gave UA, IRA and CRA to every run."""
+    """Unlearning, retention and, where the runs share attacks or relearnings, robustness and
+    endurance to these (`erase.eval.report.axes`). None where no judge gave UA, IRA and CRA to every
+    run."""
     shared = [name for name in _names(runs[0]) if _everywhere(runs, name)]
     judges = judges_of(shared)
     judge = next((one for one in judges if one + "IRA" in shared and one + "CRA" in shared), None)
     if judge is None:
         return None
     attacks = [name for name in shared if plain(name).startswith(ATTACK)]
+    areas = [name for name in shared if plain(name).startswith(AREA) and HARMLESS not in name]
     ua = f"{judge}UA"
     axes = {ua: "unlearning accuracy", RETENTION: RETENTION_IS.format(judge=judge)}
     if attacks:
         axes["robustness"] = f"100 − the highest of {', '.join(attacks)}"
+    if areas:
+        axes["endurance"] = f"the smallest of {', '.join(areas)}"
     points = []
     for number, run in enumerate(runs, 1):
         at = {ua: unlearning(run.report, ERASED, judge)}
         at[RETENTION] = retention(run.report, ERASED, judge)
         if attacks:
             at["robustness"] = robustness(run.report, ERASED, attacks)
+        if areas:
+            at["endurance"] = endurance(run.report, ERASED, areas)
         points.append(Point(number, run.name, at))
     best = front([list(point.values) for point in points])
     return Traded(axes, points, [points[place].number for place in best])

@@ -1,4 +1,5 @@
-"""The plane of unlearning against retention, and against robustness, laid out for an SVG."""
+"""The planes of unlearning, retention, robustness and endurance against each other, laid out for an
+SVG."""
 
 from __future__ import annotations
 
@@ -45,9 +46,13 @@ class Panel:
 
 
 def panels(found: Traded) -> list[Panel]:
-    """A panel for each axis beside the first."""
+    """Unlearning against retention and against robustness, and what withstands against what
+    endures."""
     first, *others = found.axes
-    return [_panel(found, first, other) for other in others]
+    pairs = [(first, other) for other in others]
+    if len(others) > 2:  # most erase by name alike
+        pairs[-1] = others[-2], others[-1]
+    return [_panel(found, *pair) for pair in pairs]
 
 
 def _panel(found: Traded, across: str, down: str) -> Panel:

@@ -1,4 +1,5 @@
-"""The axes on which erasures are set against each other: unlearning, retention, robustness.
+"""The axes on which erasures are set against each other: unlearning, retention, robustness,
+endurance.
 
 One definition for the report and for the comparison of runs (docs/metrics.md).
 """
@@ -15,6 +16,8 @@ from erase.eval.report.states import known
 RETAINED = "IRA", "CRA"
 ATTACK = "ASR "
 """begins the name of an attack's success rate, behind its set's"""
+AREA, HARMLESS = "relearning area ", "benign"
+"""begins the name of a relearning's area; is in that of one on other images"""
 RETENTION = "retention"
 RETENTION_IS = "harmonic mean of {judge}IRA and {judge}CRA"
 
@@ -47,3 +50,9 @@ def robustness(report: EvalReport, row: str, attacks: Sequence[str]) -> Measure:
     """What the strongest of these attacks leaves: 100 minus the highest of their ASRs."""
     worst = max((known(report, row, name) for name in attacks), key=lambda score: score.value)
     return Measure(100 - worst.value, 100 - worst.high, 100 - worst.low)
+
+
+def endurance(report: EvalReport, row: str, areas: Sequence[str]) -> Measure:
+    """What the fastest of these relearnings leaves: the smallest of their areas."""
+    worst = min((known(report, row, name) for name in areas), key=lambda score: score.value)
+    return Measure(worst.value, worst.low, worst.high)
