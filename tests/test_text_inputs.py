@@ -10,7 +10,12 @@ from erase.latents.config import LatentConfig
 from erase.methods import get_method
 from erase.models import wrap
 from erase.models.scopes import select, text_input
-from erase.objectives.text_inputs import following_states, prompt_states, subject_states
+from erase.objectives.text_inputs import (
+    behind_names,
+    following_states,
+    prompt_states,
+    subject_states,
+)
 from erase.prompts.concepts import ConceptSpec
 from erase.task import Task
 from tests.families import FAMILIES
@@ -100,3 +105,12 @@ def test_a_closed_form_gives_the_name_the_anchors_answers(task, name):
         old = base[key].detach()
         gap = ((ours - anchor) @ old.T).norm()
         assert (ours @ value.T - anchor @ old.T).norm() < gap
+
+
+def test_of_a_long_filling_some_states_are_looked_at_evenly_apart(monkeypatch):
+    task = Task(wrap(FAMILIES["sd1"]()), [CONCEPT])
+    every = behind_names(task, CONCEPT)
+    monkeypatch.setattr("erase.objectives.text_inputs.MOST", 3)
+    for few, all_of in zip(behind_names(task, CONCEPT), every, strict=True):
+        for some, states in zip(few, all_of, strict=True):
+            assert torch.equal(some, states[[0, (len(states) - 1) // 2, len(states) - 1]])

@@ -17,6 +17,9 @@ from erase.prompts.several import retained_prompts
 from erase.task import Task
 
 TOKENS = TextInput()
+MOST = 77
+"""states behind a name that are looked at: as many as a CLIP has; a T5 or a language model fills up
+to 512, whose last ones tell little that is new"""
 
 
 def subject_states(
@@ -51,7 +54,7 @@ def behind_names(
     task: Task, concept: ConceptSpec, of: TextInput = TOKENS
 ) -> list[tuple[Tensor, Tensor]]:
     """Of each template, name and text encoder, the states behind the name and those behind the
-    anchor in its place; of pooled states none."""
+    anchor in its place, `MOST` at most, evenly apart; of pooled states none."""
     if of.pooled:
         return []
     pairs = []
@@ -62,8 +65,9 @@ def behind_names(
             (named, anchor), stop = prompt_states(task, texts, of)
             for places, (start, instead) in _lengths(task, ends):
                 start, instead = places.start + start, places.start + instead
-                count = min(stop, places.stop) - max(start, instead)
-                pairs.append((named[start : start + count], anchor[instead : instead + count]))
+                count = max(0, min(stop, places.stop) - max(start, instead))
+                behind = torch.linspace(0, count - 1, min(count, MOST)).long()
+                pairs.append((named[start + behind], anchor[instead + behind]))
     return pairs
 
 
