@@ -25,7 +25,7 @@ from erase.task import Task
 from erase.training.config import TrainConfig
 from erase.training.running import running
 from erase.training.trainable import Trainable
-from tests.fake_gpu import GPU, NoLevels, fake_gpu
+from tests.fake_gpu import GPU, NoLevels, fake_gpu, needs_fake_gpu
 from tests.flow_families import tiny_klein, tiny_qwen_image, tiny_z_image
 from tests.made import CONCEPT, METHOD, QUICK
 from tests.test_round_trips import FAMILIES
@@ -93,6 +93,7 @@ def test_text_encoders_run_once_and_leave(there, monkeypatch):
     assert there[-1] == []
 
 
+@needs_fake_gpu
 @pytest.mark.filterwarnings("ignore:User provided device_type")
 @pytest.mark.parametrize("family", ["sdxl", "klein"])
 def test_on_a_gpu_that_is_not_there(family):
@@ -130,6 +131,7 @@ def test_on_a_gpu_that_is_not_there(family):
         assert model.sample(["a heart"], [1], 2, 3.0).device == GPU
 
 
+@needs_fake_gpu
 @pytest.mark.parametrize("method, family", [("uce", "sdxl"), ("rece", "klein")])
 def test_a_closed_form_on_a_gpu_that_is_not_there(method, family):
     """The text is read there, and the weights change where they wait."""
