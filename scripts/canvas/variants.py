@@ -111,6 +111,7 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     return {
         "presets": presets,
         "methods": methods,
+        "flow": _of_flow(presets["salun"], methods["esd"]),
         **_of_default(presets["salun"]),
         **_of_half(presets["salun-half"]),
         **_of_thin(presets["salun-half"]),
@@ -139,9 +140,18 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
     even = replace(ours.latents, pick="even")
     return {
         "prompts": {"salun, even prompts": replace(ours, latents=even, shares=False)},
-        "flow": {"salun, 10 %": _with(replace(ours, shares=False), {"mask.density": 0.1})},
         "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
         "target": {f"salun, {name}": _with(ours, change) for name, change in target.items()},
+    }
+
+
+def _of_flow(ours: Variant, esd: Variant) -> dict[str, Variant]:
+    """What other settings help on the flow transformer."""
+    masked = replace(esd.settings, scope="full", train=replace(esd.settings.train, lr=4e-4))
+    mask = {"mask.rule": "benefit", "mask.density": 0.1, "mask.batches": 8}
+    return {
+        "salun, 10 %": _with(ours, {"mask.density": 0.1}),
+        "esd, 10 % of full": _with(replace(esd, settings=masked), mask),
     }
 
 
