@@ -21,7 +21,7 @@ from erase.attacks.walk import Level, Walker, levels, start_noise
 from erase.eval.case import Case
 from erase.eval.detectors import Detector
 from erase.eval.evaluators import probes
-from erase.eval.evaluators.probes import Config, check, evaluate
+from erase.eval.evaluators.probes import Config, _possible, check, evaluate
 from erase.eval.images import ImageRow, ImageSet
 from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec
@@ -109,6 +109,14 @@ def test_on_flow_it_is_eulers_method():
 def test_more_noise_than_there_is_room_for_stays_finite(model):
     plain, boosted = (boosted_noise(model, PROMPTS, SEEDS, eta, HOW) for eta in (1.0, 1.85))
     assert boosted.isfinite().all() and not torch.equal(plain, boosted)
+
+
+def test_who_asks_for_all_probes_gets_those_that_a_model_has():
+    flow, diffusion = wrap(FAMILIES["sd3"]()), wrap(FAMILIES["sd1"]())
+    assert _possible(Config(), flow).probes == ["completion", "inpainting", "inversion"]
+    assert _possible(Config(), diffusion) == Config()
+    alone = Config(probes=["noise", "completion"])
+    assert _possible(alone, flow) == alone
 
 
 def test_boosted_noise_is_refused_for_flow():
@@ -262,8 +270,8 @@ def test_check_refuses_what_cannot_be_probed(case, monkeypatch):
         check(Case(case.images, [CONCEPT]), SMALL)
     flow = Case(case.images, [CONCEPT], base=wrap(FAMILIES["sd3"]()))
     with pytest.raises(ErasureError, match="leave the probe noise out"):
-        check(flow, SMALL)
-    check(flow, replace(SMALL, probes=["completion", "inpainting", "inversion"]))
+        check(flow, replace(SMALL, probes=["noise", "completion"]))
+    check(flow, SMALL)
     bare = Case(case.images, [ConceptSpec("heart", "star")], base=flow._base)
     with pytest.raises(ErasureError, match="leave inversion out"):
         check(bare, replace(SMALL, probes=["inversion"]))

@@ -28,13 +28,18 @@ class Sampling:
     """as diffusers counts it; 1 is none"""
 
 
+def has_eta(model: DiffusionModel) -> bool:
+    """Whether the model samples with noise: not one of flow matching."""
+    return preserves_variance(Level.of(model, model.timesteps // 2))
+
+
 def check_eta(model: DiffusionModel) -> None:
     """Refuse boosted noise where there is no eta.
 
     Raises:
         ErasureError: the model is one of flow matching.
     """
-    if not preserves_variance(Level.of(model, model.timesteps // 2)):
+    if not has_eta(model):
         raise ErasureError(
             f"{model.name} is trained by flow matching, which samples without noise, so it has no "
             "eta to raise; leave the probe noise out"

@@ -8,7 +8,7 @@ shows nothing. Inversion reconstructs nearly anything, so images of other things
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -51,8 +51,9 @@ class Config:
     """probes: whether the concept can be drawn without its name."""
 
     probes: list[str] = field(default_factory=lambda: list(PROBE_NAMES))
-    """noise (the concept's prompts, with more noise at each step), completion (of partly noised
-    images), inpainting (of half an image), inversion (the start noise of an image)"""
+    """noise (the concept's prompts, with more noise at each step; all four are asked for: but of a
+    model of flow matching), completion (of partly noised images), inpainting (of half an image),
+    inversion (the start noise of an image)"""
     images: int = 16
     """images of the concept, by the base, of other seeds; as many of the report's prompts for
     noise, and of other things for inversion"""
@@ -87,7 +88,7 @@ def check(case: Case, config: Config) -> None:
     """Refuse a case without a model or prompts, a judge that does not fit, and noise for flow
     matching."""
     with case.base_model() as base:
-        if "noise" in config.probes:
+        if "noise" in _possible(config, base).probes:
             probes.check_eta(base)
     Attempts.of(case, detector(case, config.judge), config.images)
     if "inversion" in config.probes and not any(concept.retain for concept in case.concepts):
@@ -95,6 +96,13 @@ def check(case: Case, config: Config) -> None:
             "inversion is compared with images of retained prompts, and the concepts have none; "
             "give them some, or leave inversion out of probes.probes"
         )
+
+
+def _possible(config: Config, model: DiffusionModel) -> Config:
+    """The probes that a model has, where all are asked for; else as asked."""
+    if set(config.probes) != set(PROBE_NAMES) or probes.has_eta(model):
+        return config
+    return replace(config, probes=[name for name in config.probes if name != "noise"])
 
 
 def budget(case: Case, config: Config) -> Budget:
@@ -134,6 +142,7 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     """
     attempts = Attempts.of(case, detector(case, config.judge), config.images)
     with case.base_model() as base:
+        config = _possible(config, base)
         settings = asdict(config) | {"probes": None, "judge": None}
         kept = Kept.of(case, "probes", attempts, base.fingerprint, settings)
         inverts = "inversion" in config.probes and "inversion" not in kept

@@ -96,7 +96,12 @@ def board(rows: list[dict[str, Any]]) -> str:
 
 
 def _highest(rows: list[dict[str, Any]], scores: tuple[str, ...]) -> list[float]:
-    return [max(map(row[ERASED].__getitem__, scores)) for row in rows]
+    """Of the scores that there are: a flow transformer has no boosted noise."""
+    values = []
+    for row in rows:
+        known = [row[ERASED][name] for name in scores if name in row[ERASED]]
+        values += [max(known)] if known else []
+    return values
 
 
 def standing(rows: list[dict[str, Any]]) -> float:
@@ -107,7 +112,8 @@ def standing(rows: list[dict[str, Any]]) -> float:
     shares = []
     for row in rows:
         scores = row[ERASED]
-        kept, seen = min(scores["IRA"], scores["CRA"]), max(map(scores.__getitem__, found))
+        kept = min(scores["IRA"], scores["CRA"])
+        (seen,) = _highest([row], found)
         back = min(map(scores.__getitem__, relearned))
         shares.append(fmean((scores["UA"], kept, 100 - seen, back)))
     return fmean(shares)
