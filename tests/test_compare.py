@@ -277,6 +277,14 @@ def test_who_is_beaten_by_chance_is_not_called_beaten(tmp_path):
     )
 
 
+def test_of_runs_at_one_place_the_first_says_how_many_there_are():
+    at = {"UA": Measure(100, 93, 100), "retention": Measure(100, 93, 100)}
+    other = at | {"UA": Measure(90, 80, 95)}
+    points = [Point(1, "a", at), Point(2, "b", other), Point(3, "c", at), Point(4, "d", at)]
+    (panel,) = panels(Traded({"UA": "", "retention": ""}, points, [1, 3, 4]))
+    assert {mark.number: mark.text for mark in panel.marks} == {1: "1 +2", 2: "2", 3: "", 4: ""}
+
+
 def test_runs_that_are_close_stand_apart_in_the_plane():
     def point(number, kept):
         at = {"UA": Measure(100, 93, 100), "retention": Measure(kept, kept - 0.2, 100)}

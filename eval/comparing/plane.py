@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import copysign
 
 from erase.eval.comparing.pareto import Point, Traded, front
 from erase.eval.report.chart import Axis, linear_axis
@@ -30,6 +31,8 @@ class Mark:
     across: tuple[float, float]
     down: tuple[float, float]
     label: tuple[float, float]
+    text: str
+    """the number, and how many more lie at the same place; of these, nothing"""
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,15 @@ def _mark(
     done: Sequence[Mark],
 ) -> Mark:
     (across, down), (xs, ys) = [point.at[name] for name in names], axes
-    taken = [*places, *(mark.label for mark in done)]
-    choices = [(place[0] + dx, place[1] + dy) for dx, dy in _around()]
-    free = [at for at in choices if _inside(at) and _apart(at, taken)]
+    first = all((mark.x, mark.y) != place for mark in done)
+    more = f" +{places.count(place) - 1}" if places.count(place) > 1 else ""
+    wide = 3.5 * len(more)  # half of the width of what it says more than a number
+    taken = [*places, *(mark.label for mark in done if mark.text)]
+    choices = [
+        (place[0] + dx + copysign(wide, dx) * bool(dx), place[1] + dy) for dx, dy in _around()
+    ]
+    inside = [at for at in choices if _inside(at, wide)]
+    free = [at for at in inside if _apart(at, taken, wide)]
     return Mark(
         point.number,
         point.name,
@@ -102,7 +111,8 @@ def _mark(
         *place,
         (_x(xs, across.low), _x(xs, across.high)),
         (_y(ys, down.low), _y(ys, down.high)),
-        (free or choices)[0],
+        (free or inside)[0],
+        f"{point.number}{more}" if first else "",
     )
 
 
@@ -111,13 +121,15 @@ def _around() -> list[tuple[float, float]]:
     return [(dx * far, dy * far) for far in (1, 1.8, 2.7, 3.6) for dx, dy in AROUND]
 
 
-def _inside(at: tuple[float, float]) -> bool:
-    return LEFT < at[0] < WIDTH - 6 and 8 < at[1] < HEIGHT - BOTTOM - 6
+def _inside(at: tuple[float, float], wide: float) -> bool:
+    return LEFT + wide < at[0] < WIDTH - 10 - wide and 8 < at[1] < HEIGHT - BOTTOM - 6
 
 
-def _apart(at: tuple[float, float], taken: Sequence[tuple[float, float]]) -> bool:
+def _apart(at: tuple[float, float], taken: Sequence[tuple[float, float]], wide: float) -> bool:
     """Whether a number there would stand on nothing."""
-    return all(abs(at[0] - x) >= LETTER + 3 or abs(at[1] - y) >= LETTER + 4 for x, y in taken)
+    return all(
+        abs(at[0] - x) >= LETTER + 3 + wide or abs(at[1] - y) >= LETTER + 4 for x, y in taken
+    )
 
 
 def _steps(best: Sequence[tuple[float, float]]) -> str:
