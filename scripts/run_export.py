@@ -222,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         lora=lora,
         layout=options.layout,
         picture=picture_of(options),
+        keep=False,
     )
     what = "weights put back: the base again" if options.undo else f"weights changed, {delta.name}"
     print(f"{out}: {FORMATS[options.format]}; {delta.count:,} {what}")

@@ -261,6 +261,19 @@ def test_a_loaded_model_is_exported_and_stays_as_it_was_found(write, fails, tmp_
         assert after[0][name].dtype == value.dtype and torch.equal(after[0][name], value)
 
 
+@pytest.mark.parametrize("write", [export_diffusers, export_components, export_single_file])
+def test_a_base_that_is_not_kept_gives_the_same_files(write, tmp_path):
+    model = model_of("sd1")
+    delta = moved(model, "attn")
+    for keep in (True, False):
+        write(delta, model, tmp_path / str(keep), dtype=torch.float16, keep=keep)
+    names = [path.relative_to(tmp_path / "True") for path in (tmp_path / "True").rglob("*.*")]
+    assert names
+    for name in names:
+        assert (tmp_path / "False" / name).read_bytes() == (tmp_path / "True" / name).read_bytes()
+    assert {weight.dtype for weight in model.parameters().values()} == {torch.float16}
+
+
 # ---- two exports to one name ----
 
 

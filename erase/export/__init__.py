@@ -40,24 +40,27 @@ def export_diffusers(
     card: str = "",
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
+    *,
+    keep: bool = True,
 ) -> Path:
     """Write base + delta as a diffusers folder that stock `DiffusionPipeline.from_pretrained`
     loads.
 
     Args:
         delta: what changed.
-        base: the checkpoint that it was made from, as for `load_model`; or that model, loaded,
-            which stays as it is.
+        base: the checkpoint that it was made from, as for `load_model`; or that model, loaded.
         out: a folder that does not exist yet; it appears whole or not at all.
         card: text of its README.md, the model card.
         dtype: of the weights in the files. float32 holds the erased weights exactly, whatever the
             base was stored as.
         picture: before_after.png of an evaluation, to lie beside the card.
+        keep: a base that is given loaded stays as it is. False: it is used up, which saves the room
+            of its weights beside their casts.
 
     Raises:
         ErasureError: another base, an existing folder, or one that cannot be written to.
     """
-    with _folder(out, card, picture) as aside, _erased(delta, base, dtype) as pipeline:
+    with _folder(out, card, picture) as aside, _erased(delta, base, dtype, keep) as pipeline:
         save_pipeline(pipeline, aside)
     return Path(out)
 
@@ -69,10 +72,12 @@ def export_components(
     card: str = "",
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
+    *,
+    keep: bool = True,
 ) -> Path:
     """Write only the components that changed, each a folder (`unet/`) that its own class loads.
     Arguments as `export_diffusers`."""
-    with _folder(out, card, picture) as aside, _erased(delta, base, dtype) as pipeline:
+    with _folder(out, card, picture) as aside, _erased(delta, base, dtype, keep) as pipeline:
         for component in delta.components:
             save_part(getattr(pipeline, component), aside / component)
     return Path(out)
@@ -85,6 +90,8 @@ def export_single_file(
     card: str = "",
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
+    *,
+    keep: bool = True,
 ) -> Path:
     """Write one checkpoint file in the layout that the family was published in: of SD 3 the
     transformer and the VAE, of the other flow transformers the transformer alone. Arguments as
@@ -96,7 +103,7 @@ def export_single_file(
     from erase.models.single_file import write_single_file
 
     with _file(out, card, picture, FILES["single-file"]) as aside:
-        with _erased(delta, base, dtype) as pipeline:
+        with _erased(delta, base, dtype, keep) as pipeline:
             _check_held(delta, pipeline)
             words = {
                 "concepts": delta.metadata.get("concepts", "[]"),
@@ -167,6 +174,7 @@ def write_export(
     lora: LoRA | None = None,
     layout: str | None = None,
     picture: str | Path | None = None,
+    keep: bool = True,
 ) -> Path:
     """Write one of `erase.export.formats.FORMATS`; arguments as its own function's above."""
     if format == "lora":
@@ -179,19 +187,21 @@ def write_export(
         "components": export_components,
         "single-file": export_single_file,
     }
-    return writers[format](delta, base, out, card, dtype, picture)
+    return writers[format](delta, base, out, card, dtype, picture, keep=keep)
 
 
 @contextmanager
-def _erased(delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype) -> Iterator[Any]:
+def _erased(
+    delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype, keep: bool
+) -> Iterator[Any]:
     """The stock pipeline of base + delta. A base that the caller holds is afterwards as it was
-    found.
+    found, if it is to be kept.
 
     Raises:
         ErasureError: another base, or a weight beyond the dtype's range.
     """
     model = _loaded(delta, base)
-    with nullcontext() if isinstance(base, str) else _as_found(model, delta):
+    with _as_found(model, delta) if keep and model is base else nullcontext():
         pipeline = delta.apply(model).pipeline()
         for name, part in modules(pipeline).items():
             for tensor in (*part.parameters(), *part.buffers()):
