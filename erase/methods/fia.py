@@ -17,9 +17,8 @@ from erase.attacks.pseudo_token import nameless
 from erase.latents.batches import rows_at
 from erase.latents.latent_set import texts_of
 from erase.methods import Method
-from erase.models.pipelines import denoiser
-from erase.models.waiting import at_hand
-from erase.objectives.responses import linear_layers, responses
+from erase.models.waiting import denoiser_at_hand
+from erase.objectives.responses import TINY, linear_layers, responses
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import COUNT, check_ranges
 from erase.task import Edit, Task
@@ -70,8 +69,7 @@ def sensitivity(
     latents, last = task.forget(), task.model.timesteps - 1
     rows = rows_naming(latents, concept, latents.concept_rows())[: config.samples]
     prompts, unnamed = texts_of(latents.prompts, rows), nameless((concept,))
-    strength = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
-    times = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    strength, times = (dict.fromkeys(layers, torch.zeros(())) for _ in range(2))
     for k in range(config.steps):
         t = last - int(k * config.early * last / config.steps)
         seen = rows_at(task.model, latents, rows, t, task.generator(k))
@@ -79,26 +77,24 @@ def sensitivity(
         rest = responses(task, layers, seen, [*map(unnamed, prompts)])
         for name in layers:
             found = named[name].above(rest[name])
-            strength[name] += found / config.steps
-            times[name] += top(found.flatten(), config.often).view_as(found) / config.steps
-    tiny = torch.finfo(torch.float32).tiny
-    return {n: (s / s.max().clamp_min(tiny) + times[n]) / 2 for n, s in strength.items()}
+            often = top(found.flatten(), config.often).view_as(found)
+            strength[name] = strength[name] + found / config.steps
+            times[name] = times[name] + often / config.steps
+    return {n: (s / s.max().clamp_min(TINY) + times[n]) / 2 for n, s in strength.items()}
 
 
 def edit(task: Task, config: FIAConfig) -> Edit:
     """W_ij = 0 where A is among the top r_2 of output i and of the layer (eq. 4-6), with
     U_ij = |W_ij| |X_j| cos(X_j, Y_i) (eq. 1); where ceil(alpha C) of C concepts meet, it stays."""
     layers, most = linear_layers(task, config.scope), ceil(config.shared * len(task.concepts))
-    pipeline = task.model.pipeline()
-    with at_hand(pipeline, denoiser(pipeline)):
+    with denoiser_at_hand(task.model.pipeline()):
         hits = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
         for concept in task.concepts:
             for name, found in sensitivity(task, concept, config, layers).items():
                 of_all = top(found.flatten(), config.density).view_as(found)
                 hits[name] += top(found, config.density) & of_all
-        lost = {name: (count > 0) & (count < max(2, most)) for name, count in hits.items()}
-    base = {name: layer.weight.detach() for name, layer in layers.items()}
-    return Edit({n: old.masked_fill(lost[n].to(old.device), 0) for n, old in base.items()})
+    lost = {n: ((c > 0) & (c < max(2, most))).to(layers[n].weight.device) for n, c in hits.items()}
+    return Edit({n: layer.weight.detach().masked_fill(lost[n], 0) for n, layer in layers.items()})
 
 
 METHODS = {"fia": Method("fia", PAPER, FIAConfig(), edit)}

@@ -70,9 +70,9 @@ def _move(part: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def at_hand(pipeline: Pipeline, part: nn.Module) -> Iterator[None]:
-    """Within the block a part is on the device, whoever is called."""
-    moved = waiting(pipeline)
+def denoiser_at_hand(pipeline: Pipeline) -> Iterator[None]:
+    """Within the block the denoiser is on the device, whoever is called."""
+    moved, part = waiting(pipeline), denoiser(pipeline)
     with moved.held([part]) if moved else nullcontext():
         if moved:
             part.to(moved.execution_device)
