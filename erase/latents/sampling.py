@@ -12,7 +12,7 @@ from torch import Tensor
 from erase.models import PRECISIONS, Cond, DiffusionModel, autocast
 from erase.models.half_precision import stand_ins
 from erase.models.pipelines import denoiser
-from erase.models.waiting import Waiting, waiting
+from erase.models.waiting import CPU, Waiting, waiting
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import ErasureError
 
@@ -81,7 +81,7 @@ def _encoded(
     """The states of all prompts, kept in main memory: the text encoders run once and leave."""
     texts = list(dict.fromkeys(["", *prompts]))
     with torch.no_grad(), autocast(model.device, precision):
-        states = [model.encode([text]).to(torch.device("cpu")) for text in texts]
+        states = [model.encode([text]).to(CPU) for text in texts]
     known = dict(zip(texts, states, strict=True))
     return lambda batch: (
         Cond.stack([known[text] for text in batch]),

@@ -18,7 +18,7 @@ from erase.latents.batches import rows_at
 from erase.latents.latent_set import texts_of
 from erase.methods import Method
 from erase.models.waiting import denoiser_at_hand
-from erase.objectives.responses import TINY, linear_layers, responses
+from erase.objectives.responses import linear_layers, responses
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import COUNT, check_ranges
 from erase.task import Edit, Task
@@ -66,10 +66,11 @@ def sensitivity(
 ) -> dict[str, Tensor]:
     """A = (mean_t S / max + mean_t [S among the top r_1 of the layer]) / 2 (eq. 3), of
     S = max(0, mu_c - mu_b - sigma_b) (eq. 2): c with the name in the prompts, b without."""
-    latents, last = task.forget(), task.model.timesteps - 1
+    latents, last, tiny = task.forget(), task.model.timesteps - 1, torch.finfo(torch.float32).tiny
     rows = rows_naming(latents, concept, latents.concept_rows())[: config.samples]
     prompts, unnamed = texts_of(latents.prompts, rows), nameless((concept,))
-    strength, times = (dict.fromkeys(layers, torch.zeros(())) for _ in range(2))
+    strength = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+    times = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
     for k in range(config.steps):
         t = last - int(k * config.early * last / config.steps)
         seen = rows_at(task.model, latents, rows, t, task.generator(k))
@@ -77,10 +78,9 @@ def sensitivity(
         rest = responses(task, layers, seen, [*map(unnamed, prompts)])
         for name in layers:
             found = named[name].above(rest[name])
-            often = top(found.flatten(), config.often).view_as(found)
-            strength[name] = strength[name] + found / config.steps
-            times[name] = times[name] + often / config.steps
-    return {n: (s / s.max().clamp_min(TINY) + times[n]) / 2 for n, s in strength.items()}
+            strength[name] += found / config.steps
+            times[name] += top(found.flatten(), config.often).view_as(found) / config.steps
+    return {n: (s / s.max().clamp_min(tiny) + times[n]) / 2 for n, s in strength.items()}
 
 
 def edit(task: Task, config: FIAConfig) -> Edit:

@@ -28,7 +28,7 @@ class Waiting(ModelHook):  # type: ignore[misc]
         self._parts = list(modules(pipeline).values())
         self._held: list[nn.Module] = []
         for part in self._parts:
-            part.to("cpu")
+            part.to(CPU)
             add_hook_to_module(part, self)
 
     def pre_forward(self, module: nn.Module, *args: Any, **keywords: Any) -> Any:
@@ -47,9 +47,10 @@ class Waiting(ModelHook):  # type: ignore[misc]
     @contextmanager
     def held(self, parts: Collection[nn.Module]) -> Iterator[None]:
         """Within the block these parts are the caller's to place, and no call moves them."""
-        held = set(map(id, self._held))
-        fresh = [part for part in parts if id(part) not in held]
-        self._held += fresh
+        before = self._held
+        known = set(map(id, before))
+        fresh = [part for part in parts if id(part) not in known]
+        self._held = [*before, *fresh]
         self._clear(())
         for part in fresh:
             remove_hook_from_module(part)
@@ -57,7 +58,7 @@ class Waiting(ModelHook):  # type: ignore[misc]
         try:
             yield
         finally:
-            self._held = self._held[: -len(fresh) or None]
+            self._held = before
             for part in fresh:
                 part.to(CPU)
                 add_hook_to_module(part, self)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from erase.models.chat import LENGTH
+from erase.models.pipelines import denoiser
 from erase.models.scopes import TextInput
 from erase.models.stock import POOLED
 from erase.prompts.concepts import ConceptSpec
@@ -74,7 +75,7 @@ def behind_names(
 def prompt_states(task: Task, texts: Sequence[str], of: TextInput) -> tuple[Tensor, int]:
     """What a matrix is given of each prompt, shape (n, places, dim), where the denoiser's weights
     lie; and how many of the places hold states in all of them."""
-    cond = task.cond(texts).to(next(iter(task.model.parameters().values())).device)
+    cond = task.cond(texts).to(next(denoiser(task.model.pipeline()).parameters()).device)
     if of.pooled:
         return cond.extras[POOLED][:, None], 1
     rows = cond.embeddings
