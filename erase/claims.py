@@ -17,6 +17,7 @@ from erase.prompts.errors import ErasureError
 
 SAME_BITS = {
     "train.checkpoint_every", "train.selective_recompute", "train.offload", "train.log_with",
+    "mask.on_disk",
 }  # fmt: skip
 """settings that leave the result as it is, to the bit"""
 TO_ROUNDING = {

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -86,6 +87,28 @@ def _unfinished(path: Path) -> Iterator[Path]:
             yield aside
         finally:
             aside.unlink(missing_ok=True)
+
+
+def zeros_on_disk(count: int, folder: Path | None) -> Tensor:
+    """So many float32 zeros, shape (count,), mapped from a file that has no name: of main memory
+    they take what the system can spare. The file ends with the tensor, and with the process.
+
+    Args:
+        count: at least 1.
+        folder: where the file lies; None: where the system has temporary files.
+
+    Raises:
+        ErasureError: the disk has no room for them.
+    """
+    folder = folder or Path(tempfile.gettempdir())
+    try:
+        with _unfinished(folder / "zeros") as aside, aside.open("rb+") as file:
+            # what is not set aside now would end the process when it is written
+            reserve = getattr(os, "posix_fallocate", lambda _, start, size: file.truncate(size))
+            reserve(file.fileno(), 0, count * torch.float32.itemsize)
+            return torch.from_file(str(aside), shared=True, size=count, dtype=torch.float32)
+    except OSError as error:
+        raise ErasureError(f"cannot write to {folder}: {why(error, WRITING)}") from error
 
 
 def _open_locked(aside: Path) -> BinaryIO:

@@ -94,7 +94,7 @@ def erase_concept(
     _check_request(concepts, config, model, after)
     method = get_method(config.method)
     settings, folder = method.settings(method_config), _folder(out)
-    _check_settings(settings, folder)
+    _check_settings(config, settings, folder)
     description = describe(concepts, config, settings, after)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
     path = folder / FILE if folder else None
@@ -237,10 +237,10 @@ def _check_changed(delta: ErasedDelta, concepts: Sequence[ConceptSpec]) -> None:
         )
 
 
-def _check_settings(settings: Any, folder: Path | None) -> None:
+def _check_settings(config: EraseConfig, settings: Any, folder: Path | None) -> None:
     """Refuse settings that this machine cannot train or log with, before anything is loaded."""
     if isinstance(settings, TunedConfig):
-        check_machine(settings)
+        check_machine(settings, config.load.offload == "blocks")
         check_log(settings.train.log_with, folder)
 
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from erase.models import CANVAS
 from erase.scripts.bench.count_activations import WAYS, Counted, count
-from erase.scripts.bench.plan import Size, stages
-from erase.scripts.bench.published import MODELS, Published
+from erase.scripts.bench.plan import Size, of_a_block, stages
+from erase.scripts.bench.published import MODELS, Published, weights
 
 CONFIG = UNet2DConditionModel.load_config(CANVAS / "unet")
 
@@ -47,7 +48,7 @@ def test_counted_without_data_is_what_autograd_keeps(way):
 def test_published_sizes(model, denoiser, others):
     published = MODELS[model]()
     assert sum(param.numel() for param in published.network().parameters()) == denoiser
-    assert sum(published.others()) == pytest.approx(others, rel=1e-5)
+    assert sum(map(weights, published.others())) == pytest.approx(others, rel=1e-5)
 
 
 def test_stages_of_a_model_that_can_be_added_up_by_hand():
@@ -59,3 +60,21 @@ def test_stages_of_a_model_that_can_be_added_up_by_hand():
     assert two["statistics"] == 2000 + 1600 + 1200 + 80 and two["steps"] == 1000 + 4400 + 600 + 40
     assert stages(size, 800, 1.0, 4, 1)["statistics"] == 0
     assert stages(replace(size, beside=600), 800, 0.5, 4, 2)["latents"] == 2400
+
+
+def test_stages_block_by_block():
+    row = {None: 20.0, torch.bfloat16: 10.0}
+    size = Size(denoiser=150, beside=60, largest=100, row=row, block=3.0)
+    found = stages(size, 800, 0.5, rows=4, gpus=1, by_block=True)
+    assert found == {"latents": 300 + 12, "statistics": 600 + 400 + 80, "steps": 300 + 200 + 40}
+
+
+def test_a_block_and_what_lies_outside_of_blocks():
+    part = nn.ModuleDict(
+        {
+            "proj": nn.Linear(2, 3, bias=False),
+            "layers": nn.ModuleList([nn.Linear(n, n, bias=False) for n in (4, 5, 3)]),
+        }
+    )
+    assert of_a_block(part) == 6 + 25
+    assert of_a_block(nn.Linear(2, 3, bias=False)) == 6

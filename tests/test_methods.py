@@ -15,6 +15,7 @@ from erase.latents.config import LatentConfig
 from erase.methods import METHODS, get_method
 from erase.models import wrap
 from erase.models.scopes import select
+from erase.models.waiting import Waiting
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
@@ -81,6 +82,15 @@ class TestEveryMethod:
     def test_gives_the_same_bits_for_the_same_seed(self, model, name):
         one, other = edit(model, name).values, edit(model, name).values
         assert all(torch.equal(one[n], other[n]) for n in one)
+
+    @pytest.mark.parametrize("by_block", [False, True], ids=["parts", "blocks"])
+    def test_gives_the_same_bits_where_weights_wait(self, make_pico_pipeline, name, by_block):
+        model = wrap(make_pico_pipeline())
+        plain, pipeline = edit(model, name).values, model.pipeline()
+        Waiting(pipeline, torch.device("cpu", 0), by_block)
+        moved = edit(wrap(pipeline), name).values
+        assert moved.keys() == plain.keys()
+        assert all(torch.equal(moved[n], plain[n]) for n in plain)
 
     def test_has_a_paper_settings_of_its_own_and_a_short_file(self, name):
         method = get_method(name)

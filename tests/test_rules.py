@@ -1,6 +1,8 @@
 """Rules of saliency: statistics against plain autograd, each rule against its formula, files, and
 who draws what."""
 
+import errno
+import os
 from dataclasses import replace
 
 import pytest
@@ -21,7 +23,7 @@ from erase.training.config import CONTROLS, MaskConfig, TrainConfig
 from erase.training.config import RULES as NAMES
 from erase.training.rules import ENOUGH, LADDER, RULES, find_density, held, overlap, scores
 from erase.training.saliency import Objective, choose_mask, compute_saliency, compute_statistics
-from erase.training.statistics import Accumulator, Statistics
+from erase.training.statistics import Accumulator, Statistics, in_memory, on_disk
 
 CONCEPT = ConceptSpec("heart", "star", retain=("a moon", "a tree"))
 CONFIG = SalUnConfig(
@@ -142,16 +144,38 @@ def test_gradients_are_summed_signed_and_squared_one_by_one(collecting):
     ]
 
 
-def test_sums_wait_in_main_memory():
-    held = torch.nn.Parameter(torch.empty(3, device="meta"))  # a device that is not the CPU
-    assert (
-        Accumulator({"p": held}, None, ("sum",), away=True).finish()["sum"]["p"].tolist() == [0] * 3
-    )
-    param = torch.nn.Parameter(torch.zeros(3))
-    totals = Accumulator({"p": param}, None, ("square",), away=True)
+@pytest.mark.parametrize("where", ["memory", "disk", "temporary"])
+def test_sums_wait_elsewhere(where, tmp_path):
+    zeros = in_memory if where == "memory" else on_disk(tmp_path if where == "disk" else None)
+    held = {"p": torch.nn.Parameter(torch.empty(3, device="meta"))}  # a device that is not the CPU
+    assert Accumulator(held, None, ("sum",), zeros).finish()["sum"]["p"].tolist() == [0] * 3
+    params = {"p": torch.nn.Parameter(torch.zeros(3)), "q": torch.nn.Parameter(torch.ones(1, 2))}
+    totals = Accumulator(params, None, ("square",), zeros)
     with totals.collecting():
-        (param * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
-    assert totals.finish()["square"]["p"].tolist() == [1.0, 4.0, 9.0]
+        (params["p"] * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    found = totals.finish()["square"]
+    assert found["p"].tolist() == [1.0, 4.0, 9.0] and found["q"].tolist() == [[0.0, 0.0]]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_for_sums_is_said_at_once(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(
+        ErasureError, match=f"cannot write to {tmp_path}: No space.*free some space"
+    ):
+        on_disk(tmp_path)({"p": torch.zeros(3)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_statistics_on_disk_are_those_in_memory(task):
+    plain = compute_statistics(task, CONFIG, ALL, objective_of(task)).values
+    config = replace(CONFIG, mask=replace(CONFIG.mask, on_disk=True))
+    found = compute_statistics(task, config, ALL, objective_of(task, config)).values
+    for statistic, values in plain.items():
+        assert all(torch.equal(found[statistic][name], value) for name, value in values.items())
 
 
 def test_what_is_not_finite_is_refused():

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook
 from torch import nn
+from torch.func import functional_call
 
 from erase.eval.generate import GenerateConfig, generate
 from erase.latents.sampling import sample_points
 from erase.methods import get_method
 from erase.methods.esd import ESDConfig
 from erase.models import LoadConfig, load_model, wrap
+from erase.models.by_block import blocks
 from erase.models.pipelines import decode, denoiser, modules
 from erase.models.scopes import select
 from erase.models.waiting import CPU, Waiting, waiting
@@ -33,15 +38,17 @@ from tests.test_round_trips import FAMILIES
 ALL = {**FAMILIES, "klein": tiny_klein, "qwen": tiny_qwen_image, "z-image": tiny_z_image}
 DEVICE = torch.device("cpu", 0)
 """a second name of the one device that is here"""
+ENGINE = torch.device("lazy", 0)
+"""a device that is not there, and for which autograd starts no thread of its own"""
 draw = partial(
     sample_points, seed=0, steps=2, guidance=3.0, trajectory=0, batch_size=2, what="test"
 )
 PROMPTS = ("a heart", "a star", "a heart")
 
 
-def waiting_model(make: Callable[[], object]):
+def waiting_model(make: Callable[[], object], by_block: bool = False):
     pipeline = make()
-    Waiting(pipeline, DEVICE)
+    Waiting(pipeline, DEVICE, by_block)
     return wrap(pipeline)
 
 
@@ -61,11 +68,12 @@ def there(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("by_block", [False, True], ids=["parts", "blocks"])
 @pytest.mark.parametrize(
     "family, precision", [("sd1", "no"), *((family, "bf16") for family in ALL)]
 )
-def test_latents_are_the_same_bits(family, precision):
-    plain, moved = wrap(ALL[family]()), waiting_model(ALL[family])
+def test_latents_are_the_same_bits(family, precision, by_block):
+    plain, moved = wrap(ALL[family]()), waiting_model(ALL[family], by_block)
     expected = draw(plain, PROMPTS, precision=precision)[0]
     assert torch.equal(draw(moved, PROMPTS, precision=precision)[0], expected)
     assert {param.dtype for param in moved.parameters().values()} == {torch.float32}
@@ -131,14 +139,68 @@ def test_on_a_gpu_that_is_not_there(family):
         assert model.sample(["a heart"], [1], 2, 3.0).device == GPU
 
 
+@pytest.fixture
+def brought(monkeypatch):
+    """Numbers of weights on the device, whenever a block's come there."""
+    held, most = Counter(), []
+
+    def call(body, here, args, keywords):
+        for name, copy in here.items():
+            held[name] += copy.numel()
+            weakref.finalize(copy, held.subtract, {name: copy.numel()})
+        most.append(held.total())
+        return functional_call(body, here, args, keywords)
+
+    monkeypatch.setattr("erase.models.by_block.functional_call", call)
+    return most
+
+
 @needs_fake_gpu
+@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3", "flux", "klein"])
+def test_block_by_block_on_a_gpu_that_is_not_there(family, brought, monkeypatch):
+    """What runs is there, a block at a time in both directions; what trains is not. (Qwen-Image and
+    Z-Image go by the values of their masks.)"""
+    # whose random state a checkpoint would keep
+    monkeypatch.setattr(torch, "lazy", torch.cuda, raising=False)
+    pipeline = ALL[family]()
+    model, module = wrap(pipeline), denoiser(pipeline)
+    inner = list(map(count, innermost(blocks(module))))
+    known = model.encode(["a heart", "a star"])
+    with fake_gpu(pipeline):
+        Waiting(pipeline, ENGINE, by_block=True)
+        cond = known.each(lambda held: torch.zeros(held.shape, dtype=held.dtype, device=ENGINE))
+        params = select(model.parameters(), "full")
+        with running(model, params, TrainConfig(gradient_checkpointing=True)) as active:
+            trainable = Trainable(params, None, active)
+            brought.clear()
+            noisy = torch.randn(2, *model.latent_shape, device=ENGINE)
+            out = model.predict(noisy, torch.full((2,), 5, device=ENGINE), cond)
+            assert out.device == ENGINE
+            out.sum().backward()
+            assert max(brought) <= count(module) - sum(inner) + max(inner) < count(module)
+            for value in trainable.values.values():
+                assert value.device == CPU and value.grad.device == CPU
+            trainable.close()
+        assert {param.device for param in model.parameters().values()} == {CPU}
+
+
+def count(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in chain(module.parameters(), module.buffers()))
+
+
+def innermost(found: list[nn.Module]) -> list[nn.Module]:
+    return [block for block in found if not set(found) & set(block.modules()) - {block}]
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize("by_block", [False, True])
 @pytest.mark.parametrize("method, family", [("uce", "sdxl"), ("rece", "klein")])
-def test_a_closed_form_on_a_gpu_that_is_not_there(method, family):
+def test_a_closed_form_on_a_gpu_that_is_not_there(method, family, by_block):
     """The text is read there, and the weights change where they wait."""
     pipeline = ALL[family]()
     model = wrap(pipeline)
     with fake_gpu(pipeline):
-        Waiting(pipeline, GPU)
+        Waiting(pipeline, GPU, by_block)
         edit = get_method(method).edit(Task(model, [CONCEPT]), get_method(method).settings(None))
         assert {value.device for value in edit.values.values()} == {CPU}
         assert {param.device for param in model.parameters().values()} >= {CPU}
@@ -194,19 +256,20 @@ def base(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("offload", [True, "blocks"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize(
     "method, settings",
     [("salun", METHOD), ("esd", ESDConfig(train=METHOD.train)), ("uce", None), ("fia", None)],
     ids=["salun", "esd", "uce", "fia"],
 )
-def test_an_erasure_is_the_same_bits(method, settings, precision, base, tmp_path):
+def test_an_erasure_is_the_same_bits(method, settings, precision, offload, base, tmp_path):
     latents = replace(QUICK.latents, mixed_precision=precision)
     config = EraseConfig(method=method, model=str(base), latents=latents)
     if settings:
         settings = replace(settings, train=replace(settings.train, mixed_precision=precision))
     plain = erase_concept(CONCEPT, config, settings)
-    config = replace(config, load=LoadConfig(offload=True))
+    config = replace(config, load=LoadConfig(offload=offload))
     moved = erase_concept(CONCEPT, config, settings, out=tmp_path)
     assert moved.sha256 == plain.sha256
     assert moved.metadata["config"] == plain.metadata["config"]
@@ -227,10 +290,10 @@ def test_training_that_offloads_loads_part_by_part(base, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_images_are_the_same_bytes(dtype, tmp_path):
     made = []
-    for offload in (False, True):
+    for offload in (False, True, "blocks"):
         model = load_model("canvas", CPU, LoadConfig(dtype=dtype, offload=offload))
         out = tmp_path / str(offload)
         rows = of_prompts(["a Sketch of a red heart", "a Neon of a blue star"], 0)
         generate(model.pipeline(), rows, out, GenerateConfig(steps=2), {"model": model.name})
         made.append({path.name: path.read_bytes() for path in out.glob("*.png")})
-    assert made[0] == made[1] and len(made[0]) == 2
+    assert made[0] == made[1] == made[2] and len(made[0]) == 2

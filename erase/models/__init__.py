@@ -61,7 +61,7 @@ def load_model(
         options = replace(options, vae=str(CANVAS / "vae"))
     pipeline = load_pipeline(SHIPPED.get(str(name), name), options)
     if options.offload:
-        Waiting(pipeline, torch.device(device))
+        Waiting(pipeline, torch.device(device), by_block=options.offload == "blocks")
     else:
         pipeline.to(device)
     return wrap(pipeline, str(name))

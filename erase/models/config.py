@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -46,22 +46,23 @@ class LoadConfig:
     """a regular expression: surplus tensors whose names begin with it are not read"""
     offline: bool = False
     """of a hub id: only what is in the local cache"""
-    offload: bool = False
-    """parts of the checkpoint wait in main memory, and come to the GPU one at a time, when they are
-    called; `train.offload` asks for it too"""
+    offload: bool | Literal["blocks"] = False
+    """true: parts of the checkpoint wait in main memory, and come to the GPU one at a time, when
+    they are called; `train.offload` asks for it too. blocks: of denoiser and text encoders one
+    block at a time comes, so that a GPU has room for models many times its size; slower"""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value, flag = getattr(self, field.name), isinstance(field.default, bool)
-            if not (
+            by_block = (field.name, value) == ("offload", "blocks")
+            if not by_block and not (
                 isinstance(value, bool)
                 if flag
                 else isinstance(value, str) or (value is None and field.name != "dtype")
             ):
-                raise ErasureError(
-                    f"load.{field.name} is {value!r}; it must be "
-                    f"{'true or false' if flag else 'text'}"
-                )
+                wanted = "true or false" if flag else "text"
+                also = ", or blocks" if field.name == "offload" else ""
+                raise ErasureError(f"load.{field.name} is {value!r}; it must be {wanted}{also}")
         try:
             re.compile(self.ignore or "")
         except re.error as error:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from erase.models.by_block import CPU, streamed_to
 from erase.models.precision import with_precision
 
 
@@ -20,7 +21,7 @@ def stand_ins(
     away: bool = False,
 ) -> Iterator[dict[str, Tensor]]:
     """Copies of the weights in the precision and the memory format of the steps, on their device,
-    take the place of the model's own.
+    take the place of the model's own; where weights come block by block, in main memory.
 
     Autocast would round the same weights to the same values, for each pass anew and, outside the
     scope, for each use. The model's own are not written meanwhile, and come back as they were.
@@ -39,6 +40,7 @@ def stand_ins(
     params: dict[str, tuple[nn.Parameter, torch.device]] = {}
     try:
         for part, module in parts.items():
+            place = CPU if streamed_to(module) else device
             for name, param, dtype in with_precision(module, half):
                 layout = (
                     torch.channels_last
@@ -46,13 +48,13 @@ def stand_ins(
                     else torch.preserve_format
                 )
                 data = param.data  # a new object at each look
-                copy = data.to(device, dtype, memory_format=layout)
+                copy = data.to(place, dtype, memory_format=layout)
                 if copy is not data:
                     params[f"{part}.{name}"] = param, data.device
                     own[f"{part}.{name}"] = data.cpu() if away else data
                     param.data = copy
-            if any(buffer.device != device for buffer in module.buffers()):
-                module.to(device)
+            if any(buffer.device != place for buffer in module.buffers()):
+                module.to(place)
         yield own
     finally:
         for name, (param, home) in params.items():

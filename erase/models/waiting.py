@@ -10,9 +10,8 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 
-from erase.models.pipelines import Pipeline, denoiser, modules
-
-CPU = torch.device("cpu")
+from erase.models.by_block import CPU, stream, streamed_to
+from erase.models.pipelines import Pipeline, denoiser, modules, text_encoders
 
 
 class Waiting(ModelHook):  # type: ignore[misc]
@@ -23,12 +22,16 @@ class Waiting(ModelHook):  # type: ignore[misc]
     that are called again would come while the denoiser is still there.
     """
 
-    def __init__(self, pipeline: Pipeline, device: torch.device) -> None:
+    def __init__(self, pipeline: Pipeline, device: torch.device, by_block: bool = False) -> None:
+        """`by_block`: the weights of denoiser and text encoders never come as a whole."""
         self.execution_device = device  # by this name diffusers asks where a call runs
         self._parts = list(modules(pipeline).values())
         self._held: list[nn.Module] = []
         for part in self._parts:
             part.to(CPU)
+        for part in (denoiser(pipeline), *text_encoders(pipeline).values()) if by_block else ():
+            stream(part, device)
+        for part in self._parts:
             add_hook_to_module(part, self)
 
     def pre_forward(self, module: nn.Module, *args: Any, **keywords: Any) -> Any:
@@ -54,7 +57,8 @@ class Waiting(ModelHook):  # type: ignore[misc]
         self._clear(())
         for part in fresh:
             remove_hook_from_module(part)
-            del part.forward  # which accelerate leaves on the module, bound to it
+            if not streamed_to(part):
+                del part.forward  # which accelerate leaves on the module, bound to it
         try:
             yield
         finally:
@@ -65,8 +69,9 @@ class Waiting(ModelHook):  # type: ignore[misc]
 
 
 def _move(part: nn.Module, device: torch.device) -> None:
-    """A part that is there is not walked through: each call asks."""
-    if next(part.parameters()).device.type != device.type:
+    """A part that is there is not walked through: each call asks. One whose weights come by block
+    has no place."""
+    if not streamed_to(part) and next(part.parameters()).device.type != device.type:
         part.to(device)
 
 
@@ -76,7 +81,7 @@ def denoiser_at_hand(pipeline: Pipeline) -> Iterator[None]:
     moved, part = waiting(pipeline), denoiser(pipeline)
     with moved.held([part]) if moved else nullcontext():
         if moved:
-            part.to(moved.execution_device)
+            _move(part, moved.execution_device)
         yield
 
 
@@ -94,4 +99,6 @@ def device_of(pipeline: Pipeline) -> torch.device:
     """
     module = denoiser(pipeline)
     hook = getattr(module, "_hf_hook", None)
-    return hook.execution_device if isinstance(hook, Waiting) else next(module.parameters()).device
+    if isinstance(hook, Waiting):
+        return hook.execution_device
+    return streamed_to(module) or next(module.parameters()).device

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from erase.models import DiffusionModel
+from erase.models.by_block import blocks
 from erase.models.pipelines import denoiser
 from erase.models.precision import with_precision
 from erase.parallel.launch import FullShard, full_shard
@@ -37,9 +38,6 @@ ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
 """whether this torch can shard on a CPU: 2.6 asks its streams for what they do not have"""
 WHOLE = "launch with scripts/launch/several-gpus.yaml"
 """how to go on without shards"""
-BLOCKS = {"resnets", "attentions", "transformer_blocks", "single_transformer_blocks"}
-"""lists of modules whose members are gathered one at a time; what lies outside of them is gathered
-for the whole pass"""
 
 
 class Settings(Protocol):
@@ -251,13 +249,7 @@ def _empty_twin(module: nn.Module) -> nn.Module:
 def _shard(twin: nn.Module, mesh: DeviceMesh, half: torch.dtype | None, asked: FullShard) -> None:
     """The innermost blocks first: each outer one takes what is left."""
     policy = _policy(twin, half)
-    blocks = [
-        member
-        for name, owner in twin.named_modules()
-        if name.split(".")[-1] in BLOCKS
-        for member in owner.children()
-    ]
-    for module in (*reversed(blocks), twin):
+    for module in (*blocks(twin), twin):
         fully_shard(
             module, mesh=mesh, reshard_after_forward=asked.reshard_after_forward, mp_policy=policy
         )

@@ -131,6 +131,9 @@ class MaskConfig:
     """forget latents per gradient of the rule forget; the gradients of all batches are summed"""
     batches: int = 24
     """batches of training whose gradients the other rules look at"""
+    on_disk: bool = False
+    """sum the gradients in the run's folder, and not in memory: slower, for a scope whose one or
+    two numbers a weight main memory has no room for; the disk holds them twice. In one process"""
 
     def __post_init__(self) -> None:
         check_names(self, {"rule": (*RULES, *CONTROLS), "like": RULES, "allocation": ALLOCATIONS})

@@ -13,6 +13,8 @@ from erase.claims import flat
 from erase.mask import SaliencyMask, kept_count
 from erase.models.scopes import select
 from erase.parallel.fsdp import check_parts, check_sharded
+from erase.parallel.processes import processes
+from erase.prompts.errors import ErasureError
 from erase.task import Edit, Task, describe
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
@@ -20,7 +22,7 @@ from erase.training.confine import null_spaces
 from erase.training.loop import Batches, LossFn, fit, make_accelerator
 from erase.training.opponent import Opponent
 from erase.training.rules import LADDER
-from erase.training.running import running
+from erase.training.running import check_by_block, running
 from erase.training.saliency import Objective, choose_mask
 
 
@@ -100,11 +102,18 @@ def _settings(config: TunedConfig) -> dict[str, str]:
     return {"settings": type(config).__name__, "config": json.dumps({"method": departures})}
 
 
-def check_machine(config: TunedConfig) -> None:
+def check_machine(config: TunedConfig, by_block: bool = False) -> None:
     """Refuse settings that this machine or launch cannot train with, before anything is loaded; see
-    `make_accelerator`."""
+    `make_accelerator`, and `check_by_block` where weights come to the device block by block."""
     make_accelerator(config.train)
     check_sharded(config.train, config.lora_rank)
+    if config.mask.on_disk and processes().num_processes > 1:
+        raise ErasureError(
+            "mask.on_disk is for one process: several hold the sums beside their weights, where "
+            "they are added up; leave it out, or launch one"
+        )
+    if by_block:
+        check_by_block(config.train)
 
 
 def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None:

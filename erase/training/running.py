@@ -16,10 +16,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from erase.models import PRECISIONS, DiffusionModel, check_precision
+from erase.models.by_block import streamed_to
 from erase.models.half_precision import stand_ins
 from erase.models.pipelines import denoiser, modules
 from erase.models.waiting import waiting
-from erase.parallel.fsdp import check_sharded, sharded_twins
+from erase.parallel.fsdp import check_sharded, sharded_twins, sharding
 from erase.parallel.layout import ActiveWeights
 from erase.prompts.errors import ErasureError, unknown
 from erase.training.config import TrainConfig
@@ -54,13 +55,35 @@ def running(
         elif config.offload:
             stack.enter_context(idle_on_cpu(model, set(parts)))
         active = stack.enter_context(_active(model, params, parts, config, device))
+        by_block = any(map(streamed_to, parts.values()))  # which makes blocks again by itself
         for part in map(model.component, parts):
-            stack.enter_context(checkpointed(part, config.gradient_checkpointing))
+            again = config.gradient_checkpointing and not by_block
+            stack.enter_context(checkpointed(part, again))
             stack.enter_context(compiled(part, config.compile))
-        memory = SavedActivations() if config.selective_recompute else None
+        memory = SavedActivations() if config.selective_recompute and not by_block else None
         stack.enter_context(recomputing(modules(model.pipeline()).values(), memory))
         stack.enter_context(attention(model, config.attention))
         yield active
+
+
+def check_by_block(config: TrainConfig) -> None:
+    """Refuse what does not go with `load.offload blocks`, before anything is loaded.
+
+    Raises:
+        ErasureError: such a setting or launch.
+    """
+    refused = {
+        "train.compile": config.compile,
+        "train.mixed_precision fp16": config.mixed_precision == "fp16",
+        f"train.optimizer {config.optimizer}": config.optimizer.endswith("8bit"),
+        "FSDP": sharding() is not None,
+    }
+    for name, asked in refused.items():
+        if asked:
+            raise ErasureError(
+                f"{name} does not go with load.offload blocks, where what trains stays in main "
+                "memory; leave one of them out (load.offload true moves whole parts)"
+            )
 
 
 @contextmanager

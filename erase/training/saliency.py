@@ -27,7 +27,15 @@ from erase.training.loop import Batches, LossFn
 from erase.training.rules import RULES, find_density, overlap, scores
 from erase.training.running import running
 from erase.training.shares import cut
-from erase.training.statistics import AGAIN, Accumulator, Statistics
+from erase.training.statistics import (
+    AGAIN,
+    Accumulator,
+    Statistics,
+    Zeros,
+    beside,
+    in_memory,
+    on_disk,
+)
 from erase.training.trainable import gradients_on
 
 
@@ -153,8 +161,7 @@ def compute_statistics(
         for source in dict.fromkeys(name.partition(".")[0] for name in names):
             kinds = tuple(kind for kind in ("sum", "square") if f"{source}.{kind}" in names)
             work = _pass_of(source, task, config, objective, active.layout.collective_forward)
-            away = config.train.offload and processes().num_processes == 1
-            totals = _accumulate(active, work, kinds, source, away)
+            totals = _accumulate(active, work, kinds, source, _zeros(task, config))
             values |= {f"{source}.{kind}": total for kind, total in totals.items()}
     return Statistics(values, provenance)
 
@@ -180,6 +187,14 @@ class _Alone:
     device: torch.device
     num_processes: int = 1
     process_index: int = 0
+
+
+def _zeros(task: Task, config: TunedConfig) -> Zeros:
+    """Where the totals lie; of several processes beside the weights, for there they are added
+    up."""
+    if config.mask.on_disk:
+        return on_disk(task.folder)
+    return in_memory if config.train.offload and processes().num_processes == 1 else beside
 
 
 def _forget_pass(task: Task, mask: MaskConfig) -> _Pass:
@@ -236,10 +251,10 @@ def _retain_loss(task: Task, batch: PromptedRows) -> Tensor:
 
 
 def _accumulate(
-    active: ActiveWeights, work: _Pass, kinds: tuple[str, ...], source: str, away: bool
+    active: ActiveWeights, work: _Pass, kinds: tuple[str, ...], source: str, zeros: Zeros
 ) -> dict[str, dict[str, Tensor]]:
     """Gradients of all batches, shared by the processes."""
-    totals = Accumulator(active.params, active.layout, kinds, away)
+    totals = Accumulator(active.params, active.layout, kinds, zeros)
     every = range(work.count)
     mine = [(batch, True) for batch in every]
     if not work.joint:

@@ -10,7 +10,7 @@ information of a batch).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from erase.files import errors_named, load_tensors, save_tensors
+from erase.files import errors_named, load_tensors, save_tensors, zeros_on_disk
 from erase.parallel.layout import Layout
 from erase.prompts.errors import ErasureError
 from erase.tensors import all_finite, sha256_of
@@ -94,6 +94,37 @@ class Statistics:
         return cls(values, metadata)
 
 
+Zeros = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""tensors by name -> as many float32 zeros for each, in its shape"""
+
+
+def beside(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros on the tensors' own device."""
+    made = {}
+    for name, value in held.items():
+        made[name] = torch.zeros_like(
+            value, dtype=torch.float32, memory_format=torch.contiguous_format
+        )
+    return made
+
+
+def in_memory(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros in main memory."""
+    return {name: torch.zeros(value.shape) for name, value in held.items()}
+
+
+def on_disk(folder: Path | None) -> Zeros:
+    """Zeros in a file of this folder; None: where the system has temporary files."""
+
+    def zeros(held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        sizes = [value.numel() for value in held.values()]
+        pieces = zeros_on_disk(sum(sizes), folder).split(sizes)
+        pairs = zip(held.items(), pieces, strict=True)
+        return {name: piece.view(value.shape) for (name, value), piece in pairs}
+
+    return zeros
+
+
 class Accumulator:
     """Sums gradients of parameters, signed and in float32, and their squares where asked for."""
 
@@ -102,24 +133,13 @@ class Accumulator:
         params: Mapping[str, nn.Parameter],
         layout: Layout | None,
         names: tuple[str, ...],
-        away: bool = False,
+        zeros: Zeros = beside,
     ) -> None:
-        """`names`: `sum`, `square` or both. `away`: the totals lie on the CPU meanwhile, where each
+        """`names`: `sum`, `square` or both. `zeros`: makes the totals; where they are, each
         gradient is carried."""
-        self._params, self._layout, self._away = dict(params), layout or Layout(), away
-        self._totals = {name: self._zeros() for name in names}
-
-    def _zeros(self) -> dict[str, Tensor]:
-        zeros = {}
-        for name, param in self._params.items():
-            held = self._layout.local(param)
-            zeros[name] = torch.zeros_like(
-                held,
-                dtype=torch.float32,
-                memory_format=torch.contiguous_format,
-                device="cpu" if self._away else None,
-            )
-        return zeros
+        self._params, self._layout = dict(params), layout or Layout()
+        held = {name: self._layout.local(param) for name, param in self._params.items()}
+        self._totals = {name: zeros(held) for name in names}
 
     def add(self) -> None:
         """Add each parameter's gradient, one batch's, and clear it. A parameter without gradient
@@ -132,11 +152,12 @@ class Accumulator:
         if param.grad is None:
             return
         gradient = self._layout.local(param.grad)
-        gradient = gradient.cpu() if self._away else gradient
-        if "sum" in self._totals:
-            self._totals["sum"][name] += gradient
-        if "square" in self._totals:
-            self._totals["square"][name].addcmul_(gradient, gradient)
+        for kind, totals in self._totals.items():
+            total, gradient = totals[name], gradient.to(totals[name].device)
+            if kind == "sum":
+                total += gradient
+            else:
+                total.addcmul_(gradient, gradient)
         param.grad = None
 
     @contextmanager

@@ -42,10 +42,10 @@ class Published:
             network: nn.Module = self.denoiser()
         return network
 
-    def others(self) -> list[int]:
-        """Weights of each text encoder and of the VAE."""
+    def others(self) -> list[nn.Module]:
+        """Text encoders and VAE, on the meta device."""
         with init_empty_weights():
-            return [weights(make()) for make in self.beside]
+            return [make() for make in self.beside]
 
 
 def _of_sd(family: str) -> Published:
