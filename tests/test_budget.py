@@ -24,6 +24,7 @@ from erase.models import wrap
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.prompt_sets import canvas_grid
 from tests.test_evaluate import delta_of
+from tests.test_round_trips import FAMILIES
 
 HEART = canvas_concept("heart")
 GENERATE = GenerateConfig(steps=4, batch_size=4)
@@ -113,6 +114,15 @@ def test_what_an_evaluator_says_that_it_asks_is_what_passes_the_denoiser(
     drawn = told.images * GENERATE.steps * predictions(GENERATE.guidance)
     assert count["rows"] == pytest.approx(drawn + told.asked.predictions)
     assert count["rows"] > 0
+
+
+def test_noise_that_a_flow_does_not_have_is_not_foreseen(model, tmp_path):
+    foreseen, config = planned(PROMPTS, tmp_path / "x", GENERATE), probes.Config(images=3)
+    rest = replace(config, probes=[name for name in config.probes if name != "noise"])
+    flow = wrap(FAMILIES["sd3"]())
+    of_flow = probes.PROBES.budget(Case(foreseen, [HEART], base=flow), config)
+    assert of_flow == probes.PROBES.budget(Case(foreseen, [HEART], base=model), rest)
+    assert of_flow != probes.PROBES.budget(Case(foreseen, [HEART], base=model), config)
 
 
 def test_seconds_of_a_budget_by_hand():

@@ -107,6 +107,8 @@ def _possible(config: Config, model: DiffusionModel) -> Config:
 
 def budget(case: Case, config: Config) -> Budget:
     """The images of each probe on both models, and the prober's own."""
+    with case.base_model() as base:
+        config = _possible(config, base)
     count, steps = config.images, settings_of(case).steps
     total = Budget(0, asked_of_base(count))
     parts = {
