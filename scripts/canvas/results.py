@@ -6,6 +6,8 @@ a group of variants (scripts/canvas/variants.py), three concepts of three kinds,
   python scripts/canvas/results.py --variants sweep --seeds 0 1 2
 fewer images of other concepts, and the classifier alone:
   python scripts/canvas/results.py --variants sweep --others 96 --evaluators classifier
+five seeds of images, 80 that ask for the concept and 480 others:
+  python scripts/canvas/results.py --answers 5 --asked 80 --others 480 --evaluators classifier
 the flow transformer instead of the UNet, in a folder of its own:
   python scripts/canvas/results.py --model canvas-flow --variants salun uce --out runs/results-flow
 the tables of all that was measured:
@@ -38,6 +40,7 @@ from erase.models import DiffusionModel, load_model
 from erase.objectives.remap import Remap
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
+from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
 from erase.scripts.canvas.measuring import (
@@ -66,6 +69,8 @@ class Budget:
 
     answers: int
     """seeds of the answer set"""
+    asked: int | None
+    """images that ask for the concept, spread over the set; None: all"""
     others: int | None
     """images that ask for other concepts of its kind, spread over the set; None: all"""
     evaluators: list[str]
@@ -75,7 +80,8 @@ class Budget:
 def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, Any]:
     """Erase, generate, score beside the base's images of the same prompts and seeds."""
     concept, model = canvas_concept(job.concept), load_model(job.model)
-    asked = asked_for(canvas_grid(ANSWER_SEEDS[: budget.answers]), concept, budget.others)
+    prompts = canvas_grid(ANSWER_SEEDS[: budget.answers])
+    asked = asked_for(prompts, concept, budget.others, budget.asked)
     delta, evidence = erased(job, variant, model, concept, out)
     delta.save(delta_path(job, out))
     folder = out / "images" / job.slug
@@ -94,6 +100,7 @@ def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, 
         "variant": job.name,
         "seed": job.seed,
         "answers": budget.answers,
+        "asked": budget.asked,
         "others": budget.others,
         "base_fingerprint": delta.metadata["base_fingerprint"],
         "settings": asdict(variant.settings),
@@ -165,13 +172,20 @@ def _batches_of(settings: Any) -> dict[str, Any]:
     return about
 
 
-def asked_for(prompts: PromptSet, concept: ConceptSpec, others: int | None) -> PromptSet:
-    """All rows that ask for the concept, and so many of the others, spread evenly."""
-    own = [row for row in prompts.rows if row.labels.get(str(concept.kind)) == concept.target]
-    rest = [row for row in prompts.rows if row not in own]
-    if others is not None:
-        rest = spaced(rest, others)
-    return replace(prompts, rows=tuple(sorted([*own, *rest], key=lambda row: row.case)))
+def asked_for(
+    prompts: PromptSet, concept: ConceptSpec, others: int | None, asked: int | None = None
+) -> PromptSet:
+    """So many of the rows that ask for the concept, and of the others, spread evenly; None: all."""
+    own: list[PromptRow] = []
+    rest: list[PromptRow] = []
+    for row in prompts.rows:
+        asks = row.labels.get(str(concept.kind)) == concept.target
+        (own if asks else rest).append(row)
+    picked = [
+        *spaced(own, len(own) if asked is None else asked),
+        *spaced(rest, len(rest) if others is None else others),
+    ]
+    return replace(prompts, rows=tuple(sorted(picked, key=lambda row: row.case)))
 
 
 def base_folder(budget: Budget, out: Path) -> Path:
@@ -225,7 +239,8 @@ def _done(path: Path) -> set[tuple[Any, ...]]:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["concept"], row["variant"], row["seed"], row["answers"], row.get("others")
+    budget = row["answers"], row.get("asked"), row.get("others")
+    return row["concept"], row["variant"], row["seed"], *budget
 
 
 def main() -> None:
@@ -242,6 +257,9 @@ def main() -> None:
         "--others", type=int, default=None, help="images of other concepts; default: all"
     )
     parser.add_argument("--evaluators", nargs="+", default=EVALUATORS)
+    parser.add_argument(
+        "--asked", type=int, default=None, help="images that ask for the concept; default: all"
+    )
     args = parser.parse_args()
     record = args.out / "results.jsonl"
     if args.table:
@@ -253,10 +271,11 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     config = GenerateConfig(steps=args.steps, mixed_precision=args.precision)
-    budget = Budget(args.answers, args.others, args.evaluators, config)
+    budget = Budget(args.answers, args.asked, args.others, args.evaluators, config)
     draw_base(budget, args.model, args.out)
     for job, variant in jobs_of(args):
-        if (job.concept, job.name, job.seed, budget.answers, budget.others) in _done(record):
+        key = (job.concept, job.name, job.seed, budget.answers, budget.asked, budget.others)
+        if key in _done(record):
             continue
         row = measure(job, variant, args.out, budget)
         tell(record, row, [job.slug, row["seconds"], "s", row["changed"], row["erased"]])
