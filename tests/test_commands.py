@@ -185,7 +185,8 @@ def test_an_option_like_no_other_does_not_get_a_line_of_sixty_names(name, capsys
     [
         (run_erase.main, ["--train.steps", "many"], ["--train.steps", "'many'", "a whole number"]),
         (run_erase.main, ["--train.lr", "1e-x"], ["--train.lr", "'1e-x'", "a number"]),
-        (run_erase.main, ["--mask.density", "half"], ["--mask.density", "'half'", "a number"]),
+        (run_erase.main, ["--mask.density", "half"], ["'half'", "a number or auto"]),
+        (run_erase.main, ["--load.offload", "block"], ["'block'", "true or false or blocks"]),
         (run_erase.main, ["--seed", "1.5"], ["--seed", "'1.5'", "a whole number"]),
         (
             run_erase.main,

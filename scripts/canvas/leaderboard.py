@@ -4,6 +4,7 @@
   python scripts/canvas/leaderboard.py --variants methods --suite quick
   python scripts/canvas/leaderboard.py --table       a table a concept: scores down, variants across
   python scripts/canvas/leaderboard.py --board --concepts heart    variants down, the best one first
+  python scripts/canvas/leaderboard.py --board --out docs/measured    of what this repository reports
 
 Each erasure is made as scripts/canvas/results.py makes it (`--out` may be that script's folder: its
 deltas are found), then `erase-evaluate --suite` judges it. What is found on the base is found once
@@ -46,7 +47,7 @@ def measure(job: Job, variant: Variant, suite: str, out: Path) -> dict[str, Any]
     told = json.loads((report / "report.json").read_text(encoding="utf-8"))
     rows = {}
     for row in (BASE, ERASED):
-        rows[row] = {score["name"]: score["value"] for score in told["rows"][row]}
+        rows[row] = {score["name"]: round(score["value"], 4) for score in told["rows"][row]}
     return {
         "concept": job.concept,
         "variant": job.name,

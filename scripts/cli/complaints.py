@@ -127,5 +127,7 @@ def _wrong_value(message: str) -> str | None:
     ]
     if not (key and value and kinds):
         return None
+    for words in re.findall(r"Expected a typing\.Literal\[(.*?)\]", message):
+        kinds += re.findall(r"'(\w+)'", words)
     text = " ".join(value[1].split())[:100]
     return f"--{key[1]} is {text!r}, but it takes {' or '.join(dict.fromkeys(kinds))}"
