@@ -4,7 +4,7 @@
   python scripts/canvas/leaderboard.py --variants methods --suite quick
   python scripts/canvas/leaderboard.py --table       a table a concept: scores down, variants across
   python scripts/canvas/leaderboard.py --board --concepts heart    variants down, the best one first
-  python scripts/canvas/leaderboard.py --board --out docs/measured    of what this repository reports
+  python scripts/canvas/leaderboard.py --board --out docs/measured    of what is reported here
 
 Each erasure is made as scripts/canvas/results.py makes it (`--out` may be that script's folder: its
 deltas are found), then `erase-evaluate --suite` judges it. What is found on the base is found once
