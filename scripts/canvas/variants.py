@@ -111,7 +111,7 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     return {
         "presets": presets,
         "methods": methods,
-        "flow": _of_flow(presets["salun"], methods["esd"]),
+        **_of_flow(presets["salun"], methods["esd"]),
         **_of_default(presets["salun"]),
         **_of_half(presets["salun-half"]),
         **_of_thin(presets["salun-half"]),
@@ -145,13 +145,20 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
     }
 
 
-def _of_flow(ours: Variant, esd: Variant) -> dict[str, Variant]:
-    """What other settings help on the flow transformer."""
+def _of_flow(ours: Variant, esd: Variant) -> dict[str, dict[str, Variant]]:
+    """What other settings help on the flow transformer, and their controls."""
     masked = replace(esd.settings, scope="full", train=replace(esd.settings.train, lr=4e-4))
     mask = {"mask.rule": "benefit", "mask.density": 0.1, "mask.batches": 8}
+    wider = _with(ours, {"mask.density": 0.1})
     return {
-        "salun, 10 %": _with(ours, {"mask.density": 0.1}),
-        "esd, 10 % of full": _with(replace(esd, settings=masked), mask),
+        "flow": {
+            "salun, 10 %": wider,
+            "esd, 10 % of full": _with(replace(esd, settings=masked), mask),
+        },
+        "flow masks": {
+            f"salun, 10 %, {rule}": _with(wider, {"mask.rule": rule})
+            for rule in ("matched-random", "random", "none")
+        },
     }
 
 
