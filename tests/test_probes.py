@@ -18,6 +18,7 @@ from erase.attacks.probes import (
     redraw,
 )
 from erase.attacks.walk import Level, Walker, levels, start_noise
+from erase.eval import inversion
 from erase.eval.case import Case
 from erase.eval.detectors import Detector
 from erase.eval.evaluators import probes
@@ -241,8 +242,8 @@ def test_the_same_again_in_other_batches_and_nothing_when_all_is_kept(
 def test_what_is_of_the_base_alone_is_found_once(case, model, tmp_path, monkeypatch):
     """The starts of the base's images serve whatever is evaluated beside it."""
     inverted = []
-    before = probes._inverted
-    monkeypatch.setattr(probes, "_inverted", lambda *given: inverted.append(1) or before(*given))
+    before = inversion.invert
+    monkeypatch.setattr(inversion, "invert", lambda *given: inverted.append(1) or before(*given))
     config = replace(SMALL, probes=["inversion"])
     first = evaluate(make_case(model, tmp_path / "one", tmp_path / "shared"), config)
     assert len(inverted) == 2  # images of the concept, and of other things

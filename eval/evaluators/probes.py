@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from erase.attacks import Asked, probes
-from erase.attacks.probes import Inverted, Sampling
+from erase.attacks.probes import Sampling
 from erase.attacks.pseudo_token import nameless
 from erase.eval.attempts import (
     Attempts,
@@ -30,15 +30,13 @@ from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
 from erase.eval.detectors import JUDGES, detector
 from erase.eval.evaluators import Evaluator
+from erase.eval.inversion import found_starts, pixels, redrawn
 from erase.eval.kept import Kept
 from erase.eval.scores import Score, mean_score, share_of
-from erase.files import load_tensors, save_tensors
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel, autocast
-from erase.models.pipelines import decode
-from erase.parallel.processes import exists_on_all, in_shares, processes
+from erase.parallel.processes import in_shares
 from erase.prompts.errors import COUNT, ErasureError, check_names, check_ranges, unknown
-from erase.tensors import sha256_of
 
 PROBE_NAMES = ("noise", "completion", "inpainting", "inversion")
 PROMPTS = ("empty", "nameless")
@@ -176,33 +174,8 @@ class _Material:
         if not inverts:
             return cls(own)
         others = others_by_base(base, case.concepts, config.images, folder=case.shared)
-        return cls(own, others, _starts(base, own.latents, case, config, attempts))
-
-
-def _starts(
-    base: DiffusionModel, latents: Tensor, case: Case, config: Config, attempts: Attempts
-) -> Tensor:
-    """Start noise of the base's images: found once, whatever is erased from it."""
-    about = [base.fingerprint, latents, asdict(attempts.settings), config.iterations]
-    path = case.shared and case.shared / f"starts-{sha256_of(about)[:16]}.safetensors"
-    if path and exists_on_all(path):
-        return load_tensors(path, "starts")[0]["starts"]
-    starts = _inverted(base, latents, config, attempts)
-    if path and processes().is_main_process:
-        save_tensors(path, {"starts": starts}, {"format": "starts"})
-    return starts
-
-
-def _inverted(model: DiffusionModel, latents: Tensor, config: Config, attempts: Attempts) -> Tensor:
-    """Start noise of each image, without a prompt."""
-    how = Sampling(attempts.settings.steps, 1.0)
-
-    def invert(rows: range) -> Tensor:
-        part = latents[rows.start : rows.stop]
-        return probes.invert(model, part, [""] * len(part), how, config.iterations).start.cpu()
-
-    size = attempts.settings.batch_size
-    return torch.cat(in_shares(len(latents), size, invert, "inversion", "image"))
+        starts = found_starts(base, own.latents, attempts, config.iterations, case.shared)
+        return cls(own, others, starts)
 
 
 @dataclass(frozen=True)
@@ -265,12 +238,12 @@ class _Probing:
         def make() -> dict[str, Any]:
             own, others, starts = self.material.own, self.material.others, self.material.starts
             assert others is not None and starts is not None
-            of_base = self._reproduced(own.latents, starts)
+            of_base = self._redrawn(own.latents, starts)
             return {
                 # what is found on the base itself is that
-                "own": self._reproduced(own.latents) if self.case.delta else of_base,
+                "own": self._redrawn(own.latents) if self.case.delta else of_base,
                 "base": of_base,
-                "other": self._reproduced(others.latents),
+                "other": self._redrawn(others.latents),
             }
 
         found = self.kept.find("inversion", make)
@@ -289,7 +262,7 @@ class _Probing:
     def controls(self) -> dict[str, Any]:
         """Shares of the images of the concept that show it as they are, and with either half
         painted over in grey; mean squares of the starts that inversion found."""
-        images = self._pixels(self.material.own.latents)
+        images = pixels(self.model, self.material.own.latents, self.attempts)
         keep = probes.halves(self.model, len(images)).float()
         keep = torch.nn.functional.interpolate(keep, images.shape[-2:])
         sees = self.attempts.detector.sees
@@ -322,41 +295,11 @@ class _Probing:
 
         return list(self.kept.find(name, make))
 
-    def _reproduced(
+    def _redrawn(
         self, latents: Tensor, starts: Tensor | None = None
     ) -> tuple[list[bool], list[float], list[float]]:
-        """Whether each redrawn image shows the concept; its PSNR; its start's mean square.
-
-        Args:
-            latents: of the images.
-            starts: found elsewhere; None: found on this model.
-        """
-        begin = (
-            starts
-            if starts is not None
-            else _inverted(self.model, latents, self.config, self.attempts)
-        )
-        how = Sampling(self.attempts.settings.steps, 1.0)
-
-        def judged(rows: range) -> list[tuple[bool, float, float]]:
-            at = slice(rows.start, rows.stop)
-            begun = Inverted(begin[at].to(self.model.device))
-            drawn = probes.redraw(self.model, begun, [""] * len(begun.start), how)
-            images = self._pixels(drawn).nan_to_num(0.0)
-            error = (images - self._pixels(latents[at])).square().mean((1, 2, 3))
-            psnr = -10 * error.clamp_min(1e-10).log10()
-            seen = self.attempts.detector.sees(images)
-            return list(zip(seen, psnr.tolist(), begun.mean_square(), strict=True))
-
-        size = self.attempts.settings.batch_size
-        parts = in_shares(len(latents), size, judged, "redrawn", "image")
-        shown, psnr, square = zip(*chain.from_iterable(parts), strict=True)
-        return list(shown), list(psnr), list(square)
-
-    def _pixels(self, latents: Tensor) -> Tensor:
-        """Images in [0, 1], on the CPU."""
-        precision = self.attempts.settings.mixed_precision
-        return decode(self.model.pipeline(), latents.to(self.model.device), precision).float().cpu()
+        iterations = self.config.iterations
+        return redrawn(self.model, latents, self.attempts, iterations, starts)
 
     def _share(self, name: str, shown: Sequence[bool]) -> Score:
         by = self.attempts.detector.name
