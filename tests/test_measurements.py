@@ -1,5 +1,6 @@
 """The measurements on the embedded world: which images judge an erasure, and the tables."""
 
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -13,10 +14,12 @@ from erase.scripts.canvas.curve import drawn
 from erase.scripts.canvas.leaderboard import BOARD, board, standing
 from erase.scripts.canvas.leaderboard import table as leaderboard
 from erase.scripts.canvas.many import world
-from erase.scripts.canvas.measuring import Job
+from erase.scripts.canvas.measuring import Job, read_rows
 from erase.scripts.canvas.results import asked_for
 from erase.scripts.canvas.tables import grid, paired, prediction, spread, summary
 from erase.scripts.canvas.variants import groups
+
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.mark.parametrize(("name", "own"), [("heart", 48), ("Neon", 60), ("red", 80)])
@@ -200,3 +203,11 @@ def test_many_concepts_leave_their_anchors_and_the_rest(count):
 def test_many_concepts_are_ten_thirty_or_a_hundred():
     with pytest.raises(SystemExit, match="unknown count '11'"):
         world(11, 60)
+
+
+@pytest.mark.parametrize("concept", ["heart", "Neon", "red"])
+def test_the_docs_show_the_board_of_what_was_measured(concept):
+    """`python scripts/canvas/leaderboard.py --board --out docs/measured --concepts CONCEPT`."""
+    rows = read_rows(DOCS / "measured" / "suite.jsonl")
+    own = [row for row in rows if row["concept"] == concept]
+    assert board(own) in (DOCS / "results.md").read_text(encoding="utf-8")
