@@ -84,7 +84,8 @@ def test_help_comes_at_once_in_80_columns_and_is_that_of_the_real_libraries(
         check=True,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+    # beside other work; with torch it would be 3 and more
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.5
     shown = done.stdout.decode()
     assert done.stderr == b"" and max(map(len, shown.splitlines())) <= WIDTH
     monkeypatch.setenv("COLUMNS", "200")

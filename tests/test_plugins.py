@@ -88,6 +88,9 @@ def told(capsys) -> str:
 
 # ---- help ----------------------------------------------------------------------------------------
 
+MOST = 2.5
+"""CPU seconds of --help beside other work: twice what it takes alone, and less than with torch"""
+
 
 @pytest.mark.parametrize(
     ("module", "flags", "shown", "hidden"),
@@ -130,7 +133,7 @@ def test_help_names_what_is_installed_and_shows_the_options_of_what_is_named(
     assert [words for words in shown if words not in text] == [] and hidden not in text
     assert (
         done.stderr == ""
-        and after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+        and after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < MOST
     )
 
 
