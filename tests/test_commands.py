@@ -40,6 +40,7 @@ from erase.scripts import (
 )
 from erase.scripts.cli import WIDTH, check_folder, hush, parse, read_concepts, run
 from erase.scripts.cli.recipes import recipe, recipes
+from tests.loaded import loaded, watched
 from tests.texts import raises, written
 
 ROOT = Path(__file__).parents[1]
@@ -72,9 +73,10 @@ def failed(capsys: pytest.CaptureFixture[str], main, *flags: str) -> str:
 
 @every_command
 def test_help_comes_at_once_in_80_columns_and_is_that_of_the_real_libraries(
-    name, capsys, monkeypatch
+    name, capsys, monkeypatch, tmp_path
 ):
-    module, environment = COMMANDS[name].__name__, {**ENVIRONMENT, "COLUMNS": "200"}
+    module = COMMANDS[name].__name__
+    environment = {**ENVIRONMENT, **watched(tmp_path / "told", ROOT), "COLUMNS": "200"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", module, "--help"],
@@ -84,7 +86,8 @@ def test_help_comes_at_once_in_80_columns_and_is_that_of_the_real_libraries(
         check=True,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # beside other work; with torch it would be 3 and more
+    assert loaded(tmp_path / "told") == []
+    # beside other work
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.5
     shown = done.stdout.decode()
     assert done.stderr == b"" and max(map(len, shown.splitlines())) <= WIDTH
