@@ -20,7 +20,7 @@ from erase.latents.sampling import sample_points
 from erase.methods import get_method
 from erase.methods.esd import ESDConfig
 from erase.models import LoadConfig, load_model, wrap
-from erase.models.by_block import blocks
+from erase.models.by_block import innermost
 from erase.models.pipelines import decode, denoiser, modules
 from erase.models.scopes import select
 from erase.models.waiting import CPU, Waiting, waiting
@@ -164,7 +164,7 @@ def test_block_by_block_on_a_gpu_that_is_not_there(family, brought, monkeypatch)
     monkeypatch.setattr(torch, "lazy", torch.cuda, raising=False)
     pipeline = ALL[family]()
     model, module = wrap(pipeline), denoiser(pipeline)
-    inner = list(map(count, innermost(blocks(module))))
+    inner = list(map(count, innermost(module)))
     with fake_gpu(pipeline):
         Waiting(pipeline, ENGINE, by_block=True)
         cond = model.encode(["a heart", "a star"])
@@ -185,10 +185,6 @@ def test_block_by_block_on_a_gpu_that_is_not_there(family, brought, monkeypatch)
 
 def count(module: nn.Module) -> int:
     return sum(tensor.numel() for tensor in chain(module.parameters(), module.buffers()))
-
-
-def innermost(found: list[nn.Module]) -> list[nn.Module]:
-    return [block for block in found if not set(found) & set(block.modules()) - {block}]
 
 
 @needs_fake_gpu

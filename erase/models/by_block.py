@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +32,11 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     return found[::-1]
 
 
+def innermost(module: nn.Module) -> list[nn.Module]:
+    """The blocks in which no others lie."""
+    return [block for block in blocks(module) if not blocks(block)]
+
+
 def stream(part: nn.Module, device: torch.device) -> None:
     """From now on the part runs on `device`, and its weights stay where they are.
 
@@ -40,13 +45,11 @@ def stream(part: nn.Module, device: torch.device) -> None:
     its weights anew (Chen et al. 2016, https://arxiv.org/abs/1604.06174): the graph holds none of
     them. Gradients arrive where the weights are.
     """
-    taken: set[int] = set()
     for block in (*blocks(part), part):
-        own = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-        names = [name for name, value in own.items() if id(value) not in taken]
-        innermost = block is not part and len(names) == len(own)
-        taken |= set(map(id, own.values()))
-        block.forward = Streamed(block, names, device, again=innermost)
+        inner = blocks(block)
+        theirs = {id(tensor) for one in inner for tensor in _tensors(one).values()}
+        names = [name for name, tensor in _tensors(block).items() if id(tensor) not in theirs]
+        block.forward = Streamed(block, names, device, again=block is not part and not inner)
 
 
 def streamed_to(part: nn.Module) -> torch.device | None:
@@ -85,3 +88,8 @@ class _Run(nn.Module):
 
     def forward(self, *args: Any, **keywords: Any) -> Any:
         return self._inner(*args, **keywords)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -21,14 +21,13 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from erase.models import PRECISIONS
+from erase.models.by_block import innermost
 from erase.models.precision import with_precision
 from erase.scripts.bench.plain import plain_parser
 from erase.scripts.bench.published import MODELS, Published
@@ -36,8 +35,6 @@ from erase.training.recompute import SavedActivations, recomputing
 from erase.training.running import checkpointed
 
 WAYS = ("all", "selective_recompute", "gradient_checkpointing")
-BLOCKS = (ResnetBlock2D, BasicTransformerBlock)
-"""of a UNet"""
 
 
 class Counted(SavedActivations):
@@ -87,7 +84,7 @@ def count(model: Published, device: str, half: torch.dtype | None, way: str) -> 
     with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
         network = without_data(network, device, half)
         counted, added = Counted(network, way == WAYS[1]), [0]
-        for block in blocks(network):
+        for block in innermost(network):
             before: list[int] = []
             block.register_forward_pre_hook(lambda *_, before=before: before.append(counted.bytes))
             block.register_forward_hook(
@@ -110,13 +107,6 @@ def count(model: Published, device: str, half: torch.dtype | None, way: str) -> 
         out = network(**given).sample
         assert (out[0] if isinstance(out, list) else out).requires_grad
         return counted.bytes, max(added)
-
-
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """What diffusers checkpoints: a UNet's residual and transformer blocks, a transformer's."""
-    inner: list[nn.Module] = [part for part in network.modules() if isinstance(part, BLOCKS)]
-    lists = [part for part in network.children() if isinstance(part, nn.ModuleList)]
-    return inner or [part for blocks in lists for part in blocks]
 
 
 def _fused(device: str) -> Any:

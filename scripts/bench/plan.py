@@ -26,9 +26,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from erase.models.by_block import blocks as in_lists
+from erase.models.by_block import innermost
 from erase.models.scopes import select
-from erase.scripts.bench.count_activations import WAYS, blocks, count
+from erase.scripts.bench.count_activations import WAYS, count
 from erase.scripts.bench.plain import plain_parser
 from erase.scripts.bench.published import MODELS, Published, weights
 
@@ -61,14 +61,14 @@ class Size:
             kept, _ = count(model, "cuda", half, WAYS[2])
             block = count(model, "cuda", half, WAYS[0])[1]
             row[half] = kept + block
-        largest = max(map(weights, blocks(network)))
+        largest = max(map(weights, innermost(network)))
         beside = max(map(there, model.others()))
         return cls(there(network), beside, largest, row, block)
 
 
 def of_a_block(part: nn.Module) -> int:
     """Weights outside of the innermost blocks, and of the largest of these."""
-    sizes = [weights(block) for block in in_lists(part) if not in_lists(block)]
+    sizes = list(map(weights, innermost(part)))
     return weights(part) - sum(sizes) + max(sizes, default=0)
 
 
