@@ -301,7 +301,7 @@ def test_of_two_exports_to_one_folder_one_wins_whole_and_the_other_is_refused(
 @pytest.mark.skipif(os.name == "nt", reason="there are no locks of folders on Windows")
 def test_what_a_killed_export_left_is_removed_by_the_next(heart, tmp_path):
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom erase.export import _unfinished\n"
+        "import os, sys\nfrom pathlib import Path\nfrom erase.export.whole import _unfinished\n"
         "with _unfinished(Path(sys.argv[1])) as aside:\n    (aside / 'half').write_text('x')\n    "
         "os._exit(9)\n"
     )

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from erase.delta import ErasedDelta
 from erase.delta.base import load_base
 from erase.export.folders import save_part, save_pipeline
 from erase.export.formats import FILES
 from erase.export.lora import LoRA, extract_lora
+from erase.export.whole import is_file, new_file, new_folder
 from erase.models import DiffusionModel
 from erase.models.pipelines import modules
 from erase.models.single_file.layouts import layout_of
 from erase.prompts.errors import ErasureError
 from erase.tensors import all_finite
-
-HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
-"""this machine, in the names of unfinished folders: one whose process is dead is told by its lock,
-which another machine may not see"""
 
 
 def export_diffusers(
@@ -60,7 +50,7 @@ def export_diffusers(
     Raises:
         ErasureError: another base, an existing folder, or one that cannot be written to.
     """
-    with _folder(out, card, picture) as aside, _erased(delta, base, dtype, keep) as pipeline:
+    with new_folder(out, card, picture) as aside, _erased(delta, base, dtype, keep) as pipeline:
         save_pipeline(pipeline, aside)
     return Path(out)
 
@@ -77,7 +67,7 @@ def export_components(
 ) -> Path:
     """Write only the components that changed, each a folder (`unet/`) that its own class loads.
     Arguments as `export_diffusers`."""
-    with _folder(out, card, picture) as aside, _erased(delta, base, dtype, keep) as pipeline:
+    with new_folder(out, card, picture) as aside, _erased(delta, base, dtype, keep) as pipeline:
         for component in delta.components:
             save_part(getattr(pipeline, component), aside / component)
     return Path(out)
@@ -102,7 +92,7 @@ def export_single_file(
     """
     from erase.models.single_file import write_single_file
 
-    with _file(out, card, picture, FILES["single-file"]) as aside:
+    with new_file(out, card, picture, FILES["single-file"]) as aside:
         with _erased(delta, base, dtype, keep) as pipeline:
             _check_held(delta, pipeline)
             words = {
@@ -141,9 +131,9 @@ def export_lora(
     `layout` is one of `erase.export.lora.LAYOUTS`, by default the one that most programs read; the
     other arguments as `export_single_file`.
     """
-    with _file(out, card, picture, FILES["lora"]) as aside:
+    with new_file(out, card, picture, FILES["lora"]) as aside:
         lora.save(aside, dtype, layout)
-        if not _is_file(out):
+        if not is_file(out):
             (aside.parent / "lora.json").write_text(
                 json.dumps(lora.plain(), indent=1), encoding="utf-8"
             )
@@ -158,7 +148,7 @@ def export_delta(
     picture: str | Path | None = None,
 ) -> Path:
     """Write the delta, as a file or as a folder with a card. Arguments as `export_single_file`."""
-    with _file(out, card, picture, FILES["delta"]) as aside:
+    with new_file(out, card, picture, FILES["delta"]) as aside:
         (delta if dtype == torch.float32 else delta.rounded(dtype)).save(aside)
     return Path(out)
 
@@ -256,91 +246,3 @@ def _as_found(model: DiffusionModel, delta: ErasedDelta) -> Iterator[None]:
         for one, old in frozen:
             one._internal_dict = old
         model.fingerprint = fingerprint
-
-
-def _is_file(out: str | Path) -> bool:
-    return Path(out).suffix == ".safetensors"
-
-
-def check_free(out: str | Path) -> Path:
-    """`out` as a path.
-
-    Raises:
-        ErasureError: it exists already.
-    """
-    if Path(out).exists():
-        raise ErasureError(f"{out} exists already; choose another name or delete it")
-    return Path(out)
-
-
-@contextmanager
-def _file(out: str | Path, card: str, picture: str | Path | None, name: str) -> Iterator[Path]:
-    """Where to write the one file of a format: `out` itself (its writer writes it whole), or `name`
-    in a new folder."""
-    if _is_file(out):
-        yield check_free(out)
-    else:
-        with _folder(out, card, picture) as aside:
-            yield aside / name
-
-
-@contextmanager
-def _folder(out: str | Path, card: str, picture: str | Path | None) -> Iterator[Path]:
-    """A new folder beside `out` to write to; with its card it is renamed to `out`, on any error it
-    is removed."""
-    out = check_free(out)
-    try:
-        with _unfinished(out) as aside:
-            yield aside
-            if card:
-                (aside / "README.md").write_text(card, encoding="utf-8")
-            if picture:
-                shutil.copyfile(picture, aside / "before_after.png")
-            # another export may have been quicker; over a folder that is not empty no rename
-            # succeeds
-            check_free(out)
-            aside.rename(out)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ErasureError(
-            f"cannot write {out}: {reason}; free some space or choose another folder"
-        ) from error
-
-
-@contextmanager
-def _unfinished(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` that is this export's alone and locked; leftovers of killed exports
-    to `out` are removed first."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for left in out.parent.glob(f".{escape(out.name)}.{HOST}.*.part"):
-        with _locked(left) as dead:
-            if dead:
-                shutil.rmtree(left, ignore_errors=True)
-
-    aside = out.with_name(f".{out.name}.{HOST}.{os.getpid()}.{secrets.token_hex(4)}.part")
-    aside.mkdir()
-    with _locked(aside):
-        try:
-            yield aside
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a folder, if the disk has locks and no living process holds it; the system
-    frees a dead one's."""
-    handle = None
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = folder.exists()
-    except (ImportError, OSError):
-        held = False
-    try:
-        yield held
-    finally:
-        if handle is not None:
-            os.close(handle)

@@ -19,10 +19,10 @@ def check_options(options: Namespace) -> None:
     """Refuse what would only fail later."""
     from erase.compose import ON_CONFLICT
     from erase.compose.ties import check_keep
-    from erase.export import check_free
     from erase.export.formats import FORMATS
     from erase.export.hub import hub_login
     from erase.export.lora import LAYOUTS
+    from erase.export.whole import check_free
     from erase.models.config import DTYPES
 
     known: dict[str, Collection[str]] = {
