@@ -36,7 +36,9 @@ from tests.bare import (
 from tests.bare_text import ids_of, spoken, train
 from tests.families import FAMILIES
 
-ADV, RACE = get_method("advunlearn").config, get_method("race").config
+ADV, RACE = (
+    replace(get_method(name).config, prompts="captions") for name in ("advunlearn", "race")
+)
 ETA, GAMMA = 1.5, 0.7
 
 

@@ -1,7 +1,7 @@
 """A step's batch is drawn whole and then cut: parts and processes together train on the rows of the
 step, each on its own."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from types import SimpleNamespace
 
@@ -180,6 +180,40 @@ def test_the_target_lies_beyond_the_anchor(pico, points) -> None:
         torch.testing.assert_close(loss, expected)
 
 
-def test_beyond_needs_the_base_as_teacher() -> None:
-    with pytest.raises(ErasureError, match=r"beyond 1 .* anchor_from"):
-        RemapConfig(beyond=1.0, anchor_from="current")
+@pytest.mark.parametrize("points", [False, True])
+@pytest.mark.parametrize("beyond", [0.0, 2.0])
+def test_the_anchor_is_held_to_the_base_on_the_forget_rows(pico, points, beyond) -> None:
+    """retain = alpha (|eps(x, kept) - base's|^2 + hold |eps(x, anchor) - base's|^2), the latter at
+    the rows that show the concept, and not beyond the anchor."""
+    sets = prepare_latents(pico, [canvas_concept("heart")], POINTS, 0) if points else from_images()
+    task = Task(pico, [canvas_concept("heart")], Given(*sets))
+    train = replace(PLAIN.train, batch_size=4)
+    plain = replace(PLAIN, share_latents=points, beyond=beyond, alpha=3.0, train=train)
+    remap, held = Remap(task, plain), Remap(task, replace(plain, hold=0.5))
+    batch = held.batches(0)
+    anchors = [held.forget_set.anchors[row] for row in batch.forget_rows]
+    weights = list(task.weights("full").values())
+
+    @contextmanager
+    def base():
+        """Other weights than those that are trained."""
+        with torch.no_grad():
+            before = [weight.clone() for weight in weights]
+            torch._foreach_mul_(weights, 1.05)
+            yield
+            torch._foreach_copy_(weights, before)
+
+    with base():
+        kept = task.predict(batch.anchor, anchors)
+    with torch.no_grad():
+        expected = ((task.predict(batch.anchor, anchors) - kept) ** 2).mean()
+        without, found = remap.loss(batch, base), held.loss(batch, base)
+    assert expected > 1e-4
+    torch.testing.assert_close(found["forget"], without["forget"])
+    torch.testing.assert_close(found["retain"], without["retain"] + 3.0 * 0.5 * expected)
+
+
+@pytest.mark.parametrize("name", ["beyond", "hold"])
+def test_what_asks_the_base_about_the_anchor_needs_it_as_teacher(name) -> None:
+    with pytest.raises(ErasureError, match=f"{name} 1 .* anchor_from"):
+        RemapConfig(anchor_from="current", **{name: 1.0})

@@ -29,14 +29,14 @@ def model(make_pico_pipeline):
 # ---- ESD, eq. 5 ----------------------------------------------------------------------------------
 
 
-def reference_esd(pipeline, latents, prompts, eta, lr, steps, size):
-    """SGD on |eps(x_t, c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 over the
+def reference_esd(pipeline, latents, prompts, starts, eta, lr, steps, size):
+    """SGD on |eps(x_t, c) - [eps_0(x_t, start) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2 over the
     cross-attention, by the bare UNet."""
     unet = pipeline.unet
     frozen = {k: v.detach().clone() for k, v in pipeline.unet.state_dict().items()}
     trained = [p for name, p in unet.named_parameters() if "attn2" in name]
     schedule = DDIMScheduler.from_config(pipeline.scheduler.config)
-    text = {p: pipeline.encode_prompt(p, "cpu", 1, False)[0] for p in {"", *prompts}}
+    text = {p: pipeline.encode_prompt(p, "cpu", 1, False)[0] for p in {"", *prompts, *starts}}
     for step in range(steps):
         rows = epoch_rows(len(latents), step * size, size, 0)
         generator = torch.Generator().manual_seed(step)
@@ -44,18 +44,15 @@ def reference_esd(pipeline, latents, prompts, eta, lr, steps, size):
         noise = torch.randn((size, *latents.shape[1:]), generator=generator)
         noisy = schedule.add_noise(latents[rows], noise, t)
         concept = torch.cat([text[prompts[row]] for row in rows])
+        start = torch.cat([text[starts[row]] for row in rows])
         null = text[""].expand(size, -1, -1)
         with torch.no_grad():
             now = {k: v.clone() for k, v in unet.state_dict().items()}
             unet.load_state_dict(frozen)
-            target_null = unet(noisy, t, null).sample
-            target_concept = unet(noisy, t, concept).sample
+            away = unet(noisy, t, concept).sample - unet(noisy, t, null).sample
+            target = unet(noisy, t, start).sample - eta * away
             unet.load_state_dict(now)
-        loss = (
-            (unet(noisy, t, concept).sample - (target_null - eta * (target_concept - target_null)))
-            .square()
-            .mean()
-        )
+        loss = (unet(noisy, t, concept).sample - target).square().mean()
         for p, grad in zip(
             trained,
             torch.autograd.grad(loss, [p.requires_grad_(True) for p in trained]),
@@ -66,16 +63,33 @@ def reference_esd(pipeline, latents, prompts, eta, lr, steps, size):
     return {f"unet.{name}": p.detach() for name, p in unet.named_parameters() if "attn2" in name}
 
 
-@pytest.mark.parametrize("eta", [1.0, 3.0])
-def test_esd_takes_the_steps_of_its_equation(model, make_pico_pipeline, eta):
-    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    prompts = ("a heart", "a photo of a heart") * 2 + ("a heart",)
-    forget = LatentSet(latents, None, prompts, ("a mushroom",) * 5)
-    train = TrainConfig(steps=4, lr=0.1, batch_size=2, optimizer="SGD")
-    config = replace(get_method("esd").config, guidance=eta, train=train)
-    found = get_method("esd").edit(Task(model, [CONCEPT], Given(forget, forget)), config)
+CAPTIONS = ("a red heart", "a photo of hearts", "a love symbol on wood", "two HEARTS", "a moon")
+ALONE = ("heart", "heart", "love symbol", "heart", "a moon")
+ANCHORS = ("a red mushroom", "a photo of mushrooms", "a mushroom on wood", "two mushrooms", "rain")
+ANCHOR = ("mushroom",) * 4 + ("rain",)
 
-    expected = reference_esd(make_pico_pipeline(), latents, prompts, eta, 0.1, 4, 2)
+
+@pytest.mark.parametrize(
+    ("settings", "prompts", "starts"),
+    [
+        ({}, ALONE, ("",) * 5),
+        ({"guidance": 3.0, "prompts": "captions"}, CAPTIONS, ("",) * 5),
+        ({"guidance": 2.0, "erase_from": "anchor"}, ALONE, ANCHOR),
+        ({"prompts": "captions", "erase_from": "anchor"}, CAPTIONS, ANCHORS),
+    ],
+)
+def test_esd_takes_the_steps_of_its_equation(model, make_pico_pipeline, settings, prompts, starts):
+    """Of the concept's name alone, unless captions are asked for; away from it, from the empty
+    prompt's prediction or from the anchor's. What names no concept is taken as it is."""
+    concept = replace(CONCEPT, synonyms=("love symbol",))
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    forget = LatentSet(latents, None, CAPTIONS, ANCHORS)
+    train = TrainConfig(steps=4, lr=0.1, batch_size=2, optimizer="SGD")
+    config = replace(get_method("esd").config, train=train, **settings)
+    found = get_method("esd").edit(Task(model, [concept], Given(forget, forget)), config)
+
+    eta = settings.get("guidance", 1.0)
+    expected = reference_esd(make_pico_pipeline(), latents, prompts, starts, eta, 0.1, 4, 2)
     base = model.parameters()
     assert found.values.keys() == expected.keys()
     for name, value in expected.items():

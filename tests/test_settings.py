@@ -37,6 +37,7 @@ OUT_OF_RANGE = {
     (SalUnConfig, "alpha"): (-1, -1e-9, 1e300),
     (SalUnConfig, "beyond"): (-1, -1e-9, 1e300),
     (SalUnConfig, "beyond_limit"): (0, -1, 1e300),
+    (SalUnConfig, "hold"): (-1, -1e-9, 1e300),
     (SalUnConfig, "noise_power"): (0, -1, 1e300),
     (SalUnConfig, "anchor_latents"): (-0.1, 1.1),
     (SalUnConfig, "retain_dropout"): (-0.1, 1.1),

@@ -39,6 +39,7 @@ SMALL = replace(
     get_method("stereo").config,
     scope="xattn",
     guidance=ETA,
+    prompts="captions",
     rounds=2,
     search_steps=2,
     search_lr=0.05,
@@ -111,9 +112,11 @@ class Literal(Bare):
             adam.step()
         return vectors.detach()
 
-    def erase(self):
-        empty, prompts = self.states([""])[0], [self.states(PROMPTS)]
-        anchors, base = self.states(ANCHORS), deepcopy(self.unet)
+    def erase(self, words, anchor_words, unnamed):
+        """`words`: what the concept is called at each row; the attack searches under the rows' own
+        prompts, less the name."""
+        empty, prompts = self.states([""])[0], [self.states(words)]
+        anchors, base = self.states(anchor_words), deepcopy(self.unet)
         for round in range(2):
             before, last = deepcopy(self.unet), prompts[-1]
 
@@ -122,7 +125,7 @@ class Literal(Bare):
                 return null - ETA * (self.seen(teacher, row, last[row[3]]) - null)
 
             self.descend(self.guided_loss(before, lambda step, last=last: last, away), 2, 0.05)
-            prompts.append(self.states(UNNAMED, self.found_again(round)))
+            prompts.append(self.states(unnamed, self.found_again(round)))
 
         def composed(teacher, row):
             null = self.seen(teacher, row, empty)
@@ -137,10 +140,17 @@ class Literal(Bare):
         return {f"unet.{name}": p.detach() for name, p in named if "attn2" in name}
 
 
-def test_stereo_takes_the_steps_of_its_algorithm(task, make_pico_pipeline):
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ("captions", (PROMPTS, ANCHORS, UNNAMED)),
+        ("names", (("heart",) * 3, ("mushroom",) * 3, ("",) * 3)),
+    ],
+)
+def test_stereo_takes_the_steps_of_its_algorithm(task, make_pico_pipeline, prompts, words):
     literal = Literal(make_pico_pipeline())
     literal.pipeline.text_encoder.requires_grad_(False)
-    check(edit(task).values, literal.erase())
+    check(edit(task, prompts=prompts).values, literal.erase(*words))
 
 
 @pytest.fixture
@@ -166,7 +176,7 @@ def test_what_was_found_behind_a_pseudo_token_goes_too(task, attacked):
     still = {"rounds": 1, "search_lr": 1e-30, "search_steps": 1, "attack": attack}
     robust = edit(task, train=train, **still).values
     plain = get_method("esd").edit(
-        task, replace(get_method("esd").config, train=train, guidance=ETA)
+        task, replace(get_method("esd").config, train=train, guidance=ETA, prompts="captions")
     )
     ((_, found),) = attacked
     rows, prompts = row_batches(task, FORGET, 3)(0)

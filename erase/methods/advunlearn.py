@@ -16,26 +16,24 @@ from erase.attacks.descent import step_down
 from erase.attacks.words import words_of
 from erase.losses import denoising
 from erase.methods import Method
-from erase.objectives.negative_guidance import away
-from erase.prompts.errors import COUNT, FINITE, POSITIVE, check_ranges
+from erase.objectives.negative_guidance import AwayConfig, away, forget_set
+from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, forget_and_retain
-from erase.training.config import MOST_STEPS, TrainConfig, TunedConfig
+from erase.training.config import MOST_STEPS, TrainConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
 
 PAPER = "https://arxiv.org/abs/2405.15234"
 Batch = tuple[PromptedRows, PromptedRows, Mapping[str, Tensor] | None]
-"""forget and retain rows, and the start of the attack by text encoder; None: no attack yet"""
+"""forget and retain rows, the attack's start by text encoder; None: no attack yet"""
 
 
 @dataclass
-class AdvUnlearnConfig(TunedConfig):
+class AdvUnlearnConfig(AwayConfig):
     """Settings of AdvUnlearn."""
 
     scope: str = r"^text_encoder(_\d)?\.(?!.*(embed|shared))"
-    guidance: float = 1.0
-    """eta: how far beyond the unconditional prediction"""
     alpha: float = 0.3
     """gamma: weight of the retained prompts' predictions keeping to the base's"""
     vectors: int = 1
@@ -49,8 +47,7 @@ class AdvUnlearnConfig(TunedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = dict.fromkeys(("vectors", "attack_steps"), COUNT)
-        check_ranges(self, {**counts, "guidance": FINITE, "attack_lr": POSITIVE})
+        check_ranges(self, {"vectors": COUNT, "attack_steps": COUNT, "attack_lr": POSITIVE})
         check_ranges(self, {"alpha": (0, 1e6), "attack_from": (0, MOST_STEPS)})
 
 
@@ -70,27 +67,30 @@ def edit(task: Task, config: AdvUnlearnConfig) -> Edit:
     + gamma |eps(x_t, c_r) - eps_0(x_t, c_r)|^2; delta makes the encoder as it is answer
     eps_0(x_t, c)."""
     size = config.train.batch_size
-    rows_of, words = forget_and_retain(task, size), words_of(task.model)
+    rows_of = forget_and_retain(task, size, forget_set(task, config.prompts))
+    words = words_of(task.model)
 
     def batches(step: int) -> Batch:
         if step < config.attack_from:
             return *rows_of(step), None
-        shape = size, config.vectors
-        chosen = torch.randint(len(words), shape, generator=task.generator(~step))
+        stream = task.generator(~step)
+        chosen = torch.randint(len(words), (size, config.vectors), generator=stream)
         return *rows_of(step), words.embedded(chosen)
 
     def loss(batch: Batch, base: Base) -> dict[str, Tensor]:
         (forget, prompts), (retain, kept), start = batch
-        rows = forget.cat(forget).cat(retain)
+        texts = [""] * len(forget) + prompts + kept
         with base():
-            known = task.predict(rows, [""] * len(forget) + prompts + kept)
+            known = task.predict(forget.cat(forget).cat(retain), texts)
         null, concept, reference = known.split([len(forget), len(forget), len(retain)])
-        wanted = replace(forget, target=concept), prompts
-        found = None if start is None else attack(task, wanted, start, config)
+        asked = replace(forget, target=concept), prompts
+        found = None if start is None else attack(task, asked, start, config)
         forgot = task.model.predict(forget.noisy, forget.t, task.cond(prompts, found))
-        target = away(null, concept, config.guidance)
-        retained = denoising(task.predict(retain, kept), reference)
-        return {"forget": denoising(forgot, target), "retain": config.alpha * retained}
+        retained = config.alpha * denoising(task.predict(retain, kept), reference)
+        return {
+            "forget": denoising(forgot, away(null, concept, config.guidance)),
+            "retain": retained,
+        }
 
     return fine_tune(task, loss, batches, config)
 

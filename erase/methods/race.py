@@ -15,11 +15,11 @@ from erase.latents.batches import Rows
 from erase.losses import denoising
 from erase.methods import Method
 from erase.models import Cond
-from erase.objectives.negative_guidance import target
-from erase.prompts.errors import COUNT, FINITE, POSITIVE, check_ranges
+from erase.objectives.negative_guidance import AwayConfig, forget_set, target
+from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, row_batches
-from erase.training.config import MOST_STEPS, TrainConfig, TunedConfig
+from erase.training.config import MOST_STEPS, TrainConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
 
@@ -29,12 +29,10 @@ Batch = tuple[PromptedRows, Tensor | None]
 
 
 @dataclass
-class RACEConfig(TunedConfig):
+class RACEConfig(AwayConfig):
     """Settings of RACE."""
 
     scope: str = "xattn"
-    guidance: float = 1.0
-    """eta: how far beyond the unconditional prediction"""
     radius: float = 0.1
     """how far the attack may move each value of the text states (epsilon)"""
     attack_steps: int = 10
@@ -47,7 +45,7 @@ class RACEConfig(TunedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, {"guidance": FINITE, "radius": POSITIVE, "attack_steps": COUNT})
+        check_ranges(self, {"radius": POSITIVE, "attack_steps": COUNT})
         check_ranges(self, {"attack_from": (0, MOST_STEPS)})
 
 
@@ -69,7 +67,7 @@ def attack(task: Task, rows: Rows, cond: Cond, start: Tensor, config: RACEConfig
 def edit(task: Task, config: RACEConfig) -> Edit:
     """Minimise |eps(x_t, c + delta) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2, delta the
     attack's answer to the model as it is."""
-    rows_of = row_batches(task, task.forget(), config.train.batch_size)
+    rows_of = row_batches(task, forget_set(task, config.prompts), config.train.batch_size)
     shape = config.train.batch_size, *task.cond([""]).embeddings.shape[1:]
 
     def batches(step: int) -> Batch:

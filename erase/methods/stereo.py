@@ -17,11 +17,11 @@ from erase.attacks.relearning import changed_to
 from erase.losses import denoising
 from erase.mask import SaliencyMask
 from erase.methods import Method
-from erase.objectives.negative_guidance import Ask, away, away_loss
-from erase.prompts.errors import COUNT, FINITE, POSITIVE, check_ranges
+from erase.objectives.negative_guidance import Ask, AwayConfig, away, away_loss, forget_set
+from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, row_batches
-from erase.training.config import TrainConfig, TunedConfig
+from erase.training.config import TrainConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.loop import Batches
 from erase.training.saliency import Objective, choose_mask
@@ -33,12 +33,10 @@ Batch = tuple[PromptedRows, list[str], Tensor]
 
 
 @dataclass
-class STEREOConfig(TunedConfig):
+class STEREOConfig(AwayConfig):
     """Settings of STEREO."""
 
     scope: str = "noxattn"
-    guidance: float = 1.0
-    """eta: how far away from the concept, and towards the anchor"""
     rounds: int = 4
     """of erasing what was found last, and finding the concept again"""
     search_steps: int = 200
@@ -50,8 +48,7 @@ class STEREOConfig(TunedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, {"guidance": FINITE, "search_lr": POSITIVE})
-        check_ranges(self, {"rounds": COUNT, "search_steps": COUNT})
+        check_ranges(self, {"rounds": COUNT, "search_steps": COUNT, "search_lr": POSITIVE})
 
 
 def search(
@@ -76,7 +73,8 @@ def search(
 def edit(task: Task, config: STEREOConfig) -> Edit:
     """Minimise |eps(x_t, p_k) - [eps_0(x_t) + eta (eps_0(x_t, a) - eps_0(x_t))
     - eta mean_j (eps_0(x_t, p_j) - eps_0(x_t))]|^2: k = 0 ... K in turn, a the anchor's prompt."""
-    forget, size, eta = task.forget(), config.train.batch_size, config.guidance
+    forget = forget_set(task, config.prompts)
+    size, eta = config.train.batch_size, config.guidance
     named = row_batches(task, forget, size)
     anchored = row_batches(task, replace(forget, prompts=forget.anchors or forget.prompts), size)
     mask = choose_mask(task, config, Objective(away_loss(task, eta), named))

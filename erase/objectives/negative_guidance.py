@@ -3,14 +3,19 @@ would lead (Gandikota et al., ICCV 2023, https://arxiv.org/abs/2303.07345, eq. 5
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from erase.latents.batches import Rows
+from erase.latents.latent_set import LatentSet
 from erase.losses import denoising
+from erase.prompts.errors import FINITE, check_names, check_ranges
+from erase.prompts.names import Names
 from erase.task import Task
 from erase.training.batches import PromptedRows
+from erase.training.config import TunedConfig
 from erase.training.loop import LossFn
 from erase.training.trainable import Base
 
@@ -18,10 +23,46 @@ Ask = Callable[[Rows, list[str]], Tensor]
 """(rows, prompts) -> the model's prediction"""
 
 
-def away(null: Tensor, concept: Tensor, eta: float) -> Tensor:
-    """`eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))`, of the predictions under the empty prompt
-    and under the concept's."""
-    return null - eta * (concept - null)
+@dataclass
+class AwayConfig(TunedConfig):
+    """Settings of training away from the concept."""
+
+    guidance: float = 1.0
+    """eta: how far away from the concept"""
+    prompts: str = "names"
+    """c: names (the concept's name or synonym, alone) or captions (whole forget prompts: what else
+    they speak of goes, too)"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"guidance": FINITE})
+        check_names(self, {"prompts": ("names", "captions")})
+
+
+def forget_set(task: Task, prompts: str) -> LatentSet:
+    """The task's forget latents, and under which prompts they shall be forgotten.
+
+    Args:
+        task: the erasure.
+        prompts: captions, as they are; or names: the concept's name that stands in each, alone, and
+            the anchor's alone beside it, as the papers do. A whole caption takes what else it
+            speaks of along. One that names no concept stays.
+    """
+    forget = task.forget()
+    if prompts == "captions":
+        return forget
+    anchors = {name: concept.anchor for concept in task.concepts for name in concept.names}
+    named = Names(anchors)
+    words = [(named.found(prompt) or [prompt])[0] for prompt in forget.prompts]
+    pairs = zip(words, forget.anchors or words, strict=True)
+    alone = tuple(anchors.get(word, anchor) for word, anchor in pairs)
+    return replace(forget, prompts=tuple(words), anchors=alone)
+
+
+def away(null: Tensor, concept: Tensor, eta: float, start: Tensor | None = None) -> Tensor:
+    """`start - eta (eps_0(x_t, c) - eps_0(x_t))`, of the predictions under the empty prompt and
+    under the concept's; it starts from that under the empty prompt, unless another is given."""
+    return (null if start is None else start) - eta * (concept - null)
 
 
 def target(
@@ -31,23 +72,41 @@ def target(
     base: Base,
     eta: float,
     ask: Ask | None = None,
+    starts: list[str] | None = None,
 ) -> Tensor:
-    """The same of these rows and prompts, by the base; `ask` in the place of `task.predict`."""
+    """The same of these rows and prompts, by the base; `ask` in the place of `task.predict`;
+    `starts`: prompts from whose predictions it starts."""
+    asked = [""] * len(rows) + (starts or [])
     with base():
         if ask:
-            null, concept = task.predict(rows, [""] * len(rows)), ask(rows, prompts)
+            known = task.predict(_times(rows, len(asked)), asked)
+            concept = ask(rows, prompts)
         else:
-            both = task.predict(rows.cat(rows), [""] * len(rows) + prompts)
-            null, concept = both.chunk(2)
-    return away(null, concept, eta)
+            every = asked + prompts
+            answers = task.predict(_times(rows, len(every)), every)
+            known, concept = answers[: len(asked)], answers[len(asked) :]
+    null, start = known[: len(rows)], known[len(rows) :]
+    return away(null, concept, eta, start if starts else None)
 
 
-def away_loss(task: Task, eta: float, ask: Ask | None = None) -> LossFn:
-    """The loss of going there, as the loop takes it: `|eps(x_t, c) - target|^2`."""
+def _times(rows: Rows, count: int) -> Rows:
+    """These rows again and again, `count` in all."""
+    together = rows
+    while len(together) < count:
+        together = together.cat(rows)
+    return together
+
+
+def away_loss(
+    task: Task, eta: float, ask: Ask | None = None, start: Mapping[str, str] | None = None
+) -> LossFn:
+    """The loss of going there, as the loop takes it: `|eps(x_t, c) - target|^2`. `start`: prompt ->
+    the one that its target starts from."""
 
     def loss(batch: PromptedRows, base: Base) -> dict[str, Tensor]:
         rows, prompts = batch
-        wanted = target(task, rows, prompts, base, eta, ask)
+        starts = [start[prompt] for prompt in prompts] if start else None
+        wanted = target(task, rows, prompts, base, eta, ask, starts)
         return {"forget": denoising((ask or task.predict)(rows, prompts), wanted)}
 
     return loss

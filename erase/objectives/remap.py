@@ -53,6 +53,9 @@ class RemapConfig(TunedConfig):
     beyond_limit: float | None = None
     """the largest root mean square of that move, where the noise's is 1: concepts that change the
     whole picture (colours) are pushed no further than small ones. None: no limit"""
+    hold: float = 0.0
+    """weight of holding the anchor, as a multiple of alpha: on the forget rows its own prompt keeps
+    the base's prediction, so that what stands in the concept's place is not moved along with it"""
     noise_power: float = 1.0
     """p: timesteps are drawn so that a share (t / T)^p lies below t. 1 is uniform; 2 looks twice as
     often at nearly pure noise, where sampling decides an image's layout and the mean squared error
@@ -61,11 +64,12 @@ class RemapConfig(TunedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_names(self, {"anchor_from": SOURCES, "retain_target": RETAIN_TARGETS})
-        if self.beyond and self.anchor_from != "frozen":
-            raise ErasureError(
-                f"beyond {self.beyond:g} asks the base about anchor and concept, and anchor_from "
-                f"{self.anchor_from} does not ask the base; set anchor_from frozen"
-            )
+        for name in ("beyond", "hold"):
+            if getattr(self, name) and self.anchor_from != "frozen":
+                raise ErasureError(
+                    f"{name} {getattr(self, name):g} asks the base about the anchor, and "
+                    f"anchor_from {self.anchor_from} does not ask the base; set anchor_from frozen"
+                )
         check_ranges(
             self,
             {
@@ -74,6 +78,7 @@ class RemapConfig(TunedConfig):
                 "retain_dropout": FRACTION,
                 "beyond": (0, 100),
                 "beyond_limit": (1e-6, 100),
+                "hold": (0, 1e6),
                 "noise_power": (0.1, 10),
             },
         )
@@ -92,8 +97,20 @@ class RemapBatch:
     retain_rows: Tensor
 
 
+@dataclass(frozen=True)
+class _Targets:
+    """Predictions that training aims at, each of shape (n, c, h, w)."""
+
+    forget: Tensor
+    """for the concept's prompts at the forget rows"""
+    anchor: Tensor
+    """the anchor's own, there"""
+    retain: Tensor
+
+
 class Remap:
-    """Batches and loss of one erasure by this objective: `remap + alpha * retain`."""
+    """Batches and loss of one erasure by this objective: `remap + alpha * (retain + hold *
+    anchor)`."""
 
     def __init__(self, task: Task, config: RemapConfig) -> None:
         self.task, self.config = task, config
@@ -102,7 +119,7 @@ class Remap:
             task.retain()
         self.forget_set = task.forget(config.anchor_latents)
         self.retain_set = _some_dropped(task.retain(), config.retain_dropout, task.seed)
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._known: _Targets | None = None
         if config.noise_power != 1 and _fixed(self.forget_set):
             raise ErasureError(
                 f"noise_power {config.noise_power:g} says how timesteps are drawn, and "
@@ -128,31 +145,36 @@ class Remap:
 
     def loss(self, batch: RemapBatch, base: Base) -> dict[str, Tensor]:
         """Forget and retain rows go through the denoiser together; so do the teacher's."""
-        anchor, reference = self._targets(batch, base)
-        prompts = texts_of(self.forget_set.prompts, batch.forget_rows)
-        forgot, retained = self._together(batch.forget, prompts, batch)
-        return {
-            "forget": remap(forgot, anchor),
-            "retain": self.config.alpha * denoising(retained, reference),
-        }
+        config, count = self.config, len(batch.forget)
+        targets = self._targets(batch, base)
+        rows, prompts = batch.forget, texts_of(self.forget_set.prompts, batch.forget_rows)
+        if config.hold:
+            rows = rows.cat(batch.anchor)
+            prompts += texts_of(_anchors(self.forget_set), batch.forget_rows)
 
-    def _targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
-        """Anchor and retain targets, each by the frozen base or not, as configured."""
+        answers, retained = self._together(rows, prompts, batch)
+        kept = denoising(retained, targets.retain)
+        if config.hold:
+            kept = kept + config.hold * denoising(answers[count:], targets.anchor)
+        return {"forget": remap(answers[:count], targets.forget), "retain": config.alpha * kept}
+
+    def _targets(self, batch: RemapBatch, base: Base) -> _Targets:
+        """Each by the frozen base or not, as configured."""
         config = self.config
         if config.anchor_from == config.retain_target == "frozen":
             if base is not torch.no_grad and _fixed(self.forget_set) and _fixed(self.retain_set):
                 return self._known_targets(batch, base)
             with base():
                 answers, reference = self._together(*self._asked(batch), batch)
-                return self._pushed(answers), reference
+                return self._of_answers(answers, reference)
 
         with torch.no_grad(), base() if config.anchor_from == "frozen" else nullcontext():
-            anchor = self._pushed(self.task.predict(*self._asked(batch)))
+            answers = self.task.predict(*self._asked(batch))
         if config.retain_target == "noise":
-            return anchor, batch.retain.target
+            return self._of_answers(answers, batch.retain.target)
         with base():
             prompts = texts_of(self.retain_set.prompts, batch.retain_rows)
-            return anchor, self.task.predict(batch.retain, prompts)
+            return self._of_answers(answers, self.task.predict(batch.retain, prompts))
 
     def _asked(self, batch: RemapBatch) -> tuple[Rows, list[str]]:
         """What the target of the forget rows is made of: the anchor, and the concept at the same
@@ -162,12 +184,13 @@ class Remap:
             return rows, prompts
         return rows.cat(rows), prompts + texts_of(self.forget_set.prompts, batch.forget_rows)
 
-    def _pushed(self, answers: Tensor) -> Tensor:
-        """The anchor's prediction, moved away from the concept's."""
+    def _of_answers(self, answers: Tensor, retain: Tensor) -> _Targets:
+        """Targets from the answers to what was asked: forget rows are moved away from the
+        concept's."""
         if not self.config.beyond:
-            return answers
+            return _Targets(answers, answers, retain)
         anchor, concept = answers.chunk(2)
-        return anchor + self._move(anchor - concept)
+        return _Targets(anchor + self._move(anchor - concept), anchor, retain)
 
     def _move(self, away: Tensor) -> Tensor:
         """How far beyond the anchor, of the way from the concept to it."""
@@ -178,23 +201,26 @@ class Remap:
         size = move.square().mean(axes, keepdim=True).sqrt()
         return move / (size / config.beyond_limit).clamp_min(1)
 
-    def _known_targets(self, batch: RemapBatch, base: Base) -> tuple[Tensor, Tensor]:
+    def _known_targets(self, batch: RemapBatch, base: Base) -> _Targets:
         """Of points that are fixed beforehand (trajectories): the base is asked about all of them
         once."""
         forget, retain = self.forget_set, self.retain_set
         if self._known is None:
             with base():
-                anchor = self._predict_all(forget, _anchors(forget), "anchor targets")
+                answers = self._predict_all(forget, _anchors(forget), "anchor targets")
                 if self.config.beyond:
                     concept = self._predict_all(forget, forget.prompts, "concept targets")
-                    anchor = anchor + self._move(anchor - concept)
+                    answers = torch.cat([answers, concept])
                 reference = self._predict_all(retain, retain.prompts, "retain targets")
-            self._known = anchor, reference
+            self._known = self._of_answers(answers, reference)
 
-        anchor, reference = self._known
-        device = batch.forget.noisy.device
-        wanted = anchor[batch.forget_rows.cpu()].to(device)
-        return wanted, reference[batch.retain_rows.cpu()].to(device)
+        known, device = self._known, batch.forget.noisy.device
+        of_forget, of_retain = batch.forget_rows.cpu(), batch.retain_rows.cpu()
+        return _Targets(
+            known.forget[of_forget].to(device),
+            known.anchor[of_forget].to(device),
+            known.retain[of_retain].to(device),
+        )
 
     def _predict_all(self, points: LatentSet, prompts: Sequence[str], what: str) -> Tensor:
         """Predictions at the fixed points of a set, in float32 on the CPU."""

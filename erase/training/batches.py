@@ -41,9 +41,12 @@ def row_batches(
     return batches
 
 
-def forget_and_retain(task: Task, size: int) -> Callable[[int], tuple[PromptedRows, PromptedRows]]:
-    """Step -> `size` forget rows and as many retain rows, with their prompts."""
-    forget = row_batches(task, task.forget(), size)
+def forget_and_retain(
+    task: Task, size: int, forget_set: LatentSet | None = None
+) -> Callable[[int], tuple[PromptedRows, PromptedRows]]:
+    """Step -> `size` forget rows (by default of the task's own set) and as many retain rows, with
+    their prompts."""
+    forget = row_batches(task, task.forget() if forget_set is None else forget_set, size)
     retain = row_batches(task, task.retain(), size, task.seed + 1)
     return lambda step: (forget(step), retain(step))
 

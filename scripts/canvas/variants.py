@@ -111,6 +111,7 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     return {
         "presets": presets,
         "methods": methods,
+        "esd from": _of_esd(methods["esd"]),
         **_of_flow(presets["salun"], methods["esd"]),
         **_of_default(presets["salun"]),
         **_of_half(presets["salun-half"]),
@@ -140,8 +141,21 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
     even = replace(ours.latents, pick="even")
     return {
         "prompts": {"salun, even prompts": replace(ours, latents=even, shares=False)},
+        "hold": {"salun, hold": replace(_with(ours, {"hold": 1.0}), shares=False)},
         "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
         "target": {f"salun, {name}": _with(ours, change) for name, change in target.items()},
+    }
+
+
+def _of_esd(esd: Variant) -> dict[str, Variant]:
+    """ESD to the anchor, and of whole captions."""
+    anchored = replace(esd.settings, erase_from="anchor")
+    return {
+        "esd, from the anchor": replace(esd, settings=anchored),
+        "esd, captions": replace(esd, settings=replace(esd.settings, prompts="captions")),
+        "esd, captions from the anchor": replace(
+            esd, settings=replace(anchored, prompts="captions")
+        ),
     }
 
 
