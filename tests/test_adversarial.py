@@ -63,6 +63,25 @@ def seen(bare, row, states):
     return bare.unet(noisy, t[None], states[None]).sample[0]
 
 
+@pytest.mark.parametrize(("name", "config"), [("advunlearn", ADV), ("race", RACE)])
+def test_c_is_the_concepts_name_alone(make_pico_pipeline, name, config):
+    """By default as if each forget prompt were the name that stands in it, and nothing else."""
+    alone = replace(FORGET, prompts=("heart",) * 3, anchors=("mushroom",) * 3)
+    config = replace(config, train=SGD, attack_from=1, attack_steps=2)
+
+    def values(forget, prompts):
+        task = Task(wrap(make_pico_pipeline()), [CONCEPT], Given(forget, RETAIN))
+        return get_method(name).edit(task, replace(config, prompts=prompts)).values
+
+    by_name, expected = values(FORGET, "names"), values(alone, "captions")
+    assert get_method(name).config.prompts == "names"
+    for key, value in expected.items():
+        torch.testing.assert_close(by_name[key], value)
+    assert any(
+        not torch.equal(by_name[key], value) for key, value in values(FORGET, "captions").items()
+    )
+
+
 # ---- AdvUnlearn ----------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import chain
 
 from torch import Tensor
 
@@ -76,25 +78,16 @@ def target(
 ) -> Tensor:
     """The same of these rows and prompts, by the base; `ask` in the place of `task.predict`;
     `starts`: prompts from whose predictions it starts."""
-    asked = [""] * len(rows) + (starts or [])
+    asked = [[""] * len(rows)]
+    if starts:
+        asked.append(starts)
+    if not ask:
+        asked.append(prompts)
+    again = reduce(Rows.cat, [rows] * len(asked))
     with base():
-        if ask:
-            known = task.predict(_times(rows, len(asked)), asked)
-            concept = ask(rows, prompts)
-        else:
-            every = asked + prompts
-            answers = task.predict(_times(rows, len(every)), every)
-            known, concept = answers[: len(asked)], answers[len(asked) :]
-    null, start = known[: len(rows)], known[len(rows) :]
-    return away(null, concept, eta, start if starts else None)
-
-
-def _times(rows: Rows, count: int) -> Rows:
-    """These rows again and again, `count` in all."""
-    together = rows
-    while len(together) < count:
-        together = together.cat(rows)
-    return together
+        answers = task.predict(again, list(chain(*asked))).chunk(len(asked))
+        concept = ask(rows, prompts) if ask else answers[-1]
+    return away(answers[0], concept, eta, answers[1] if starts else None)
 
 
 def away_loss(
