@@ -46,6 +46,7 @@ from erase.scripts.cli import (
     run,
 )
 from erase.scripts.cli.plugins import names_given
+from erase.scripts.cli.recipes import recipes
 
 if TYPE_CHECKING:
     from erase.run import EraseConfig
@@ -122,6 +123,11 @@ def hints(config: EraseConfig, settings: Any, concepts: int) -> Iterator[str]:
         yield (
             f"the settings of {method} were measured on the embedded model, not on {config.model}; "
             "a recipe has settings for Stable Diffusion: erase-list recipes"
+        )
+    elif f"{config.model}-{method}" in recipes() and settings == usual:
+        yield (
+            f"the defaults of {method} are its paper's, for Stable Diffusion; what was measured on "
+            f"the embedded model: --config {config.model}-{method}"
         )
     if concepts > 1 and isinstance(settings, TunedConfig) and settings.train == usual.train:
         latents = config.latents

@@ -697,4 +697,8 @@ def test_what_the_defaults_are_not_made_for_is_said():
     assert list(run_erase.hints(config, own, 3)) == []  # the user chose
     (elsewhere,) = run_erase.hints(replace(config, model="sd14"), settings, 1)
     assert "not on sd14" in elsewhere and "erase-list recipes" in elsewhere
-    assert list(run_erase.hints(EraseConfig(method="uce"), get_method("uce").config, 3)) == []
+    # a closed form takes no steps
+    (measured,) = run_erase.hints(EraseConfig(method="uce"), get_method("uce").config, 3)
+    assert "--config canvas-uce" in measured
+    own = replace(get_method("esd").config, guidance=2.0)
+    assert list(run_erase.hints(EraseConfig(method="esd"), own, 1)) == []

@@ -123,17 +123,18 @@ def test_the_board_shows_the_strongest_attack_and_ranks_by_four_shares_alike():
     def suite(variant, ua, found, area):
         names = {name for scores in BOARD.values() for name in scores}
         scores = dict.fromkeys(names, 0.0) | {"UA": ua, "IRA": 100.0, "CRA": 90.0}
-        scores |= {"ASR seed_search": found, "SSIM to base": 0.9}
+        scores |= {"ASR seed_search": found, "SSIM to base": 0.9, "KID x 1000 to base": -0.25}
         scores |= dict.fromkeys(BOARD["relearning area, full"], area)
         scores |= dict.fromkeys(BOARD["relearning area, LoRA"], area + 10)
         return {"concept": "heart", "variant": variant, "bytes": 1.2e6, "erased": scores}
 
     weak, strong = suite("weak", 100.0, 40.0, 20.0), suite("strong", 96.0, 10.0, 60.0)
+    strong["peak_bytes"] = 1.5e9
     assert standing([weak]) == (100 + 90 + 60 + 20) / 4
     assert standing([strong]) == (96 + 90 + 90 + 60) / 4
     first, second = board([weak, strong]).splitlines()[2:]
-    shown = "96.0 | 100.0 | 90.0 | 0.0 | 0.0 | 10.0 | 0.0 | 60.0 | 70.0 | 0.900"
-    assert first == f"| strong | 1 | {shown} |  | 1.2 |"
+    shown = "96.0 | 100.0 | 90.0 | 0.0 | 0.0 | 10.0 | 0.0 | 60.0 | 70.0 | 0.900 | -0.250"
+    assert first == f"| strong | 1 | {shown} |  | 1.5 | 1.2 |"
     assert second.startswith("| weak | 1 | 100.0 |")
 
 

@@ -11,6 +11,7 @@ import pytest
 from jsonargparse import Namespace
 
 from erase.delta import ErasedDelta
+from erase.methods import METHODS
 from erase.prompts.canvas import EMBEDDED
 from erase.prompts.concepts import shipped
 from erase.prompts.errors import ErasureError
@@ -73,6 +74,13 @@ def test_a_recipe_says_where_its_numbers_come_from(path: Path) -> None:
         assert str(found) == value, (
             f"the header calls {key} = {value} published, the recipe has {found}"
         )
+
+
+def test_every_method_has_a_recipe_for_the_embedded_model() -> None:
+    """The presets of SalUn but `salun-soft` erase it by their defaults."""
+    named = {path.stem for path in RECIPES}
+    without = {method for method in METHODS if f"canvas-{method}" not in named}
+    assert without == {"salun", "salun-half", "salun-paper"}
 
 
 def test_the_published_settings_are_those_of_the_reference() -> None:

@@ -15,7 +15,6 @@ OUT/reports; what is there is not measured again, and a stopped measurement goes
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
@@ -75,6 +74,16 @@ BOARD = {
     "relearning area, LoRA": ("relearning area (lora, 16 images)",),
 }
 """column -> the scores of which it shows the highest"""
+DRIFT = {"SSIM to the base": "SSIM to base", "KID x 1000": "KID x 1000 to base"}
+"""column -> the score, of images that must stay"""
+COST = {
+    "CPU seconds": ("seconds", 1.0),
+    "memory, GB": ("peak_bytes", 1e9),
+    "delta, MB": ("bytes", 1e6),
+}
+"""column -> what a row tells (of a delta that was found, its size alone), and the unit; memory is
+the process's, with the libraries"""
+ENDS = (*DRIFT, *COST)
 
 
 def board(rows: list[dict[str, Any]]) -> str:
@@ -84,14 +93,14 @@ def board(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         runs[row["variant"]].append(row)
     lines = [
-        f"| variant | runs | {' | '.join(BOARD)} | SSIM to the base | CPU seconds | delta, MB |",
-        "|---" * (5 + len(BOARD)) + "|",
+        f"| variant | runs | {' | '.join([*BOARD, *ENDS])} |",
+        "|---" * (2 + len(BOARD) + len(ENDS)) + "|",
     ]
     for name, here in sorted(runs.items(), key=lambda run: standing(run[1]), reverse=True):
         cells = [spread(_highest(here, scores)) for scores in BOARD.values()]
-        cells.append(_cell([row[ERASED]["SSIM to base"] for row in here]))
-        cells.append(spread([row["seconds"] for row in here if "seconds" in row]))
-        cells.append(_cell([row["bytes"] / 1e6 for row in here]))
+        cells += [_cell([row[ERASED][name] for row in here]) for name in DRIFT.values()]
+        for key, unit in COST.values():
+            cells.append(_cell([row[key] / unit for row in here if key in row]))
         lines.append(f"| {name} | {len(here)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -127,8 +136,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         here = [row for row in rows if row["concept"] == concept]
         cells: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for row in here:
-            own = {"CPU seconds": row.get("seconds", math.nan), "delta, MB": row["bytes"] / 1e6}
-            for name, value in [*row[ERASED].items(), *own.items()]:
+            cost = {name: row[key] / unit for name, (key, unit) in COST.items() if key in row}
+            for name, value in [*row[ERASED].items(), *cost.items()]:
                 cells[name][row["variant"]].append(value)
             for name, value in row[BASE].items():
                 cells[name][BASE].append(value)
@@ -142,10 +151,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cell(values: list[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    if known and max(known) < 1:
-        return f"{fmean(known):.3f}"
-    return spread(known)
+    if values and max(values) < 1:
+        return f"{fmean(values):.3f}"
+    return spread(values)
 
 
 def main() -> None:

@@ -38,11 +38,13 @@ from erase.latents.prepare import Plan
 from erase.mask import SaliencyMask
 from erase.models import DiffusionModel, load_model
 from erase.objectives.remap import Remap
+from erase.parallel.processes import default_device
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.run import EraseConfig, erase_concept
+from erase.scripts.bench.measuring import new_peak, start_peak
 from erase.scripts.canvas.measuring import (
     Job,
     delta_path,
@@ -116,8 +118,8 @@ def erased(
     job: Job, variant: Variant, model: DiffusionModel, concept: ConceptSpec, out: Path
 ) -> tuple[ErasedDelta, dict[str, Any]]:
     """The delta, the CPU seconds that it took (where variants share the statistics of gradients,
-    without those), the loss of its last ten steps, and the share of the squared benefit that its
-    mask holds."""
+    without those), the most memory that the process held meanwhile, the loss of its last ten steps,
+    and the share of the squared benefit that its mask holds."""
     settings, statistics = variant.settings, None
     if variant.shares:
         statistics = _statistics(job, variant, model, concept, out)
@@ -131,9 +133,12 @@ def erased(
     # the same for all variants of a concept and seed
     (folder / "latents").symlink_to((out / "latents").resolve())
     config = EraseConfig(method=variant.method, seed=job.seed, latents=variant.latents)
+    device = default_device()
+    start_peak(device)
     started = time.process_time()
     delta = erase_concept(concept, config, settings, model=model, out=folder)
-    evidence: dict[str, Any] = {"seconds": round(time.process_time() - started, 1)}
+    seconds = time.process_time() - started
+    evidence: dict[str, Any] = {"seconds": round(seconds, 1), "peak_bytes": new_peak(device)}
 
     losses = json.loads((folder / "training.json").read_text(encoding="utf-8"))["losses"]
     evidence["loss"] = sum(losses[-10:]) / len(losses[-10:]) if losses else None

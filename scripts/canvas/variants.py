@@ -5,91 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
-from erase.attacks.pseudo_token import PseudoTokenConfig
 from erase.latents.prepare import LatentConfig
-from erase.methods import get_method
+from erase.methods import METHODS, get_method
+from erase.scripts.cli import build, parse
+from erase.scripts.cli.recipes import recipes
+from erase.scripts.run_erase import make_parser
 from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
-"""what every variant but those of FEW was measured with; these have the defaults"""
-FEW = ("salun", "advunlearn", "race", "few-shot", "fia", "stereo")
-METHODS: dict[str, dict[str, Any]] = {
-    "esd": {"train.lr": 3e-4},
-    "uce": {},
-    "rece": {},
-    "speed": {},
-    "concept-ablation": {
-        "anchor_latents": 0.5,
-        "train.lr": 2e-3,
-        "train.steps": 40,
-        "train.batch_size": 4,
-    },
-    "erasediff": {"train.lr": 2e-4, "train.steps": 40, "train.batch_size": 4},
-    "scissorhands": {
-        "alpha": 3.0,
-        "train.lr": 5e-4,
-        "train.steps": 40,
-        "train.batch_size": 4,
-    },
-    "forget-me-not": {"train.lr": 1e-3, "alpha": 30.0},
-    "mace": {"train.lr": 5e-3},
-    "doco": {"train.lr": 1e-3, "train.steps": 60, "train.batch_size": 4, "critic_steps": 60},
-    "ssd": {},
-    "npo": {"train.lr": 1e-4, "train.steps": 60},
-    "ascent": {"train.lr": 1e-4, "train.steps": 40, "ceiling": 1.0},
-    "salun-soft": {"train.lr": 1e-3, "train.steps": 60},
-    "few-shot": {
-        "alpha": 5.0,
-        "ceiling": 1.0,
-        "train.lr": 2e-3,
-        "train.steps": 40,
-        "train.batch_size": 8,
-    },
-    "hirm": {"train.lr": 1e-3, "alpha": 100.0},
-    "advunlearn": {
-        "alpha": 5.0,
-        "attack_steps": 3,
-        "attack_lr": 1e-2,
-        "attack_from": 15,
-        "train.lr": 5e-4,
-        "train.steps": 40,
-        "train.batch_size": 4,
-    },
-    "race": {
-        "attack_steps": 3,
-        "attack_from": 15,
-        "train.lr": 5e-4,
-        "train.steps": 40,
-        "train.batch_size": 4,
-    },
-    "fia": {"density": 0.3},
-    "stereo": {
-        "rounds": 2,
-        "search_steps": 20,
-        "search_lr": 2e-4,
-        "attack": PseudoTokenConfig(vectors=4, steps=100, lr=2e-2, batch_size=8),
-        "train.lr": 2e-4,
-        "train.steps": 40,
-        "train.batch_size": 4,
-    },
-    "sfd": {
-        "alpha": 5.0,
-        "init": 0.9,
-        "mask.rule": "benefit",
-        "mask.density": 0.04,
-        "mask.batches": 8,
-        "train.lr": 1e-3,
-        "train.steps": 144,
-        "train.schedule": "linear",
-        "train.warmup": 8,
-        "train.batch_size": 2,
-    },
-}
-"""method -> what it needs on the embedded world in the place of its paper's settings"""
+"""what the presets but `salun` were measured with"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +36,7 @@ class Variant:
 def groups(precision: str) -> dict[str, dict[str, Variant]]:
     """Group -> name -> variant."""
     presets = {name: _preset(name, precision) for name in PRESETS}
-    methods = {name: _method(name, change, precision) for name, change in METHODS.items()}
+    methods = _methods(precision)
     return {
         "presets": presets,
         "methods": methods,
@@ -258,27 +187,30 @@ def _masks(base: Variant, rules: tuple[str, ...], allocation: str = "global") ->
 
 
 def _preset(name: str, precision: str) -> Variant:
-    config = get_method(name).config
-    settings = replace(config, train=replace(config.train, mixed_precision=precision))
-    return Variant(name, settings, _latents(name, precision))
+    latents = LatentConfig() if name == "salun" else MANY
+    return _at(precision, Variant(name, get_method(name).config, latents))
 
 
-def _method(name: str, change: Mapping[str, Any], precision: str) -> Variant:
-    """A method with its canvas settings; `train.NAME` is one of training's, `mask.NAME` of the
-    mask's."""
-    config = get_method(name).config
-    own: dict[str, Any] = {}
-    groups: dict[str, dict[str, Any]] = {"train": {"mixed_precision": precision}, "mask": {}}
-    for key, value in change.items():
-        group, _, field = key.rpartition(".")
-        groups.get(group, own)[field] = value
-    if isinstance(config, TunedConfig):
-        own |= {group: replace(getattr(config, group), **new) for group, new in groups.items()}
-    return Variant(name, replace(config, **own), _latents(name, precision))
+@cache
+def _methods(precision: str) -> dict[str, Variant]:
+    """Those that have a recipe for the embedded world, at its settings."""
+    found = {}
+    for recipe in recipes():
+        name = recipe.removeprefix("canvas-")
+        if name != recipe and name in METHODS:
+            options = parse(make_parser(name), ["--config", recipe])
+            settings = build(type(get_method(name).config), options)
+            found[name] = _at(precision, Variant(name, settings, options.latents))
+    return found
 
 
-def _latents(method: str, precision: str) -> LatentConfig:
-    return replace(LatentConfig() if method in FEW else MANY, mixed_precision=precision)
+def _at(precision: str, variant: Variant) -> Variant:
+    """The variant, sampling and training so."""
+    settings = variant.settings
+    if isinstance(settings, TunedConfig):
+        settings = replace(settings, train=replace(settings.train, mixed_precision=precision))
+    latents = replace(variant.latents, mixed_precision=precision)
+    return replace(variant, settings=settings, latents=latents)
 
 
 def _with(variant: Variant, change: Mapping[str, Any]) -> Variant:
