@@ -19,6 +19,8 @@ DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
 """what the presets but `salun` were measured with"""
+RATES = {"race": (1e-3, 2e-3), "advunlearn": (5e-4, 2e-3), "stereo": (4e-4, 8e-4)}
+"""what was tried beside the rate of their recipes"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,13 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
         "presets": presets,
         "methods": methods,
         "esd from": _of_esd(methods["esd"]),
+        "rates": {
+            f"{name}, rate {lr:g}": _with(
+                methods[name], {"train": replace(methods[name].settings.train, lr=lr)}
+            )
+            for name, rates in RATES.items()
+            for lr in rates
+        },
         **_of_flow(presets["salun"], methods["esd"]),
         **_of_default(presets["salun"]),
         **_of_half(presets["salun-half"]),
