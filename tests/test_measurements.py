@@ -16,6 +16,7 @@ from erase.scripts.canvas.leaderboard import table as leaderboard
 from erase.scripts.canvas.many import world
 from erase.scripts.canvas.measuring import Job, read_rows
 from erase.scripts.canvas.results import asked_for
+from erase.scripts.canvas.robustness import called
 from erase.scripts.canvas.tables import grid, paired, prediction, spread, summary
 from erase.scripts.canvas.variants import groups
 
@@ -136,6 +137,14 @@ def test_the_board_shows_the_strongest_attack_and_ranks_by_four_shares_alike():
     shown = "96.0 | 100.0 | 90.0 | 0.0 | 0.0 | 10.0 | 0.0 | 60.0 | 70.0 | 0.900 | -0.250"
     assert first == f"| strong | 1 | {shown} |  | 1.5 | 1.2 |"
     assert second.startswith("| weak | 1 | 100.0 |")
+
+
+def test_a_word_of_no_meaning_stands_for_every_name_of_the_concept():
+    concept = canvas_concept("heart")
+    worded = called(concept, "zorb")
+    for name in concept.names:
+        assert worded(f"A green {name} image in Neon style.") == "A green zorb image in Neon style."
+    assert called(concept, None)("a heart") == "a heart"
 
 
 # ---- requests one after another ------------------------------------------------------------------
