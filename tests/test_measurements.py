@@ -120,16 +120,18 @@ def test_the_leaderboard_has_the_base_beside_every_variant_and_seeds_in_one_cell
     ]
 
 
-def test_the_board_shows_the_strongest_attack_and_ranks_by_four_shares_alike():
-    def suite(variant, ua, found, area):
-        names = {name for scores in BOARD.values() for name in scores}
-        scores = dict.fromkeys(names, 0.0) | {"UA": ua, "IRA": 100.0, "CRA": 90.0}
-        scores |= {"ASR seed_search": found, "SSIM to base": 0.9, "KID x 1000 to base": -0.25}
-        scores |= dict.fromkeys(BOARD["relearning area, full"], area)
-        scores |= dict.fromkeys(BOARD["relearning area, LoRA"], area + 10)
-        return {"concept": "heart", "variant": variant, "bytes": 1.2e6, "erased": scores}
+def suite_row(variant, ua, found, area, cra=90.0):
+    names = {name for scores in BOARD.values() for name in scores}
+    scores = dict.fromkeys(names, 0.0) | {"UA": ua, "IRA": 100.0, "CRA": cra}
+    scores |= {"ASR seed_search": found, "SSIM to base": 0.9, "KID x 1000 to base": -0.25}
+    scores |= dict.fromkeys(BOARD["relearning area, full"], area)
+    scores |= dict.fromkeys(BOARD["relearning area, LoRA"], area + 10)
+    base = {"IRA": 100.0, "CRA": 94.0}
+    return {"concept": "heart", "variant": variant, "bytes": 1.2e6, "erased": scores, "base": base}
 
-    weak, strong = suite("weak", 100.0, 40.0, 20.0), suite("strong", 96.0, 10.0, 60.0)
+
+def test_the_board_shows_the_strongest_attack_and_ranks_by_four_shares_alike():
+    weak, strong = suite_row("weak", 100.0, 40.0, 20.0), suite_row("strong", 96.0, 10.0, 60.0)
     strong["peak_bytes"] = 1.5e9
     assert standing([weak]) == (100 + 90 + 60 + 20) / 4
     assert standing([strong]) == (96 + 90 + 90 + 60) / 4
@@ -137,6 +139,14 @@ def test_the_board_shows_the_strongest_attack_and_ranks_by_four_shares_alike():
     shown = "96.0 | 100.0 | 90.0 | 0.0 | 0.0 | 10.0 | 0.0 | 60.0 | 70.0 | 0.900 | -0.250"
     assert first == f"| strong | 1 | {shown} |  | 1.5 | 1.2 |"
     assert second.startswith("| weak | 1 | 100.0 |")
+
+
+def test_what_harms_or_leaves_stands_behind_what_does_neither():
+    weak = suite_row("weak", 95.0, 90.0, 5.0)
+    harms, leaves = suite_row("harms", 100.0, 0.0, 90.0, 88.9), suite_row("leaves", 94.9, 0.0, 90.0)
+    assert standing([weak]) < standing([leaves]) < standing([harms])
+    named = [line.split(" | ")[0] for line in board([leaves, harms, weak]).splitlines()[2:]]
+    assert named == ["| weak", "| harms", "| leaves"]
 
 
 def test_a_word_of_no_meaning_stands_for_every_name_of_the_concept():

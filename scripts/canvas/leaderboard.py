@@ -87,8 +87,8 @@ ENDS = (*DRIFT, *COST)
 
 
 def board(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line for each variant, means over concepts and seeds. The order is that of
-    `standing`."""
+    """Markdown: a line for each variant, means over concepts and seeds. Those that are `sound` come
+    first; then the order is that of `standing`."""
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         runs[row["variant"]].append(row)
@@ -96,7 +96,9 @@ def board(rows: list[dict[str, Any]]) -> str:
         f"| variant | runs | {' | '.join([*BOARD, *ENDS])} |",
         "|---" * (2 + len(BOARD) + len(ENDS)) + "|",
     ]
-    for name, here in sorted(runs.items(), key=lambda run: standing(run[1]), reverse=True):
+    order = sorted(runs, key=lambda name: (sound(runs[name]), standing(runs[name])), reverse=True)
+    for name in order:
+        here = runs[name]
         cells = [spread(_highest(here, scores)) for scores in BOARD.values()]
         cells += [_cell([row[ERASED][name] for row in here]) for name in DRIFT.values()]
         for key, unit in COST.values():
@@ -112,6 +114,17 @@ def _highest(rows: list[dict[str, Any]], scores: tuple[str, ...]) -> list[float]
         known = [row[ERASED][name] for name in scores if name in row[ERASED]]
         values += [max(known)] if known else []
     return values
+
+
+def sound(rows: list[dict[str, Any]]) -> bool:
+    """Whether they erase and keep: UA at least 95, IRA and CRA at most 5 points under the base's,
+    on the mean."""
+
+    def of(side: str, name: str) -> float:
+        return fmean(row[side][name] for row in rows)
+
+    kept = all(of(ERASED, name) >= of(BASE, name) - 5 for name in ("IRA", "CRA"))
+    return kept and of(ERASED, "UA") >= 95
 
 
 def standing(rows: list[dict[str, Any]]) -> float:
