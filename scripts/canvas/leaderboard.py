@@ -100,7 +100,8 @@ def board(rows: list[dict[str, Any]]) -> str:
     for name in order:
         here = runs[name]
         cells = [spread(_highest(here, scores)) for scores in BOARD.values()]
-        cells += [_cell([row[ERASED][name] for row in here]) for name in DRIFT.values()]
+        for score in DRIFT.values():
+            cells.append(_cell([row[ERASED][score] for row in here]))
         for key, unit in COST.values():
             cells.append(_cell([row[key] / unit for row in here if key in row]))
         lines.append(f"| {name} | {len(here)} | {' | '.join(cells)} |")
