@@ -92,11 +92,11 @@ def predict_behind(
     return task.model.predict(rows.noisy, rows.t, cond)
 
 
-def nameless(concepts: tuple[ConceptSpec, ...]) -> Callable[[str], str]:
-    """A function that leaves every name of the concepts out of a prompt."""
+def nameless(concepts: tuple[ConceptSpec, ...], word: str = "") -> Callable[[str], str]:
+    """A function that leaves every name of the concepts out of a prompt, or has this word there."""
     listed = [name for concept in concepts for name in concept.names]
-    names, nothing = Names(listed), dict.fromkeys(listed, "")
-    return lambda prompt: " ".join(names.replaced(prompt, nothing).split())
+    names, words = Names(listed), dict.fromkeys(listed, word)
+    return lambda prompt: " ".join(names.replaced(prompt, words).split())
 
 
 def _start(task: Task, count: int, seed: int) -> dict[str, Tensor]:

@@ -192,10 +192,11 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Measure what is asked for and not yet there."""
     args = make_parser().parse_args()
-    record, known = args.out / "many.jsonl", groups("no")
+    record = args.out / "many.jsonl"
     if args.table:
         print(table(read_rows(record)))
         return
+    known = groups("no")
     variants = {**known["presets"], **known["methods"]}
     for name in args.methods:
         if name not in variants:

@@ -34,7 +34,6 @@ from erase.models import DiffusionModel, load_model
 from erase.models.pipelines import decode
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import ConceptSpec
-from erase.prompts.names import Names
 from erase.prompts.prompt_sets import ANSWER_SEEDS, canvas_grid
 from erase.scripts.canvas.measuring import delta_path, jobs_of, make_parser, read_rows, tell
 from erase.scripts.canvas.tables import spread
@@ -65,10 +64,7 @@ def shown(
 
 def called(concept: ConceptSpec, word: str | None) -> Callable[[str], str]:
     """Prompts with this word in the place of the concept's names; None: as they are."""
-    if word is None:
-        return str
-    names, words = Names(concept.names), dict.fromkeys(concept.names, word)
-    return lambda prompt: names.replaced(prompt, words)
+    return str if word is None else nameless((concept,), word)
 
 
 def relearning(
@@ -143,7 +139,9 @@ def main() -> None:
         help="teach the base instead, with this word in the place of the concept's names",
     )
     args = parser.parse_args()
-    control = f"the base, by {args.unknown!r}" if args.unknown else "the base" * args.base
+    control = "the base" if args.base else ""
+    if args.unknown:
+        control = f"the base, by {args.unknown!r}"
     record = args.out / "robustness.jsonl"
     if args.table:
         print(table(read_rows(record)))
