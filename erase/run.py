@@ -28,7 +28,7 @@ from erase.prompts.canvas import EMBEDDED, check_canvas
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.reading import as_path
-from erase.prompts.several import check_after, check_together
+from erase.prompts.several import anchored_pairs, check_after, check_together
 from erase.task import Edit, Task
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import check_machine, check_scope
@@ -280,7 +280,9 @@ def _metadata(
 
 def _cut(model: DiffusionModel, concepts: list[ConceptSpec]) -> dict[str, str]:
     """The prompts whose ends no text encoder sees, for the metadata."""
-    prompts = [prompt for concept in concepts for pair in concept.pairs() for prompt in pair]
+    prompts = [
+        prompt for pairs in anchored_pairs(concepts) for pair in pairs for prompt in pair
+    ]
     cut = cut_prompts(
         [*prompts, *(prompt for concept in concepts for prompt in concept.retain)], model.tokens
     )

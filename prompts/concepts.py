@@ -93,12 +93,14 @@ class ConceptSpec:
         digest = hashlib.sha256(self.target.encode()).hexdigest()[:8]
         return f"{slug}-{digest}".lstrip("-")
 
-    def pairs(self) -> list[tuple[str, str]]:
+    def pairs(self, anchor_templates: Sequence[str] | None = None) -> list[tuple[str, str]]:
         """(forget prompt, anchor prompt): each template filled with each of `names`, beside the
-        same filled with the anchor."""
+        same, or its like among `anchor_templates`, filled with the anchor."""
         filled = [
-            (t.replace("{}", name), t.replace("{}", self.anchor))
-            for t in self.templates
+            (template.replace("{}", name), instead.replace("{}", self.anchor))
+            for template, instead in zip(
+                self.templates, anchor_templates or self.templates, strict=True
+            )
             for name in self.names
         ]
         return list(dict.fromkeys(filled))

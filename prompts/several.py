@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from erase.prompts.concepts import ConceptSpec, check_distinct
 from erase.prompts.errors import ErasureError
-from erase.prompts.names import same
+from erase.prompts.names import Names, same
 from erase.prompts.retain import without
 
 
@@ -64,6 +64,25 @@ def check_after(
                 f"the anchor of {concept.target!r} is {concept.anchor!r}, which {source} erased; "
                 "choose another anchor"
             )
+
+
+def anchor_templates(concept: ConceptSpec, concepts: Sequence[ConceptSpec]) -> tuple[str, ...]:
+    """The templates of a concept for its anchor to stand in, one for each: where one of the others
+    that are forgotten with it stands, its anchor does ("a {} in Neon style": "a {} in Flat
+    style"). Else the answer to one would be held to show another."""
+    others = {
+        name: other.anchor for other in concepts if other is not concept for name in other.names
+    }
+    named = Names(others)
+    return tuple(
+        named.replaced(template, others) if others else template for template in concept.templates
+    )
+
+
+def anchored_pairs(concepts: Sequence[ConceptSpec]) -> list[list[tuple[str, str]]]:
+    """Of each of the concepts that are forgotten together, its pairs of forget and anchor prompt
+    (`ConceptSpec.pairs`); no anchor prompt's template names another of them."""
+    return [concept.pairs(anchor_templates(concept, concepts)) for concept in concepts]
 
 
 def retained_prompts(

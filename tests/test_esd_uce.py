@@ -1,5 +1,6 @@
 """ESD and UCE against literal reimplementations of their papers' equations."""
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from erase.latents.latent_set import Given, LatentSet, epoch_rows
 from erase.methods import get_method
 from erase.models import wrap
 from erase.objectives.closed_form import ridge_edit
+from erase.objectives.negative_guidance import forget_set
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
@@ -98,6 +100,17 @@ def test_esd_takes_the_steps_of_its_equation(model, make_pico_pipeline, settings
 
 
 # ---- UCE, eq. 7 ----------------------------------------------------------------------------------
+
+
+def test_of_several_names_in_a_prompt_each_concept_has_its_turn(model):
+    """The longest would always win."""
+    red = ConceptSpec("red", "blue", retain=("a moon",))
+    prompts = ("a red heart",) * 4 + ("a red moon", "a moon")
+    anchors = ("a blue mushroom",) * 4 + ("a blue moon", "rain")
+    given = Given(LatentSet(torch.zeros(6, 4, 8, 8), None, prompts, anchors), None)
+    found = forget_set(Task(model, [CONCEPT, red], given), "names")
+    pairs = Counter(zip(found.prompts, found.anchors, strict=True))
+    assert pairs == {("heart", "mushroom"): 2, ("red", "blue"): 3, ("a moon", "rain"): 1}
 
 
 def test_the_ridge_edit_is_where_its_objective_has_no_slope():

@@ -18,6 +18,7 @@ from erase.prompts.concepts import ConceptSpec, dump, load_concepts, shipped, to
 from erase.prompts.errors import reason
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.prompts.retain import load_retain, without
+from erase.prompts.several import anchored_pairs
 from tests.texts import raises, written
 
 HEART = ConceptSpec(
@@ -40,6 +41,29 @@ def test_pairs_differ_only_where_the_concept_stands() -> None:
         ("a picture of a valentine", "a picture of a star"),
     ]
     assert ConceptSpec("x", "y", templates=("{}", "{}")).pairs() == [("x", "y")]
+
+
+def test_no_anchor_prompt_names_what_is_forgotten_with_it() -> None:
+    heart = ConceptSpec("heart", "star", ("valentine",), ("a {}", "a GLOWING {}", "{} in neon"))
+    neon = ConceptSpec("Neon", "Flat", ("glowing",), ("{}", "a valentine, {}", "a moon, {}"))
+    of_heart, of_neon = anchored_pairs([heart, neon])
+    assert dict(of_heart) == {
+        "a heart": "a star",
+        "a valentine": "a star",
+        "a GLOWING heart": "a Flat star",
+        "a GLOWING valentine": "a Flat star",
+        "heart in neon": "star in Flat",
+        "valentine in neon": "star in Flat",
+    }
+    assert dict(of_neon) == {
+        "Neon": "Flat",
+        "glowing": "Flat",
+        "a valentine, Neon": "a star, Flat",
+        "a valentine, glowing": "a star, Flat",
+        "a moon, Neon": "a moon, Flat",
+        "a moon, glowing": "a moon, Flat",
+    }
+    assert anchored_pairs([heart]) == [heart.pairs()]
 
 
 def test_a_concept_is_frozen_and_hashable_whatever_sequence_it_was_given() -> None:

@@ -114,3 +114,19 @@ def test_of_a_long_filling_some_states_are_looked_at_evenly_apart(monkeypatch):
     for few, all_of in zip(behind_names(task, CONCEPT), every, strict=True):
         for some, states in zip(few, all_of, strict=True):
             assert torch.equal(some, states[[0, (len(states) - 1) // 2, len(states) - 1]])
+
+
+def test_an_anchor_stands_where_no_other_concept_does(task):
+    """With a concept of its templates' words, the anchor's states are those of other prompts."""
+    box = ConceptSpec("box", "jar", retain=("a red fish",))
+    other = ConceptSpec("heart", "moon", templates=("a {} in a jar",))
+    both = Task(task.model, [CONCEPT, box], LatentConfig(n_forget=2, n_retain=2, steps=1), 0)
+    named, anchor = subject_states(both, CONCEPT)
+    assert torch.equal(named, subject_states(task, CONCEPT)[0])
+    assert torch.allclose(anchor, subject_states(task, other)[1], atol=1e-3)
+    found = [following_states(one, CONCEPT)[1] for one in (both, task)]
+    found.append(following_states(task, other)[1])
+    most = min(map(len, found))  # "jar" may have more tokens
+    behind, alone, expected = (states[:most] for states in found)
+    assert torch.allclose(behind, expected, atol=1e-3)
+    assert not torch.allclose(behind, alone, atol=1e-3)

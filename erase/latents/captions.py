@@ -15,6 +15,7 @@ from erase.latents.image_folders import OwnImage
 from erase.prompts.concepts import TEMPLATES, ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.prompts.names import Names
+from erase.prompts.several import anchored_pairs
 
 log = logging.getLogger("erase")
 
@@ -63,7 +64,10 @@ def forget_pairs(
     owner = {name: concept for concept in concepts for name in concept.names}
     anchors = {name: concept.anchor for name, concept in owner.items()}
     named = Names(owner)
-    turns = {concept.target: _turns(concept.pairs(), rng) for concept in concepts}
+    turns = {
+        concept.target: _turns(pairs, rng)
+        for concept, pairs in zip(concepts, anchored_pairs(concepts), strict=True)
+    }
     pairs = []
     for image in (images[i % len(images)] for i in range(n)):
         if image.caption is not None:

@@ -27,7 +27,7 @@ from erase.models import DiffusionModel
 from erase.parallel.processes import exists_on_all, in_shares, processes
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, check_ranges
-from erase.prompts.several import earlier_prompts, retained_prompts
+from erase.prompts.several import anchored_pairs, earlier_prompts, retained_prompts
 
 log = logging.getLogger("erase")
 
@@ -171,7 +171,9 @@ def _pick_pairs(
     concepts: list[ConceptSpec], config: LatentConfig, rng: random.Random
 ) -> list[tuple[str, str]]:
     n = -(-config.n_forget // len(concepts))
-    shares = [pick(c.pairs(), n, rng, config.pick, itemgetter(0)) for c in concepts]
+    shares = [
+        pick(pairs, n, rng, config.pick, itemgetter(0)) for pairs in anchored_pairs(concepts)
+    ]
     return [pair for row in zip(*shares, strict=True) for pair in row][: config.n_forget]
 
 

@@ -16,7 +16,7 @@ from erase.latents.latent_set import epoch_rows, texts_of
 from erase.losses import denoising
 from erase.methods import Method
 from erase.prompts.errors import FRACTION, ErasureError, check_ranges
-from erase.prompts.several import retained_prompts
+from erase.prompts.several import anchored_pairs, retained_prompts
 from erase.task import Edit, Task
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
@@ -53,7 +53,7 @@ Half = tuple[Rows, Tensor, Tensor, list[str], list[str]]
 def edit(task: Task, config: SFDConfig) -> Edit:
     """Minimise |eps(x_t, c) - eps_0(x_t, a)|^2 + alpha |eps(x_t, r) - eps_0(x_t, r)|^2, x_t noised
     from the image that the model as it is now makes of c, and of r, in one step."""
-    pairs = [pair for concept in task.concepts for pair in concept.pairs()]
+    pairs = [pair for own in anchored_pairs(task.concepts) for pair in own]
     kept = retained_prompts(task.concepts, task.earlier)
     if not kept:
         raise ErasureError("sfd holds the model to retained prompts, and there are none; give some")

@@ -3,6 +3,7 @@ would lead (Gandikota et al., ICCV 2023, https://arxiv.org/abs/2303.07345, eq. 5
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -48,14 +49,19 @@ def forget_set(task: Task, prompts: str) -> LatentSet:
         task: the erasure.
         prompts: captions, as they are; or names: the concept's name that stands in each, alone, and
             the anchor's alone beside it, as the papers do. A whole caption takes what else it
-            speaks of along. One that names no concept stays.
+            speaks of along. One that names no concept stays; of several concepts that one names,
+            the one that has come least so far is taken.
     """
     forget = task.forget()
     if prompts == "captions":
         return forget
     anchors = {name: concept.anchor for concept in task.concepts for name in concept.names}
-    named = Names(anchors)
-    words = [(named.found(prompt) or [prompt])[0] for prompt in forget.prompts]
+    owner = {name: concept.target for concept in task.concepts for name in concept.names}
+    named, taken, words = Names(anchors), Counter[str](), list[str]()
+    for prompt in forget.prompts:
+        word = min(named.found(prompt), key=lambda name: taken[owner[name]], default=prompt)
+        taken[owner.get(word, word)] += 1
+        words.append(word)
     pairs = zip(words, forget.anchors or words, strict=True)
     alone = tuple(anchors.get(word, anchor) for word, anchor in pairs)
     return replace(forget, prompts=tuple(words), anchors=alone)

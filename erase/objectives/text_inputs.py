@@ -14,10 +14,12 @@ from erase.models.scopes import TextInput
 from erase.models.stock import POOLED
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
-from erase.prompts.several import retained_prompts
+from erase.prompts.several import anchor_templates, retained_prompts
 from erase.task import Task
 
 TOKENS = TextInput()
+Filled = tuple[str, str]
+"""a template, and the word in it"""
 MOST = 77
 """states behind a name that are looked at: as many as a CLIP has; a T5 or a language model fills up
 to 512, whose last ones tell little that is new"""
@@ -33,8 +35,7 @@ def subject_states(
     Returns:
         Both of shape (names * templates * encoders, dim), in the same order.
     """
-    filled = [(template, name) for template in concept.templates for name in concept.names]
-    anchors = [(template, concept.anchor) for template, _ in filled]
+    filled, anchors = zip(*_filled(task, concept), strict=True)
     return _at_name(task, filled, of), _at_name(task, anchors, of)
 
 
@@ -59,17 +60,26 @@ def behind_names(
     if of.pooled:
         return []
     pairs = []
-    for template in concept.templates:
-        for name in concept.names:
-            texts = [template.replace("{}", word) for word in (name, concept.anchor)]
-            ends = [template.split("{}")[0] + word for word in (name, concept.anchor)]
-            (named, anchor), stop = prompt_states(task, texts, of)
-            for places, (start, instead) in _lengths(task, ends):
-                start, instead = places.start + start, places.start + instead
-                count = max(0, min(stop, places.stop) - max(start, instead))
-                behind = torch.linspace(0, count - 1, min(count, MOST)).long()
-                pairs.append((named[start + behind], anchor[instead + behind]))
+    for filled in _filled(task, concept):
+        texts = [template.replace("{}", word) for template, word in filled]
+        ends = [template.split("{}")[0] + word for template, word in filled]
+        (named, anchor), stop = prompt_states(task, texts, of)
+        for places, (start, instead) in _lengths(task, ends):
+            start, instead = places.start + start, places.start + instead
+            count = max(0, min(stop, places.stop) - max(start, instead))
+            behind = torch.linspace(0, count - 1, min(count, MOST)).long()
+            pairs.append((named[start + behind], anchor[instead + behind]))
     return pairs
+
+
+def _filled(task: Task, concept: ConceptSpec) -> list[tuple[Filled, Filled]]:
+    """Each template with each name, and the one for the anchor with it (`anchor_templates`)."""
+    templates = zip(concept.templates, anchor_templates(concept, task.concepts), strict=True)
+    return [
+        ((template, name), (instead, concept.anchor))
+        for template, instead in templates
+        for name in concept.names
+    ]
 
 
 def prompt_states(task: Task, texts: Sequence[str], of: TextInput) -> tuple[Tensor, int]:
@@ -115,7 +125,7 @@ def seen_states(task: Task, prompts: Sequence[str], of: TextInput = TOKENS) -> T
     return torch.cat(seen)
 
 
-def _at_name(task: Task, filled: Sequence[tuple[str, str]], of: TextInput) -> Tensor:
+def _at_name(task: Task, filled: Sequence[Filled], of: TextInput) -> Tensor:
     rows, _ = prompt_states(task, [template.replace("{}", name) for template, name in filled], of)
     if of.pooled:
         return rows[:, 0]
