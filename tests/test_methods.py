@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import is_dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
 from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig, TunedConfig
+from tests.conftest import build_pico_pipeline
 
 DATA = LatentConfig(n_forget=6, n_retain=6, steps=2)
 CONCEPT = ConceptSpec(
@@ -59,6 +61,13 @@ def edit(model, name, config=None, seed=0, folder=None):
     return get_method(name).edit(task, config or quick(name))
 
 
+@cache
+def plain(name):
+    """The method's edit of the `model` of each test, made once; that it always has these bits is
+    one of the tests."""
+    return edit(wrap(build_pico_pipeline()), name)
+
+
 def snapshot(model):
     return {name: param.detach().clone() for name, param in model.parameters().items()}
 
@@ -75,22 +84,21 @@ class TestEveryMethod:
         assert all(value.shape == before[n].shape for n, value in found.values.items())
 
     def test_changes_its_scope_alone(self, model, name):
-        found = edit(model, name)
+        found = plain(name)
         scope = select(model.parameters(), quick(name).scope)
         assert set(found.values) <= set(scope)
 
     def test_gives_the_same_bits_for_the_same_seed(self, model, name):
-        one, other = edit(model, name).values, edit(model, name).values
+        one, other = plain(name).values, edit(model, name).values
         assert all(torch.equal(one[n], other[n]) for n in one)
 
     @pytest.mark.parametrize("by_block", [False, True], ids=["parts", "blocks"])
     def test_gives_the_same_bits_where_weights_wait(self, make_pico_pipeline, name, by_block):
-        model = wrap(make_pico_pipeline())
-        plain, pipeline = edit(model, name).values, model.pipeline()
+        pipeline, here = make_pico_pipeline(), plain(name).values
         Waiting(pipeline, torch.device("cpu", 0), by_block)
         moved = edit(wrap(pipeline), name).values
-        assert moved.keys() == plain.keys()
-        assert all(torch.equal(moved[n], plain[n]) for n in plain)
+        assert moved.keys() == here.keys()
+        assert all(torch.equal(moved[n], here[n]) for n in here)
 
     def test_has_a_paper_settings_of_its_own_and_a_short_file(self, name):
         method = get_method(name)
@@ -131,10 +139,10 @@ class TestEveryMethodThatTakesGradientSteps:
             with pytest.raises(ErasureError, match="choose one"):
                 quick(name, **option)
             option = option | {"prox_l1": 0.0}
-        plain, other = edit(model, name), edit(model, name, quick(name, **option))
+        one, other = plain(name), edit(model, name, quick(name, **option))
         assert len(other.losses) == QUICK.steps
         assert "combine" in option or any(
-            not torch.equal(plain.values[n], value) for n, value in other.values.items()
+            not torch.equal(one.values[n], value) for n, value in other.values.items()
         )
 
     def test_trains_a_text_encoder_with_all_guarantees(self, model, name, tmp_path):
@@ -167,12 +175,12 @@ class TestEveryMethodThatTakesGradientSteps:
 def stop_before_step(patch, step):
     import erase.training.loop
 
-    plain = erase.training.loop._Steps.take
+    take = erase.training.loop._Steps.take
 
     def stopping(self):
         if self.run.step == step:
             raise KeyboardInterrupt
-        return plain(self)
+        return take(self)
 
     patch.setattr(erase.training.loop._Steps, "take", stopping)
 

@@ -1,13 +1,14 @@
-"""Ten, thirty and a hundred concepts at once on the embedded world.
+"""Three, ten, thirty and a hundred concepts at once on the embedded world.
 
-  python scripts/canvas/many.py --counts 10 30 100 --methods uce rece speed
+  python scripts/canvas/many.py --counts 3 10 30 100 --methods uce rece speed
   python scripts/canvas/many.py --counts 10 --methods salun mace
+  python scripts/canvas/many.py --counts 3 10 --methods salun --limit 1    steps of one alone
   python scripts/canvas/many.py --table
 
-Ten are names: four objects, three styles, three colours. Thirty are objects in a colour, half of
-the sixty that there are: a red heart goes, a yellow heart and a red star must stay. A hundred are
-cells of the world, drawn at random: a red heart in Neon style goes, a red heart in Chalk style must
-stay.
+Three are the heart, Neon and red. Ten are names: four objects, three styles, three colours. Thirty
+are objects in a colour, half of the sixty that there are: a red heart goes, a yellow heart and a
+red star must stay. A hundred are cells of the world, drawn at random: a red heart in Neon style
+goes, a red heart in Chalk style must stay.
 
 UA is the share of images of the concepts in which the classifier does not see all that was asked
 for (of a name: the name); kept is the share of the other images in which it sees all. Beside them
@@ -25,6 +26,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from erase.scripts.canvas.measuring import read_rows, spaced, tell
 from erase.scripts.canvas.sequence import of_many
 from erase.scripts.canvas.variants import Variant, groups
 
+THREE = ("heart", "Neon", "red")
 NAMES = ("heart", "star", "house", "fish", "Neon", "Striped", "Chalk", "red", "green", "blue")
 COLOURED = ("a {}", "A {} in %s style.", "A {} image in %s style.")
 CELL = "{colour} {object} in {style} style"
@@ -71,9 +74,9 @@ def world(count: int, images: int) -> World:
     """So many concepts, and so many images of them and of the rest, each spread evenly.
 
     Raises:
-        SystemExit: another count than 10, 30 and 100.
+        SystemExit: another count than 3, 10, 30 and 100.
     """
-    makers = {10: _names, 30: _coloured, 100: _cells}
+    makers = {3: partial(_names, THREE), 10: partial(_names, NAMES), 30: _coloured, 100: _cells}
     if count not in makers:
         raise SystemExit(str(unknown("count", str(count), [*map(str, makers)])))
     pairs, prompts = makers[count](), canvas_grid(ANSWER_SEEDS[:1])
@@ -87,15 +90,15 @@ def world(count: int, images: int) -> World:
     return World(concepts, whole.gone, replace(prompts, rows=tuple(rows)))
 
 
-def _names() -> list[tuple[ConceptSpec, Labels]]:
+def _names(names: Sequence[str]) -> list[tuple[ConceptSpec, Labels]]:
     """Each with its own anchor, or the next of its kind that stays."""
     vocab, pairs = vocabulary(), []
-    for name in NAMES:
+    for name in names:
         kind = vocab.kind_of(name) or ""
         order = vocab.names(kind) * 2
-        after = (other for other in order[order.index(name) :] if other not in NAMES)
+        after = (other for other in order[order.index(name) :] if other not in names)
         own = vocab.anchor(name)
-        anchor = next(after) if own in NAMES else own
+        anchor = next(after) if own in names else own
         pairs.append((canvas_concept(name, anchor), {kind: name}))
     return pairs
 
@@ -164,10 +167,10 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each number of concepts and method."""
-    lines = ["| concepts | method | UA | kept | changed | CPU seconds |", "|---" * 6 + "|"]
+    """Markdown: a line for each number of concepts, method, and limit of its steps."""
+    lines = ["| concepts | method | limit | UA | kept | changed | CPU s |", "|---" * 7 + "|"]
     for row in sorted(rows, key=lambda row: row["count"]):
-        cells = [str(row["count"]), row["method"]]
+        cells = [str(row[name]) for name in ("count", "method", "limit")]
         for name in ("UA", "kept"):
             value, n, low, high = row["erased"][name]
             cells.append(f"{value:.1f} [{low:.1f}, {high:.1f}] / {row['base'][name][0]:.1f} ({n})")
@@ -203,17 +206,19 @@ def main() -> None:
             raise SystemExit(str(unknown("method", name, variants)))
 
     args.out.mkdir(parents=True, exist_ok=True)
-    done = {(row["count"], row["method"], row["seed"]) for row in read_rows(record)}
+    keys = ("count", "method", "seed", "limit")
+    done = {tuple(row[key] for key in keys) for row in read_rows(record)}
     for count in args.counts:
-        missing = [name for name in args.methods if (count, name, args.seed) not in done]
+        asked = [(count, name, args.seed, args.limit) for name in args.methods]
+        missing = [key for key in asked if key not in done]
         if not missing:
             continue
         here, model = world(count, args.images), load_model("canvas")
         base = shares(here, model, args.out / f"base-{count}", args.steps)
-        for name in missing:
-            row = {"count": count, "method": name, "seed": args.seed, "base": base}
-            row |= measure(here, model, variants[name], args)
-            tell(record, row, [count, name, row["seconds"], "s", row["erased"]])
+        for key in missing:
+            row = dict(zip(keys, key, strict=True), base=base)
+            row |= measure(here, model, variants[key[1]], args)
+            tell(record, row, [*key, row["seconds"], "s", row["erased"]])
 
 
 if __name__ == "__main__":
