@@ -170,6 +170,24 @@ def test_it_scores_the_most_images_and_an_area_for_each_count(case, model):
     assert same(weights(model), before)
 
 
+def test_another_seed_is_another_attacker(case, model, monkeypatch):
+    """Other images, and weights that training leads elsewhere; the same seed, the same again."""
+    found, plain = [], relearning.relearn
+
+    def watched(model, concepts, latents, *given, **named):
+        for count, values in plain(model, concepts, latents, *given, **named):
+            found.append([latents.latents, *values.values()])
+            yield count, values
+
+    monkeypatch.setattr(relearning, "relearn", watched)
+    config = replace(SMALL, kinds=["full"], images=[2], steps=[1])
+    for seed in (0, 1, 1):
+        evaluate(make_case(model, None), replace(config, seed=seed))
+    one, other, again = found
+    assert not any(torch.equal(*pair) for pair in zip(one, other, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(other, again, strict=True))
+
+
 def test_of_several_rates_the_best_for_the_attacker_counts(case, model, tmp_path, monkeypatch):
     """Only training at the rate 0.5 brings it back: its weights are far away."""
     far = weights(model)

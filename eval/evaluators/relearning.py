@@ -61,6 +61,8 @@ class Config:
     """latents per step"""
     prompts: int = 16
     """of the report's own prompts for the concept, drawn at each point"""
+    seed: int = 0
+    """of the attacker's images, batches and noise"""
     judge: str = "auto"
     """canvas, nudenet, clip, or auto for the one that fits"""
     freeze: str | None = None
@@ -82,7 +84,8 @@ class Config:
         for name in ("lr", "lora_lr"):
             for value in getattr(self, name):
                 _check_value(name, value, POSITIVE[0])
-        check_ranges(self, dict.fromkeys(("lora_rank", "batch_size", "prompts"), COUNT))
+        counts = dict.fromkeys(("lora_rank", "batch_size", "prompts"), COUNT)
+        check_ranges(self, {**counts, "seed": (0, 2**31)})
         check_names(self, {"judge": JUDGES})
 
     def frozen(self) -> Freeze | None:
@@ -201,11 +204,13 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     most = max(config.images)
     count, shared, freeze = most * len(case.concepts), case.shared, config.frozen()
     with case.base_model() as base:
-        own, others = drawn_by_base(base, case.concepts, count, folder=shared), None
+        given, others = (base, case.concepts, count, config.seed, shared), None
+        own = drawn_by_base(*given)
         if "benign" in config.kinds:
-            others = others_by_base(base, case.concepts, count, folder=shared)
+            others = others_by_base(*given)
         settings = {name: getattr(config, name) for name in ("batch_size", "lora_rank")}
-        settings |= {"most": most, **({"freeze": freeze.sha256} if freeze else {})}
+        settings |= {"most": most, "seed": config.seed}
+        settings |= {"freeze": freeze.sha256} if freeze else {}
         kept = Kept.of(case, "relearning", attempts, base.fingerprint, settings)
     with case.model() as model:
         curves = _Relearning(model, case, config, attempts, kept, freeze).curves(own, others)
@@ -256,6 +261,7 @@ class _Relearning:
             few,
             self.config.tuned(kind, lr),
             missing,
+            seed=self.config.seed,
             folder=folder,
             freeze=self.freeze,
         )

@@ -42,7 +42,9 @@ def measure(job: Job, variant: Variant, suite: str, out: Path) -> dict[str, Any]
     report = out / "reports" / f"{suite}-{job.slug}"
     base = out / "bases" / f"{suite}-{job.concept}-{job.seed}"
     words = ["--delta", str(path), "--suite", suite, "--base_images", str(base)]
-    evaluate([*words, "--attack.seed", str(job.seed), "--out", str(report)])
+    for attacker in ("attack", "relearning"):
+        words += [f"--{attacker}.seed", str(job.seed)]
+    evaluate([*words, "--out", str(report)])
     told = json.loads((report / "report.json").read_text(encoding="utf-8"))
     rows = {}
     for row in (BASE, ERASED):
