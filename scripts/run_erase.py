@@ -130,11 +130,17 @@ def hints(config: EraseConfig, settings: Any, concepts: int) -> Iterator[str]:
             f"the embedded model: --config {config.model}-{method}"
         )
     if concepts > 1 and isinstance(settings, TunedConfig) and settings.train == usual.train:
-        latents = config.latents
+        counts = {
+            "train.steps": settings.train.steps,
+            "latents.n_forget": config.latents.n_forget,
+            "latents.n_retain": config.latents.n_retain,
+        }
+        if settings.mask.density != 1:
+            counts["mask.batches"] = settings.mask.batches
+        more = (f"--{name} {concepts * count}" for name, count in counts.items())
         yield (
             f"{settings.train.steps} steps are for one concept; {concepts} of them want "
-            f"--train.steps {concepts * settings.train.steps} --latents.n_forget "
-            f"{concepts * latents.n_forget} --latents.n_retain {concepts * latents.n_retain}"
+            f"{' '.join(more)}"
         )
 
 

@@ -103,10 +103,12 @@ def erased(job: Job, model: DiffusionModel, out: Path) -> ErasedDelta:
 
 
 def of_many(settings: Any, latents: LatentConfig, count: int) -> tuple[Any, LatentConfig]:
-    """As many steps and latents for each of several concepts as one alone has."""
+    """As many steps, latents, and batches behind the mask for each of several concepts as one alone
+    has."""
     if isinstance(settings, TunedConfig):
         train = replace(settings.train, steps=count * settings.train.steps)
-        settings = replace(settings, train=train)
+        mask = replace(settings.mask, batches=count * settings.mask.batches)
+        settings = replace(settings, train=train, mask=mask)
     forget, retain = count * latents.n_forget, count * latents.n_retain
     return settings, replace(latents, n_forget=forget, n_retain=retain)
 
