@@ -280,9 +280,7 @@ def _metadata(
 
 def _cut(model: DiffusionModel, concepts: list[ConceptSpec]) -> dict[str, str]:
     """The prompts whose ends no text encoder sees, for the metadata."""
-    prompts = [
-        prompt for pairs in anchored_pairs(concepts) for pair in pairs for prompt in pair
-    ]
+    prompts = [prompt for pairs in anchored_pairs(concepts) for pair in pairs for prompt in pair]
     cut = cut_prompts(
         [*prompts, *(prompt for concept in concepts for prompt in concept.retain)], model.tokens
     )

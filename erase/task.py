@@ -21,6 +21,7 @@ from erase.models import Cond, DiffusionModel
 from erase.models.scopes import select
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.reading import as_path
+from erase.prompts.several import Together
 from erase.tensors import sha256_of
 
 
@@ -120,6 +121,11 @@ class Task:
         """The random stream of one step: a function of seed and step, so that a resumed run draws
         the same."""
         return torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+
+    @cached_property
+    def together(self) -> Together:
+        """What becomes of the templates of concepts that are forgotten together."""
+        return Together(self.concepts)
 
     @cached_property
     def _source(self) -> Source:

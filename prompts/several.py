@@ -66,23 +66,33 @@ def check_after(
             )
 
 
-def anchor_templates(concept: ConceptSpec, concepts: Sequence[ConceptSpec]) -> tuple[str, ...]:
-    """The templates of a concept for its anchor to stand in, one for each: where one of the others
-    that are forgotten with it stands, its anchor does ("a {} in Neon style": "a {} in Flat
-    style"). Else the answer to one would be held to show another."""
-    others = {
-        name: other.anchor for other in concepts if other is not concept for name in other.names
-    }
-    named = Names(others)
-    return tuple(
-        named.replaced(template, others) if others else template for template in concept.templates
-    )
+class Together:
+    """Concepts that are forgotten together, and the templates in which their anchors stand."""
+
+    def __init__(self, concepts: Sequence[ConceptSpec]) -> None:
+        self._anchors = {name: concept.anchor for concept in concepts for name in concept.names}
+        self._names = Names(self._anchors)
+        self._found: dict[str, list[str]] = {}
+
+    def anchor_templates(self, concept: ConceptSpec) -> tuple[str, ...]:
+        """For each template of a concept the one for its anchor to stand in: where another of the
+        concepts stands, its anchor does ("a {} in Neon style": "a {} in Flat style"). Else the
+        answer to one would be held to show another."""
+        templates = []
+        for template in concept.templates:
+            if template not in self._found:
+                self._found[template] = self._names.found(template)
+            others = [name for name in self._found[template] if name not in concept.names]
+            instead = Names(others).replaced(template, self._anchors) if others else template
+            templates.append(instead)
+        return tuple(templates)
 
 
 def anchored_pairs(concepts: Sequence[ConceptSpec]) -> list[list[tuple[str, str]]]:
     """Of each of the concepts that are forgotten together, its pairs of forget and anchor prompt
     (`ConceptSpec.pairs`); no anchor prompt's template names another of them."""
-    return [concept.pairs(anchor_templates(concept, concepts)) for concept in concepts]
+    together = Together(concepts)
+    return [concept.pairs(together.anchor_templates(concept)) for concept in concepts]
 
 
 def retained_prompts(

@@ -171,9 +171,7 @@ def _pick_pairs(
     concepts: list[ConceptSpec], config: LatentConfig, rng: random.Random
 ) -> list[tuple[str, str]]:
     n = -(-config.n_forget // len(concepts))
-    shares = [
-        pick(pairs, n, rng, config.pick, itemgetter(0)) for pairs in anchored_pairs(concepts)
-    ]
+    shares = [pick(pairs, n, rng, config.pick, itemgetter(0)) for pairs in anchored_pairs(concepts)]
     return [pair for row in zip(*shares, strict=True) for pair in row][: config.n_forget]
 
 

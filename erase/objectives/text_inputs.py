@@ -14,7 +14,7 @@ from erase.models.scopes import TextInput
 from erase.models.stock import POOLED
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
-from erase.prompts.several import anchor_templates, retained_prompts
+from erase.prompts.several import retained_prompts
 from erase.task import Task
 
 TOKENS = TextInput()
@@ -73,8 +73,8 @@ def behind_names(
 
 
 def _filled(task: Task, concept: ConceptSpec) -> list[tuple[Filled, Filled]]:
-    """Each template with each name, and the one for the anchor with it (`anchor_templates`)."""
-    templates = zip(concept.templates, anchor_templates(concept, task.concepts), strict=True)
+    """Each template with each name, and the one for the anchor with it."""
+    templates = zip(concept.templates, task.together.anchor_templates(concept), strict=True)
     return [
         ((template, name), (instead, concept.anchor))
         for template, instead in templates

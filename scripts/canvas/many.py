@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     keys = ("count", "method", "seed", "limit")
-    done = {tuple(row[key] for key in keys) for row in read_rows(record)}
+    done = set(map(itemgetter(*keys), read_rows(record)))
     for count in args.counts:
         asked = [(count, name, args.seed, args.limit) for name in args.methods]
         missing = [key for key in asked if key not in done]
