@@ -15,18 +15,17 @@ def check_together(concepts: Sequence[ConceptSpec]) -> None:
     """Refuse concepts that cannot be forgotten in one go.
 
     Raises:
-        ErasureError: none at all, two that have a name in common, or an anchor that is to be
-            forgotten too.
+        ErasureError: none at all, two that have a name in common, or an anchor that is, or names,
+            what is to be forgotten too.
     """
     if not concepts:
         raise ErasureError("no concept to erase was given")
     check_distinct(concepts)
-    gone = {same(name) for concept in concepts for name in concept.names}
-    for concept in concepts:
-        if same(concept.anchor) in gone:
+    for concept, names in _named_by_anchors(concepts, concepts):
+        if names := [name for name in names if name not in concept.names]:
             raise ErasureError(
-                f"the anchor of {concept.target!r} is {concept.anchor!r}, which is to be forgotten "
-                "as well; choose another anchor, or erase the concepts one at a time"
+                f"the anchor of {concept.target!r} is {concept.anchor!r}, and {names[0]!r} is to "
+                "be forgotten as well; choose another anchor, or erase the concepts one at a time"
             )
 
 
@@ -41,8 +40,8 @@ def check_after(
         source: what errors call the earlier erasure.
 
     Raises:
-        ErasureError: a concept that is gone already, an anchor that is gone, or a concept that
-            stands in the place of an earlier one.
+        ErasureError: a concept that is gone already, an anchor that is, or names, what is gone, or
+            a concept that stands in the place of an earlier one.
     """
     gone = {same(name): concept for concept in earlier for name in concept.names}
     put = {same(concept.anchor): concept for concept in earlier}
@@ -59,11 +58,25 @@ def check_after(
                     f"{source} draws {name!r} in the place of {first!r}, so that it must stay "
                     f"there; to forget both, erase {first!r} again with another anchor"
                 )
-        if same(concept.anchor) in gone:
+    for concept, names in _named_by_anchors(concepts, earlier):
+        if names:
             raise ErasureError(
-                f"the anchor of {concept.target!r} is {concept.anchor!r}, which {source} erased; "
-                "choose another anchor"
+                f"the anchor of {concept.target!r} is {concept.anchor!r}, and {source} erased "
+                f"{names[0]!r}; choose another anchor"
             )
+
+
+def _named_by_anchors(
+    concepts: Sequence[ConceptSpec], others: Sequence[ConceptSpec]
+) -> list[tuple[ConceptSpec, list[str]]]:
+    """Each of the concepts, with the names of the others that its anchor is or holds."""
+    listed = [name for other in others for name in other.names]
+    alike, names = {same(name): [name] for name in listed}, Names(listed)
+    found = {
+        anchor: alike.get(same(anchor)) or names.found(anchor)
+        for anchor in {concept.anchor for concept in concepts}
+    }
+    return [(concept, found[concept.anchor]) for concept in concepts]
 
 
 class Together:

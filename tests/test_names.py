@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from erase.prompts.concepts import ConceptSpec, dump, load_concepts
 from erase.prompts.names import Names, same
 from erase.prompts.retain import without
-from erase.prompts.several import check_together
+from erase.prompts.several import check_after, check_together
 from erase.run import erase_concept
 from tests.texts import raises, written
 
@@ -180,7 +181,17 @@ def test_a_concept_that_is_named_twice_is_refused(one: str, other: str, tmp_path
         load_concepts(written(tmp_path, "bad.yaml", dump(listed)))
 
 
+def test_an_anchor_that_names_what_another_concept_forgets_is_refused() -> None:
+    tree, apple = ConceptSpec("oak", "Apple trees"), ConceptSpec("pear", "x", ("apple tree",))
+    with raises("'oak' is 'Apple trees', and 'apple tree' is to be forgotten as well"):
+        check_together([tree, apple])
+    with raises("'oak' is 'Apple trees', and runs/pear erased 'apple tree'"):
+        check_after([tree], [apple], "runs/pear")
+    check_together([tree, replace(apple, synonyms=("pineapple tree",))])
+    check_together([ConceptSpec("cat", "cat food"), apple])  # of its own name
+
+
 @pytest.mark.parametrize(("one", "other"), TWINS)
 def test_an_anchor_that_another_concept_forgets_is_refused(one: str, other: str) -> None:
-    with raises("which is to be forgotten as well", "'thing'"):
+    with raises("is to be forgotten as well", "'thing'"):
         erase_concept([ConceptSpec("thing", other), ConceptSpec(one, "y")])
