@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
+import torch
+
 from erase.attacks import GRADIENT, Asked
 from erase.attacks.relearning import changed_to, relearn
 from erase.eval.attempts import (
@@ -250,7 +252,7 @@ class _Relearning:
 
     def _curve(self, kind: str, images: int, lr: float, latents: LatentSet) -> Curve:
         name, rows = f"{kind}-{images}-{lr:g}", images * len(self.case.concepts)
-        few = LatentSet(latents.latents[:rows], None, latents.prompts[:rows])
+        few = latents.at(torch.arange(rows))
         names = {step: f"{name} after {step}" for step in self.config.steps}
         missing = [step for step, each in names.items() if each not in self.kept]
         folder = self.kept.folder / name if self.kept.folder else None
