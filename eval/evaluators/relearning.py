@@ -211,7 +211,7 @@ def evaluate(case: Case, config: Config) -> list[Score]:
         if "benign" in config.kinds:
             others = others_by_base(*given)
         settings = {name: getattr(config, name) for name in ("batch_size", "lora_rank")}
-        settings |= {"most": most, "seed": config.seed}
+        settings |= {"most": most} | ({"seed": config.seed} if config.seed else {})
         settings |= {"freeze": freeze.sha256} if freeze else {}
         kept = Kept.of(case, "relearning", attempts, base.fingerprint, settings)
     with case.model() as model:

@@ -8,8 +8,9 @@
 
 Each erasure is made as scripts/canvas/results.py makes it (`--out` may be that script's folder: its
 deltas are found), then `erase-evaluate --suite` judges it. What is found on the base is found once
-for each concept and seed. Each measurement is one line of OUT/suite.jsonl, and its report lies in
-OUT/reports; what is there is not measured again, and a stopped measurement goes on.
+for each concept and seed; who relearns has the same images and noise in all. Each measurement is
+one line of OUT/suite.jsonl, and its report lies in OUT/reports; what is there is not measured
+again, and a stopped measurement goes on.
 """
 
 from __future__ import annotations
@@ -42,9 +43,7 @@ def measure(job: Job, variant: Variant, suite: str, out: Path) -> dict[str, Any]
     report = out / "reports" / f"{suite}-{job.slug}"
     base = out / "bases" / f"{suite}-{job.concept}-{job.seed}"
     words = ["--delta", str(path), "--suite", suite, "--base_images", str(base)]
-    for attacker in ("attack", "relearning"):
-        words += [f"--{attacker}.seed", str(job.seed)]
-    evaluate([*words, "--out", str(report)])
+    evaluate([*words, "--attack.seed", str(job.seed), "--out", str(report)])
     told = json.loads((report / "report.json").read_text(encoding="utf-8"))
     rows = {}
     for row in (BASE, ERASED):
