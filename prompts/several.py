@@ -72,10 +72,8 @@ def _named_by_anchors(
     """Each of the concepts, with the names of the others that its anchor is or holds."""
     listed = [name for other in others for name in other.names]
     alike, names = {same(name): [name] for name in listed}, Names(listed)
-    found = {
-        anchor: alike.get(same(anchor)) or names.found(anchor)
-        for anchor in {concept.anchor for concept in concepts}
-    }
+    anchors = dict.fromkeys(concept.anchor for concept in concepts)
+    found = {anchor: alike.get(same(anchor)) or names.found(anchor) for anchor in anchors}
     return [(concept, found[concept.anchor]) for concept in concepts]
 
 

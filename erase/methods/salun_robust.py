@@ -25,8 +25,7 @@ from erase.training.saliency import Objective, choose_mask
 from erase.training.trainable import Base
 
 PAPER = "https://arxiv.org/abs/2310.12508"
-Batch = tuple[RemapBatch, Tensor]
-"""forget and retain rows, and which of the embeddings each forget row is under"""
+Batch = tuple[RemapBatch, Tensor]  # and which of the embeddings each forget row is under
 
 
 @dataclass
@@ -69,13 +68,13 @@ class _Rounds:
         terms = self.plain.terms(rows, targets)
         if self.found:
             prompts = texts_of(self.plain.forget_set.prompts, rows.forget_rows)
-            found = {
-                name: torch.stack([one[name] for one in self.found])[turns]
-                for name in self.found[0]
-            }
+            found = {name: self._under(name, turns) for name in self.found[0]}
             answers = predict_behind(self.task, rows.forget, prompts, found)
             terms["forget"] = (terms["forget"] + remap(answers, targets.forget)) / 2
         return terms
+
+    def _under(self, encoder: str, turns: Tensor) -> Tensor:
+        return torch.stack([found[encoder] for found in self.found])[turns]
 
 
 def edit(task: Task, config: SalUnRobustConfig) -> Edit:
@@ -88,9 +87,9 @@ def edit(task: Task, config: SalUnRobustConfig) -> Edit:
     train = replace(config.train, steps=config.round_steps, lr=config.round_lr)
     again = replace(config, train=train)
     for i in range(config.rounds):
-        work.begin = len(losses)
         with changed_to(task.model, done.values):
             work.found.append(find_pseudo_token(task, shown, config.attack, restart=-1 - i))
+        work.begin = len(losses)
         start, part = done.values, f"training-{i + 1}"
         done = fine_tune(task, work.loss, work.batches, again, start=start, mask=mask, part=part)
         losses += done.losses
