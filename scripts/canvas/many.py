@@ -3,6 +3,7 @@
   python scripts/canvas/many.py --counts 3 10 30 100 --methods uce rece speed
   python scripts/canvas/many.py --counts 10 --methods salun mace
   python scripts/canvas/many.py --counts 3 10 --methods salun --limit 1    steps of one alone
+  python scripts/canvas/many.py --counts 10 30 --methods salun --rule fisher-ratio
   python scripts/canvas/many.py --table
 
 Three are the heart, Neon and red. Ten are names: four objects, three styles, three colours. Thirty
@@ -13,9 +14,9 @@ goes, a red heart in Chalk style must stay.
 UA is the share of images of the concepts in which the classifier does not see all that was asked
 for (of a name: the name); kept is the share of the other images in which it sees all. Beside them
 the base's, on the same prompts and seeds. Methods have the settings of scripts/canvas/variants.py;
-those that train have as many steps and latents for each concept as one alone has, of at most
---limit concepts. Each measurement is one line of OUT/many.jsonl; what is there is not measured
-again.
+those that train have as many steps, latents and batches behind the mask for each concept as one
+alone has, of at most --limit concepts, and may have another rule for the mask. Each measurement is
+one line of OUT/many.jsonl; what is there is not measured again.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from erase.scripts.bench.plain import plain_parser
 from erase.scripts.canvas.measuring import read_rows, spaced, tell
 from erase.scripts.canvas.sequence import of_many
 from erase.scripts.canvas.variants import Variant, groups
+from erase.training.config import RULES, TunedConfig
 
 THREE = ("heart", "Neon", "red")
 NAMES = ("heart", "star", "house", "fish", "Neon", "Striped", "Chalk", "red", "green", "blue")
@@ -155,6 +157,8 @@ def measure(
     """Erase all of them at once, and judge what is left of them and of the rest."""
     count = len(here.concepts)
     settings, latents = of_many(variant.settings, variant.latents, min(count, args.limit))
+    if args.rule and isinstance(settings, TunedConfig):
+        settings = replace(settings, mask=replace(settings.mask, rule=args.rule))
     config = EraseConfig(method=variant.method, seed=args.seed, latents=latents)
     started = time.process_time()
     delta = erase_concept(here.concepts, config, settings, model=model)
@@ -168,10 +172,10 @@ def measure(
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each number of concepts, method, and limit of its steps."""
-    lines = ["| concepts | method | limit | UA | kept | changed | CPU s |", "|---" * 7 + "|"]
+    """Markdown: a line for each number of concepts, method, rule, and limit of its steps."""
+    lines = ["| concepts | method | rule | limit | UA | kept | changed | CPU s |", "|---" * 8 + "|"]
     for row in sorted(rows, key=lambda row: row["count"]):
-        cells = [str(row[name]) for name in ("count", "method", "limit")]
+        cells = [str(row[name] or "") for name in ("count", "method", "rule", "limit")]
         for name in ("UA", "kept"):
             value, n, low, high = row["erased"][name]
             cells.append(f"{value:.1f} [{low:.1f}, {high:.1f}] / {row['base'][name][0]:.1f} ({n})")
@@ -185,6 +189,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--counts", nargs="+", type=int, default=[10, 30, 100])
     parser.add_argument("--methods", nargs="+", default=["uce", "rece", "speed"])
     parser.add_argument("--limit", type=int, default=10, help="concepts' worth of steps, at most")
+    parser.add_argument("--rule", choices=RULES, help="of the mask; default: the method's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=120, help="of concepts, and of the rest")
     parser.add_argument("--steps", type=int, default=12, help="sampling steps of the images")
@@ -207,10 +212,10 @@ def main() -> None:
             raise SystemExit(str(unknown("method", name, variants)))
 
     args.out.mkdir(parents=True, exist_ok=True)
-    keys = ("count", "method", "seed", "limit")
+    keys = ("count", "method", "rule", "seed", "limit")
     done = set(map(itemgetter(*keys), read_rows(record)))
     for count in args.counts:
-        asked = [(count, name, args.seed, args.limit) for name in args.methods]
+        asked = [(count, name, args.rule, args.seed, args.limit) for name in args.methods]
         missing = [key for key in asked if key not in done]
         if not missing:
             continue
