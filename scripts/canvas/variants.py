@@ -82,6 +82,11 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
         "prompts": {"salun, even prompts": replace(ours, latents=even, shares=False)},
         "hold": {"salun, hold": replace(_with(ours, {"hold": 1.0}), shares=False)},
         "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
+        "keys and values": {
+            "salun, keys and values": replace(
+                _with(ours, {"scope": "xattn_kv", "mask.density": 1.0}), shares=False
+            )
+        },
         "target": {f"salun, {name}": _with(ours, change) for name, change in target.items()},
     }
 
