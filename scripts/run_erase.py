@@ -137,7 +137,9 @@ def hints(config: EraseConfig, settings: Any, concepts: int) -> Iterator[str]:
         }
         if settings.mask.density != 1:
             counts["mask.batches"] = settings.mask.batches
-        more = (f"--{name} {concepts * count}" for name, count in counts.items())
+        more = [f"--{name} {concepts * count}" for name, count in counts.items()]
+        if settings.mask.rule == "benefit":  # their gradients' sums would cancel out
+            more.append("--mask.rule fisher-ratio")
         yield (
             f"{settings.train.steps} steps are for one concept; {concepts} of them want "
             f"{' '.join(more)}"

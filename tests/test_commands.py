@@ -693,7 +693,8 @@ def test_what_the_defaults_are_not_made_for_is_said():
     (several,) = run_erase.hints(config, settings, 3)
     steps, latents = settings.train.steps, config.latents
     assert f"--train.steps {3 * steps} --latents.n_forget {3 * latents.n_forget} " in several
-    assert several.endswith(f" --mask.batches {3 * settings.mask.batches}")
+    batches = 3 * settings.mask.batches
+    assert several.endswith(f" --mask.batches {batches} --mask.rule fisher-ratio")
     own = replace(settings, train=replace(settings.train, steps=400))
     assert list(run_erase.hints(config, own, 3)) == []  # the user chose
     (elsewhere,) = run_erase.hints(replace(config, model="sd14"), settings, 1)
