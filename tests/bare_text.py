@@ -1,12 +1,11 @@
 """A CLIP text encoder written out, for literal copies of the equations of methods that train
-one, or put embeddings into it."""
+one."""
 
 import re
 
 import torch
 
-from erase.attacks import RESTART
-from tests.bare import FORGET, LR, STEPS, Bare, drawn, mean
+from tests.bare import LR, STEPS
 
 
 def spoken(encoder, ids, prefix=None):
@@ -66,47 +65,3 @@ def train(encoder, pattern, loss):
             for p, slope in zip(chosen.values(), slopes, strict=True):
                 p -= LR * slope
     return {name: p.detach() for name, p in chosen.items()}
-
-
-class BareText(Bare):
-    """The bare pipeline row by row, under text states; a prompt is a function of a row's number
-    that gives its states."""
-
-    def states(self, texts, found=None):
-        holders = "a " * len(found) if found is not None else ""
-        ids = ids_of(self.pipeline, [holders + text for text in texts])
-        prefix = None if found is None else found[None].expand(len(ids), -1, -1)
-        return spoken(self.pipeline.text_encoder, ids, prefix)[0]
-
-    def seen(self, unet, row, states):
-        latent, noise, t, _ = row
-        noisy = self.schedule.add_noise(latent[None], noise[None], t[None])
-        return unet(noisy, t[None], states[None]).sample[0]
-
-    def descend(self, loss, steps, lr):
-        """SGD of `loss(step)` over the cross-attention."""
-        for step in range(steps):
-            params = [p for name, p in self.unet.named_parameters() if "attn2" in name]
-            slopes = torch.autograd.grad(loss(step), [p.requires_grad_(True) for p in params])
-            with torch.no_grad():
-                for p, slope in zip(params, slopes, strict=True):
-                    p -= lr * slope
-
-    def found_again(self, restart, unnamed, vectors):
-        """Textual inversion on the model as it is: two steps of Adam at 0.05, by so many embeddings
-        before these prompts of the forget rows."""
-        seed = -RESTART * (1 + restart)
-        table = self.pipeline.text_encoder.get_input_embeddings().weight.detach()
-        start = torch.Generator().manual_seed(seed)
-        found = table[torch.randint(len(table), (vectors,), generator=start)]
-        found = found.clone().requires_grad_()
-        adam = torch.optim.Adam([found], lr=0.05)
-        for step in range(2):
-            states = self.states(unnamed, found)
-            errors = [
-                (self.seen(self.unet, row, states[row[3]]) - row[1]).square().mean()
-                for row in drawn(FORGET, step, seed)
-            ]
-            (found.grad,) = torch.autograd.grad(mean(errors), found)
-            adam.step()
-        return found.detach()

@@ -46,9 +46,6 @@ def quick(name, **change):
     if hasattr(config, "search_steps"):
         attack = replace(config.attack, steps=2, batch_size=2)
         config = replace(config, rounds=1, search_steps=2, search_lr=1e-3, attack=attack)
-    if hasattr(config, "round_steps"):
-        attack = replace(config.attack, steps=2, batch_size=2)
-        config = replace(config, rounds=1, round_steps=2, attack=attack)
     if hasattr(config, "critic_steps"):
         config = replace(config, critic_steps=2)
     return replace(config, **change)
@@ -143,7 +140,7 @@ class TestEveryMethodThatTakesGradientSteps:
                 quick(name, **option)
             option = option | {"prox_l1": 0.0}
         one, other = plain(name), edit(model, name, quick(name, **option))
-        assert len(other.losses) == len(one.losses) >= QUICK.steps
+        assert len(other.losses) == QUICK.steps
         assert "combine" in option or any(
             not torch.equal(one.values[n], value) for n, value in other.values.items()
         )

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from erase.attacks import RESTART
 from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token, predict_behind
 from erase.attacks.relearning import changed_to
 from erase.latents.latent_set import Given, LatentSet
@@ -23,12 +24,13 @@ from tests.bare import (
     PROMPTS,
     SGD,
     SIZE,
+    Bare,
     check,
     drawn,
     mean,
     task_of,
 )
-from tests.bare_text import BareText
+from tests.bare_text import ids_of, spoken
 from tests.families import FAMILIES
 
 ETA, VECTORS = 1.5, 2
@@ -55,8 +57,28 @@ def edit(task, **change):
     return get_method("stereo").edit(task, replace(SMALL, **change))
 
 
-class Literal(BareText):
-    """The two stages."""
+class Literal(Bare):
+    """The two stages on the bare pipeline, row by row; a prompt is a function of a row's number
+    that gives its text states."""
+
+    def states(self, texts, found=None):
+        holders = "a " * VECTORS if found is not None else ""
+        ids = ids_of(self.pipeline, [holders + text for text in texts])
+        prefix = None if found is None else found[None].expand(len(ids), -1, -1)
+        return spoken(self.pipeline.text_encoder, ids, prefix)[0]
+
+    def seen(self, unet, row, states):
+        latent, noise, t, _ = row
+        noisy = self.schedule.add_noise(latent[None], noise[None], t[None])
+        return unet(noisy, t[None], states[None]).sample[0]
+
+    def descend(self, loss, steps, lr):
+        for step in range(steps):
+            params = [p for name, p in self.unet.named_parameters() if "attn2" in name]
+            slopes = torch.autograd.grad(loss(step), [p.requires_grad_(True) for p in params])
+            with torch.no_grad():
+                for p, slope in zip(params, slopes, strict=True):
+                    p -= lr * slope
 
     def guided_loss(self, teacher, prompt, target):
         """Mean over a step's rows of |eps(p) - target(teacher, row)|^2."""
@@ -72,6 +94,24 @@ class Literal(BareText):
 
         return loss
 
+    def found_again(self, restart):
+        """Textual inversion on the model as it is."""
+        seed = -RESTART * (1 + restart)
+        table = self.pipeline.text_encoder.get_input_embeddings().weight.detach()
+        start = torch.Generator().manual_seed(seed)
+        vectors = table[torch.randint(len(table), (VECTORS,), generator=start)]
+        vectors = vectors.clone().requires_grad_()
+        adam = torch.optim.Adam([vectors], lr=0.05)
+        for step in range(2):
+            states = self.states(UNNAMED, vectors)
+            errors = [
+                (self.seen(self.unet, row, states[row[3]]) - row[1]).square().mean()
+                for row in drawn(FORGET, step, seed)
+            ]
+            (vectors.grad,) = torch.autograd.grad(mean(errors), vectors)
+            adam.step()
+        return vectors.detach()
+
     def erase(self, words, anchor_words, unnamed):
         """`words`: what the concept is called at each row; the attack searches under the rows' own
         prompts, less the name."""
@@ -85,7 +125,7 @@ class Literal(BareText):
                 return null - ETA * (self.seen(teacher, row, last[row[3]]) - null)
 
             self.descend(self.guided_loss(before, lambda step, last=last: last, away), 2, 0.05)
-            prompts.append(self.states(unnamed, self.found_again(round, UNNAMED, VECTORS)))
+            prompts.append(self.states(unnamed, self.found_again(round)))
 
         def composed(teacher, row):
             null = self.seen(teacher, row, empty)

@@ -57,12 +57,6 @@ class LatentSet:
             columns[name] = texts and tuple(texts_of(texts, rows))
         return LatentSet(**columns)
 
-    def of_concept(self) -> LatentSet:
-        """Those that show their prompt, not their anchor."""
-        if self.shows_anchor is None:
-            return self
-        return self.at((~self.shows_anchor).nonzero().flatten())
-
     def concept_rows(self) -> Tensor:
         """One row of each image that shows its prompt; of points, one of every stretch of the
         trajectories in turn."""

@@ -54,7 +54,6 @@ METHODS: Index[Method[Any]] = Index(
         "salun-half": "erase.methods.salun:METHODS",
         "salun-soft": "erase.methods.salun:METHODS",
         "salun-paper": "erase.methods.salun:METHODS",
-        "salun-robust": "erase.methods.salun_robust:METHODS",
         "esd": "erase.methods.esd:METHODS",
         "uce": "erase.methods.uce:METHODS",
         "rece": "erase.methods.rece:METHODS",

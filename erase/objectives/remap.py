@@ -98,7 +98,7 @@ class RemapBatch:
 
 
 @dataclass(frozen=True)
-class Targets:
+class _Targets:
     """Predictions that training aims at, each of shape (n, c, h, w)."""
 
     forget: Tensor
@@ -119,7 +119,7 @@ class Remap:
             task.retain()
         self.forget_set = task.forget(config.anchor_latents)
         self.retain_set = _some_dropped(task.retain(), config.retain_dropout, task.seed)
-        self._known: Targets | None = None
+        self._known: _Targets | None = None
         if config.noise_power != 1 and _fixed(self.forget_set):
             raise ErasureError(
                 f"noise_power {config.noise_power:g} says how timesteps are drawn, and "
@@ -145,11 +145,8 @@ class Remap:
 
     def loss(self, batch: RemapBatch, base: Base) -> dict[str, Tensor]:
         """Forget and retain rows go through the denoiser together; so do the teacher's."""
-        return self.terms(batch, self.targets(batch, base))
-
-    def terms(self, batch: RemapBatch, targets: Targets) -> dict[str, Tensor]:
-        """The loss, where the targets are known."""
         config, count = self.config, len(batch.forget)
+        targets = self._targets(batch, base)
         rows, prompts = batch.forget, texts_of(self.forget_set.prompts, batch.forget_rows)
         if config.hold:
             rows = rows.cat(batch.anchor)
@@ -161,7 +158,7 @@ class Remap:
             kept = kept + config.hold * denoising(answers[count:], targets.anchor)
         return {"forget": remap(answers[:count], targets.forget), "retain": config.alpha * kept}
 
-    def targets(self, batch: RemapBatch, base: Base) -> Targets:
+    def _targets(self, batch: RemapBatch, base: Base) -> _Targets:
         """Each by the frozen base or not, as configured."""
         config = self.config
         if config.anchor_from == config.retain_target == "frozen":
@@ -187,13 +184,13 @@ class Remap:
             return rows, prompts
         return rows.cat(rows), prompts + texts_of(self.forget_set.prompts, batch.forget_rows)
 
-    def _of_answers(self, answers: Tensor, retain: Tensor) -> Targets:
+    def _of_answers(self, answers: Tensor, retain: Tensor) -> _Targets:
         """Targets from the answers to what was asked: forget rows are moved away from the
         concept's."""
         if not self.config.beyond:
-            return Targets(answers, answers, retain)
+            return _Targets(answers, answers, retain)
         anchor, concept = answers.chunk(2)
-        return Targets(anchor + self._move(anchor - concept), anchor, retain)
+        return _Targets(anchor + self._move(anchor - concept), anchor, retain)
 
     def _move(self, away: Tensor) -> Tensor:
         """How far beyond the anchor, of the way from the concept to it."""
@@ -204,7 +201,7 @@ class Remap:
         size = move.square().mean(axes, keepdim=True).sqrt()
         return move / (size / config.beyond_limit).clamp_min(1)
 
-    def _known_targets(self, batch: RemapBatch, base: Base) -> Targets:
+    def _known_targets(self, batch: RemapBatch, base: Base) -> _Targets:
         """Of points that are fixed beforehand (trajectories): the base is asked about all of them
         once."""
         forget, retain = self.forget_set, self.retain_set
@@ -219,7 +216,7 @@ class Remap:
 
         known, device = self._known, batch.forget.noisy.device
         of_forget, of_retain = batch.forget_rows.cpu(), batch.retain_rows.cpu()
-        return Targets(
+        return _Targets(
             known.forget[of_forget].to(device),
             known.anchor[of_forget].to(device),
             known.retain[of_retain].to(device),

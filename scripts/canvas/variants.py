@@ -18,7 +18,7 @@ from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
-"""what `salun-half` and `salun-paper` were measured with"""
+"""what the presets but `salun` were measured with"""
 RATES = {"race": (1e-3, 2e-3), "advunlearn": (5e-4, 2e-3), "stereo": (4e-4, 8e-4)}
 """what was tried beside the rate of their recipes"""
 
@@ -42,7 +42,6 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
     return {
         "presets": presets,
         "methods": methods,
-        "robust": {"salun-robust": _preset("salun-robust", precision)},
         "esd from": _of_esd(methods["esd"]),
         "rates": {
             f"{name}, rate {lr:g}": _with(
@@ -202,7 +201,7 @@ def _masks(base: Variant, rules: tuple[str, ...], allocation: str = "global") ->
 
 
 def _preset(name: str, precision: str) -> Variant:
-    latents = LatentConfig() if name in ("salun", "salun-robust") else MANY
+    latents = LatentConfig() if name == "salun" else MANY
     return _at(precision, Variant(name, get_method(name).config, latents))
 
 
