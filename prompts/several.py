@@ -78,7 +78,7 @@ def _named_by_anchors(
 
 
 class Together:
-    """Concepts that are forgotten together, and the templates in which their anchors stand."""
+    """Concepts that are forgotten together, and their anchors in texts."""
 
     def __init__(self, concepts: Sequence[ConceptSpec]) -> None:
         self._anchors = {name: concept.anchor for concept in concepts for name in concept.names}
@@ -89,14 +89,14 @@ class Together:
         """For each template of a concept the one for its anchor to stand in: where another of the
         concepts stands, its anchor does ("a {} in Neon style": "a {} in Flat style"). Else the
         answer to one would be held to show another."""
-        templates = []
-        for template in concept.templates:
-            if template not in self._found:
-                self._found[template] = self._names.found(template)
-            others = [name for name in self._found[template] if name not in concept.names]
-            instead = Names(others).replaced(template, self._anchors) if others else template
-            templates.append(instead)
-        return tuple(templates)
+        return tuple(self.anchored(template, concept.names) for template in concept.templates)
+
+    def anchored(self, text: str, but: Sequence[str] = ()) -> str:
+        """The text with the anchors in the places of all names but these."""
+        if text not in self._found:
+            self._found[text] = self._names.found(text)
+        gone = [name for name in self._found[text] if name not in but]
+        return Names(gone).replaced(text, self._anchors) if gone else text
 
 
 def anchored_pairs(concepts: Sequence[ConceptSpec]) -> list[list[tuple[str, str]]]:

@@ -193,5 +193,5 @@ def test_an_anchor_that_names_what_another_concept_forgets_is_refused() -> None:
 
 @pytest.mark.parametrize(("one", "other"), TWINS)
 def test_an_anchor_that_another_concept_forgets_is_refused(one: str, other: str) -> None:
-    with raises("is to be forgotten as well", "'thing'"):
+    with raises(f"and {one!r} is to be forgotten as well; choose another anchor", "'thing'"):
         erase_concept([ConceptSpec("thing", other), ConceptSpec(one, "y")])

@@ -15,7 +15,7 @@ from erase.latents.image_folders import OwnImage
 from erase.prompts.concepts import TEMPLATES, ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.prompts.names import Names
-from erase.prompts.several import anchored_pairs
+from erase.prompts.several import Together
 
 log = logging.getLogger("erase")
 
@@ -62,16 +62,15 @@ def forget_pairs(
 ) -> list[tuple[str, str]]:
     """`n` pairs of forget and anchor prompt, for captioned images in turn."""
     owner = {name: concept for concept in concepts for name in concept.names}
-    anchors = {name: concept.anchor for name, concept in owner.items()}
-    named = Names(owner)
+    named, together = Names(owner), Together(concepts)
     turns = {
-        concept.target: _turns(pairs, rng)
-        for concept, pairs in zip(concepts, anchored_pairs(concepts), strict=True)
+        concept.target: _turns(concept.pairs(together.anchor_templates(concept)), rng)
+        for concept in concepts
     }
     pairs = []
     for image in (images[i % len(images)] for i in range(n)):
         if image.caption is not None:
-            pairs.append((image.caption, named.replaced(image.caption, anchors)))
+            pairs.append((image.caption, together.anchored(image.caption)))
         else:
             pairs.append(next(turns[owner[named.found(image.words or "")[0]].target]))
     return pairs

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -45,17 +45,6 @@ class LatentSet:
 
     def __len__(self) -> int:
         return len(self.latents)
-
-    def at(self, rows: Tensor) -> LatentSet:
-        """These rows alone, shape (n,), ascending."""
-        columns: dict[str, Any] = {}
-        for name in TENSORS:
-            values = getattr(self, name)
-            columns[name] = values if values is None else values[rows]
-        for name in TEXTS:
-            texts = getattr(self, name)
-            columns[name] = texts and tuple(texts_of(texts, rows))
-        return LatentSet(**columns)
 
     def concept_rows(self) -> Tensor:
         """One row of each image that shows its prompt; of points, one of every stretch of the

@@ -55,16 +55,17 @@ def forget_set(task: Task, prompts: str) -> LatentSet:
     forget = task.forget()
     if prompts == "captions":
         return forget
-    anchors = {name: concept.anchor for concept in task.concepts for name in concept.names}
-    owner = {name: concept.target for concept in task.concepts for name in concept.names}
-    named, taken, words = Names(anchors), Counter[str](), list[str]()
-    for prompt in forget.prompts:
-        word = min(named.found(prompt), key=lambda name: taken[owner[name]], default=prompt)
-        taken[owner.get(word, word)] += 1
+    owner = {name: concept for concept in task.concepts for name in concept.names}
+    named, taken = Names(owner), Counter[str]()
+    words, alone = list[str](), list[str]()
+    for prompt, anchor in zip(forget.prompts, forget.anchors or forget.prompts, strict=True):
+        word = min(named.found(prompt), key=lambda name: taken[owner[name].target], default=prompt)
+        concept = owner.get(word)
         words.append(word)
-    pairs = zip(words, forget.anchors or words, strict=True)
-    alone = tuple(anchors.get(word, anchor) for word, anchor in pairs)
-    return replace(forget, prompts=tuple(words), anchors=alone)
+        alone.append(concept.anchor if concept else anchor)
+        if concept:
+            taken[concept.target] += 1
+    return replace(forget, prompts=tuple(words), anchors=tuple(alone))
 
 
 def away(null: Tensor, concept: Tensor, eta: float, start: Tensor | None = None) -> Tensor:

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
-import torch
-
 from erase.attacks import GRADIENT, Asked
 from erase.attacks.relearning import changed_to, relearn
 from erase.eval.attempts import (
@@ -211,8 +209,8 @@ def evaluate(case: Case, config: Config) -> list[Score]:
         if "benign" in config.kinds:
             others = others_by_base(*given)
         settings = {name: getattr(config, name) for name in ("batch_size", "lora_rank")}
-        settings |= {"most": most} | ({"seed": config.seed} if config.seed else {})
-        settings |= {"freeze": freeze.sha256} if freeze else {}
+        special = {"seed": config.seed, "freeze": freeze.sha256 if freeze else ""}
+        settings |= {"most": most, **{name: value for name, value in special.items() if value}}
         kept = Kept.of(case, "relearning", attempts, base.fingerprint, settings)
     with case.model() as model:
         curves = _Relearning(model, case, config, attempts, kept, freeze).curves(own, others)
@@ -252,7 +250,7 @@ class _Relearning:
 
     def _curve(self, kind: str, images: int, lr: float, latents: LatentSet) -> Curve:
         name, rows = f"{kind}-{images}-{lr:g}", images * len(self.case.concepts)
-        few = latents.at(torch.arange(rows))
+        few = LatentSet(latents.latents[:rows], None, latents.prompts[:rows])
         names = {step: f"{name} after {step}" for step in self.config.steps}
         missing = [step for step, each in names.items() if each not in self.kept]
         folder = self.kept.folder / name if self.kept.folder else None
