@@ -40,24 +40,23 @@ def check_after(
         source: what errors call the earlier erasure.
 
     Raises:
-        ErasureError: a concept that is gone already, an anchor that is, or names, what is gone, or
-            a concept that stands in the place of an earlier one.
+        ErasureError: a concept that is gone already, or that an earlier anchor is or names, or an
+            anchor that is, or names, what is gone.
     """
-    gone = {same(name): concept for concept in earlier for name in concept.names}
-    put = {same(concept.anchor): concept for concept in earlier}
-    for concept in concepts:
-        for name in concept.names:
-            if same(name) in gone:
-                raise ErasureError(
-                    f"{name!r} was erased by {source} already; leave it out, or erase again from "
-                    "the base if it is not gone"
-                )
-            if same(name) in put:
-                first = put[same(name)].target
-                raise ErasureError(
-                    f"{source} draws {name!r} in the place of {first!r}, so that it must stay "
-                    f"there; to forget both, erase {first!r} again with another anchor"
-                )
+    gone = {same(name) for concept in earlier for name in concept.names}
+    for name in (name for concept in concepts for name in concept.names):
+        if same(name) in gone:
+            raise ErasureError(
+                f"{name!r} was erased by {source} already; leave it out, or erase again from "
+                "the base if it is not gone"
+            )
+    for first, names in _named_by_anchors(earlier, concepts):
+        if names:
+            raise ErasureError(
+                f"{source} draws {first.anchor!r} in the place of {first.target!r}, so that "
+                f"{names[0]!r} must stay there; to forget both, erase {first.target!r} again with "
+                "another anchor"
+            )
     for concept, names in _named_by_anchors(concepts, earlier):
         if names:
             raise ErasureError(

@@ -187,6 +187,8 @@ def test_an_anchor_that_names_what_another_concept_forgets_is_refused() -> None:
         check_together([tree, apple])
     with raises("'oak' is 'Apple trees', and runs/pear erased 'apple tree'"):
         check_after([tree], [apple], "runs/pear")
+    with raises("runs/oak draws 'Apple trees' in the place of 'oak'", "'apple tree' must stay"):
+        check_after([apple], [tree], "runs/oak")
     check_together([tree, replace(apple, synonyms=("pineapple tree",))])
     check_together([ConceptSpec("cat", "cat food"), apple])  # of its own name
 
