@@ -355,6 +355,11 @@ def test_a_composed_delta_tells_its_parts_and_is_a_delta_like_any_other(model, t
     assert unchanged(model, weights)
 
 
+def test_a_concept_that_two_parts_erase_is_told_once(model):
+    both = compose(model, [(make(model), 1.0), (make(model, seed=1), 1.0)])
+    assert [concept["target"] for concept in both.concepts] == ["heart"]
+
+
 def test_the_base_of_deltas_composed_of_composed_ones_is_read_as_it_was(model, monkeypatch):
     heart, star = make(model), make(model, "star", seed=1)
     heart.metadata["config"] = json.dumps({"erase": {"load": {"variant": "non_ema"}}})

@@ -164,6 +164,10 @@ def _describe(
         for delta, scale in parts
     ]
     configs = [config_of(delta.metadata, delta.source) for delta, _ in parts]
+    concepts: list[dict[str, Any]] = []  # each once, however many of the parts erase it
+    for delta, scale in parts:
+        if scale > 0:
+            concepts += [concept for concept in delta.concepts if concept not in concepts]
     return {
         **{
             key: first[key]
@@ -172,9 +176,7 @@ def _describe(
         },
         "method": "+".join(dict.fromkeys(part["method"] for part in entries)),
         "config": json.dumps({**how, "parts": configs}, sort_keys=True),
-        "concepts": json.dumps(
-            [concept for delta, scale in parts if scale > 0 for concept in delta.concepts]
-        ),
+        "concepts": json.dumps(concepts),
         "parts": json.dumps(entries),
     }
 
