@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 
@@ -134,6 +134,15 @@ class SaliencyMask:
         return SaliencyMask(bits, self.shapes, {**self.metadata, "control": "inverted"})
 
     @classmethod
+    def whole(
+        cls, params: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> SaliencyMask:
+        """All weights."""
+        shapes = {name: tuple(param.shape) for name, param in params.items()}
+        bits = {name: pack(torch.ones(shape, dtype=torch.bool)) for name, shape in shapes.items()}
+        return cls(bits, shapes, dict(metadata or {}))
+
+    @classmethod
     def random(
         cls,
         params: Mapping[str, Tensor],
@@ -163,6 +172,14 @@ class SaliencyMask:
         return SaliencyMask(
             bits, self.shapes, {**self.metadata, "control": "matched-random", "seed": str(seed)}
         )
+
+    def within(self, names: Container[str]) -> SaliencyMask:
+        """What it holds of these parameters, and nothing of the others."""
+        bits = {
+            name: bits if name in names else torch.zeros_like(bits)
+            for name, bits in self.bits.items()
+        }
+        return replace(self, bits=bits)
 
     def check(self, params: Mapping[str, Tensor], base_fingerprint: str) -> None:
         """Refuse a model that the mask was not made for.

@@ -39,6 +39,15 @@ class SalUnConfig(RemapConfig):
 
 
 @dataclass
+class SalUnTwofoldConfig(SalUnConfig):
+    """The concept is taken out twice, within the same mask: in the cross-attention and outside of
+    it. What is retained weighs twice as much, for it bears both."""
+
+    alpha: float = 10.0
+    twofold: bool = True
+
+
+@dataclass
 class SalUnHalfConfig(RemapConfig):
     """The paper's mask, half of the weights, under our objective: to the anchor and no further."""
 
@@ -79,6 +88,7 @@ def edit(task: Task, config: RemapConfig) -> Edit:
 
 METHODS = {
     "salun": Method("salun", PAPER, SalUnConfig(), edit),
+    "salun-twofold": Method("salun-twofold", PAPER, SalUnTwofoldConfig(), edit),
     "salun-half": Method("salun-half", PAPER, SalUnHalfConfig(), edit),
     "salun-soft": Method("salun-soft", PAPER, SalUnSoftConfig(), edit),
     "salun-paper": Method("salun-paper", PAPER, SalUnPaperConfig(), edit),

@@ -197,6 +197,10 @@ class TunedConfig:
     """of an erasure after an earlier one: changes of the keys and values of cross-attention stay in
     the null space of the text states of the earlier concepts' prompts, directions in which these
     have less than this share of their mean square (0.1 in SPEED; smaller holds more); 0: off"""
+    twofold: bool = False
+    """train what lies in the cross-attention and what lies outside of it each by itself, from the
+    base, to forget alone; the result has both changes, and who wants the concept back must undo
+    both. Twice the steps"""
     lora_rank: int = 0
     """train the change of each matrix as a product of this rank; vectors keep their values; 0: the
     change itself"""

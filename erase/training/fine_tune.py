@@ -4,14 +4,19 @@ of its own."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+import re
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, replace
+from functools import partial
+from typing import cast
 
 from torch import Tensor, nn
 
 from erase.claims import flat
 from erase.mask import SaliencyMask, kept_count
-from erase.models.scopes import select
+from erase.models.scopes import SCOPES, select
 from erase.parallel.fsdp import check_parts, check_sharded
 from erase.parallel.processes import processes
 from erase.prompts.errors import ErasureError
@@ -58,6 +63,10 @@ def fine_tune(
     params, accelerator = task.weights(config.scope), make_accelerator(config.train, task.folder)
     if mask is None:
         mask = choose_mask(task, config, Objective(loss, batches))
+    if config.twofold:
+        alone = replace(config, twofold=False)
+        train = partial(fine_tune, task, loss, batches, alone, start=start, opponent=opponent)
+        return _twice(train, params, mask, task, part, opponent)
     if mask is not None:
         mask.check(params, task.model.fingerprint)
     checkpoint = (
@@ -83,6 +92,45 @@ def fine_tune(
             spaces=spaces,
         )
     return Edit(fitted.values, fitted.losses, mask)
+
+
+def _twice(
+    train: Callable[..., Edit],
+    params: Mapping[str, nn.Parameter],
+    mask: SaliencyMask | None,
+    task: Task,
+    part: str,
+    opponent: Opponent | None,
+) -> Edit:
+    """Two trainings from the base, of what the mask holds in the cross-attention and outside of it;
+    no tensor is changed by both."""
+    sides = _sides(params)
+    every = mask or SaliencyMask.whole(params, {"base_fingerprint": task.model.fingerprint})
+    masks = {where: every.within(names) for where, names in sides.items()}
+    _check_sides({where: half.count() for where, half in masks.items()})
+    begun = deepcopy(opponent.state()) if opponent else {}
+    first = train(mask=masks["in it"], part=f"{part}-text")
+    if opponent:
+        opponent.restore(begun)
+    second = train(mask=masks["outside"], part=f"{part}-rest")
+    changed = {name: first.values[name] for name in first.values if name in sides["in it"]}
+    # the others are put together when they are asked for
+    values = ChainMap(changed, cast("dict[str, Tensor]", second.values))
+    return Edit(values, [*first.losses, *second.losses], mask)
+
+
+def _sides(params: Mapping[str, nn.Parameter]) -> dict[str, set[str]]:
+    text = {name for name in params if re.search(SCOPES["xattn"], name)}
+    return {"in it": text, "outside": params.keys() - text}
+
+
+def _check_sides(counts: Mapping[str, int]) -> None:
+    if bare := [where for where, count in counts.items() if not count]:
+        raise ErasureError(
+            "twofold trains what may change in the cross-attention, and by itself what may change "
+            f"outside of it: {bare[0]} there is nothing; widen the scope or the mask, or leave "
+            "twofold out"
+        )
 
 
 def _settings(config: TunedConfig) -> dict[str, str]:
@@ -121,5 +169,7 @@ def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None
     or nothing that shards can."""
     selected = select(params, config.scope)
     check_parts(selected)
+    if config.twofold:
+        _check_sides({where: len(names) for where, names in _sides(selected).items()})
     density = config.mask.density if config.mask.density != "auto" else LADDER[0]
     kept_count(density, sum(param.numel() for param in selected.values()))

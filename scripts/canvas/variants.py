@@ -16,9 +16,9 @@ from erase.scripts.run_erase import make_parser
 from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
-PRESETS = ("salun", "salun-half", "salun-paper")
+PRESETS = ("salun", "salun-twofold", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
-"""what the presets but `salun` were measured with"""
+"""what `salun-half` and `salun-paper` were measured with"""
 RATES = {"race": (1e-3, 2e-3), "advunlearn": (5e-4, 2e-3), "stereo": (4e-4, 8e-4)}
 """what was tried beside the rate of their recipes"""
 
@@ -201,7 +201,7 @@ def _masks(base: Variant, rules: tuple[str, ...], allocation: str = "global") ->
 
 
 def _preset(name: str, precision: str) -> Variant:
-    latents = LatentConfig() if name == "salun" else MANY
+    latents = MANY if name in ("salun-half", "salun-paper") else LatentConfig()
     return _at(precision, Variant(name, get_method(name).config, latents))
 
 
