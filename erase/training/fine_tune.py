@@ -58,7 +58,7 @@ def fine_tune(
 
     Raises:
         ErasureError: settings that this machine cannot train with, a mask of another base or
-            concept, or a loss that is not finite.
+            concept, `twofold` with nothing on one side, or a loss that is not finite.
     """
     params, accelerator = task.weights(config.scope), make_accelerator(config.train, task.folder)
     if mask is None:
