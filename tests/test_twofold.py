@@ -1,14 +1,12 @@
 """Twofold: two trainings that know nothing of each other, and the changes of both."""
 
-import re
-
 import pytest
 import torch
 
 from erase.mask import SaliencyMask
 from erase.methods import get_method
 from erase.models import wrap
-from erase.models.scopes import SCOPES
+from erase.models.scopes import select
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
 from erase.task import Task
@@ -40,7 +38,7 @@ def test_each_half_is_what_it_is_where_it_trains_alone(name, tmp_path):
         given = SaliencyMask.whole(both.values, metadata)
     else:
         given = both.mask
-    text = {name for name in base if re.search(SCOPES["xattn"], name)}
+    text = set(select(base, "xattn"))
     losses = []
     for names in (text, set(both.values) - text):
         given.within(names).save(tmp_path / "half.safetensors")
@@ -87,7 +85,7 @@ def test_a_scope_that_has_nothing_on_one_side_is_refused_before_latents_are_made
 def test_a_mask_that_has_nothing_on_one_side_is_refused(tmp_path):
     model = wrap(build_pico_pipeline())
     params = model.parameters()
-    text = {name for name in params if re.search(SCOPES["xattn"], name)}
+    text = select(params, "xattn")
     whole = SaliencyMask.whole(params, {"base_fingerprint": model.fingerprint})
     whole.within(text).save(tmp_path / "half.safetensors")
     mask = MaskConfig(file=str(tmp_path / "half.safetensors"))
@@ -101,4 +99,5 @@ def test_it_trains_a_flow_transformer_too(family):
     before = {name: value.detach().clone() for name, value in model.parameters().items()}
     both = edit("salun-twofold", model=model)
     changed = [name for name, value in both.values.items() if not torch.equal(value, before[name])]
-    assert {bool(re.search(SCOPES["xattn"], name)) for name in changed} == {True, False}
+    text = select(before, "xattn")
+    assert {name in text for name in changed} == {True, False}

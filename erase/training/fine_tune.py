@@ -63,12 +63,12 @@ def fine_tune(
     params, accelerator = task.weights(config.scope), make_accelerator(config.train, task.folder)
     if mask is None:
         mask = choose_mask(task, config, Objective(loss, batches))
+    if mask is not None:
+        mask.check(params, task.model.fingerprint)
     if config.twofold:
         alone = replace(config, twofold=False)
         train = partial(fine_tune, task, loss, batches, alone, start=start, opponent=opponent)
         return _twice(train, params, mask, task, part, opponent)
-    if mask is not None:
-        mask.check(params, task.model.fingerprint)
     checkpoint = (
         Checkpoint(task.folder / f"{part}.pt", {**describe(task), **_settings(config)})
         if task.folder
