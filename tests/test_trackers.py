@@ -26,11 +26,11 @@ pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 TAGS = {"loss", "loss/forget", "loss/retain", "lr", "rows_per_second"}
 
 
-def logged(folder):
-    """tag -> (step, value) of every event in a run's log."""
+def logged(folder, part="training"):
+    """tag -> (step, value) of every event in the log of one of a run's trainings."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / trackers.FOLDER / trackers.PROJECT))
+    events = EventAccumulator(str(folder / trackers.FOLDER / part))
     events.Reload()
     tags = events.Tags()["scalars"]
     return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in tags}
@@ -59,6 +59,20 @@ def test_a_run_is_logged_and_stays_the_same_to_the_bit(base, erased, tmp_path):
     assert [value for _, value in told["lr"]] == pytest.approx([METHOD.train.lr] * 3)
     assert all(value > 0 for _, value in told["rows_per_second"])
     assert not (erased / trackers.FOLDER).exists()
+
+
+def test_each_of_several_trainings_has_a_log_and_a_bar_of_its_own(base, tmp_path, capfd):
+    method = replace(
+        METHOD, scope="full", twofold=True, train=replace(METHOD.train, log_with="tensorboard")
+    )
+    config = EraseConfig(model=str(base), latents=DATA)
+    erase_concept(canvas_concept("heart"), config, method, out=tmp_path)
+    parts = [logged(tmp_path, f"training-{part}")["loss"] for part in ("text", "rest")]
+    told = [value for events in parts for _, value in events]
+    losses = json.loads((tmp_path / "training.json").read_text())["losses"]
+    assert len(losses) == 6 and told == pytest.approx(losses, rel=1e-6)
+    shown = capfd.readouterr().err
+    assert "erasing (text)" in shown and "erasing (rest)" in shown
 
 
 class Stopped(Exception):
@@ -121,7 +135,7 @@ def test_a_service_is_told_the_same_run_when_it_goes_on(service, key, tmp_path, 
     (project, settings, first), (_, _, again), (_, _, other) = told
     assert project == trackers.PROJECT and settings["lr"] == 0.01
     assert first[service]["resume"] == "allow" and first == again != other
-    assert first[service][key] == (tmp_path / "run" / "logs" / "name.txt").read_text()
+    assert first[service][key] == (tmp_path / "run" / "logs" / "training.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def fit(
             trainable.start_from(start)
         run = Run.start(trainable, config.train, accelerator, checkpoint, opponent)
         steps = _Steps(run, loss, batches, config, accelerator, seed, spaces or {})
-        _train(run, steps, folder)
+        _train(run, steps, checkpoint.path if checkpoint else None)
         return Fitted(trainable.result(run.average or trainable.values), run.losses)
     finally:
         trainable.close()
@@ -276,18 +276,17 @@ class _Steps:
         clip_grads_with_norm_(values, limit, self.run.trainable.layout.norm(local))
 
 
-def _train(run: Run, steps: _Steps, folder: Path | None) -> None:
-    """All steps that are left, with a training state saved now and then; the log, if there is one,
-    goes into the folder."""
+def _train(run: Run, steps: _Steps, state: Path | None) -> None:
+    """All steps that are left, with a training state saved now and then; bar and log bear the
+    state's name."""
     accelerator, train = steps.accelerator, steps.config.train
-    how = "in shards on" if run.trainable.layout.collective_forward else "on"
-    name = (
-        "erasing"
-        if accelerator.num_processes == 1
-        else f"erasing {how} {accelerator.num_processes} processes"
-    )
+    part = state.stem.removeprefix("training").removeprefix("-") if state else ""
+    name = f"erasing ({part})" if part else "erasing"
+    if accelerator.num_processes > 1:
+        how = "in shards on" if run.trainable.layout.collective_forward else "on"
+        name = f"{name} {how} {accelerator.num_processes} processes"
     with (
-        tracked(accelerator, train.log_with, train, folder, run.step) as track,
+        tracked(accelerator, train.log_with, train, state, run.step) as track,
         torch.random.fork_rng(devices=[]),
         bar(name, "step", train.steps, run.step, accelerator.is_main_process) as progress_bar,
     ):

@@ -20,8 +20,8 @@ from erase.parallel.processes import processes
 from erase.prompts.errors import ErasureError, reason, unknown
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-PROJECT, FOLDER, NAME = "concept-erasure", "logs", "name.txt"
-"""of every log; where in a run's folder; the file that holds the run's name with a service"""
+PROJECT, FOLDER = "concept-erasure", "logs"
+"""of every log with a service; where in a run's folder"""
 Track = Callable[[Mapping[str, float], int], None]
 """(values by name, number of the step that gave them, from 1)"""
 
@@ -48,9 +48,9 @@ def check_tracker(name: str | None) -> None:
         )
 
 
-def check_log(name: str | None, folder: Path | None) -> None:
+def check_log(name: str | None, place: Path | None) -> None:
     """Refuse a log without a folder to keep it in."""
-    if name is not None and folder is None:
+    if name is not None and place is None:
         raise ErasureError(
             f"train.log_with {name} keeps its log in the run's folder, and there is none; give "
             "out, or leave train.log_with out"
@@ -66,7 +66,7 @@ def logging_to(name: str | None, folder: Path | None) -> dict[str, Any]:
 
 @contextmanager
 def tracked(
-    accelerator: Accelerator, name: str | None, config: object, folder: Path | None, step: int
+    accelerator: Accelerator, name: str | None, config: object, state: Path | None, step: int
 ) -> Iterator[Track]:
     """A log that is open within the block, or one that keeps nothing.
 
@@ -74,25 +74,27 @@ def tracked(
         accelerator: made with `logging_to`.
         name: of the tracker; None: nothing is logged.
         config: told to a service that keeps settings beside a run.
-        folder: of the run.
+        state: file of the training's state, by whose name the log is known: a method that trains
+            several times has a log of each.
         step: steps that are done. A resumed run goes on in its own log; what a tensorboard holds of
             steps that are taken again is superseded.
 
     Raises:
         ErasureError: the tracker cannot be started.
     """
-    check_log(name, folder)
-    if name is None or folder is None:
+    check_log(name, state)
+    if name is None or state is None:
         yield lambda values, number: None
         return
+    project, settings = state.stem, None
     options: dict[str, Any] = {"purge_step": step + 1}
-    settings = None
     if name != "tensorboard":
-        run = _name(folder / FOLDER / NAME, fresh=step == 0)
+        project = PROJECT
+        run = _name(state.parent / FOLDER / f"{state.stem}.txt", fresh=step == 0)
         options = {"id" if name == "wandb" else "name": run, "resume": "allow"}
         settings = flat(dict(vars(config)))
     try:
-        accelerator.init_trackers(PROJECT, settings, {name: options})
+        accelerator.init_trackers(project, settings, {name: options})
     except Exception as error:  # a service's own, of no common class
         raise ErasureError(
             f"train.log_with {name} cannot start ({reason(error)}); see to that, or leave it out: "
@@ -122,7 +124,7 @@ def _timed(accelerator: Accelerator) -> Track:
 
 
 def _name(path: Path, fresh: bool) -> str:
-    """By which a service knows the run: the one that its folder keeps, or a new one."""
+    """By which a service knows the training: the one that this file keeps, or a new one."""
     if not fresh and path.is_file():
         return path.read_text(encoding="utf-8").strip()
     name = uuid.uuid4().hex[:12]
