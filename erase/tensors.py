@@ -97,12 +97,12 @@ def _threshold(values: Mapping[str, Tensor], count: int) -> tuple[int, int]:
 
 
 def _counts(values: Mapping[str, Tensor], digits: Callable[[Tensor], Tensor]) -> Tensor:
-    """How often each 16-bit digit comes; chunk by chunk, on all threads, for counting is not
-    threaded in itself."""
+    """How often each 16-bit digit comes; on all threads, for counting is not threaded in itself,
+    and small tensors together, for each histogram has all bins."""
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         counts = pool.map(
             lambda part: torch.bincount(digits(_pattern(part)), minlength=1 << 16).cpu(),
-            _chunks(values.values()),
+            _together(_chunks(values.values())),
         )
         return sum(counts, torch.zeros(1 << 16, dtype=torch.int64))
 
@@ -110,6 +110,18 @@ def _counts(values: Mapping[str, Tensor], digits: Callable[[Tensor], Tensor]) ->
 def _chunks(values: Iterable[Tensor]) -> Iterator[Tensor]:
     for value in values:
         yield from value.reshape(-1).split(CHUNK)
+
+
+def _together(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same values in as few chunks as their size and their devices allow."""
+    held: list[Tensor] = []
+    for chunk in chunks:
+        if held and (sum(map(len, held)) + len(chunk) > CHUNK or chunk.device != held[0].device):
+            yield torch.cat(held)
+            held = []
+        held.append(chunk)
+    if held:
+        yield torch.cat(held)
 
 
 def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@ part of a real one."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +17,13 @@ from erase.models.flux import StockFlux
 from erase.models.precision import pin_mkl_rounding
 
 pin_mkl_rounding()  # before the first product, as the commands do
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test, libraries and tests, stays: collecting garbage, as every
+    training does at its end, need not walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def build_pico_pipeline(seed: int = 0) -> StableDiffusionPipeline:
