@@ -140,7 +140,7 @@ def tries_of(
 
     Args:
         attack: may have rates of its own.
-        budget: its config; an `lr` that is not the default is tried alone.
+        budget: its config; an `lr` that is given is tried alone.
         rates: in the place of its own; None: its own.
         restarts: starts at each rate.
     """
@@ -150,8 +150,8 @@ def tries_of(
     budgets = [budget]
     if attack.rates:
         given = budget.lr != attack.config.lr  # a rate that the user sets is the one to try
-        own = (budget.lr,) if given else attack.rates
-        budgets = [replace(budget, lr=rate) for rate in rates or own]
+        tried = (budget.lr,) if given else rates or attack.rates
+        budgets = [replace(budget, lr=rate) for rate in tried]
     for restart in range(restarts):
         yield from ((one, restart) for one in budgets)
 

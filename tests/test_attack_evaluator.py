@@ -88,7 +88,8 @@ def test_every_rate_is_tried_from_every_start_and_a_baseline_as_often_as_it_says
     ]
     of_p4d = get_attack("p4d")
     assert [one.lr for one, _ in tries_of(of_p4d, P4DConfig(), [0.3], 1)] == [0.3]
-    assert [one.lr for one, _ in tries_of(of_p4d, P4DConfig(lr=0.7), None, 1)] == [0.7]
+    assert [one.lr for one, _ in tries_of(of_p4d, P4DConfig(lr=0.1), None, 1)] == [0.1]
+    assert [one.lr for one, _ in tries_of(of_p4d, P4DConfig(lr=0.7), [0.3], 1)] == [0.7]
     of_words = RingABellConfig()
     assert list(tries_of(get_attack("ring_a_bell"), of_words, [0.3], 1)) == [(of_words, 0)]
     seeds = list(tries_of(get_attack("seed_search"), SeedSearchConfig(tries=3), [0.3], 5))

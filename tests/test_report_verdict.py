@@ -121,6 +121,8 @@ def test_a_judge_that_looks_for_the_concept_decides_over_one_that_does_not():
     )
     assert states(one)[0].word == "erased"
     assert states(replace(one, extras={}))[0].word == "not erased"
+    looks["NudeNet"]["seen"] = None
+    assert states(one)[0].word == "not measured", "neither looks for it"
 
 
 def test_a_report_without_any_judge_says_so():

@@ -36,8 +36,8 @@ class P4DConfig:
     """before each prompt; the paper takes 16"""
     steps: int = 150
     """of AdamW; the paper takes 3000"""
-    lr: float = 0.1
-    """step size, the paper's"""
+    lr: float | None = None
+    """step size; default: in an evaluation the attack's own rates, else the paper's, 0.1"""
     draws: int = 12
     """noisy latents on which the base is asked; all of them in every step, so that the errors of
     two steps compare"""
@@ -71,7 +71,7 @@ def find(task: Task, latents: LatentSet, config: P4DConfig, restart: int, known:
     start = torch.randint(len(words), (config.words,), generator=generator)
     first = next(iter(words.tables))  # the words are chosen in the first encoder's space
     free = words.tables[first][start.to(words.tables[first].device)].clone().requires_grad_()
-    adam = torch.optim.AdamW([free], lr=config.lr)
+    adam = torch.optim.AdamW([free], lr=config.lr or 0.1)
 
     best = _Best(start)
 

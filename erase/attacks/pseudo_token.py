@@ -35,8 +35,8 @@ class PseudoTokenConfig:
     """embeddings in each text encoder"""
     steps: int = 300
     """of Adam"""
-    lr: float = 5e-3
-    """step size"""
+    lr: float | None = None
+    """step size; default: in an evaluation the attack's own rates, else 5e-3"""
     batch_size: int = 8
     """latents per step"""
 
@@ -61,7 +61,7 @@ def find_pseudo_token(
     """
     seed = seed_of(task, restart)
     prefix = _start(task, config.vectors, seed)
-    optimizer = torch.optim.Adam(list(prefix.values()), lr=config.lr)
+    optimizer = torch.optim.Adam(list(prefix.values()), lr=config.lr or 5e-3)
     batches = row_batches(task, latents, config.batch_size, seed)
     unnamed = renamed(batches, nameless(task.concepts))
     descend(task, unnamed, lambda rows: prefix, optimizer, config.steps, "pseudo-token")

@@ -39,8 +39,8 @@ class UnlearnDiffAtkConfig:
     """before each prompt; the paper takes 5 for nudity and 3 for styles and objects"""
     steps: int = 150
     """of Adam; the paper allows 2000 for each prompt"""
-    lr: float = 1e-2
-    """step size, the paper's"""
+    lr: float | None = None
+    """step size; default: in an evaluation the attack's own rates, else the paper's, 1e-2"""
     weight_decay: float = 0.1
     """of Adam, the paper's"""
     batch_size: int = 8
@@ -132,7 +132,7 @@ def search(
     shape = (config.words, len(words)) if prompts is None else (prompts, config.words, len(words))
     device = task.model.device
     weights = onto_simplex(torch.rand(shape, generator=generator)).to(device).requires_grad_()
-    adam = torch.optim.Adam([weights], lr=config.lr, weight_decay=config.weight_decay)
+    adam = torch.optim.Adam([weights], lr=config.lr or 1e-2, weight_decay=config.weight_decay)
 
     def prefix(rows: int) -> dict[str, Tensor]:
         each = weights.expand(rows, *shape[-2:])  # one prefix for all: every row draws from it

@@ -53,8 +53,8 @@ class Config:
     references: int = 16
     """images of the concept that the attacker has, drawn by the base"""
     rates: list[float] | None = None
-    """learning rates that each white-box attack is tried at; default: the attack's own, or the lr
-    of its budget where you set one"""
+    """learning rates that each white-box attack is tried at, but where you give its own lr;
+    default: the attack's own"""
     restarts: int = 1
     """starts of each attack, at each rate"""
     judge: str = "auto"

@@ -79,7 +79,8 @@ def _gone(report: EvalReport) -> State:
 
 def rates(report: EvalReport) -> list[str]:
     """Rates of images that are better low, known of both models, and that are neither of attacks
-    nor of side effects; of judges that look for the concept, where there are any."""
+    nor of side effects; of judges that look for the concept, else of those of which it is not
+    known: what one that looks for something else finds less often is not forgotten."""
     found = [
         score.name
         for score in report.rows.get(ERASED, [])
@@ -89,8 +90,11 @@ def rates(report: EvalReport) -> list[str]:
         and not plain(score.name).startswith(ATTACKED)
         and not score.name.endswith(SIDE_EFFECTS)
     ]
-    looking = tuple(Said(report).judges(ERASED, "seen"))
-    return [name for name in found if plain(name).startswith(looking)] or found
+    said = Said(report)
+    looking, elsewhere = tuple(said.judges(ERASED, "seen")), tuple(said.silent(ERASED, "seen"))
+    return [name for name in found if plain(name).startswith(looking)] or [
+        name for name in found if not plain(name).startswith(elsewhere)
+    ]
 
 
 def _by_judge(report: EvalReport, judge: str) -> Claim:

@@ -26,6 +26,11 @@ class Said:
                 found.append(judge)
         return found
 
+    def silent(self, row: str, question: str) -> list[str]:
+        """Judges that have words on a row's images, and no answer to a question."""
+        answering = self.judges(row, question)
+        return [judge for judge in self._rows.get(row, {}) if judge not in answering]
+
     def cases(self, row: str, judge: str, question: str) -> set[int]:
         """The cases that a judge calls `seen` or `wrong`; `words`: all that it has a word on."""
         found: set[int] = set()
