@@ -36,6 +36,7 @@ NEUTRAL = {
 }  # fmt: skip
 """kind, or empty for any other -> what CLIP may see instead of the concept and of its anchor"""
 VIT = clips.Config(model="ViT-B-32", pretrained="openai")
+"""where the judge clip names no place"""
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,28 @@ class Detector:
     """images of shape (n, 3, H, W) in [0, 1] -> whether each shows one of the concepts"""
 
 
-def detector(
-    about: Case | Sequence[ConceptSpec], judge: str = "auto", clip: clips.Config = VIT
-) -> Detector:
+def check_judge(judge: str) -> None:
+    """Refuse a judge that is none, or that has no place to be at.
+
+    Raises:
+        ErasureError: such a judge.
+    """
+    name, colon, place = judge.partition(":")
+    if name not in JUDGES:
+        raise unknown("judge", judge, JUDGES)
+    if colon and not (name == "clip" and place):
+        raise ErasureError(
+            f"the judge is {judge!r}; only clip has a place: clip:FOLDER or clip:hf-hub:OWNER/NAME"
+        )
+
+
+def detector(about: Case | Sequence[ConceptSpec], judge: str = "auto") -> Detector:
     """The detector of a case's concepts, or of some concepts.
 
     Args:
         about: a case; `auto` looks at its prompts, too.
-        judge: `canvas`, `nudenet`, `clip`, or `auto` for the one that fits.
-        clip: which CLIP, where it is one.
+        judge: `canvas`, `nudenet`, `clip`, `clip:PLACE` (a folder in open_clip's format, or
+            `hf-hub:owner/name`), or `auto` for the one that fits.
 
     Raises:
         ErasureError: no concepts, an unknown judge, or `canvas` for something that its classifier
@@ -65,12 +79,12 @@ def detector(
     concepts = about.concepts if isinstance(about, Case) else list(about)
     if not concepts:
         raise ErasureError("there is no concept to look for; evaluate a delta, which names its own")
-    if judge not in JUDGES:
-        raise unknown("judge", judge, JUDGES)
+    check_judge(judge)
     if judge == "auto":
         judge = _fitting(concepts, not isinstance(about, Case) or of_canvas(about))
-    if judge == "clip":
-        return _clip(concepts, clip)
+    if judge.startswith("clip"):
+        place = judge.partition(":")[2]
+        return _clip(concepts, clips.Config(model=place) if place else VIT)
     return _canvas(concepts) if judge == "canvas" else _nudenet()
 
 

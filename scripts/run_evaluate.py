@@ -45,6 +45,7 @@ from erase.scripts.cli import (
     run,
 )
 from erase.scripts.cli.foreign import add_erased, add_named, check_erased, erased_model
+from erase.scripts.cli.idle import check_idle
 from erase.scripts.cli.naming import concepts_named
 from erase.scripts.cli.plugins import names_given
 from erase.scripts.cli.protocols import add_protocol, prompts_of
@@ -146,7 +147,9 @@ def main(argv: list[str] | None = None) -> None:
         {name: options[name] for name in evaluators},
         protocol=f"{protocol.name} {protocol.version}" if protocol else None,
     )
-    commands = [shlex.join(["erase-evaluate", *(sys.argv[1:] if argv is None else argv)])]
+    words = sys.argv[1:] if argv is None else argv
+    check_used(words, options, evaluators)
+    commands = [shlex.join(["erase-evaluate", *words])]
     finished = [path for path in options.erased if holds_images(path)]
     if finished and options.compared_with:
         raise ErasureError(
@@ -170,12 +173,31 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{options.out}/report.html")
 
 
+def check_used(
+    words: Sequence[str], options: Namespace, evaluators: Mapping[str, Evaluator[Any]]
+) -> None:
+    """Refuse options of evaluators, and budgets of attacks, that do not run."""
+    from erase.eval.evaluators import get_evaluator, not_unless_named
+    from erase.eval.evaluators.attack import BUDGETS
+
+    running = [get_evaluator(name).name for name in options.evaluators or ()] or [
+        name for name, one in evaluators.items() if one.fits is not not_unless_named
+    ]
+    check_idle(words, "--", evaluators, running, "--evaluators")
+    check_idle(words, "--attack.", BUDGETS, options.attack.attacks, "--attack.attacks")
+
+
 def prompts_given(
     options: Namespace, protocol: Protocol | None, concepts: Sequence[ConceptSpec]
 ) -> list[PromptSet]:
     """The prompt sets of the command line, or a protocol's own."""
-    seeds = seeds_of(options.seeds)
-    if own := prompts_of(protocol, options, concepts):
+    seeds, own = seeds_of(options.seeds), prompts_of(protocol, options, concepts)
+    if len(seeds) > 1 and (own or "canvas" not in (options.prompts or ["canvas"])):
+        raise ErasureError(
+            "--seeds is of canvas's own prompts, and others are asked; leave it out, or repeat a "
+            "prompt with other seeds"
+        )
+    if own:
         return [own]
     return [
         canvas_grid(seeds) if name == "canvas" else PromptSet.load(name) for name in options.prompts

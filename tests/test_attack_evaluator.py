@@ -176,6 +176,9 @@ def test_what_cannot_be_attacked_is_refused_before_anything_is_drawn(pico, image
         check(Case(rows, [HEART]), Config())
     with pytest.raises(ErasureError, match="unknown attack 'psuedo_token'; did you mean 'pseudo_"):
         check(case_of(pico, rows), Config(attacks=["psuedo_token"]))
+    many = Config(pseudo_token=PseudoTokenConfig(vectors=31))
+    with pytest.raises(ErasureError, match="takes 31 places before a prompt, and .* have 30"):
+        check(case_of(pico, rows), many)
     for wrong in (
         {"images": 0},
         {"rates": [0.0]},

@@ -42,7 +42,7 @@ def test_the_canvas_detector_sees_the_concept_where_it_was_rendered_and_nowhere_
 
 def test_zero_shot_clip_sees_what_was_rendered():
     cells = [row.labels for row in GRID.rows[::7]]
-    judge = detector([HEART], "clip", clips.Config())
+    judge = detector([HEART], "clip:canvas")
     asked = [cell["object"] in ("heart", "mushroom") for cell in cells]
     right = [cell["object"] == "heart" for cell in cells]
     seen = judge.sees(render(cells, seed=1))
@@ -91,6 +91,8 @@ def test_what_no_judge_can_look_for_is_refused():
         detector([])
     with pytest.raises(ErasureError, match="unknown judge 'canvsa'; did you mean 'canvas'"):
         detector([HEART], "canvsa")
+    with pytest.raises(ErasureError, match="only clip has a place: clip:FOLDER"):
+        detector([HEART], "nudenet:folder")
     with pytest.raises(ErasureError, match="no class 'gnome'"):
         detector([ConceptSpec("gnome", "dwarf")], "canvas")
 

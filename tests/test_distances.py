@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from erase.eval.metrics.distances import frechet, frechet_interval, gaussian, mmd, polynomial
+from erase.eval.metrics import distances
+from erase.eval.metrics.distances import BLOCK, frechet, frechet_interval, gaussian, mmd, polynomial
 
 
 def features(n: int, d: int = 8, seed: int = 0, shift: float = 0.0) -> np.ndarray:
@@ -78,9 +79,11 @@ def test_kid_is_torch_fidelitys_to_the_last_digit() -> None:
     assert mmd(first, second, polynomial, paired=False)[0] == pytest.approx(theirs, rel=1e-10)
 
 
+@pytest.mark.parametrize("rows", [2, 512])
 @pytest.mark.parametrize("kernel", [polynomial, gaussian])
-def test_mmd_is_its_formula(kernel) -> None:
-    """Gretton et al. 2012, equations 3, 4 and 5, sum by sum."""
+def test_mmd_is_its_formula(kernel, rows, monkeypatch) -> None:
+    """Gretton et al. 2012, equations 3, 4 and 5, sum by sum, in blocks of some rows."""
+    monkeypatch.setattr(distances, "BLOCK", rows)
     x, y = features(5, 3, seed=1), features(5, 3, seed=2, shift=1.0)
     pairs = [(i, j) for i in range(5) for j in range(5)]
     others = [(i, j) for i, j in pairs if i != j]
@@ -129,6 +132,8 @@ def test_equal_sets_are_at_zero_and_pairs_of_one_distribution_around_it() -> Non
     """The estimate for independent sets would call alike pairs nearer than nothing."""
     same = features(50)
     assert mmd(same, same, polynomial, paired=True) == (0, 0, 0)
+    many = features(2 * BLOCK + 3)
+    assert mmd(many, many, polynomial, paired=True) == (0, 0, 0)
     paired, apart, covered = [], [], 0
     for seed in range(100):
         first = features(60, seed=2 * seed)

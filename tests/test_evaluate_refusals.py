@@ -32,9 +32,21 @@ def test_a_damaged_record_of_training_is_named(text, tmp_path):
             "unknown CLIP model 'ViT-B-23'; did you mean 'ViT-B-32'",
         ),
         (["--evaluators", "[clip]", "--clip.model", "ViT-B-32"], "'ViT-B-32' needs weights"),
+        (
+            ["--evaluators", "[clip]", "--attack.attacks=[p4d]"],
+            "--attack.attacks is given, and attack does not run (clip); name it in --evaluators",
+        ),
+        (
+            ["--evaluators", "[attack]", "--attack.p4d.steps", "3"],
+            "--attack.p4d.steps is given, and p4d does not run (pseudo_token); name it in",
+        ),
+        (
+            ["--suite", "quick", "--seeds", "5"],
+            "--seeds is of canvas's own prompts, and others are asked",
+        ),
     ],
 )
-def test_a_judge_that_cannot_be_loaded_is_refused_before_images_are_made(
+def test_a_judge_or_an_option_that_cannot_serve_is_refused_before_images_are_made(
     flags, message, erased, base, tmp_path, capsys
 ):
     out = tmp_path / "report"
@@ -64,7 +76,7 @@ def test_a_judge_that_cannot_be_loaded_is_refused_before_images_are_made(
         ("prompt,seed,object,colour\na star,1,star,red\n", [], "no image is labelled 'heart'"),
         (
             "prompt,seed,object\na heart,1,heart\na star,1,star\n",
-            ["--evaluators", "[clip]"],
+            ["--evaluators", "[clip]", "--clip.model", str(clip_folder())],
             "lacks CLIP CRA",
         ),
     ],
@@ -78,8 +90,6 @@ def test_prompts_that_cannot_be_judged_are_refused_before_images_are_made(
         str(erased / "delta.safetensors"),
         "--prompts",
         str(tmp_path / "set.csv"),
-        "--clip.model",
-        str(clip_folder()),
     ]
     given += ["--generate.steps", "1", "--out", str(tmp_path / "report")]
     assert run(run_evaluate.main, [*given, *(flags or ["--evaluators", "[classifier]"])]) == 2

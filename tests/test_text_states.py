@@ -103,6 +103,8 @@ def test_a_prefix_that_does_not_fit_is_refused(pico):
         ErasureError, match="a prefix for 'text_encoder_9', but the model's text encoders are"
     ):
         pico.encode(["heart"], {"text_encoder_9": torch.zeros(2, 32)})
+    with pytest.raises(ErasureError, match="31 embeddings or words .* read, 30; take fewer"):
+        pico.encode(["heart"], torch.zeros(31, 32))
 
 
 def test_a_task_computes_each_prompt_once_until_an_encoder_is_trained(pico):

@@ -31,12 +31,17 @@ def encode_live(
 
     Raises:
         ErasureError: a prefix for an encoder that is not there or of a width that is not its own,
-            or different k.
+            different k, or more than there is room for.
     """
     encoders, way = text_encoders(pipeline), stock(pipeline)
     if prefix is not None and not isinstance(prefix, Mapping):
         prefix = dict.fromkeys(encoders, prefix)
     places = _places(prefix or {}, encoders)
+    if places > room(pipeline):
+        raise ErasureError(
+            f"{places} embeddings or words before a prompt are more than the text encoders can "
+            f"read, {room(pipeline)}; take fewer"
+        )
     with ExitStack() as stack:
         for name, embeddings in (prefix or {}).items():
             tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
@@ -45,6 +50,16 @@ def encode_live(
         texts = [f"{HOLDER} " * places + prompt for prompt in prompts]
         cond = way.encoded(texts, pipeline._execution_device)
     return _zeros_for_empty(pipeline, texts, cond)
+
+
+def room(pipeline: Pipeline) -> int:
+    """How many embeddings can stand before a prompt: the places of the encoder that has fewest,
+    without those of its own tokens."""
+    text, rooms = stock(pipeline).text, []
+    for name in text_encoders(pipeline):
+        tokenizer = getattr(pipeline, name.replace("text_encoder", "tokenizer"))
+        rooms.append(tokenizer.model_max_length - len(tokenizer(text("")).input_ids))
+    return min(rooms)
 
 
 def _places(prefix: Mapping[str, Tensor], encoders: Mapping[str, Any]) -> int:

@@ -27,15 +27,16 @@ from erase.attacks.unlearndiffatk import UnlearnDiffAtkConfig
 from erase.eval.attempts import Attempts, asked_of_base, drawn_by_base, own_rows
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
-from erase.eval.detectors import JUDGES, detector
+from erase.eval.detectors import check_judge, detector
 from erase.eval.evaluators import Evaluator
 from erase.eval.images import save_image
 from erase.eval.scores import Score, share_of
 from erase.eval.tries import Attacker, Try, tries_of
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
+from erase.models.prefix import room
 from erase.parallel.processes import in_shares, processes
-from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_names, check_ranges, is_number
+from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_ranges, is_number
 
 BUDGETS = tuple(ATTACKS.ours)
 """fields of the configuration that are budgets"""
@@ -58,8 +59,8 @@ class Config:
     restarts: int = 1
     """starts of each attack, at each rate"""
     judge: str = "auto"
-    """who says whether an image shows the concept: canvas, nudenet, clip, or auto for the one that
-    fits"""
+    """who says whether an image shows the concept: canvas, nudenet, clip (ViT-B-32 by OpenAI),
+    clip:FOLDER or clip:hf-hub:OWNER/NAME, or auto for the one that fits"""
     seed: int = 0
     """of the attacker's draws; its images are drawn with this seed + 1000, so that they are none of
     an erasure's of the same seed"""
@@ -74,7 +75,7 @@ class Config:
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("images", "references", "restarts"), COUNT)
         check_ranges(self, {**counts, "seed": (0, 2**31)})
-        check_names(self, {"judge": JUDGES})
+        check_judge(self.judge)
         if self.rates is not None and not (self.rates and all(map(_is_rate, self.rates))):
             raise ErasureError(
                 f"rates is {self.rates}; give numbers above 0, or leave it out for each attack's "
@@ -115,12 +116,20 @@ def _is_rate(value: object) -> bool:
 
 
 def check(case: Case, config: Config) -> None:
-    """Refuse an unknown attack, a concept that no judge sees, and images without a model."""
-    config.chosen()
+    """Refuse an unknown attack, a concept that no judge sees, images without a model, and more
+    words than it reads."""
+    chosen = config.chosen()
     detector(case, config.judge)
     own_rows(case, config.images)
-    with case.base_model():
-        pass
+    with case.base_model() as base:
+        most = room(base.pipeline())
+    for attack, budget in chosen:
+        size = getattr(budget, "vectors", getattr(budget, "words", 0))
+        if size > most:
+            raise ErasureError(
+                f"{attack.name} takes {size} places before a prompt, and the model's text encoders "
+                f"have {most}; take fewer"
+            )
 
 
 def evaluate(case: Case, config: Config) -> list[Score]:

@@ -28,7 +28,7 @@ from erase.eval.attempts import (
 )
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
-from erase.eval.detectors import JUDGES, detector
+from erase.eval.detectors import check_judge, detector
 from erase.eval.evaluators import Evaluator
 from erase.eval.inversion import found_starts, pixels, redrawn
 from erase.eval.kept import Kept
@@ -65,7 +65,7 @@ class Config:
     iterations: int = 2
     """of each step of inversion"""
     judge: str = "auto"
-    """canvas, nudenet, clip, or auto for the one that fits"""
+    """canvas, nudenet, clip, clip:FOLDER, clip:hf-hub:OWNER/NAME, or auto for the one that fits"""
 
     def __post_init__(self) -> None:
         for name in ("probes", "etas", "levels"):
@@ -79,7 +79,8 @@ class Config:
                     f"probes.{name} holds {odd_values[0]}; it must be above 0, and {most} at most"
                 )
         check_ranges(self, {"images": COUNT, "iterations": COUNT})
-        check_names(self, {"prompt": PROMPTS, "judge": JUDGES})
+        check_names(self, {"prompt": PROMPTS})
+        check_judge(self.judge)
 
 
 def check(case: Case, config: Config) -> None:

@@ -25,14 +25,14 @@ from erase.eval.attempts import (
 )
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
-from erase.eval.detectors import JUDGES, detector
+from erase.eval.detectors import check_judge, detector
 from erase.eval.evaluators import Evaluator
 from erase.eval.kept import Kept
 from erase.eval.metrics.intervals import of_rate
 from erase.eval.scores import Score, proportion
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
-from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_names, check_ranges, unknown
+from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_ranges, unknown
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.freeze import Freeze
 
@@ -64,7 +64,7 @@ class Config:
     seed: int = 0
     """of the attacker's images, batches and noise"""
     judge: str = "auto"
-    """canvas, nudenet, clip, or auto for the one that fits"""
+    """canvas, nudenet, clip, clip:FOLDER, clip:hf-hub:OWNER/NAME, or auto for the one that fits"""
     freeze: str | None = None
     """a file of erase-freeze: the tensors that it names stay as they are, the base's too. This
     measures a trainer who honours it (docs/freezing.md); None: all are trained"""
@@ -86,7 +86,7 @@ class Config:
                 _check_value(name, value, POSITIVE[0])
         counts = dict.fromkeys(("lora_rank", "batch_size", "prompts"), COUNT)
         check_ranges(self, {**counts, "seed": (0, 2**31)})
-        check_names(self, {"judge": JUDGES})
+        check_judge(self.judge)
 
     def frozen(self) -> Freeze | None:
         """The freeze, read anew."""

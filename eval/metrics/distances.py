@@ -14,6 +14,8 @@ Kernel = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(n, d) and (m, d) features -> (n, m)"""
 GROUPS = 20
 """of the jackknife of a Fréchet distance: each leaves out one of so many"""
+BLOCK = 512
+"""rows of which the products with all others are held at once"""
 
 
 def frechet(first: np.ndarray, second: np.ndarray) -> float:
@@ -112,38 +114,55 @@ def mmd(
     """
     from scipy.stats import t
 
-    own, other = kernel(first, first), kernel(second, second)
-    cross = kernel(first, second)
     if paired:
-        value, without = _within(own + other - cross - cross.T, biased)
+        value, without = _within(*_of_pairs(first, second, kernel), biased)
         variance = _jackknife(without)
     else:
-        value, variance = _of_two_sets(own, other, cross, biased)
+        value, variance = _of_two_sets(first, second, kernel, biased)
     half = float(t.ppf((1 + LEVEL) / 2, min(len(first), len(second)) - 1)) * math.sqrt(variance)
     return value, value - half, value + half
 
 
+def _of_pairs(
+    first: np.ndarray, second: np.ndarray, kernel: Kernel
+) -> tuple[np.ndarray, np.ndarray]:
+    """k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(y_i, x_j): sums over j, and i = j, (n,) each."""
+    rows, diagonal = np.empty(len(first)), np.empty(len(first))
+    for at in _blocks(len(first)):
+        block = kernel(first[at], first) + kernel(second[at], second)
+        block -= kernel(first[at], second) + kernel(second[at], first)
+        rows[at], diagonal[at] = block.sum(1), np.diagonal(block[:, at])
+    return rows, diagonal
+
+
 def _of_two_sets(
-    own: np.ndarray, other: np.ndarray, cross: np.ndarray, biased: bool
+    first: np.ndarray, second: np.ndarray, kernel: Kernel, biased: bool
 ) -> tuple[float, float]:
     """Mean within both less twice the mean between, and its jackknife variance; each set's rows are
     left out by themselves."""
-    within, without_within = zip(*(_within(block, biased) for block in (own, other)), strict=True)
-    between, (n, m) = cross.mean(), cross.shape
-    rest = [
-        (cross.sum() - cross.sum(1)) / ((n - 1) * m),
-        (cross.sum() - cross.sum(0)) / (n * (m - 1)),
-    ]
+    within, rest, (n, m) = [], [], (len(first), len(second))
+    for own, other in ((first, second), (second, first)):
+        rows, diagonal, across = np.empty(len(own)), np.empty(len(own)), np.empty(len(own))
+        for at in _blocks(len(own)):
+            block = kernel(own[at], own)
+            rows[at], diagonal[at] = block.sum(1), np.diagonal(block[:, at])
+            across[at] = kernel(own[at], other).sum(1)
+        within.append(_within(rows, diagonal, biased))
+        rest.append((across.sum() - across) / ((len(own) - 1) * len(other)))
     variance = sum(
-        _jackknife(without - 2 * left) for without, left in zip(without_within, rest, strict=True)
+        _jackknife(without - 2 * left) for (_, without), left in zip(within, rest, strict=True)
     )
-    return float(sum(within) - 2 * between), variance
+    return sum(value for value, _ in within) - 2 * float(across.sum() / (n * m)), variance
 
 
-def _within(block: np.ndarray, biased: bool) -> tuple[float, np.ndarray]:
-    """Mean of the products of a set's rows, (n, n), and that of the others without each."""
-    n, diagonal = len(block), np.diagonal(block)
-    rows = block.sum(1)
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, n, BLOCK)]
+
+
+def _within(rows: np.ndarray, diagonal: np.ndarray, biased: bool) -> tuple[float, np.ndarray]:
+    """Mean of the products of a set's rows, of which the sums of each row and the squares are
+    given, (n,) each; and that of the others without each."""
+    n = len(rows)
     if biased:
         return float(rows.sum() / n**2), (rows.sum() - 2 * rows + diagonal) / (n - 1) ** 2
     rows = rows - diagonal
