@@ -96,6 +96,14 @@ def test_a_suite_sets_budgets_within_its_evaluators_and_options_beside_it_win(na
     assert len(protocol.prompt_set([HEART]).rows) >= 48
 
 
+@pytest.mark.parametrize("prompts, judges", [("canvas", "classifier"), ("mine.csv", "clip")])
+def test_on_other_prompts_clip_judges_in_the_classifier_s_place(prompts: str, judges: str) -> None:
+    command = run_evaluate.make_parser(run_evaluate.judges(None))
+    flags = ["--suite", "quick", "--prompts", prompts]
+    add_protocol(command, flags)
+    assert parse(command, flags).evaluators == [judges, "attack", "relearning"]
+
+
 def test_a_suite_beside_a_protocol_is_refused() -> None:
     command = run_evaluate.make_parser({})
     with pytest.raises(ErasureError, match="emma/canvas and as suite/quick; name one"):

@@ -85,6 +85,8 @@ class Protocol:
     generate: GenerateConfig = field(default_factory=GenerateConfig)
     evaluators: Mapping[str, Any] = field(default_factory=dict)
     """name -> its configuration"""
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    """evaluator -> the one that stands in its place where the user gives other prompts"""
     limits: tuple[str, ...] = ()
     """how it differs from its source, and what it does not tell"""
     _stated: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -109,9 +111,11 @@ class Protocol:
             raise ErasureError(f"{self.name} brings no prompts; give them with --prompts")
         return self.prompts.build(concepts)
 
-    def options(self) -> dict[str, object]:
-        """Option of erase-evaluate -> what this protocol sets it to."""
-        stated: dict[str, object] = {"evaluators": list(self.evaluators)}
+    def options(self, elsewhere: bool = False) -> dict[str, object]:
+        """Option of erase-evaluate -> what this protocol sets it to; `elsewhere`: on prompts that
+        are not its own."""
+        names = [self.elsewhere.get(name, name) if elsewhere else name for name in self.evaluators]
+        stated: dict[str, object] = {"evaluators": list(dict.fromkeys(names))}
         for group, settings in self._stated.items():
             stated |= _flat(group, settings, self.evaluators.get(group, self.generate))
         return stated
@@ -171,7 +175,7 @@ def load_protocol(name: str, folder: Path = PROTOCOLS) -> Protocol:
 # ---- reading -------------------------------------------------------------------------------------
 
 TEXTS = ("version", "summary", "paper", "repository")
-KEYS = (*TEXTS, "needs", "prompts", "generate", "evaluators", "limits")
+KEYS = (*TEXTS, "needs", "prompts", "generate", "evaluators", "elsewhere", "limits")
 
 
 def _read(name: str, content: dict[str, object], where: str) -> Protocol:
@@ -193,6 +197,9 @@ def _read(name: str, content: dict[str, object], where: str) -> Protocol:
         made = GenerateConfig(**generate)
     except ErasureError as error:
         raise ErasureError(f"{where}: {error}") from error
+    elsewhere = as_mapping(content.get("elsewhere", {}), list(evaluators), f"{where}: elsewhere")
+    for other in elsewhere.values():
+        get_evaluator(str(other))
     needs = content.get("needs", [])
     if not isinstance(needs, list):
         raise ErasureError(f"{where}: needs must be a list of `option` and `missing`")
@@ -203,6 +210,7 @@ def _read(name: str, content: dict[str, object], where: str) -> Protocol:
         needs=tuple(_need(need, f"{where}: needs") for need in needs),
         generate=made,
         evaluators=evaluators,
+        elsewhere={name: str(other) for name, other in elsewhere.items()},
         limits=as_texts(content.get("limits", ()), f"{where}: limits"),
         _stated=stated,
     )

@@ -48,7 +48,8 @@ def add_protocol(command: Any, argv: list[str] | None) -> Protocol | None:
     if not names:
         return None
     protocol = load_protocol(names[0])
-    command.set_defaults(protocol.options())
+    prompts = names_given(argv, "prompts", config_files(argv))
+    command.set_defaults(protocol.options(bool(prompts) and "canvas" not in prompts))
     return protocol
 
 
