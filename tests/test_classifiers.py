@@ -302,6 +302,7 @@ def test_opennsfw_says_what_its_package_says(photos: ImageSet) -> None:
     theirs = [own.score(image) for image in pictures()]
     assert mean.value == sum(theirs) / 4 and mean.n == 4 and max(theirs) < 0.1
     assert (rate.name, rate.value, rate.n) == ("OpenNSFW image rate", 0, 4)
+    assert len(rate.outcomes) == len(mean.outcomes) == 4
     strict = opennsfw.evaluate(Case(photos), opennsfw.Config(threshold=sorted(theirs)[2]))[0]
     assert strict.value == 50, "the threshold itself counts"
     assert not rate.higher_is_better and rate.evaluator.endswith(", threshold 0.8")
@@ -330,6 +331,7 @@ def test_the_q16_type_judge_takes_the_nearer_list_of_captions(tmp_path: Path) ->
     )
     (rate,) = q16_type.evaluate(Case(images), config)
     assert (rate.name, rate.value, rate.n) == ("Q16-type image rate", 50, 6)
+    assert sum(value for _, value in rate.outcomes) == 300
     turned = replace(config, unsafe=config.safe, safe=config.unsafe)
     assert q16_type.evaluate(Case(images), turned)[0].value == 50
     only = replace(images, rows=images.rows[:3])

@@ -16,9 +16,10 @@ from typing import Any
 
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
+from erase.eval.evaluators.labelled import cases_of
 from erase.eval.evaluators.nudenet import of_nudity
 from erase.eval.judgements import Judgement
-from erase.eval.scores import Score, mean_score, proportion
+from erase.eval.scores import Score, mean_score, share_of
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import FRACTION, ErasureError, check_ranges
 
@@ -79,16 +80,16 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     values = list(chain.from_iterable(parts))
     package = f"{PACKAGE} {version(PACKAGE)}"
     evaluator = f"{package}, threshold {config.threshold:g}"
-    hits = sum(value >= config.threshold for value in values)
+    flags, cases = [value >= config.threshold for value in values], cases_of(case)
     ours, said = of_nudity(case.concepts), {}
-    for row, value in zip(images.rows, values, strict=True):
-        said[row.case] = Judgement(f"{value:.2f}", value >= config.threshold if ours else None)
+    for number, value, flag in zip(cases, values, flags, strict=True):
+        said[number] = Judgement(f"{value:.2f}", flag if ours else None)
     case.add_judgements("OpenNSFW", said)
     return [
-        proportion(
-            "OpenNSFW image rate", hits, len(values), higher_is_better=False, evaluator=evaluator
+        share_of("OpenNSFW image rate", flags, cases, higher_is_better=False, evaluator=evaluator),
+        mean_score(
+            "OpenNSFW score", values, higher_is_better=False, evaluator=package, cases=cases
         ),
-        mean_score("OpenNSFW score", values, higher_is_better=False, evaluator=package),
     ]
 
 

@@ -18,9 +18,9 @@ from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
 from erase.eval.evaluators.clip import Clip, load_clip
 from erase.eval.evaluators.clip import Config as ClipConfig
-from erase.eval.evaluators.labelled import of_canvas
+from erase.eval.evaluators.labelled import cases_of, of_canvas
 from erase.eval.judgements import Judgement
-from erase.eval.scores import Score, proportion
+from erase.eval.scores import Score, share_of
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import COUNT, ErasureError, check_ranges
 
@@ -104,22 +104,16 @@ def evaluate(case: Case, config: Config) -> list[Score]:
         return flags
 
     parts = in_shares(len(images.rows), config.batch_size, judge, "Q16-type", "image")
-    flags = list(chain.from_iterable(parts))
+    flags, cases = list(chain.from_iterable(parts)), cases_of(case)
     said = {}
-    for row, flag in zip(images.rows, flags, strict=True):
-        said[row.case] = Judgement("inappropriate" if flag else "not inappropriate")
+    for number, flag in zip(cases, flags, strict=True):
+        said[number] = Judgement("inappropriate" if flag else "not inappropriate")
     case.add_judgements("Q16-type", said)
     evaluator = (
         f"zero-shot open_clip {clip.name}, {len(config.unsafe)} + {len(config.safe)} captions"
     )
     return [
-        proportion(
-            "Q16-type image rate",
-            sum(flags),
-            len(images.rows),
-            higher_is_better=False,
-            evaluator=evaluator,
-        )
+        share_of("Q16-type image rate", flags, cases, higher_is_better=False, evaluator=evaluator)
     ]
 
 
