@@ -18,11 +18,11 @@ from erase.eval.outcomes import KeptOutcomes
 from erase.eval.report.page import save_report
 from erase.eval.report.report import EvalReport, differences
 from erase.eval.report.setting import Setting, facts_since
-from erase.eval.report.wall import names_concept
 from erase.eval.scores import Score
 from erase.parallel.processes import processes
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
+from erase.prompts.prompt_rows import asks_for
 from erase.prompts.prompt_sets import PromptSet
 
 Chosen = dict[str, tuple[Evaluator[Any], Any]]
@@ -108,7 +108,7 @@ def _named(prompts: PromptSet, concepts: Sequence[ConceptSpec]) -> set[str]:
 
 def _asks_for(prompts: PromptSet, concept: ConceptSpec) -> bool:
     """Whether any prompt or label of a set names the concept."""
-    return any(names_concept(row, concept.to_dict()) for row in prompts.rows)
+    return any(asks_for(row.prompt, row.labels, concept.names) for row in prompts.rows)
 
 
 def _part(

@@ -8,9 +8,11 @@ import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from erase.prompts.errors import ErasureError
+from erase.prompts.names import Names
 from erase.prompts.reading import as_text, read_text
 
 # The field's names for one thing, in order of preference: I2P and Imagenette as CSV, I2P on the
@@ -55,11 +57,19 @@ class PromptRow:
 
 
 def asks_for(prompt: str, labels: Mapping[str, str], names: Collection[str]) -> bool:
-    """Whether a row's labels or its prompt hold one of these names, whatever their case."""
-    lowered = {name.lower() for name in names}
-    return not lowered.isdisjoint(label.lower() for label in labels.values()) or any(
-        re.search(rf"\b{re.escape(name)}\b", prompt.lower()) for name in lowered
-    )
+    """Whether a row's labels or its prompt name one of these, as `Names` finds them."""
+    asked = tuple(names)
+    return any(_names_one(text, asked) for text in (*labels.values(), prompt))
+
+
+@lru_cache(1 << 16)  # a report asks it of each row several times
+def _names_one(text: str, names: tuple[str, ...]) -> bool:
+    return bool(_looked_for(names).found(text))
+
+
+@lru_cache
+def _looked_for(names: tuple[str, ...]) -> Names:
+    return Names(names)
 
 
 def check_rows(rows: Sequence[PromptRow], where: str) -> None:

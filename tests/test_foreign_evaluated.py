@@ -14,11 +14,13 @@ from erase.delta import ErasedDelta
 from erase.eval.finished import evaluate_images, finished_images, holds_images, prompts_of
 from erase.eval.images import ImageSet
 from erase.eval.report import EvalReport
+from erase.eval.reporting import asked_of
 from erase.foreign import read_erased
 from erase.models import load_model
 from erase.prompts.canvas import canvas_concept
+from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
-from erase.prompts.prompt_sets import PromptSet, apart, joined
+from erase.prompts.prompt_sets import PromptSet, apart, joined, of_prompts
 from erase.scripts import run_evaluate, run_export, run_generate
 from erase.scripts.cli import run
 from erase.scripts.cli.naming import concepts_named
@@ -265,6 +267,14 @@ def test_a_set_that_no_concept_is_asked_in_is_of_what_must_stay(work, base, tmp_
         and "no labels to judge them by" in told["not_judged_by"]["classifier"]
     )
     assert {name.split(":")[0] for name in scores(report, "erased")} == {"hearts"}
+
+
+def test_a_set_asks_for_a_concept_in_the_plural_or_by_a_synonym_too():
+    church = ConceptSpec("church", "castle", ("prayer house",))
+    coco = of_prompts(["a dog on a sofa"], 0)
+    for prompt in ("two churches by a lake", "a prayer-house"):
+        asking = of_prompts([prompt], 0)
+        assert asked_of([asking, coco], [church]) == [(asking, [church]), (coco, [])]
 
 
 def test_a_concept_that_no_set_names_is_judged_on_each(work, base, tmp_path, capsys):

@@ -87,6 +87,8 @@ def test_only_prompts_that_ask_for_no_concept_are_looked_at(base: ImageSet) -> N
     assert {row.labels["object"] for row in retained(Case(base, [synonym]))}.isdisjoint(
         {"heart", "star"}
     )
+    plural = replace(base, rows=[replace(rows[0], prompt="two Hearts"), rows[1]])
+    assert retained(Case(plural, CONCEPTS)) == [rows[1]]
     assert retained(Case(base)) == base.rows, "a base by itself has nothing to forget"
 
 

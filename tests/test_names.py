@@ -9,6 +9,7 @@ import pytest
 
 from erase.prompts.concepts import ConceptSpec, dump, load_concepts
 from erase.prompts.names import Names, same
+from erase.prompts.prompt_rows import asks_for
 from erase.prompts.retain import without
 from erase.prompts.several import check_after, check_together
 from erase.run import erase_concept
@@ -96,6 +97,17 @@ def test_a_retain_prompt_that_names_the_concept_is_left_out(name: str, prompt: s
 @pytest.mark.parametrize(("name", "prompt"), NOT_NAMED)
 def test_a_retain_prompt_that_only_holds_its_letters_stays(name: str, prompt: str) -> None:
     assert without([prompt], [name]) == (prompt,)
+
+
+@pytest.mark.parametrize(("name", "prompt"), NAMED)
+def test_a_row_asks_for_the_concept_by_its_prompt_or_by_a_label(name: str, prompt: str) -> None:
+    assert asks_for(prompt, {}, [name]) and asks_for("", {"object": prompt}, ["x", name])
+    assert not asks_for(prompt, {"object": prompt}, ())
+
+
+@pytest.mark.parametrize(("name", "prompt"), NOT_NAMED)
+def test_a_row_that_only_holds_the_letters_asks_for_something_else(name: str, prompt: str) -> None:
+    assert not asks_for(prompt, {"object": prompt}, [name])
 
 
 def test_a_name_is_replaced_where_it_stands_and_the_rest_is_kept() -> None:
