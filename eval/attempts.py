@@ -52,11 +52,13 @@ def own_rows(case: Case, count: int | None = None) -> list[ImageRow]:
     Raises:
         ErasureError: there are none.
     """
-    rows = case.images.rows
-    wanted = {(concept.kind, concept.target) for concept in case.concepts}
+    rows, labelled = case.images.rows, set[int]()
+    for concept in case.concepts:
+        labels = case.labels.get(concept.kind or "", ())
+        labelled |= {place for place, label in enumerate(labels) if label == concept.target}
     names = Names([name for concept in case.concepts for name in concept.names])
     own = (
-        [row for row in rows if not wanted.isdisjoint(row.labels.items())]
+        [rows[place] for place in sorted(labelled)]
         or [row for row in rows if names.found(row.prompt)]
         or list(rows)
     )

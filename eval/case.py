@@ -6,7 +6,7 @@ Everything is made when it is first asked for, and kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +20,7 @@ from erase.eval.judgements import Judgement, as_extra
 from erase.models import DiffusionModel
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
+from erase.prompts.names import same
 
 Images = ImageSet | Callable[[], ImageSet]
 
@@ -76,13 +77,23 @@ class Case:
 
     @cached_property
     def labels(self) -> dict[str, list[str]]:
-        """kind -> that label of each image, in row order; empty text where a row has none."""
+        """kind -> that label of each image, in row order, as `called` gives it; empty text where a
+        row has none."""
         rows = self.images.rows
         kinds = dict.fromkeys(chain.from_iterable(row.labels for row in rows))
         labels = {}
         for kind in kinds:
-            labels[kind] = [row.labels.get(kind, "") for row in rows]
+            labels[kind] = self.called(kind, [row.labels.get(kind, "") for row in rows])
         return labels
+
+    def called(self, kind: str, names: Iterable[str]) -> list[str]:
+        """Names of a kind, each thing under one of its own: a concept under its target for any of
+        its names, anything else as it is first spelled (`erase.prompts.names.same`)."""
+        known: dict[str, str] = {}
+        for concept in self.concepts:
+            if concept.kind in (kind, None):
+                known |= {same(name): concept.target for name in concept.names}
+        return [known.setdefault(same(name), name) for name in names]
 
     def narrowed(
         self, numbers: Collection[int], concepts: Sequence[ConceptSpec], name: str

@@ -208,10 +208,9 @@ def _row(cells: Mapping[str, str], columns: _Columns, index: int, where: str) ->
         else None
     )
     prompt = cells["prompt"] or LOST.get(cells.get("lexica_url", ""), "")
+    labels = {name: cells[name].strip() for name in columns.labels}
     try:
-        return PromptRow(
-            case, prompt, seed, guidance, {name: cells[name] for name in columns.labels}
-        )
+        return PromptRow(case, prompt, seed, guidance, labels)
     except ErasureError as error:
         raise ErasureError(f"{where}: {error}") from error
 

@@ -88,8 +88,9 @@ class PromptSet:
         `prompt`; `seed`, `evaluation_seed` or `sd_seed`; optionally `guidance`,
         `evaluation_guidance` or `sd_guidance_scale` (a cell may be empty), and `case_number` (else
         rows count from 0); capitals and blanks in these names do not matter. An index column is
-        dropped; every other column becomes a label. A set with I2P's columns is sensitive, and a
-        column `sensitive` of true and false says it for any: one such row makes the set so.
+        dropped; every other column becomes a label, without the blanks around it. A set with I2P's
+        columns is sensitive, and a column `sensitive` of true and false says it for any: one such
+        row makes the set so.
 
         Raises:
             ErasureError: unreadable, malformed or empty file; missing or repeated columns; a bad

@@ -13,10 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from erase.eval.attempts import own_rows
 from erase.eval.canvas.judges import clip_folder
 from erase.eval.canvas.render import render
 from erase.eval.case import Case
 from erase.eval.evaluators import EVALUATORS, classifier, clip, get_evaluator
+from erase.eval.evaluators.labelled import label_scores, labels_of
 from erase.eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
 from erase.eval.metrics.labels import Tally, accuracies, confusion, forgetting
 from erase.eval.scores import Score
@@ -298,6 +300,30 @@ def test_clip_score_alone_needs_no_labels(oracle) -> None:
     bare = replace(images, rows=[replace(row, labels={}) for row in images.rows[:20]])
     (score,) = clip.evaluate(Case(bare, [canvas_concept("heart")]), clip.Config(zero_shot=False))
     assert (score.name, score.n) == ("CLIP score", 20)
+
+
+def labelled(folder: Path, *names: str) -> ImageSet:
+    """Rows of these objects in two styles, and no images."""
+    rows = []
+    for case, name in enumerate(names):
+        labels = {"object": name, "style": "drawn" if case % 2 else "painted"}
+        rows.append(ImageRow(f"{case}.png", case, f"a {name}", 0, 7.5, labels, ""))
+    return ImageSet(folder, rows, {"images": len(rows)})
+
+
+def test_a_label_is_the_concepts_by_any_of_its_names(tmp_path: Path) -> None:
+    names = ("church", "Church ", "a chapel", "Dog", "dog", "cat", "castle")
+    church = ConceptSpec("church", "Castle", ("Chapel",), kind="object")
+    case = Case(labelled(tmp_path, *names), [church])
+    classes = clip.classes_for(case, clip.Config(model=str(clip_folder())))
+    assert classes["object"] == ["church", "Dog", "cat", "castle"]
+
+    labels = labels_of(case, classes)
+    told = label_scores(labels, labels, case.concepts, False, "", "")
+    assert {score.name: score.n for score in told} == {"UA": 3, "IRA": 4, "CRA": 4}
+    assert [row.case for row in own_rows(case)] == [0, 1, 2]
+    given = clip.Config(model=str(clip_folder()), classes={"object": ["chapel", "dog"]})
+    assert clip.classes_for(case, given) == {"object": ["church", "dog"]}
 
 
 def test_index_is_lazy_and_suggests() -> None:

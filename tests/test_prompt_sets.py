@@ -166,7 +166,8 @@ def test_what_a_csv_writer_writes_is_read_back(
         with path.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("prompt", "seed", "guidance", "label"), *rows])
         expected = tuple(
-            PromptRow(i, p, s, g, {"label": label}) for i, (p, s, g, label) in enumerate(rows)
+            PromptRow(i, p, s, g, {"label": label.strip()})
+            for i, (p, s, g, label) in enumerate(rows)
         )
         assert PromptSet.from_csv(path) == PromptSet("set", expected)
 

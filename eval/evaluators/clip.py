@@ -136,7 +136,10 @@ def classes_for(case: Case, config: Config) -> dict[str, list[str]]:
         return {kind: vocabulary().names(kind) for kind in KINDS}
     told = (kind for kind in case.labels if kind not in (WORDING, CLEAN))
     kinds = config.classes or dict.fromkeys(told)
-    return {kind: names or _names_of(kind, case) for kind, names in kinds.items()}
+    return {
+        kind: list(dict.fromkeys(case.called(kind, names or _names_of(kind, case))))
+        for kind, names in kinds.items()
+    }
 
 
 def _names_of(kind: str, case: Case) -> list[str]:
@@ -148,7 +151,7 @@ def _names_of(kind: str, case: Case) -> list[str]:
         for concept in case.concepts
         if concept.kind == kind or concept.target in labels
     ]
-    return list(dict.fromkeys(labels + anchors))
+    return labels + anchors
 
 
 def zero_shot(
