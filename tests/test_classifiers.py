@@ -118,6 +118,16 @@ def test_a_librarys_classifier_says_what_the_library_says(
     assert classifier.predict(ours, photos)["class"] == top
 
 
+def test_a_probability_is_of_all_outputs_named_or_not(
+    weights: dict[str, str], photos: ImageSet
+) -> None:
+    judge = "torchvision:shufflenet_v2_x0_5"
+    ours = library_judge(judge, "imagenette", weights[judge], None)
+    likely = own_logits(judge, weights[judge], 10, None).softmax(1).amax(1)
+    (told,) = classifier.likeliest(ours, photos).values()
+    assert [share for _, share in told] == pytest.approx(likely.tolist(), rel=1e-5)
+
+
 def test_an_image_of_an_unnamed_class_is_other_and_is_right_for_nobody(
     weights: dict[str, str], photos: ImageSet
 ) -> None:

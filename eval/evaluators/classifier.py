@@ -126,7 +126,7 @@ def likeliest(
         logits = judge.logits(judge.batch(images, [images.rows[row] for row in rows]))
         labels = {}
         for kind, names in judge.classes.items():
-            places = logits[kind].argmax(1)
+            places = logits[kind][:, : len(names)].argmax(1)
             shares = logits[kind].float().softmax(1).gather(1, places[:, None]).squeeze(1)
             best = [names[place] for place in places.tolist()]
             labels[kind] = list(zip(best, shares.tolist(), strict=True))

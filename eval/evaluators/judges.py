@@ -20,7 +20,8 @@ class Judge:
 
     name: str
     logits: Callable[[Tensor], Mapping[str, Tensor]]
-    """(n, 3, H, W) -> kind -> (n, classes of that kind)"""
+    """(n, 3, H, W) -> kind -> (n, classes of that kind); behind them, the outputs that no class
+    names, of which none is chosen and each has its share of probability"""
     classes: Mapping[str, Sequence[str]]
     """kind -> class names, in the order of the logits"""
     prepare: Callable[[Image.Image], Tensor] | None = None

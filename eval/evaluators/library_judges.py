@@ -102,13 +102,13 @@ def _load(
 
 
 def _of_names(values: Tensor, places: Tensor, whole: bool) -> Tensor:
-    """The logits of the named outputs; behind them, the greatest of those without a name."""
+    """The logits of the named outputs; behind them those without a name, the greatest first."""
     named = values[:, places]
     if whole:
         return named
     rest = values.clone()
     rest[:, places] = -torch.inf
-    return torch.cat([named, rest.amax(1, keepdim=True)], 1)
+    return torch.cat([named, rest.sort(1, descending=True).values], 1)
 
 
 def _files(
