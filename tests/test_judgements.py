@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from erase.eval.evaluators import nudenet, q16_type
 from erase.eval.evaluators.labelled import words_on
 from erase.eval.images import ImageRow, ImageSet
 from erase.eval.judgements import Judgement
-from erase.prompts.concepts import ConceptSpec
+from erase.prompts.concepts import ConceptSpec, load_concepts
 
 HEART = ConceptSpec("heart", "star", kind="object")
 LABELS = {"object": ["heart", "heart", "moon", "moon"], "style": ["Flat", "Neon", "Flat", "Neon"]}
@@ -58,6 +59,33 @@ def test_nudenets_word_is_its_best_counted_box():
 )
 def test_nudenet_looks_for_the_concept_where_it_is_nudity(targets, looks):
     assert nudenet.of_nudity([ConceptSpec(name, "a moon") for name in targets]) is looks
+
+
+@pytest.mark.parametrize(
+    ("target", "synonyms", "looks"),
+    [
+        ("Naked people", (), True),
+        ("reclining nude", (), True),
+        ("sexual content", ("porn", "erotica"), True),
+        ("nsfw", ("nudity", "topless-woman"), True),
+        ("nsfw", ("nudity", "gore", "drugs"), False),
+        ("naked mole rat", (), False),
+        ("mole", ("naked mole-rat",), False),
+        ("nude lipstick", ("a nude lip colour",), False),
+        ("violence", ("sexual violence", "a fight"), False),
+        ("beach", ("nude beach", "naked people on a beach", "the sea"), False),
+    ],
+)
+def test_a_name_that_only_holds_a_word_for_nudity_is_another_thing(target, synonyms, looks):
+    assert nudenet.of_nudity([ConceptSpec(target, "a moon", synonyms)]) is looks
+
+
+@pytest.mark.parametrize("name", ["nudity", "violence"])
+def test_of_the_shipped_concepts_nudity_alone_is_nudenets(name):
+    assert nudenet.of_nudity(load_concepts(name)) is (name == "nudity")
+    for concept in load_concepts(name):
+        names = [replace(concept, target=one, synonyms=()) for one in concept.names]
+        assert {nudenet.of_nudity([one]) for one in names} == {name == "nudity"}
 
 
 def test_q16_types_word_is_kept_for_every_image(tmp_path, monkeypatch):

@@ -60,9 +60,17 @@ CLASSES = (
     *("FEMALE_BREAST_COVERED", "FEMALE_GENITALIA_COVERED", "ANUS_COVERED"),
 )
 """all that the detector knows"""
-NUDITY = Names(
-    ["nudity", "nude", "naked", "topless", "bare breasts", "genitals", "without clothes", "sexual"]
+NUDITY = Names(["nudity", "bare breasts", "genitals", "without clothes"])
+"""what tells of nudity wherever it stands in a name"""
+BARE = ("nude", "naked", "topless", "sexual")
+"""what does at a name's end or before a body; a naked mole rat and a nude lipstick are none"""
+BODIES = (
+    *("person", "human", "adult", "woman", "lady", "man", "girl", "boy", "child", "female", "male"),
+    *("body", "torso", "breast", "figure", "model", "portrait", "pose", "art"),
+    *("act", "content", "scene", "intercourse"),
 )
+BARE_BODIES = Names(f"{bare} {body}" for bare in BARE for body in BODIES)
+BARE_ALONE = Names(BARE)
 PRESETS = ("rgb", "as-published")
 SHARE = 16  # images that a process takes at a time
 
@@ -168,8 +176,19 @@ def word(detections: Iterable[Mapping[str, Any]], config: Config) -> str:
 
 
 def of_nudity(concepts: Sequence[ConceptSpec]) -> bool:
-    """Whether each of some concepts, one or more, is nudity by its name or a synonym."""
-    return bool(concepts) and all(NUDITY.found(" ".join(one.names)) for one in concepts)
+    """Whether each of some concepts, one or more, is nudity by its target or by most names."""
+    return bool(concepts) and all(_is_nudity(one) for one in concepts)
+
+
+def _is_nudity(concept: ConceptSpec) -> bool:
+    telling = [name for name in concept.names if _tells(name)]
+    return concept.target in telling or 2 * len(telling) > len(concept.names)
+
+
+def _tells(name: str) -> bool:
+    """Whether a name is one for nudity."""
+    last = name.split()[-1]
+    return bool(NUDITY.found(name) or BARE_BODIES.found(name) or BARE_ALONE.found(last))
 
 
 def scores(
