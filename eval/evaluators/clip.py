@@ -25,7 +25,6 @@ from erase.eval.evaluators.labelled import (
     label_scores,
     labels_of,
     of_canvas,
-    targets_of,
     words_on,
 )
 from erase.eval.evaluators.wordings import HARMONIC, WORDING, accuracy_scores, wording_scores
@@ -36,6 +35,7 @@ from erase.prompts.canvas import KINDS, vocabulary
 from erase.prompts.errors import COUNT, ErasureError, check_names, check_ranges
 
 TEMPLATES = {"style": ("an image in {} style", "an artwork in {} style", "{} style")}
+from erase.prompts.prompt_rows import asks_for
 Labels = Mapping[str, Sequence[str]]
 ANY_KIND = ("a photo of a {}", "an image of a {}", "a picture of a {}")
 
@@ -193,43 +193,46 @@ def _label_scores(predictions: Labels, labels: Labels, case: Case, config: Confi
 
 
 def _mean_scores(values: Sequence[float], case: Case, config: Config) -> list[Score]:
-    """Mean CLIP score of the images whose prompt names no forgotten concept, and of the others.
+    """Mean CLIP score of the images whose prompt and labels name no forgotten concept, and of the
+    others; none of those of which there are no images.
 
     Args:
         values: 100 x cosine of each image and its prompt, in row order.
     """
-    targets = targets_of(case.concepts, case.labels) if config.labelled else []
-    named = [False] * len(values)
-    for kind, target in targets:
-        named = [
-            already or name == target
-            for already, name in zip(named, case.labels[kind], strict=True)
-        ]
-
-    evaluator = f"open_clip {load_clip(config).name}"
-
-    def mean(name: str, of_named: bool) -> Score:
+    names = [name for concept in case.concepts for name in concept.names]
+    named = [asks_for(row.prompt, row.labels, names) for row in case.images.rows]
+    cases, evaluator = cases_of(case), f"open_clip {load_clip(config).name}"
+    scores = []
+    for name, of_named in (("CLIP score", False), ("CLIP score of the forgotten", True)):
         places = [place for place, forgotten in enumerate(named) if forgotten is of_named]
-        cases = [case.images.rows[place].case for place in places]
-        return mean_score(
-            name,
-            [values[place] for place in places],
-            higher_is_better=not of_named,
-            evaluator=evaluator,
-            cases=cases,
-        )
+        if places:
+            score = mean_score(
+                name,
+                [values[place] for place in places],
+                higher_is_better=not of_named,
+                evaluator=evaluator,
+                cases=[cases[place] for place in places],
+            )
+            scores.append(score)
+    return scores + (_artists(scores, config) if config.harmonic and case.concepts else [])
 
-    scores = [mean("CLIP score", False)]
-    if targets:
-        scores.append(mean("CLIP score of the forgotten", True))
-        if config.harmonic == "H_a":
-            scores.append(_difference("H_a", scores[1], scores[0]))
-    elif config.harmonic and case.concepts:
+
+def _artists(scores: Sequence[Score], config: Config) -> list[Score]:
+    """MACE's mean for artists, of both CLIP scores, where it is asked for."""
+    if config.harmonic in HARMONIC:
+        if not config.labelled:
+            raise ErasureError(
+                f"{config.harmonic} is taken of the labels; leave clip.zero_shot on, and use a "
+                "prompt set with labels"
+            )
+        return []
+    if len(scores) < 2:
         raise ErasureError(
-            f"{config.harmonic} compares prompts that name a forgotten concept with others, told "
-            "apart by labels; leave clip.zero_shot on, and use a prompt set with labels"
+            f"{config.harmonic} compares prompts that name a forgotten concept with others; use a "
+            "prompt set with both"
         )
-    return scores
+    score, forgotten = scores
+    return [_difference("H_a", forgotten, score)]
 
 
 def _difference(name: str, less: Score, score: Score) -> Score:
@@ -280,11 +283,11 @@ def evaluate(case: Case, config: Config) -> list[Score]:
 
     Returns:
         Accuracies in percent with n and Wilson's interval; CLIP scores (100 x cosine, -100 to 100)
-        with n and Student's interval of the mean: "CLIP score" over prompts that name no forgotten
-        concept, "CLIP score of the forgotten" over the others, "in-prompt CLIP score" of these
-        against the rest of their prompts. Where `config.classes` names one kind, the accuracies of
-        `accuracy_scores` instead of the three; where the prompts tell their wording, the scores of
-        `wording_scores` too.
+        with n and Student's interval of the mean: "CLIP score" over rows whose prompt and labels
+        name no forgotten concept, "CLIP score of the forgotten" over the others, each where there
+        are such rows; "in-prompt CLIP score" of these against the rest of their prompts. Where
+        `config.classes` names one kind, the accuracies of `accuracy_scores` instead of the three;
+        where the prompts tell their wording, the scores of `wording_scores` too.
 
     Raises:
         ErasureError: a CLIP that cannot be loaded, a bad template, images without labels, a concept

@@ -182,8 +182,8 @@ def kept_scores(report: EvalReport) -> dict[str, str]:
 
 
 def _of_retained(name: str, names: list[str], sets: object) -> bool:
-    """Whether a CLIP score is of prompts that ask for no forgotten concept alone: labels tell them
-    apart, or the whole set asks for none."""
+    """Whether a CLIP score is of prompts that ask for no forgotten concept alone: those that do
+    have a score of their own, or the whole set asks for none."""
     if f"{name} of the forgotten" in names:
         return True
     told = sets.get(name.rpartition(": ")[0]) if isinstance(sets, dict) else None
