@@ -125,7 +125,8 @@ def captions_for(kind: str, config: Config) -> list[str]:
 def zero_shot_weights(clip: Clip, names: Sequence[str], kind: str, config: Config) -> Tensor:
     """One unit vector per name, shape (names, d): the mean over the captions' embeddings, as in
     CLIP's prompt ensembles."""
-    captions = [template.format(name) for name in names for template in captions_for(kind, config)]
+    templates = captions_for(kind, config)
+    captions = [template.replace("{}", name) for name in names for template in templates]
     embedded = clip.texts(captions, config.batch_size)
     return F.normalize(embedded.unflatten(0, (len(names), -1)).mean(1), dim=-1)
 
