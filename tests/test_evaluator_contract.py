@@ -200,7 +200,7 @@ BAD = {
     "a prompt that it says it cannot judge": (darkened, CONCEPTS),
 }
 # how many of them; an evaluator that is not listed may refuse any
-# fid: without labels, Inception is asked for, and nothing can be fetched here
+# fid: without labels of canvas alone, Inception is asked for, and nothing can be fetched here
 REFUSED = {"classifier": 7, "clip": 7, "nudenet": 0, "opennsfw": 0, "q16_type": 0, FOURTH: 1}
 REFUSED |= {"cmmd": 1, "drift": 1, "lpips": 1, "fid": 4}
 

@@ -10,14 +10,17 @@ from erase.eval.judgements import Judgement
 from erase.eval.metrics.labels import accuracies, forgetting
 from erase.eval.report.report import BASE, EvalReport
 from erase.eval.scores import Score, proportion
-from erase.prompts.canvas import KINDS
+from erase.prompts.canvas import KINDS, vocabulary
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, unknown
 
 
 def of_canvas(case: Case) -> bool:
-    """Whether the prompts are of the embedded world, whose judges come with us."""
-    return set(KINDS) <= case.images.rows[0].labels.keys()
+    """Whether the prompts are of the embedded world, whose judges come with us: labelled by its
+    kinds, with its names alone."""
+    if not set(KINDS) <= case.images.rows[0].labels.keys():
+        return False
+    return all({*case.labels[kind]} <= {*vocabulary().names(kind), ""} for kind in KINDS)
 
 
 def labels_of(case: Case, classes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
