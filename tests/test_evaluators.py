@@ -18,7 +18,7 @@ from erase.eval.canvas.judges import clip_folder
 from erase.eval.canvas.render import render
 from erase.eval.case import Case
 from erase.eval.evaluators import EVALUATORS, classifier, clip, get_evaluator
-from erase.eval.evaluators.labelled import label_scores, labels_of
+from erase.eval.evaluators.labelled import label_scores, labels_of, of_canvas
 from erase.eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
 from erase.eval.metrics.labels import Tally, accuracies, confusion, forgetting
 from erase.eval.scores import Score
@@ -297,9 +297,10 @@ def test_clip_reads_labels_of_any_kind(oracle) -> None:
 
 def test_clip_score_alone_needs_no_labels(oracle) -> None:
     images = oracle()
-    bare = replace(images, rows=[replace(row, labels={}) for row in images.rows[:20]])
-    (score,) = clip.evaluate(Case(bare, [canvas_concept("heart")]), clip.Config(zero_shot=False))
-    assert (score.name, score.n) == ("CLIP score", 20)
+    bare = replace(images, rows=[replace(row, labels={}) for row in images.rows[40:60]])
+    scores = clip.evaluate(Case(bare, [canvas_concept("heart")]), clip.Config(zero_shot=False))
+    told = {score.name: score.n for score in scores}
+    assert told == {"CLIP score": 12, "CLIP score of the forgotten": 8}
 
 
 def labelled(folder: Path, *names: str) -> ImageSet:
@@ -324,6 +325,68 @@ def test_a_label_is_the_concepts_by_any_of_its_names(tmp_path: Path) -> None:
     assert [row.case for row in own_rows(case)] == [0, 1, 2]
     given = clip.Config(model=str(clip_folder()), classes={"object": ["chapel", "dog"]})
     assert clip.classes_for(case, given) == {"object": ["church", "dog"]}
+
+
+def test_clip_score_is_of_what_names_no_concept_without_labels_too(tmp_path: Path) -> None:
+    concept = ConceptSpec("church", "castle", ("chapel",), kind="object")
+    config = clip.Config(zero_shot=False)
+
+    def told(*names: str, harmonic: str | None = None) -> dict[str, int]:
+        images = labelled(tmp_path, *names)
+        bare = replace(images, rows=[replace(row, labels={}) for row in images.rows])
+        values = [float(case) for case in range(len(names))]
+        asked = replace(config, harmonic=harmonic)
+        return {one.name: one.n for one in clip._mean_scores(values, Case(bare, [concept]), asked)}
+
+    kept, gone = "CLIP score", "CLIP score of the forgotten"
+    assert told("church", "dog", "chapel", "two dogs") == {kept: 2, gone: 2}
+    assert told("two churches", "chapel") == {gone: 2} and told("dog") == {kept: 1}
+    assert told("church", "dog", "cat", harmonic="H_a") == {kept: 2, gone: 1, "H_a": 3}
+    with pytest.raises(ErasureError, match="H_a compares .*; use a prompt set with both"):
+        told("church", "chapel", harmonic="H_a")
+    with pytest.raises(ErasureError, match="H_c is taken of the labels; leave clip.zero_shot on"):
+        told("church", "dog", harmonic="H_c")
+
+
+def test_a_column_that_tells_nothing_apart_is_no_kind(tmp_path: Path, caplog) -> None:
+    concept = ConceptSpec("church", "castle", kind="object")
+    images = labelled(tmp_path, "church", "dog", "cat", "bus")
+    rows = []
+    for row in images.rows:
+        rows.append(replace(row, labels={**row.labels, "source": "mine", "id": f"10{row.case}"}))
+    told, config = replace(images, rows=rows), clip.Config(model=str(clip_folder()))
+    assert [*clip.classes_for(Case(told, [concept]), config)] == ["object", "style"]
+    clip.check(Case(told, [concept]), config)
+    assert "does not judge the labels source, id" in caplog.text
+
+    bare = [replace(row, labels={"object": row.labels["object"], "by": "me"}) for row in rows]
+    with pytest.raises(ErasureError, match="CLIP UA says nothing alone: .* lacks CLIP CRA"):
+        clip.check(Case(replace(told, rows=bare), [concept]), config)
+    with pytest.raises(ErasureError, match="have no labels to judge them by; generate"):
+        clip.check(Case(replace(told, rows=[replace(row, labels={}) for row in rows])), config)
+
+
+def test_other_braces_of_a_template_stay(tmp_path: Path) -> None:
+    captions: list[str] = []
+
+    class Reads:
+        def texts(self, texts, batch_size):
+            captions.extend(texts)
+            return torch.eye(len(texts))
+
+    config = clip.Config(templates={"object": ["a {} in {colour}", "{0}: {}"]})
+    clip.zero_shot_weights(Reads(), ["heart"], "object", config)
+    assert captions == ["a heart in {colour}", "{0}: heart"]
+
+
+def test_the_embedded_world_is_known_by_its_names(oracle, tmp_path: Path) -> None:
+    heart = canvas_concept("heart")
+    assert of_canvas(Case(oracle(), [heart]))
+    told = {"style": "photograph", "colour": "red"}
+    for name, labels in {"church": told, "star": told, "": {}}.items():
+        images = labelled(tmp_path, name)
+        row = replace(images.rows[0], labels={"object": name} | labels)
+        assert not of_canvas(Case(replace(images, rows=[row]), [heart]))
 
 
 def test_index_is_lazy_and_suggests() -> None:

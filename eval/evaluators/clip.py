@@ -8,6 +8,7 @@ and prompt.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from string import Formatter
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
+from erase.eval.evaluators.clip_classes import columns, names_of, no_kinds
 from erase.eval.evaluators.clip_model import CANVAS, Clip, load
-from erase.eval.evaluators.in_prompt import CLEAN, rests
+from erase.eval.evaluators.in_prompt import rests
 from erase.eval.evaluators.labelled import (
     cases_of,
     check_price,
@@ -27,16 +29,17 @@ from erase.eval.evaluators.labelled import (
     of_canvas,
     words_on,
 )
-from erase.eval.evaluators.wordings import HARMONIC, WORDING, accuracy_scores, wording_scores
+from erase.eval.evaluators.wordings import HARMONIC, accuracy_scores, wording_scores
 from erase.eval.judgements import Judgement
 from erase.eval.metrics.intervals import of_difference
 from erase.eval.scores import Score, mean_score
 from erase.prompts.canvas import KINDS, vocabulary
 from erase.prompts.errors import COUNT, ErasureError, check_names, check_ranges
+from erase.prompts.prompt_rows import asks_for
 
 TEMPLATES = {"style": ("an image in {} style", "an artwork in {} style", "{} style")}
-from erase.prompts.prompt_rows import asks_for
 Labels = Mapping[str, Sequence[str]]
+log = logging.getLogger("erase")
 ANY_KIND = ("a photo of a {}", "an image of a {}", "a picture of a {}")
 
 
@@ -58,7 +61,8 @@ class Config:
     labels of the concept's kind"""
     classes: dict[str, list[str]] | None = None
     """kinds of label to judge -> names to choose from, an empty list for all that the labels hold;
-    default: the embedded world's for `canvas`, else every kind of label that the images have"""
+    default: the embedded world's for `canvas`, else every kind of label that the images have, but
+    none that gives all of them one name or each another"""
     templates: dict[str, list[str]] | None = None
     """kind -> captions with one {} for the name, averaged; default: some for each kind"""
     cra_with_target: bool = False
@@ -135,24 +139,10 @@ def classes_for(case: Case, config: Config) -> dict[str, list[str]]:
     """kind -> names that zero-shot classification chooses from; see `Config.classes`."""
     if config.classes is None and config.name == CANVAS:
         return {kind: vocabulary().names(kind) for kind in KINDS}
-    told = (kind for kind in case.labels if kind not in (WORDING, CLEAN))
-    kinds = config.classes or dict.fromkeys(told)
-    return {
-        kind: list(dict.fromkeys(case.called(kind, names or _names_of(kind, case))))
-        for kind, names in kinds.items()
-    }
-
-
-def _names_of(kind: str, case: Case) -> list[str]:
-    """All labels of a kind, and the anchors of its concepts, which an erased image may well
-    show."""
-    labels = [name for name in case.labels.get(kind, ()) if name]
-    anchors = [
-        concept.anchor
-        for concept in case.concepts
-        if concept.kind == kind or concept.target in labels
-    ]
-    return labels + anchors
+    if config.classes:
+        return {kind: names_of(kind, case, names) for kind, names in config.classes.items()}
+    unfit = no_kinds(case)
+    return {kind: names_of(kind, case) for kind in columns(case) if kind not in unfit}
 
 
 def zero_shot(
@@ -264,6 +254,11 @@ def check(case: Case, config: Config) -> None:
     load_clip(config)  # kept until it judges
     if config.labelled:
         classes = classes_for(case, config)
+        if not config.classes and config.name != CANVAS and (unfit := no_kinds(case)):
+            log.warning(
+                "CLIP does not judge the labels %s, which give all images one name or each another",
+                ", ".join(unfit),
+            )
         labels = labels_of(case, classes)
         for kind in labels:
             captions_for(kind, config)

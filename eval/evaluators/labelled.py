@@ -37,9 +37,10 @@ def labels_of(case: Case, classes: Mapping[str, Sequence[str]]) -> dict[str, lis
     images = case.images
     labels = {kind: case.labels[kind] for kind in classes if any(case.labels.get(kind, ()))}
     if not labels:
+        told = f" ({', '.join(classes)})" if classes else ""
         raise ErasureError(
-            f"the images in {images.folder} have no labels to judge them by "
-            f"({', '.join(classes)}); generate them from a prompt set with these columns"
+            f"the images in {images.folder} have no labels to judge them by{told}; generate them "
+            "from a prompt set with such columns"
         )
 
     for kind, names in labels.items():
