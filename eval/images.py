@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from erase.files import atomic_write, file_sha256
+from erase.latents.image_files import decoders
 from erase.prompts.errors import ErasureError, reason
 from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.reading import as_path, why
@@ -137,7 +137,7 @@ def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
         with warnings.catch_warnings():
             # the bound below is a narrower one
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
+            image = Image.open(file, formats=decoders())
         with image:
             long, short = max(image.size), min(image.size)
             if long > min(MOST_SIDE, MOST_LENGTHS * short):
@@ -147,13 +147,13 @@ def opened(file: Path | BytesIO, name: str) -> Iterator[Image.Image]:
                     "it smaller or leave it out"
                 )
             yield image
-    except ErasureError:
+    except (ErasureError, MemoryError):
         raise
     except Image.DecompressionBombError as error:
         raise ErasureError(
             f"{name} has too many pixels ({reason(error)}); make it smaller or leave it out"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+    except Exception as error:  # decoders raise what they like
         raise ErasureError(
             f"{name} cannot be read as an image ({reason(error)}); make it again or leave it out"
         ) from error

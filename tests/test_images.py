@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import EpsImagePlugin
 from PIL.PngImagePlugin import PngImageFile
 
 from erase.eval.case import Case
@@ -263,6 +264,28 @@ def test_a_file_that_is_no_image_is_named(content: bytes, tmp_path: Path):
     images = image_set(tmp_path, content)
     with pytest.raises(ErasureError, match=r"0\.png cannot be read as an image"):
         images.image(images.rows[0])
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+
+
+def test_no_image_starts_a_program(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("it started"))
+    images = image_set(tmp_path, EPS)
+    with pytest.raises(ErasureError, match=r"0\.png cannot be read as an image"):
+        images.image(images.rows[0])
+    assert not holds_image(tmp_path / "0.png", {})
+
+
+def test_whatever_a_decoder_raises_names_the_image(tmp_path: Path, monkeypatch):
+    def upset(_) -> None:
+        raise RuntimeError("Failed to decode image")  # as AVIF's does
+
+    monkeypatch.setattr(PngImageFile, "load_prepare", upset)
+    images = image_set(tmp_path, png(8, 8))
+    with pytest.raises(ErasureError, match=r"0\.png cannot be read .*Failed to decode image"):
+        images.image(images.rows[0])
+    assert not holds_image(tmp_path / "0.png", {})
 
 
 def test_images_of_several_sizes_are_not_stacked(tmp_path: Path):

@@ -53,11 +53,16 @@ def suffixes() -> set[str]:
     """Suffixes of the formats that the Pillow which is installed reads."""
     from PIL import Image
 
-    return {
-        suffix
-        for suffix, kind in Image.registered_extensions().items()
-        if kind in FORMATS and kind in Image.OPEN
-    }
+    known = decoders()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in known}
+
+
+def decoders() -> list[str]:
+    """The formats that the Pillow which is installed reads, for its `Image.open`."""
+    from PIL import Image
+
+    Image.init()
+    return [kind for kind in FORMATS if kind in Image.OPEN]
 
 
 def read_image(path: Path, size: int) -> Tensor:
@@ -83,14 +88,13 @@ def opened(path: Path) -> Iterator[Image.Image]:
     block names it."""
     from PIL import Image
 
-    Image.init()
     try:
         if not path.stat().st_size:
             raise ErasureError(f"cannot read the image {path}: it is empty")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=[kind for kind in FORMATS if kind in Image.OPEN]) as file:
+            with Image.open(path, formats=decoders()) as file:
                 _check_size(path, *file.size)
                 yield file
     except (ErasureError, MemoryError):
