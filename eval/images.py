@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from erase.files import atomic_write, file_sha256
-from erase.latents.image_files import decoders
+from erase.latents.image_files import as_seen, decoders
 from erase.prompts.errors import ErasureError, reason
 from erase.prompts.prompt_rows import PromptRow
 from erase.prompts.reading import as_path, why
@@ -104,14 +104,8 @@ class ImageSet:
         return self.folder / row.file
 
     def image(self, row: ImageRow) -> Image.Image:
-        """The row's image, in RGB.
-
-        Raises:
-            ErasureError: it is no image, or too large or too long to be judged; its pixels are not
-                unpacked then.
-        """
-        with opened(self.path(row), str(self.path(row))) as image:
-            return image.convert("RGB")
+        """The row's image, in RGB (`read`)."""
+        return read(self.path(row))
 
     def tensor(self, rows: Iterable[ImageRow] | None = None) -> Tensor:
         """The images of `rows` (default: all of them), shape (n, 3, H, W), float32 in [0, 1]."""
@@ -122,6 +116,17 @@ class ImageSet:
                 "them together"
             )
         return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+
+
+def read(file: Path) -> Image.Image:
+    """An image file as it is seen (`erase.latents.image_files.as_seen`).
+
+    Raises:
+        ErasureError: it is no image, or too large or too long to be judged; its pixels are not
+            unpacked then.
+    """
+    with opened(file, str(file)) as image:
+        return as_seen(image)
 
 
 @contextmanager

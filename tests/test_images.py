@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import EpsImagePlugin
-from PIL.PngImagePlugin import PngImageFile
+from PIL import EpsImagePlugin, Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from erase.eval.case import Case
 from erase.eval.evaluators import classifier, clip, nudenet
+from erase.eval.evaluators.retained import pixels as stacked
+from erase.eval.evaluators.retained import reference_features
 from erase.eval.images import (
     MANIFEST,
     SETTINGS,
@@ -27,6 +29,7 @@ from erase.eval.images import (
     write_settings,
 )
 from erase.files import file_sha256
+from erase.latents.image_files import read_image
 from erase.prompts.errors import ErasureError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
@@ -153,9 +156,6 @@ def test_a_damaged_png_is_not_the_image(folder: Path, damage):
 
 
 def test_a_repainted_png_is_not_the_image(folder: Path):
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
     path, marks = folder / "00001.png", PngInfo()
     with Image.open(path) as image:
         for key, text in image.info.items():
@@ -286,6 +286,30 @@ def test_whatever_a_decoder_raises_names_the_image(tmp_path: Path, monkeypatch):
     with pytest.raises(ErasureError, match=r"0\.png cannot be read .*Failed to decode image"):
         images.image(images.rows[0])
     assert not holds_image(tmp_path / "0.png", {})
+
+
+ODD = {
+    "grey of 16 bits": (np.full((8, 8), 32896, np.uint16), {}, 128),
+    "transparent": (np.zeros((8, 8, 4), np.uint8), {}, 255),
+    "transparent grey": (np.zeros((8, 8, 2), np.uint8), {}, 255),
+    "a transparent colour": (np.full((8, 8), 5, np.uint8), {"transparency": 5}, 255),
+}
+
+
+@pytest.mark.parametrize("pixels, options, value", ODD.values(), ids=ODD)
+def test_images_are_judged_as_own_images_are_read(pixels, options, value, tmp_path: Path):
+    Image.fromarray(pixels).save(tmp_path / "a.png", **options)
+    images = image_set(tmp_path, (tmp_path / "a.png").read_bytes())
+    seen = np.asarray(images.image(images.rows[0]))
+    own = (read_image(tmp_path / "a.png", 8) + 1) * 127.5
+    assert (seen == value).all() and (own.round() == value).all()
+
+
+def test_reference_images_are_read_as_judged_ones(tmp_path: Path):
+    for case in range(3):
+        Image.new("LA", (8, 8)).save(tmp_path / f"{case}.png")
+    found = reference_features(str(tmp_path), lambda seen: stacked(seen).flatten(1), 3)
+    assert (found == 255).all()
 
 
 def test_images_of_several_sizes_are_not_stacked(tmp_path: Path):

@@ -72,12 +72,11 @@ def read_image(path: Path, size: int) -> Tensor:
     Raises:
         ErasureError: it cannot be read, and why.
     """
-    from PIL import ImageOps
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
     with opened(path) as file:
-        image = _rgb(ImageOps.exif_transpose(file))
+        image = as_seen(file)
     image = center_crop(resize(image, [size], InterpolationMode.BICUBIC), [size])
     return pil_to_tensor(image).float() / 127.5 - 1
 
@@ -111,6 +110,23 @@ def opened(path: Path) -> Iterator[Image.Image]:
         ) from error
 
 
+def as_seen(file: Image.Image) -> Image.Image:
+    """Upright, in eight bits of red, green and blue; what is transparent is white.
+
+    Raises:
+        ValueError: grey values outside of 16 bits, or of 0 to 1 where they are floats.
+    """
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        seen = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+    return image.convert("RGB")
+
+
 def _check_size(path: Path, width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise _too_large(path, f"{width} x {height}")
@@ -126,18 +142,6 @@ def _too_large(path: Path, pixels: str) -> ErasureError:
         f"cannot take the image {path}: it has {pixels} pixels; make it smaller, at most "
         f"{MOST_PIXELS:,}"
     )
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Eight bits of red, green and blue; what is transparent is white."""
-    from PIL import Image
-
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(image)).convert("RGB")
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
-    return image.convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> np.ndarray[Any, Any]:

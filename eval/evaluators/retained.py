@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from erase.eval.case import Case
-from erase.eval.images import ImageRow, ImageSet, opened
+from erase.eval.images import ImageRow, ImageSet, read
 from erase.eval.report.figures import matched
 from erase.latents.image_files import suffixes
 from erase.parallel.processes import in_shares
@@ -116,15 +116,10 @@ def reference_features(folder: str, features: Features, batch_size: int) -> np.n
     files = reference_files(folder)
 
     def look(rows: range) -> np.ndarray:
-        images = [_read(files[row]) for row in rows]
+        images = [read(files[row]) for row in rows]
         return features(images).double().numpy()
 
     return np.concatenate(in_shares(len(files), batch_size, look, "reference", "image"))
-
-
-def _read(file: Path) -> Image.Image:
-    with opened(file, str(file)) as image:
-        return image.convert("RGB")
 
 
 def pixels(images: Sequence[Image.Image]) -> Tensor:
