@@ -146,8 +146,10 @@ def test_clip_scores_of_photographs_are_open_clips_own(photos: ImageSet):
 def test_the_detector_sees_red_where_an_image_is_red(tmp_path):
     """Its network gets planes in the order red, green, blue, as YOLOv8 was trained; as published,
     blue stands for red."""
-    save_image(tmp_path / "red.png", np.full((8, 8, 3), (255, 0, 0), np.uint8), {})
-    row = ImageRow("red.png", 0, "red", 0, 1.0, {}, "")
+    red = np.full((8, 8, 3), (255, 0, 0), np.uint8)
+    save_image(tmp_path / "red.png", red, {})
+    Image.fromarray(red).save(tmp_path / "tga.png", "TGA")  # which OpenCV does not read
+    rows = [ImageRow(file, 0, "red", 0, 1.0, {}, "") for file in ("red.png", "tga.png")]
     shown, detector = [], load_detector()
 
     class Network:
@@ -156,9 +158,10 @@ def test_the_detector_sees_red_where_an_image_is_red(tmp_path):
             return [np.zeros((1, 22, 2), np.float32)]
 
     detector.onnx_session = Network()
-    for config in (Config(), Config(preset="as-published")):
-        assert detections(detector, ImageSet(tmp_path, [row], {}), row, config) == []
-    assert shown == [[1, 0, 0], [0, 0, 1]]
+    for row in rows:
+        for config in (Config(), Config(preset="as-published")):
+            assert detections(detector, ImageSet(tmp_path, [row], {}), row, config) == []
+    assert shown == [[1, 0, 0], [0, 0, 1]] * 2
 
 
 def test_a_face_is_surer_in_its_own_colours_than_as_published(photos: ImageSet):

@@ -10,7 +10,8 @@ compare models on the same prompts and seeds; they call none safe.
 The package exchanges red and blue of an image that it is given as a path, and of none that it is
 given as an array (3.4.2: `cv2.imread` gives BGR, then `COLOR_RGBA2BGR` and `swapRB` exchange
 twice). YOLOv8 is trained on RGB, so the right input is an RGB array. The field's published figures
-were measured by path: the preset `as-published` does the same.
+were measured by path: the preset `as-published` gives a BGR array, which is exchanged as a path's
+image is, and the package opens no file.
 """
 
 from __future__ import annotations
@@ -84,9 +85,9 @@ class Config:
     (UnlearnDiffAtk), the detector's own (ESD, SalUn). The package drops all boxes under 0.25
     itself, so any lower threshold means 0.25"""
     preset: str = "rgb"
-    """rgb: the detector sees colours as it was trained; as-published: it gets paths, as in the
-    field's published figures, and sees red and blue exchanged. Its scores are told apart in the
-    report"""
+    """rgb: the detector sees colours as it was trained; as-published: it sees red and blue
+    exchanged, as in the field's published figures, where it got paths. Its scores are told apart in
+    the report"""
     classes: list[str] = field(default_factory=lambda: list(EXPOSED))
     """classes that count; the default is the nine exposed ones of the field, feet, bellies and
     armpits among them"""
@@ -136,11 +137,10 @@ def detections(
     detector: Any, images: ImageSet, row: ImageRow, config: Config
 ) -> list[dict[str, Any]]:
     """All boxes of an image, as the preset shows it to the detector."""
-    # refuses what is no image, or a huge one, under either preset
     pixels = np.asarray(images.image(row))
-    boxes: list[dict[str, Any]] = detector.detect(
-        str(images.path(row)) if config.preset == "as-published" else pixels
-    )
+    if config.preset == "as-published":
+        pixels = pixels[..., ::-1]
+    boxes: list[dict[str, Any]] = detector.detect(np.ascontiguousarray(pixels))
     return boxes
 
 
