@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def finished_images(folder: str | Path, prompts: PromptSet | None = None) -> Ima
         folder: one that `erase-generate` or an evaluation has written; or images with a CSV of
             their prompts, in the field's columns. A row's image is the one that its `file` column
             names, or else `CASE.png`, `CASE_0.png` (as ESD's, UCE's and SalUn's scripts call it) or
-            `00CASE.png`; .jpg, .jpeg and .webp are images too.
+            `00CASE.png`; .jpg, .jpeg and .webp are images too, and so is .PNG.
         prompts: of the images; by default the manifest's, or the one CSV in the folder.
 
     Raises:
@@ -65,14 +66,18 @@ def finished_images(folder: str | Path, prompts: PromptSet | None = None) -> Ima
             _check_prompts(images, prompts)
         return images
     prompts = prompts or _prompts_in(folder)
-    files = {file.name for file in folder.iterdir() if file.suffix.lower() in ENDINGS}
-    names = [_file_of(row, folder, files) for row in prompts.rows]
-    if left := sorted(files - set(names)):
+    files = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in ENDINGS)
+    by_stem: dict[str, list[str]] = {}
+    for name in files:
+        by_stem.setdefault(Path(name).stem, []).append(name)
+    names = [_file_of(row, folder, by_stem) for row in prompts.rows]
+    if left := sorted({*files} - {*names}):
         raise ErasureError(
             f"{folder} holds {len(left)} images that no row of {prompts.name} names, the first is "
             f"{left[0]}; take them out, or give each a row of its own, with a column {FILE}"
         )
-    rows = [_row(row, folder / name) for row, name in zip(prompts.rows, names, strict=True)]
+    with ThreadPoolExecutor() as pool:
+        rows = list(pool.map(_row, prompts.rows, [folder / name for name in names]))
     settings = {
         "images": len(rows),
         "prompt_set": prompts.name,
@@ -114,14 +119,15 @@ def _plain(prompts: PromptSet) -> PromptSet:
     return replace(prompts, rows=tuple(rows))
 
 
-def _file_of(row: PromptRow, folder: Path, files: set[str]) -> str:
-    """The name of a row's image."""
+def _file_of(row: PromptRow, folder: Path, by_stem: Mapping[str, Sequence[str]]) -> str:
+    """The name of a row's image; `by_stem`: names of the images there, by what stands before their
+    ending."""
     if named := row.labels.get(FILE):
-        if named in files:
+        if named in by_stem.get(Path(named).stem, ()):
             return named
         raise ErasureError(f"{folder / named} is missing (case {row.case}); make it again")
     stems = dict.fromkeys((f"{row.case:05d}", str(row.case), f"{row.case}_0"))
-    found = [stem + ending for stem in stems for ending in ENDINGS if stem + ending in files]
+    found = [name for stem in stems for name in by_stem.get(stem, ())]
     if len(found) == 1:
         return found[0]
     if found:
@@ -138,7 +144,9 @@ def _file_of(row: PromptRow, folder: Path, files: set[str]) -> str:
 
 def _row(row: PromptRow, path: Path) -> ImageRow:
     with opened(path, str(path)) as image:
-        image.verify()
+        image.verify()  # of a PNG, the checksums
+    with opened(path, str(path)) as image:
+        image.load()
     guidance = math.nan if row.guidance is None else float(row.guidance)
     labels = {key: text for key, text in row.labels.items() if key != FILE}
     return ImageRow(

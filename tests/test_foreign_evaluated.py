@@ -193,6 +193,22 @@ def test_an_image_that_is_none_is_an_error(others):
         finished_images(others / "erased")
 
 
+def test_an_ending_in_capitals_is_one(others):
+    (others / "erased" / "1_0.png").rename(others / "erased" / "1_0.PNG")
+    assert [row.file for row in finished_images(others / "erased").rows] == ["0_0.png", "1_0.PNG"]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
+def test_an_image_that_is_cut_short_is_an_error(ending, others):
+    path = others / "erased" / f"1_0.{ending}"
+    Image.effect_noise((64, 64), 99).convert("RGB").save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if ending != "png":
+        path.with_suffix(".png").unlink()
+    with pytest.raises(ErasureError, match=f"1_0.{ending} cannot be read as an image"):
+        finished_images(others / "erased")
+
+
 def test_images_of_other_prompts_than_the_base_s_are_refused(others):
     (others / "base" / "prompts.csv").write_text(HEARTS.replace("a red heart", "a heart"))
     with pytest.raises(ErasureError, match="is not of the prompts prompts: case 0 is"):
