@@ -277,9 +277,10 @@ def of_images(
         raise ErasureError(
             f"{options.erased[0]} does not say what was forgotten; name it with --concepts"
         )
-    concepts = concepts_named(options.concepts, options.model or "canvas")
     folder = options.base_images
     given = folder is not None and holds_images(folder)
+    unnamed = None if given else "canvas"
+    concepts = concepts_named(options.concepts, options.model or unnamed)
     return evaluate_images(
         options.erased[0],
         concepts,

@@ -112,6 +112,8 @@ def test_what_a_foreign_checkpoint_needs_is_said(flags, message, work, base, tmp
         (["nudity"], "sd", ["nude person"]),
         (["imagenette", "church"], "sd", ["church"]),
         (["Van Gogh", "Neon"], "sd", ["Van Gogh", "Neon"]),
+        (["nudity", "heart", "fish"], None, ["nude person", "heart", "fish"]),
+        (["Zorblax"], None, "'Zorblax' is on none of the lists"),
         (["hart"], "canvas", "unknown canvas concept 'hart'; did you mean 'heart'"),
         (["Zorblax"], "sd", "'Zorblax' is on none of the lists .* into a YAML file"),
     ],
@@ -163,6 +165,16 @@ def test_images_with_a_csv_are_read_and_need_no_model(others, work):
         others / "erased", [canvas_concept("heart")], others / "base", others / "report"
     )
     assert scores(report, "base") == scores(report, "erased")
+
+
+def test_finished_images_are_of_anything(others, tmp_path):
+    """No model is asked whether it knows the concept where both sides are there."""
+    for name in ("erased", "base"):
+        (others / name / "prompts.csv").write_text("prompt,seed\na nude person,1\na church,2\n")
+    given = ["--erased", others / "erased", "--base_images", others / "base"]
+    given += ["--concepts", "nudity", "--evaluators", "[nudenet]", "--out", tmp_path / "r"]
+    assert run(run_evaluate.main, list(map(str, given))) == 0
+    assert EvalReport.load(tmp_path / "r" / "report.json").title == "nude person"
 
 
 def test_a_column_may_name_the_images(others):

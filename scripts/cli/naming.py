@@ -78,11 +78,12 @@ def read_concepts(
     return concepts
 
 
-def concepts_named(words: Sequence[str], model: str) -> list[ConceptSpec]:
+def concepts_named(words: Sequence[str], model: str | None) -> list[ConceptSpec]:
     """Concepts to judge by, of one option that takes names and files alike.
 
     A word is a `.yaml` file or a shipped one's name; a name that such a file has, which then picks
-    it; a name that `erase.prompts.proposals` knows; or one of the embedded world's.
+    it; a name that `erase.prompts.proposals` knows; or one of the embedded world's, which goes
+    before where there is no model (None) but finished images.
 
     Raises:
         ErasureError: a name that none of these know; a file that cannot be read.
@@ -96,12 +97,13 @@ def concepts_named(words: Sequence[str], model: str) -> list[ConceptSpec]:
     return concepts
 
 
-def _to_judge(name: str, model: str) -> ConceptSpec:
-    if model in EMBEDDED:
+def _to_judge(name: str, model: str | None) -> ConceptSpec:
+    of_canvas = vocabulary().kind_of(name.strip()) is not None
+    if model in EMBEDDED or (model is None and of_canvas):
         return canvas_concept(name.strip())
     if known(name):
         return propose(name)
-    if vocabulary().kind_of(name.strip()):
+    if of_canvas:
         return canvas_concept(name.strip())
     raise ErasureError(
         f"{name!r} is on none of the lists of names, so its synonyms and kind are not known; write "
@@ -110,7 +112,7 @@ def _to_judge(name: str, model: str) -> ConceptSpec:
 
 
 def _from_files(
-    files: Sequence[str], names: Sequence[str], model: str
+    files: Sequence[str], names: Sequence[str], model: str | None
 ) -> tuple[list[ConceptSpec], list[str]]:
     """The files' concepts, or those of a file that `names` pick, in the file's order; and the names
     that no file has."""
@@ -126,7 +128,7 @@ def _from_files(
     return result, left
 
 
-def _check_spelling(name: str, loaded: dict[str, list[ConceptSpec]], model: str) -> None:
+def _check_spelling(name: str, loaded: dict[str, list[ConceptSpec]], model: str | None) -> None:
     """Refuse a name that is nearly one of a file's concepts, and no other concept's."""
     if model not in EMBEDDED and find_shipped(name):
         return
