@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from erase.compose import compose, conflict_table, conflicts
 from erase.delta import ErasedDelta
 from erase.delta.base import load_base
+from erase.delta.origin import gone
 from erase.models.sd import StableDiffusion
 from erase.prompts.errors import ErasureError
 from erase.tensors import from_gaps, pack, to_gaps
@@ -245,6 +246,7 @@ def test_undoing_gives_the_base_back_to_the_bit(model, tmp_path):
     delta, weights = make(model), copies(model)
     undo = delta.inverse(model)
     assert unchanged(model, weights) and undo.title == "nothing"
+    assert undo.name == "pico without heart, undone"
     with pytest.raises(ErasureError, match="belongs to base pico without heart"):
         undo.apply(model)
     delta.apply(model)
@@ -252,6 +254,17 @@ def test_undoing_gives_the_base_back_to_the_bit(model, tmp_path):
     undo.save(tmp_path / "undo.safetensors")
     ErasedDelta.load(tmp_path / "undo.safetensors").apply(model)
     assert unchanged(model, weights) and model.fingerprint == delta.metadata["base_fingerprint"]
+
+
+def test_undone_weights_are_said_to_lack_nothing(model):
+    heart, star = make(model), make(model, "star", seed=1)
+    both = compose(model, [(heart, 1.0), (star, 0.5)])
+    undo = both.inverse(model)
+    told = both.metadata | {"undoes": both.sha256}  # as earlier versions wrote it
+    assert gone(undo.metadata) == gone(told) == [] and "parts" not in undo.metadata
+    with both.applied(model) as erased:
+        half = compose(erased, [(undo, 0.5)])
+    assert half.name == "pico without heart, star, changed" and gone(half.metadata) == []
 
 
 # ---- composing ----

@@ -13,6 +13,8 @@ from erase.eval.report.card import model_card
 from erase.prompts.errors import ErasureError
 from tests.report_fixtures import CONCEPT, METADATA, report
 
+PARTS = json.dumps([{"erased": "heart", "scale": 1.0, "method": "salun", "sha256": "f" * 64}])
+
 
 def front_matter(card: str) -> dict:
     return yaml.safe_load(card.split("---\n")[1])
@@ -70,6 +72,15 @@ def test_card_refuses_the_report_of_another_erasure(change, message):
 def test_card_without_a_report_claims_nothing():
     card = model_card(None, METADATA)
     assert "Not measured" in card and "UA" not in card
+
+
+@pytest.mark.parametrize("further", [{}, {"parts": PARTS}])
+def test_card_of_undone_weights_says_so(further):
+    undone = {"base_id": "canvas without heart", "concepts": "[]", "undoes": "0" * 64}
+    card = model_card(None, METADATA | further | undone)
+    assert "# canvas without heart, undone\n" in card
+    assert "into which what `salun` erased was put back. This is" in card
+    assert "was erased with" not in card and "at the scales given below" not in card
 
 
 def test_card_does_not_tell_where_the_base_lay():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.delta.notebook import facts_table
-from erase.delta.origin import Origin, concepts_of, gone, read_origin, requests_of
+from erase.delta.origin import NOTHING, Origin, concepts_of, gone, read_origin, requests_of
 from erase.delta.stored import check_values, delta_file, read_delta, stored_tensors
 from erase.files import save_tensors
 from erase.models import DiffusionModel
@@ -94,13 +94,15 @@ class ErasedDelta:
     @property
     def title(self) -> str:
         """The erased concepts, e.g. `heart, star`."""
-        return ", ".join(concept["target"] for concept in self.concepts) or "nothing"
+        return ", ".join(concept["target"] for concept in self.concepts) or NOTHING
 
     @property
     def name(self) -> str:
         """The name of the erased weights, e.g. `canvas without heart`, without the base's path on
         somebody's disk."""
         base = re.split(r"[\\/]", self.metadata.get("base_id", "?").rstrip("\\/"))[-1]
+        if "undoes" in self.metadata:
+            return f"{base}, undone"
         return (
             f"{base} without {', '.join(gone(self.metadata))}"
             if self.concepts
@@ -243,7 +245,7 @@ class ErasedDelta:
             "concepts": "[]",
         }
         metadata = {**self.metadata, **named, "undoes": self.sha256}
-        for key in ("after", "requests"):  # all that they tell of is undone at once
+        for key in ("after", "parts", "requests"):  # all that they tell of is undone at once
             metadata.pop(key, None)
         return ErasedDelta(old, self.bits, metadata)
 

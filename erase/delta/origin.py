@@ -31,6 +31,8 @@ REQUEST = {
     "start": str,
     "sha256": str,
 }
+NOTHING = "nothing"
+"""title of a delta that erases no concept, also as a part of another"""
 DEEPEST = 200  # levels of a config; a composed delta of composed ones takes three for each time
 log = logging.getLogger("erase")
 
@@ -148,8 +150,10 @@ def requests_of(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]
 
 def gone(metadata: Mapping[str, str]) -> list[str]:
     """The concepts that a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its
-    strength)` where it was scaled."""
+    strength)` where it was scaled; none of a delta that undoes another."""
     check_metadata(metadata, "this delta")
+    if "undoes" in metadata:
+        return []
     if requests := requests_of(metadata, "this delta"):
         return [name for request in requests for name in request["erased"]]
     if "parts" not in metadata:
@@ -158,7 +162,7 @@ def gone(metadata: Mapping[str, str]) -> list[str]:
     return [
         erased if scale == 1 else f"{erased} (at {scale:g} of its strength)"
         for erased, scale in parts
-        if scale > 0
+        if scale > 0 and erased != NOTHING
     ]
 
 

@@ -94,7 +94,7 @@ def model_card(
     check_sources(report, metadata, sha256)
     concepts, config = _json(metadata, "concepts"), _json(metadata, "config")
     targets = [str(concept["target"]) for concept in concepts]
-    title, what = _words(_base(metadata), gone(metadata), metadata["method"])
+    title, what = _words(metadata)
     body = CARD.format(
         title=plain(title),
         what=what,
@@ -174,9 +174,15 @@ def _check_delta(report: EvalReport, metadata: Mapping[str, str], digests: Colle
                 )
 
 
-def _words(base: str, targets: list[str], method: str) -> tuple[str, str]:
-    """Title, and first sentence in Markdown. Nothing is erased where every part was composed with a
-    negative scale, or with none."""
+def _words(metadata: Mapping[str, str]) -> tuple[str, str]:
+    """Title, and first sentence in Markdown. Nothing is erased where an erasure was undone, or
+    every part was composed with a negative scale, or with none."""
+    base, targets, method = _base(metadata), gone(metadata), metadata["method"]
+    if "undoes" in metadata:
+        return (
+            f"{base}, undone",
+            f"The weights of {plain(base)}, into which what {code(method)} erased was put back",
+        )
     if not targets:
         return (
             f"{base}, changed",
