@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from erase.delta import ErasedDelta
 from erase.export.lora import extract_lora
 from erase.foreign import read_erased
-from erase.models import load_model, wrap
+from erase.models import LoadConfig, load_model, wrap
 from erase.models.single_file import write_single_file
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
@@ -191,6 +191,14 @@ def test_a_unet_is_read_to_the_bit(layout, base, tmp_path):
         len(param.view(-1)[::3]) for name, param in before.items() if in_unet(name)
     )
     assert delta.origin.method == "foreign" and delta.title == "heart"
+
+
+def test_a_delta_of_a_base_that_waits_in_main_memory_is_read_back(base, tmp_path):
+    path = esd_partial(moved(tiny_sd1(), in_unet), tmp_path)
+    options = LoadConfig(offload="blocks")
+    read_erased(base, [path], [canvas_concept("heart")], options).save(tmp_path / "d.safetensors")
+    config = ErasedDelta.load(tmp_path / "d.safetensors").origin.config
+    assert config["erase"]["load"] == options.facts
 
 
 def test_uce_gives_keys_and_values_alone(base, tmp_path):

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from erase.models.config import LoadConfig
 from erase.prompts.concepts import ConceptSpec
@@ -209,6 +209,8 @@ def _fits(value: object, hint: Any) -> bool:
     kind = get_origin(hint)
     if kind in (Union, UnionType):
         return any(_fits(value, one) for one in get_args(hint))
+    if kind is Literal:
+        return value in get_args(hint)
     if kind in (list, tuple):
         return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
     return isinstance(value, kind or hint)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def read_erased(
         "base_fingerprint": model.fingerprint,
         "base_id": model.name,
         "method": "+".join(dict.fromkeys(delta.metadata["method"] for delta in deltas)),
-        "config": json.dumps({"erase": {"load": asdict(options or LoadConfig())}}, sort_keys=True),
+        "config": json.dumps({"erase": {"load": (options or LoadConfig()).facts}}, sort_keys=True),
         "created_with": f"concept-erasure-toolkit {VERSION}, torch {torch.__version__}",
         METHOD: json.dumps([one.told for one in read], ensure_ascii=False),
     }
