@@ -27,6 +27,7 @@ from erase.delta.base import load_base
 from erase.eval.generate import GenerateConfig, generate
 from erase.latents.config import LatentConfig
 from erase.models import CANVAS, LoadConfig, load_model, wrap
+from erase.models.loading import without_absent
 from erase.models.prompt_checks import check_prompts, cut_prompts
 from erase.models.single_file import ldm, load_single_file, write_single_file
 from erase.models.single_file.recognise import decide_prediction
@@ -985,6 +986,40 @@ def test_stored_options_that_do_not_apply_are_dropped(saved, tmp_path):
         lambda: load_base(stored, str(saved / "sd1"), options=LoadConfig(ema=True)),
         "load.ema is for a single file",
     )
+
+
+def test_stored_options_for_what_an_export_lacks_are_dropped(saved, tmp_path, caplog):
+    stored = delta_of("x/y", variant="fp16", vae=str(tmp_path / "moved"))
+    assert load_base(stored, str(saved / "sd1")).name == str(saved / "sd1")
+    assert f"the VAE {tmp_path / 'moved'}, which is not there" in caplog.text
+    given = LoadConfig(variant="fp16")
+    refused(lambda: load_base(stored, str(saved / "sd1"), options=given), "the variant 'fp16'")
+
+    path = write_single_file(tiny_sd1(), tmp_path / "m.safetensors")
+    stored = delta_of("x/y", ema=True, ignore="embedding_manager", config=str(saved / "sd1"))
+    assert load_base(stored, str(path)).name == str(path)
+    given = LoadConfig(ignore="embedding_manager")
+    refused(lambda: load_base(stored, str(path), options=given), "leave it out")
+
+
+def test_stored_options_for_what_is_there_are_kept(saved, tmp_path):
+    folder, path = tmp_path / "half", tmp_path / "m.safetensors"
+    shutil.copytree(saved / "sd1", folder)
+    renamed(folder, "fp16")
+    options = LoadConfig(variant="fp16", vae=str(saved / "sd1"))
+    assert without_absent(folder, options) == options
+
+    tensors = {"model_ema.diffusion_modelx": torch.zeros(1), "embedding_manager": torch.zeros(1)}
+    save_file(tensors, path)
+    options = LoadConfig(ema=True, ignore="embedding")
+    assert without_absent(path, options) == options
+
+
+def test_another_repository_has_no_revision_of_the_base(cacheless, monkeypatch):
+    monkeypatch.setattr("erase.delta.base.load_model", lambda name, device, options: options)
+    stored = delta_of("x/y", revision="refs/pr/1", offline=True)
+    assert load_base(stored, "x/y") == LoadConfig(revision="refs/pr/1")
+    assert load_base(stored, "someone/copy") == LoadConfig()
 
 
 def test_options_of_a_newer_version_are_said_and_left_out(saved, caplog):

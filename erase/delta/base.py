@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
 
 from erase.delta import ErasedDelta
 from erase.delta.origin import load_options
-from erase.models import DiffusionModel, LoadConfig, load_model
-from erase.models.loading import is_here, kind_of
+from erase.models import SHIPPED, DiffusionModel, LoadConfig, load_model
+from erase.models.loading import is_here, kind_of, without_absent
 from erase.prompts.canvas import EMBEDDED
 from erase.prompts.errors import ErasureError
+
+log = logging.getLogger("erase")
 
 
 def load_base(
@@ -27,7 +30,8 @@ def load_base(
         name: where the base is now; by default where it was. A hub id is fetched only if it is
             given here: a delta may come from anybody, and name anything.
         device: where it goes.
-        options: how it is read now; settings other than the defaults win over the delta's.
+        options: how it is read now; settings other than the defaults win over the delta's, of which
+            those count that say something about the checkpoint and that it has.
 
     Raises:
         ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one
@@ -38,8 +42,7 @@ def load_base(
         raise ErasureError(
             f"{delta.source} does not say which base it was made from; give the base with --model"
         )
-    stored = load_options(delta.metadata, delta.source)
-    config = stored.meant_for("folder" if base in EMBEDDED else kind_of(base)).updated(given)
+    config = _options(delta, base, given)
     if name is None and base not in EMBEDDED:
         if not is_here(base, config):
             revision = f" --load.revision {config.revision}" if config.revision else ""
@@ -50,3 +53,26 @@ def load_base(
             )
         config = replace(config, offline=True)
     return load_model(base, device, config)
+
+
+def _options(delta: ErasedDelta, base: str, given: LoadConfig) -> LoadConfig:
+    """How the base was read, as far as the checkpoint that is read now has it, and what is given.
+
+    It may be an export, which holds one variant alone and no averaged weights. Other weights do not
+    pass for the base's, since its fingerprint is compared later; the VAE is not in that, so a line
+    tells of another.
+    """
+    stored = replace(load_options(delta.metadata, delta.source), offline=False)
+    if base != delta.metadata.get("base_id"):
+        stored = replace(stored, revision=None)
+    place = SHIPPED.get(base, base)
+    held = without_absent(place, stored.meant_for(kind_of(place)))
+    if stored.vae and not (held.vae or given.vae):
+        log.warning(
+            "%s: its base was read with the VAE %s, which is not there; the VAE of %s is taken, "
+            "unless --load.vae names another",
+            delta.source,
+            stored.vae,
+            base,
+        )
+    return held.updated(given)

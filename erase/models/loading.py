@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
 from erase.models.config import LoadConfig
+from erase.models.part_files import variants
 from erase.models.pipelines import Pipeline
-from erase.models.single_file.tensor_file import SINGLE_FILES
+from erase.models.single_file.tensor_file import SINGLE_FILES, TensorFile, open_tensors
 from erase.prompts.errors import ErasureError, reason
 
 
@@ -78,6 +80,36 @@ def is_here(name: str, options: LoadConfig) -> bool:
     except ErasureError:
         return False
     return True
+
+
+def without_absent(name: str | Path, options: LoadConfig) -> LoadConfig:
+    """The options less those for what is not on this disk: a variant of a folder, averaged or
+    surplus weights of a single file, a VAE elsewhere. A hub id is not looked at."""
+    path = Path(name)
+    if options.vae and not os.path.exists(options.vae):
+        options = replace(options, vae=None)
+    if options.variant and path.is_dir() and options.variant not in _variants_in(path):
+        options = replace(options, variant=None)
+    if (options.ema or options.ignore) and path.is_file():
+        with open_tensors(path) as file:
+            options = _without_absent_tensors(file, options)
+    return options
+
+
+def _variants_in(folder: Path) -> set[str | None]:
+    parts = [part for part in folder.iterdir() if part.is_dir()]
+    return {variant for part in parts for variant in variants(part)}
+
+
+def _without_absent_tensors(file: TensorFile, options: LoadConfig) -> LoadConfig:
+    from erase.models.single_file.recognise import is_averaged
+
+    ignored = any(options.ignores(key) for key in file.shapes)
+    return replace(
+        options,
+        ema=options.ema and is_averaged(file),
+        ignore=options.ignore if ignored else None,
+    )
 
 
 def _download(name: str, options: LoadConfig) -> Path:

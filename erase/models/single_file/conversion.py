@@ -21,7 +21,14 @@ from erase.models.single_file.alone import load_alone
 from erase.models.single_file.architectures import Architecture, from_folder, sd_family, shipped
 from erase.models.single_file.filling import check_weights, converted, fill, refuse_surplus
 from erase.models.single_file.layouts import layout_in, layout_of
-from erase.models.single_file.recognise import NAMES, decide_prediction, modern, recognise, without
+from erase.models.single_file.recognise import (
+    NAMES,
+    decide_prediction,
+    is_averaged,
+    modern,
+    recognise,
+    without,
+)
 from erase.models.single_file.spec import ORIGINAL, model_spec
 from erase.models.single_file.tensor_file import TensorFile, open_tensors
 from erase.models.vae import load_vae
@@ -88,7 +95,7 @@ def _filled(
     check_weights(file, table, modules)
     _check_rest(file, table, family, modules)
     if ema:
-        if not any(key.startswith("model_ema.diffusion_model") for key in file.shapes):
+        if not is_averaged(file):
             raise ErasureError(
                 f"{file.path} holds no moving average of the UNet (model_ema.*); load it without "
                 "ema"

@@ -88,6 +88,11 @@ def modern(file: TensorFile) -> TensorFile:
     return replace(file, shapes=shapes, read=lambda name: file.read(names[name]))
 
 
+def is_averaged(file: TensorFile) -> bool:
+    """Whether the file holds a moving average of the UNet beside its last weights."""
+    return any(key.startswith("model_ema.diffusion_model") for key in modern(file).shapes)
+
+
 def without(file: TensorFile, pattern: str) -> TensorFile:
     """The file without the tensors whose names begin with a regular expression.
 
