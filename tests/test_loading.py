@@ -955,6 +955,15 @@ def test_a_delta_fetches_nothing_by_itself(name, cacheless):
     assert all(local for _, local in cacheless)
 
 
+def test_a_single_file_that_is_not_there_is_told_as_the_deltas_base(tmp_path):
+    refused(
+        lambda: load_base(delta_of("full.safetensors")),
+        "d.safetensors names 'full.safetensors' as its base, and there is no file .*--model",
+    )
+    path = str(tmp_path / "full.safetensors")
+    refused(lambda: load_base(delta_of("x/y"), path), f"^there is no file {path}$")
+
+
 def test_a_hub_id_that_the_user_gives_is_fetched(cacheless):
     refused(
         lambda: load_base(delta_of("someone/model"), "someone/model"),

@@ -42,7 +42,15 @@ def load_base(
         raise ErasureError(
             f"{delta.source} does not say which base it was made from; give the base with --model"
         )
-    config = _options(delta, base, given)
+    try:
+        kind = kind_of(SHIPPED.get(base, base))
+    except ErasureError as error:
+        if name is not None:
+            raise
+        raise ErasureError(
+            f"{delta.source} names {base!r} as its base, and {error}; give with --model where it is"
+        ) from error
+    config = _options(delta, base, kind, given)
     if name is None and base not in EMBEDDED:
         if not is_here(base, config):
             revision = f" --load.revision {config.revision}" if config.revision else ""
@@ -55,7 +63,7 @@ def load_base(
     return load_model(base, device, config)
 
 
-def _options(delta: ErasedDelta, base: str, given: LoadConfig) -> LoadConfig:
+def _options(delta: ErasedDelta, base: str, kind: str, given: LoadConfig) -> LoadConfig:
     """How the base was read, as far as the checkpoint that is read now has it, and what is given.
 
     It may be an export, which holds one variant alone and no averaged weights. Other weights do not
@@ -65,8 +73,7 @@ def _options(delta: ErasedDelta, base: str, given: LoadConfig) -> LoadConfig:
     stored = replace(load_options(delta.metadata, delta.source), offline=False)
     if base != delta.metadata.get("base_id"):
         stored = replace(stored, revision=None)
-    place = SHIPPED.get(base, base)
-    held = without_absent(place, stored.meant_for(kind_of(place)))
+    held = without_absent(SHIPPED.get(base, base), stored.meant_for(kind))
     if stored.vae and not (held.vae or given.vae):
         log.warning(
             "%s: its base was read with the VAE %s, which is not there; the VAE of %s is taken, "
