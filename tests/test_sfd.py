@@ -9,6 +9,7 @@ import torch
 from erase.latents.latent_set import epoch_rows
 from erase.methods import get_method
 from erase.models import wrap
+from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
 from tests.bare import CONCEPT, RETAINED, SGD, SIZE, Bare, check, mean
@@ -77,6 +78,22 @@ def test_sfd_takes_the_steps_of_its_equation(task, make_pico_pipeline):
         train=SGD,
     )
     check(get_method("sfd").edit(task, config).values, bare.train("attn2", loss))
+
+
+@pytest.mark.parametrize("name", ["sfd", "hirm"])
+def test_each_concept_comes_equally_often_however_few_its_prompts(task, monkeypatch, name):
+    steps = []
+    monkeypatch.setattr(
+        f"erase.methods.{name}.fine_tune", lambda task, loss, batches, config: steps.append(batches)
+    )
+    both = Task(task.model, [SPEC, ConceptSpec("moon", "star", templates=("{}",))], NoData())
+    config = replace(get_method(name).config, train=replace(SGD, batch_size=5))
+    get_method(name).edit(both, config)
+    of_step = {"sfd": lambda batch: batch[0][3], "hirm": lambda batch: batch[0]}[name]
+    prompts = [prompt for step in range(6) for prompt in of_step(steps[0](step))]
+    assert len(prompts) == 30 and prompts.count("moon") == 15
+    of_heart = [prompt for prompt in prompts if prompt != "moon"]
+    assert {of_heart.count(prompt) for prompt, _ in SPEC.pairs()} == {15 // len(SPEC.pairs())}
 
 
 def test_sfd_without_retained_prompts_is_refused(task):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from erase.files import errors_named, load_tensors, save_tensors
 from erase.prompts.errors import ErasureError
 
+T = TypeVar("T")
 TENSORS, TEXTS = ("latents", "std", "shows_anchor", "image", "noise", "t"), ("prompts", "anchors")
 """columns of a set's file: as tensors, and as texts in its metadata"""
 
@@ -190,6 +191,17 @@ def epoch_rows(n: int, start: int, count: int, seed: int, shuffle: bool = True) 
         order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
         rows.append(order[max(start - epoch * n, 0) : start + count - epoch * n])
     return torch.cat(rows)
+
+
+def in_turn(groups: Sequence[Sequence[T]], start: int, count: int, seed: int) -> list[T]:
+    """Items `start .. start + count` of an endless stream that takes one of each group in turn, a
+    group's own in the order of `epoch_rows`: each group comes equally often, whatever its
+    length."""
+    items = []
+    for i in range(start, start + count):
+        group = groups[i % len(groups)]
+        items.append(group[int(epoch_rows(len(group), i // len(groups), 1, seed))])
+    return items
 
 
 class Source(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from erase.latents.latent_set import epoch_rows, texts_of
+from erase.latents.latent_set import epoch_rows, in_turn, texts_of
 from erase.losses import denoising
 from erase.methods import Method
 from erase.models import DiffusionModel
@@ -68,13 +68,13 @@ def edit(task: Task, config: HiRMConfig) -> Edit:
     if other := [name for name in task.weights(config.scope) if not name.startswith("text_")]:
         held = f"scope {config.scope!r} holds {other[0]}"
         raise ErasureError(f"hirm trains text encoders, and {held}; take scope text_encoder")
-    forget = [prompt for concept in task.concepts for prompt, _ in concept.pairs()]
+    forget = [list(dict(concept.pairs())) for concept in task.concepts]
     retain = [*retained_prompts(task.concepts, task.earlier)] or [""]
     size = config.train.batch_size
 
     def batches(step: int) -> tuple[list[str], list[str]]:
-        rows = [epoch_rows(len(texts), step * size, size, task.seed) for texts in (forget, retain)]
-        return texts_of(forget, rows[0]), texts_of(retain, rows[1])
+        kept = epoch_rows(len(retain), step * size, size, task.seed)
+        return in_turn(forget, step * size, size, task.seed), texts_of(retain, kept)
 
     def misdirected(said: Tensor) -> Tensor:
         u = torch.randn(said.shape[1:], generator=task.generator(0)).to(said)

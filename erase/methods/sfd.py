@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from erase.latents.batches import Rows, clean, noised
-from erase.latents.latent_set import epoch_rows, texts_of
+from erase.latents.latent_set import epoch_rows, in_turn, texts_of
 from erase.losses import denoising
 from erase.methods import Method
 from erase.prompts.errors import FRACTION, ErasureError, check_ranges
@@ -53,7 +53,7 @@ Half = tuple[Rows, Tensor, Tensor, list[str], list[str]]
 def edit(task: Task, config: SFDConfig) -> Edit:
     """Minimise |eps(x_t, c) - eps_0(x_t, a)|^2 + alpha |eps(x_t, r) - eps_0(x_t, r)|^2, x_t noised
     from the image that the model as it is now makes of c, and of r, in one step."""
-    pairs = [pair for own in anchored_pairs(task.concepts) for pair in own]
+    pairs = anchored_pairs(task.concepts)
     kept = retained_prompts(task.concepts, task.earlier)
     if not kept:
         raise ErasureError("sfd holds the model to retained prompts, and there are none; give some")
@@ -61,8 +61,8 @@ def edit(task: Task, config: SFDConfig) -> Edit:
 
     def batches(step: int) -> tuple[Half, Half]:
         generator = task.generator(step)
-        rows = epoch_rows(len(pairs), step * size, size, task.seed)
-        named, anchors = (texts_of(texts, rows) for texts in zip(*pairs, strict=True))
+        drawn = in_turn(pairs, step * size, size, task.seed)
+        named, anchors = (list(texts) for texts in zip(*drawn, strict=True))
         texts = texts_of(kept, epoch_rows(len(kept), step * size, size, task.seed + 1))
         dropped = torch.rand(size, generator=generator) < config.retain_dropout
         texts = ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
