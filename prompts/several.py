@@ -109,19 +109,24 @@ def retained_prompts(
     concepts: Sequence[ConceptSpec], earlier: Sequence[ConceptSpec] = ()
 ) -> tuple[str, ...]:
     """The retain prompts of concepts that are forgotten together, each once, less those that name
-    one of them; and `earlier_prompts`."""
+    one of them; and `earlier_prompts`, each concept's as often as any other's: repeated until those
+    of the longest list have come once."""
     listed = dict.fromkeys(prompt for concept in concepts for prompt in concept.retain)
     kept = without(listed, [name for concept in concepts for name in concept.names])
-    return kept + earlier_prompts(earlier, concepts)
+    before = earlier_prompts(earlier, concepts)
+    longest = max(map(len, before), default=0)
+    return kept + tuple(own[i % len(own)] for i in range(longest) for own in before)
 
 
 def earlier_prompts(
     earlier: Sequence[ConceptSpec], concepts: Sequence[ConceptSpec]
-) -> tuple[str, ...]:
-    """The prompts of concepts that were forgotten before, each once, less those that name what is
-    to be forgotten now: what a model must go on answering as it does."""
-    prompts = dict.fromkeys(prompt for concept in earlier for prompt, _ in concept.pairs())
-    return without(prompts, [name for concept in concepts for name in concept.names])
+) -> list[tuple[str, ...]]:
+    """Of each concept that was forgotten before, its prompts, less those that name what is to be
+    forgotten now: what a model must go on answering as it does. One that has none left is left
+    out."""
+    names = [name for concept in concepts for name in concept.names]
+    left = [without(dict(concept.pairs()), names) for concept in earlier]
+    return [prompts for prompts in left if prompts]
 
 
 def merged(concepts: Sequence[ConceptSpec]) -> list[ConceptSpec]:

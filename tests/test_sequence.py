@@ -25,12 +25,12 @@ from erase.objectives.closed_form import ridge_edit
 from erase.objectives.text_inputs import seen_states, subject_states
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
-from erase.prompts.several import earlier_prompts
+from erase.prompts.several import earlier_prompts, retained_prompts
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase
 from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig
-from erase.training.confine import null_space
+from erase.training.confine import null_space, null_spaces
 from tests.run_fixtures import DATA, FLAGS, METHOD
 from tests.run_fixtures import base as base
 from tests.test_delta import copies, make, patched, unchanged
@@ -240,13 +240,42 @@ def test_a_share_of_the_retain_latents_is_drawn_under_earlier_prompts(model, sha
     earlier = [replace(HEART, templates=templates)]
     found = Plan(model, [STAR], data, 0, earlier=earlier).retain()
     kept = ("a heart", "a red heart")  # the third names what is to go
-    assert earlier_prompts(earlier, [STAR]) == kept
+    assert earlier_prompts(earlier, [STAR]) == [kept]
     assert sum(prompt in kept for prompt in found.prompts) == 16 * share
     assert "a heart and a star" not in found.prompts
     plain = Plan(model, [STAR], data, 0).retain()
     count = 16 - int(16 * share)
     assert plain.prompts[:count] == found.prompts[:count] and len(found) == 16
     assert torch.equal(plain.latents[:count], found.latents[:count])
+
+
+MANY = replace(HEART, templates=tuple(f"{word} {{}}" for word in "abcdefgh"))
+FEW = ConceptSpec("moon", "ring", templates=("{}",))
+
+
+def test_earlier_concepts_are_kept_equally_often_however_few_their_prompts(model):
+    assert [len(own) for own in earlier_prompts([MANY, FEW], [STAR])] == [8, 1]
+    found = Plan(model, [STAR], replace(DATA, n_retain=16, earlier=0.25), 0, earlier=[MANY, FEW])
+    assert found.retain().prompts[-4:].count("moon") == 2
+    kept = retained_prompts([STAR], [MANY, FEW])
+    assert kept[: len(STAR.retain)] == STAR.retain and kept.count("moon") == 8
+    assert len(set(kept)) == len(kept) - 7
+    states = seen_states(Task(model, [STAR]), kept)
+    once = seen_states(Task(model, [STAR]), list(dict.fromkeys(kept)))
+    assert len(states) == len(once) + 7 * len(seen_states(Task(model, [STAR]), ["moon"]))
+
+
+def test_confine_weighs_each_earlier_concept_the_same(model):
+    task = Task(model, [STAR], DATA, earlier=[MANY, FEW])
+    config = replace(METHOD, scope="xattn", confine=0.3)
+    found = next(iter(null_spaces(task, task.weights("xattn"), config).values()))
+    covariance = 0
+    for own in earlier_prompts(task.earlier, task.concepts):
+        states = task.cond(own).embeddings.flatten(0, 1).double()
+        covariance = covariance + states.T @ states / len(states)
+    squares, directions = torch.linalg.eigh(covariance)
+    free = directions[:, squares < 0.3 * squares.mean()]
+    assert torch.allclose(found, free @ free.T)
 
 
 def test_own_retain_images_do_not_keep_what_they_do_not_show(model, tmp_path):

@@ -40,6 +40,15 @@ def pick(
     return picked[:n]
 
 
+def pick_in_turn(
+    groups: Sequence[Sequence[T]], n: int, rng: random.Random, how: str, text: Callable[[T], str]
+) -> list[T]:
+    """`n` items of the groups in turn, of each as many as of any other, within one; see `pick`."""
+    each = -(-n // len(groups))
+    shares = [pick(group, each, rng, how, text) for group in groups]
+    return [item for row in zip(*shares, strict=True) for item in row][:n]
+
+
 class _Even:
     """Words of texts, and how often each was picked so far. Rarer words than one of `n` texts has
     do not count: no pick holds them evenly, and they would keep out whatever has them."""

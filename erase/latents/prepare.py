@@ -21,7 +21,7 @@ from erase.latents.config import LatentConfig
 from erase.latents.image_files import read_image
 from erase.latents.image_folders import OwnImage, look_at, read_folder, take
 from erase.latents.latent_set import LatentSet
-from erase.latents.picking import pick
+from erase.latents.picking import pick, pick_in_turn
 from erase.latents.sampling import sample_points
 from erase.models import DiffusionModel
 from erase.parallel.processes import exists_on_all, in_shares, processes
@@ -48,7 +48,7 @@ class Plan:
     """picks the prompts and seeds the images"""
     cache: Path | None = None
     earlier: Sequence[ConceptSpec] = ()
-    """concepts that the model has forgotten before"""
+    """concepts that the model has forgotten before; their prompts are used in turn, too"""
 
     def forget(self, anchor_share: float = 0.0) -> LatentSet:
         """Forget latents.
@@ -96,7 +96,7 @@ class Plan:
         rng = random.Random(self.seed)
         self._forget_rows(rng)  # whose draws come first
         prompts, images = _retain_rows(self.concepts, self.config, self._first + 500_000, rng)
-        kept = earlier_prompts(self.earlier, self.concepts) if self.config.earlier else ()
+        kept = earlier_prompts(self.earlier, self.concepts) if self.config.earlier else []
         if kept and images:
             raise ErasureError(
                 "latents.retain_images shows nothing of what was forgotten before, whose prompts "
@@ -104,7 +104,7 @@ class Plan:
             )
         if kept:
             count = round(self.config.earlier * len(prompts))
-            of_earlier = pick(kept, count, rng, self.config.pick, str)
+            of_earlier = pick_in_turn(kept, count, rng, self.config.pick, str)
             prompts = prompts[: len(prompts) - len(of_earlier)] + of_earlier
         look_at(images, self.model.image_size, "latents.retain_images")
         return prompts, images
@@ -170,9 +170,8 @@ def _retain_rows(
 def _pick_pairs(
     concepts: list[ConceptSpec], config: LatentConfig, rng: random.Random
 ) -> list[tuple[str, str]]:
-    n = -(-config.n_forget // len(concepts))
-    shares = [pick(pairs, n, rng, config.pick, itemgetter(0)) for pairs in anchored_pairs(concepts)]
-    return [pair for row in zip(*shares, strict=True) for pair in row][: config.n_forget]
+    pairs = anchored_pairs(concepts)
+    return pick_in_turn(pairs, config.n_forget, rng, config.pick, itemgetter(0))
 
 
 def _pick_retain(

@@ -109,17 +109,16 @@ def seen_states(task: Task, prompts: Sequence[str], of: TextInput = TOKENS) -> T
     Raises:
         ErasureError: no prompts.
     """
-    distinct = list(dict.fromkeys(prompts))
-    if not distinct:
+    if not prompts:
         raise ErasureError(
             "a closed form keeps the answers to retained prompts, and there are none; give the "
             "concept some retain prompts"
         )
-    rows, _ = prompt_states(task, distinct, of)
+    rows, _ = prompt_states(task, prompts, of)
     if of.pooled:
         return rows[:, 0]
     seen = []
-    for i, (places, lengths) in enumerate(_lengths(task, distinct)):
+    for i, (places, lengths) in enumerate(_lengths(task, prompts)):
         begin = places.start if i else 0  # of the first encoder also what stands before each prompt
         seen += [row[begin : places.start + n + 1] for row, n in zip(rows, lengths, strict=True)]
     return torch.cat(seen)

@@ -19,7 +19,8 @@ def null_spaces(
     task: Task, params: Mapping[str, nn.Parameter], config: TunedConfig
 ) -> dict[str, Tensor]:
     """For each matrix that is applied to text states: where it may change without the prompts of
-    earlier concepts being answered otherwise, at any of their tokens.
+    earlier concepts being answered otherwise, at any of their tokens; each concept counts the same,
+    however many prompts it has.
 
     Raises:
         ErasureError: no earlier concept, or no such matrix.
@@ -32,8 +33,9 @@ def null_spaces(
             "confine holds still what the keys and values of a UNet's cross-attention answer to "
             f"earlier concepts (--after), and there is {lacks}; leave it out"
         )
-    projector = null_space(task.cond(prompts).embeddings.flatten(0, 1), config.confine)
-    return dict.fromkeys(names, projector)
+    states = [task.cond(own).embeddings.flatten(0, 1) for own in prompts]
+    alike = torch.cat([own / len(own) ** 0.5 for own in states])
+    return dict.fromkeys(names, null_space(alike, config.confine))
 
 
 def null_space(states: Tensor, threshold: float) -> Tensor:
