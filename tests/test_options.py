@@ -357,6 +357,18 @@ def test_a_masked_low_rank_change_is_zero_outside_the_mask(params):
         assert name == "a.bias" or (value[mask[name]] != params[name][mask[name]]).all()
 
 
+def test_too_little_memory_for_the_factors_leaves_the_parameters_as_they_were(params, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    plain = train(params, PLAIN).values
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "rand", full)
+        train(params, replace(PLAIN, lora_rank=2))
+    assert not any(param.requires_grad for param in params.values())
+    assert equal(train(params, PLAIN).values, plain), "no hook of the failed run is left"
+
+
 def test_low_rank_of_vectors_alone_or_in_shards_is_refused(params):
     config = replace(PLAIN, lora_rank=2)
     with pytest.raises(ErasureError, match="factors matrices, of which the scope has none"):

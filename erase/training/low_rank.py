@@ -46,12 +46,16 @@ class LowRank(Trainable):
                 "lora_rank factors matrices, of which the scope has none; widen the scope"
             )
         super().__init__(matrices, mask, active)
+        with self._closed_on_failure():
+            self._factor(rank, torch.Generator().manual_seed(seed))
 
+    def _factor(self, rank: int, generator: torch.Generator) -> None:
+        """Put factors in the place of the values, which become where they start."""
         self._start = {name: value.detach() for name, value in self.values.items()}
         self.values = {}
-        generator = torch.Generator().manual_seed(seed)
         for name, start in self._start.items():
-            outputs, inputs = len(params[name]), params[name].numel() // len(params[name])
+            param = self._base_params[name]
+            outputs, inputs = len(param), param.numel() // len(param)
             width = min(rank, outputs, inputs)
             down = (2 * torch.rand(width, inputs, generator=generator) - 1) / math.sqrt(inputs)
             self.values[name + UP] = nn.Parameter(torch.zeros(outputs, width, device=start.device))

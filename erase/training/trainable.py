@@ -60,13 +60,18 @@ class Trainable:
         """trained values in full precision, likewise: what the optimizer steps on"""
         self._taken: list[str] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        try:
+        with self._closed_on_failure():
             for name, param in self._params.items():
                 if self._place(name, param):
                     self._take(name, param)
-        except (
-            BaseException
-        ):  # too little memory: hooks that stay would take the next one's gradients
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        """Too little memory within the block: hooks that stay would take the next training's
+        gradients."""
+        try:
+            yield
+        except BaseException:
             self.close()
             raise
 
