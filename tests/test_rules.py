@@ -231,6 +231,19 @@ def test_every_rule_is_its_formula():
         )
 
 
+@pytest.mark.parametrize("rule", ["benefit", "fisher-ratio"])
+@pytest.mark.parametrize("costly", [0, 3])
+def test_weights_without_any_gradient_rank_last_however_many_they_are(rule, costly):
+    """Of a table of embeddings, most rows are of tokens that no prompt holds."""
+    gain, cost = torch.zeros(100), torch.zeros(100)
+    gain[[5, 20, 40, 60]] = torch.tensor([1e-12, 1e-9, 1e-10, 1e-11])
+    cost[[20, 40, 70][:costly]] = 1e-16
+    squares = {"objective.square": {"a": gain.square()}, "retain.square": {"a": cost}}
+    found = scores(Statistics({"objective.sum": {"a": gain}, **squares}), rule)
+    assert found.values["a"].isfinite().all()
+    assert found.cut(0.04)["a"].nonzero()[:, 0].tolist() == [5, 20, 40, 60]
+
+
 def test_the_kth_largest_is_exact():
     values = {"a": torch.rand(1000), "b": torch.rand(77)}
     ordered = torch.cat(list(values.values())).sort(descending=True).values

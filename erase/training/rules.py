@@ -195,6 +195,11 @@ class Scores(Mapping[str, Tensor]):
 
 
 def _floor(squares: Mapping[str, Tensor]) -> float:
-    """A tenth of the median of sqrt(squares), exact over all weights, in constant memory."""
-    count = sum(value.numel() for value in squares.values())
-    return FLOOR * float(kth_largest(squares, (count + 1) // 2)) ** 0.5
+    """A tenth of the median of sqrt(squares), exact over all weights, in constant memory; where the
+    median is zero, that of the weights that cost anything; 1 where none does."""
+    every = sum(value.numel() for value in squares.values())
+    some = sum(int(value.count_nonzero()) for value in squares.values())
+    if not some:
+        return 1.0
+    median = kth_largest(squares, (every + 1) // 2) or kth_largest(squares, (some + 1) // 2)
+    return FLOOR * float(median) ** 0.5
