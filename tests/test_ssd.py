@@ -9,6 +9,8 @@ from erase.latents.latent_set import epoch_rows
 from erase.methods import get_method
 from erase.methods.ssd import dampened
 from erase.prompts.errors import ErasureError
+from erase.training.config import TrainConfig, TunedConfig
+from erase.training.saliency import _training_pass
 from tests.bare import FORGET, PROMPTS, RETAIN, RETAINED, Bare, task_of
 
 
@@ -51,6 +53,44 @@ def test_ssd_dampens_by_the_gradients_of_single_latents(make_pico_pipeline):
         assert (value.abs() <= w.abs()).all()
         moved += int((value != w).sum())
     assert 0 < moved < sum(params[name].numel() for name in names)
+
+
+class Two:
+    """The second of two processes, which would go on alone."""
+
+    device, num_processes, process_index, is_main_process = torch.device("cpu"), 2, 1, True
+
+
+def test_single_latents_are_not_split_between_processes(make_pico_pipeline, monkeypatch):
+    task = task_of(make_pico_pipeline())
+    config = replace(get_method("ssd").config, samples=2, scope="xattn")
+    alone = get_method("ssd").edit(task, config).values
+    monkeypatch.setattr("erase.training.saliency.processes", Two)
+    assert all(
+        torch.equal(value, alone[name])
+        for name, value in get_method("ssd").edit(task, config).values.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "taken"), [(1, [[0]]), (4, [[2], [3]]), (6, [[0, 1, 2], [3, 4, 5]])]
+)
+def test_under_shards_rows_that_do_not_split_evenly_are_taken_by_every_process(
+    make_pico_pipeline, monkeypatch, rows, taken
+):
+    """Two parts, on two processes; the mean of equal gradients is the gradient."""
+    monkeypatch.setattr("erase.training.saliency.processes", Two)
+    config = TunedConfig(train=TrainConfig(batch_size=rows, accumulation=2))
+    seen = []
+    work = _training_pass(
+        task_of(make_pico_pipeline()),
+        config,
+        lambda step: torch.arange(rows),
+        lambda batch: seen.append(batch.tolist()) or torch.ones(()),
+        joint=True,
+    )
+    assert sum(work.loss(0, part) for part in range(work.parts)) == 1
+    assert seen == taken
 
 
 @pytest.mark.parametrize(

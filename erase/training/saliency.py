@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -212,12 +213,16 @@ def _forget_pass(task: Task, mask: MaskConfig) -> _Pass:
 def _training_pass(
     task: Task, config: TunedConfig, batches: Batches, loss: Callable[[Any], Tensor], joint: bool
 ) -> _Pass:
-    """The first batches that training will see, in as small parts as there.
+    """The first batches that training will see, in as small parts as there, as far as they have
+    rows for them.
 
-    `joint`: under shards, which average the gradients of all processes before they can be squared.
+    `joint`: under shards, which average the gradients of all processes before they can be squared;
+    of rows that do not split evenly each process takes all.
     """
-    whose: Any = processes() if joint else _Alone(task.model.device)
-    parts = config.train.accumulation * (1 if joint else processes().num_processes)
+    size, shares = config.train.batch_size, config.train.accumulation * processes().num_processes
+    split = joint and size % shares == 0
+    whose: Any = processes() if split else _Alone(task.model.device)
+    parts = config.train.accumulation if split else math.gcd(size, shares)
     drawn = lru_cache(maxsize=1)(batches)  # the parts of one batch come one after the other
 
     def part_loss(batch: int, part: int) -> Tensor:
