@@ -6,11 +6,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from erase.latents.latent_set import Given
 from erase.losses import denoising_rows
 from erase.methods import get_method
 from erase.methods.npo import preference
+from erase.models import wrap
 from erase.prompts.errors import ErasureError
+from erase.task import Task
 from tests.bare import (
+    CONCEPT,
     FORGET,
     PROMPTS,
     RETAIN,
@@ -64,6 +68,13 @@ def test_npo_takes_the_steps_of_its_equation(task, make_pico_pipeline):
 
     config = replace(get_method("npo").config, scope="xattn", beta=beta, alpha=0.7, train=SGD)
     check(get_method("npo").edit(task, config).values, bare.train("attn2", loss))
+
+
+@pytest.mark.parametrize("name", ["ascent", "npo", "few-shot", "forget-me-not"])
+def test_without_a_retain_term_no_retain_latents_are_asked_for(make_pico_pipeline, name):
+    task = Task(wrap(make_pico_pipeline()), [CONCEPT], Given(FORGET, None))
+    config = replace(get_method(name).config, alpha=0.0, train=replace(SGD, steps=1))
+    assert get_method(name).edit(task, config).losses
 
 
 def slope_of(rise, beta):

@@ -11,11 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from erase.losses import denoising, denoising_rows
+from erase.losses import denoising_rows
 from erase.methods import Method
 from erase.prompts.errors import POSITIVE, check_ranges
 from erase.task import Edit, Task
-from erase.training.batches import PromptedRows, forget_and_retain
+from erase.training.batches import PromptedRows, retain_terms, weighed_batches
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
@@ -28,7 +28,7 @@ class AscentConfig(TunedConfig):
     """Settings of gradient ascent."""
 
     alpha: float = 1.0
-    """weight of the retain loss; 0 is plain ascent"""
+    """weight of the retain loss; 0 is plain ascent, which needs no retain prompts"""
     ceiling: float = 2.0
     """denoising error of a latent (mean square of its elements; noise has 1) above which it is
     pushed no further"""
@@ -64,15 +64,14 @@ def edit(task: Task, config: AscentConfig) -> Edit:
     """Minimise -|eps(x_t, c) - noise|^2 + alpha |eps(x_t, c_r) - noise|^2, the first no
     further than the ceiling (over the encoder of c: Fuchi and Takagi, eq. 3)."""
 
-    def loss(batch: tuple[PromptedRows, PromptedRows], base: Base) -> dict[str, Tensor]:
-        (forget, prompts), (retain, kept) = batch
-        errors = denoising_rows(task.predict(forget, prompts), forget.target)
-        terms = {"forget": -errors.clamp_max(config.ceiling).mean()}
-        if config.alpha:
-            terms["retain"] = config.alpha * denoising(task.predict(retain, kept), retain.target)
-        return terms
+    def loss(batch: tuple[PromptedRows, ...], base: Base) -> dict[str, Tensor]:
+        (rows, prompts), *retained = batch
+        errors = denoising_rows(task.predict(rows, prompts), rows.target)
+        forgotten = -errors.clamp_max(config.ceiling).mean()
+        return {"forget": forgotten, **retain_terms(task, config.alpha, retained)}
 
-    return fine_tune(task, loss, forget_and_retain(task, config.train.batch_size), config)
+    batches = weighed_batches(task, config.train.batch_size, config.alpha)
+    return fine_tune(task, loss, batches, config)
 
 
 METHODS: dict[str, Method[Any]] = {

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from erase.losses import denoising
 from erase.methods import Method
 from erase.objectives.cross_attention import attended, attention_to, find_layers
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
-from erase.training.batches import PromptedRows, forget_and_retain, row_batches
+from erase.training.batches import PromptedRows, retain_terms, weighed_batches
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
@@ -45,17 +44,11 @@ def edit(task: Task, config: ForgetMeNotConfig) -> Edit:
 
     def loss(batch: tuple[PromptedRows, ...], base: Base) -> dict[str, Tensor]:
         (rows, prompts), *retained = batch
-        terms = {"forget": attention_to(*attended(task, rows, prompts))}
-        for rows, prompts in retained:
-            error = denoising(task.predict(rows, prompts), rows.target)
-            terms["retain"] = config.alpha * error
-        return terms
+        looked_at = attention_to(*attended(task, rows, prompts))
+        return {"forget": looked_at, **retain_terms(task, config.alpha, retained)}
 
-    size = config.train.batch_size
-    if config.alpha:
-        return fine_tune(task, loss, forget_and_retain(task, size), config)
-    forget = row_batches(task, task.forget(), size)
-    return fine_tune(task, loss, lambda step: (forget(step),), config)
+    batches = weighed_batches(task, config.train.batch_size, config.alpha)
+    return fine_tune(task, loss, batches, config)
 
 
 METHODS = {"forget-me-not": Method("forget-me-not", PAPER, ForgetMeNotConfig(), edit)}

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor
 
-from erase.losses import denoising, denoising_rows
+from erase.losses import denoising_rows
 from erase.methods import Method
 from erase.prompts.errors import POSITIVE, check_ranges
 from erase.task import Edit, Task
-from erase.training.batches import PromptedRows, forget_and_retain
+from erase.training.batches import PromptedRows, retain_terms, weighed_batches
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
@@ -59,18 +59,16 @@ def preference(error: Tensor, reference: Tensor, beta: float) -> Tensor:
 def edit(task: Task, config: NPOConfig) -> Edit:
     """Minimise `preference` on forget latents + alpha |eps(x_t, c_r) - noise|^2."""
 
-    def loss(batch: tuple[PromptedRows, PromptedRows], base: Base) -> dict[str, Tensor]:
-        (forget, prompts), (retain, kept) = batch
+    def loss(batch: tuple[PromptedRows, ...], base: Base) -> dict[str, Tensor]:
+        (rows, prompts), *retained = batch
         with base():
-            reference = denoising_rows(task.predict(forget, prompts), forget.target)
-        error = denoising_rows(task.predict(forget, prompts), forget.target)
-        retained = denoising(task.predict(retain, kept), retain.target)
-        return {
-            "forget": preference(error, reference, config.beta),
-            "retain": config.alpha * retained,
-        }
+            reference = denoising_rows(task.predict(rows, prompts), rows.target)
+        error = denoising_rows(task.predict(rows, prompts), rows.target)
+        forgotten = preference(error, reference, config.beta)
+        return {"forget": forgotten, **retain_terms(task, config.alpha, retained)}
 
-    return fine_tune(task, loss, forget_and_retain(task, config.train.batch_size), config)
+    batches = weighed_batches(task, config.train.batch_size, config.alpha)
+    return fine_tune(task, loss, batches, config)
 
 
 METHODS = {"npo": Method("npo", PAPER, NPOConfig(), edit)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,6 +49,26 @@ def forget_and_retain(
     forget = row_batches(task, task.forget() if forget_set is None else forget_set, size)
     retain = row_batches(task, task.retain(), size, task.seed + 1)
     return lambda step: (forget(step), retain(step))
+
+
+def weighed_batches(
+    task: Task, size: int, alpha: float, forget_set: LatentSet | None = None
+) -> Callable[[int], tuple[PromptedRows, ...]]:
+    """Step -> the rows of `forget_and_retain`; the forget rows alone, and no retain latents made,
+    where the weight `alpha` of the retain term is 0."""
+    if alpha:
+        return forget_and_retain(task, size, forget_set)
+    forget = row_batches(task, task.forget() if forget_set is None else forget_set, size)
+    return lambda step: (forget(step),)
+
+
+def retain_terms(task: Task, alpha: float, retained: Sequence[PromptedRows]) -> dict[str, Tensor]:
+    """The term alpha |eps(x_t, c_r) - noise|^2 of the retain rows of `weighed_batches`; none where
+    there are none."""
+    terms = {}
+    for rows, prompts in retained:
+        terms["retain"] = alpha * denoising(task.predict(rows, prompts), rows.target)
+    return terms
 
 
 def rows_naming(latents: LatentSet, concept: ConceptSpec, rows: Tensor) -> Tensor:
