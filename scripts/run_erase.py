@@ -33,6 +33,7 @@ from erase.prompts.canvas import EMBEDDED
 from erase.prompts.concepts import shipped, to_yaml
 from erase.prompts.proposals import kinds
 from erase.scripts.cli import (
+    OneDelta,
     Parser,
     Words,
     add_config,
@@ -93,8 +94,7 @@ def make_parser(method: str) -> Parser:
     )
     command.add_argument(
         "--after",
-        type=str | None,
-        default=None,
+        action=OneDelta,
         help="the delta of an earlier erasure of the same base, or its folder, to go on from. What "
         "it made of the base draws the images and is the teacher; latents.earlier keeps its "
         "concepts gone. The new delta holds both, and the log of all requests (docs/sequences.md)",

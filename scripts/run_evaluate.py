@@ -33,6 +33,7 @@ from rich.console import Console
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import ANSWER_SEEDS, PromptSet, canvas_grid
 from erase.scripts.cli import (
+    OneDelta,
     Parser,
     add_base,
     add_config,
@@ -44,7 +45,7 @@ from erase.scripts.cli import (
     parser,
     run,
 )
-from erase.scripts.cli.foreign import add_erased, add_named, check_erased, erased_model
+from erase.scripts.cli.foreign import add_erased, add_named, check_erased, erased_model, place_of
 from erase.scripts.cli.idle import check_idle
 from erase.scripts.cli.naming import concepts_named
 from erase.scripts.cli.plugins import names_given
@@ -77,7 +78,7 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
     from erase.eval.run import EvaluateConfig
 
     command = parser("erase-evaluate", __doc__)
-    command.add_argument("--delta", type=str, default=DELTA, help="what erase-concept wrote")
+    command.add_argument("--delta", action=OneDelta, default=DELTA, help="what erase-concept wrote")
     add_erased(command, ", or a folder of finished images with a manifest of ours or a CSV")
     add_named(command)
     add_base(command)
@@ -100,7 +101,11 @@ def make_parser(evaluators: Mapping[str, Evaluator[Any]]) -> Parser:
         "hold finished ones too",
     )
     command.add_argument(
-        "--out", type=str, default="runs/erased/report", help="folder of the report and its images"
+        "--out",
+        type=str | None,
+        default=None,
+        help="folder of the report and its images; default: report, beside the delta; of --erased "
+        "NAME, runs/NAME/report",
     )
     command.add_argument(
         "--compared_with",
@@ -139,8 +144,9 @@ def main(argv: list[str] | None = None) -> None:
     command = make_parser(evaluators)
     protocol = add_protocol(command, argv)
     options = parse(command, argv)
-    check_folder(options.out)
     check_erased(options, DELTA)
+    options.out = options.out or place_of(options, "report")
+    check_folder(options.out)
     config = EvaluateConfig(
         options.evaluators,
         options.generate,

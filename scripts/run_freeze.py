@@ -26,8 +26,18 @@ import sys
 from jsonargparse import Namespace
 
 from erase.prompts.errors import ErasureError
-from erase.scripts.cli import Parser, add_base, add_config, alone, build, parse, parser, run
-from erase.scripts.cli.foreign import add_erased, add_named, check_erased, erased_model
+from erase.scripts.cli import (
+    OneDelta,
+    Parser,
+    add_base,
+    add_config,
+    alone,
+    build,
+    parse,
+    parser,
+    run,
+)
+from erase.scripts.cli.foreign import add_erased, add_named, check_erased, erased_model, place_of
 
 DELTA = "runs/erased/delta.safetensors"
 
@@ -38,7 +48,7 @@ def make_parser() -> Parser:
     from erase.training.freezing import FreezeConfig
 
     command = parser("erase-freeze", __doc__)
-    command.add_argument("--delta", type=str, default=DELTA, help="what erase-concept wrote")
+    command.add_argument("--delta", action=OneDelta, default=DELTA, help="what erase-concept wrote")
     add_erased(command)
     add_named(command)
     add_base(command)
@@ -51,7 +61,11 @@ def make_parser() -> Parser:
     )
     command.add_argument("--seed", type=int, default=0, help="of images, batches and the control")
     command.add_argument(
-        "--out", type=str, default="runs/erased/freeze.json", help="the file to write"
+        "--out",
+        type=str | None,
+        default=None,
+        help="the file to write; default: freeze.json, beside the delta; of --erased NAME, "
+        "runs/NAME/freeze.json",
     )
     return command
 
@@ -70,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(make_parser(), argv)
     alone("erase-freeze")
     check_erased(options, DELTA)
+    options.out = options.out or place_of(options, "freeze.json")
     check_out(options)
     config = build(FreezeConfig, options)
     if options.erased:

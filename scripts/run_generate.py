@@ -23,6 +23,7 @@ from jsonargparse import Namespace
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptSet, joined, of_prompts
 from erase.scripts.cli import (
+    OneDelta,
     Parser,
     Words,
     add_config,
@@ -51,9 +52,7 @@ def make_parser() -> Parser:
     command.add_argument(
         "--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read"
     )
-    command.add_argument(
-        "--delta", type=str | None, default=None, help="an erasure to apply to the model first"
-    )
+    command.add_argument("--delta", action=OneDelta, help="an erasure to apply to the model first")
     add_erased(command)
     add_prompts(command, "canvas if no prompt is given")
     command.add_argument(

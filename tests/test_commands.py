@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
 from erase.delta import ErasedDelta
 from erase.methods import get_method
@@ -39,6 +40,7 @@ from erase.scripts import (
     run_live,
 )
 from erase.scripts.cli import WIDTH, check_folder, hush, parse, read_concepts, run
+from erase.scripts.cli.foreign import place_of
 from erase.scripts.cli.recipes import recipe, recipes
 from tests.loaded import loaded, watched
 from tests.texts import raises, written
@@ -403,6 +405,34 @@ def test_any_other_empty_option_is_refused_too(capsys):
         (run_export.main, "report"),
     ):
         assert f"--{option} is empty" in failed(capsys, main, f"--{option}", "")
+
+
+@pytest.mark.parametrize(
+    ("main", "option"),
+    [
+        (run_evaluate.main, "delta"),
+        (run_generate.main, "delta"),
+        (run_freeze.main, "delta"),
+        (run_erase.main, "after"),
+    ],
+)
+def test_the_first_of_two_deltas_is_not_left_out_without_a_word(main, option, capsys):
+    told = failed(capsys, main, f"--{option}", "A", f"--{option}", "B")
+    assert f"--{option} takes one delta, and is given A and B" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "place"),
+    [
+        ({"delta": "runs/heart/delta.safetensors"}, "runs/heart/report"),
+        ({"delta": "runs/both.safetensors"}, "runs/both/report"),
+        ({"delta": "docs"}, "docs/report"),
+        ({"erased": ["models/esd.safetensors", "text.pt"]}, "runs/esd/report"),
+    ],
+)
+def test_no_two_erasures_share_a_place_unless_the_user_says_so(given, place, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert place_of(Namespace(**{"erased": [], "delta": "", **given}), "report") == place
 
 
 def test_an_empty_out_is_refused_in_python():

@@ -216,6 +216,25 @@ class Words(Action):
         setattr(namespace, self.dest, list(self._given))
 
 
+class OneDelta(Action):
+    """An option of one delta: of two, the first would be left out without a word."""
+
+    def __init__(self, option_strings: list[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, type=str, **options)
+        self._given = ""
+
+    def __call__(
+        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
+    ) -> None:
+        if self._given:
+            raise ErasureError(
+                f"{option_string} takes one delta, and is given {self._given} and {values}; make "
+                "one of them (erase-export --delta A --delta B --format delta), or name one"
+            )
+        self._given = values
+        setattr(namespace, self.dest, values)
+
+
 def _as_words(value: object) -> list[str]:
     words: list[Any] = value if isinstance(value, list) else [value]
     for word in words:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
@@ -10,6 +11,9 @@ from erase.prompts.concepts import shipped
 from erase.prompts.errors import ErasureError
 from erase.scripts.cli import Parser, Words
 from erase.scripts.cli.naming import concepts_named
+
+DELTA_FILE = "delta.safetensors"
+"""of a run's folder"""
 
 if TYPE_CHECKING:  # --help needs none of it
     import torch
@@ -50,6 +54,17 @@ def check_erased(options: Namespace, delta: str | list[str] | None) -> None:
         raise ErasureError(
             "--concepts is for --erased; a delta names its own concepts, so leave it out"
         )
+
+
+def place_of(options: Namespace, name: str) -> str:
+    """Where something made of an erasure goes unless the user says it: beside its delta, so that no
+    two share a place; of what other programs erased, under runs/, by its name."""
+    if options.erased:
+        return str(Path("runs") / Path(options.erased[0]).stem / name)
+    path = Path(options.delta)
+    if path.name == DELTA_FILE:
+        return str(path.parent / name)
+    return str((path if path.is_dir() else path.with_suffix("")) / name)
 
 
 def erased_model(
