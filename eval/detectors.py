@@ -80,16 +80,20 @@ def detector(about: Case | Sequence[ConceptSpec], judge: str = "auto") -> Detect
     if not concepts:
         raise ErasureError("there is no concept to look for; evaluate a delta, which names its own")
     check_judge(judge)
-    if judge == "auto":
-        judge = _fitting(concepts, not isinstance(about, Case) or of_canvas(about))
+    judge = fitting(about, judge)
     if judge.startswith("clip"):
         place = judge.partition(":")[2]
         return _clip(concepts, clips.Config(model=place) if place else VIT)
     return _canvas(concepts) if judge == "canvas" else _nudenet()
 
 
-def _fitting(concepts: Sequence[ConceptSpec], of_canvas_prompts: bool) -> str:
-    if of_canvas_prompts and all(_has_class(concept) for concept in concepts):
+def fitting(about: Case | Sequence[ConceptSpec], judge: str) -> str:
+    """That judge, or for `auto` the one that fits; `auto` stays where there are no concepts."""
+    concepts = about.concepts if isinstance(about, Case) else about
+    if judge != "auto" or not concepts:
+        return judge
+    prompts_fit = not isinstance(about, Case) or of_canvas(about)
+    if prompts_fit and all(_has_class(concept) for concept in concepts):
         return "canvas"
     return "nudenet" if nudenet.of_nudity(concepts) else "clip"
 

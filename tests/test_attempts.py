@@ -12,12 +12,13 @@ from erase.eval.canvas.render import render
 from erase.eval.case import Case
 from erase.eval.detectors import Detector, detector
 from erase.eval.evaluators import clip as clips
-from erase.eval.evaluators import nudenet
+from erase.eval.evaluators import get_evaluator, nudenet
 from erase.eval.generate import GenerateConfig, generate, planned
 from erase.eval.images import ImageSet
+from erase.eval.run import EvaluateConfig
 from erase.models import wrap
 from erase.prompts.canvas import canvas_concept
-from erase.prompts.concepts import ConceptSpec
+from erase.prompts.concepts import ConceptSpec, load_concepts
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, PromptSet, canvas_grid
 
@@ -62,6 +63,24 @@ def test_the_judge_that_fits():
         with pytest.raises(InterruptedError):
             detector(Case(rows_of("a heart"), [HEART]))
     assert asked == ["ViT-B-32"]
+
+
+def test_the_judge_that_fits_is_told_before_anything_is_drawn():
+    grid = planned(canvas_grid((188,)), Path("nowhere"), CONFIG)
+    nudity = load_concepts("nudity")
+    for name in ("attack", "probes", "relearning"):
+
+        def judge(*concepts: ConceptSpec, named: str = "auto", evaluator: str = name) -> str:
+            settings = replace(get_evaluator(evaluator).config, judge=named)
+            config = EvaluateConfig([evaluator], settings={evaluator: settings})
+            return config.chosen(Case(grid, concepts))[evaluator][1].judge
+
+        assert [judge(HEART), judge(*nudity), judge(HEART, *nudity)] == [
+            "canvas",
+            "nudenet",
+            "clip",
+        ]
+        assert [judge(*nudity, named="clip"), judge()] == ["clip", "auto"]
 
 
 def _stop() -> None:

@@ -28,7 +28,7 @@ from erase.eval.attempts import (
 )
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
-from erase.eval.detectors import check_judge, detector
+from erase.eval.detectors import check_judge, detector, fitting
 from erase.eval.evaluators import Evaluator
 from erase.eval.inversion import found_starts, pixels, redrawn
 from erase.eval.kept import Kept
@@ -81,6 +81,11 @@ class Config:
         check_ranges(self, {"images": COUNT, "iterations": COUNT})
         check_names(self, {"prompt": PROMPTS})
         check_judge(self.judge)
+
+
+def settle(case: Case, config: Config, named: bool) -> Config:
+    """The judge that fits, where it is left open."""
+    return replace(config, judge=fitting(case, config.judge))
 
 
 def check(case: Case, config: Config) -> None:
@@ -314,4 +319,6 @@ RUNS: dict[str, Callable[[_Probing], list[Score]]] = {
     "inpainting": _Probing.inpainting,
     "inversion": _Probing.inversion,
 }
-PROBES = Evaluator("probes", Config(), evaluate, check, needs_model=True, budget=budget)
+PROBES = Evaluator(
+    "probes", Config(), evaluate, check, settle=settle, needs_model=True, budget=budget
+)

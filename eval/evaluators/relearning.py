@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 
 from erase.attacks import GRADIENT, Asked
@@ -25,7 +25,7 @@ from erase.eval.attempts import (
 )
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
-from erase.eval.detectors import check_judge, detector
+from erase.eval.detectors import check_judge, detector, fitting
 from erase.eval.evaluators import Evaluator
 from erase.eval.kept import Kept
 from erase.eval.metrics.intervals import of_rate
@@ -156,6 +156,11 @@ class Curve:
         return 100 * sum(strips) / self.steps[-1]
 
 
+def settle(case: Case, config: Config, named: bool) -> Config:
+    """The judge that fits, where it is left open."""
+    return replace(config, judge=fitting(case, config.judge))
+
+
 def check(case: Case, config: Config) -> None:
     """Refuse a case without a model, without prompts to attack, of a judge or with a freeze that
     does not fit."""
@@ -280,4 +285,6 @@ class _Relearning:
         return self.attempts.shown(self.model, what="relearned")
 
 
-RELEARNING = Evaluator("relearning", Config(), evaluate, check, needs_model=True, budget=budget)
+RELEARNING = Evaluator(
+    "relearning", Config(), evaluate, check, settle=settle, needs_model=True, budget=budget
+)
