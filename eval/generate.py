@@ -40,7 +40,15 @@ from erase.eval.sampling import prepared, sampled
 from erase.files import file_sha256
 from erase.models import Cond, autocast
 from erase.models.families import family_of
-from erase.models.pipelines import Pipeline, decode, denoiser, encode, image_size
+from erase.models.pipelines import (
+    FROZEN,
+    Pipeline,
+    decode,
+    denoiser,
+    encode,
+    frozen_facts,
+    image_size,
+)
 from erase.models.prompt_checks import cut_prompts
 from erase.models.tokenizers import tokens
 from erase.parallel.processes import processes, progress
@@ -197,6 +205,7 @@ def _own_settings(
         "steps": config.steps,
         "guidance": float(config.guidance),
         "resolution": config.resolution or image_size(pipeline),
+        **frozen_facts(pipeline),
         "batch_size": size,
         "mixed_precision": config.mixed_precision,
         "dtype": str(denoiser(pipeline).dtype).removeprefix("torch."),
@@ -209,29 +218,38 @@ def _own_settings(
     }
 
 
-def _check_claim(out: Path, settings: dict[str, Any]) -> None:
-    """Refuse a folder whose images were made in another way."""
+def _check_claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a folder whose images were made in another way.
+
+    Returns:
+        what can be said of all its images: the settings, less those that an older version did not
+        record.
+    """
     earlier = read_settings(out)
     if earlier is None and any(out.glob("*.png")):
         raise ErasureError(
             f"{out} holds images but no {SETTINGS} that says how they were made; choose another "
             "output folder"
         )
-    for field in [] if earlier is None else [*settings, *earlier]:
-        mine, theirs = settings.get(field), (earlier or {}).get(field)
-        if field not in TOLD and mine != theirs:
+    if earlier is None:
+        return settings
+    unknown = () if "vae" in earlier else FROZEN
+    for field in [*settings, *earlier]:
+        mine, theirs = settings.get(field), earlier.get(field)
+        if field not in (*TOLD, *unknown) and mine != theirs:
             raise ErasureError(
                 f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another "
                 "output folder, or delete this one to make its images anew"
             )
+    return {field: value for field, value in settings.items() if field not in unknown}
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Write `settings.json`, before any image, into a folder that is free."""
-    _check_claim(out, settings)
+    known = _check_claim(out, settings)
     processes().wait_for_everyone()  # nobody writes before everybody has looked
     if processes().is_main_process:
-        write_settings(out, settings)
+        write_settings(out, known)
 
 
 def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from erase.attacks.probes import Inverted, Sampling
 from erase.eval.attempts import Attempts
 from erase.files import load_tensors, save_tensors
 from erase.models import DiffusionModel
-from erase.models.pipelines import decode
+from erase.models.pipelines import decode, frozen_facts
 from erase.parallel.processes import exists_on_all, in_shares, processes
 from erase.tensors import sha256_of
 
@@ -24,7 +24,8 @@ def found_starts(
 ) -> Tensor:
     """Start noise of the base's images, shape as the latents': found once, whatever is erased from
     it."""
-    about = [base.fingerprint, latents, asdict(attempts.settings), iterations]
+    frozen = frozen_facts(base.pipeline())
+    about = [base.fingerprint, frozen, latents, asdict(attempts.settings), iterations]
     path = folder and folder / f"starts-{sha256_of(about)[:16]}.safetensors"
     if path and exists_on_all(path):
         return load_tensors(path, "starts")[0]["starts"]

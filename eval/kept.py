@@ -12,6 +12,8 @@ from typing import Any
 from erase.eval.attempts import Attempts
 from erase.eval.case import Case
 from erase.files import atomic_write, errors_named
+from erase.models import DiffusionModel
+from erase.models.pipelines import frozen_facts
 from erase.parallel.processes import exists_on_all, processes
 
 
@@ -35,11 +37,17 @@ class Kept:
 
     @classmethod
     def of(
-        cls, case: Case, what: str, attempts: Attempts, base: str, settings: Mapping[str, Any]
+        cls,
+        case: Case,
+        what: str,
+        attempts: Attempts,
+        base: DiffusionModel,
+        settings: Mapping[str, Any],
     ) -> Kept:
-        """Findings on a case by these attempts and settings; `base` is the base's fingerprint."""
+        """Findings on a case by these attempts and settings."""
         made_from = {
-            "base": base,
+            "base": base.fingerprint,
+            "frozen": frozen_facts(base.pipeline()),
             "delta": case.delta.sha256 if case.delta else "",
             "concepts": [concept.to_dict() for concept in case.concepts],
             "rows": [[row.prompt, row.seed, row.guidance] for row in attempts.rows],

@@ -54,6 +54,8 @@ class Attacker:
     """images of the concepts by the base, of other seeds than the erasure's"""
     own: LatentSet
     """the base's image of each prompt that is attacked, where an attack asks for them"""
+    frozen: Mapping[str, Any]
+    """what is the same on every model under evaluation (`frozen_facts`)"""
     seed: int = 0
     shared: Path | None = None
     """folder of what is learned from the base, the same for every model under evaluation"""
@@ -116,6 +118,7 @@ class Attacker:
         rows = [(row.prompt, row.seed, row.guidance) for row in self.attempts.rows]
         about = {
             "weights": model.fingerprint,
+            "frozen": self.frozen,
             "attack": [attack.name, asdict(budget), restart, self.seed],
             "concepts": [concept.to_dict() for concept in self.concepts],
             "images": vars(images),

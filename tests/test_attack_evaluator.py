@@ -131,7 +131,9 @@ def test_all_attacks_run_and_the_same_again_is_read_from_the_folder(
     assert found == scores[:2], "bit-equal without a folder, and beside others, too"
 
 
-def test_another_budget_or_model_is_attacked_anew(pico, images, tmp_path, monkeypatch):
+def test_another_budget_or_model_is_attacked_anew(
+    pico, make_pico_pipeline, images, tmp_path, monkeypatch
+):
     one = replace(ALL, attacks=["random_tokens"], random_tokens=RandomTokensConfig(tries=1))
     drawn, shown = [], attempts.Attempts.shown
     monkeypatch.setattr(
@@ -145,6 +147,10 @@ def test_another_budget_or_model_is_attacked_anew(pico, images, tmp_path, monkey
     assert len(drawn) == 2
     evaluate(case_of(pico, images, folder, delta=changed(pico, _noisy)), one)
     assert len(drawn) == 3
+    other = wrap(make_pico_pipeline())
+    other.pipeline().vae = make_pico_pipeline(7).vae
+    evaluate(case_of(other, images, folder), one)
+    assert len(drawn) == 4
 
 
 @dataclass(frozen=True)

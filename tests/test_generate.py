@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from PIL import Image
 
 from erase.eval.generate import GenerateConfig, batches, generate
 from erase.eval.generate_config import SCHEDULERS
-from erase.eval.images import MANIFEST, SETTINGS, ImageSet
+from erase.eval.images import MANIFEST, SETTINGS, ImageSet, write_settings
+from erase.models.pipelines import FROZEN
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, PromptSet
 
@@ -238,6 +240,45 @@ def test_a_folder_of_other_images_is_refused_and_left_alone(pipe, whole: ImageSe
     with pytest.raises(ErasureError, match=f"made with {says}.*choose another output folder"):
         generate(pipe, **job)
     assert files(whole.folder) == before
+
+
+def another_vae(pipe, make) -> None:
+    pipe.vae = make(7).vae
+
+
+def another_prediction(pipe, _) -> None:
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+
+
+def another_scale(pipe, _) -> None:
+    pipe.vae.register_to_config(scaling_factor=0.5)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (another_vae, "vae '"),
+        (another_scale, "vae '"),
+        (another_prediction, "prediction_type 'epsilon', not 'v_prediction'"),
+    ],
+)
+def test_images_of_another_frozen_part_are_refused(
+    make_pico_pipeline, whole: ImageSet, change, says
+):
+    other = make_pico_pipeline()
+    change(other, make_pico_pipeline)
+    with pytest.raises(ErasureError, match=f"made with {says}.*choose another output folder"):
+        generate(other, PROMPTS, whole.folder, FAST, MADE_BY)
+
+
+def test_a_folder_that_does_not_tell_of_frozen_parts_is_taken_and_stays_so(
+    pipe, whole: ImageSet, calls, tmp_path: Path
+):
+    older = shutil.copytree(whole.folder, tmp_path / "older")
+    told = {key: value for key, value in whole.settings.items() if key not in FROZEN}
+    write_settings(older, told)
+    assert generate(pipe, PROMPTS, older, FAST, MADE_BY).settings == told
+    assert calls["unet"] == [] and len(told) < len(whole.settings)
 
 
 def test_the_command_may_change(pipe, tmp_path: Path):

@@ -161,6 +161,9 @@ def test_what_another_run_needs_otherwise_is_another_file_of_the_cache(base, tmp
     assert len(list(cache.glob("forget-*.safetensors"))) == 3
     assert not torch.equal(sets[0].latents, sets[1].latents)
     assert not torch.equal(sets[0].latents, sets[2].latents)
+    model.pipeline().vae.register_to_config(scaling_factor=0.5)
+    prepare_latents(model, concepts, DATA, 0, cache)
+    assert len(list(cache.glob("forget-*.safetensors"))) == 4
 
 
 def test_two_runs_that_fill_a_cache_at_once_leave_it_whole(base, tmp_path, monkeypatch):

@@ -239,6 +239,15 @@ def test_the_same_again_in_other_batches_and_nothing_when_all_is_kept(
     )
 
 
+def test_what_another_vae_showed_is_not_taken(case, model, tmp_path, make_pico_pipeline):
+    config = replace(SMALL, probes=["inpainting"])
+    evaluate(case, config)
+    (kept,) = (tmp_path / "work" / "base").iterdir()
+    model.pipeline().vae = make_pico_pipeline(7).vae
+    evaluate(make_case(model, tmp_path / "work" / "base"), config)
+    assert len(list(kept.parent.iterdir())) == 2
+
+
 def test_what_is_of_the_base_alone_is_found_once(case, model, tmp_path, monkeypatch):
     """The starts of the base's images serve whatever is evaluated beside it."""
     inverted = []

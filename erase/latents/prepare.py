@@ -24,6 +24,7 @@ from erase.latents.latent_set import LatentSet
 from erase.latents.picking import pick, pick_in_turn
 from erase.latents.sampling import sample_points
 from erase.models import DiffusionModel
+from erase.models.pipelines import frozen_facts
 from erase.parallel.processes import exists_on_all, in_shares, processes
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, check_ranges
@@ -210,7 +211,8 @@ def _cached(
     digests = [file_sha256(file) for file in files]
     # the prompts tell of `earlier`
     facts = {name: value for name, value in config.facts.items() if name != "earlier"}
-    key = json.dumps([model.fingerprint, prompts, anchors, own, digests, seed, facts])
+    frozen = frozen_facts(model.pipeline())
+    key = json.dumps([model.fingerprint, frozen, prompts, anchors, own, digests, seed, facts])
     digest = hashlib.sha256(key.encode()).hexdigest()
     path = cache / f"{what}-{digest[:16]}.safetensors" if cache else None
     if path and exists_on_all(path):

@@ -9,11 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from erase.models.base import Cond
+from erase.models.base import Cond, fingerprint
 from erase.models.families import family_of
 from erase.models.precision import autocast
 from erase.models.stock import Pipeline, Stock
 from erase.prompts.errors import ErasureError
+from erase.tensors import sha256_of
+
+SCHEDULE = (
+    "prediction_type",
+    "beta_schedule",
+    "beta_start",
+    "beta_end",
+    "rescale_betas_zero_snr",
+    "timestep_spacing",
+    "steps_offset",
+    "shift",
+    "use_dynamic_shifting",
+    "base_shift",
+    "max_shift",
+)
+"""options of a scheduler that every sampler made from it takes over"""
+FROZEN = ("vae", *SCHEDULE)
+"""keys of `frozen_facts`"""
+SCALES = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+"""options of a VAE that stand between its latents and the denoiser's"""
 
 
 def stock(pipeline: Pipeline) -> Stock:
@@ -71,6 +91,15 @@ def check_side(pipeline: Pipeline, side: int) -> None:
             f"images of {side} pixels are no whole number of latent cells or patches; give a "
             f"multiple of {step}"
         )
+
+
+def frozen_facts(pipeline: Pipeline) -> dict[str, Any]:
+    """What images depend on beside the weights that methods change: a digest of the VAE, and the
+    scheduler's options, less those that are not there or empty. JSON-ready."""
+    vae, options = pipeline.vae, pipeline.scheduler.config
+    scales = [vae.config.get(key) for key in SCALES]
+    facts = {key: options[key] for key in SCHEDULE if options.get(key)}
+    return {"vae": sha256_of([fingerprint(vae.state_dict().items()), scales]), **facts}
 
 
 def modules(pipeline: Pipeline) -> dict[str, nn.Module]:

@@ -34,6 +34,7 @@ from erase.eval.scores import Score, share_of
 from erase.eval.tries import Attacker, Try, tries_of
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
+from erase.models.pipelines import frozen_facts
 from erase.models.prefix import room
 from erase.parallel.processes import in_shares, processes
 from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_ranges, is_number
@@ -241,7 +242,8 @@ def _attacker(case: Case, config: Config, attempts: Attempts, base: DiffusionMod
     latents = drawn_by_base(base, case.concepts, config.references, config.seed, shared)
     each = any(attack.per_prompt(budget) for attack, budget in config.chosen())
     own = _encoded(case, attempts, base) if each else latents
-    return Attacker(case.concepts, attempts, latents, own, config.seed, shared, folder)
+    frozen = frozen_facts(base.pipeline())
+    return Attacker(case.concepts, attempts, latents, own, frozen, config.seed, shared, folder)
 
 
 def _encoded(case: Case, attempts: Attempts, base: DiffusionModel) -> LatentSet:

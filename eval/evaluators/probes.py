@@ -150,7 +150,7 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     with case.base_model() as base:
         config = _possible(config, base)
         settings = asdict(config) | {"probes": None, "judge": None}
-        kept = Kept.of(case, "probes", attempts, base.fingerprint, settings)
+        kept = Kept.of(case, "probes", attempts, base, settings)
         inverts = "inversion" in config.probes and "inversion" not in kept
         material = _Material.of(base, case, config, attempts, inverts)
     with case.model() as model:

@@ -216,7 +216,7 @@ def evaluate(case: Case, config: Config) -> list[Score]:
         settings = {name: getattr(config, name) for name in ("batch_size", "lora_rank")}
         special = {"seed": config.seed, "freeze": freeze.sha256 if freeze else ""}
         settings |= {"most": most, **{name: value for name, value in special.items() if value}}
-        kept = Kept.of(case, "relearning", attempts, base.fingerprint, settings)
+        kept = Kept.of(case, "relearning", attempts, base, settings)
     with case.model() as model:
         curves = _Relearning(model, case, config, attempts, kept, freeze).curves(own, others)
     case.add_extra("relearning", [asdict(curve) for curve in curves])
