@@ -53,7 +53,8 @@ def finished_images(folder: str | Path, prompts: PromptSet | None = None) -> Ima
             their prompts, in the field's columns. A row's image is the one that its `file` column
             names, or else `CASE.png`, `CASE_0.png` (as ESD's, UCE's and SalUn's scripts call it) or
             `00CASE.png`; .jpg, .jpeg and .webp are images too, and so is .PNG.
-        prompts: of the images; by default the manifest's, or the one CSV in the folder.
+        prompts: of the images, whose labels go before a manifest's; by default the manifest's, or
+            the one CSV in the folder.
 
     Raises:
         ErasureError: no prompts, or several CSV files; an image that is missing, is none, or that
@@ -62,9 +63,7 @@ def finished_images(folder: str | Path, prompts: PromptSet | None = None) -> Ima
     folder = Path(folder)
     if (folder / SETTINGS).is_file() or (folder / MANIFEST).is_file():
         images = ImageSet.open(folder)
-        if prompts:
-            _check_prompts(images, prompts)
-        return images
+        return _of_prompts(images, _plain(prompts)) if prompts else images
     prompts = prompts or _prompts_in(folder)
     files = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in ENDINGS)
     by_stem: dict[str, list[str]] = {}
@@ -154,8 +153,12 @@ def _row(row: PromptRow, path: Path) -> ImageRow:
     )
 
 
-def _check_prompts(images: ImageSet, prompts: PromptSet) -> None:
-    """Refuse images of other prompts or seeds than these."""
+def _of_prompts(images: ImageSet, prompts: PromptSet) -> ImageSet:
+    """The images with the labels of these prompts.
+
+    Raises:
+        ErasureError: they are of other prompts or seeds.
+    """
     theirs = {row.case: (row.prompt, row.seed) for row in images.rows}
     ours = {row.case: (row.prompt, row.seed) for row in prompts.rows}
     for case in sorted(theirs.keys() | ours.keys()):
@@ -165,6 +168,8 @@ def _check_prompts(images: ImageSet, prompts: PromptSet) -> None:
                 f"{theirs.get(case)} there and {ours.get(case)} in the prompts; give those that it "
                 "was made of, or leave --prompts out"
             )
+    labels = {row.case: row.labels for row in prompts.rows}
+    return replace(images, rows=[replace(row, labels=labels[row.case]) for row in images.rows])
 
 
 def evaluate_images(
@@ -207,7 +212,7 @@ def evaluate_images(
     _check_settings(after, config.generate if callable(base) else None)
     asked = _together(sets)
     before = base(asked) if callable(base) else finished_images(base, whole)
-    _check_prompts(before, asked)
+    before = _of_prompts(before, asked)
     cases = {
         BASE: Case(before, concepts, folder=out / "work" / BASE),
         ERASED: Case(after, concepts, base_images=before, folder=out / "work" / ERASED),

@@ -230,6 +230,24 @@ def test_images_of_other_prompts_than_the_base_s_are_refused(others):
     assert not (others / "report").exists()
 
 
+def test_labels_are_those_of_the_prompts_that_are_given(work):
+    corrected = HEADER.replace("\n", ",file\n") + "0,a red heart,1,moon,Flat,red,a.png\n"
+    corrected += "1,a blue star,2,star,Neon,blue,b.png\n"
+    (work / "corrected.csv").write_text(corrected)
+    rows = finished_images(work / "images", PromptSet.load(work / "corrected.csv")).rows
+    wanted = [{"object": "moon", "style": "Flat", "colour": "red"}]
+    assert [dict(row.labels) for row in rows[:1]] == wanted
+    assert finished_images(work / "images").rows[0].labels["object"] == "heart"
+
+
+def test_both_sides_have_the_labels_of_the_erased_ones(others):
+    (others / "base" / "prompts.csv").write_text(HEARTS.replace("1,heart", "1,moon"))
+    report = evaluate_images(
+        others / "erased", [canvas_concept("heart")], others / "base", others / "report"
+    )
+    assert scores(report, "base") == scores(report, "erased")
+
+
 def test_the_base_is_drawn_with_the_settings_of_our_own_images(work, base, tmp_path, capsys):
     given = [*("--model", base, "--erased", work / "images", "--concepts", "heart"), *FEW]
     given += ["--generate.steps", "3", "--out", tmp_path / "r"]
