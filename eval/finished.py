@@ -7,20 +7,22 @@ base's images are made of the same prompts and seeds, or are finished ones too.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from erase.eval.case import Case
-from erase.eval.generate import GenerateConfig
+from erase.eval.generate import GenerateConfig, generate, planned, settings_for
 from erase.eval.images import MANIFEST, SETTINGS, ImageRow, ImageSet, opened
 from erase.eval.report.report import BASE, ERASED, EvalReport
 from erase.eval.reporting import about_concepts, chosen_of, parts_of, report_on, versions_of
-from erase.eval.run import EvaluateConfig
+from erase.eval.run import EvaluateConfig, made_by
 from erase.files import file_sha256
 from erase.foreign.files import PARTS
+from erase.models import DiffusionModel
+from erase.models.pipelines import FROZEN
 from erase.models.single_file.tensor_file import SINGLE_FILES
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
@@ -29,8 +31,9 @@ from erase.prompts.prompt_sets import PromptRow, PromptSet, apart, mark_of
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 FILE = "file"
 """the column of a CSV that names a row's image"""
-SAME = ("scheduler", "steps", "guidance", "resolution")
-"""settings by which two sets of images must have been made, where both tell them"""
+SAME = ("scheduler", "steps", "resolution", "mixed_precision", "dtype")
+"""settings by which two sets of images must have been made, where both tell them; guidance is each
+row's own"""
 
 
 def holds_images(folder: str | Path) -> bool:
@@ -175,10 +178,11 @@ def _of_prompts(images: ImageSet, prompts: PromptSet) -> ImageSet:
 def evaluate_images(
     erased: str | Path,
     concepts: Sequence[ConceptSpec],
-    base: str | Path | Callable[[PromptSet], ImageSet],
+    base: str | Path | Callable[[], DiffusionModel],
     out: str | Path,
     config: EvaluateConfig | None = None,
     *,
+    base_images: str | Path | None = None,
     prompts: Sequence[PromptSet] = (),
     commands: list[str] | None = None,
 ) -> EvalReport:
@@ -188,9 +192,11 @@ def evaluate_images(
     Args:
         erased: their folder, as `finished_images` reads it.
         concepts: what was forgotten.
-        base: the folder of the base's images, likewise; or what makes them of the prompts.
+        base: the folder of the base's images, likewise; or what loads the base, by which they are
+            made of the prompts.
         out: folder of the report.
         config: evaluators, and how the base's images are made.
+        base_images: folder for images that are made, as of `erase.eval.run.evaluate`.
         prompts: sets that the images are of, each scored by itself, their case numbers counted on;
             by default what the images say.
         commands: for the report.
@@ -209,10 +215,12 @@ def evaluate_images(
         return Case(replace(after, rows=[r for r in after.rows if r.case in numbers]), asked)
 
     parts = parts_of(sets, concepts, foresee, config.chosen)
-    _check_settings(after, config.generate if callable(base) else None)
     asked = _together(sets)
-    before = base(asked) if callable(base) else finished_images(base, whole)
-    before = _of_prompts(before, asked)
+    if callable(base):
+        before = _drawn(base(), asked, Path(base_images or out / "base"), config.generate, after)
+    else:
+        before = _of_prompts(finished_images(base, whole), asked)
+        _check_alike(after, before)
     cases = {
         BASE: Case(before, concepts, folder=out / "work" / BASE),
         ERASED: Case(after, concepts, base_images=before, folder=out / "work" / ERASED),
@@ -239,16 +247,43 @@ def _about(images: ImageSet) -> Mapping[str, str]:
     return {"folder": images.folder.name, "images": str(len(images.rows))}
 
 
-def _check_settings(images: ImageSet, config: GenerateConfig | None) -> None:
-    """Refuse to make the base's images by other settings than those that ours say they were made
-    by."""
-    if config is None:
-        return
-    ours = asdict(config)
-    for key in SAME:
-        theirs = images.settings.get(key)
-        if theirs is not None and ours[key] is not None and theirs != ours[key]:
-            raise ErasureError(
-                f"{images.folder} was made with {key} {theirs}, and the base's images would be "
-                f"with {ours[key]}; add --generate.{key} {theirs}"
-            )
+def _drawn(
+    model: DiffusionModel,
+    prompts: PromptSet,
+    folder: Path,
+    config: GenerateConfig,
+    erased: ImageSet,
+) -> ImageSet:
+    """The base's images, made if the erased model's say nothing against it."""
+    pipe, about = model.pipeline(), made_by(model)
+    settings = settings_for(pipe, prompts, config, about)
+    _check_alike(erased, replace(planned(prompts, folder, config), settings=settings), drawn=True)
+    return generate(pipe, prompts, folder, config, about)
+
+
+def _check_alike(erased: ImageSet, base: ImageSet, drawn: bool = False) -> None:
+    """Refuse images of the base that are made in another way than the erased model's; `drawn`: they
+    are not made yet."""
+    for key, theirs, ours in _differences(erased, base):
+        if not drawn:
+            rest = f"{base.folder} with {ours}; make both by the same settings"
+        elif key in asdict(GenerateConfig()):
+            rest = f"the base's images would be with {ours}; add --generate.{key} {theirs}"
+        else:
+            rest = f"the base's images would be with {ours}; load the base as it was loaded there"
+        raise ErasureError(f"{erased.folder} was made with {key} {theirs}, and {rest}")
+
+
+def _differences(erased: ImageSet, base: ImageSet) -> Iterator[tuple[str, Any, Any]]:
+    """(setting, of the erased model's images, of the base's), where both tell it."""
+    one, other = erased.settings, base.settings
+    told = [key for key in SAME if key in one and key in other]
+    told += FROZEN if "vae" in one and "vae" in other else ()
+    for key in told:
+        if one.get(key) != other.get(key):
+            yield key, one.get(key), other.get(key)
+    guidance = {row.case: row.guidance for row in base.rows}
+    for row in erased.rows:
+        pair = row.guidance, guidance[row.case]
+        if pair[0] != pair[1] and not any(map(math.isnan, pair)):
+            yield "guidance", *pair

@@ -14,7 +14,7 @@ by one level; 1, 2 and 4 threads give the same bits, and 3 threads differ by 1e-
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache
@@ -55,7 +55,7 @@ from erase.parallel.processes import processes, progress
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, PromptSet
 
-__all__ = ["Batch", "GenerateConfig", "batches", "denoise", "generate", "planned"]
+__all__ = ["Batch", "GenerateConfig", "batches", "denoise", "generate", "planned", "settings_for"]
 
 TOLD = ("command", "sensitive")
 """settings that no image depends on, and that may differ from one run to the next"""
@@ -104,7 +104,7 @@ def generate(
     out = Path(out)
     state = processes()
     whole = batches(prompts, config)
-    settings = _settings(pipeline, prompts, whole, config, provenance)
+    settings = settings_for(pipeline, prompts, config, provenance)
     ready = prepared(pipeline, config)
     _claim(out, settings)
     _make(ready, whole[state.process_index :: state.num_processes], out, settings)
@@ -135,7 +135,7 @@ def left_to_make(
         ErasureError: what it would refuse before the first image.
     """
     whole = batches(prompts, config)
-    settings = _settings(pipeline, prompts, whole, config, provenance)
+    settings = settings_for(pipeline, prompts, config, provenance)
     prepared(pipeline, config)
     _check_claim(out, settings)
     with ThreadPoolExecutor() as pool:
@@ -169,16 +169,13 @@ def batches(prompts: PromptSet, config: GenerateConfig) -> list[Batch]:
     ]
 
 
-def _settings(
-    pipeline: Pipeline,
-    prompts: PromptSet,
-    whole: Sequence[Batch],
-    config: GenerateConfig,
-    provenance: dict[str, str],
+def settings_for(
+    pipeline: Pipeline, prompts: PromptSet, config: GenerateConfig, provenance: dict[str, str]
 ) -> dict[str, Any]:
-    """How all images are made, and what is to be told of them."""
+    """How `generate` makes these images, and what is to be told of them; nothing is drawn."""
     family_of(pipeline, "the pipeline")  # refuses other kinds
-    settings = _own_settings(pipeline, prompts, max(len(batch.rows) for batch in whole), config)
+    size = max(len(batch.rows) for batch in batches(prompts, config))
+    settings = _own_settings(pipeline, prompts, size, config)
     if clash := settings.keys() & provenance.keys():
         raise ErasureError(
             f"provenance may not set {sorted(clash)[0]!r}: generate records it itself; rename it"

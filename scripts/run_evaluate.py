@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,6 @@ from erase.scripts.cli.protocols import add_protocol, prompts_of
 if TYPE_CHECKING:
     from erase.delta import ErasedDelta
     from erase.eval.evaluators import Evaluator
-    from erase.eval.images import ImageSet
     from erase.eval.protocols import Protocol
     from erase.eval.report.report import EvalReport
     from erase.eval.run import EvaluateConfig
@@ -278,6 +277,8 @@ def of_images(
 ) -> EvalReport:
     """The evaluation of finished images."""
     from erase.eval.finished import evaluate_images, holds_images
+    from erase.models import load_model
+    from erase.parallel.processes import default_device
 
     if not options.concepts:
         raise ErasureError(
@@ -287,30 +288,20 @@ def of_images(
     given = folder is not None and holds_images(folder)
     unnamed = None if given else "canvas"
     concepts = concepts_named(options.concepts, options.model or unnamed)
+
+    def load() -> DiffusionModel:
+        return load_model(options.model or "canvas", default_device(), options.load)
+
     return evaluate_images(
         options.erased[0],
         concepts,
-        folder if given else drawn(options, config),
+        folder if given else load,
         options.out,
         config,
+        base_images=folder,
         prompts=prompts_given(options, protocol, concepts),
         commands=commands,
     )
-
-
-def drawn(options: Namespace, config: EvaluateConfig) -> Callable[[PromptSet], ImageSet]:
-    """What makes the base's images of a prompt set."""
-    from erase.eval.generate import generate
-    from erase.eval.run import made_by
-    from erase.models import load_model
-    from erase.parallel.processes import default_device
-
-    def draw(prompts: PromptSet) -> ImageSet:
-        model = load_model(options.model or "canvas", default_device(), options.load)
-        out = Path(options.base_images or Path(options.out) / "base")
-        return generate(model.pipeline(), prompts, out, config.generate, made_by(model))
-
-    return draw
 
 
 def seeds_of(count: int) -> tuple[int, ...]:

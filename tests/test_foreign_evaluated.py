@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from safetensors.torch import save_file
 
 from erase.delta import ErasedDelta
 from erase.eval.finished import evaluate_images, finished_images, holds_images, prompts_of
-from erase.eval.images import ImageSet
+from erase.eval.images import ImageSet, write_manifest, write_settings
 from erase.eval.report import EvalReport
 from erase.eval.reporting import asked_of
+from erase.eval.run import EvaluateConfig, GenerateConfig
 from erase.foreign import read_erased
 from erase.models import load_model
 from erase.prompts.canvas import canvas_concept
@@ -253,6 +255,56 @@ def test_the_base_is_drawn_with_the_settings_of_our_own_images(work, base, tmp_p
     given += ["--generate.steps", "3", "--out", tmp_path / "r"]
     assert run(run_evaluate.main, list(map(str, given))) == 2
     assert "was made with steps 1, and the base's images would be with 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"steps": 3}, "steps 1, and .*base with 3"),
+        ({"mixed_precision": "bf16"}, "mixed_precision no, and .*base with bf16"),
+        ({"vae": "another"}, "vae .*base with another"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr None, and .*base with True"),
+        (7.5, "guidance 5.0, and .*base with 7.5"),
+    ],
+)
+def test_finished_images_of_other_settings_are_not_compared(change, said, work, tmp_path):
+    other = ImageSet.open(work / "images")
+    shutil.copytree(other.folder, tmp_path / "base")
+    if isinstance(change, dict):
+        write_settings(tmp_path / "base", other.settings | change)
+    else:
+        write_manifest(tmp_path / "base", [replace(row, guidance=change) for row in other.rows])
+    with pytest.raises(ErasureError, match=f"was made with {said}; make both by the same"):
+        evaluate_images(
+            work / "images", [canvas_concept("heart")], tmp_path / "base", tmp_path / "r"
+        )
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"resolution": 64}, "resolution 64, and .* with 32; add --generate.resolution 64"),
+        ({"mixed_precision": "bf16"}, "mixed_precision bf16, .*--generate.mixed_precision bf16"),
+        ({"vae": "another"}, "vae another, .*load the base as it was loaded there"),
+        (7.5, "guidance 7.5, and .* with 5.0; add --generate.guidance 7.5"),
+    ],
+)
+def test_the_base_is_not_drawn_in_another_way(change, said, work, base, tmp_path):
+    other = ImageSet.open(work / "images")
+    folder = shutil.copytree(other.folder, tmp_path / "erased")
+    if isinstance(change, dict):
+        write_settings(folder, other.settings | change)
+    else:
+        write_manifest(folder, [replace(row, guidance=change) for row in other.rows])
+    config = EvaluateConfig(["classifier"], GenerateConfig(steps=1))
+    with pytest.raises(ErasureError, match=said):
+        evaluate_images(
+            *(folder, [canvas_concept("heart")], lambda: load_model(str(base)), tmp_path / "r"),
+            config,
+            prompts=[PromptSet.load(work / "hearts.csv")],
+        )
+    assert not (tmp_path / "r").exists()
 
 
 def test_folders_of_images_are_told_from_checkpoints(others, work, base):
