@@ -242,6 +242,29 @@ def test_values_that_the_model_would_round_are_refused_and_rounded_on_purpose(ma
         ).rounded(torch.float16)
 
 
+def test_the_likely_reason_why_a_base_is_another_is_said(make_pico_pipeline):
+    model, narrow = (
+        StableDiffusion(make_pico_pipeline().to(kind), "pico")
+        for kind in (torch.float32, torch.half)
+    )
+    delta = make(model)
+    with pytest.raises(ErasureError, match="rounded to float16 .*load that base in float32"):
+        delta.apply(narrow)
+    narrow = StableDiffusion(delta.apply(model).pipeline().to(torch.half).to(torch.float32), "e")
+    with pytest.raises(ErasureError, match="rounded to float16"):  # an export in float16
+        delta.inverse(StableDiffusion(make_pico_pipeline(), "pico")).apply(narrow)
+    other = StableDiffusion(make_pico_pipeline(seed=1), "other")
+    with pytest.raises(ErasureError, match="; load that base, or erase from this one$"):
+        delta.apply(other)
+
+
+def test_a_delta_is_not_applied_twice(model):
+    delta = make(model)
+    delta.apply(model)
+    with pytest.raises(ErasureError, match="it has the values of this delta already"):
+        delta.apply(model)
+
+
 def test_undoing_gives_the_base_back_to_the_bit(model, tmp_path):
     delta, weights = make(model), copies(model)
     undo = delta.inverse(model)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from erase.delta.mismatch import way_out
 from erase.delta.notebook import facts_table
 from erase.delta.origin import NOTHING, Origin, concepts_of, gone, read_origin, requests_of
 from erase.delta.stored import check_values, delta_file, read_delta, stored_tensors
@@ -155,8 +156,8 @@ class ErasedDelta:
         if model.fingerprint != own:
             raise ErasureError(
                 f"{self.source} belongs to base {self.metadata.get('base_id', '?')} (fingerprint "
-                f"{own[:12]}), but {model.name} has {model.fingerprint[:12]}; load that base, or "
-                "erase from this one"
+                f"{own[:12]}), but {model.name} has {model.fingerprint[:12]}; "
+                f"{way_out(self, model)}"
             )
         params = model.parameters()
         for name in self.values.keys() | self.bits.keys():
