@@ -147,7 +147,7 @@ def _add_deltas(command: Parser) -> None:
         "--conflicts",
         type=str | None,
         default=None,
-        help="write the table of overlaps to this JSON file",
+        help="write the table of overlaps to this JSON file, which does not exist yet",
     )
 
 
@@ -180,7 +180,7 @@ def _add_lora(command: Parser) -> None:
         "--lora_delta",
         type=str | None,
         default=None,
-        help="lora: also write base + LoRA as a delta, to evaluate it",
+        help="lora: also write base + LoRA as a delta to this new file, to evaluate it",
     )
 
 

@@ -64,8 +64,8 @@ def make_parser() -> Parser:
         "--out",
         type=str | None,
         default=None,
-        help="the file to write; default: freeze.json, beside the delta; of --erased NAME, "
-        "runs/NAME/freeze.json",
+        help="the .json file to write, which does not exist yet; default: freeze.json, beside the "
+        "delta; of --erased NAME, runs/NAME/freeze.json",
     )
     return command
 
@@ -106,9 +106,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_out(options: Namespace) -> None:
-    """Refuse a name that no JSON file has."""
+    """Refuse a name that no JSON file has, and a file that would be overwritten."""
+    from erase.export.whole import check_free
+
     if not options.out.endswith(".json"):
         raise ErasureError(f"--out is {options.out}; name a .json file, e.g. {options.out}.json")
+    check_free(options.out)
 
 
 def cli() -> None:

@@ -1,8 +1,10 @@
 """Exports: each format is loaded by the code of its own model card and draws what the erased model
 draws; all or nothing."""
 
+import filecmp
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -276,6 +278,20 @@ def test_a_lora_is_written_as_a_delta_too(heart, base, tmp_path):
     lora = extract_lora(ErasedDelta.load(heart), model, rank=2)
     assert ErasedDelta.load(tmp_path / "d.safetensors").sha256 == lora.as_delta(model).sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["d.safetensors", "l.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--format", "lora", "--lora_delta", "HEART"], ["--delta", "HEART", "--conflicts", "HEART"]],
+)
+def test_nothing_that_exists_is_overwritten(flags, heart, tmp_path, capsys, monkeypatch):
+    mine = tmp_path / "heart.safetensors"
+    shutil.copyfile(heart, mine)
+    flags = [str(mine) if flag == "HEART" else flag for flag in flags]
+    monkeypatch.setattr("erase.delta.base.load_model", None)  # before anything is loaded
+    assert run(run_export.main, ["--delta", heart, *flags, "--out", str(tmp_path / "out")]) == 2
+    assert f"{mine} exists already" in capsys.readouterr().err
+    assert filecmp.cmp(heart, mine, shallow=False)
 
 
 BAD = [

@@ -375,6 +375,13 @@ def test_the_command_writes_a_freeze_of_the_erased_model(tmp_path, capsys):
     assert "name a .json file" in capsys.readouterr().err
 
 
+def test_the_command_overwrites_nothing(tmp_path, capsys):
+    mine = tmp_path / "freeze.json"
+    mine.write_text("mine")
+    assert run(run_freeze.main, ["--delta", str(tmp_path / "absent"), "--out", str(mine)]) == 2
+    assert "freeze.json exists already" in capsys.readouterr().err
+
+
 def test_the_code_of_its_page_runs_as_it_stands(tmp_path, monkeypatch):
     model = load_model("canvas")  # noqa: F811
     delta = moved(model, "unet.mid_block")

@@ -56,7 +56,9 @@ def check_options(options: Namespace) -> None:
     check_undo(options)
     for name in ("out", "lora_delta"):
         check_ending(name, options)
-    check_free(options.out)
+    for name in ("out", "lora_delta", "conflicts"):
+        if options[name] is not None:
+            check_free(options[name])
     one_file = Path(options.out).suffix == ".safetensors"
     if options.push_to_hub:
         if one_file:
