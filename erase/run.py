@@ -17,6 +17,7 @@ import torch
 from erase.claims import check_artifact, check_settings, claim, flat
 from erase.compose.sequence import check_earlier, with_earlier
 from erase.delta import ErasedDelta
+from erase.delta.origin import foreign_of
 from erase.delta.stored import FILE
 from erase.files import atomic_write
 from erase.latents.config import LatentConfig
@@ -306,6 +307,8 @@ def describe(
     if after is None:
         return facts
     known = {key: after.metadata[key] for key in ("license",) if key in after.metadata}
+    if foreign := foreign_of(after.metadata, after.source):
+        known["foreign"] = json.dumps(foreign, ensure_ascii=False)
     return {
         **facts,
         **known,

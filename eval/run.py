@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from erase.delta import ErasedDelta
+from erase.delta.origin import unanchored
 from erase.eval.case import Case
 from erase.eval.cost import cost_of
 from erase.eval.evaluators import EVALUATORS, get_evaluator
@@ -126,7 +127,7 @@ def evaluate(
     """
     concepts = delta.origin.concepts  # before anything is drawn
     config, evidence, out = config or EvaluateConfig(), evidence or Evidence(), Path(out)
-    about = about_concepts(concepts, anchored="foreign" not in delta.metadata)
+    about = about_concepts(concepts, anchored=not unanchored(delta.metadata))
     sets = [prompts] if isinstance(prompts, PromptSet) else prompts
     base = load_model(model) if isinstance(model, str) else model
     delta.check(base)  # before the base's images are made, not after

@@ -112,6 +112,8 @@ REFUSED = {
     "a part without a scale": ({"parts": json.dumps([{**PART, "scale": None}])}, "parts"),
     "a scale without end": ({"parts": json.dumps([{**PART, "scale": 10**400}])}, "parts"),
     "a scale that is no number": ({"parts": json.dumps([PART]).replace("1.0", "NaN")}, "parts"),
+    "another program's file that is text": ({"foreign": '["x"]'}, "another program"),
+    "its concepts that are text": ({"foreign": '[{"erased": "x"}]'}, "another program"),
     "a digest that is a number": ({"parts": json.dumps([{**PART, "sha256": 5}])}, "parts"),
 }
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from erase.compose import compose
 from erase.delta import ErasedDelta
+from erase.delta.origin import unanchored
+from erase.eval.report.card import model_card
 from erase.export.lora import extract_lora
 from erase.foreign import read_erased
+from erase.methods.salun import SalUnConfig
 from erase.models import LoadConfig, load_model, wrap
 from erase.models.single_file import write_single_file
 from erase.prompts.canvas import canvas_concept
+from erase.prompts.concepts import dump
 from erase.prompts.errors import ErasureError
+from erase.run import EraseConfig, describe
 from tests.families import FAMILIES, tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl
 
 
@@ -522,6 +529,24 @@ def test_two_files_that_contradict_each_other_are_refused(base, tmp_path):
     paths = [tmp_path / folder / "esd.safetensors" for folder in ("a", "b")]
     with pytest.raises(ErasureError, match="both change unet.* name the one that is meant"):
         read_erased(base, paths)
+
+
+def test_what_another_program_put_in_a_concepts_place_stays_unknown(base, tmp_path):
+    path = esd_partial(moved(tiny_sd1(), in_unet), tmp_path)
+    theirs = read_erased(base, [path], [canvas_concept("heart")])
+    ours = replace(theirs, metadata={**theirs.metadata, "concepts": dump([canvas_concept("star")])})
+    del ours.metadata["foreign"]
+    half = compose(base, [(theirs, 0.5)])
+    assert unanchored(theirs.metadata) == unanchored(half.metadata) == {"heart"}
+    assert "| heart | not known |" in model_card(None, half.metadata)
+
+    both = compose(base, [(half, 1.0), (ours, 1.0)])
+    card = model_card(None, both.metadata)
+    assert "| heart | not known |" in card and "| star | not known |" not in card
+    assert unanchored(compose(base, [(theirs, -1.0), (ours, 1.0)]).metadata) == set()
+
+    later = describe([canvas_concept("star")], EraseConfig(), SalUnConfig(), after=theirs)
+    assert unanchored(later) == {"heart"}
 
 
 def test_a_delta_stays_what_it_is_and_names_its_concepts(base, tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from erase.compose.ties import KEEP, Part, change_of, check_keep, elected, trimmed
 from erase.delta import ErasedDelta, difference
-from erase.delta.origin import config_of
+from erase.delta.origin import config_of, foreign_of
 from erase.models import DiffusionModel
 from erase.prompts.errors import ErasureError, unknown
 from erase.tensors import all_finite, indices
@@ -165,9 +165,11 @@ def _describe(
     ]
     configs = [config_of(delta.metadata, delta.source) for delta, _ in parts]
     concepts: list[dict[str, Any]] = []  # each once, however many of the parts erase it
+    foreign: list[dict[str, Any]] = []
     for delta, scale in parts:
         if scale > 0:
             concepts += [concept for concept in delta.concepts if concept not in concepts]
+            foreign += foreign_of(delta.metadata, delta.source)
     return {
         **{
             key: first[key]
@@ -178,6 +180,7 @@ def _describe(
         "config": json.dumps({**how, "parts": configs}, sort_keys=True),
         "concepts": json.dumps(concepts),
         "parts": json.dumps(entries),
+        **({"foreign": json.dumps(foreign, ensure_ascii=False)} if foreign else {}),
     }
 
 

@@ -85,6 +85,7 @@ def check_metadata(metadata: Mapping[str, str], source: str) -> None:
     for part in _plain(metadata, "parts", list, source):
         _check_part(part, source)
     requests_of(metadata, source)
+    foreign_of(metadata, source)
     if lacks := [key for key in NEEDED if key not in metadata]:
         raise ErasureError(
             f"{source} does not say its {' and '.join(lacks)}; the file is damaged, erase again"
@@ -146,6 +147,26 @@ def requests_of(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]
                 "the file is damaged, erase again"
             )
     return requests
+
+
+def foreign_of(metadata: Mapping[str, str], source: str) -> list[dict[str, Any]]:
+    """The files of other programs that a delta was read from (`erase.foreign`), each with the
+    concepts that it erases; none of a delta of our own. Errors as `check_metadata`."""
+    files: list[dict[str, Any]] = _plain(metadata, "foreign", list, source)
+    concepts = [concept["target"] for concept in concepts_of(metadata, source)]
+    told = [{"erased": concepts, **file} for file in files if isinstance(file, dict)]
+    if len(told) < len(files) or not all(_fits(file["erased"], list[str]) for file in told):
+        raise ErasureError(
+            f"{source}: the files of another program are not told as --erased tells them; the file "
+            "is damaged, read them again"
+        )
+    return told
+
+
+def unanchored(metadata: Mapping[str, str]) -> set[str]:
+    """The concepts in whose place another program put what nobody knows, by their targets."""
+    files = foreign_of(metadata, "this delta")
+    return {target for file in files for target in file["erased"]}
 
 
 def gone(metadata: Mapping[str, str]) -> list[str]:

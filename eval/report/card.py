@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from erase.delta.origin import gone, read_origin, requests_of
+from erase.delta.origin import gone, read_origin, requests_of, unanchored
 from erase.eval.report.front_matter import front_matter, on_hub
 from erase.eval.report.report import EvalReport, words
 from erase.eval.report.words import glossary, limits, verdict_line, verdicts
@@ -100,7 +100,7 @@ def model_card(
         what=what,
         about=usage.about,
         picture=f"![The same prompts and seeds before and after]({PICTURE})\n\n" if picture else "",
-        concepts=_concepts(concepts, "foreign" not in metadata),
+        concepts=_concepts(concepts, unanchored(metadata)),
         call=usage.call,
         code=usage.code.replace(
             '"path/to/base"', json.dumps(_base_path(metadata["base_id"]), ensure_ascii=False)
@@ -216,13 +216,13 @@ def _base(metadata: Mapping[str, str]) -> str:
     return without_folders(metadata["base_id"]).removeprefix("path/to/")
 
 
-def _concepts(concepts: list[dict[str, Any]], anchored: bool) -> str:
+def _concepts(concepts: list[dict[str, Any]], unanchored: Collection[str]) -> str:
     if not concepts:
         return "No concept was erased."
     rows = [
         (
             plain(c["target"]),
-            plain(c["anchor"]) if anchored else "not known",
+            "not known" if c["target"] in unanchored else plain(c["anchor"]),
             plain(", ".join(c.get("synonyms", ())) or "none given"),
         )
         for c in concepts
