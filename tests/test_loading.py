@@ -877,6 +877,26 @@ def test_gradient_checkpointing_leaves_a_text_encoders_dropout_off(part):
         ),
         (
             "text_encoder/config.json",
+            {"_attn_implementation": "flash_attention_2"},
+            "compiled code .*flash_attention_2.* set it to sdpa",
+        ),
+        (
+            "text_encoder/config.json",
+            {"attn_implementation": {"": "sdpa", "text_config": "flash_attention_3"}},
+            "compiled code",
+        ),
+        (
+            "text_encoder/config.json",
+            {"text_config": {"_attn_implementation_internal": "someone/kernel"}},
+            "compiled code",
+        ),
+        (
+            "text_encoder/config.json",
+            {"layers": [{"_experts_implementation": "sonicmoe"}]},
+            "compiled code",
+        ),
+        (
+            "text_encoder/config.json",
             {"quantization_config": {"quant_method": "gptq"}},
             "quantised",
         ),
@@ -895,6 +915,12 @@ def test_code_in_a_folder_is_not_run(copied, tmp_path, file, changes, message, n
     edited(folder / file, **changes)
     refused(lambda: load_model(folder), message)
     assert not trace.exists()
+
+
+def test_attention_of_torchs_own_may_be_asked_for(copied):
+    folder = copied()
+    edited(folder / "text_encoder" / "config.json", _attn_implementation="eager")
+    assert load_model(folder).name == str(folder)
 
 
 def test_a_safety_checker_of_a_class_of_its_own_is_left_out_unread(copied, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ WEIGHTS = re.compile(
 ..."""
 CODE = ("auto_map", "custom_pipelines", "trust_remote_code")
 """keys of a configuration that name Python of the checkpoint's own"""
-KERNELS = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
-"""keys whose value, with a slash in it, names a repository of compiled code"""
+KERNELS = re.compile(r"_*(attn|experts)_implementation(_internal)?")
+"""keys whose value may name compiled code: a repository, or one that transformers fetches for it
+(flash_attention_2)"""
+OF_TORCH = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
+"""values of `KERNELS` that need none"""
 PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
 """safetensors' names of the numbers that an unquantised part holds"""
 
@@ -50,24 +53,42 @@ def read_config(path: Path) -> dict[str, Any]:
             "it"
         )
 
+    for settings in _mappings(config):
+        _check_plain_settings(path, settings)
+    return config
+
+
+def _mappings(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and every mapping in it, such as `text_config`."""
+    waiting: list[Any] = [config]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield value
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+def _check_plain_settings(path: Path, settings: Mapping[str, Any]) -> None:
     for key in CODE:
-        if config.get(key):
+        if settings.get(key):
             raise ErasureError(
                 f"{path} asks for code of its own ({key}), which is never run; give a checkpoint "
                 "without it"
             )
-    for key in KERNELS:
-        if "/" in str(config.get(key, "")):
+    for key, value in settings.items():
+        asked = value.values() if isinstance(value, dict) else [value]
+        if KERNELS.fullmatch(key) and not all(one in OF_TORCH for one in asked):
             raise ErasureError(
-                f"{path} asks for compiled code ({key} {config[key]!r}), which is never fetched; "
-                "take the key out"
+                f"{path} asks for compiled code ({key} {value!r}), which is never fetched; take "
+                "the key out, or set it to sdpa"
             )
-    if config.get("quantization_config"):
+    if settings.get("quantization_config"):
         raise ErasureError(
             f"{path} says that its weights are quantised; give the checkpoint in float16, bfloat16 "
             "or float32"
         )
-    return config
 
 
 def _said(error: BaseException) -> str:
