@@ -208,6 +208,17 @@ def test_a_delta_of_a_base_that_waits_in_main_memory_is_read_back(base, tmp_path
     assert config["erase"]["load"] == options.facts
 
 
+def test_of_several_variants_the_one_that_is_asked_for_is_read(base, tmp_path):
+    (tmp_path / "unet").mkdir()
+    for variant, by in (("fp16", 0.01), ("non_ema", 0.02)):
+        state = own(moved(tiny_sd1(), in_unet, by).unet)
+        save_file(state, tmp_path / f"unet/diffusion_pytorch_model.{variant}.safetensors")
+    with pytest.raises(ErasureError, match="only as fp16, non_ema; add --load.variant fp16"):
+        read_erased(base, [tmp_path])
+    delta = read_erased(base, [tmp_path], options=LoadConfig(variant="non_ema"))
+    assert same(applied(base, delta), weights(wrap(moved(tiny_sd1(), in_unet, 0.02))))
+
+
 def test_uce_gives_keys_and_values_alone(base, tmp_path):
     pipeline = moved(tiny_sd1(), keys_and_values)
     state = {

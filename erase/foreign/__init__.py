@@ -43,7 +43,8 @@ def read_erased(
             original programs; a LoRA; a delta. Several are put together: weights that two files
             give must not contradict each other, LoRAs and deltas are added to them.
         concepts: what was forgotten; by default those that deltas among `paths` name.
-        options: how the base was read, for the delta's metadata.
+        options: how the base was read, for the delta's metadata; folders among `paths` are read
+            with the same variant, where they have it.
 
     Raises:
         ErasureError: nothing there, a damaged file or one that asks for code, a file that is not of
@@ -51,7 +52,8 @@ def read_erased(
     """
     if not paths:
         raise ErasureError("no erased checkpoint was given; name a file or a folder")
-    sources = [find(path) for path in paths]
+    options = options or LoadConfig()
+    sources = [find(path, options.variant) for path in paths]
     known = places(model)
     read = [read_source(model, source, known) for source in sources]
     _check_agree([one.delta for one in read if not one.adds])
@@ -64,7 +66,7 @@ def read_erased(
         "base_fingerprint": model.fingerprint,
         "base_id": model.name,
         "method": "+".join(dict.fromkeys(delta.metadata["method"] for delta in deltas)),
-        "config": json.dumps({"erase": {"load": (options or LoadConfig()).facts}}, sort_keys=True),
+        "config": json.dumps({"erase": {"load": options.facts}}, sort_keys=True),
         "created_with": f"concept-erasure-toolkit {VERSION}, torch {torch.__version__}",
         METHOD: json.dumps([one.told for one in read], ensure_ascii=False),
     }

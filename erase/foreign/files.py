@@ -44,8 +44,13 @@ class Source:
         return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def find(path: str | Path) -> Source:
+def find(path: str | Path, variant: str | None = None) -> Source:
     """What a path holds.
+
+    Args:
+        path: a file or a folder.
+        variant: of a folder's files, where there are several; parts that have no such file are read
+            without.
 
     Raises:
         ErasureError: nothing is there, or no weights are.
@@ -56,16 +61,16 @@ def find(path: str | Path) -> Source:
     if not path.is_dir():
         raise ErasureError(
             f"there is no file or folder {path}; what is on the hub, fetch first "
-            f"(huggingface-cli download {path} --local-dir NAME)"
+            f"(hf download {path} --local-dir NAME)"
         )
     if (path / INDEX).is_file():
-        return _pipeline(path)
+        return _pipeline(path, variant)
     if (path / FILE).is_file():
         return Source(path / FILE, "delta", {path / FILE: ""})
     if parts := [part for part in PARTS if (path / part).is_dir()]:
-        return Source(path, "folder", _files_of(path, parts))
+        return Source(path, "folder", _files_of(path, parts, variant))
     if variants(path):
-        return Source(path, "folder", dict.fromkeys(_weights_in(path), ""))
+        return Source(path, "folder", dict.fromkeys(_weights_in(path, variant), ""))
     found = sorted(path.glob("*.safetensors"))
     if len(found) == 1:
         return Source(found[0], "file", {found[0]: ""})
@@ -86,7 +91,7 @@ def _is_delta(path: Path) -> bool:
         return False  # its reader says what is wrong with it
 
 
-def _pipeline(path: Path) -> Source:
+def _pipeline(path: Path, variant: str | None) -> Source:
     index = read_index(path)
     parts = [part for part in PARTS if isinstance(index.get(part), list) and any(index[part])]
     schedule: Mapping[str, Any] = {}
@@ -95,26 +100,26 @@ def _pipeline(path: Path) -> Source:
     return Source(
         path,
         "folder",
-        _files_of(path, parts),
+        _files_of(path, parts, variant),
         str(schedule.get("prediction_type", "epsilon")) if schedule else None,
         index["_class_name"],
     )
 
 
-def _files_of(path: Path, parts: list[str]) -> dict[Path, str]:
+def _files_of(path: Path, parts: list[str], variant: str | None) -> dict[Path, str]:
     files = {}
     for part in parts:
-        for file in _weights_in(check_part(path, part)):
+        for file in _weights_in(check_part(path, part), variant):
             files[file] = f"{part}."
     return files
 
 
-def _weights_in(where: Path) -> list[Path]:
-    """The files of one part: those without a variant in their names, or else those of the only
-    one."""
+def _weights_in(where: Path, variant: str | None) -> list[Path]:
+    """The files of one part: those of the variant, or else those without one in their names, or
+    else those of the only one."""
     there = variants(where)
     only = next(iter(there)) if len(there) == 1 else None
-    chosen = weight_variant(where, only)
+    chosen = weight_variant(where, variant if variant in there else only)
     matches = (WEIGHTS.fullmatch(file.name) for file in sorted(where.iterdir()))
     return [
         where / match.string

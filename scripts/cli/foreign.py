@@ -85,7 +85,7 @@ def erased_model(
     from erase.foreign.files import find
     from erase.models import load_model
 
-    sources = [find(path) for path in options.erased]
+    sources = [find(path, options.load.variant) for path in options.erased]
     if all(source.kind == "delta" for source in sources):
         first = ErasedDelta.load(sources[0].path)
         model = load_base(first, options.model, device, options.load)
