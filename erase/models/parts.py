@@ -14,6 +14,21 @@ from erase.models.part_files import weight_variant
 from erase.prompts.errors import ErasureError, reason
 from erase.tensors import all_finite
 
+PROBLEMS = {
+    "missing_keys": ("lacks", ""),
+    "mismatched_keys": ("holds with another shape", ""),
+    "unexpected_keys": (
+        "holds in surplus",
+        "; if they do no harm, leave them out (--load.ignore, a regular expression of how their "
+        "names begin)",
+    ),
+}
+"""what diffusers and transformers call it -> what it is, and the way out"""
+TOO_LARGE = (
+    " in float16; use float32 or bfloat16 (load.dtype), and if they are not finite there either, "
+    "the checkpoint is damaged"
+)
+
 
 def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
     """One part of a pipeline, with every one of its weights from the file and none left over.
@@ -33,19 +48,14 @@ def load_part(kind: Any, where: Path, options: LoadConfig) -> nn.Module:
         )
     except Exception as error:
         raise ErasureError(f"cannot load {where}: {reason(error)}") from error
-    what = {
-        "missing_keys": "lacks",
-        "mismatched_keys": "holds with another shape",
-        "unexpected_keys": "holds in surplus",
-    }
-    for problem, words in what.items():
+    for problem, (words, advice) in PROBLEMS.items():
         keys = [str(key) for key in info.get(problem, ()) if "position_ids" not in str(key)]
         if problem == "unexpected_keys":
             keys = [key for key in keys if not options.ignores(key)]
         if keys:
             raise ErasureError(
                 f"{where} {words} {keys[0]} ({len(keys)} such keys); it does not fit its "
-                "config.json"
+                f"config.json{advice}"
             )
     return module  # type: ignore[no-any-return]
 
@@ -60,9 +70,10 @@ def check_finite(parts: Mapping[str, nn.Module], name: str) -> None:
         for key, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.is_floating_point() and not all_finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
+                narrow = tensor.dtype == torch.float16 and not tensor.isnan().any()
                 raise ErasureError(
-                    f"{name}: {part}.{key} holds {bad:,} values that are not finite; the "
-                    "checkpoint is damaged"
+                    f"{name}: {part}.{key} holds {bad:,} values that are not finite"
+                    f"{TOO_LARGE if narrow else '; the checkpoint is damaged'}"
                 )
 
 
