@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import erase.training.loop
 from erase.latents.config import LatentConfig
 from erase.methods import METHODS, get_method
 from erase.models import wrap
@@ -28,6 +29,8 @@ DATA = LatentConfig(n_forget=6, n_retain=6, steps=2)
 CONCEPT = ConceptSpec(
     "heart", "mushroom", synonyms=("valentine",), retain=("a moon", "a photo of a house")
 )
+UNNAMED = replace(CONCEPT, templates=("a photo of a {}", "a red {}"))
+"""no template is the bare name"""
 QUICK = TrainConfig(steps=3, batch_size=2, lr=1e-3, checkpoint_every=1)
 ROOT = Path(__file__).parents[1]
 LINES = 100  # of a method's file
@@ -149,6 +152,18 @@ class TestEveryMethodThatTakesGradientSteps:
             not torch.equal(one.values[n], value) for n, value in other.values.items()
         )
 
+    def test_encodes_before_training_all_that_it_asks_for(self, model, name, monkeypatch):
+        """Within, autocast, other kernels and encoders that were moved away would give other
+        states than before, and a resumed run other ones than the run."""
+        task, known = Task(model, [UNNAMED], DATA), []
+        take = erase.training.loop._Steps.take
+        monkeypatch.setattr(
+            "erase.training.loop._Steps.take",
+            lambda steps: known.append(set(task._states)) or take(steps),
+        )
+        get_method(name).edit(task, quick(name))
+        assert all(states == set(task._states) for states in known)
+
     def test_trains_a_text_encoder_with_all_guarantees(self, model, name, tmp_path):
         """Masked, stopped, resumed: the denoiser stays, the encoder changes inside the mask, the
         bits are the run's."""
@@ -178,8 +193,6 @@ class TestEveryMethodThatTakesGradientSteps:
 
 
 def stop_before_step(patch, step):
-    import erase.training.loop
-
     take = erase.training.loop._Steps.take
 
     def stopping(self):

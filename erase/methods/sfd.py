@@ -7,6 +7,7 @@ latent is drawn beforehand. Where sampling these would cost more than the traini
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -53,11 +54,11 @@ Half = tuple[Rows, Tensor, Tensor, list[str], list[str]]
 def edit(task: Task, config: SFDConfig) -> Edit:
     """Minimise |eps(x_t, c) - eps_0(x_t, a)|^2 + alpha |eps(x_t, r) - eps_0(x_t, r)|^2, x_t noised
     from the image that the model as it is now makes of c, and of r, in one step."""
-    pairs = anchored_pairs(task.concepts)
+    pairs, size = anchored_pairs(task.concepts), config.train.batch_size
     kept = retained_prompts(task.concepts, task.earlier)
     if not kept:
         raise ErasureError("sfd holds the model to retained prompts, and there are none; give some")
-    size = config.train.batch_size
+    task.cond(["", *kept, *chain(*chain(*pairs))])  # while the text encoders are at hand
 
     def batches(step: int) -> tuple[Half, Half]:
         generator = task.generator(step)

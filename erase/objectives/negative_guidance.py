@@ -65,6 +65,7 @@ def forget_set(task: Task, prompts: str) -> LatentSet:
         alone.append(concept.anchor if concept else anchor)
         if concept:
             taken[concept.target] += 1
+    task.cond([*words, *alone])  # while the text encoders are at hand
     return replace(forget, prompts=tuple(words), anchors=tuple(alone))
 
 
