@@ -19,6 +19,7 @@ from tests.bare import CONCEPT, FORGET, PROMPTS, SGD, SIZE, Bare, check, drawn, 
 from tests.bare_text import ids_of, spoken, train
 from tests.families import FAMILIES
 
+WEIGHT = r"text_encoder\..*layers\.0\.self_attn\.v_proj\.weight"
 HIRM, FEW_SHOT = get_method("hirm").config, get_method("few-shot").config
 
 
@@ -84,6 +85,38 @@ def test_hirm_reaches_every_clip(family, encoders):
     base = model.parameters()
     changed = {n.split(".")[0] for n, v in found.values.items() if not torch.equal(v, base[n])}
     assert len(changed) == encoders and "text_encoder_3" not in changed
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl", "sd3", "flux"])
+def test_alpha_holds_pooled_states_too(monkeypatch, family):
+    """FLUX.1's CLIP gives nothing else to the denoiser."""
+    model, losses = wrap(FAMILIES[family](), family), []
+    monkeypatch.setattr(
+        "erase.methods.hirm.fine_tune", lambda task, loss, batches, config: losses.append(loss)
+    )
+    get_method("hirm").edit(Task(model, [CONCEPT]), replace(HIRM, alpha=0.7))
+    (name,) = (name for name in model.parameters() if re.match(WEIGHT, name))
+    moved = {name: model.parameters()[name].detach() + 0.1}
+    model.parameters()[name].requires_grad_(True)  # as in training: states are live
+    prompts = list(CONCEPT.retain)
+
+    def states():
+        cond = model.encode(prompts)
+        return [cond.embeddings, *cond.extras.values()]
+
+    now = states()
+    with changed_to(model, moved):
+        then = states()
+    expected = 0.7 * sum((one - two).square().mean() for one, two in zip(now, then, strict=True))
+    found = losses[0]((prompts, prompts), lambda: changed_to(model, moved))["retain"]
+    assert expected > 0 and torch.allclose(found, expected, rtol=1e-3)
+
+
+def test_surgery_of_hirm_on_flux():
+    """The retain term has a gradient."""
+    model = wrap(FAMILIES["flux"](), "flux")
+    config = replace(HIRM, alpha=1.0, combine="surgery", train=SGD)
+    assert get_method("hirm").edit(Task(model, [CONCEPT]), config).losses
 
 
 def test_hirm_never_makes_a_latent(task, monkeypatch):
