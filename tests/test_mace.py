@@ -14,6 +14,7 @@ from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
 from erase.training.config import MaskConfig
+from erase.training.confine import null_spaces
 from tests.attention import keeping
 from tests.bare import RETAIN, SGD, SIZE, Bare, latents, mean
 from tests.test_methods import stop_before_step
@@ -201,6 +202,16 @@ def test_outside_the_mask_the_closed_forms_keep_the_bits_too(task):
     for name, value in found.values.items():
         assert torch.equal(value[~found.mask[name]], base[name][~found.mask[name]])
     assert any(not torch.equal(value, base[name]) for name, value in found.values.items())
+
+
+def test_confined_both_closed_forms_stay_in_the_null_space(task):
+    earlier = ConceptSpec("fish", "tree", templates=("a {}",))
+    after = Task(task.model, CONCEPTS, Given(FORGET, RETAIN), earlier=[earlier])
+    config, base = replace(CONFIG, confine=0.1), task.model.parameters()
+    space = next(iter(null_spaces(after, after.weights(config.scope), config).values()))
+    for name, value in edit(after, config).values.items():
+        change = (value - base[name]).double()
+        assert 0 < change.norm() and (change - change @ space).norm() < 1e-5 * change.norm()
 
 
 def test_stopped_in_the_second_concept_it_goes_on_from_there(task, make_pico_pipeline, tmp_path):

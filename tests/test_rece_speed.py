@@ -168,7 +168,7 @@ def test_the_edit_in_a_null_space_is_where_its_objective_has_no_slope():
     weight, inputs, outputs = normal(5, 8), normal(2, 8, seed=1), normal(2, 5, seed=2)
     retained, still = normal(3, 8, seed=3), normal(2, 8, seed=4)
     projector = held_still(null_space(retained, 1e-6), still)
-    change = confined_edit(weight, inputs, outputs, projector, 0.3) - weight
+    change = confined_edit(weight, inputs, outputs, inputs[:0], 0.3, projector) - weight
     assert (retained @ change.T).abs().max() < 1e-6 and (still @ change.T).abs().max() < 1e-6
 
     change = change.requires_grad_(True)
@@ -188,15 +188,15 @@ def test_the_edit_in_a_null_space_is_the_paper_s_formula():
     m = torch.linalg.inv(t.T @ t @ p + 0.3 * eye)
     bracket = eye - m @ k.T @ torch.linalg.inv(k @ p @ m @ k.T) @ k @ p
     change = (outputs - t @ weight.T).T @ t @ p @ bracket @ m
-    found = confined_edit(weight, t, outputs, held_still(p, k), 0.3)
+    found = confined_edit(weight, t, outputs, t[:0], 0.3, held_still(p, k))
     assert torch.allclose(found, weight + change)
 
 
 def test_with_all_directions_free_it_is_the_ridge_edit():
     weight, inputs, outputs = normal(5, 8), normal(2, 8, seed=1), normal(2, 5, seed=2)
     free = torch.eye(8, dtype=torch.double)
-    found = confined_edit(weight, inputs, outputs, free, 0.3)
-    assert torch.allclose(found, ridge_edit(weight, inputs, outputs, free[:0], 0.3))
+    found = confined_edit(weight, inputs, outputs, free, 0.3, free)
+    assert torch.allclose(found, ridge_edit(weight, inputs, outputs, free, 0.3))
 
 
 def test_speed_erases_without_touching_what_is_retained(model):

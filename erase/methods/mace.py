@@ -17,11 +17,13 @@ from torch import Tensor
 from erase.methods import Method
 from erase.objectives.closed_form import ridge_edit, text_projections
 from erase.objectives.cross_attention import attention_where_seen, find_layers
+from erase.objectives.null_space import confined_edit
 from erase.objectives.text_inputs import following_states, retained_states, subject_states
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import batches_of
 from erase.training.config import TrainConfig, TunedConfig
+from erase.training.confine import null_spaces
 from erase.training.fine_tune import fine_tune
 from erase.training.saliency import Objective, choose_mask
 
@@ -53,7 +55,6 @@ def edit(task: Task, config: MACEConfig) -> Edit:
     attention to its names, M_l where the base looks at them.
     3. W = argmin sum_i sum |W e - (W_r + D_i) e|^2 + ..., e the states at and behind its
     names.
-
     Both "..." are retain_scale sum |W p - W_0 p|^2 + ridge |W - W_0|^2, p of retained prompts.
     """
     find_layers(task.model)  # refuses a transformer: of a UNet, all are given the same
@@ -61,10 +62,13 @@ def edit(task: Task, config: MACEConfig) -> Edit:
     kept = config.retain_scale**0.5 * retained_states(task)
     behind = [following_states(task, concept) for concept in task.concepts]
     words, instead = (torch.cat(states) for states in zip(*behind, strict=True))
-    refined = {
-        name: ridge_edit(weight, words, instead @ weight.detach().T, kept, config.ridge)
-        for name, weight in base.items()
-    }
+    spaces = null_spaces(task, base, config) if config.confine else {}
+
+    def solved(name: str, inputs: Tensor, outputs: Tensor) -> Tensor:
+        how = partial(confined_edit, projector=spaces[name]) if spaces else ridge_edit
+        return how(base[name], inputs, outputs, kept, config.ridge)
+
+    refined = {n: solved(n, words, instead @ weight.detach().T) for n, weight in base.items()}
 
     size, focus = config.train.batch_size, _focus(task.model.timesteps)
     each = [batches_of(task, concept, size, focus) for concept in task.concepts]
@@ -82,7 +86,7 @@ def edit(task: Task, config: MACEConfig) -> Edit:
     inputs, values = torch.cat(named), {}
     for name, weight in base.items():
         outputs = [e @ edit.values[name].T for e, edit in zip(named, tuned, strict=True)]
-        fused = ridge_edit(weight, inputs, torch.cat(outputs), kept, config.ridge)
+        fused = solved(name, inputs, torch.cat(outputs))
         values[name] = torch.where(mask[name].to(weight.device), fused, weight) if mask else fused
     return Edit(values, list(chain.from_iterable(edit.losses for edit in tuned)), mask)
 

@@ -74,7 +74,7 @@ def _edited(
         kept = kept[influence >= influence.mean()]
     kept = _augmented(kept, old, config.copies, random)
     projector = held_still(null_space(kept, config.threshold), still)
-    return confined_edit(weight, group.concepts, outputs, projector, config.ridge)
+    return confined_edit(weight, group.concepts, outputs, kept[:0], config.ridge, projector)
 
 
 def _augmented(states: Tensor, weight: Tensor, copies: int, generator: torch.Generator) -> Tensor:

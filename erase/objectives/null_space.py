@@ -23,19 +23,20 @@ def held_still(projector: Tensor, states: Tensor) -> Tensor:
 
 
 def confined_edit(
-    weight: Tensor, inputs: Tensor, outputs: Tensor, projector: Tensor, ridge: float
+    weight: Tensor, inputs: Tensor, outputs: Tensor, keep: Tensor, ridge: float, projector: Tensor
 ) -> Tensor:
     """The weight that maps inputs to outputs, changed inside a null space alone.
 
-    argmin_D sum |(W + D P) t_i - v_i|^2 + ridge |D P|^2, which is
-    W + sum (v_i - W t_i) (P t_i)^T (sum P t_i (P t_i)^T + ridge I)^-1
+    argmin_D sum |(W + D P) t_i - v_i|^2 + sum |D P p_j|^2 + ridge |D P|^2, which is
+    W + sum (v_i - W t_i) (P t_i)^T (sum P t_i (P t_i)^T + sum P p_j (P p_j)^T + ridge I)^-1
 
     Args:
         weight: W, shape (out, in).
         inputs: t, shape (n, in).
         outputs: v, shape (n, out).
-        projector: P, shape (in, in).
+        keep: p, shape (m, in), each weighted by its length.
         ridge: above 0.
+        projector: P, shape (in, in).
 
     Returns:
         Shape (out, in), in the weight's dtype.
@@ -43,4 +44,4 @@ def confined_edit(
     inside = inputs.double() @ projector
     old = weight.detach().double().T
     wanted = outputs.double() - (inputs.double() - inside) @ old
-    return ridge_edit(weight, inside, wanted, inside[:0], ridge)
+    return ridge_edit(weight, inside, wanted, keep.double() @ projector, ridge)
