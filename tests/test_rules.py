@@ -302,6 +302,22 @@ def test_statistics_of_one_run_are_cut_by_any_rule_they_hold(task, tmp_path):
         choose_mask(task, replace(CONFIG, mask=mask))
 
 
+def test_of_statistics_of_a_wider_scope_those_of_the_run_count(task, tmp_path):
+    path = tmp_path / "s.safetensors"
+    compute_statistics(task, CONFIG, ALL, objective_of(task)).save(path)
+    xattn = task.weights("xattn")
+    total = sum(weight.numel() for weight in xattn.values())
+    for rule in ("benefit", "weight-gradient"):
+        mask = replace(CONFIG.mask, rule=rule, density=0.1, saliency=str(path))
+        found = choose_mask(task, replace(CONFIG, scope="xattn", mask=mask))
+        assert list(found.bits) == list(xattn) and found.count() == int(0.1 * total)
+        assert found.metadata["scope"] == "xattn"
+    with pytest.raises(
+        ErasureError, match=r"does not cover text_encoder\..* of scope text_encoder"
+    ):
+        choose_mask(task, replace(CONFIG, scope="text_encoder", mask=mask))
+
+
 def test_statistics_of_another_objective_are_not_gone_on_with(task, tmp_path):
     task.folder = tmp_path
     mask = replace(CONFIG.mask, rule="benefit")

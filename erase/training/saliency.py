@@ -121,13 +121,11 @@ def find_statistics(
     """The statistics of `mask.saliency`, of an earlier start of this run, or computed.
 
     Raises:
-        ErasureError: those of another base or concept; in the task's folder, also ones that this
-            run would not compute itself.
+        ErasureError: those of another base or concept, or that do not cover the scope; in the
+            task's folder, also ones that this run would not compute itself.
     """
     if config.mask.saliency:
-        given = Statistics.load(config.mask.saliency)
-        _check_given(task, Path(config.mask.saliency), given.metadata)
-        return given
+        return _given(task, config)
     path = task.folder / "saliency.safetensors" if task.folder else None
     if path and exists_on_all(path):
         statistics = Statistics.load(path)
@@ -281,6 +279,14 @@ def _accumulate(
             totals.add()
             bar.update()
     return totals.finish(shared=not work.joint)
+
+
+def _given(task: Task, config: TunedConfig) -> Statistics:
+    """What the statistics of `mask.saliency` hold of the scope."""
+    path = Path(str(config.mask.saliency))
+    given = Statistics.load(path)
+    _check_given(task, path, given.metadata)
+    return given.within(config.scope, list(task.weights(config.scope)), path)
 
 
 def _check_given(task: Task, path: Path, metadata: Mapping[str, str]) -> None:

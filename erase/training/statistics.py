@@ -10,7 +10,7 @@ information of a batch).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +56,28 @@ class Statistics:
             tensors,
             {**dict(sorted(metadata.items())), "format": "saliency", "sha256": checksum},
         )
+
+    def within(self, scope: str, params: Sequence[str], source: str | Path) -> Statistics:
+        """Those of a scope's parameters alone.
+
+        Args:
+            scope: its name, for the metadata.
+            params: its parameters, in order.
+            source: what errors call these statistics.
+
+        Raises:
+            ErasureError: a parameter that they do not cover.
+        """
+        held = next(iter(self.values.values()), {})
+        if lacking := [name for name in params if name not in held]:
+            raise ErasureError(
+                f"{source} does not cover {lacking[0]} of scope {scope}; leave mask.saliency out "
+                "to compute it over this scope"
+            )
+        values = {}
+        for name, every in self.values.items():
+            values[name] = {param: every[param] for param in params}
+        return Statistics(values, {**self.metadata, "scope": scope})
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
