@@ -12,6 +12,7 @@ from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
+from erase.training.config import MaskConfig
 from tests.bare import CONCEPT, RETAINED, SGD, SIZE, Bare, check, mean
 
 SPEC = replace(CONCEPT, templates=("a {}", "a red {}", "{} art"), retain=RETAINED[:2])
@@ -94,6 +95,14 @@ def test_each_concept_comes_equally_often_however_few_its_prompts(task, monkeypa
     assert len(prompts) == 30 and prompts.count("moon") == 15
     of_heart = [prompt for prompt in prompts if prompt != "moon"]
     assert {of_heart.count(prompt) for prompt, _ in SPEC.pairs()} == {15 // len(SPEC.pairs())}
+
+
+@pytest.mark.parametrize("name", ["sfd", "hirm"])
+def test_a_mask_by_the_objective_alone_makes_no_latent(task, name):
+    """`NoData` refuses."""
+    mask = MaskConfig(rule="remap", density=0.3, batches=2)
+    config = replace(get_method(name).config, mask=mask, train=replace(SGD, steps=1))
+    assert get_method(name).edit(task, config).mask.count()
 
 
 def test_sfd_without_retained_prompts_is_refused(task):

@@ -43,7 +43,7 @@ from erase.training.trainable import gradients_on
 @dataclass(frozen=True)
 class Objective:
     """The training objective of a method: the gradients of its forget term tell how training will
-    change each weight."""
+    change each weight. The latents that it uses are made by now."""
 
     loss: LossFn
     batches: Batches
@@ -300,7 +300,7 @@ def _check_given(task: Task, path: Path, metadata: Mapping[str, str]) -> None:
 def _provenance(task: Task, config: TunedConfig, names: tuple[str, ...]) -> dict[str, str]:
     """Everything that these statistics depend on."""
     sources = {name.partition(".")[0] for name in names}
-    if sources & {"forget", "objective"}:
+    if "forget" in sources:
         task.forget()
     if "retain" in sources:
         task.retain()
