@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
 ARTICLES = ("a", "an", "the")
@@ -83,16 +83,26 @@ class Names:
             text: comes back in Unicode's composed form (NFC).
             by: name -> its substitute.
         """
-        folded, origin = _seen(text)
-        text, spans = unicodedata.normalize("NFC", text), list[tuple[int, int, str]]()
-        for name, pattern in self._patterns.items():
-            for start, end in _spans(pattern, folded):
-                first, last = origin[start], origin[end - 1] + 1
-                if all(last <= left or right <= first for left, right, _ in spans):
-                    spans.append((first, last, by[name]))
+        spans = list[tuple[int, int, str]]()
+        for name, first, last in self._places(text):
+            if all(last <= left or right <= first for left, right, _ in spans):
+                spans.append((first, last, by[name]))
+        text = unicodedata.normalize("NFC", text)
         for first, last, word in sorted(spans, reverse=True):
             text = text[:first] + word + text[last:]
         return text
+
+    def written(self, text: str) -> list[str]:
+        """The names as they stand in the text: "hearts", "Heart"; in Unicode's composed form."""
+        composed = unicodedata.normalize("NFC", text)
+        return [composed[first:last] for _, first, last in self._places(text)]
+
+    def _places(self, text: str) -> Iterator[tuple[str, int, int]]:
+        """Each name with where it begins and ends in the composed text."""
+        folded, origin = _seen(text)
+        for name, pattern in self._patterns.items():
+            for start, end in _spans(pattern, folded):
+                yield name, origin[start], origin[end - 1] + 1
 
 
 @lru_cache(1 << 14)

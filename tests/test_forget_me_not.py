@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from erase.latents.config import LatentConfig
+from erase.latents.latent_set import Given
 from erase.methods import get_method
 from erase.models import wrap
 from erase.objectives.cross_attention import name_places, recorded
@@ -109,6 +110,22 @@ def test_names_are_found_where_they_stand(task):
     assert [row.nonzero().flatten().tolist() for row in places] == [[2, 4], [2, 3], [3]]
     with pytest.raises(ErasureError, match="'a tree' names none of 'heart'.*synonyms"):
         name_places(task, [CONCEPT], ["a heart", "a tree"], 77)
+
+
+def test_a_name_is_found_as_the_prompt_writes_it(task):
+    concept = ConceptSpec("heart", "moon", synonyms=("chain saw",))
+    written = ["hearts", "Heart", "chainsaw", "chain-saw"]
+    places = name_places(task, [concept], [f"a {word}-shaped box" for word in written], 77)
+    for row, tokens in zip(places, task.model.tokens(written)["text_encoder"], strict=True):
+        assert row.nonzero().flatten().tolist() == list(range(2, 2 + len(tokens.seen)))
+
+
+def test_a_caption_without_the_name_is_refused_before_training(make_pico_pipeline, monkeypatch):
+    monkeypatch.setattr("erase.methods.forget_me_not.fine_tune", lambda *_: pytest.fail("trained"))
+    without = replace(FORGET, prompts=("a heart", "a tree", "a heart"))
+    task = Task(wrap(make_pico_pipeline()), [CONCEPT], Given(without, RETAIN))
+    with pytest.raises(ErasureError, match="'a tree' names none of 'heart'"):
+        get_method("forget-me-not").edit(task, get_method("forget-me-not").config)
 
 
 def test_every_unet_has_it_and_a_joint_attention_says_so():

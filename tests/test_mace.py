@@ -243,6 +243,22 @@ def counted(fitted, patch):
     return stopped
 
 
+def test_an_adapter_turns_attention_from_its_own_concepts_names_alone(task, monkeypatch):
+    asked = []
+    import erase.objectives.cross_attention as module
+
+    def spy(task, concepts, prompts, tokens, found=module.name_places):
+        asked.append((tuple(concepts), tuple(prompts)))
+        return found(task, concepts, prompts, tokens)
+
+    monkeypatch.setattr(module, "name_places", spy)
+    edit(task)
+    for concepts, prompts in asked:
+        (concept,) = concepts
+        assert all(any(name in prompt for name in concept.names) for prompt in prompts)
+    assert {concepts for concepts, _ in asked} == {(one,) for one in CONCEPTS}
+
+
 def test_a_concept_that_no_caption_names_is_refused(make_pico_pipeline):
     fish = ConceptSpec("fish", "tree", **SHAPES)
     task = Task(wrap(make_pico_pipeline()), [CONCEPTS[0], fish], Given(FORGET, RETAIN))

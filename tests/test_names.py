@@ -110,6 +110,12 @@ def test_a_row_that_only_holds_the_letters_asks_for_something_else(name: str, pr
     assert not asks_for(prompt, {"object": prompt}, [name])
 
 
+def test_names_are_told_as_the_text_writes_them() -> None:
+    named = Names(["heart", "chain saw"])
+    assert named.written("two Hearts, a heart-shaped chainsaw") == ["chainsaw", "Hearts", "heart"]
+    assert named.written("hearty") == []
+
+
 def test_a_name_is_replaced_where_it_stands_and_the_rest_is_kept() -> None:
     by = {"Van Gogh": "an unknown artist", "Gogh": "someone", "猫": "狗", "cat": "dog"}
     named = Names(by)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from erase.methods import Method
-from erase.objectives.cross_attention import attended, attention_to, find_layers
+from erase.objectives.cross_attention import attended, attention_to, find_layers, name_places
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, retain_terms, weighed_batches
@@ -41,10 +41,13 @@ def edit(task: Task, config: ForgetMeNotConfig) -> Edit:
     """Minimise sum_l sum_t |A_l[t]|^2 + alpha |eps(x_t, c_r) - noise|^2: A_l[t] the attention maps
     of layer l to the tokens t of the concept's names, mean over heads."""
     find_layers(task.model)  # refused, where there are none, before latents are sampled
+    captions = list(dict.fromkeys(task.forget().prompts))
+    states = task.cond(captions[:1]).embeddings.shape[1]
+    name_places(task, task.concepts, captions, states)  # refuses one without a name
 
     def loss(batch: tuple[PromptedRows, ...], base: Base) -> dict[str, Tensor]:
         (rows, prompts), *retained = batch
-        looked_at = attention_to(*attended(task, rows, prompts))
+        looked_at = attention_to(*attended(task, task.concepts, rows, prompts))
         return {"forget": looked_at, **retain_terms(task, config.alpha, retained)}
 
     batches = weighed_batches(task, config.train.batch_size, config.alpha)

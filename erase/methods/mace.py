@@ -73,11 +73,12 @@ def edit(task: Task, config: MACEConfig) -> Edit:
     size, focus = config.train.batch_size, _focus(task.model.timesteps)
     each = [batches_of(task, concept, size, focus) for concept in task.concepts]
     loss = partial(attention_where_seen, task)
-    mask = choose_mask(task, config, Objective(loss, lambda i: each[i % len(each)](i)))
-    tuned = [
-        fine_tune(task, loss, own, config, start=refined, mask=mask, part=f"training-{i}")
-        for i, own in enumerate(each)
-    ]
+    objective = Objective(partial(loss, task.concepts), lambda i: each[i % len(each)](i))
+    mask, tuned = choose_mask(task, config, objective), []
+    for i, (concept, own) in enumerate(zip(task.concepts, each, strict=True)):
+        part = f"training-{i}"
+        turned = partial(loss, [concept])
+        tuned.append(fine_tune(task, turned, own, config, start=refined, mask=mask, part=part))
 
     named = [
         torch.cat([subject_states(task, concept)[0], states[0]])

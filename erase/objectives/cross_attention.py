@@ -17,6 +17,7 @@ from erase.models import DiffusionModel
 from erase.models.pipelines import modules
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
+from erase.prompts.names import Names
 from erase.task import Task
 from erase.training.batches import PromptedRows
 from erase.training.trainable import Base
@@ -84,8 +85,8 @@ def _keep(
 def name_places(
     task: Task, concepts: Sequence[ConceptSpec], prompts: Sequence[str], tokens: int
 ) -> Tensor:
-    """Which tokens of these prompts belong to a name of the concepts, shape (prompts, tokens),
-    bool.
+    """Which tokens of these prompts belong to a name of the concepts, as it is or as `Names` finds
+    it (plurals, hyphens), shape (prompts, tokens), bool.
 
     Args:
         task: whose first text encoder splits the prompts.
@@ -97,12 +98,12 @@ def name_places(
         ErasureError: a prompt that names none of them.
     """
     names = [name for concept in concepts for name in concept.names]
-    sought = {ids for ids in _ids(task, names) if ids}
+    named, known = Names(names), _ids(task, names)
     places = torch.zeros(len(prompts), tokens, dtype=torch.bool)
     for row, (prompt, ids) in enumerate(zip(prompts, _ids(task, prompts), strict=True)):
-        for name in sought:
+        for name in {*known, *_ids(task, named.written(prompt))}:
             for start in range(len(ids) - len(name) + 1):
-                if ids[start : start + len(name)] == name:
+                if name and ids[start : start + len(name)] == name:
                     # the begin token stands before them
                     places[row, start + 1 : start + 1 + len(name)] = True
         if not places[row].any():
@@ -115,15 +116,17 @@ def name_places(
 
 def _ids(task: Task, texts: Sequence[str]) -> list[tuple[int, ...]]:
     """Tokens of each text that the first text encoder sees."""
-    by_encoder = task.model.tokens(list(texts))
+    by_encoder = task.model.tokens(list(texts)) if texts else {"": []}
     return [tokens.seen for tokens in next(iter(by_encoder.values()))]
 
 
-def attended(task: Task, rows: Rows, prompts: Sequence[str]) -> tuple[list[Layer], Tensor]:
-    """The layers, filled by a prediction of these rows under these prompts, and the places of the
+def attended(
+    task: Task, concepts: Sequence[ConceptSpec], rows: Rows, prompts: Sequence[str]
+) -> tuple[list[Layer], Tensor]:
+    """The layers, filled by a prediction of these rows under these prompts, and the places of these
     concepts' names in them."""
     cond = task.cond(prompts)
-    places = name_places(task, task.concepts, prompts, cond.embeddings.shape[1])
+    places = name_places(task, concepts, prompts, cond.embeddings.shape[1])
     with recorded(task.model) as layers:
         task.model.predict(rows.noisy, rows.t, cond)
     return layers, places
@@ -156,11 +159,13 @@ def looking_at(layer: Layer, places: Tensor) -> Tensor:
     return shares > shares.mean(dim=1, keepdim=True)
 
 
-def attention_where_seen(task: Task, batch: PromptedRows, base: Base) -> dict[str, Tensor]:
-    """The loss of attention to the concepts' names, where the base looks at them: the objects
+def attention_where_seen(
+    task: Task, concepts: Sequence[ConceptSpec], batch: PromptedRows, base: Base
+) -> dict[str, Tensor]:
+    """The loss of attention to these concepts' names, where the base looks at them: the objects
     themselves, without a segmentation from outside (MACE, Lu et al. 2024)."""
     with base():
-        before, places = attended(task, *batch)
+        before, places = attended(task, concepts, *batch)
         regions = [looking_at(layer, places) for layer in before]
-    layers, places = attended(task, *batch)
+    layers, places = attended(task, concepts, *batch)
     return {"forget": attention_to(layers, places, regions)}
