@@ -149,3 +149,10 @@ def test_scissorhands_repairs_by_its_equation(task, make_pico_pipeline, alpha):
 def test_settings_out_of_range_are_refused(method, setting, value):
     with pytest.raises(ErasureError, match=setting):
         replace(get_method(method).config, **{setting: value})
+
+
+def test_a_cut_of_no_weight_is_refused_before_latents_are_made(make_pico_pipeline, monkeypatch):
+    monkeypatch.setattr("erase.methods.scissorhands.Remap", lambda *_: pytest.fail("sampled"))
+    config = replace(get_method("scissorhands").config, cut=1e-9)
+    with pytest.raises(ErasureError, match=r"^cut 1e-09 of \d+ weights draws none anew"):
+        get_method("scissorhands").edit(task_of(make_pico_pipeline()), config)

@@ -381,6 +381,17 @@ def test_low_rank_of_vectors_alone_or_in_shards_is_refused(params):
         train(params, config, active=ActiveWeights(params, layout=Shards()))
 
 
+def test_a_mask_under_which_nothing_may_change_is_refused(params):
+    whole = SaliencyMask.whole(params)
+    for names, rank, message in (
+        ((), 0, "no weight of the scope change"),
+        (("a.bias",), 2, "no matrix, which lora_rank factors, change; widen the mask"),
+    ):
+        with pytest.raises(ErasureError, match=message):
+            train(params, replace(PLAIN, lora_rank=rank), whole.within(names))
+    assert not any(param.requires_grad for param in params.values())
+
+
 # ---- all of them ---------------------------------------------------------------------------------
 
 ALL = {

@@ -422,3 +422,8 @@ def test_auto_is_refused_for_rules_that_weigh_nothing():
         MaskConfig(rule="forget", density="auto")
     with pytest.raises(ErasureError, match="density must be in"):
         MaskConfig(density="automatic")
+
+
+def test_the_complement_of_everything_is_refused():
+    with pytest.raises(ErasureError, match="mask.density 1 leaves nothing out; use a lower"):
+        MaskConfig(rule="inverted", density=1.0)

@@ -93,6 +93,17 @@ def test_a_mask_that_has_nothing_on_one_side_is_refused(tmp_path):
         edit("esd", scope="full", mask=mask, twofold=True)
 
 
+def test_with_lora_a_side_that_has_vectors_alone_is_refused(tmp_path):
+    model = wrap(build_pico_pipeline())
+    params = model.parameters()
+    vectors = {name for name, value in params.items() if value.dim() == 1}
+    whole = SaliencyMask.whole(params, {"base_fingerprint": model.fingerprint})
+    whole.within(vectors | set(select(params, "xattn"))).save(tmp_path / "half.safetensors")
+    mask = MaskConfig(file=str(tmp_path / "half.safetensors"))
+    with pytest.raises(ErasureError, match="lora_rank matrices alone: outside there is nothing"):
+        edit("esd", scope="full", mask=mask, twofold=True, lora_rank=2)
+
+
 @pytest.mark.parametrize("family", ["sd3", "klein"])
 def test_it_trains_a_flow_transformer_too(family):
     model = wrap({"sd3": tiny_sd3, "klein": tiny_klein}[family]())

@@ -14,7 +14,7 @@ from torch import Tensor
 from erase.methods import Method
 from erase.objectives.importance import importance
 from erase.objectives.remap import Remap, RemapConfig
-from erase.prompts.errors import COUNT, check_ranges
+from erase.prompts.errors import COUNT, ErasureError, check_ranges
 from erase.task import Edit, Task
 from erase.training.config import TrainConfig
 from erase.training.fine_tune import fine_tune
@@ -74,6 +74,12 @@ def edit(task: Task, config: ScissorhandsConfig) -> Edit:
 
     A mask keeps its weights from the cut as well.
     """
+    count = sum(weight.numel() for weight in task.weights(config.scope).values())
+    if config.cut * count < 1:
+        raise ErasureError(
+            f"cut {config.cut:g} of {count} weights draws none anew; use a larger cut or a wider "
+            "scope"
+        )
     remap = Remap(task, config)
     start = trimmed(task, config)
     return fine_tune(task, remap.loss, remap.batches, config, start=start)

@@ -146,6 +146,11 @@ class MaskConfig:
                 f"mask.density auto weighs forgetting against retaining, and mask.rule {self.rule} "
                 f"does not look at both; take {' or '.join(AUTO)}, or give a number"
             )
+        if self.rule == "inverted" and self.density == 1:
+            raise ErasureError(
+                "mask.rule inverted lets change what the density leaves out, and mask.density 1 "
+                "leaves nothing out; use a lower density"
+            )
         if self.file and (self.saliency or self.rule in CONTROLS):
             idle = "mask.saliency" if self.saliency else f"mask.rule {self.rule}"
             raise ErasureError(

@@ -25,6 +25,7 @@ from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
 from erase.training.confine import null_spaces
 from erase.training.loop import Batches, LossFn, fit, make_accelerator
+from erase.training.low_rank import matrices
 from erase.training.opponent import Opponent
 from erase.training.rules import LADDER
 from erase.training.running import check_by_block, running
@@ -66,6 +67,7 @@ def fine_tune(
     if mask is not None:
         mask.check(params, task.model.fingerprint)
     if config.twofold:
+        _check_sides(_trained(params, config), mask)
         alone = replace(config, twofold=False)
         train = partial(fine_tune, task, loss, batches, alone, start=start, opponent=opponent)
         return _twice(train, params, mask, task, part, opponent)
@@ -107,7 +109,6 @@ def _twice(
     sides = _sides(params)
     every = mask or SaliencyMask.whole(params, {"base_fingerprint": task.model.fingerprint})
     masks = {where: every.within(names) for where, names in sides.items()}
-    _check_sides({where: half.count() for where, half in masks.items()})
     begun = deepcopy(opponent.state()) if opponent else {}
     first = train(mask=masks["in it"], part=f"{part}-text")
     if opponent:
@@ -124,13 +125,19 @@ def _sides(params: Mapping[str, nn.Parameter]) -> dict[str, set[str]]:
     return {"in it": text, "outside": params.keys() - text}
 
 
-def _check_sides(counts: Mapping[str, int]) -> None:
-    if bare := [where for where, count in counts.items() if not count]:
-        raise ErasureError(
-            "twofold trains what may change in the cross-attention, and by itself what may change "
-            f"outside of it: {bare[0]} there is nothing; widen the scope or the mask, or leave "
-            "twofold out"
-        )
+def _trained(params: Mapping[str, nn.Parameter], config: TunedConfig) -> Mapping[str, nn.Parameter]:
+    """Those of a scope whose values training may change."""
+    return matrices(params) if config.lora_rank else params
+
+
+def _check_sides(trained: Mapping[str, nn.Parameter], mask: SaliencyMask | None = None) -> None:
+    for where, names in _sides(trained).items():
+        if not names or (mask and not mask.within(names).count()):
+            raise ErasureError(
+                "twofold trains what may change in the cross-attention, and by itself what may "
+                f"change outside of it, with lora_rank matrices alone: {where} there is nothing; "
+                "widen the scope or the mask, or leave twofold out"
+            )
 
 
 def _settings(config: TunedConfig) -> dict[str, str]:
@@ -169,7 +176,8 @@ def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None
     or nothing that shards can."""
     selected = select(params, config.scope)
     check_parts(selected)
+    trained = _trained(selected, config)
     if config.twofold:
-        _check_sides({where: len(names) for where, names in _sides(selected).items()})
+        _check_sides(trained)
     density = config.mask.density if config.mask.density != "auto" else LADDER[0]
     kept_count(density, sum(param.numel() for param in selected.values()))

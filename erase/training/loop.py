@@ -141,7 +141,7 @@ def fit(
 
     Raises:
         ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that do not
-            split evenly.
+            split evenly, a mask under which nothing may change.
     """
     # refuses a launch, too, that this loop does not fit
     check_sharded(config.train, config.lora_rank)
@@ -149,6 +149,9 @@ def fit(
     accelerator = accelerator or make_accelerator(config.train, folder)
     trainable = _trainable(params, mask, active or ActiveWeights(params), config.lora_rank, seed)
     try:
+        if not trainable.values:
+            what = "matrix, which lora_rank factors," if config.lora_rank else "weight of the scope"
+            raise ErasureError(f"the mask lets no {what} change; widen the mask or the scope")
         if start:
             trainable.start_from(start)
         run = Run.start(trainable, config.train, accelerator, checkpoint, opponent)

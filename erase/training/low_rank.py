@@ -21,6 +21,20 @@ from erase.training.trainable import Trainable
 UP, DOWN = ".up", ".down"
 
 
+def matrices(params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """What has factors: matrices and kernels, no vectors.
+
+    Raises:
+        ErasureError: there is none.
+    """
+    found = {name: param for name, param in params.items() if param.dim() > 1}
+    if not found:
+        raise ErasureError(
+            "lora_rank factors matrices, of which the scope has none; widen the scope"
+        )
+    return found
+
+
 class LowRank(Trainable):
     """Factors of the changes of matrices; vectors (biases, norms) keep their base values.
 
@@ -40,12 +54,7 @@ class LowRank(Trainable):
             raise ErasureError(
                 "lora_rank does not go with FSDP; launch with scripts/launch/several-gpus.yaml"
             )
-        matrices = {name: param for name, param in params.items() if param.dim() > 1}
-        if not matrices:
-            raise ErasureError(
-                "lora_rank factors matrices, of which the scope has none; widen the scope"
-            )
-        super().__init__(matrices, mask, active)
+        super().__init__(matrices(params), mask, active)
         with self._closed_on_failure():
             self._factor(rank, torch.Generator().manual_seed(seed))
 

@@ -70,7 +70,7 @@ def choose_mask(
         given = SaliencyMask.load(mask.file)
         _check_given(task, Path(mask.file), given.metadata)
         return given
-    if mask.rule == "none" or (mask.density == 1 and mask.rule != "inverted"):
+    if mask.rule == "none" or mask.density == 1:
         return None
 
     weights = task.weights(config.scope)
