@@ -5,6 +5,7 @@ import re
 
 import torch
 
+from erase.models.naming import named_weights
 from tests.bare import LR, STEPS
 
 
@@ -57,7 +58,7 @@ def ids_of(pipeline, prompts):
 
 def train(encoder, pattern, loss):
     """SGD of `loss(step)` over the encoder's parameters whose names match the pattern."""
-    chosen = {f"text_encoder.{name}": p for name, p in encoder.named_parameters()}
+    chosen = {f"text_encoder.{name}": p for name, p in named_weights(encoder)}
     chosen = {name: p for name, p in chosen.items() if re.search(pattern, name)}
     for step in range(STEPS):
         slopes = torch.autograd.grad(loss(step), list(chosen.values()))

@@ -19,6 +19,7 @@ from erase.delta.origin import NOTHING, Origin, concepts_of, gone, read_origin, 
 from erase.delta.stored import check_values, delta_file, read_delta, stored_tensors
 from erase.files import save_tensors
 from erase.models import DiffusionModel
+from erase.models.naming import former_fingerprint
 from erase.prompts.errors import ErasureError
 from erase.tensors import all_finite, indices, pack, unpack
 
@@ -153,6 +154,11 @@ class ErasedDelta:
                 values that are not finite, or ones that the model's dtype would round.
         """
         own = self.metadata.get("base_fingerprint", "")
+        if model.fingerprint != own and own == former_fingerprint(model):
+            raise ErasureError(
+                f"{self.source} was made from {model.name} by a version of this toolkit that named "
+                "the text encoder's weights as transformers before 5.6 does; erase again"
+            )
         if model.fingerprint != own:
             raise ErasureError(
                 f"{self.source} belongs to base {self.metadata.get('base_id', '?')} (fingerprint "

@@ -24,6 +24,7 @@ from erase.export.kohya import OUTSIDE, kohya_entries, kohya_tensors, lora_heade
 from erase.export.published import without_folders, without_paths
 from erase.files import save_tensors
 from erase.models import DiffusionModel
+from erase.models.naming import named_layers
 from erase.models.single_file.ldm import Entry
 from erase.prompts.errors import ErasureError, unknown
 
@@ -242,7 +243,7 @@ def _holders(model: DiffusionModel, components: list[str]) -> set[str]:
         f"{component}.{name}.weight"
         for component in components
         if component in loaded
-        for name, module in model.component(component).named_modules()
+        for name, module in named_layers(model.component(component))
         if name != "text_projection"
         and (
             isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)

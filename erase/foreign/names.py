@@ -15,6 +15,7 @@ from dataclasses import replace
 from torch import nn
 
 from erase.models import DiffusionModel
+from erase.models.naming import lasting, named_layers, named_weights
 from erase.models.pipelines import Pipeline, modules
 from erase.models.single_file import ldm
 from erase.models.single_file.layouts import layout_of
@@ -39,7 +40,7 @@ def places(model: DiffusionModel) -> Places:
 
 def _diffusers(pipeline: Pipeline) -> Iterator[ldm.Entry]:
     for component, module in modules(pipeline).items():
-        for name, _ in module.named_parameters():
+        for name, _ in named_weights(module):
             for key in _spellings(component, name):
                 yield ldm.Entry(key, (f"{component}.{name}",))
 
@@ -62,20 +63,28 @@ def _spellings(component: str, name: str) -> list[str]:
 
 
 def _original(pipeline: Pipeline) -> Iterator[ldm.Entry]:
-    family = family_name(pipeline)
+    family, parts = family_name(pipeline), modules(pipeline)
     if layout := layout_of(pipeline):
-        parts = modules(pipeline)
-        held = {f"{part}.{name}" for part in parts for name, _ in parts[part].named_parameters()}
+        held = {f"{part}.{name}" for part in parts for name, _ in named_weights(parts[part])}
         for prefix in ("", ldm.UNET):
-            entries = layout.entries(parts, prefix)
+            entries = [_lasting(entry, parts) for entry in layout.entries(parts, prefix)]
             yield from (entry for entry in entries if entry.names[0] in held)
     if family not in ldm.TEXTS:
         return
     prefixes = [ldm.UNET, ldm.VAE, *(prefix for _, prefix in ldm.TEXTS[family].values())]
-    for entry in ldm.table(family, modules(pipeline)):
+    for entry in ldm.table(family, parts):
         prefix = next(prefix for prefix in prefixes if entry.key.startswith(prefix))
         for key in _shortened(entry.key, prefix):
-            yield replace(entry, key=key)
+            yield replace(_lasting(entry, parts), key=key)
+
+
+def _lasting(entry: ldm.Entry, parts: Mapping[str, nn.Module]) -> ldm.Entry:
+    """The entry with the names of the model's own parameters."""
+    names = []
+    for full in entry.names:
+        part, _, name = full.partition(".")
+        names.append(f"{part}.{lasting(parts[part], name)}")
+    return replace(entry, names=tuple(names))
 
 
 def _shortened(key: str, prefix: str) -> list[str]:
@@ -119,7 +128,7 @@ def _held(model: DiffusionModel) -> set[str]:
     """Names of the weights of linear and convolutional layers."""
     names = set()
     for component in {name.split(".")[0] for name in model.parameters()}:
-        for name, module in model.component(component).named_modules():
+        for name, module in named_layers(model.component(component)):
             if isinstance(module, nn.Linear | nn.Conv2d):
                 names.add(f"{component}.{name}.weight")
     return names

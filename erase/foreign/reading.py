@@ -16,6 +16,7 @@ from erase.foreign.lora import is_lora, read_lora
 from erase.foreign.names import Places, layers
 from erase.foreign.weights import Changes, nowhere, read_weights
 from erase.models import DiffusionModel
+from erase.models.naming import named_weights
 from erase.models.pipelines import modules
 from erase.models.single_file.layouts import layout_of
 from erase.models.single_file.ldm import TEXTS, spare_keys
@@ -89,7 +90,7 @@ def _fixed(model: DiffusionModel, base: Mapping[str, Tensor]) -> dict[str, Tenso
     """Weights of the pipeline that no delta changes: the VAE's."""
     fixed = {}
     for part, module in modules(model.pipeline()).items():
-        for name, param in module.named_parameters():
+        for name, param in named_weights(module):
             if f"{part}.{name}" not in base:
                 fixed[f"{part}.{name}"] = param.detach().cpu()
     return fixed

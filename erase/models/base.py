@@ -114,8 +114,8 @@ class DiffusionModel(Protocol):
         """`unet` (or the family's denoiser), `text_encoder`, ..."""
 
     def parameters(self, component: str | None = None) -> dict[str, nn.Parameter]:
-        """Weights that may change, named `component.parameter`, in the order of the
-        architecture."""
+        """Weights that may change, named `component.parameter` (`erase.models.naming`), in the
+        order of the architecture."""
 
     def refresh_fingerprint(self) -> None:
         """Compute the fingerprint anew, after weights were changed on purpose."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from erase.models.base import Cond, Tokens, fingerprint
+from erase.models.naming import named_weights
 from erase.models.pipelines import (
     Pipeline,
     denoised,
@@ -63,7 +64,7 @@ class PipelineModel:
             if component is None
             else [component]
         )
-        return {f"{part}.{name}": p for part in names for name, p in parts[part].named_parameters()}
+        return {f"{part}.{name}": p for part in names for name, p in named_weights(parts[part])}
 
     def encode(
         self, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from erase.models.naming import lasting
 from erase.prompts.errors import unknown
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -74,7 +75,8 @@ def with_precision(
     """
     for prefix, layer in module.named_modules():
         for name, param in layer.named_parameters(prefix, recurse=False):
-            yield name, param, half if half and isinstance(layer, IN_HALF) else param.dtype
+            dtype = half if half and isinstance(layer, IN_HALF) else param.dtype
+            yield lasting(module, name), param, dtype
 
 
 def pin_mkl_rounding() -> None:
