@@ -91,7 +91,8 @@ def edit(task: Task, config: HiRMConfig) -> Edit:
         if config.alpha:
             with base():
                 wanted = _states(task.cond(kept))
-            terms["retain"] = config.alpha * sum(map(denoising, _states(task.cond(kept)), wanted))
+            apart = [*map(denoising, _states(task.cond(kept)), wanted)]
+            terms["retain"] = config.alpha * torch.stack(apart).sum()
         return terms
 
     return fine_tune(task, loss, batches, config)
