@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,42 @@ NAMES = {
     "loss": "loss of the saliency", "after": "delta that it goes on from",
 }  # fmt: skip
 """key of a description -> how errors call it"""
+RUN = "run.json"
+"""in a run's folder: the run that it is of"""
 SHOWN = 3
 """differences that an error names; of more it says how many"""
 Difference = tuple[str, Any, Any]
 """(what differs, what it was, what it is now)"""
 log = logging.getLogger("erase")
+
+
+@contextmanager
+def claimed(
+    folder: Path | None,
+    description: Mapping[str, str],
+    defaults: Mapping[str, Any],
+    finished: bool = False,
+) -> Iterator[None]:
+    """Within the block a folder, if there is one, is this run's, as `claim` makes it; where the
+    block fails before anything is made there, it is nobody's again."""
+    if folder is None:
+        yield
+        return
+    new = not exists_on_all(folder / RUN)
+    claim(folder, description, defaults, finished)
+    try:
+        yield
+    except BaseException:
+        if new and processes().is_main_process:
+            _give_up(folder)
+        raise
+
+
+def _give_up(folder: Path) -> None:
+    if [path.name for path in folder.iterdir()] == [RUN]:
+        (folder / RUN).unlink()
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def claim(
@@ -68,7 +100,7 @@ def claim(
         ErasureError: the folder holds another run, whose differences are named, or its run.json is
             damaged.
     """
-    path = folder / "run.json"
+    path = folder / RUN
     machine = {"threads": str(torch.get_num_threads()), "processes": str(processes().num_processes)}
     written = {**description, **machine}
     if exists_on_all(path):
@@ -91,7 +123,7 @@ def check_settings(
 ) -> None:
     """Refuse the folder of a run with other settings, before the base is loaded; `description` has
     no base yet."""
-    path = folder / "run.json"
+    path = folder / RUN
     if exists_on_all(path):
         old = {key: value for key, value in _read(path).items() if key in description}
         _refuse(

@@ -264,6 +264,19 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     Raises:
         ErasureError: no such file, a damaged file, or one of another kind.
     """
+    with _opened(path, kind) as (file, metadata):
+        # no mapping
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+
+
+def load_metadata(path: str | Path, kind: str) -> dict[str, str]:
+    """The metadata alone, of a file as `load_tensors` reads it."""
+    with _opened(path, kind) as (_, metadata):
+        return metadata
+
+
+@contextmanager
+def _opened(path: str | Path, kind: str) -> Iterator[tuple[Any, dict[str, str]]]:
     path = as_path(path)
     try:
         path.open(
@@ -276,8 +289,7 @@ def load_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
                 raise ErasureError(
                     f"{path} is not a {kind} file: it is {_what(metadata, list(file.keys()))}"
                 )
-            # no mapping
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            yield file, metadata
     except OSError as error:
         raise ErasureError(f"cannot read {path}: {why(error)}") from error
     except (

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from erase.claims import check_artifact, check_settings, claim, flat
+from erase.claims import check_artifact, check_settings, claimed, flat
 from erase.compose.sequence import check_earlier, with_earlier
 from erase.delta import ErasedDelta
 from erase.delta.origin import foreign_of
@@ -33,6 +33,7 @@ from erase.prompts.several import anchored_pairs, check_after, check_together
 from erase.task import Edit, Task
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import check_machine, check_scope
+from erase.training.saliency import check_files
 from erase.training.trackers import check_log
 
 VERSION = "0.1.0"
@@ -95,7 +96,7 @@ def erase_concept(
     _check_request(concepts, config, model, after)
     method = get_method(config.method)
     settings, folder = method.settings(method_config), _folder(out)
-    _check_settings(config, settings, folder)
+    _check_settings(config, settings, folder, after)
     description = describe(concepts, config, settings, after)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
     path = folder / FILE if folder else None
@@ -111,15 +112,15 @@ def erase_concept(
     earlier = after.origin.concepts if after else []
     metadata = _metadata(model, [*earlier, *concepts], description)
     known = _finished(path, metadata, defaults) if path and finished else None
-    if folder:
-        claim(folder, metadata, defaults, finished)
-    if known:
-        return known
-
-    task = Task(model, concepts, config.latents, config.seed, folder, earlier)
-    edit, delta, cost = _erased(task, method, settings, metadata, after)
-    _save(folder, edit, delta, cost)
-    return delta
+    with claimed(folder, metadata, defaults, finished):
+        if known:
+            return known
+        task = Task(model, concepts, config.latents, config.seed, folder, earlier)
+        if isinstance(settings, TunedConfig):
+            check_files(task, settings)
+        edit, delta, cost = _erased(task, method, settings, metadata, after)
+        _save(folder, edit, delta, cost)
+        return delta
 
 
 def _erased(
@@ -238,11 +239,19 @@ def _check_changed(delta: ErasedDelta, concepts: Sequence[ConceptSpec]) -> None:
         )
 
 
-def _check_settings(config: EraseConfig, settings: Any, folder: Path | None) -> None:
-    """Refuse settings that this machine cannot train or log with, before anything is loaded."""
+def _check_settings(
+    config: EraseConfig, settings: Any, folder: Path | None, after: ErasedDelta | None
+) -> None:
+    """Refuse settings that this machine cannot train or log with, or that want an earlier erasure,
+    before anything is loaded."""
     if isinstance(settings, TunedConfig):
         check_machine(settings, config.load.offload == "blocks")
         check_log(settings.train.log_with, folder)
+        if settings.confine and after is None:
+            raise ErasureError(
+                "confine holds still what earlier concepts are answered with, and there is no "
+                "earlier erasure; name one with --after, or leave confine out"
+            )
 
 
 def _load_options(config: EraseConfig, settings: Any) -> LoadConfig:

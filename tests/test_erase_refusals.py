@@ -196,3 +196,27 @@ def test_other_runtime_errors_are_not_taken_for_it():
 
     with pytest.raises(RuntimeError, match="a bug"):
         run(main)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--mask.saliency", "{erased}/mask.safetensors"], "is not a saliency file"),
+        (["--mask.file", "{erased}/saliency.safetensors"], "is not a mask file"),
+        (["--mask.saliency", "{erased}/saliency.safetensors"], "is of another run"),
+        (["--mask.file", "{erased}/mask.safetensors"], "is of another run"),
+        (["--confine", "0.1"], "there is no earlier erasure; name one with --after"),
+    ],
+)
+def test_what_a_run_cannot_take_is_refused_before_latents_are_made(
+    option, message, base, erased, tmp_path, monkeypatch, capsys
+):
+    """And its folder stays anybody's: the mended command may have it."""
+    monkeypatch.setattr(
+        "erase.latents.prepare.sample_points", lambda *_, **__: pytest.fail("latents were sampled")
+    )
+    option = [word.format(erased=erased) for word in option]
+    flags = ["--model", str(base), "--concept", "star", "--anchor", "moon", "--retain", "a house"]
+    flags += ["--out", str(tmp_path / "out"), *FLAGS]
+    assert run(run_erase.main, [*flags, *option]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from erase.claims import check_artifact
+from erase.files import load_metadata
 from erase.latents.batches import draw_rows
 from erase.latents.latent_set import texts_of
 from erase.losses import denoising, forgetting, guided
@@ -287,6 +288,14 @@ def _given(task: Task, config: TunedConfig) -> Statistics:
     given = Statistics.load(path)
     _check_given(task, path, given.metadata)
     return given.within(config.scope, list(task.weights(config.scope)), path)
+
+
+def check_files(task: Task, config: TunedConfig) -> None:
+    """Refuse, before latents are made, a mask or statistics that the user names and that are not of
+    this erasure; of statistics, which are as large as the weights, the header alone is read."""
+    for path, kind in ((config.mask.file, "mask"), (config.mask.saliency, "saliency")):
+        if path:
+            _check_given(task, Path(path), load_metadata(path, kind))
 
 
 def _check_given(task: Task, path: Path, metadata: Mapping[str, str]) -> None:
