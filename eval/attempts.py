@@ -6,7 +6,7 @@ settings, so that what an attack adds is compared with images that differ in not
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -177,18 +177,25 @@ def sample(
     """
     pipe = prepared(model.pipeline(), settings)
     side = settings.resolution or image_size(pipe)
-    parts: list[tuple[Tensor, Tensor]] = []
     with autocast(model.device, settings.mixed_precision):
         cond = model.encode(list(texts), prefix)
         null = model.encode([""])[torch.zeros(len(rows), dtype=torch.long)]
-        for guidance in dict.fromkeys(row.guidance for row in rows):
-            here = [place for place, row in enumerate(rows) if row.guidance == guidance]
+
+        def draw(here: list[int], guidance: float) -> Tensor:
             at, seeds = torch.tensor(here), [rows[place].seed for place in here]
             begun = None if start is None else start[at].to(model.device, cond.embeddings.dtype)
-            latents = sampled(
-                pipe, cond[at], null[at], seeds, guidance, settings.steps, side, begun
-            )
-            parts.append((at, latents))
+            return sampled(pipe, cond[at], null[at], seeds, guidance, settings.steps, side, begun)
+
+        return by_guidance(rows, draw)
+
+
+def by_guidance(rows: Sequence[ImageRow], draw: Callable[[list[int], float], Tensor]) -> Tensor:
+    """Latents of the rows, in their order, those of one guidance drawn together; `draw` takes their
+    places and the guidance."""
+    parts: list[tuple[Tensor, Tensor]] = []
+    for guidance in dict.fromkeys(row.guidance for row in rows):
+        here = [place for place, row in enumerate(rows) if row.guidance == guidance]
+        parts.append((torch.tensor(here), draw(here, guidance)))
     order = torch.cat([at for at, _ in parts]).argsort()
     return torch.cat([latents for _, latents in parts])[order]
 

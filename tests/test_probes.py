@@ -239,6 +239,36 @@ def test_the_same_again_in_other_batches_and_nothing_when_all_is_kept(
     )
 
 
+def test_each_row_is_drawn_with_its_own_guidance(case, model, monkeypatch):
+    rows = [
+        replace(row, guidance=guidance)
+        for row, guidance in zip(case.images.rows, (7.5, 3.0, 7.5), strict=True)
+    ]
+    images = replace(case.images, rows=rows)
+    asked, judged = [], []
+
+    def boosted(_, prompts, seeds, eta, how):
+        asked.append((seeds, how.guidance))
+        return torch.tensor(seeds, dtype=torch.float32)
+
+    def shown(attempts, model, latents):
+        judged.extend(latents.tolist())
+        return [False] * len(latents)
+
+    def completed(_, latents, prompts, seeds, level, how):
+        asked.append(how.guidance)
+        return latents[:, 0, 0, 0]
+
+    monkeypatch.setattr(probes.probes, "boosted_noise", boosted)
+    monkeypatch.setattr(probes.probes, "complete", completed)
+    monkeypatch.setattr(probes.Attempts, "judged", shown)
+    evaluate(Case(images, [CONCEPT], base=model), Config(probes=["noise"], images=3, etas=[1.0]))
+    assert asked == [([0], 7.5), ([1], 3.0), ([2], 7.5)] and judged == [0, 1, 2]
+    asked.clear()
+    evaluate(Case(images, [CONCEPT], base=model), Config(probes=["completion"], images=3))
+    assert asked == [7.5, 7.5]
+
+
 def test_what_another_vae_showed_is_not_taken(case, model, tmp_path, make_pico_pipeline):
     config = replace(SMALL, probes=["inpainting"])
     evaluate(case, config)

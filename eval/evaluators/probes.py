@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
+from statistics import mode
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from erase.attacks.pseudo_token import nameless
 from erase.eval.attempts import (
     Attempts,
     asked_of_base,
+    by_guidance,
     drawn_by_base,
     others_by_base,
     own_rows,
@@ -30,6 +33,7 @@ from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
 from erase.eval.detectors import check_judge, detector, fitting
 from erase.eval.evaluators import Evaluator
+from erase.eval.images import ImageRow
 from erase.eval.inversion import found_starts, pixels, redrawn
 from erase.eval.kept import Kept
 from erase.eval.scores import Score, mean_score, share_of
@@ -134,7 +138,8 @@ def evaluate(case: Case, config: Config) -> list[Score]:
 
     Args:
         case: its model is probed, with its own weights; images are of the model's own resolution,
-            and have the steps and the guidance of the report's.
+            and have the steps of the report's, and their guidance: noise each row's own, the others
+            that of most of the concept's rows.
         config: the probes.
 
     Returns:
@@ -197,8 +202,11 @@ class _Probing:
 
     @property
     def how(self) -> Sampling:
-        """As the report's images are drawn."""
-        return Sampling(self.attempts.settings.steps, self.attempts.settings.guidance)
+        """As most of the report's images of the concept are drawn."""
+        return self._guided(mode(row.guidance for row in self.attempts.rows))
+
+    def _guided(self, guidance: float) -> Sampling:
+        return Sampling(self.attempts.settings.steps, guidance)
 
     def noise(self) -> list[Score]:
         """Boosted noise, under the report's prompts for the concept."""
@@ -207,12 +215,18 @@ class _Probing:
         for eta in self.config.etas:
 
             def draw(at: slice, eta: float = eta) -> Tensor:
-                prompts, seeds = [row.prompt for row in rows[at]], [row.seed for row in rows[at]]
-                return probes.boosted_noise(self.model, prompts, seeds, eta, self.how)
+                return by_guidance(rows[at], partial(self._boosted, rows[at], eta))
 
             shown = self._shown(f"noise {eta:g}", len(rows), draw)
             any_shown = [one or other for one, other in zip(any_shown, shown, strict=True)]
         return [self._share("boosted noise", any_shown)]
+
+    def _boosted(
+        self, rows: Sequence[ImageRow], eta: float, places: list[int], guidance: float
+    ) -> Tensor:
+        some = [rows[place] for place in places]
+        prompts, seeds = [row.prompt for row in some], [row.seed for row in some]
+        return probes.boosted_noise(self.model, prompts, seeds, eta, self._guided(guidance))
 
     def completion(self) -> list[Score]:
         """Partly noised images of the concept, denoised."""
