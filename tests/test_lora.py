@@ -1,15 +1,20 @@
 """LoRA: the best of its rank, honest about what it misses, and read by stock diffusers."""
 
 import json
+import re
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from erase.delta import ErasedDelta
 from erase.export.lora import extract_lora
+from erase.foreign import read_erased
+from erase.models import wrap
 from erase.models.sd import StableDiffusion
 from erase.prompts.errors import ErasureError
+from tests.families import tiny_sdxl
 
 METADATA = {
     "base_id": "pico",
@@ -90,6 +95,46 @@ def test_at_full_rank_stock_diffusers_predicts_what_the_erased_model_does(
         assert torch.allclose(stock, erased, atol=1e-5) and not torch.allclose(
             stock, base, atol=1e-2
         )
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("kinds", ["q_proj", r"[qkv]_proj|fc\d", "fc1", "out_proj"])
+def test_stock_diffusers_reads_any_layers_of_a_text_encoder(
+    model, make_pico_pipeline, tmp_path, layout, kinds
+):
+    pytest.importorskip("peft")
+    pattern = re.compile(rf"text_encoder\..*({kinds})\.weight")
+    delta = make(model, lambda name, param: pattern.fullmatch(name))
+    lora = extract_lora(delta, model, rank=10_000)
+    lora.save(tmp_path / "lora.safetensors", layout=layout)
+    pipeline = make_pico_pipeline()
+    pipeline.load_lora_weights(tmp_path / "lora.safetensors")
+    found = predictions(StableDiffusion(pipeline))
+    assert {f"{fit.name}.weight" for fit in lora.layers} == set(delta.values)
+    for stock, erased in zip(found, predictions(delta.apply(model)), strict=True):
+        assert torch.allclose(stock, erased, atol=1e-5)
+
+
+def test_names_of_a_text_encoder_are_those_that_every_transformers_loads(model, tmp_path):
+    """diffusers takes `text_model.` off, and does not add it; its settings are suffixes."""
+    delta = make(model, lambda name, param: name.startswith("text_encoder") and "_proj." in name)
+    extract_lora(delta, model, energy=0.5).save(tmp_path / "lora.safetensors", layout="diffusers")
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        names, told = set(file.keys()), json.loads(file.metadata()["lora_adapter_metadata"])
+    assert all(name.startswith("text_encoder.text_model.encoder.layers.") for name in names)
+    layers = [*told["text_encoder.target_modules"], *told["text_encoder.rank_pattern"]]
+    assert len(layers) > 8 and all(name.startswith("encoder.layers.") for name in layers)
+
+
+def test_two_encoders_may_have_other_ranks_in_layers_of_one_name(tmp_path):
+    base = wrap(tiny_sdxl(), "xl")
+    delta = make(base, lambda name, param: name.startswith("text_") and ".fc1.weight" in name)
+    lora, layer = extract_lora(delta, base, rank=8), "text_encoder.encoder.layers.0.mlp.fc1"
+    lora.down[layer], lora.up[layer] = lora.down[layer][:2], lora.up[layer][:, :2]
+    lora.save(tmp_path / "lora.safetensors", layout="diffusers")
+    found, own = read_erased(base, [tmp_path / "lora.safetensors"]), lora.as_delta(base)
+    assert found.values.keys() == own.values.keys()
+    assert all(torch.allclose(found.values[n], value, atol=1e-5) for n, value in own.values.items())
 
 
 def test_the_error_of_a_rank_is_the_tail_of_the_spectrum(model):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from erase.delta import ErasedDelta
 from erase.delta.origin import config_of
+from erase.export.diffusers_layout import adapter_config, diffusers_tensors, silent_factors
 from erase.export.kohya import OUTSIDE, kohya_entries, kohya_tensors, lora_header
 from erase.export.published import without_folders, without_paths
 from erase.files import save_tensors
@@ -73,6 +73,8 @@ class LoRA:
     """what a file in the kohya layout holds; empty for a family that has none"""
     header: dict[str, str] = field(default_factory=dict)
     """what tells programs the base's family: ModelSpec's keys and sd-scripts'"""
+    silent: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """down and up factors of zero that a file holds, too: see `silent_factors`"""
 
     @property
     def layout(self) -> str:
@@ -148,16 +150,14 @@ class LoRA:
                 "diffusers"
             )
         metadata = {**_without_paths(self.metadata), **self.header, "format": "pt"}
+        down = self.down | {name: pair[0] for name, pair in self.silent.items()}
+        up = self.up | {name: pair[1] for name, pair in self.silent.items()}
         if layout == "kohya":
-            tensors = kohya_tensors(self.kohya, self.down, self.up, dtype)
+            tensors = kohya_tensors(self.kohya, down, up, dtype)
         else:
-            tensors = {
-                f"{name}.lora_A.weight": factor.to(dtype) for name, factor in self.down.items()
-            }
-            tensors |= {
-                f"{name}.lora_B.weight": factor.to(dtype) for name, factor in self.up.items()
-            }
-            metadata["lora_adapter_metadata"] = json.dumps(_adapter_config(self.ranks))
+            tensors = diffusers_tensors(down, up, dtype)
+            ranks = {name: len(factor) for name, factor in down.items()}
+            metadata["lora_adapter_metadata"] = json.dumps(adapter_config(ranks))
         save_tensors(path, tensors, metadata)
 
     def as_delta(self, base: DiffusionModel) -> ErasedDelta:
@@ -227,8 +227,10 @@ def extract_lora(
             "it"
         )
     pipeline, ranks = base.pipeline(), {fit.rank for fit in layers}
-    named = kohya_entries(pipeline, down), lora_header(pipeline, delta.name, ranks)
-    return LoRA(down, up, layers, left_out, dict(delta.metadata), *named)
+    silent = silent_factors(base, down)
+    kohya = kohya_entries(pipeline, [*down, *silent])
+    header = lora_header(pipeline, delta.name, ranks)
+    return LoRA(down, up, layers, left_out, dict(delta.metadata), kohya, header, silent)
 
 
 def _holders(model: DiffusionModel, components: list[str]) -> set[str]:
@@ -292,24 +294,3 @@ def _without_paths(metadata: Mapping[str, str]) -> dict[str, str]:
     """The delta's metadata without where files lie on this disk, as others get it."""
     config = json.dumps(without_paths(json.loads(metadata.get("config", "{}"))), sort_keys=True)
     return {**metadata, "base_id": without_folders(metadata.get("base_id", "?")), "config": config}
-
-
-def _adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The settings that PEFT needs for each component's layers: without them, loaders guess the
-    scale of layers of unequal rank."""
-    config: dict[str, Any] = {}
-    for component in dict.fromkeys(name.split(".")[0] for name in ranks):
-        own = {
-            name.removeprefix(f"{component}."): rank
-            for name, rank in ranks.items()
-            if name.startswith(f"{component}.")
-        }
-        usual = Counter(own.values()).most_common(1)[0][0]
-        unusual = {f"^{name}": rank for name, rank in own.items() if rank != usual}
-        config |= {
-            f"{component}.r": usual,
-            f"{component}.lora_alpha": usual,
-            f"{component}.target_modules": list(own),
-        }
-        config |= {f"{component}.rank_pattern": unusual, f"{component}.alpha_pattern": unusual}
-    return config

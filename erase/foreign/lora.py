@@ -179,17 +179,17 @@ class Alphas:
 
     usual: dict[str, float]
     """component, or nothing for all -> alpha"""
-    patterns: dict[str, float]
-    """the end of a layer's name -> alpha"""
+    patterns: dict[tuple[str, str], float]
+    """component, or nothing for all, and the end of a layer's name -> alpha"""
     rooted: bool = False
     """rsLoRA: divided by the root of the rank (Kalajdzievski 2023)"""
 
     def of(self, layer: str) -> float | None:
         """The alpha of a layer; None where nothing tells it."""
-        for end, alpha in self.patterns.items():
-            if f".{layer}".endswith(f".{end}"):
-                return alpha
         component = layer.split(".")[0]
+        for (of, end), alpha in self.patterns.items():
+            if of in ("", component) and f".{layer}".endswith(f".{end}"):
+                return alpha
         return self.usual.get(component, self.usual.get(""))
 
     def scale(self, alpha: float, rank: int) -> float:
@@ -213,7 +213,7 @@ def _alphas(file: TensorFile) -> Alphas:
     elif beside.is_file() and file.path.stem == "adapter_model":
         settings = read_config(beside)
     usual: dict[str, float] = {}
-    patterns: dict[str, float] = {}
+    patterns: dict[tuple[str, str], float] = {}
     rooted = False
     for key, value in settings.items():
         component, _, name = key.rpartition(".")
@@ -222,7 +222,8 @@ def _alphas(file: TensorFile) -> Alphas:
         if name == "lora_alpha":
             usual[component] = _number(file, value)
         if name == "alpha_pattern" and isinstance(value, dict):
-            patterns |= {_plain(file, end): _number(file, alpha) for end, alpha in value.items()}
+            for end, alpha in value.items():
+                patterns[component, _plain(file, end)] = _number(file, alpha)
         rooted |= name == "use_rslora" and bool(value)
     return Alphas(usual, patterns, rooted)
 
