@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -72,18 +72,23 @@ def test_the_file_holds_what_the_originals_hold_beside_weights(made, tmp_path):
         )
         ids = file.get_tensor("cond_stage_model.transformer.text_model.embeddings.position_ids")
     assert ids.dtype == torch.int64 and ids.tolist() == [list(range(32))]
-    xl, config, _ = made("sdxl")
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_the_file_tells_v_prediction_and_an_end_in_pure_noise(made, tmp_path, family):
+    pipeline, config, _ = made(family)
+    usual = pipeline.scheduler
+    velocity = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    pipeline.scheduler = DDIMScheduler.from_config(usual.config, **velocity)
     try:
-        xl.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
         path = write_single_file(
-            xl, tmp_path / "v.safetensors", metadata={"modelspec.title": "a title"}
+            pipeline, tmp_path / "v.safetensors", metadata={"modelspec.title": "a title"}
         )
     finally:
-        xl.scheduler.register_to_config(prediction_type="epsilon", rescale_betas_zero_snr=False)
+        pipeline.scheduler = usual
     with safe_open(path, "pt") as file:
-        assert {"v_pred", "ztsnr"} <= set(file.keys()) and file.metadata()[
-            "modelspec.title"
-        ] == "a title"
+        assert {"v_pred", "ztsnr"} <= set(file.keys())
+        assert file.metadata()["modelspec.title"] == "a title"
     schedule = load_single_file(path, config=config, prediction="v_prediction").scheduler.config
     assert schedule.prediction_type == "v_prediction" and schedule.rescale_betas_zero_snr
 

@@ -231,14 +231,14 @@ def _family(pipeline: Pipeline) -> str:
 def _beside(
     family: str, modules: Mapping[str, ldm.Network], schedule: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Keys of the originals beside weights: CLIP's position ids, and the flags that mark an SDXL
-    of v prediction."""
+    """Keys of the originals beside weights: CLIP's position ids, and the flags that mark v
+    prediction."""
     tensors = {}
     for component, (layout, prefix) in ldm.TEXTS[family].items():
         if layout == "clip":
             length = modules[component].config.max_position_embeddings
             tensors[prefix + "embeddings.position_ids"] = torch.arange(length)[None]
-    if family == "sdxl" and schedule.get("prediction_type") == "v_prediction":
+    if schedule.get("prediction_type") == "v_prediction":
         flags = ("v_pred", "ztsnr") if schedule.get("rescale_betas_zero_snr") else ("v_pred",)
         tensors |= {flag: torch.empty(0) for flag in flags}
     return tensors
