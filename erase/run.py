@@ -57,6 +57,8 @@ class EraseConfig:
     load: LoadConfig = field(default_factory=LoadConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, Path):
+            self.model = str(self.model)
         # times a million, and it still seeds a generator
         check_ranges(self, {"seed": (-(2**43), 2**43)})
 

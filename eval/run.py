@@ -87,7 +87,7 @@ class EvaluateConfig:
 
 
 def evaluate(
-    model: str | DiffusionModel,
+    model: str | Path | DiffusionModel,
     delta: ErasedDelta,
     prompts: PromptSet | Sequence[PromptSet],
     out: str | Path,
@@ -129,7 +129,7 @@ def evaluate(
     config, evidence, out = config or EvaluateConfig(), evidence or Evidence(), Path(out)
     about = about_concepts(concepts, anchored=not unanchored(delta.metadata))
     sets = [prompts] if isinstance(prompts, PromptSet) else prompts
-    base = load_model(model) if isinstance(model, str) else model
+    base = load_model(model) if isinstance(model, str | Path) else model
     delta.check(base)  # before the base's images are made, not after
     others = compared(compared_with, base.fingerprint, concepts)
 

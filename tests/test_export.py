@@ -23,6 +23,7 @@ from erase.export.formats import FORMATS, USAGES, usage
 from erase.export.lora import extract_lora
 from erase.models import load_model
 from erase.prompts.errors import ErasureError
+from erase.run import EraseConfig
 from erase.scripts import run_export
 from erase.scripts.cli import run
 
@@ -192,6 +193,12 @@ def test_a_narrower_dtype_is_what_it_says(dtype, base, heart, tmp_path):
         torch.equal(written[name.removeprefix("unet.")], p.to(kind))
         for name, p in model.parameters("unet").items()
     )
+
+
+def test_a_base_may_be_given_as_a_path(base, heart, tmp_path):
+    export.export_components(ErasedDelta.load(heart), Path(base), tmp_path / "out")
+    assert (tmp_path / "out" / "unet").is_dir()
+    assert EraseConfig(model=Path("models") / "base") == EraseConfig(model=str(Path("models/base")))
 
 
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])

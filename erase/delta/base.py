@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -19,7 +20,7 @@ log = logging.getLogger("erase")
 
 def load_base(
     delta: ErasedDelta,
-    name: str | None = None,
+    name: str | Path | None = None,
     device: str | torch.device = "cpu",
     options: LoadConfig | None = None,
 ) -> DiffusionModel:
@@ -37,7 +38,7 @@ def load_base(
         ErasureError: it cannot be loaded, or would have to be fetched. Whether it is the right one
             is checked where the delta is applied.
     """
-    base, given = name or delta.metadata.get("base_id") or "", options or LoadConfig()
+    base, given = str(name or delta.metadata.get("base_id") or ""), options or LoadConfig()
     if not base:
         raise ErasureError(
             f"{delta.source} does not say which base it was made from; give the base with --model"

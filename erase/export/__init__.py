@@ -25,7 +25,7 @@ from erase.tensors import all_finite
 
 def export_diffusers(
     delta: ErasedDelta,
-    base: str | DiffusionModel,
+    base: str | Path | DiffusionModel,
     out: str | Path,
     card: str = "",
     dtype: torch.dtype = torch.float32,
@@ -57,7 +57,7 @@ def export_diffusers(
 
 def export_components(
     delta: ErasedDelta,
-    base: str | DiffusionModel,
+    base: str | Path | DiffusionModel,
     out: str | Path,
     card: str = "",
     dtype: torch.dtype = torch.float32,
@@ -75,7 +75,7 @@ def export_components(
 
 def export_single_file(
     delta: ErasedDelta,
-    base: str | DiffusionModel,
+    base: str | Path | DiffusionModel,
     out: str | Path,
     card: str = "",
     dtype: torch.dtype = torch.float32,
@@ -156,7 +156,7 @@ def export_delta(
 def write_export(
     format: str,
     delta: ErasedDelta,
-    base: str | DiffusionModel,
+    base: str | Path | DiffusionModel,
     out: str | Path,
     card: str = "",
     dtype: torch.dtype = torch.float32,
@@ -182,7 +182,7 @@ def write_export(
 
 @contextmanager
 def _erased(
-    delta: ErasedDelta, base: str | DiffusionModel, dtype: torch.dtype, keep: bool
+    delta: ErasedDelta, base: str | Path | DiffusionModel, dtype: torch.dtype, keep: bool
 ) -> Iterator[Any]:
     """The stock pipeline of base + delta. A base that the caller holds is afterwards as it was
     found, if it is to be kept.
@@ -204,8 +204,8 @@ def _erased(
         yield pipeline
 
 
-def _loaded(delta: ErasedDelta, base: str | DiffusionModel) -> DiffusionModel:
-    return load_base(delta, base) if isinstance(base, str) else base
+def _loaded(delta: ErasedDelta, base: str | Path | DiffusionModel) -> DiffusionModel:
+    return load_base(delta, base) if isinstance(base, str | Path) else base
 
 
 @contextmanager
