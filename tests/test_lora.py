@@ -240,3 +240,20 @@ def test_a_delta_without_layers_and_an_unknown_layout_are_refused(model, tmp_pat
         extract_lora(make(model, lambda name, _: name.endswith(".bias")), model)
     with pytest.raises(ErasureError, match="did you mean 'kohya'"):
         extract_lora(make(model, layers), model).save(tmp_path / "l.safetensors", layout="koya")
+
+
+def test_a_zero_that_only_loses_its_sign_is_no_layer(model):
+    delta = make(model, lambda name, param: name.endswith("attn2.to_k.weight"))
+    name = next(name for name in model.parameters() if name.endswith("attn2.to_q.weight"))
+    weight = model.parameters()[name]
+    with torch.no_grad():
+        weight[0, 0] = 0.0
+    model.refresh_fingerprint()
+    turned = weight.detach().clone()
+    turned[0, 0] = -0.0
+    sign = ErasedDelta.between({name: weight.detach()}, {name: turned}, {})
+    metadata = {**METADATA, "base_fingerprint": model.fingerprint}
+    both = ErasedDelta({**delta.values, **sign.values}, {**delta.bits, **sign.bits}, metadata)
+    assert name.removesuffix(".weight") not in extract_lora(both, model).ranks
+    with pytest.raises(ErasureError, match="changes no linear or convolutional layer"):
+        extract_lora(ErasedDelta(sign.values, sign.bits, metadata), model)

@@ -213,6 +213,8 @@ def extract_lora(
     down, up, layers, left_out = {}, {}, [], {}
     for name in delta.values:
         change = delta.change(name, params[name])
+        if not change.any():  # from 0.0 to -0.0 alone
+            continue
         if name not in holders:
             left_out[name] = change.norm().item()
             continue
