@@ -207,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         deltas = [ErasedDelta.load(path) for path in paths]
         model = load_base(deltas[0], options.model, options=options.load)
     delta = back(model, deltas, options) if options.undo else composed(model, deltas, options)
+    check_changes(delta)
     report = EvalReport.load(options.report) if options.report else None
     # a LoRA may be measured itself
     check_sources(report, delta.metadata, () if options.format == "lora" else delta.sha256)
@@ -228,6 +229,16 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{out}: {FORMATS[options.format]}; {delta.count:,} {what}")
     if options.push_to_hub:
         print(push_to_hub(out, options.push_to_hub, options.private))
+
+
+def check_changes(delta: ErasedDelta) -> None:
+    """Refuse deltas that change nothing at their scales: an export of them would be empty, or the
+    base."""
+    if not delta.count:
+        raise ErasureError(
+            "the deltas change no weight at these scales, so there is nothing to export; give "
+            "other values of --scale"
+        )
 
 
 def back(model: DiffusionModel, deltas: list[ErasedDelta], options: Namespace) -> ErasedDelta:

@@ -301,6 +301,14 @@ def test_nothing_that_exists_is_overwritten(flags, heart, tmp_path, capsys, monk
     assert filecmp.cmp(heart, mine, shallow=False)
 
 
+@pytest.mark.parametrize("format", ["components", "delta"])
+def test_an_export_of_nothing_is_refused(format, heart, tmp_path, capsys):
+    flags = ["--delta", heart, "--scale", "0", "--format", format, "--out", str(tmp_path / "out")]
+    assert run(run_export.main, flags) == 2
+    assert "change no weight at these scales" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 BAD = [
     (["--format", "difusers"], "did you mean 'diffusers'"),
     (["--dtype", "float61"], "did you mean 'float16'"),
