@@ -5,6 +5,7 @@ import filecmp
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,19 @@ def test_the_code_of_each_card_draws_what_the_erased_model_draws(
         assert sorted(path.name for path in out.iterdir()) == ["README.md", "text_encoder", "unet"]
     if format == "lora":
         assert json.loads((out / "lora.json").read_text())["error"] < 1e-6
+
+
+def test_the_card_of_a_delta_reads_its_base_as_it_was_read(base, heart, tmp_path, monkeypatch):
+    half, out = tmp_path / base.name, tmp_path / "out"
+    shutil.copytree(base, half)
+    for file in half.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    delta = ErasedDelta.load(heart)
+    config = json.dumps({"erase": {"load": {"variant": "fp16"}}})
+    replace(delta, metadata={**delta.metadata, "config": config}).save(tmp_path / "d.safetensors")
+    flags = ["--delta", str(tmp_path / "d.safetensors"), "--model", str(half), "--format", "delta"]
+    assert run(run_export.main, [*flags, "--out", str(out)]) == 0
+    run_card((out / "README.md").read_text(), out, half, tmp_path / "work", monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["some/base.safetensors", "some/base.ckpt"])

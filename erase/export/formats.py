@@ -100,10 +100,10 @@ DELTA = Usage(
     "concept-erasure-toolkit",
     """\
 from erase.delta import ErasedDelta
-from erase.models import load_model
+from erase.delta.base import load_base
 
 delta = ErasedDelta.load("path/to/this/folder/delta.safetensors")
-pipeline = delta.apply(load_model("path/to/base")).pipeline()""",
+pipeline = delta.apply(load_base(delta, "path/to/base")).pipeline()""",
     relation="adapter",
     library="concept-erasure-toolkit",
 )
