@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from erase import export
 from erase.delta import ErasedDelta
+from erase.delta.base import load_base
 from erase.eval.report.card import model_card
 from erase.export import export_delta, export_diffusers
 from erase.export.formats import FORMATS, USAGES, usage
@@ -133,6 +134,19 @@ def test_the_code_of_each_card_draws_what_the_erased_model_draws(
         assert sorted(path.name for path in out.iterdir()) == ["README.md", "text_encoder", "unet"]
     if format == "lora":
         assert json.loads((out / "lora.json").read_text())["error"] < 1e-6
+
+
+def test_a_folder_with_a_delta_does_not_tell_where_its_base_lies(base, heart, tmp_path):
+    delta = ErasedDelta.load(heart)
+    load = {"vae": str(tmp_path / "vae")}
+    config = json.dumps({"erase": {"load": load, "model": str(base)}})
+    delta = replace(delta, metadata={**delta.metadata, "config": config})
+    told = ErasedDelta.load(export_delta(delta, tmp_path / "out")).metadata
+    assert told["base_id"] == "path/to/pico" and str(tmp_path) not in told["config"]
+    with pytest.raises(ErasureError, match="'path/to/pico' as its base.* machine; give with --mod"):
+        load_base(ErasedDelta.load(tmp_path / "out"))
+    file = export_delta(delta, tmp_path / "d.safetensors")
+    assert ErasedDelta.load(file).metadata["base_id"] == str(base)  # for programs of this machine
 
 
 def test_the_card_of_a_delta_reads_its_base_as_it_was_read(base, heart, tmp_path, monkeypatch):

@@ -1046,6 +1046,8 @@ def test_stored_options_for_what_an_export_lacks_are_dropped(saved, tmp_path, ca
     path = write_single_file(tiny_sd1(), tmp_path / "m.safetensors")
     stored = delta_of("x/y", ema=True, ignore="embedding_manager", config=str(saved / "sd1"))
     assert load_base(stored, str(path)).name == str(path)
+    moved = delta_of("x/y", config=str(tmp_path / "moved"))
+    refused(lambda: load_base(moved, str(path)), "configurations of .*moved.* --load.config")
     given = LoadConfig(ignore="embedding_manager")
     refused(lambda: load_base(stored, str(path), options=given), "leave it out")
 

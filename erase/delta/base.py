@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from erase.models.loading import is_here, kind_of, without_absent
 from erase.prompts.canvas import EMBEDDED
 from erase.prompts.errors import ErasureError
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 log = logging.getLogger("erase")
 
 
@@ -55,10 +58,10 @@ def load_base(
     if name is None and base not in EMBEDDED:
         if not is_here(base, config):
             revision = f" --load.revision {config.revision}" if config.revision else ""
+            fetch = f"to fetch it from the hub, say so with --model {base}{revision}, or "
             raise ErasureError(
-                f"{delta.source} names {base!r} as its base, which is not on this machine; to "
-                f"fetch it from the hub, say so with --model {base}{revision}, or give with "
-                "--model where it is"
+                f"{delta.source} names {base!r} as its base, which is not on this machine; "
+                f"{fetch if HUB_ID.fullmatch(base) else ''}give with --model where it is"
             )
         config = replace(config, offline=True)
     return load_model(base, device, config)
@@ -74,7 +77,13 @@ def _options(delta: ErasedDelta, base: str, kind: str, given: LoadConfig) -> Loa
     stored = replace(load_options(delta.metadata, delta.source), offline=False)
     if base != delta.metadata.get("base_id"):
         stored = replace(stored, revision=None)
-    held = without_absent(SHIPPED.get(base, base), stored.meant_for(kind))
+    stored = stored.meant_for(kind)
+    if stored.config and not given.config and not os.path.exists(stored.config):
+        raise ErasureError(
+            f"{delta.source}: its base was read with the configurations of {stored.config}, which "
+            "is not there; give them with --load.config"
+        )
+    held = without_absent(SHIPPED.get(base, base), stored)
     if stored.vae and not (held.vae or given.vae):
         log.warning(
             "%s: its base was read with the VAE %s, which is not there; the VAE of %s is taken, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from erase.delta.base import load_base
 from erase.export.folders import save_part, save_pipeline
 from erase.export.formats import FILES
 from erase.export.lora import LoRA, extract_lora
+from erase.export.published import published
 from erase.export.whole import is_file, new_file, new_folder
 from erase.models import DiffusionModel
 from erase.models.pipelines import modules
@@ -147,9 +149,13 @@ def export_delta(
     dtype: torch.dtype = torch.float32,
     picture: str | Path | None = None,
 ) -> Path:
-    """Write the delta, as a file or as a folder with a card. Arguments as `export_single_file`."""
+    """Write the delta, as a file or as a folder with a card, which does not say where its base lies
+    on this disk. Arguments as `export_single_file`."""
+    written = delta if dtype == torch.float32 else delta.rounded(dtype)
+    if not is_file(out):
+        written = replace(written, metadata=published(written.metadata))
     with new_file(out, card, picture, FILES["delta"]) as aside:
-        (delta if dtype == torch.float32 else delta.rounded(dtype)).save(aside)
+        written.save(aside)
     return Path(out)
 
 

@@ -21,7 +21,7 @@ from erase.delta import ErasedDelta
 from erase.delta.origin import config_of
 from erase.export.diffusers_layout import adapter_config, diffusers_tensors, silent_factors
 from erase.export.kohya import OUTSIDE, kohya_entries, kohya_tensors, lora_header
-from erase.export.published import without_folders, without_paths
+from erase.export.published import published
 from erase.files import save_tensors
 from erase.models import DiffusionModel
 from erase.models.naming import named_layers
@@ -149,7 +149,7 @@ class LoRA:
                 "the kohya layout has no names for this family; leave the layout out, or take "
                 "diffusers"
             )
-        metadata = {**_without_paths(self.metadata), **self.header, "format": "pt"}
+        metadata = {**published(self.metadata), **self.header, "format": "pt"}
         down = self.down | {name: pair[0] for name, pair in self.silent.items()}
         up = self.up | {name: pair[1] for name, pair in self.silent.items()}
         if layout == "kohya":
@@ -290,9 +290,3 @@ def merged(base: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """A layer's weight with up @ down added: in float64, rounded once to the base's dtype."""
     change = up.flatten(1).double() @ down.flatten(1).double()
     return (base.double() + change.reshape(base.shape)).to(base.dtype)
-
-
-def _without_paths(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The delta's metadata without where files lie on this disk, as others get it."""
-    config = json.dumps(without_paths(json.loads(metadata.get("config", "{}"))), sort_keys=True)
-    return {**metadata, "base_id": without_folders(metadata.get("base_id", "?")), "config": config}

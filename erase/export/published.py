@@ -3,8 +3,10 @@ files lie on this disk."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 ABSOLUTE = re.compile(r"(?:~|[A-Za-z]:)?[/\\].*", re.S)
@@ -42,6 +44,12 @@ def without_paths(value: Any) -> Any:
         case dict():
             return {key: without_paths(one) for key, one in value.items()}
     return value
+
+
+def published(metadata: Mapping[str, str]) -> dict[str, str]:
+    """A delta's metadata, `without_paths` in its base and its config."""
+    config = json.dumps(without_paths(json.loads(metadata.get("config", "{}"))), sort_keys=True)
+    return {**metadata, "base_id": without_folders(metadata.get("base_id", "?")), "config": config}
 
 
 def command_without_paths(command: str) -> str:
