@@ -43,30 +43,30 @@ class Saliency:
         Raises:
             ErasureError: density outside (0, 1], or so small that no weight is left.
         """
-        count = kept_count(density, sum(value.numel() for value in self.values.values()))
-        masks: Iterator[tuple[str, Tensor]]
-        if allocation == "per-tensor":
-            counts = shares(
-                {name: value.numel() for name, value in self.values.items()}, density, count
-            )
-            masks = (
-                pair
-                for name, number in counts.items()
-                for pair in top_k({name: self.values[name]}, number)
-            )
-        else:
-            masks = top_k(self.values, count)
+        count = kept_count(density, sum(self._sizes().values()))
         further = {"density": repr(density), "allocation": allocation}
-        return self._mask({name: pack(one) for name, one in masks}, further)
+        top = self._top(density, count, allocation)
+        return self._mask({name: pack(one) for name, one in top}, further)
 
-    def lowest(self, density: float) -> SaliencyMask:
-        """The `floor(density * N)` least salient weights: the control of the other polarity."""
-        total = sum(value.numel() for value in self.values.values())
+    def lowest(self, density: float, allocation: str = "global") -> SaliencyMask:
+        """The `floor(density * N)` least salient weights, allocated as by `cut`: the control of the
+        other polarity."""
+        total = sum(self._sizes().values())
         count = total - kept_count(density, total)
-        return self._mask(
-            {name: pack(~one) for name, one in top_k(self.values, count)},
-            {"density": repr(density), "control": "lowest"},
-        )
+        further = {"density": repr(density), "allocation": allocation, "control": "lowest"}
+        top = self._top(1 - density, count, allocation)
+        return self._mask({name: pack(~one) for name, one in top}, further)
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: value.numel() for name, value in self.values.items()}
+
+    def _top(self, density: float, count: int, allocation: str) -> Iterator[tuple[str, Tensor]]:
+        """Where the `count` most salient weights are, by parameter."""
+        if allocation != "per-tensor":
+            yield from top_k(self.values, count)
+            return
+        for name, number in shares(self._sizes(), density, count).items():
+            yield from top_k({name: self.values[name]}, number)
 
     def _mask(self, bits: dict[str, Tensor], further: Mapping[str, str]) -> SaliencyMask:
         shapes = {name: tuple(value.shape) for name, value in self.values.items()}
@@ -149,16 +149,16 @@ class SaliencyMask:
         density: float,
         seed: int,
         metadata: Mapping[str, str] | None = None,
+        allocation: str = "global",
     ) -> SaliencyMask:
-        """A uniformly random mask of exactly `floor(density * N)` ones: the control for
-        saliency."""
+        """A uniformly random mask of exactly `floor(density * N)` ones, allocated as by
+        `Saliency.cut`: the control for saliency."""
         generator = torch.Generator().manual_seed(seed)
         noise = {
             name: torch.rand(param.shape, generator=generator) for name, param in params.items()
         }
-        return Saliency(noise, {**(metadata or {}), "control": "random", "seed": str(seed)}).cut(
-            density
-        )
+        about = {**(metadata or {}), "control": "random", "seed": str(seed)}
+        return Saliency(noise, about).cut(density, allocation)
 
     def matched_random(self, seed: int) -> SaliencyMask:
         """Random weights, as many in every tensor as here: the control for the choice of weights,

@@ -107,6 +107,20 @@ def test_the_lowest_are_the_least_salient_and_as_many(density):
     assert density == 1 or values[chosen].max() <= values[~chosen].min()
 
 
+def test_every_control_is_allocated_as_it_is_told():
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"few": 10, "many": 1000, "some": 203}
+    values = {name: torch.rand(size, generator=generator) for name, size in sizes.items()}
+    values["few"] *= 0.01  # the least salient, all of them
+    random = SaliencyMask.random(values, 0.3, seed=0, allocation="per-tensor")
+    lowest = Saliency(values).lowest(0.3, "per-tensor")
+    for mask in (random, lowest):
+        assert mask.count() == int(0.3 * sum(sizes.values()))
+        assert all(abs(int(mask[name].sum()) - 0.3 * size) < 1 for name, size in sizes.items())
+    for name, value in values.items():
+        assert value[lowest[name]].max() < value[~lowest[name]].min()
+
+
 def test_a_matched_random_mask_has_as_many_in_every_tensor_and_by_chance_the_same_ones():
     generator = torch.Generator().manual_seed(0)
     mask = Saliency(

@@ -78,7 +78,9 @@ def choose_mask(
     if mask.rule == "random":
         about = describe(task)
         provenance = {key: about[key] for key in ("base_fingerprint", "concepts")}
-        return SaliencyMask.random(weights, float(mask.density), task.seed, provenance)
+        return SaliencyMask.random(
+            weights, float(mask.density), task.seed, provenance, mask.allocation
+        )
 
     rule = ranking_of(mask)
     statistics = find_statistics(task, config, RULES[rule].needs, objective)
@@ -95,7 +97,7 @@ def choose_mask(
 def _cut(saliency: Saliency, mask: MaskConfig, density: float, seed: int) -> SaliencyMask:
     """The mask of a rule, or of a control that goes by one."""
     if mask.rule == "lowest":
-        return saliency.lowest(density)
+        return saliency.lowest(density, mask.allocation)
     salient = saliency.cut(density, mask.allocation)
     if mask.rule == "matched-random":
         return salient.matched_random(seed)
