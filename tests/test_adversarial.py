@@ -85,7 +85,7 @@ def test_c_is_the_concepts_name_alone(make_pico_pipeline, name, config):
 # ---- AdvUnlearn ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attack_from", [9, 1])
+@pytest.mark.parametrize("attack_from", [2, 1])
 def test_advunlearn_takes_the_steps_of_its_equation(task, make_pico_pipeline, attack_from):
     """Before the attacks begin, they are those of ESD over the text encoder with a retain term."""
     bare, base = Bare(make_pico_pipeline()), Bare(make_pico_pipeline())
@@ -134,10 +134,12 @@ def test_advunlearn_takes_the_steps_of_its_equation(task, make_pico_pipeline, at
 
 @pytest.fixture
 def erased(task):
-    """The task, its encoder erased without an attack, and what the base predicted of rows."""
+    """The task, its encoder erased with one attack at the end, and what the base predicted of
+    rows."""
     rows, prompts = row_batches(task, FORGET, 3)(0)
     concept = task.predict(rows, prompts).detach()
-    config = replace(ADV, train=replace(ADV.train, steps=20, lr=3e-3, batch_size=3))
+    train = replace(ADV.train, steps=20, lr=3e-3, batch_size=3)
+    config = replace(ADV, train=train, attack_from=19, attack_steps=1)
     with changed_to(task.model, get_method("advunlearn").edit(task, config).values):
         yield Task(task.model, [CONCEPT], Given(FORGET, RETAIN)), rows, prompts, concept
 
@@ -180,7 +182,7 @@ def test_advunlearns_encoder_serves_another_denoiser(make_pico_pipeline, tmp_pat
 # ---- RACE ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attack_from", [9, 1])
+@pytest.mark.parametrize("attack_from", [2, 1])
 def test_race_takes_the_steps_of_its_equation(task, make_pico_pipeline, attack_from):
     """Before the attacks begin, they are those of ESD."""
     bare, base, radius = Bare(make_pico_pipeline()), Bare(make_pico_pipeline()), 0.3
@@ -279,3 +281,12 @@ def test_attacks_split_with_the_batch(task, name):
 def test_settings_out_of_range_are_refused(method, setting, value):
     with pytest.raises(ErasureError, match=setting):
         replace(get_method(method).config, **{setting: value})
+
+
+@pytest.mark.parametrize("name", ["advunlearn", "race"])
+def test_a_training_that_ends_before_its_attack_begins_is_refused(name):
+    config = get_method(name).config
+    shorter = replace(config.train, steps=config.attack_from)
+    with pytest.raises(ErasureError, match=r"attack_from is \d+.*train\.steps"):
+        replace(config, train=shorter)
+    assert replace(config, train=replace(shorter, steps=config.attack_from + 1))

@@ -16,7 +16,7 @@ from erase.attacks.descent import step_down
 from erase.attacks.words import words_of
 from erase.losses import denoising
 from erase.methods import Method
-from erase.objectives.negative_guidance import AwayConfig, away, forget_set
+from erase.objectives.negative_guidance import AwayConfig, away, check_attacked, forget_set
 from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, forget_and_retain
@@ -42,13 +42,14 @@ class AdvUnlearnConfig(AwayConfig):
     """of Adam, in each step of training"""
     attack_lr: float = 1e-3
     attack_from: int = 200
-    """the first step with an attack; those before are ESD's, and the retain term"""
+    """the first step with an attack, below train.steps; before: ESD, and the retain term"""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(1000, lr=1e-5, batch_size=4))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, {"vectors": COUNT, "attack_steps": COUNT, "attack_lr": POSITIVE})
         check_ranges(self, {"alpha": (0, 1e6), "attack_from": (0, MOST_STEPS)})
+        check_attacked(self.attack_from, self.train.steps)
 
 
 def attack(

@@ -15,7 +15,7 @@ from erase.latents.batches import Rows
 from erase.losses import denoising
 from erase.methods import Method
 from erase.models import Cond
-from erase.objectives.negative_guidance import AwayConfig, forget_set, target
+from erase.objectives.negative_guidance import AwayConfig, check_attacked, forget_set, target
 from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, row_batches
@@ -38,7 +38,7 @@ class RACEConfig(AwayConfig):
     attack_steps: int = 10
     """of projected gradient descent, each a quarter of the radius long, in each step of training"""
     attack_from: int = 1000
-    """the first step with an attack; those before are ESD's"""
+    """the first step with an attack, below train.steps; those before are ESD's"""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=2000, lr=1e-5, batch_size=1)
     )
@@ -47,6 +47,7 @@ class RACEConfig(AwayConfig):
         super().__post_init__()
         check_ranges(self, {"radius": POSITIVE, "attack_steps": COUNT})
         check_ranges(self, {"attack_from": (0, MOST_STEPS)})
+        check_attacked(self.attack_from, self.train.steps)
 
 
 def attack(task: Task, rows: Rows, cond: Cond, start: Tensor, config: RACEConfig) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from erase.latents.batches import Rows
 from erase.latents.latent_set import LatentSet
 from erase.losses import denoising
-from erase.prompts.errors import FINITE, check_names, check_ranges
+from erase.prompts.errors import FINITE, ErasureError, check_names, check_ranges
 from erase.prompts.names import Names
 from erase.task import Task
 from erase.training.batches import PromptedRows
@@ -40,6 +40,16 @@ class AwayConfig(TunedConfig):
         super().__post_init__()
         check_ranges(self, {"guidance": FINITE})
         check_names(self, {"prompts": ("names", "captions")})
+
+
+def check_attacked(attack_from: int, steps: int) -> None:
+    """Refuse an adversarial training that ends before its attack begins."""
+    if attack_from >= steps:
+        raise ErasureError(
+            f"attack_from is {attack_from}, and training ends after train.steps {steps}, so that "
+            "nothing would be attacked; lower attack_from or raise train.steps (esd trains without "
+            "an attack)"
+        )
 
 
 def forget_set(task: Task, prompts: str) -> LatentSet:
