@@ -51,6 +51,7 @@ from erase.scripts.cli.recipes import recipes
 
 if TYPE_CHECKING:
     from erase.run import EraseConfig
+    from erase.training.config import TunedConfig
 
 
 def chosen_method(argv: list[str] | None) -> str:
@@ -130,20 +131,24 @@ def hints(config: EraseConfig, settings: Any, concepts: int) -> Iterator[str]:
             f"the embedded model: --config {config.model}-{method}"
         )
     if concepts > 1 and isinstance(settings, TunedConfig) and settings.train == usual.train:
-        counts = {
-            "train.steps": settings.train.steps,
-            "latents.n_forget": config.latents.n_forget,
-            "latents.n_retain": config.latents.n_retain,
-        }
-        if settings.mask.density != 1:
-            counts["mask.batches"] = settings.mask.batches
-        more = [f"--{name} {concepts * count}" for name, count in counts.items()]
-        if settings.mask.rule == "benefit":  # their gradients' sums would cancel out
-            more.append("--mask.rule fisher-ratio")
-        yield (
-            f"{settings.train.steps} steps are for one concept; {concepts} of them want "
-            f"{' '.join(more)}"
-        )
+        yield from _more(config, settings, concepts)
+
+
+def _more(config: EraseConfig, settings: TunedConfig, concepts: int) -> Iterator[str]:
+    """What several concepts want more of than one."""
+    from erase.training.config import TunedConfig
+
+    masked = settings.mask.density != 1
+    draws = TunedConfig.draws if masked else settings.draws
+    counts = {} if settings.one_by_one else {"train.steps": settings.train.steps}
+    counts |= {f"latents.{name}": getattr(config.latents, name) for name in draws}
+    if masked:
+        counts["mask.batches"] = settings.mask.batches
+    more = [f"--{name} {concepts * count}" for name, count in counts.items()]
+    if settings.mask.rule == "benefit":  # their gradients' sums would cancel out
+        more.append("--mask.rule fisher-ratio")
+    if more:
+        yield f"the defaults are for one concept; {concepts} of them want {' '.join(more)}"
 
 
 def main(argv: list[str] | None = None) -> None:

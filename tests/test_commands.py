@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -736,3 +737,18 @@ def test_what_the_defaults_are_not_made_for_is_said():
     assert list(run_erase.hints(EraseConfig(method="esd"), own, 1)) == []
     (unmasked,) = run_erase.hints(EraseConfig(method="esd"), own, 2)
     assert "--train.steps" in unmasked and "mask" not in unmasked
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("mace", ["latents.n_forget"]),
+        ("sfd", ["train.steps"]),
+        ("esd", ["train.steps", "latents.n_forget"]),
+        ("advunlearn", ["train.steps", "latents.n_forget", "latents.n_retain"]),
+    ],
+)
+def test_several_concepts_want_more_of_what_the_method_looks_at(name, wanted):
+    config = EraseConfig(method=name)
+    *_, several = run_erase.hints(config, get_method(name).config, 3)
+    assert re.findall(r"--(\S+) ", several) == wanted

@@ -17,6 +17,7 @@ from erase.prompts.errors import ErasureError
 from erase.task import Task
 from erase.training.batches import row_batches
 from erase.training.config import MaskConfig
+from erase.training.trainable import Trained
 from tests.bare import (
     ANCHORS,
     CONCEPT,
@@ -220,3 +221,15 @@ def test_stereo_goes_with_several_encoders_and_pooled_states(family):
 def test_settings_out_of_range_are_refused(setting, value):
     with pytest.raises(ErasureError, match=setting):
         replace(SMALL, **{setting: value})
+
+
+def test_the_search_keeps_what_the_mask_holds_and_no_whole_weights(task, monkeypatch):
+    kept = []
+
+    def spy(model, values):
+        kept.append(values)
+        return changed_to(model, values)
+
+    monkeypatch.setattr("erase.methods.stereo.changed_to", spy)
+    edit(task, rounds=1, mask=MaskConfig(rule="random", density=0.02))
+    assert [type(values) for values in kept] == [dict, Trained] and not kept[0]

@@ -20,7 +20,7 @@ from erase.objectives.negative_guidance import AwayConfig, away, check_attacked,
 from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, forget_and_retain
-from erase.training.config import MOST_STEPS, TrainConfig
+from erase.training.config import MOST_STEPS, TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
 
@@ -33,6 +33,7 @@ Batch = tuple[PromptedRows, PromptedRows, Mapping[str, Tensor] | None]
 class AdvUnlearnConfig(AwayConfig):
     """Settings of AdvUnlearn."""
 
+    draws = TunedConfig.draws
     scope: str = r"^text_encoder(_\d)?\.(?!.*(embed|shared))"
     alpha: float = 0.3
     """gamma: weight of the retained prompts' predictions keeping to the base's"""

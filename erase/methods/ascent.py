@@ -48,6 +48,7 @@ class FewShotConfig(AscentConfig):
 
     The paper adds the self-attention of the last layer."""
 
+    draws = ("n_forget",)
     scope: str = r"^text_encoder(_\d)?\..*\.mlp\."
     alpha: float = 0.0
     train: TrainConfig = field(

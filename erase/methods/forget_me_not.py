@@ -25,6 +25,7 @@ PAPER = "https://arxiv.org/abs/2303.17591"
 class ForgetMeNotConfig(TunedConfig):
     """Settings of Forget-Me-Not."""
 
+    draws = ("n_forget",)
     scope: str = "xattn"
     alpha: float = 0.0
     """weight of the denoising error of retained latents; the paper has none"""

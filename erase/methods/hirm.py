@@ -31,6 +31,7 @@ PAPER, SPEAKS = "https://arxiv.org/abs/2602.19631", "self_attn.out_proj"
 class HiRMConfig(TunedConfig):
     """Settings of HiRM."""
 
+    draws = ()
     scope: str = r"^text_encoder(_\d)?\..*\blayers\.0\.(self_attn|mlp)\."
     strength: float = 20.0
     """root mean square of the direction's values; the paper's norm of 5000 over 77 tokens of width

@@ -34,6 +34,7 @@ PAPER = "https://arxiv.org/abs/2403.06135"
 class MACEConfig(TunedConfig):
     """Settings of MACE."""
 
+    draws, one_by_one = ("n_forget",), True
     scope: str = "xattn_kv"
     """the projections of text states that are edited"""
     lora_rank: int = 1

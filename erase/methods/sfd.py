@@ -30,6 +30,7 @@ PAPER = "https://arxiv.org/abs/2409.11219"
 class SFDConfig(TunedConfig):
     """Settings of SFD."""
 
+    draws = ()
     alpha: float = 1.0
     """weight of the retain loss"""
     init: float = 0.625

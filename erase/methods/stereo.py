@@ -6,6 +6,7 @@ it and all that was found at once. Against who may choose embeddings; a round co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -58,12 +59,13 @@ def search(
     before forgets p_(k-1), as ESD would; then p_k = argmin_p |eps(x_t, p) - noise|^2, from a start
     that no later attack of the same seed has."""
     train = replace(config.train, steps=config.search_steps, lr=config.search_lr)
-    quick, values = replace(config, train=train), dict[str, Tensor]()
+    quick = replace(config, train=train)
+    values: Mapping[str, Tensor] = {}
     asks: list[Ask] = [task.predict]
     for i in range(config.rounds):
         loss, part = away_loss(task, config.guidance, asks[-1]), f"training-{i}"
         with changed_to(task.model, values):
-            values = dict(fine_tune(task, loss, batches, quick, mask=mask, part=part).values)
+            values = fine_tune(task, loss, batches, quick, mask=mask, part=part).values
         with changed_to(task.model, values):
             found = find_pseudo_token(task, task.forget(), config.attack, restart=-1 - i)
         asks.append(partial(predict_behind, task, found=found))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import chain
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -30,6 +31,7 @@ Ask = Callable[[Rows, list[str]], Tensor]
 class AwayConfig(TunedConfig):
     """Settings of training away from the concept."""
 
+    draws: ClassVar[tuple[str, ...]] = ("n_forget",)
     guidance: float = 1.0
     """eta: how far away from the concept"""
     prompts: str = "names"

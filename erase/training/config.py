@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from erase.mask import check_density
 from erase.prompts.errors import (
@@ -67,7 +67,8 @@ class TrainConfig:
     """keep on the CPU what the steps do not use: VAE, text encoders, with mixed precision the
     float32 weights of the base, and, in one process, the sums of gradients that choose a mask"""
     ema: float | None = None
-    """decay of an exponential moving average that the result is taken from; None: the last
+    """decay of an exponential moving average that the result is taken from (with lora_rank the
+    product of the averaged factors, which is not the average of their products); None: the last
     weights"""
     checkpoint_every: int = 50
     """steps between saved training states; a stopped run goes on from the last one"""
@@ -171,16 +172,22 @@ class MaskConfig:
 class TunedConfig:
     """Options of every method that takes gradient steps; they compose, and no method sees them."""
 
+    draws: ClassVar[tuple[str, ...]] = ("n_forget", "n_retain")
+    """the numbers of latents that training looks at by the method's defaults; a mask may ask for
+    both"""
+    one_by_one: ClassVar[bool] = False
+    """whether each concept is trained by itself, for `train.steps` steps"""
+
     scope: str = "full"
     """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, ff, noxattn,
     text_encoder, or a pattern of names"""
     mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
     train: TrainConfig = field(default_factory=TrainConfig)
     combine: str = "sum"
-    """of forgetting and retaining: sum; surgery (what conflicts with retaining is removed from the
-    forget gradient); guard (what would make the forget loss rise is removed from the sum); or
-    barrier (the retain gradient, and as much of the forget gradient as the forget loss needs to
-    fall at the rate `barrier`)"""
+    """of forgetting and retaining: sum; or, of a loss that has a retain term, surgery (what
+    conflicts with retaining is removed from the forget gradient), guard (what would make the forget
+    loss rise is removed from the sum) or barrier (the retain gradient, and as much of the forget
+    gradient as the forget loss needs to fall at the rate `barrier`)"""
     barrier: float = 1.0
     """of combine barrier: how fast the forget loss must fall, 1 being as fast as by its own
     gradient"""
@@ -196,8 +203,8 @@ class TunedConfig:
     """weight of |change|_1, by a proximal step: small changes go back to the base's bits
     (SalUn-soft); 0: off"""
     prox_l2: float = 0.0
-    """weight of |change|^2 / 2, by a proximal step: every weight is drawn back to where this run
-    began (L2-SP); 0: off"""
+    """weight of |change|^2 / 2, by a proximal step: every weight is drawn back to the base of this
+    run, after an earlier erasure to what that left (L2-SP); 0: off"""
     confine: float = 0.0
     """of an erasure after an earlier one: changes of the keys and values of cross-attention stay in
     the null space of the text states of the earlier concepts' prompts, directions in which these

@@ -6,12 +6,13 @@ Every option is off at zero, and then leaves the plain step's bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from erase.prompts.errors import ErasureError
 from erase.training.config import TunedConfig
 from erase.training.trainable import Trainable
 
@@ -51,6 +52,20 @@ def step_gradients(
         retain = take((RETAIN,)) if surgery else {}
 
     return without_conflict(whole, retain, trainable.layout.total) if surgery else whole
+
+
+def check_terms(terms: Iterable[str], combine: str) -> None:
+    """Refuse to weigh forgetting against retaining where a loss has no such term.
+
+    Raises:
+        ErasureError: names the option.
+    """
+    if combine != "sum" and RETAIN not in terms:
+        raise ErasureError(
+            f"combine {combine} weighs forgetting against retaining, and the method's loss has no "
+            "retain term as it is set; take combine sum, or give that term a weight (alpha) where "
+            "the method has one"
+        )
 
 
 def without_conflict(whole: Gradients, retain: Gradients, total: Total) -> Gradients:

@@ -22,7 +22,7 @@ from erase.parallel.progress import bar
 from erase.prompts.errors import ErasureError, check_names
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
-from erase.training.gradients import Gradients, confine, soften, step_gradients
+from erase.training.gradients import Gradients, check_terms, confine, soften, step_gradients
 from erase.training.low_rank import LowRank
 from erase.training.opponent import Opponent
 from erase.training.optimizers import try_optimizer
@@ -256,6 +256,7 @@ class _Steps:
             share = cut(batch, part, parts, self.accelerator)
             with self.accelerator.autocast():
                 terms = self.loss(share, trainable.base)
+                check_terms(terms, self.config.combine)
                 wanted = {
                     name: term / parts
                     for name, term in terms.items()
