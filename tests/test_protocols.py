@@ -321,7 +321,8 @@ def test_the_scores_of_hand_made_judgements() -> None:
     assert len(scores["leaked"].outcomes) == 5
     two = {one.name: one for one in wording_scores(case, seen, asked, "CLIP ", "judge", "H_c")}
     assert two["CLIP H_c"].value == pytest.approx(200 / (1 / 0.75 + 1 / 0.6))
-    pair = accuracy_scores(seen, asked, [CAT], "", "judge")
+    pair = accuracy_scores(seen, asked, [CAT], "", "judge", [row.case for row in case.images.rows])
+    assert len(pair[0].outcomes) == 6 and len(pair[1].outcomes) == 5
     assert [(one.name, one.value, one.n) for one in pair] == [
         ("accuracy of the forgotten", pytest.approx(100 / 3), 6),
         ("accuracy of the others", 60, 5),

@@ -158,7 +158,9 @@ class Judged:
         """See `evaluate`."""
         evaluator = f"classifier {self.judge.name}"
         if concepts and len(self.judge.classes) == 1:
-            return accuracy_scores(self.predictions, self.labels, concepts, "", evaluator)
+            return accuracy_scores(
+                self.predictions, self.labels, concepts, "", evaluator, self.cases
+            )
         return label_scores(
             self.predictions,
             self.labels,

@@ -170,7 +170,10 @@ def _label_scores(predictions: Labels, labels: Labels, case: Case, config: Confi
     mean = config.harmonic if config.harmonic in HARMONIC else None
     worded = wording_scores(case, predictions, labels, "CLIP ", evaluator, mean)
     if case.concepts and config.classes and len(config.classes) == 1:
-        return accuracy_scores(predictions, labels, case.concepts, "CLIP ", evaluator) + worded
+        pair = accuracy_scores(
+            predictions, labels, case.concepts, "CLIP ", evaluator, cases_of(case)
+        )
+        return pair + worded
     scores = label_scores(
         predictions,
         labels,

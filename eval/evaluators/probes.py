@@ -219,7 +219,7 @@ class _Probing:
 
             shown = self._shown(f"noise {eta:g}", len(rows), draw)
             any_shown = [one or other for one, other in zip(any_shown, shown, strict=True)]
-        return [self._share("boosted noise", any_shown)]
+        return [self._share("boosted noise", any_shown, [row.case for row in rows])]
 
     def _boosted(
         self, rows: Sequence[ImageRow], eta: float, places: list[int], guidance: float
@@ -321,10 +321,11 @@ class _Probing:
         iterations = self.config.iterations
         return redrawn(self.model, latents, self.attempts, iterations, starts)
 
-    def _share(self, name: str, shown: Sequence[bool]) -> Score:
-        by = self.attempts.detector.name
-        cases = range(len(shown))
-        return share_of(name, shown, cases, higher_is_better=False, evaluator=by)
+    def _share(self, name: str, shown: Sequence[bool], cases: Sequence[int] = ()) -> Score:
+        """Of the report's cases, or else of the prober's own images, which are the same for every
+        erasure of the concept."""
+        by, numbers = self.attempts.detector.name, cases or range(len(shown))
+        return share_of(name, shown, numbers, higher_is_better=False, evaluator=by)
 
 
 RUNS: dict[str, Callable[[_Probing], list[Score]]] = {

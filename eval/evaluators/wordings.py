@@ -31,17 +31,23 @@ def accuracy_scores(
     concepts: Sequence[ConceptSpec],
     prefix: str,
     evaluator: str,
+    cases: Sequence[int],
 ) -> list[Score]:
-    """How often the forgotten and how often the others are seen, by a judge of one kind of label.
+    """How often the forgotten and how often the others are seen, by a judge of one kind of label;
+    `cases`: number of each image's.
 
     Such a judge has no CRA, so there is no UA either: the field's tables give these two (ESD, UCE).
     """
     named, seen, right = _told(predictions, labels, concepts)
-    about = f"{prefix}accuracy of the"
-    return [
-        _share(f"{about} forgotten", seen[named], evaluator, higher_is_better=False),
-        _share(f"{about} others", right[~named], evaluator),
-    ]
+    numbers, scores = np.asarray(cases), []
+    for name, flags, whose, better in (
+        ("forgotten", seen, named, False),
+        ("others", right, ~named, True),
+    ):
+        flags, own = flags[whose].tolist(), numbers[whose].tolist()
+        about = f"{prefix}accuracy of the {name}"
+        scores.append(share_of(about, flags, own, higher_is_better=better, evaluator=evaluator))
+    return scores
 
 
 def wording_scores(
