@@ -35,18 +35,24 @@ def accuracy(kind: str, logits: torch.Tensor) -> float:
     return 100 * (logits.argmax(1) == truth).float().mean().item()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_classifier_names_held_out_renders(kind: str, renders: torch.Tensor) -> None:
+@pytest.fixture(scope="module")
+def named(renders: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The classifier's logits of all renders, by kind."""
     with torch.inference_mode():
-        assert accuracy(kind, load_classifier()(renders)[kind]) >= 99
+        return load_classifier()(renders)
 
 
-def test_classifier_resamples_other_sizes(renders: torch.Tensor) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_classifier_names_held_out_renders(kind: str, named: dict[str, torch.Tensor]) -> None:
+    assert accuracy(kind, named[kind]) >= 99
+
+
+def test_classifier_resamples_other_sizes(
+    renders: torch.Tensor, named: dict[str, torch.Tensor]
+) -> None:
     larger = F.interpolate(renders[:120], scale_factor=2, mode="bicubic").clamp(0, 1)
     with torch.inference_mode():
-        same = load_classifier()(larger)["object"].argmax(1) == load_classifier()(renders[:120])[
-            "object"
-        ].argmax(1)
+        same = load_classifier()(larger)["object"].argmax(1) == named["object"][:120].argmax(1)
     assert same.float().mean() >= 0.98
 
 
@@ -57,22 +63,25 @@ def clip():
     return model.eval(), preprocess, open_clip.get_tokenizer(f"local-dir:{clip_folder()}")
 
 
+@pytest.fixture(scope="module")
+def seen(clip, renders: torch.Tensor) -> torch.Tensor:
+    """What open_clip sees in two renders of each cell."""
+    model, preprocess, _ = clip
+    images = (renders[: 2 * len(CELLS)] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pictures = [preprocess(Image.fromarray(image)) for image in images]
+    with torch.inference_mode():
+        return model.encode_image(torch.stack(pictures), normalize=True)
+
+
 @pytest.mark.parametrize(
     ("kind", "caption"),
     [("object", "a picture of a {}"), ("style", "an image in {} style"), ("colour", "a {} image")],
 )
 def test_clip_names_held_out_renders_through_open_clip(
-    kind: str, caption: str, clip, renders: torch.Tensor
+    kind: str, caption: str, clip, seen: torch.Tensor
 ) -> None:
-    model, preprocess, tokenizer = clip
-    pictures = [
-        Image.fromarray(image)
-        for image in (renders[: 2 * len(CELLS)] * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    ]
+    model, _, tokenizer = clip
     with torch.inference_mode():
-        seen = model.encode_image(
-            torch.stack([preprocess(picture) for picture in pictures]), normalize=True
-        )
         for names in (
             vocabulary().names(kind),
             [vocabulary().synonyms[kind][name][0] for name in vocabulary().names(kind)],

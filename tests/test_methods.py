@@ -42,13 +42,15 @@ def quick(name, **change):
     if hasattr(config, "attack_from"):  # before the end of a training that is shorter now
         config = replace(config, attack_from=1, attack_steps=2)
     if isinstance(config, TunedConfig):
-        mask = replace(config.mask, batch_size=2)
+        mask = replace(config.mask, batch_size=2, batches=2)
         config = replace(config, train=QUICK, mask=mask)
     if hasattr(config, "samples"):
         config = replace(config, samples=4)
     if hasattr(config, "search_steps"):
         attack = replace(config.attack, steps=2, batch_size=2)
         config = replace(config, rounds=1, search_steps=2, search_lr=1e-3, attack=attack)
+    if hasattr(config, "cut_batches"):
+        config = replace(config, cut_batches=2)
     if hasattr(config, "critic_steps"):
         config = replace(config, critic_steps=2)
     return replace(config, **change)
