@@ -26,6 +26,7 @@ from erase.prompts.concepts import dump
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, describe
 from tests.families import FAMILIES, tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl
+from tests.flow_families import FLOWS, tiny_klein
 
 
 def moved(pipeline, where, by: float = 0.01):
@@ -282,12 +283,47 @@ def test_a_weight_that_stands_twice_must_be_the_same_one(base, tmp_path):
         read_erased(base, [tmp_path / "text.pt"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_read_from_a_folder(family, tmp_path):
-    base = wrap(FAMILIES[family](), family)
-    pipeline = moved(FAMILIES[family](), lambda name: "attn" in name)
-    delta = read_erased(base, [folder_of(pipeline, tmp_path)])
-    assert same(applied(base, delta), weights(wrap(pipeline))) and delta.count
+@pytest.mark.parametrize("family", FAMILIES | FLOWS)
+def test_a_folder_that_was_saved_is_read_whole(family, tmp_path, caplog):
+    """Every weight of every part, under the names that `save_pretrained` writes."""
+    make = (FAMILIES | FLOWS)[family]
+    base, pipeline = wrap(make(), family), make()
+    moving = wrap(pipeline).parameters()
+    with torch.no_grad():
+        for param in moving.values():
+            param += 0.01
+    with caplog.at_level(logging.WARNING):
+        delta = read_erased(base, [folder_of(pipeline, tmp_path)])
+    assert delta.values.keys() == moving.keys() and same(applied(base, delta), dict(moving))
+    assert not [one for one in caplog.records if "left out" in one.getMessage()]
+
+
+def test_other_statistics_of_a_vae_are_told(tmp_path, caplog):
+    base, pipeline = wrap(tiny_klein(), "klein"), tiny_klein()
+    pipeline.vae.bn.running_mean += 1
+    with torch.no_grad():
+        pipeline.transformer.x_embedder.weight += 1
+    with caplog.at_level(logging.WARNING):
+        read_erased(base, [folder_of(pipeline, tmp_path)])
+    assert "its vae, which differs from the base's in 1 tensors" in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "model.diffusion_model.", ""])
+@pytest.mark.parametrize("family", ["sd3", "flux", *FLOWS])
+def test_a_flow_transformer_is_read_with_any_part_of_its_prefix(family, prefix, tmp_path):
+    """Weights and LoRAs, as ComfyUI and ai-toolkit write them."""
+    base = wrap((FAMILIES | FLOWS)[family](), family)
+    held = base.parameters("transformer").items()
+    name, param = next((n, p) for n, p in held if n.endswith((".to_q.weight", ".to_out.0.weight")))
+    key = prefix + name.removeprefix("transformer.")
+    save_file({key: param.detach() + 1}, tmp_path / "weights.safetensors")
+    down, up = torch.ones(1, param.shape[1]), torch.ones(param.shape[0], 1)
+    layer = key.removesuffix(".weight")
+    lora = {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up}
+    save_file(lora, tmp_path / "lora.safetensors")
+    for file in ("weights", "lora"):
+        delta = read_erased(base, [tmp_path / f"{file}.safetensors"])
+        assert torch.allclose(applied(base, delta)[name], param + 1)
 
 
 @pytest.mark.parametrize("make", [tiny_sd2, tiny_sdxl])

@@ -51,7 +51,7 @@ def test_the_layout_is_the_one_that_diffusers_converts(file):
     assert header["modelspec.implementation"] == "https://github.com/Tongyi-MAI/Z-Image"
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model."])
 def test_a_file_is_read_as_the_folder_is(prefix, file, folder, tmp_path):
     tensors = load_file(file) | {"norm_final.weight": torch.ones(32)}  # of published files
     path = tmp_path / "named.safetensors"

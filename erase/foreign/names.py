@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from erase.models import DiffusionModel
 from erase.models.naming import lasting, named_layers, named_weights
@@ -25,6 +25,8 @@ Places = dict[str, list[ldm.Entry]]
 """name in a file -> the weights that it may mean: one, or those of several text encoders"""
 OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 """layers of the VAE's attention -> their names in diffusers before 0.17"""
+STORED = {"model.language_model.": "model.", "model.visual.": "visual."}
+"""beginnings of names of Qwen2.5-VL in memory -> those that transformers writes"""
 
 
 def places(model: DiffusionModel) -> Places:
@@ -40,9 +42,17 @@ def places(model: DiffusionModel) -> Places:
 
 def _diffusers(pipeline: Pipeline) -> Iterator[ldm.Entry]:
     for component, module in modules(pipeline).items():
-        for name, _ in named_weights(module):
+        for name, _ in weights_of(module):
             for key in _spellings(component, name):
                 yield ldm.Entry(key, (f"{component}.{name}",))
+
+
+def weights_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What a file may hold of a module: its parameters, and statistics (FLUX.2's VAE's)."""
+    yield from named_weights(module)
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point():
+            yield name, buffer
 
 
 def _spellings(component: str, name: str) -> list[str]:
@@ -52,10 +62,14 @@ def _spellings(component: str, name: str) -> list[str]:
         if component == "vae":
             for new, before in OLD_VAE.items():
                 old = old.replace(f"attentions.0.{new}.", f"attentions.0.{before}.")
-        return [f"{prefix}{one}" for prefix in (f"{component}.", "") for one in {name, old}]
+        prefixes = (f"{component}.", *(ldm.BEFORE if component == "transformer" else ("",)))
+        return [f"{prefix}{one}" for prefix in prefixes for one in {name, old}]
 
     bare = name.removeprefix("text_model.")
     spelt = [f"text_model.{bare}", bare]
+    for inside, stored in STORED.items():
+        if bare.startswith(inside):
+            spelt.append(stored + bare.removeprefix(inside))
     if bare.startswith("embeddings."):  # as AdvUnlearn's wrapper calls them
         spelt.append("embedding." + bare.removeprefix("embeddings."))
     # `transformer` is the encoder within the original programs' wrapper
@@ -66,7 +80,7 @@ def _original(pipeline: Pipeline) -> Iterator[ldm.Entry]:
     family, parts = family_name(pipeline), modules(pipeline)
     if layout := layout_of(pipeline):
         held = {f"{part}.{name}" for part in parts for name, _ in named_weights(parts[part])}
-        for prefix in ("", ldm.UNET):
+        for prefix in ldm.BEFORE:
             entries = [_lasting(entry, parts) for entry in layout.entries(parts, prefix)]
             yield from (entry for entry in entries if entry.names[0] in held)
     if family not in ldm.TEXTS:

@@ -13,10 +13,9 @@ from torch import Tensor
 from erase.delta import ErasedDelta
 from erase.foreign.files import Source
 from erase.foreign.lora import is_lora, read_lora
-from erase.foreign.names import Places, layers
+from erase.foreign.names import Places, layers, weights_of
 from erase.foreign.weights import Changes, nowhere, read_weights
 from erase.models import DiffusionModel
-from erase.models.naming import named_weights
 from erase.models.pipelines import modules
 from erase.models.single_file.layouts import layout_of
 from erase.models.single_file.ldm import TEXTS, spare_keys
@@ -90,7 +89,7 @@ def _fixed(model: DiffusionModel, base: Mapping[str, Tensor]) -> dict[str, Tenso
     """Weights of the pipeline that no delta changes: the VAE's."""
     fixed = {}
     for part, module in modules(model.pipeline()).items():
-        for name, param in named_weights(module):
+        for name, param in weights_of(module):
             if f"{part}.{name}" not in base:
                 fixed[f"{part}.{name}"] = param.detach().cpu()
     return fixed
@@ -120,9 +119,9 @@ def _what(file: TensorFile) -> str | None:
 
 def _left_out(model: DiffusionModel, strange: Iterable[str]) -> list[str]:
     """The keys of a source that are no weight of the base, in words; those that hold no weight of
-    any pipeline (noise schedule, positions) are not worth one."""
+    any pipeline (noise schedule, positions, counts) are not worth one."""
     family, layout = family_name(model.pipeline()), layout_of(model.pipeline())
-    spare = r"(.*\.)?(position_ids|logit_scale|pos_embed)"
+    spare = r"(.*\.)?(position_ids|logit_scale|pos_embed|num_batches_tracked)"
     spare += f"|{layout.spare}" if layout and layout.spare else ""
     if family in TEXTS:
         spare += "|" + spare_keys(family, modules(model.pipeline())).pattern

@@ -19,7 +19,7 @@ from erase.models.part_files import read_config
 from erase.models.pipelines import Pipeline
 from erase.models.single_file.filling import check_weights, fill, refuse_surplus
 from erase.models.single_file.layouts import Beside, Layout
-from erase.models.single_file.ldm import UNET, VAE, Network
+from erase.models.single_file.ldm import VAE, Network, bare
 from erase.models.single_file.recognise import CONTROLNET, UNREADABLE, refuse
 from erase.models.single_file.tensor_file import TensorFile
 from erase.prompts.errors import ErasureError, reason
@@ -84,7 +84,7 @@ def _holds(file: TensorFile, prefix: str) -> bool:
 def _bare(file: TensorFile, spare: str) -> TensorFile:
     """The file without the prefix that may stand before its transformer's keys, and without spare
     ones."""
-    keys = {key.removeprefix(UNET): key for key in file.shapes}
+    keys = {bare(key): key for key in file.shapes}
     shapes = {name: file.shapes[key] for name, key in keys.items() if not re.fullmatch(spare, name)}
     return replace(file, shapes=shapes, read=lambda name: file.read(keys[name]))
 

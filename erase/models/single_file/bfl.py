@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from erase.models.single_file import blocks
 from erase.models.single_file.blocks import ADDED, Block, Names, stacked
-from erase.models.single_file.ldm import UNET, Entry, Network
+from erase.models.single_file.ldm import BEFORE, Entry, Network
 from erase.models.single_file.tensor_file import TensorFile
 
 DOUBLE = {
@@ -101,7 +101,7 @@ DEV2 = ((r"(^|\.)guidance_in\.", "FLUX.2 dev, which takes the guidance scale as 
 
 
 def _has(file: TensorFile, key: str) -> bool:
-    return key in file.shapes or UNET + key in file.shapes
+    return any(prefix + key in file.shapes for prefix in BEFORE)
 
 
 def is_flux(file: TensorFile) -> bool:

@@ -43,7 +43,8 @@ class Layout:
     table: Callable[[Network], list[Entry]]
     """of the transformer, its keys bare"""
     prefix: str = ""
-    """before them in a file that is written; one that is read may have `UNET` there or not"""
+    """before them in a file that is written; one that is read may have any of
+    `ldm.BEFORE` there"""
     beside: tuple[Beside, ...] = ()
     spare: str = ""
     """a regular expression of keys that no program uses"""

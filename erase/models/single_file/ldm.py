@@ -24,6 +24,9 @@ Form = Literal["same", "conv1x1", "transposed", "stacked", "swapped"]
 Network = Any
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
+BEFORE = (UNET, "diffusion_model.", "")
+"""what may stand before the keys of a transformer: ComfyUI's and ai-toolkit's files have a part of
+the prefix"""
 TEXTS = {
     "sd1": {"text_encoder": ("clip", "cond_stage_model.transformer.text_model.")},
     "sd2": {"text_encoder": ("open_clip", "cond_stage_model.model.")},
@@ -301,6 +304,11 @@ def _open_clip(component: str, module: Network, prefix: str) -> list[Entry]:
     for key, parts in stacks.items():
         entries.append(Entry(prefix + key, (parts["q"], parts["k"], parts["v"]), "stacked"))
     return entries
+
+
+def bare(key: str) -> str:
+    """The key of a transformer's weight without what of `BEFORE` stands before it."""
+    return key.removeprefix(next(prefix for prefix in BEFORE if key.startswith(prefix)))
 
 
 SCHEDULE = (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from erase.models.single_file import blocks
 from erase.models.single_file.blocks import ADDED, Block, Names, stacked
-from erase.models.single_file.ldm import UNET, Entry, Network
+from erase.models.single_file.ldm import BEFORE, Entry, Network
 from erase.models.single_file.tensor_file import TensorFile
 from erase.prompts.errors import ErasureError
 
@@ -68,7 +68,7 @@ FIRST = "joint_blocks.0.context_block.attn.qkv.weight"
 
 def is_sd3(file: TensorFile) -> bool:
     """Whether a file holds a transformer in this layout."""
-    return FIRST in file.shapes or UNET + FIRST in file.shapes
+    return any(prefix + FIRST in file.shapes for prefix in BEFORE)
 
 
 def table(transformer: Network) -> list[Entry]:

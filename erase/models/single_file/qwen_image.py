@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from erase.models.single_file.ldm import UNET, Entry, Network
+from erase.models.single_file.ldm import Entry, Network, bare
 from erase.models.single_file.tensor_file import TensorFile
 
 FIRST = ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")
@@ -20,8 +20,7 @@ SIBLINGS = (
 
 def is_qwen_image(file: TensorFile) -> bool:
     """Whether a file holds a transformer in this layout."""
-    bare = {key.removeprefix(UNET) for key in file.shapes}
-    return bare.issuperset(FIRST)
+    return set(map(bare, file.shapes)).issuperset(FIRST)
 
 
 def table(transformer: Network) -> list[Entry]:

@@ -8,7 +8,7 @@ without their patch size.
 
 from __future__ import annotations
 
-from erase.models.single_file.ldm import UNET, Entry, Network
+from erase.models.single_file.ldm import Entry, Network, bare
 from erase.models.single_file.tensor_file import TensorFile
 from erase.prompts.errors import ErasureError
 
@@ -23,8 +23,7 @@ SPARE = r"norm_final\.weight"
 
 def is_z_image(file: TensorFile) -> bool:
     """Whether a file holds a transformer in this layout."""
-    bare = {key.removeprefix(UNET) for key in file.shapes}
-    return bare.issuperset(FIRST)
+    return set(map(bare, file.shapes)).issuperset(FIRST)
 
 
 def table(transformer: Network) -> list[Entry]:
