@@ -23,11 +23,12 @@ from erase.eval.report.card import model_card
 from erase.export import export_delta, export_diffusers
 from erase.export.formats import FORMATS, USAGES, usage
 from erase.export.lora import extract_lora
-from erase.models import load_model
+from erase.models import load_model, wrap
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig
 from erase.scripts import run_export
 from erase.scripts.cli import run
+from tests.families import FAMILIES
 
 CONFIG = {"erase": {"seed": 0}, "method": {"density": 0.5}}
 
@@ -175,6 +176,29 @@ def test_a_base_that_is_one_file_is_loaded_as_one(name, base):
     assert "config=" not in codes["single-file"] and all(
         compile(code, "card", "exec") for code in codes.values()
     )
+
+
+@pytest.mark.parametrize(
+    ("family", "own", "told"),
+    [
+        ("sd1", "epsilon", False),
+        ("sd1", "v_prediction", True),
+        ("sd2", "epsilon", True),
+        ("sd2-v", "v_prediction", False),
+        ("sdxl", "epsilon", False),
+        ("sdxl", "v_prediction", True),
+    ],
+)
+def test_the_code_says_what_diffusers_would_take_a_single_file_wrongly_for(family, own, told):
+    pipeline = FAMILIES[family]()
+    pipeline.scheduler.register_to_config(prediction_type=own)
+    model = wrap(pipeline, "some/base.safetensors")
+    for format in ("components", "lora", "single-file"):
+        code = usage(format, model, ["unet"]).code
+        assert (f'pipeline.scheduler.config, prediction_type="{own}"' in code) is told
+        compile(code, "card", "exec")
+    model.name = "some/folder"
+    assert "prediction_type" not in usage("single-file", model, ["unet"]).code
 
 
 def test_a_single_file_may_stand_alone(heart, base, tmp_path):

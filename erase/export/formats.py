@@ -9,6 +9,7 @@ from pathlib import Path
 from erase.models import DiffusionModel
 from erase.models.pipelines import stock
 from erase.models.single_file.layouts import layout_of
+from erase.models.single_file.spec import family_name, prediction
 from erase.models.single_file.tensor_file import SINGLE_FILES
 from erase.models.stock import Pipeline
 
@@ -107,6 +108,8 @@ pipeline = delta.apply(load_base(delta, "path/to/base")).pipeline()""",
     relation="adapter",
     library="concept-erasure-toolkit",
 )
+PREDICTED = {"sd2": "v_prediction"}
+"""family -> what diffusers takes a single file of it to predict, where that is not epsilon"""
 USAGES = {
     "diffusers": DIFFUSERS,
     "components": COMPONENTS,
@@ -150,12 +153,27 @@ def usage(format: str, model: DiffusionModel, components: list[str]) -> Usage:
     }
     template = TRANSFORMER if alone and format == "single-file" else USAGES[format]
     stated = stock(model.pipeline()).stated()
+    code = template.code.format(**texts)
+    if one_file and ".from_single_file(" in code:
+        code += _prediction(model.pipeline())
     return replace(
         template,
         about=template.about.format(**texts),
-        code=template.code.format(**texts),
+        code=code,
         call="".join(f", {name}={value}" for name, value in stated.items()),
     )
+
+
+def _prediction(pipeline: Pipeline) -> str:
+    """Code that sets what a pipeline predicts, where diffusers takes a single file of its family
+    for one that predicts something else."""
+    own = prediction(pipeline.scheduler.config)
+    if own == PREDICTED.get(family_name(pipeline), "epsilon"):
+        return ""
+    return f"""
+pipeline.scheduler = pipeline.scheduler.from_config(
+    pipeline.scheduler.config, prediction_type="{own}"
+)"""
 
 
 def _lacking(pipeline: Pipeline) -> list[str]:
