@@ -62,7 +62,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         _sweep(path.parent)
         with _unfinished(path) as aside:
             yield aside
-            _put_in_place(aside, path)
+            put_in_place(aside, path)
     except (OSError, SafetensorError) as error:
         raise ErasureError(f"cannot write {path}: {why(error, WRITING)}") from error
     except RuntimeError as error:
@@ -134,17 +134,26 @@ def _lock(file: BinaryIO, wait: bool = False) -> bool:
     return True
 
 
-def _put_in_place(aside: Path, path: Path) -> None:
-    """Rename, with the content on the disk before and the name after."""
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
+def put_in_place(aside: Path, path: Path) -> None:
+    """Rename a file or a folder, with the content on the disk before and the name after."""
+    inside = sorted(aside.rglob("*"), reverse=True) if aside.is_dir() else []
+    for one in (*inside, aside):
+        if one.is_dir():
+            _sync_folder(one)
+        else:
+            with one.open("rb+") as file:
+                os.fsync(file.fileno())
     aside.replace(path)
-    with suppress(OSError):  # some systems cannot do this with a folder
-        folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    with suppress(OSError):  # some systems cannot do this
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 _next_sweep: dict[Path, float] = {}

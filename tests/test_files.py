@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from erase import files
+from erase.export.whole import new_folder
 from erase.files import (
     DTYPES,
     atomic_write,
@@ -166,7 +167,9 @@ def test_a_folder_of_many_images_is_not_listed_for_each_of_them(tmp_path, monkey
     assert len(listed) == 3, "a listing that takes a second is made every 100 seconds"
 
 
-def test_content_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+@pytest.fixture
+def events(monkeypatch):
+    """What reaches the disk, and renames, in order."""
     events, fsync, replace = [], os.fsync, Path.replace
 
     def synced(descriptor: int) -> None:
@@ -181,9 +184,20 @@ def test_content_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Path, "replace", lambda self, target: events.append("rename") or replace(self, target)
     )
+    return events
+
+
+def test_content_reaches_the_disk_before_its_name_does(tmp_path, events):
     with atomic_write(tmp_path / "a") as aside:
         aside.write_text("abc")
     assert events == ["3 bytes", "rename", "folder"]
+
+
+def test_the_content_of_a_folder_reaches_the_disk_before_its_name_does(tmp_path, events):
+    with new_folder(tmp_path / "a", "card", None) as aside:
+        (aside / "unet").mkdir()
+        (aside / "unet" / "weights").write_text("abc")
+    assert events == ["3 bytes", "folder", "4 bytes", "folder", "rename", "folder"]
 
 
 # ---- places that cannot be written to, or read ----

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from erase.files import put_in_place
 from erase.prompts.errors import ErasureError
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
@@ -63,7 +64,7 @@ def new_folder(out: str | Path, card: str, picture: str | Path | None) -> Iterat
             # another export may have been quicker; over a folder that is not empty no rename
             # succeeds
             check_free(out)
-            aside.rename(out)
+            put_in_place(aside, out)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ErasureError(
