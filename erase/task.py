@@ -83,9 +83,11 @@ class Task:
         """
         if anchor_share is None:
             anchor_share = next(reversed(self._forget), 0.0)
-        if anchor_share not in self._forget:
-            self._forget[anchor_share] = self._embedded(self._source.forget(anchor_share))
-        return self._forget[anchor_share]
+        made = self._forget.pop(anchor_share, None)
+        if made is None:
+            made = self._embedded(self._source.forget(anchor_share))
+        self._forget[anchor_share] = made  # in the order in which they were asked for
+        return made
 
     def retain(self) -> LatentSet:
         """Latents of the things that must stay, with their prompts."""

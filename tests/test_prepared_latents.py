@@ -11,10 +11,12 @@ import torch
 from erase.latents.prepare import LatentSet, prepare_latents
 from erase.latents.sampling import sample_points
 from erase.mask import SaliencyMask
-from erase.models import load_model
+from erase.models import load_model, wrap
 from erase.prompts.canvas import canvas_concept
+from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
+from erase.task import Task, describe
 from erase.tensors import sha256_of
 from tests.run_fixtures import DATA, METHOD
 from tests.run_fixtures import base as base
@@ -196,3 +198,10 @@ def test_a_cache_that_cannot_be_is_refused(cache, words, base, tmp_path):
         erase_concept(
             canvas_concept("heart"), EraseConfig(model=str(base), latents=latents), METHOD
         )
+
+
+def test_latents_are_asked_for_as_they_were_last(make_pico_pipeline):
+    task = Task(wrap(make_pico_pipeline()), [ConceptSpec("heart", "mushroom")], DATA)
+    half, none = task.forget(0.5), task.forget(0.0)
+    assert task.forget() is none and task.forget(0.5) is half
+    assert task.forget() is half and describe(task)["forget"] == sha256_of(vars(half))
