@@ -266,6 +266,16 @@ def test_prox_makes_the_edit_sparse_without_a_mask(params):
     assert sum(kept[3:]) < sum(kept[:3]) and sum(kept[3:]) > 0
 
 
+def test_an_average_is_as_sparse_as_the_last_values(params):
+    config = replace(PLAIN, train=replace(SGD, steps=20, lr=0.05), prox_l1=0.5)
+    last = train(params, config).values
+    mean = train(params, replace(config, train=replace(config.train, ema=0.9))).values
+    for name, param in params.items():
+        changed = last[name] != param
+        assert torch.equal(mean[name] != param, changed)
+    assert any(not torch.equal(mean[name], last[name]) for name in params)
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
 def test_prox_l2_draws_every_step_back_to_the_base(params, optimizer):
     """By hand: the optimizer's own step, then each change over 1 + lr * weight; no momentum of the

@@ -201,7 +201,7 @@ class TunedConfig:
     """displacements per step"""
     prox_l1: float = 0.0
     """weight of |change|_1, by a proximal step: small changes go back to the base's bits
-    (SalUn-soft); 0: off"""
+    (SalUn-soft), with train.ema those that are small at the end; 0: off"""
     prox_l2: float = 0.0
     """weight of |change|^2 / 2, by a proximal step: every weight is drawn back to the base of this
     run, after an earlier erasure to what that left (L2-SP); 0: off"""

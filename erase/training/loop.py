@@ -157,7 +157,7 @@ def fit(
         run = Run.start(trainable, config.train, accelerator, checkpoint, opponent)
         steps = _Steps(run, loss, batches, config, accelerator, seed, spaces or {})
         _train(run, steps, checkpoint.path if checkpoint else None)
-        return Fitted(trainable.result(run.average or trainable.values), run.losses)
+        return Fitted(trainable.result(run.outcome(bool(config.prox_l1))), run.losses)
     finally:
         trainable.close()
         # it keeps the optimizer: room that the model's own weights may need to come back

@@ -91,6 +91,20 @@ class Run:
             value.lerp_(self.trainable.values[name], 1 - (self._ema or 0))
         self.losses.append(loss)
 
+    @torch.no_grad()
+    def outcome(self, sparse: bool) -> Mapping[str, Tensor]:
+        """The compact values that the training has come to: the last ones, or their average.
+        `sparse`: the average stands at the base's bits where the last ones do."""
+        if not self.average:
+            return self.trainable.values
+        if not sparse:
+            return self.average
+        values = {}
+        for name, mean in self.average.items():
+            base = self.trainable.base_values(name)
+            values[name] = torch.where(self.trainable.values[name] == base, base, mean)
+        return values
+
     def save(self) -> None:
         """Keep the training state, where a file for it was given: gathered from all processes,
         which must all ask, by the main one."""
