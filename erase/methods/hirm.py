@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from erase.latents.latent_set import epoch_rows, in_turn, texts_of
 from erase.losses import denoising
 from erase.methods import Method
-from erase.models import Cond, DiffusionModel
+from erase.models import DiffusionModel
 from erase.models.pipelines import text_encoders
 from erase.prompts.errors import POSITIVE, ErasureError, check_ranges
 from erase.prompts.several import retained_prompts
@@ -37,7 +37,8 @@ class HiRMConfig(TunedConfig):
     """root mean square of the direction's values; the paper's norm of 5000 over 77 tokens of width
     768 is 20.6"""
     alpha: float = 0.0
-    """weight of retained prompts' text states, pooled too, keeping to the base's; 0: the paper"""
+    """weight of the text states of retained prompts, pooled ones too, keeping to the base's; 0 is
+    the paper"""
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(steps=50, lr=1e-4, batch_size=8, optimizer="AdamW")
     )
@@ -63,10 +64,6 @@ def last_attention(model: DiffusionModel) -> Iterator[list[Tensor]]:
         yield said
 
 
-def _states(cond: Cond) -> list[Tensor]:
-    return [cond.embeddings, *cond.extras.values()]
-
-
 def edit(task: Task, config: HiRMConfig) -> Edit:
     """Minimise |h(c) - s u|^2: h what the last attention says at each token but the first, which is
     the same of every prompt, and u normal noise that never changes."""
@@ -74,7 +71,8 @@ def edit(task: Task, config: HiRMConfig) -> Edit:
         held = f"scope {config.scope!r} holds {other[0]}"
         raise ErasureError(f"hirm trains text encoders, and {held}; take scope text_encoder")
     forget = [list(dict(concept.pairs())) for concept in task.concepts]
-    retain, size = [*retained_prompts(task.concepts, task.earlier)] or [""], config.train.batch_size
+    retain = [*retained_prompts(task.concepts, task.earlier)] or [""]
+    size = config.train.batch_size
 
     def batches(step: int) -> tuple[list[str], list[str]]:
         kept = epoch_rows(len(retain), step * size, size, task.seed)
@@ -91,9 +89,9 @@ def edit(task: Task, config: HiRMConfig) -> Edit:
         terms = {"forget": torch.stack([*map(misdirected, found)]).mean()}
         if config.alpha:
             with base():
-                wanted = _states(task.cond(kept))
-            apart = [*map(denoising, _states(task.cond(kept)), wanted)]
-            terms["retain"] = config.alpha * torch.stack(apart).sum()
+                wanted = task.cond(kept).tensors()
+            apart = map(denoising, task.cond(kept).tensors(), wanted)
+            terms["retain"] = config.alpha * torch.stack([*apart]).sum()
         return terms
 
     return fine_tune(task, loss, batches, config)

@@ -41,6 +41,10 @@ class Cond:
             extras[name] = torch.cat([cond.extras[name] for cond in conds])
         return cls(torch.cat([cond.embeddings for cond in conds]), extras)
 
+    def tensors(self) -> list[Tensor]:
+        """The text states, and all further conditioning."""
+        return [self.embeddings, *self.extras.values()]
+
     def each(self, change: Callable[[Tensor], Tensor]) -> Cond:
         """The same change of every tensor."""
         return Cond(
