@@ -19,13 +19,13 @@ from erase.methods import Method
 from erase.objectives.negative_guidance import AwayConfig, away, check_attacked, forget_set
 from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.task import Edit, Task
-from erase.training.batches import PromptedRows, forget_and_retain
+from erase.training.batches import PromptedRows, weighed_batches
 from erase.training.config import MOST_STEPS, TrainConfig, TunedConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.trainable import Base
 
 PAPER = "https://arxiv.org/abs/2405.15234"
-Batch = tuple[PromptedRows, PromptedRows, Mapping[str, Tensor] | None]
+Batch = tuple[tuple[PromptedRows, ...], Mapping[str, Tensor] | None]
 """forget and retain rows, the attack's start by text encoder; None: no attack yet"""
 
 
@@ -66,33 +66,33 @@ def attack(
 
 def edit(task: Task, config: AdvUnlearnConfig) -> Edit:
     """Minimise |eps(x_t, delta + c) - [eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))]|^2
-    + gamma |eps(x_t, c_r) - eps_0(x_t, c_r)|^2; delta makes the encoder as it is answer
-    eps_0(x_t, c)."""
+    + gamma |eps(x_t, c_r) - eps_0(x_t, c_r)|^2; delta makes the encoder answer eps_0(x_t, c)."""
     size = config.train.batch_size
-    rows_of = forget_and_retain(task, size, forget_set(task, config.prompts))
+    rows_of = weighed_batches(task, size, config.alpha, forget_set(task, config.prompts))
     words = words_of(task.model)
 
     def batches(step: int) -> Batch:
         if step < config.attack_from:
-            return *rows_of(step), None
+            return rows_of(step), None
         stream = task.generator(~step)
         chosen = torch.randint(len(words), (size, config.vectors), generator=stream)
-        return *rows_of(step), words.embedded(chosen)
+        return rows_of(step), words.embedded(chosen)
 
     def loss(batch: Batch, base: Base) -> dict[str, Tensor]:
-        (forget, prompts), (retain, kept), start = batch
-        texts = [""] * len(forget) + prompts + kept
+        ((forget, prompts), *retained), start = batch
+        rows, texts = forget.cat(forget), [""] * len(forget) + prompts
+        for retain, kept in retained:
+            rows, texts = rows.cat(retain), texts + kept
         with base():
-            known = task.predict(forget.cat(forget).cat(retain), texts)
-        null, concept, reference = known.split([len(forget), len(forget), len(retain)])
+            known = task.predict(rows, texts)
+        null, concept, *references = known.split(len(forget))
         asked = replace(forget, target=concept), prompts
         found = None if start is None else attack(task, asked, start, config)
         forgot = task.model.predict(forget.noisy, forget.t, task.cond(prompts, found))
-        retained = config.alpha * denoising(task.predict(retain, kept), reference)
-        return {
-            "forget": denoising(forgot, away(null, concept, config.guidance)),
-            "retain": retained,
-        }
+        terms = {"forget": denoising(forgot, away(null, concept, config.guidance))}
+        for (retain, kept), reference in zip(retained, references, strict=True):
+            terms["retain"] = config.alpha * denoising(task.predict(retain, kept), reference)
+        return terms
 
     return fine_tune(task, loss, batches, config)
 

@@ -71,8 +71,7 @@ def edit(task: Task, config: HiRMConfig) -> Edit:
         held = f"scope {config.scope!r} holds {other[0]}"
         raise ErasureError(f"hirm trains text encoders, and {held}; take scope text_encoder")
     forget = [list(dict(concept.pairs())) for concept in task.concepts]
-    retain = [*retained_prompts(task.concepts, task.earlier)] or [""]
-    size = config.train.batch_size
+    retain, size = [*retained_prompts(task.concepts, task.earlier)] or [""], config.train.batch_size
 
     def batches(step: int) -> tuple[list[str], list[str]]:
         kept = epoch_rows(len(retain), step * size, size, task.seed)

@@ -54,8 +54,7 @@ def edit(task: Task, config: MACEConfig) -> Edit:
     behind the anchor in the same prompts.
     2. For each concept i, from W_r: the change D_i that minimises sum_l |A_l[t] * M_l|^2, A_l[t]
     attention to its names, M_l where the base looks at them.
-    3. W = argmin sum_i sum |W e - (W_r + D_i) e|^2 + ..., e the states at and behind its
-    names.
+    3. W = argmin sum_i sum |W e - (W_r + D_i) e|^2 + ..., e those at and behind its names.
     Both "..." are retain_scale sum |W p - W_0 p|^2 + ridge |W - W_0|^2, p of retained prompts.
     """
     find_layers(task.model)  # refuses a transformer: of a UNet, all are given the same
@@ -77,8 +76,7 @@ def edit(task: Task, config: MACEConfig) -> Edit:
     objective = Objective(partial(loss, task.concepts), lambda i: each[i % len(each)](i))
     mask, tuned = choose_mask(task, config, objective), []
     for i, (concept, own) in enumerate(zip(task.concepts, each, strict=True)):
-        part = f"training-{i}"
-        turned = partial(loss, [concept])
+        turned, part = partial(loss, [concept]), f"training-{i}"
         tuned.append(fine_tune(task, turned, own, config, start=refined, mask=mask, part=part))
 
     named = [

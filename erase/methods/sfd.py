@@ -63,8 +63,7 @@ def edit(task: Task, config: SFDConfig) -> Edit:
 
     def batches(step: int) -> tuple[Half, Half]:
         generator = task.generator(step)
-        drawn = in_turn(pairs, step * size, size, task.seed)
-        named, anchors = (list(texts) for texts in zip(*drawn, strict=True))
+        named, anchors = map(list, zip(*in_turn(pairs, step * size, size, task.seed), strict=True))
         texts = texts_of(kept, epoch_rows(len(kept), step * size, size, task.seed + 1))
         dropped = torch.rand(size, generator=generator) < config.retain_dropout
         texts = ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
