@@ -295,9 +295,8 @@ def _opened(path: str | Path, kind: str) -> Iterator[tuple[Any, dict[str, str]]]
         with safe_open(path, framework="pt", backend="pread") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != kind:
-                raise ErasureError(
-                    f"{path} is not a {kind} file: it is {_what(metadata, list(file.keys()))}"
-                )
+                found = _what(metadata, list(file.keys()), kind)
+                raise ErasureError(f"{path} is not a {kind} file: it is {found}")
             yield file, metadata
     except OSError as error:
         raise ErasureError(f"cannot read {path}: {why(error)}") from error
@@ -316,20 +315,23 @@ def _opened(path: str | Path, kind: str) -> Iterator[tuple[Any, dict[str, str]]]
 
 
 KINDS = {
-    "mask": (
-        "a mask, which says only which weights may change; give the delta.safetensors beside it"
-    ),
-    "saliency": "a saliency map, which masks are cut from; give the delta.safetensors beside it",
+    "mask": "a mask, which says only which weights may change",
+    "saliency": "a saliency map, which masks are cut from",
+    "delta": "a delta, what an erasure changed",
     "latents": "a set of latents, an erasure's training data",
-    "delta": "a delta, what an erasure changed; where a delta is wanted, give it as --delta",
 }
+IN_A_RUN = ("delta", "mask", "saliency")
+"""kinds whose files, named for them, lie beside each other in the folder of a run"""
 
 
-def _what(metadata: Mapping[str, str], names: list[str]) -> str:
-    """The kind of a safetensors file, by its own format or the names of its tensors, and its
-    use."""
-    if known := KINDS.get(metadata.get("format", "")):
-        return known
+def _what(metadata: Mapping[str, str], names: list[str], wanted: str) -> str:
+    """The kind of a safetensors file, by its own format or the names of its tensors, and where the
+    wanted one is."""
+    format = metadata.get("format", "")
+    if format in KINDS:
+        beside = format in IN_A_RUN and wanted in IN_A_RUN
+        hint = f"; give the {wanted}.safetensors beside it" if beside else ""
+        return KINDS[format] + hint
     if any(".lora_" in name or name.startswith("lora_") for name in names):
         return "a LoRA; give the delta.safetensors that it was exported from"
     if any(

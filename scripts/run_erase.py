@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from erase.prompts.canvas import EMBEDDED
@@ -66,6 +67,7 @@ def make_parser(method: str) -> Parser:
     """Options of the erasure and of this method."""
     from erase.methods import METHODS, get_method
     from erase.run import EraseConfig
+    from erase.training.config import TunedConfig
 
     command = parser("erase-concept", __doc__)
     command.add_argument(
@@ -109,8 +111,12 @@ def make_parser(method: str) -> Parser:
     command.add_argument(
         "--method", type=str, default=method, help=f"{METHODS.listed()}, or package.module:NAME"
     )
+    config = get_method(method).config
     add_config(command, EraseConfig(method=method), skip={"method"})
-    add_config(command, get_method(method).config)
+    add_config(command, config)
+    command.variant = f"--method {method}"
+    of_training = {field.name for field in fields(TunedConfig)} - set(vars(config))
+    command.absent = dict.fromkeys(of_training, f"{method} takes no gradient steps")
     return command
 
 
@@ -155,12 +161,14 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, erase, say what was made."""
     from erase.delta import ErasedDelta
     from erase.methods import get_method
+    from erase.models.loading import check_model
     from erase.run import EraseConfig, erase_concept
 
     method = chosen_method(argv)
     options = parse(make_parser(method), argv)
     config = build(EraseConfig, options)
     check_folder(options.out)
+    check_model(config.model)
     concepts = read_concepts(
         options.concept,
         options.anchor,

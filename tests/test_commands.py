@@ -181,10 +181,19 @@ def test_a_wrong_option_gets_the_near_one(main, option, near, capsys):
 
 @every_command
 def test_an_option_like_no_other_does_not_get_a_line_of_sixty_names(name, capsys):
+    variant = "--method salun " if name == "erase-concept" else ""
     assert (
         failed(capsys, COMMANDS[name].main, "--zzzz", "1")
-        == "unknown option 'zzzz'; --help lists the options of this command"
+        == f"unknown option 'zzzz'; {name} {variant}--help lists the options"
     )
+
+
+def test_an_option_of_training_tells_a_method_that_does_not_train(capsys):
+    for option in ("train.steps", "twofold"):
+        assert failed(capsys, run_erase.main, "--method", "uce", f"--{option}", "3") == (
+            f"uce takes no gradient steps, so it has no {option}; "
+            "erase-concept --method uce --help lists its options"
+        )
 
 
 @pytest.mark.parametrize(

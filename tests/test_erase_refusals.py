@@ -77,8 +77,11 @@ BAD = [
         ["--concept", "heart", "--latents.steps", "1001"],
         "steps is 1001; it must be between 1 and 1000",
     ),
-    (["--concept", "heart", "--mask.file", "nowhere"], "mask.file nowhere is not there"),
-    (["--concept", "heart", "--mask.saliency", "nowhere"], "mask.saliency nowhere is not there"),
+    (["--concept", "heart", "--mask.file", "nowhere"], "mask.file: there is no file nowhere"),
+    (
+        ["--concept", "heart", "--mask.saliency", "nowhere"],
+        "mask.saliency: there is no file nowhere",
+    ),
     (
         ["--concept", "heart", "--train.accumulation", "3"],
         "batch_size 4 cannot be split evenly into 3 accumulated parts",

@@ -15,10 +15,13 @@ from safetensors.torch import save_file
 
 from erase.delta import ErasedDelta
 from erase.files import atomic_write, save_tensors
+from erase.mask import SaliencyMask
 from erase.models import load_model
+from erase.models.loading import check_model
 from erase.prompts.errors import ErasureError
 from erase.scripts import run_erase, run_evaluate, run_export, run_generate
 from erase.scripts.cli import parse, run
+from erase.training.config import MaskConfig
 from erase.training.statistics import Statistics
 from tests.texts import raises, written
 
@@ -147,8 +150,39 @@ def test_a_delta_or_a_run_folder_given_as_a_model_names_the_way_out(tmp_path: Pa
     Statistics({"forget.sum": {"p": torch.rand(9)}}, {"base_fingerprint": "f"}).save(
         tmp_path / "s.safetensors"
     )
-    with raises("saliency", "--model"):
+    with raises("saliency", "give a checkpoint", "delta.safetensors"):
         load_model(tmp_path / "s.safetensors")
+
+
+def test_a_model_that_cannot_be_one_is_refused_before_its_concepts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model, words in (
+        ("canvas-fow", "unknown model 'canvas-fow'; did you mean 'canvas-flow'?"),
+        (str(delta(tmp_path)), "to erase-concept as --after"),
+        (str(tmp_path), "to erase-concept as --after"),
+        ("sd14.safetensors", "there is no file sd14.safetensors; check the path"),
+    ):
+        assert run(run_erase.main, ["--model", model, "--concept", "star"]) == 2
+        assert words in capsys.readouterr().err
+    assert check_model("canvas") == check_model("somebody/canvas") == "hub id"
+
+
+def test_the_wrong_file_of_a_run_names_the_one_that_is_wanted(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "mask.safetensors", {"p": ONE}, {"format": "mask"})
+    with raises("not a saliency file", "give the saliency.safetensors beside it"):
+        Statistics.load(tmp_path / "mask.safetensors")
+    with raises("not a mask file", "give the mask.safetensors beside it"):
+        SaliencyMask.load(delta(tmp_path))
+
+
+def test_a_run_folder_given_as_a_mask_or_saliency_is_taken_for_its_file(tmp_path: Path) -> None:
+    with raises("mask.file", "there is no file", "mask.safetensors"):
+        MaskConfig(file=str(tmp_path))
+    for name in ("mask.safetensors", "saliency.safetensors"):
+        written(tmp_path, name, "")
+    assert MaskConfig(file=str(tmp_path)).file == str(tmp_path / "mask.safetensors")
+    assert MaskConfig(saliency=str(tmp_path)).saliency == str(tmp_path / "saliency.safetensors")
 
 
 def test_a_run_folder_given_as_a_delta_serves_every_command(

@@ -10,7 +10,8 @@ from erase.models.config import LoadConfig
 from erase.models.part_files import variants
 from erase.models.pipelines import Pipeline
 from erase.models.single_file.tensor_file import SINGLE_FILES, TensorFile, open_tensors
-from erase.prompts.errors import ErasureError, reason
+from erase.prompts.canvas import EMBEDDED
+from erase.prompts.errors import ErasureError, near_name, reason, unknown
 
 
 def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
@@ -20,7 +21,7 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
         ErasureError: nothing there, another family, or weights that are missing, surplus, misshapen
             or not finite.
     """
-    kind = kind_of(name)
+    kind = check_model(name)
     options.check_meant_for(kind, str(name))
     if kind == "single file":
         from erase.models.single_file import load_single_file
@@ -36,14 +37,30 @@ def load_pipeline(name: str | Path, options: LoadConfig) -> Pipeline:
         )
     from erase.models.folder import load_folder
 
-    path = Path(name)
+    folder = Path(name) if kind == "folder" else _download(str(name), options)
+    return load_folder(folder, str(name), options)
+
+
+def check_model(name: str | Path) -> str:
+    """The kind of checkpoint that a name stands for, as `kind_of`, before anything is read of it.
+
+    Raises:
+        ErasureError: as `kind_of`; a run's folder or its delta; or no path, and nearly the name of
+            a shipped checkpoint.
+    """
+    kind, path = kind_of(name), Path(name)
+    if path.suffix.lower() == ".safetensors" and kind == "single file":
+        with open_tensors(path):  # its header alone
+            pass
     if (path / "delta.safetensors").is_file() and not (path / "model_index.json").exists():
         raise ErasureError(
-            f"{name} is the folder of a run, and no checkpoint; give it as --delta, and as --model "
-            "the base that it erased from"
+            f"{name} is the folder of a run, and no checkpoint; give it as --delta (to "
+            "erase-concept as --after), and as --model the base that it erased from"
         )
-    folder = path if kind == "folder" else _download(str(name), options)
-    return load_folder(folder, str(name), options)
+    near = near_name(str(name), EMBEDDED) if kind == "hub id" else None
+    if near and name not in EMBEDDED and "/" not in str(name):
+        raise unknown("model", str(name), EMBEDDED)
+    return kind
 
 
 def kind_of(name: str | Path) -> str:
@@ -66,7 +83,7 @@ def kind_of(name: str | Path) -> str:
             f"cannot look at {str(name)[:200]!r}: {reason(error)}; give another path"
         ) from error
     if path.suffix.lower() in SINGLE_FILES:
-        raise ErasureError(f"there is no file {path}")
+        raise ErasureError(f"there is no file {path}; check the path")
     return "hub id"
 
 

@@ -122,10 +122,11 @@ class MaskConfig:
     like: str = "benefit"
     """the rule that the controls matched-random, lowest and inverted go by"""
     file: str | None = None
-    """a saved mask to use as it is, whatever rule and density say"""
+    """a saved mask, or the folder of a run that has one, to use as it is, whatever rule and density
+    say"""
     saliency: str | None = None
-    """saved statistics (saliency.safetensors of a run) to rank by instead of computing them
-    again"""
+    """saved statistics (saliency.safetensors of a run, or the run's folder) to rank by instead of
+    computing them again"""
     guidance: float = 7.5
     """g of (1 + g) eps_c - g eps_null in the forget loss; 7.5 is diffusers' guidance_scale 8.5"""
     batch_size: int = 8
@@ -162,10 +163,13 @@ class MaskConfig:
                 f"mask.rule {self.rule} needs no saliency, so mask.saliency would do nothing; "
                 "leave one of them out"
             )
-        for option in ("file", "saliency"):
+        for option, name in (("file", "mask.safetensors"), ("saliency", "saliency.safetensors")):
             path = getattr(self, option)
+            if path and Path(path).is_dir():  # of a run, whose file has that name
+                path = str(Path(path) / name)
+                setattr(self, option, path)
             if path and not Path(path).is_file():
-                raise ErasureError(f"mask.{option} {path} is not there")
+                raise ErasureError(f"mask.{option}: there is no file {path}; check the path")
 
 
 @dataclass

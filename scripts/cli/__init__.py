@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from argparse import Action, RawDescriptionHelpFormatter
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,13 +69,19 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 class Parser(JsonArgumentParser):
     """A parser whose errors are `ErasureError`, with the near key suggested for an unknown one."""
 
+    variant = ""
+    """what on the command line decides which options there are"""
+    absent: Mapping[str, str] = {}
+    """option, or group of options -> why this variant does not have it"""
+
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Raise instead of leaving the program, so that commands can be called from Python and from
         each other."""
         options = {
             option.lstrip("-") for action in self._actions for option in action.option_strings
         }
-        raise complaint(message, options | set(self._defaults_keys())) from ex
+        shown = " ".join(filter(None, (self.prog, self.variant, "--help")))
+        raise complaint(message, options | set(self._defaults_keys()), shown, self.absent) from ex
 
     def parse_path(self, path: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """A config file as UTF-8; the library would take the locale's encoding."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from erase.prompts.errors import ErasureError
@@ -51,11 +51,23 @@ UNKNOWN = (
 )
 
 
-def complaint(message: str, options: Iterable[str]) -> ErasureError:
-    """The error for a message of the parser, whose options are `options`."""
+def complaint(
+    message: str, options: Iterable[str], shown: str, absent: Mapping[str, str]
+) -> ErasureError:
+    """The error for a message of the parser.
+
+    Args:
+        message: what the parser says.
+        options: all that it takes.
+        shown: the command line that lists them.
+        absent: option, or group of options -> why it does not take that.
+    """
     for pattern in UNKNOWN:
         if match := re.search(pattern, message):
-            return unknown_option(".".join(match.groups()), options)
+            name = ".".join(match.groups())
+            if why := absent.get(name.split(".")[0]):
+                return ErasureError(f"{why}, so it has no {name}; {shown} lists its options")
+            return unknown_option(name, options, shown)
     if match := re.search(
         r'Parser key "([\w.]+)".*Expected a <class \'list\'>.*value: ([\w.,-]+)\s*$', message, re.S
     ):
@@ -78,15 +90,11 @@ def complaint(message: str, options: Iterable[str]) -> ErasureError:
     return ErasureError(_wrong_value(message) or re.sub(r"\s+", " ", message).strip())
 
 
-def unknown_option(name: str, options: Iterable[str]) -> ErasureError:
-    """An error for an option that is not there; it names those that may be meant, and never all of
-    them."""
+def unknown_option(name: str, options: Iterable[str], shown: str) -> ErasureError:
+    """An error for an option that is not there; it names those that may be meant, never all of
+    them, or else the command line that lists them."""
     near = near_options(name, sorted(set(options)))
-    hint = (
-        f"did you mean {' or '.join(map(repr, near))}?"
-        if near
-        else "--help lists the options of this command"
-    )
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"{shown} lists the options"
     return ErasureError(f"unknown option {name!r}; {hint}")
 
 

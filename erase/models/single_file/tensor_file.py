@@ -81,13 +81,14 @@ def _check_ours(path: Path, metadata: Mapping[str, str]) -> None:
     """Refuse what this toolkit itself writes beside checkpoints."""
     if metadata.get("format") == "delta":
         raise ErasureError(
-            f"{path} is a delta, what an erasure changed, and no checkpoint; give it as --delta, "
-            f"and as --model the base that it changes ({metadata.get('base_id', 'unknown')})"
+            f"{path} is a delta, what an erasure changed, and no checkpoint; give it as --delta "
+            "(to erase-concept as --after), and as --model the base that it changes "
+            f"({metadata.get('base_id', 'unknown')})"
         )
     if metadata.get("format") in ("mask", "saliency", "latents"):
         raise ErasureError(
             f"{path} is of an erasure's {metadata['format']}, and no checkpoint; give a checkpoint "
-            "as --model"
+            "in its place, or, where a delta is taken, the delta.safetensors beside it"
         )
 
 
