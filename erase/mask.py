@@ -241,14 +241,19 @@ def _sorted(metadata: Mapping[str, str]) -> dict[str, str]:
     return dict(sorted(metadata.items()))
 
 
-def check_density(density: float) -> None:
-    """Refuse a density that is no fraction of the weights.
+def check_density(density: float, name: str = "density") -> None:
+    """Refuse a density that is no fraction of the weights; `name` is its option's.
 
     Raises:
         ErasureError: density outside (0, 1].
     """
     if not isinstance(density, Real) or not 0 < density <= 1:
-        raise ErasureError(f"density must be in (0, 1], not {density}")
+        percent = isinstance(density, Real) and 1 < density <= 100
+        hint = f"; {density:g} % is {density / 100:g}" if percent else ""
+        raise ErasureError(
+            f"{name} is {density}; it must be a fraction of the weights, above 0 and at most 1"
+            f"{hint}"
+        )
 
 
 def kept_count(density: float, total: int) -> int:

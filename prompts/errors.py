@@ -27,6 +27,11 @@ class ErasureError(ValueError):
     and exit with 2."""
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 image`, `1,200 images`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def unknown(what: str, name: str, options: Iterable[str]) -> ErasureError:
     """An error for a name that is not among `options`, with the near one suggested."""
     options = sorted(options)
@@ -59,13 +64,16 @@ def check_names(settings: object, options: Mapping[str, Collection[str]]) -> Non
             raise unknown(field, name, names)
 
 
-def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) -> None:
+def check_ranges(
+    settings: object, ranges: Mapping[str, tuple[float, float]], group: str = ""
+) -> None:
     """Refuse numbers outside of what makes sense, before anything is made of them.
 
     Args:
         settings: what has the fields; a dataclass's annotations say which must hold whole numbers,
             and which may be None.
         ranges: field -> least and greatest value.
+        group: the group of options that these are, which an error names before the field.
 
     Raises:
         ErasureError: a number outside of its range, or no such number at all (NaN, text, 1.5 of
@@ -74,15 +82,16 @@ def check_ranges(settings: object, ranges: Mapping[str, tuple[float, float]]) ->
     for name, (low, high) in ranges.items():
         value = getattr(settings, name)
         kind = _annotated(settings, name)
+        option = f"{group}.{name}" if group else name
         if value is None and (not kind or "None" in kind):
             continue
         if not is_number(value):
-            raise ErasureError(f"{name} is {value!r}, which is not a number")
+            raise ErasureError(f"{option} is {value!r}, which is not a number")
         if not low <= value <= high:
             ends = f"{low:g} or more" if high == inf else f"between {low:g} and {high:g}"
-            raise ErasureError(f"{name} is {value}; it must be {WORDS.get((low, high), ends)}")
+            raise ErasureError(f"{option} is {value}; it must be {WORDS.get((low, high), ends)}")
         if kind.startswith("int") and not isinstance(value, Integral):
-            raise ErasureError(f"{name} is {value}; it must be a whole number")
+            raise ErasureError(f"{option} is {value}; it must be a whole number")
 
 
 def is_number(value: object) -> bool:

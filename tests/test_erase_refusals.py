@@ -35,7 +35,8 @@ BAD = [
     (["--concept", "heart", "--mask.densty", "0.5"], "did you mean 'mask.density'"),
     (["--concept", "heart", "--train.lrr", "0.5"], "did you mean 'train.lr'"),
     (["--concept", "heart", "--mask.density", "lots"], "density"),
-    (["--concept", "heart", "--mask.density", "0"], "density must be in"),
+    (["--concept", "heart", "--mask.density", "0"], "mask.density is 0.0; it must be a fraction"),
+    (["--concept", "heart", "--mask.density", "4"], "at most 1; 4 % is 0.04"),
     (["--concept", "heart", "--scope", "xatn"], "did you mean 'xattn'"),
     (["--concept", "heart", "--mask.rule", "inverse"], "did you mean 'inverted'"),
     (
@@ -104,7 +105,7 @@ BAD = [
     *(
         (
             ["--concept", "heart", f"--{option}", value],
-            f"{option.split('.')[-1]} is {value}; it must be {bounds}",
+            f"error: {option} is {value}; it must be {bounds}",
         )
         for option, value, bounds in [
             ("latents.n_forget", "0", "1 or more"),

@@ -24,7 +24,7 @@ class RandomTokensConfig:
     """images of each prompt, each behind other words"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, dict.fromkeys(("words", "tries"), COUNT))
+        check_ranges(self, dict.fromkeys(("words", "tries"), COUNT), "attack.random_tokens")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SeedSearchConfig:
     """images of each prompt, each from another seed"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"tries": COUNT})
+        check_ranges(self, {"tries": COUNT}, "attack.seed_search")
 
 
 def random_words(

@@ -44,7 +44,7 @@ class P4DConfig:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("words", "steps", "draws"), COUNT)
-        check_ranges(self, {**counts, "lr": POSITIVE})
+        check_ranges(self, {**counts, "lr": POSITIVE}, "attack.p4d")
 
 
 def learn(task: Task, latents: LatentSet, config: P4DConfig, restart: int) -> Known:

@@ -42,7 +42,7 @@ class PseudoTokenConfig:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("vectors", "steps", "batch_size"), COUNT)
-        check_ranges(self, {**counts, "lr": POSITIVE})
+        check_ranges(self, {**counts, "lr": POSITIVE}, "attack.pseudo_token")
 
 
 def find_pseudo_token(

@@ -47,7 +47,7 @@ class RingABellConfig:
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("words", "population", "generations", "pairs"), COUNT)
         shares = dict.fromkeys(("mutation", "crossover"), FRACTION)
-        check_ranges(self, {**counts, **shares, "strength": FINITE})
+        check_ranges(self, {**counts, **shares, "strength": FINITE}, "attack.ring_a_bell")
 
 
 def learn(task: Task, latents: LatentSet, config: RingABellConfig, restart: int) -> Known:

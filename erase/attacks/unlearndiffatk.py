@@ -53,7 +53,9 @@ class UnlearnDiffAtkConfig:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("words", "steps", "batch_size"), COUNT)
-        check_ranges(self, {**counts, "lr": POSITIVE, "weight_decay": FINITE})
+        check_ranges(
+            self, {**counts, "lr": POSITIVE, "weight_decay": FINITE}, "attack.unlearndiffatk"
+        )
         check_names(self, {"prompt": (NAMED, NAMELESS)})
 
 

@@ -78,9 +78,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("steps", "batch_size", "accumulation", "checkpoint_every"), COUNT)
-        check_ranges(self, {**counts, "lr": POSITIVE, "max_grad_norm": POSITIVE, "ema": BELOW_ONE})
-        check_ranges(self, {"warmup": (0, MOST_STEPS)})
-        check_ranges(self, {"steps": (1, MOST_STEPS), "batch_size": (1, MOST_ROWS)})
+        check_ranges(
+            self, {**counts, "lr": POSITIVE, "max_grad_norm": POSITIVE, "ema": BELOW_ONE}, "train"
+        )
+        check_ranges(self, {"warmup": (0, MOST_STEPS)}, "train")
+        check_ranges(self, {"steps": (1, MOST_STEPS), "batch_size": (1, MOST_ROWS)}, "train")
         if not isinstance(self.optimizer_args, dict) or not all(
             isinstance(name, str) for name in self.optimizer_args
         ):
@@ -139,10 +141,10 @@ class MaskConfig:
 
     def __post_init__(self) -> None:
         check_names(self, {"rule": (*RULES, *CONTROLS), "like": RULES, "allocation": ALLOCATIONS})
-        check_ranges(self, {"batch_size": COUNT, "batches": COUNT, "guidance": FINITE})
-        check_ranges(self, {"guidance": (-1, 1000)})  # -1: the unconditional branch alone
+        check_ranges(self, {"batch_size": COUNT, "batches": COUNT, "guidance": FINITE}, "mask")
+        check_ranges(self, {"guidance": (-1, 1000)}, "mask")  # -1: the unconditional branch alone
         if self.density != "auto":
-            check_density(self.density)
+            check_density(self.density, "mask.density")
         elif self.rule not in AUTO:
             raise ErasureError(
                 f"mask.density auto weighs forgetting against retaining, and mask.rule {self.rule} "

@@ -68,7 +68,7 @@ def make_accelerator(config: TrainConfig, folder: Path | None = None) -> Acceler
             batch that does not split evenly, or what FSDP cannot do where the launch asks for it.
     """
     if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ErasureError("mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
+        raise ErasureError("train.mixed_precision fp16 needs a GPU; use bf16 or no on this machine")
     autocast(processes().device, config.mixed_precision)  # refuses an unknown name
     check_sharded(config)
     if config.batch_size % (config.accumulation * processes().num_processes):

@@ -75,7 +75,7 @@ class Config:
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("images", "references", "restarts"), COUNT)
-        check_ranges(self, {**counts, "seed": (0, 2**31)})
+        check_ranges(self, {**counts, "seed": (0, 2**31)}, "attack")
         check_judge(self.judge)
         if self.rates is not None and not (self.rates and all(map(_is_rate, self.rates))):
             raise ErasureError(

@@ -60,7 +60,7 @@ class Config:
     generality) or H_c (the first two)"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"batch_size": COUNT, "resize": COUNT})
+        check_ranges(self, {"batch_size": COUNT, "resize": COUNT}, "classifier")
         if self.harmonic is not None:
             check_names(self, {"harmonic": HARMONIC})
         if self.judge == "canvas" and (self.classes or self.weights or self.resize):

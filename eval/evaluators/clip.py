@@ -80,7 +80,7 @@ class Config:
     """where the model runs; `auto` is this process's GPU if there is one"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"batch_size": COUNT})
+        check_ranges(self, {"batch_size": COUNT}, "clip")
         if self.harmonic is not None:
             check_names(self, {"harmonic": (*HARMONIC, "H_a")})
 

@@ -46,7 +46,7 @@ class Config:
     """where the model runs; `auto` is this process's GPU if there is one"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"batch_size": COUNT})
+        check_ranges(self, {"batch_size": COUNT}, "cmmd")
         check_names(self, {"estimator": ESTIMATORS})
 
 

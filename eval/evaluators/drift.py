@@ -36,7 +36,7 @@ class Config:
     """pairs looked at together; no score depends on it"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"batch_size": COUNT})
+        check_ranges(self, {"batch_size": COUNT}, "drift")
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class Config:
     """where Inception runs; `auto` is this process's GPU if there is one"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"batch_size": COUNT})
+        check_ranges(self, {"batch_size": COUNT}, "fid")
         if self.features is not None:
             check_names(self, {"features": tuple(WIDTHS)})
 

@@ -42,7 +42,7 @@ class Config:
     """where the network runs; `auto` is this process's GPU if there is one"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"batch_size": COUNT})
+        check_ranges(self, {"batch_size": COUNT}, "lpips")
         check_names(self, {"trunk": TRUNKS})
 
 

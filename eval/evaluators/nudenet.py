@@ -93,7 +93,7 @@ class Config:
     armpits among them"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"threshold": FRACTION})
+        check_ranges(self, {"threshold": FRACTION}, "nudenet")
         check_names(self, {"preset": PRESETS})
         if not self.classes:
             raise ErasureError(

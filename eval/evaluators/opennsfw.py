@@ -36,7 +36,7 @@ class Config:
     between them undecided"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"threshold": FRACTION})
+        check_ranges(self, {"threshold": FRACTION}, "opennsfw")
 
 
 def load_classifier() -> Any:

@@ -82,7 +82,7 @@ class Config:
                 raise ErasureError(
                     f"probes.{name} holds {odd_values[0]}; it must be above 0, and {most} at most"
                 )
-        check_ranges(self, {"images": COUNT, "iterations": COUNT})
+        check_ranges(self, {"images": COUNT, "iterations": COUNT}, "probes")
         check_names(self, {"prompt": PROMPTS})
         check_judge(self.judge)
 

@@ -56,7 +56,7 @@ class Config:
     """images or captions encoded at once; no score depends on it"""
 
     def __post_init__(self) -> None:
-        check_ranges(self, {"batch_size": COUNT})
+        check_ranges(self, {"batch_size": COUNT}, "q16_type")
         for name in ("unsafe", "safe"):
             if not getattr(self, name) or not all(text.strip() for text in getattr(self, name)):
                 raise ErasureError(

@@ -85,7 +85,7 @@ class Config:
             for value in getattr(self, name):
                 _check_value(name, value, POSITIVE[0])
         counts = dict.fromkeys(("lora_rank", "batch_size", "prompts"), COUNT)
-        check_ranges(self, {**counts, "seed": (0, 2**31)})
+        check_ranges(self, {**counts, "seed": (0, 2**31)}, "relearning")
         check_judge(self.judge)
 
     def frozen(self) -> Freeze | None:
