@@ -105,7 +105,7 @@ def claim(
     written = {**description, **machine}
     if exists_on_all(path):
         changes = _changes(path, _read(path), written, defaults)
-        _refuse(f"{folder} holds another run", changes, "choose another folder or delete it")
+        _refuse(f"{folder} holds another run", changes, "give another --out, or delete it")
         if finished or not changes:
             return
         log.warning(
@@ -129,7 +129,7 @@ def check_settings(
         _refuse(
             f"{folder} holds another run",
             _changes(path, old, description, defaults),
-            "choose another folder or delete it",
+            "give another --out, or delete it",
         )
 
 
@@ -171,7 +171,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, str]:
-    remedy = "delete the folder or choose another"
+    remedy = "delete the folder, or give another --out"
     try:
         text = path.read_bytes()
     except OSError as error:
@@ -184,7 +184,7 @@ def _changes(
     path: Path, old: Mapping[str, str], new: Mapping[str, str], defaults: Mapping[str, Any]
 ) -> list[Difference]:
     """The differences of two descriptions, without those that leave the result as it is."""
-    with errors_named(path, "delete it or choose another folder"):
+    with errors_named(path, "delete it, or give another --out"):
         was, was_said = _facts(old), _concept_facts(old)
     now, now_said = _facts(new), _concept_facts(new)
     if was.get("concepts") == now.get("concepts"):  # of other concepts, all would differ

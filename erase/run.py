@@ -226,7 +226,7 @@ def _finished(path: Path, metadata: Mapping[str, str], defaults: Mapping[str, An
         ErasureError: it is of another run, or changes nothing.
     """
     delta = ErasedDelta.load(path)
-    check_artifact(path, delta.metadata, metadata, "choose another folder or delete it", defaults)
+    check_artifact(path, delta.metadata, metadata, "give another --out, or delete it", defaults)
     _check_changed(delta, delta.origin.concepts)
     return delta
 

@@ -59,6 +59,12 @@ __all__ = ["Batch", "GenerateConfig", "batches", "denoise", "generate", "planned
 
 TOLD = ("command", "sensitive")
 """settings that no image depends on, and that may differ from one run to the next"""
+OTHERS = {
+    **dict.fromkeys(("images", "prompt_set", "prompt_set_sha256"), "of other prompts or seeds"),
+    **dict.fromkeys(("delta", "fingerprint"), "of another erasure or base"),
+}
+"""field of the settings -> what images are whose settings differ there, where a sentence says more
+than the two values"""
 EMBEDDINGS = 2048  # kept at most; 230 KB each for SD 1.x in float32, 630 KB for SDXL
 BYTES = 2_000_000_000  # of them, at most: a language model's take up to 16 MB each
 
@@ -225,8 +231,7 @@ def _check_claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     earlier = read_settings(out)
     if earlier is None and any(out.glob("*.png")):
         raise ErasureError(
-            f"{out} holds images but no {SETTINGS} that says how they were made; choose another "
-            "output folder"
+            f"{out} holds images but no {SETTINGS} that says how they were made; give another --out"
         )
     if earlier is None:
         return settings
@@ -234,9 +239,10 @@ def _check_claim(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     for field in [*settings, *earlier]:
         mine, theirs = settings.get(field), earlier.get(field)
         if field not in (*TOLD, *unknown) and mine != theirs:
+            what = OTHERS.get(field, f"made with {field} {theirs!r}, not {mine!r}")
             raise ErasureError(
-                f"{out} holds images made with {field} {theirs!r}, not {mine!r}; choose another "
-                "output folder, or delete this one to make its images anew"
+                f"{out} holds images {what}; give another --out, or delete this folder to make its "
+                "images anew"
             )
     return {field: value for field, value in settings.items() if field not in unknown}
 

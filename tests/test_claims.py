@@ -157,11 +157,11 @@ def test_resuming_names_the_setting_that_differs_before_the_base_is_loaded(
 
 def test_resuming_with_another_concept_or_anchor_names_it(stopped, config):
     with pytest.raises(
-        ErasureError, match=r"another run: concepts was \['heart'\] and is now \['star'\]; choose"
+        ErasureError, match=r"another run: concepts was \['heart'\] and is now \['star'\]; give"
     ):
         again(stopped, config, concept="star")
     with pytest.raises(
-        ErasureError, match="another run: anchor of heart was .* and is now 'moon'; choose"
+        ErasureError, match="another run: anchor of heart was .* and is now 'moon'; give"
     ):
         erase_concept(canvas_concept("heart", anchor="moon"), config, METHOD, out=stopped)
 

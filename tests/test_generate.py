@@ -221,23 +221,29 @@ def test_the_pipeline_is_left_as_it_was_found(make_pico_pipeline, tmp_path: Path
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"config": GenerateConfig("dpm++", 2, batch_size=3)}, "scheduler 'ddim', not 'dpm\\+\\+'"),
-        ({"config": GenerateConfig("ddim", 3, batch_size=3)}, "steps 2, not 3"),
-        ({"config": GenerateConfig("ddim", 2, 7.5, batch_size=3)}, "guidance 5.0, not 7.5"),
-        ({"config": GenerateConfig("ddim", 2, batch_size=4)}, "batch_size 3, not 4"),
-        ({"provenance": {"fingerprint": "4567"}}, "fingerprint '0123', not '4567'"),
-        ({"provenance": {"fingerprint": "0123", "delta": "x"}}, "delta None, not 'x'"),
-        ({"provenance": {}}, "fingerprint '0123', not None"),
+        (
+            {"config": GenerateConfig("dpm++", 2, batch_size=3)},
+            "made with scheduler 'ddim', not 'dpm\\+\\+'",
+        ),
+        ({"config": GenerateConfig("ddim", 3, batch_size=3)}, "made with steps 2, not 3"),
+        (
+            {"config": GenerateConfig("ddim", 2, 7.5, batch_size=3)},
+            "made with guidance 5.0, not 7.5",
+        ),
+        ({"config": GenerateConfig("ddim", 2, batch_size=4)}, "made with batch_size 3, not 4"),
+        ({"provenance": {"fingerprint": "4567"}}, "of another erasure or base; "),
+        ({"provenance": {"fingerprint": "0123", "delta": "x"}}, "of another erasure or base; "),
+        ({"provenance": {}}, "of another erasure or base; "),
         (
             {"prompts": PromptSet("seven", (*ROWS[:6], PromptRow(6, "a blue star", 16)))},
-            "prompt_set_sha256",
+            "of other prompts or seeds; ",
         ),
     ],
 )
 def test_a_folder_of_other_images_is_refused_and_left_alone(pipe, whole: ImageSet, change, says):
     before = files(whole.folder)
     job = {"prompts": PROMPTS, "out": whole.folder, "config": FAST, "provenance": MADE_BY} | change
-    with pytest.raises(ErasureError, match=f"made with {says}.*choose another output folder"):
+    with pytest.raises(ErasureError, match=f"holds images {says}.*give another --out"):
         generate(pipe, **job)
     assert files(whole.folder) == before
 
