@@ -26,6 +26,7 @@ import sys
 from jsonargparse import Namespace
 
 from erase.prompts.errors import ErasureError
+from erase.prompts.reading import as_path
 from erase.scripts.cli import (
     OneDelta,
     Parser,
@@ -57,7 +58,8 @@ def make_parser() -> Parser:
         "--latents",
         type=LatentConfig,
         default=LatentConfig(),
-        help="images of the simulated users: of the concept; and to retain, innocent ones",
+        help="training images of the two simulated users: one learns the concept, the other "
+        "innocent things",
     )
     command.add_argument("--seed", type=int, default=0, help="of images, batches and the control")
     command.add_argument(
@@ -77,7 +79,6 @@ def main(argv: list[str] | None = None) -> None:
     from erase.latents.latent_set import Given
     from erase.latents.prepare import Plan
     from erase.parallel.processes import default_device
-    from erase.prompts.reading import as_path
     from erase.task import Task
     from erase.training.freezing import FreezeConfig, find_freeze
 
@@ -109,8 +110,11 @@ def check_out(options: Namespace) -> None:
     """Refuse a name that no JSON file has, and a file that would be overwritten."""
     from erase.export.whole import check_free
 
-    if not options.out.endswith(".json"):
-        raise ErasureError(f"--out is {options.out}; name a .json file, e.g. {options.out}.json")
+    path = as_path(options.out)
+    if path.suffix != ".json":
+        folder = options.out.endswith("/") or path.is_dir()
+        name = path / "freeze.json" if folder else f"{path}.json"
+        raise ErasureError(f"--out is {options.out}; name a .json file, e.g. {name}")
     check_free(options.out)
 
 

@@ -375,11 +375,16 @@ def test_the_command_writes_a_freeze_of_the_erased_model(tmp_path, capsys):
     assert "name a .json file" in capsys.readouterr().err
 
 
-def test_the_command_overwrites_nothing(tmp_path, capsys):
-    mine = tmp_path / "freeze.json"
-    mine.write_text("mine")
-    assert run(run_freeze.main, ["--delta", str(tmp_path / "absent"), "--out", str(mine)]) == 2
-    assert "freeze.json exists already" in capsys.readouterr().err
+def test_a_file_that_is_there_is_not_overwritten_and_a_folder_gets_a_name(tmp_path, capsys):
+    (tmp_path / "freeze.json").write_text("mine")
+    for out, said in (
+        (f"{tmp_path}/freeze.json", "freeze.json exists already"),
+        (f"{tmp_path}/", f"e.g. {tmp_path}/freeze.json"),
+        (f"{tmp_path}/x", f"e.g. {tmp_path}/x.json"),
+    ):
+        assert run(run_freeze.main, ["--delta", "D", "--out", out]) == 2
+        assert said in capsys.readouterr().err
+    assert (tmp_path / "freeze.json").read_text() == "mine"
 
 
 def test_the_code_of_its_page_runs_as_it_stands(tmp_path, monkeypatch):
