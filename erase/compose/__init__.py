@@ -60,6 +60,8 @@ def compose(
     live = [(delta, scale) for delta, scale in parts if scale]
     if on_conflict == "ties":
         live = [(trimmed(base.parameters(), delta, keep), scale) for delta, scale in live]
+    if on_conflict == "error":
+        _check_apart([delta for delta, _ in live])
     values, bits = {}, {}
     for name, old in _changed_tensors(base, [delta for delta, _ in live]):
         touching = [
@@ -93,6 +95,21 @@ def _check_bases(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> None:
         delta.check(base)
 
 
+def _check_apart(deltas: Sequence[ErasedDelta]) -> None:
+    """Refuse weights that several of the deltas change."""
+    shared = {}
+    for name in dict.fromkeys(name for delta in deltas for name in delta.values):
+        places = [delta.places(name) for delta in deltas if name in delta.values]
+        several = torch.cat(places).unique(return_counts=True)[1] > 1
+        shared[name] = int(several.sum())
+    if total := sum(shared.values()):
+        first = next(name for name, count in shared.items() if count)
+        raise ErasureError(
+            f"{total:,} weights are changed by several deltas, the first of {first}; give "
+            "--on_conflict sum, first, last or ties to say what they become"
+        )
+
+
 def _changed_tensors(
     base: DiffusionModel, deltas: Sequence[ErasedDelta]
 ) -> Iterator[tuple[str, Tensor]]:
@@ -117,11 +134,6 @@ def _combined(name: str, base: Tensor, parts: list[Part], on_conflict: str) -> T
         if on_conflict == "ties":  # the mean of those that are left
             change /= changes.index_select(0, where)
         total.scatter_add_(0, where, change)
-    if on_conflict == "error" and (changes > 1).any():
-        raise ErasureError(
-            f"{int((changes > 1).sum())} weights of {name} are changed by several deltas; sum "
-            "them, or let the first or the last one win"
-        )
     new = total.to(base.dtype)
     if not all_finite(new):
         raise ErasureError(
