@@ -8,12 +8,15 @@ from difflib import get_close_matches
 from math import inf, nextafter
 from numbers import Integral, Real
 from sys import float_info
+from textwrap import shorten
 
 FINITE = -float_info.max, float_info.max
 POSITIVE = float_info.min, float_info.max
 COUNT = 1, inf
 FRACTION = 0, 1
 BELOW_ONE = 0, nextafter(1, 0)
+NEAR = 0.61
+"""least likeness of two names that may be mistaken for each other: `love` is no `flower`"""
 WORDS = {
     FINITE: "a finite number",
     POSITIVE: "a finite number above 0",
@@ -43,7 +46,7 @@ def unknown(what: str, name: str, options: Iterable[str]) -> ErasureError:
 def near_name(name: str, options: Iterable[str]) -> str | None:
     """The option that may be meant by a misspelt name."""
     options = sorted(options)
-    near = get_close_matches(name, options, 1) or [
+    near = get_close_matches(name, options, 1, NEAR) or [
         option for option in options if option.lower() == name.lower()
     ]
     return near[0] if near else None
@@ -109,4 +112,4 @@ def reason(error: BaseException) -> str:
     """The first line of what another library's error says, or else its type: what stands within a
     sentence of ours."""
     text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+    return shorten(text.splitlines()[0], 300, placeholder=" ...") if text else type(error).__name__

@@ -25,6 +25,7 @@ from erase.latents.prepare import LatentSet, prepare_latents
 from erase.models import wrap
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.concepts import TEMPLATES, ConceptSpec
+from erase.prompts.errors import ErasureError
 from tests.texts import raises
 
 HEART = canvas_concept("heart")
@@ -87,13 +88,24 @@ def test_it_is_said_how_many_of_how_many_images_are_taken(pico, tmp_path: Path, 
         paint(tmp_path / "own" / "ab"[i % 2] / f"{i:02d}.png", (8 * i, 0, 0))
     config = LatentConfig(n_forget=6, n_retain=3, steps=1, forget_images=str(tmp_path / "own"))
     one, _ = prepare_latents(pico, [HEART], config, 0, tmp_path / "cache")
-    assert "latents.forget_images: 6 of 30 images" in said() and "from 2 folders" in said()
+    assert said().count("latents.forget_images: 6 of 30 images") == 1
+    assert "from 2 folders, for 6 latents" in said()
     again, _ = prepare_latents(pico, [HEART], config, 0, tmp_path / "cache")
     other, _ = prepare_latents(pico, [HEART], config, 1, tmp_path / "cache")
     assert torch.equal(one.latents, again.latents) and not torch.equal(one.latents, other.latents)
     assert len({tuple(row.flatten().tolist()) for row in one.latents}) == 6, (
         "not the same file twice while there are others"
     )
+
+
+def test_a_folder_that_is_not_there_is_said_once(tmp_path: Path) -> None:
+    for at, words in (
+        ("nowhere", "is not there; check the path"),
+        ("", "(.png, .jpg, .webp, ...)"),
+    ):
+        with pytest.raises(ErasureError) as caught:
+            read_folder(str(tmp_path / at), "none")
+        assert str(caught.value).count(words) == 1 and "cannot read" not in str(caught.value)
 
 
 def test_files_that_are_no_images_are_counted_and_hidden_ones_are_not_missed(

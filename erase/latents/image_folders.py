@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from erase.latents.image_files import ANIMATED, opened, suffixes
-from erase.prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError, counted
 from erase.prompts.reading import read_text
 
 log = logging.getLogger("erase")
@@ -71,8 +71,8 @@ def read_folder(folder: str, captions: str) -> list[OwnImage]:
             else ""
         )
         raise ErasureError(
-            f"no images ({', '.join(sorted(known))}) in {folder}{also}; give another folder or "
-            "leave it out to sample them"
+            f"no images (.png, .jpg, .webp, ...) in {folder}{also}; give another folder or leave "
+            "it out to sample them"
         )
     if passed:
         log.info("%s: %d files are no images and are skipped (%s)", folder, skipped.total(), passed)
@@ -92,12 +92,12 @@ def take(
         f"{len(taken):,} of {len(images):,}" if len(taken) < len(images) else f"all {len(images):,}"
     )
     log.info(
-        "%s: %s images of %s are taken, from %d folders, for %d latents",
+        "%s: %s images of %s are taken, from %s, for %s",
         what,
         much,
         folder,
-        folders,
-        count,
+        counted(folders, "folder"),
+        counted(count, "latent"),
     )
     if folders > 1 and images[0].words is None:
         log.info(
@@ -182,6 +182,8 @@ def _walk(folder: str) -> Iterator[Path]:
             folders[:] = sorted(name for place, name in real.items() if place not in seen)
             seen |= real.keys()
             yield from (Path(at, name) for name in sorted(names) if _shown(name))
+    except ErasureError:
+        raise
     except ValueError as error:  # a path with a NUL in it
         raise ErasureError(f"cannot read the folder {folder!r}: {error}; check the path") from error
 

@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 
@@ -62,7 +63,7 @@ class Plan:
             ErasureError: more steps than timesteps, images or captions that cannot be taken, or a
                 concept of which no forget latent is left.
         """
-        pairs, images = self._forget_rows(random.Random(self.seed))
+        pairs, images, _ = self._forget_rows
         own = len(pairs) - (0 if images else round(anchor_share * len(pairs)))
         if own < len(self.concepts):
             raise ErasureError(
@@ -70,7 +71,7 @@ class Plan:
                 f"{len(self.concepts)} concepts; raise latents.n_forget or lower anchor_latents"
             )
         if self.config.retain_images or any(concept.retain for concept in self.concepts):
-            self._retain_rows()  # what cannot be taken is refused before anything is sampled
+            _ = self._retain_rows  # what cannot be taken is refused before anything is sampled
         prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
         return self._made("forget", prompts, anchors, own, images, self._first)
 
@@ -81,21 +82,24 @@ class Plan:
             ErasureError: more steps than timesteps, no retain prompts, or images or captions that
                 cannot be taken.
         """
-        prompts, images = self._retain_rows()
+        prompts, images = self._retain_rows
         return self._made("retain", tuple(prompts), None, None, images, self._first + 500_000)
 
     @property
     def _first(self) -> int:
         return self.seed * 1_000_003
 
-    def _forget_rows(self, rng: random.Random) -> tuple[list[tuple[str, str]], list[OwnImage]]:
+    @cached_property
+    def _forget_rows(self) -> tuple[list[tuple[str, str]], list[OwnImage], random.Random]:
+        """Pairs, images, and the random stream behind the draws of these."""
+        rng = random.Random(self.seed)
         pairs, images = _forget_rows(self.concepts, self.config, self._first, rng)
         look_at(images, self.model.image_size, "latents.forget_images")
-        return pairs, images
+        return pairs, images, rng
 
+    @cached_property
     def _retain_rows(self) -> tuple[list[str], list[OwnImage]]:
-        rng = random.Random(self.seed)
-        self._forget_rows(rng)  # whose draws come first
+        *_, rng = self._forget_rows  # whose draws come first
         prompts, images = _retain_rows(self.concepts, self.config, self._first + 500_000, rng)
         kept = earlier_prompts(self.earlier, self.concepts) if self.config.earlier else []
         if kept and images:
@@ -120,7 +124,7 @@ class Plan:
         seed: int,
     ) -> LatentSet:
         # no more than there are noise levels
-        check_ranges(self.config, {"steps": (1, self.model.timesteps)})
+        check_ranges(self.config, {"steps": (1, self.model.timesteps)}, "latents")
         files = [image.path for image in images]
         return _cached(
             self.model, self.config, self.cache, what, prompts, anchors, own, files, seed
