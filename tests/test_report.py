@@ -198,7 +198,7 @@ def test_verdict_in_words():
         and "within the noise" in same
     )
     assert verdict_line(report(base=scores(240, 2, 3), erased=scores(240, 2, 3))).startswith(
-        "This shows nothing: the judge does not see heart in 240 of 240 of the base's"
+        "This shows nothing: heart is seen in 0 of 240 of the base's images that ask for it and in"
     )
 
 

@@ -11,7 +11,7 @@ import yaml
 
 from erase.eval.report.card import model_card
 from erase.prompts.errors import ErasureError
-from tests.report_fixtures import CONCEPT, METADATA, report
+from tests.report_fixtures import CONCEPT, METADATA, report, scores
 
 PARTS = json.dumps([{"erased": "heart", "scale": 1.0, "method": "salun", "sha256": "f" * 64}])
 
@@ -90,6 +90,13 @@ def test_card_does_not_tell_where_the_base_lay():
         and "# canvas without heart" in card
         and "base_model" not in front_matter(card)
     )
+
+
+def test_card_of_an_erasure_that_did_nothing_does_not_claim_it():
+    for ua in (1, 240):  # not erased; the base did not show it either
+        card = model_card(report(base=scores(ua, 2, 3), erased=scores(ua, 2, 3)), METADATA)
+        assert "# somebody/some-model, an attempt to erase heart\n" in card
+        assert "without heart" not in card and "the scores show no success" in card
 
 
 def test_card_names_what_is_missing():

@@ -10,7 +10,7 @@ from typing import Any
 from erase.delta.origin import gone, read_origin, requests_of, unanchored
 from erase.eval.report.front_matter import front_matter, on_hub
 from erase.eval.report.report import EvalReport, words
-from erase.eval.report.words import glossary, limits, verdict_line, verdicts
+from erase.eval.report.words import denies, glossary, limits, verdict_line, verdicts
 from erase.export.formats import DIFFUSERS, Usage
 from erase.export.published import (
     code,
@@ -94,7 +94,8 @@ def model_card(
     check_sources(report, metadata, sha256)
     concepts, config = _json(metadata, "concepts"), _json(metadata, "config")
     targets = [str(concept["target"]) for concept in concepts]
-    title, what = _words(metadata)
+    denied = report is not None and denies(report)
+    title, what = _words(metadata, denied)
     body = CARD.format(
         title=plain(title),
         what=what,
@@ -174,9 +175,10 @@ def _check_delta(report: EvalReport, metadata: Mapping[str, str], digests: Colle
                 )
 
 
-def _words(metadata: Mapping[str, str]) -> tuple[str, str]:
+def _words(metadata: Mapping[str, str], denied: bool) -> tuple[str, str]:
     """Title, and first sentence in Markdown. Nothing is erased where an erasure was undone, or
-    every part was composed with a negative scale, or with none."""
+    every part was composed with a negative scale, or with none; `denied`: its report shows no
+    success."""
     base, targets, method = _base(metadata), gone(metadata), metadata["method"]
     if "undoes" in metadata:
         return (
@@ -190,6 +192,12 @@ def _words(metadata: Mapping[str, str]) -> tuple[str, str]:
             "given below",
         )
     was, named = "was" if len(targets) == 1 else "were", " and ".join(targets)
+    if denied:
+        return (
+            f"{base}, an attempt to erase {named}",
+            f"The weights of {plain(base)}, after an attempt with {code(method)} to erase "
+            f"{plain(named)}, of which the scores show no success",
+        )
     what = (
         f"The weights of {plain(base)}, from which {plain(named)} {was} erased with {code(method)}"
     )

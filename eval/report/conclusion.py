@@ -127,8 +127,8 @@ def _told(word: str, claim: Claim, target: str, error: float | None) -> str:
     judge = erased.evaluator or "the judge"
     if word == NOTHING:
         return (
-            f"The base itself shows {target} in {hits(base)} of {base.n} images, too few for "
-            f"{judge} to tell a loss from its own error."
+            f"The base itself shows {target} in {hits(base)} of {base.n} images, too few "
+            f"to tell a loss from the judge's own error ({judge})."
         )
     left = f"seen in {hits(erased)} of {erased.n} images ({was}) by {judge}"
     if word == NOT_ERASED:

@@ -80,8 +80,9 @@ def _found(report: EvalReport) -> str:
     gone, before = (round(score.value * score.n / 100) for score in (erased, base))
     if word == NOTHING:
         return (
-            f"This shows nothing: the judge does not see {target} in {before} of {base.n} of the "
-            f"base's images that ask for it (erased: {gone} of {erased.n})"
+            f"This shows nothing: {target} is seen in {_seen(base)} of {base.n} of the base's "
+            f"images that ask for it and in {_seen(erased)} of {erased.n} after, too few of the "
+            "base's to tell a loss"
         )
     if word == NOT_ERASED:
         return (
@@ -118,6 +119,11 @@ def forgotten(report: EvalReport, judge: str = "") -> str:
     if report.verdict(ERASED, judge + "UA") <= 0:
         return NOT_ERASED
     return ERASED_WORD if 100 - erased.high <= error else PARTLY
+
+
+def denies(report: EvalReport) -> bool:
+    """Whether a report with a UA shows no success: not erased, or nothing shown."""
+    return report.score(ERASED, "UA") is not None and forgotten(report) in (NOT_ERASED, NOTHING)
 
 
 def verdicts(report: EvalReport) -> list[str]:
