@@ -14,6 +14,7 @@ import yaml
 
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, unknown
+from erase.prompts.names import same
 
 KINDS = ("object", "style", "colour")
 CAPTIONS_PER_CELL = 2  # retain prompts of a cell, beside its grid prompt
@@ -40,6 +41,15 @@ class Vocabulary:
     def kind_of(self, concept: str) -> str | None:
         """`object`, `style` or `colour`, or None for a word that this world does not have."""
         return next((kind for kind in KINDS if concept in self.synonyms[kind]), None)
+
+    def find(self, name: str) -> str | None:
+        """The concept of this name or synonym, whatever its case, accents, hyphens and blanks; None
+        for a word that this world does not have."""
+        for kind in KINDS:
+            for concept, others in self.synonyms[kind].items():
+                if same(name) in map(same, (concept, *others)):
+                    return concept
+        return None
 
     def anchor(self, name: str) -> str:
         """The default anchor of a concept: the one that is named for it or for the others of its
@@ -85,8 +95,9 @@ def canvas_concept(name: str, anchor: str | None = None) -> ConceptSpec:
     """A concept of the embedded world, to forget.
 
     Args:
-        name: an object, a style or a colour of the vocabulary; its synonyms go with it.
-        anchor: a concept of the same kind; by default the vocabulary's choice (see
+        name: an object, a style or a colour of the vocabulary, or a synonym of one
+            (`Vocabulary.find`); its synonyms go with it.
+        anchor: a concept of the same kind, named likewise; by default the vocabulary's choice (see
             `Vocabulary.anchor`).
 
     Returns:
@@ -100,8 +111,9 @@ def canvas_concept(name: str, anchor: str | None = None) -> ConceptSpec:
         ErasureError: a name that this world does not have (the near one is suggested), or an anchor
             of another kind.
     """
-    vocab, kind = vocabulary(), _kind(name)
-    anchor = vocab.anchor(name) if anchor is None else anchor
+    vocab, name = vocabulary(), _known(name)
+    kind = _kind(name)
+    anchor = vocab.anchor(name) if anchor is None else _known(anchor)
     if _kind(anchor) != kind:
         raise ErasureError(
             f"{anchor!r} is no {kind}, as {name!r} is; choose as anchor one of: "
@@ -158,11 +170,15 @@ def _names() -> list[str]:
     return [name for kind in KINDS for name in vocabulary().names(kind)]
 
 
-def _kind(name: str) -> str:
-    kind = vocabulary().kind_of(name)
-    if kind is None:
+def _known(name: str) -> str:
+    concept = vocabulary().find(name)
+    if concept is None:
         raise unknown("canvas concept", name, _names())
-    return kind
+    return concept
+
+
+def _kind(name: str) -> str:
+    return next(kind for kind in KINDS if name in vocabulary().synonyms[kind])
 
 
 def _retain(vocab: Vocabulary, kind: str, name: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from erase.prompts.canvas import EMBEDDED, canvas_concept, check_canvas, vocabulary
 from erase.prompts.concepts import ConceptSpec, load_concepts, shipped
-from erase.prompts.errors import ErasureError, near_name, unknown
+from erase.prompts.errors import ErasureError, counted, near_name, unknown
 from erase.prompts.proposals import find_shipped, known, propose
 from erase.prompts.several import merged
 from erase.scripts.cli.running import note
@@ -58,8 +58,8 @@ def read_concepts(
     if anchors and len(anchors) != len(left):
         where = " (those of --concepts have theirs)" if files else ""
         raise ErasureError(
-            f"{len(left)} concepts but {len(anchors)} anchors{where}; give one --anchor for each "
-            "--concept, in the same order"
+            f"{counted(len(left), 'concept')} but {counted(len(anchors), 'anchor')}{where}; give "
+            "one --anchor for each --concept, in the same order"
         )
     if left and model in EMBEDDED and (retain or kind):
         raise ErasureError(
@@ -98,13 +98,13 @@ def concepts_named(words: Sequence[str], model: str | None) -> list[ConceptSpec]
 
 
 def _to_judge(name: str, model: str | None) -> ConceptSpec:
-    of_canvas = vocabulary().kind_of(name.strip()) is not None
+    of_canvas = vocabulary().find(name) is not None
     if model in EMBEDDED or (model is None and of_canvas):
-        return canvas_concept(name.strip())
+        return canvas_concept(name)
     if known(name):
         return propose(name)
     if of_canvas:
-        return canvas_concept(name.strip())
+        return canvas_concept(name)
     raise ErasureError(
         f"{name!r} is on none of the lists of names, so its synonyms and kind are not known; write "
         "them into a YAML file (target, anchor, synonyms, kind), and give that as --concepts"
@@ -139,7 +139,7 @@ def _check_spelling(name: str, loaded: dict[str, list[ConceptSpec]], model: str 
 
 
 def _canvas(named: _Named) -> ConceptSpec:
-    return canvas_concept(named.name.strip(), named.anchor)
+    return canvas_concept(named.name, named.anchor)
 
 
 def _by_name(named: _Named) -> ConceptSpec:
@@ -157,8 +157,8 @@ def _by_name(named: _Named) -> ConceptSpec:
     )
     note(
         f"proposed for {named.name!r}: {concept.target} -> {concept.anchor}, "
-        f"{len(concept.names)} names, {len(concept.templates)} templates "
-        f"({concept.templates[0]!r}, ...), {len(concept.retain)} retain prompts "
+        f"{counted(len(concept.names), 'name')}, {counted(len(concept.templates), 'template')} "
+        f"({concept.templates[0]!r}, ...), {counted(len(concept.retain), 'retain prompt')} "
         f"({concept.retain[0]!r}, ...){idle}; add --propose to see all of it as YAML, which "
         "--concepts reads"
     )
