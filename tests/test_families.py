@@ -301,3 +301,29 @@ def test_a_hub_id_that_cannot_be_reached_is_one_sentence(name, message, monkeypa
     with pytest.raises(ErasureError, match=message) as error:
         load_model(name, options=LoadConfig(offline=True))
     assert "\n" not in str(error.value)
+
+
+class NoAnswer(ConnectionError):
+    """As the hub's client raises it."""
+
+    response: object | None = None
+
+
+def test_a_hub_that_cannot_be_reached_is_told_from_one_that_refuses(monkeypatch):
+    def download(*_, **__):
+        try:
+            raise cause
+        except NoAnswer as error:
+            raise OSError("Cannot load the model " + 100 * "and so on ") from error
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.download", download)
+    cause = NoAnswer("no route")
+    with pytest.raises(
+        ErasureError, match="and the hub cannot be reached; check the name, or give"
+    ):
+        load_model("nobody/no-such-model")
+    cause.response = "404"
+    with pytest.raises(
+        ErasureError, match=r"cannot be fetched from the hub.* (and|so|on) \.\.\.\)"
+    ):
+        load_model("nobody/no-such-model")

@@ -129,6 +129,22 @@ def _without_absent_tensors(file: TensorFile, options: LoadConfig) -> LoadConfig
     )
 
 
+UNREACHED = {"OfflineModeIsEnabled", "LocalEntryNotFoundError", "ConnectionError", "TransportError"}
+"""names of the errors of the hub client and of its HTTP libraries, old and new, of no connection"""
+
+
+def unreached(error: BaseException | None) -> bool:
+    """Whether the hub gave no answer: an error of the connection is behind this one, and none that
+    has a response."""
+    kinds: set[str] = set()
+    while error is not None:
+        if getattr(error, "response", None) is not None:
+            return False
+        kinds |= {kind.__name__ for kind in type(error).__mro__}
+        error = error.__cause__ or error.__context__
+    return not kinds.isdisjoint(UNREACHED)
+
+
 def _download(name: str, options: LoadConfig) -> Path:
     """The folder of a hub id, fetched or cached: weights as safetensors only."""
     from diffusers import DiffusionPipeline
@@ -151,6 +167,11 @@ def _download(name: str, options: LoadConfig) -> Path:
     except (
         Exception
     ) as error:  # the hub client, its HTTP library and diffusers each raise their own kinds
+        if not options.offline and unreached(error):
+            raise ErasureError(
+                f"{name!r} is no file or folder here, and the hub cannot be reached; check the "
+                "name, or give a local path"
+            ) from error
         raise ErasureError(
             f"{name!r} is no file or folder here, and cannot be fetched from the hub as a "
             f"diffusers checkpoint with safetensors weights ({reason(error)}); check the name, the "
