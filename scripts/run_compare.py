@@ -29,6 +29,7 @@ def make_parser() -> Parser:
         "runs",
         type=str,
         nargs="*",
+        default=[],
         help="each a report.json, the folder that holds it, or a run's folder with it in report",
     )
     command.add_argument(

@@ -3,7 +3,7 @@
 Methods, evaluators, attacks, protocols, concepts, prompt sets, recipes,
 families of checkpoints and scopes; what other packages bring is marked.
 
-all of it, or some:
+all of it, or some, with the papers:
   erase-list
   erase-list methods recipes
 how many weights each scope has in a checkpoint:
@@ -34,7 +34,8 @@ def make_parser() -> Parser:
         "what",
         type=str,
         nargs="*",
-        help=f"{', '.join(SECTIONS)}; all if none is named",
+        default=[],
+        help=f"{', '.join(SECTIONS)}; all if none is named, and then without the papers",
     )
     command.add_argument(
         "--model",
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
             plain[name] = [entry.plain() for entry in entries]
         print(json.dumps(plain, indent=1, ensure_ascii=False))
     else:
-        print(as_text(lists, max(shutil.get_terminal_size().columns, NARROWEST)))
+        width = max(shutil.get_terminal_size().columns, NARROWEST)
+        print(as_text(lists, width, papers=bool(options.what)))
 
 
 def cli() -> None:

@@ -20,6 +20,7 @@ import logging
 import sys
 import threading
 import webbrowser
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
@@ -96,10 +97,10 @@ def main(argv: list[str] | None = None) -> None:
     from erase.scripts.live.page import gradio, make_page, serve
 
     options = parse(make_parser(), argv)
+    gradio()  # what is missing is said before anything is loaded
     alone("erase-live")
     if options.port is not None and not 1 <= options.port <= 65535:
         raise ErasureError(f"--port is {options.port}; it must be between 1 and 65535")
-    gradio()  # what is missing is said before anything is loaded
     stage = make_stage(options)
     page = make_page(stage, options.prompt or first_prompt(stage), options.generate)
     address = serve(page, options.host, options.port)
@@ -161,7 +162,8 @@ def first_prompt(stage: Stage) -> str:
 
 def cli() -> None:
     """The installed command."""
-    sys.exit(run(main))
+    # without gradio nothing is served, so nothing needs to be loaded
+    sys.exit(run(main, libraries=find_spec("gradio") is not None))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from erase.models.families import FAMILIES
 from erase.models.scopes import ABOUT, SCOPES, select
 from erase.prompts.concepts import shipped
 from erase.prompts.prompt_sets import shipped_sets
-from erase.scripts import run_list
+from erase.scripts import run_compare, run_list
 from erase.scripts.cli import run
 from erase.scripts.cli.catalogue import SECTIONS, first_sentence
 from erase.scripts.cli.recipes import recipes
@@ -112,6 +112,18 @@ def test_all_is_listed_at_once_without_the_libraries_in_80_columns():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     lines = done.stdout.splitlines()
     assert max(map(len, lines)) <= 80 and set(SECTIONS) <= set(lines)
+
+
+def test_papers_stand_in_the_lists_that_are_asked_for_each_once(capsys):
+    run_list.main([])
+    assert "arxiv.org/abs/2402.11846" not in capsys.readouterr().out
+    run_list.main(["protocols"])
+    assert capsys.readouterr().out.count("arxiv.org/abs/2402.11846") == 1
+
+
+def test_no_list_needs_to_be_named_and_none_is_called_required():
+    for made in (run_list.make_parser(), run_compare.make_parser()):
+        assert "(required)" not in made.format_help()
 
 
 def test_what_another_package_brings_is_marked_and_what_is_broken_is_told(

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,6 +256,19 @@ def test_without_gradio_a_sentence_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     assert run(run_live.main, []) == 2
     assert "pip install 'concept-erasure-toolkit[live]'" in told(capsys)
+
+
+def test_without_gradio_that_is_said_before_anything_is_loaded():
+    code = (
+        "import sys\nsys.modules['gradio'] = None\nsys.argv = ['erase-live']\n"
+        "from erase.scripts.run_live import cli\n"
+        "try:\n    cli()\nexcept SystemExit as left:\n"
+        "    assert left.code == 2 and not {'torch', 'diffusers'} & set(sys.modules)\n"
+        "else:\n    raise AssertionError"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("loading")) == (0, 0), done.stderr
+    assert "pip install 'concept-erasure-toolkit[live]'" in done.stderr
 
 
 # ---- served, and used in a browser ---------------------------------------------------------------

@@ -15,6 +15,7 @@ from rich.text import Text
 from erase.plugins import Index, PluginError
 from erase.prompts.canvas import KINDS, vocabulary
 from erase.prompts.concepts import load_concepts, shipped
+from erase.prompts.errors import counted
 from erase.prompts.prompt_sets import PromptSet, shipped_sets
 from erase.prompts.reading import read_text
 from erase.scripts.cli.light import stand_in
@@ -90,8 +91,8 @@ def _concepts_of(name: str) -> str:
         return f"{len(listed)} concepts: {', '.join(concept.target for concept in listed)}"
     (one,) = listed
     return (
-        f"{one.target} -> {one.anchor}; {len(one.names)} names, {len(one.templates)} templates, "
-        f"{len(one.retain)} retain prompts"
+        f"{one.target} -> {one.anchor}; {counted(len(one.names), 'name')}, "
+        f"{counted(len(one.templates), 'template')}, {counted(len(one.retain), 'retain prompt')}"
     )
 
 
@@ -170,8 +171,9 @@ def _members(index: Index[Any]) -> Iterator[Entry]:
         yield Entry(name, text, paper, package)
 
 
-def as_text(lists: Mapping[str, Sequence[Entry]], width: int) -> str:
-    """The lists as columns: names, and beside them what they are, wrapped at so many signs."""
+def as_text(lists: Mapping[str, Sequence[Entry]], width: int, papers: bool) -> str:
+    """The lists as columns: names, and beside them what they are, wrapped at so many signs, each
+    paper once if at all."""
     console = Console(width=width, highlight=False, markup=False)
     with console.capture() as written:
         for title, entries in lists.items():
@@ -179,8 +181,11 @@ def as_text(lists: Mapping[str, Sequence[Entry]], width: int) -> str:
             table = Table.grid(padding=(0, 2, 0, 0))
             table.add_column(min_width=16, no_wrap=True)
             table.add_column()
+            told = {""}
             for entry in entries:
-                table.add_row(Text(f"  {entry.name}"), Text(_line(entry, entries)))
+                paper = f"; {entry.paper}" if papers and entry.paper not in told else ""
+                told.add(entry.paper)
+                table.add_row(Text(f"  {entry.name}"), Text(_line(entry, entries) + paper))
             console.print(table)
     return "\n".join(line.rstrip() for line in written.get().splitlines())
 
@@ -192,4 +197,4 @@ def _line(entry: Entry, among: Sequence[Entry]) -> str:
         parts.append(f"({entry.weights:,} weights, {entry.weights / whole:.1%} of the denoiser)")
     if entry.package:
         parts.append(f"(of {entry.package})")
-    return " ".join(parts) + (f"; {entry.paper}" if entry.paper else "")
+    return " ".join(parts)
