@@ -11,6 +11,7 @@ import re
 import secrets
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -43,6 +44,10 @@ HOST = re.sub(r"[^A-Za-z0-9-]", "-", platform.node())[:32] or "host"
 """this machine, in the names of unfinished files"""
 
 
+placed: deque[Path] = deque(maxlen=1)
+"""the last file that this process finished"""
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to; on success it is renamed to `path`, on any error it
@@ -63,6 +68,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with _unfinished(path) as aside:
             yield aside
             put_in_place(aside, path)
+            placed.append(path)
     except (OSError, SafetensorError) as error:
         raise ErasureError(f"cannot write {path}: {why(error, WRITING)}") from error
     except RuntimeError as error:

@@ -98,7 +98,7 @@ def live(out: Path) -> str:
 
 def cli() -> None:
     """The installed command."""
-    sys.exit(run(main))
+    sys.exit(run(main, resumes=True))
 
 
 if __name__ == "__main__":

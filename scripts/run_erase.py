@@ -154,7 +154,7 @@ def _more(config: EraseConfig, settings: TunedConfig, concepts: int) -> Iterator
     if settings.mask.rule == "benefit":  # their gradients' sums would cancel out
         more.append("--mask.rule fisher-ratio")
     if more:
-        yield f"the defaults are for one concept; {concepts} of them want {' '.join(more)}"
+        yield f"the defaults are for one concept; for {concepts} concepts use {' '.join(more)}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def cli() -> None:
     """The installed command."""
-    sys.exit(run(main))
+    sys.exit(run(main, resumes=True))
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def seeds_of(count: int) -> tuple[int, ...]:
 
 def cli() -> None:
     """The installed command."""
-    sys.exit(run(main))
+    sys.exit(run(main, resumes=True))
 
 
 if __name__ == "__main__":

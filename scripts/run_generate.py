@@ -20,7 +20,7 @@ import sys
 
 from jsonargparse import Namespace
 
-from erase.prompts.errors import ErasureError
+from erase.prompts.errors import ErasureError, counted
 from erase.prompts.prompt_sets import PromptSet, joined, of_prompts
 from erase.scripts.cli import (
     OneDelta,
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     images = generate(
         model.pipeline(), prompts, options.out, build(GenerateConfig, options), provenance
     )
-    print(f"{options.out}: {len(images.rows)} images")
+    print(f"{options.out}: {counted(len(images.rows), 'image')}")
 
 
 def chosen(options: Namespace) -> PromptSet:
@@ -111,7 +111,7 @@ def chosen(options: Namespace) -> PromptSet:
 
 def cli() -> None:
     """The installed command."""
-    sys.exit(run(main))
+    sys.exit(run(main, resumes=True))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from erase import files
 from erase.delta import ErasedDelta
 from erase.files import atomic_write, save_tensors
 from erase.mask import SaliencyMask
@@ -272,6 +273,7 @@ PATHS = {
         "latents.forget_images",
         "latents.retain_images",
         "load.config",
+        "mask.file",
     ],
     "generate": ["out", "model", "delta", "prompts", "load.config"],
     "evaluate": ["out", "model", "delta", "prompts", "base_images", "classifier.judge"],
@@ -383,11 +385,28 @@ def test_sigterm_is_ctrl_c_with_its_own_code(
     try:
         for name, code in (("SIGTERM", 143), ("SIGINT", 130)):
             assert run(main, [name]) == code
-            assert "the same command goes on" in capsys.readouterr().err
+            assert capsys.readouterr().err.endswith("stopped\n")
             assert list(tmp_path.iterdir()) == []
             assert signal.getsignal(signal.SIGTERM) == before
     finally:
         signal.signal(signal.SIGINT, ours)
+
+
+def test_a_command_that_resumes_says_what_it_goes_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def main(argv: list[str] | None) -> None:
+        for name in argv or []:
+            with atomic_write(tmp_path / name) as aside:
+                aside.write_text("whole")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "placed", [])
+    assert run(main, [], resumes=True) == 130
+    assert "stopped; nothing was saved yet" in capsys.readouterr().err
+    assert run(main, ["training.pt"], resumes=True) == 130
+    said = f"the same command goes on with what is saved, last {tmp_path / 'training.pt'}"
+    assert said in capsys.readouterr().err
 
 
 def test_a_second_sigterm_ends_a_command_that_does_not_stop() -> None:

@@ -27,6 +27,7 @@ PATHS = {
         "lora_delta",
     ),
     *("forget_images", "retain_images", "cache", "config", "vae", "judge", "pretrained"),
+    *("file", "saliency"),
 }
 """options, also of groups, that name files or folders (or else what is shipped or on the hub)"""
 _as_jsonargparse_reads = get_loader("yaml")

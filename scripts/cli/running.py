@@ -22,13 +22,17 @@ LEANER = (
 
 
 def run(
-    main: Callable[[list[str] | None], None], argv: list[str] | None = None, libraries: bool = True
+    main: Callable[[list[str] | None], None],
+    argv: list[str] | None = None,
+    libraries: bool = True,
+    resumes: bool = False,
 ) -> int:
     """Run a command: 0 when done, 2 for bad input or too little memory (one sentence on stderr),
     130 for Ctrl-C, 143 for SIGTERM.
 
     Of several processes the main one alone speaks; all tell their errors. `libraries`: whether its
     work needs torch and diffusers, which take seconds to load; if not, it prints only at its end.
+    `resumes`: whether the same command goes on with what it saved before it was stopped.
     """
     _speak_utf8()
     words = sys.argv[1:] if argv is None else argv
@@ -57,9 +61,17 @@ def run(
         )
         return 2
     except KeyboardInterrupt as stopped:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"stopped{_going_on() if resumes else ''}", file=sys.stderr)
         return exit_code(stopped)
     return 0
+
+
+def _going_on() -> str:
+    """What a command that resumes says when it is stopped."""
+    files = sys.modules.get("erase.files")  # which is there once anything is
+    if files is None or not files.placed:
+        return "; nothing was saved yet"
+    return f"; the same command goes on with what is saved, last {files.placed[-1]}"
 
 
 def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) -> bool:
@@ -145,9 +157,13 @@ def alone(command: str) -> None:
 
 
 def _mute_libraries() -> None:
-    """Only our own progress bars: not those of every file that a library loads."""
+    """Only our own progress bars, not those of every file that a library loads; and of the hub's
+    client only errors, once: it has a handler of its own, and tells of every try."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    hub = logging.getLogger("huggingface_hub")
+    hub.propagate = False
+    hub.setLevel(logging.ERROR)
