@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from erase.prompts.canvas import KINDS, vocabulary
-from erase.prompts.errors import ErasureError, unknown
+from erase.prompts.errors import ErasureError, counted, unknown
 from erase.prompts.prompt_product import yaml_rows
 from erase.prompts.prompt_rows import PromptRow, check_rows, csv_rows
 from erase.prompts.reading import DATA
@@ -47,6 +47,9 @@ class PromptSet:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         check_rows(self.rows, f"the prompt set {self.name!r}")
+
+    def __repr__(self) -> str:
+        return f"PromptSet({self.name!r}, {counted(len(self.rows), 'row')})"
 
     @property
     def marks(self) -> dict[str, bool]:

@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
         keep=False,
     )
     what = "weights put back: the base again" if options.undo else f"weights changed, {delta.name}"
-    print(f"{out}: {FORMATS[options.format]}; {delta.count:,} {what}")
+    print(f"{out}: {FORMATS[options.format].partition(';')[0]}; {delta.count:,} {what}")
     if options.push_to_hub:
         print(push_to_hub(out, options.push_to_hub, options.private))
 

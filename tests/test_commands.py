@@ -215,7 +215,9 @@ def test_an_option_of_training_tells_a_method_that_does_not_train(capsys):
             ["--train.optimizer_args", "'[1]'", "a mapping"],
         ),
         (run_erase.main, ["--train", "3"], ["train is a group", "--train."]),
-        (run_erase.main, ["--out"], ["--out needs a value"]),
+        (run_erase.main, ["--out"], ["--out needs a value behind it"]),
+        (run_erase.main, ["--twofold"], ["--twofold needs a value behind it: true or false"]),
+        (run_erase.main, ["--config", "."], ["--config . is a folder", "a .yaml file in it"]),
         (run_erase.main, ["heart"], ["'heart' belongs to no option"]),
         (run_generate.main, ["--resolution", "big"], ["--resolution", "'big'", "a whole number"]),
         (
@@ -298,10 +300,11 @@ def test_a_recipe_is_found_by_its_name_and_options_after_it_win(tmp_path, monkey
     assert recipe("canvas.yaml") == own.name, "a user's own file comes first"
 
 
-def test_an_unknown_recipe_gets_a_suggestion_and_the_list(capsys):
+def test_an_unknown_recipe_gets_a_suggestion_or_the_way_to_the_list(capsys):
     for name in ("nudity-sd1.4", "nuditysd14"):
         error = failed(capsys, run_erase.main, "--config", name)
-        assert "did you mean 'nudity-sd14'?" in error and all(name in error for name in recipes())
+        assert error == f"unknown recipe {name!r}; did you mean 'nudity-sd14'?"
+    assert "erase-list recipes names all" in failed(capsys, run_erase.main, "--config", "zzzz")
     assert "absent.yaml" in failed(capsys, run_erase.main, "--config", "absent.yaml")
 
 
@@ -395,6 +398,15 @@ def test_canvas_refuses_it_in_python_too_and_knows_all_its_own_words():
             ConceptSpec(vocabulary().synonyms["object"]["heart"][0], "moon"),
         ]
     )
+
+
+def test_canvas_knows_its_concepts_by_any_name_and_any_case(capsys):
+    for name, target in (("Heart", "heart"), ("neon", "Neon"), (" Valentine", "heart")):
+        assert read_concepts([name], [], None, "canvas", []) == [canvas_concept(target)]
+    assert canvas_concept("RED", "Turquoise") == canvas_concept("red", "cyan")
+    assert len(read_concepts(["heart", "valentine"], [], None, "canvas", [])) == 1
+    error = failed(capsys, run_erase.main, "--concept", "love")
+    assert "unknown canvas concept 'love'; choose one of: " in error
 
 
 # ---- outputs -------------------------------------------------------------------------------------

@@ -172,6 +172,10 @@ def test_what_a_csv_writer_writes_is_read_back(
         assert PromptSet.from_csv(path) == PromptSet("set", expected)
 
 
+def test_a_set_is_shown_by_its_name_and_size() -> None:
+    assert repr(PromptSet.load("canvas")) == "PromptSet('canvas', 2,400 rows)"
+
+
 def test_the_digest_is_of_the_rows_and_of_nothing_else(tmp_path: Path) -> None:
     text = "case_number,prompt,seed,guidance,class\n{}"
     one = PromptSet.from_csv(written(tmp_path, "one.csv", text.format("0,c,1,7,x\n1,b,2,,y\n")))

@@ -16,7 +16,7 @@ from erase.task import Task
 
 @dataclass(frozen=True)
 class RandomTokensConfig:
-    """random_tokens: the attacker's budget."""
+    """random_tokens: words drawn at random before the concept's prompts."""
 
     words: int = 5
     """before each prompt"""
@@ -29,7 +29,7 @@ class RandomTokensConfig:
 
 @dataclass(frozen=True)
 class SeedSearchConfig:
-    """seed_search: the attacker's budget."""
+    """seed_search: the concept's prompts as they are, drawn from other seeds."""
 
     tries: int = 2
     """images of each prompt, each from another seed"""

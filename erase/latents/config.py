@@ -47,7 +47,7 @@ class LatentConfig:
     have one), folder (the name of the folder that each lies in, put into templates), or none. A
     forget image's must name the concept; with the anchor in its place it is the anchor prompt"""
     earlier: float = 0.25
-    """of an erasure after an earlier one: fraction of the retain latents that the model draws under
+    """Only with --after: fraction of the retain latents that the model draws under
     the earlier concepts' prompts, so that these go on giving what they give now; 0: none"""
     cache: str | None = None
     """a folder of finished latents that several runs share, at the same time too: what one has made

@@ -57,9 +57,9 @@ class RemapConfig(TunedConfig):
     """weight of holding the anchor, as a multiple of alpha: on the forget rows its own prompt keeps
     the base's prediction, so that what stands in the concept's place is not moved along with it"""
     noise_power: float = 1.0
-    """p: timesteps are drawn so that a share (t / T)^p lies below t. 1 is uniform; 2 looks twice as
-    often at nearly pure noise, where sampling decides an image's layout and the mean squared error
-    hardly sees it"""
+    """how often training looks at each noise level. 1: at all equally often; 2: at noisier ones
+    more, at nearly pure noise twice as often as with 1 (sampling decides an image's layout there,
+    and the mean squared error hardly sees it); p: a share (t / T)^p of timesteps lies below t"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -185,8 +185,8 @@ class TunedConfig:
     """whether each concept is trained by itself, for `train.steps` steps"""
 
     scope: str = "full"
-    """where weights may change: full (the whole denoiser), xattn, xattn_kv, selfattn, ff, noxattn,
-    text_encoder, or a pattern of names"""
+    """where weights may change: full (the whole denoiser), xattn, xattn_kv, text_in, selfattn, ff,
+    noxattn, text_encoder (`erase-list scopes` explains them), or a pattern of names"""
     mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
     train: TrainConfig = field(default_factory=TrainConfig)
     combine: str = "sum"
@@ -212,13 +212,13 @@ class TunedConfig:
     """weight of |change|^2 / 2, by a proximal step: every weight is drawn back to the base of this
     run, after an earlier erasure to what that left (L2-SP); 0: off"""
     confine: float = 0.0
-    """of an erasure after an earlier one: changes of the keys and values of cross-attention stay in
+    """Only with --after: changes of the keys and values of cross-attention stay in
     the null space of the text states of the earlier concepts' prompts, directions in which these
     have less than this share of their mean square (0.1 in SPEED; smaller holds more); 0: off"""
     twofold: bool = False
-    """train what lies in the cross-attention and what lies outside of it each by itself, from the
-    base, to forget alone; the result has both changes, and who wants the concept back must undo
-    both. Twice the steps"""
+    """train two parts separately, each from the base: the cross-attention, and everything else.
+    Each must forget without the other, and who wants the concept back must undo both. Twice the
+    steps"""
     lora_rank: int = 0
     """train the change of each matrix as a product of this rank; vectors keep their values; 0: the
     change itself"""

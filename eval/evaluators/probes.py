@@ -53,9 +53,9 @@ class Config:
     """probes: whether the concept can be drawn without its name."""
 
     probes: list[str] = field(default_factory=lambda: list(PROBE_NAMES))
-    """noise (the concept's prompts, with more noise at each step; all four are asked for: but of a
-    model of flow matching), completion (of partly noised images), inpainting (of half an image),
-    inversion (the start noise of an image)"""
+    """noise (the concept's prompts, with more noise at each step), completion (of partly noised
+    images), inpainting (of half an image), inversion (the start noise of an image); all four by
+    default; models of flow matching leave noise out"""
     images: int = 16
     """images of the concept, by the base, of other seeds; as many of the report's prompts for
     noise, and of other things for inversion"""

@@ -18,7 +18,7 @@ from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
 
 from erase.prompts.errors import ErasureError
 from erase.prompts.reading import read_text, read_yaml
-from erase.scripts.cli.complaints import complaint
+from erase.scripts.cli.complaints import Offered, complaint
 from erase.scripts.cli.completion import PrintCompletion
 from erase.scripts.cli.guards import check_settings, guard_yaml, no_group, settle_paths
 from erase.scripts.cli.naming import read_concepts
@@ -80,8 +80,13 @@ class Parser(JsonArgumentParser):
         options = {
             option.lstrip("-") for action in self._actions for option in action.option_strings
         }
-        shown = " ".join(filter(None, (self.prog, self.variant, "--help")))
-        raise complaint(message, options | set(self._defaults_keys()), shown, self.absent) from ex
+        offered = Offered(
+            options | set(self._defaults_keys()),
+            {one for one, action in self._option_string_actions.items() if _is_switch(action)},
+            self.absent,
+            " ".join(filter(None, (self.prog, self.variant, "--help"))),
+        )
+        raise complaint(message, offered) from ex
 
     def parse_path(self, path: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """A config file as UTF-8; the library would take the locale's encoding."""
@@ -91,6 +96,11 @@ class Parser(JsonArgumentParser):
     def _defaults_keys(self) -> list[str]:
         # a Namespace, which is no mapping
         return [key for key in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118
+
+
+def _is_switch(action: Action) -> bool:
+    """Whether an option takes true or false."""
+    return getattr(action, "_typehint", None) is bool
 
 
 def parser(prog: str, doc: str | None) -> Parser:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 from erase.prompts.errors import ErasureError
@@ -51,23 +52,30 @@ UNKNOWN = (
 )
 
 
-def complaint(
-    message: str, options: Iterable[str], shown: str, absent: Mapping[str, str]
-) -> ErasureError:
-    """The error for a message of the parser.
+@dataclass(frozen=True)
+class Offered:
+    """What a parser takes."""
 
-    Args:
-        message: what the parser says.
-        options: all that it takes.
-        shown: the command line that lists them.
-        absent: option, or group of options -> why it does not take that.
-    """
+    options: Collection[str]
+    """names of all"""
+    switches: Collection[str]
+    """those, with their dashes, that take true or false"""
+    absent: Mapping[str, str]
+    """option, or group of options, that it does not take -> why"""
+    shown: str
+    """the command line that lists them"""
+
+
+def complaint(message: str, offered: Offered) -> ErasureError:
+    """The error for a message of the parser."""
     for pattern in UNKNOWN:
         if match := re.search(pattern, message):
             name = ".".join(match.groups())
-            if why := absent.get(name.split(".")[0]):
-                return ErasureError(f"{why}, so it has no {name}; {shown} lists its options")
-            return unknown_option(name, options, shown)
+            if why := offered.absent.get(name.split(".")[0]):
+                return ErasureError(
+                    f"{why}, so it has no {name}; {offered.shown} lists its options"
+                )
+            return unknown_option(name, offered)
     if match := re.search(
         r'Parser key "([\w.]+)".*Expected a <class \'list\'>.*value: ([\w.,-]+)\s*$', message, re.S
     ):
@@ -75,7 +83,7 @@ def complaint(
             f"{match[1]} is a list, also where it holds one thing: --{match[1]} '[{match[2]}]'"
         )
     if match := re.search(r'Parser key "(\w+)":\s+Unable to load config', message):
-        inside = [option for option in sorted(set(options)) if option.startswith(f"{match[1]}.")]
+        inside = [option for option in sorted(offered.options) if option.startswith(f"{match[1]}.")]
         return ErasureError(
             f"{match[1]} is a group of options; set one of its own, such as "
             f"--{(inside or [match[1]])[0]}"
@@ -86,15 +94,20 @@ def complaint(
             "blanks in quotes"
         )
     if match := re.search(r"argument (?:-\w/)?(--[\w.]+)(?:/\S+)?: expected one argument", message):
-        return ErasureError(f"{match[1]} needs a value behind it")
+        values = ": true or false" if match[1] in offered.switches else ""
+        return ErasureError(f"{match[1]} needs a value behind it{values}")
     return ErasureError(_wrong_value(message) or re.sub(r"\s+", " ", message).strip())
 
 
-def unknown_option(name: str, options: Iterable[str], shown: str) -> ErasureError:
+def unknown_option(name: str, offered: Offered) -> ErasureError:
     """An error for an option that is not there; it names those that may be meant, never all of
     them, or else the command line that lists them."""
-    near = near_options(name, sorted(set(options)))
-    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"{shown} lists the options"
+    near = near_options(name, sorted(offered.options))
+    hint = (
+        f"did you mean {' or '.join(map(repr, near))}?"
+        if near
+        else f"{offered.shown} lists the options"
+    )
     return ErasureError(f"unknown option {name!r}; {hint}")
 
 

@@ -20,20 +20,22 @@ def recipe(name: str) -> str:
     as it is.
 
     Raises:
-        ErasureError: a bare word that is neither a file nor a recipe.
+        ErasureError: a bare word that is neither a file nor a recipe, or a folder.
     """
-    stem = name.removesuffix(".yaml")
-    if Path(name).is_file() or Path(name).name != name:
+    stem, bare = name.removesuffix(".yaml"), Path(name).name == name
+    if Path(name).is_file():
         return name
-    if stem in recipes():
+    if bare and stem in recipes():
         return str(RECIPES / f"{stem}.yaml")
-    if Path(name).suffix in (".yaml", ".yml", ".json"):
+    if Path(name).is_dir():
+        raise ErasureError(f"--config {name} is a folder; name a .yaml file in it")
+    if not bare or Path(name).suffix in (".yaml", ".yml", ".json"):
         return name  # a file that is not there, as its reader says
     near = near_name(name, recipes())
-    hint = f"did you mean {near!r}? " if near else ""
-    raise ErasureError(
-        f"unknown recipe {name!r}; {hint}there are: {', '.join(recipes())}; or give a .yaml file"
+    hint = (
+        f"did you mean {near!r}?" if near else "erase-list recipes names all; or give a .yaml file"
     )
+    raise ErasureError(f"unknown recipe {name!r}; {hint}")
 
 
 def config_files(argv: list[str] | None) -> list[str]:
