@@ -73,6 +73,9 @@ def test_every_page_stands_in_the_navigation_once():
 def test_the_top_of_the_repository_is_included_with_links_that_docs_can_follow():
     seen = hook().as_seen_from_docs("[a](docs/x.md#y) [b](CONTRIBUTING.md#adding) [c](https://d/e)")
     assert seen == "[a](x.md#y) [b](contributing.md#adding) [c](https://d/e)"
+    assert (
+        hook().on_page_markdown("[b](../CONTRIBUTING.md#adding)") == "[b](contributing.md#adding)"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

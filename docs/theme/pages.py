@@ -29,6 +29,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Called by MkDocs with each page: links of docs/ to these files, as the site has them."""
+    for page, source in PAGES.items():
+        markdown = markdown.replace(f"](../{source}", f"]({page}")
+    return markdown
+
+
 def as_seen_from_docs(text: str) -> str:
     """The same Markdown with its links into docs/ and to these files as docs/ has them."""
     for page, source in PAGES.items():
