@@ -186,6 +186,7 @@ def _add_lora(command: Parser) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check what can be checked before long work, compose, export, say where it is."""
+    from erase.compose import check_distinct
     from erase.delta import ErasedDelta
     from erase.delta.base import load_base
     from erase.eval.report.card import check_sources
@@ -205,6 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         paths = options.delta or ["runs/erased/delta.safetensors"]
         deltas = [ErasedDelta.load(path) for path in paths]
+        check_distinct(deltas)
         model = load_base(deltas[0], options.model, options=options.load)
     delta = back(model, deltas, options) if options.undo else composed(model, deltas, options)
     check_changes(delta)

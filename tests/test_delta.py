@@ -2,6 +2,7 @@
 files that nobody can misuse."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from erase.compose import compose, conflict_table, conflicts
+from erase.compose import check_distinct, compose, conflict_table, conflicts
 from erase.delta import ErasedDelta
 from erase.delta.base import load_base
 from erase.delta.origin import gone
@@ -389,6 +390,24 @@ def test_a_composed_delta_tells_its_parts_and_is_a_delta_like_any_other(model, t
     undo = loaded.inverse(model)
     undo.apply(loaded.apply(model))
     assert unchanged(model, weights)
+
+
+def test_no_erasure_is_added_twice(model):
+    heart, star = make(model), make(model, "star", seed=1)
+    check_distinct([heart, star])
+    both = compose(model, [(heart, 1.0), (star, 1.0)])
+    log = [
+        {"erased": [], "method": "esd", "config_sha256": "", "start": "", "sha256": delta.sha256}
+        for delta in (heart, star)
+    ]
+    after = replace(star, metadata={**star.metadata, "requests": json.dumps(log)})
+    for deltas, said in (
+        ([heart, star, heart], "are the same delta; give it once"),
+        ([star, both], "holds what .* changes; leave"),
+        ([after, heart], "holds what .* changes; leave"),
+    ):
+        with pytest.raises(ErasureError, match=said):
+            check_distinct(deltas)
 
 
 def test_a_concept_that_two_parts_erase_is_told_once(model):

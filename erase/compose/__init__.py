@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from erase.compose.ties import KEEP, Part, change_of, check_keep, elected, trimmed
 from erase.delta import ErasedDelta, difference
-from erase.delta.origin import config_of, foreign_of
+from erase.delta.origin import config_of, foreign_of, held
 from erase.models import DiffusionModel
 from erase.prompts.errors import ErasureError, unknown
 from erase.tensors import all_finite, indices
@@ -76,6 +76,24 @@ def compose(
     if on_conflict == "ties":
         how["keep"] = keep
     return ErasedDelta(values, bits, _describe(parts, how))
+
+
+def check_distinct(deltas: Sequence[ErasedDelta]) -> None:
+    """Refuse to add one erasure twice.
+
+    Raises:
+        ErasureError: two of the deltas are one, or one holds another, as a part or a request.
+    """
+    for first, second in permutations(deltas, 2):
+        if first.sha256 == second.sha256:
+            raise ErasureError(
+                f"{first.source} and {second.source} are the same delta; give it once, and for "
+                "more of it --scale"
+            )
+        if second.sha256 in held(first.metadata, first.source):
+            raise ErasureError(
+                f"{first.source} holds what {second.source} changes; leave {second.source} out"
+            )
 
 
 def _check_bases(base: DiffusionModel, deltas: Sequence[ErasedDelta]) -> None:

@@ -169,6 +169,13 @@ def unanchored(metadata: Mapping[str, str]) -> set[str]:
     return {target for file in files for target in file["erased"]}
 
 
+def held(metadata: Mapping[str, str], source: str) -> set[str]:
+    """Digests of the deltas whose changes a delta holds: its parts, and its requests but the last.
+    Errors as `check_metadata`."""
+    entries = [*_plain(metadata, "parts", list, source), *requests_of(metadata, source)[:-1]]
+    return {str(entry["sha256"]) for entry in entries}
+
+
 def gone(metadata: Mapping[str, str]) -> list[str]:
     """The concepts that a delta erases, by its metadata: `heart`, or `heart (at 0.5 of its
     strength)` where it was scaled; none of a delta that undoes another."""
