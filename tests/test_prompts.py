@@ -343,8 +343,8 @@ def test_canvas_concepts_refuse_what_this_world_does_not_have() -> None:
     assert canvas_concept("heart", "ring").anchor == "ring"
     with raises("'haert'", "did you mean 'heart'"):
         canvas_concept("haert")
-    with raises("'neon'", "did you mean 'Neon'"):
-        canvas_concept("neon")
+    with raises("'Noen'", "did you mean 'Neon'"):
+        canvas_concept("Noen")
     with raises("'strr'", "did you mean 'star'"):
         canvas_concept("heart", "strr")
     with raises("'Neon'", "no object", "star"):
