@@ -58,8 +58,7 @@ def make_parser() -> Parser:
         "--latents",
         type=LatentConfig,
         default=LatentConfig(),
-        help="training images of the two simulated users: one learns the concept, the other "
-        "innocent things",
+        help="training images of two users: one learns the concept, one innocent things",
     )
     command.add_argument("--seed", type=int, default=0, help="of images, batches and the control")
     command.add_argument(
