@@ -204,7 +204,7 @@ def test_of_several_rates_the_best_for_the_attacker_counts(case, model, tmp_path
     assert {curve["lr"] for curve in case.extras["relearning"]} == {0.5}
 
 
-def test_a_stopped_evaluation_goes_on_and_ends_the_same(case, model, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_goes_on_and_ends_the_same(case, model, tmp_path, monkeypatch, capfd):
     whole = evaluate(case, SMALL)
     again = make_case(model, tmp_path / "work" / "base")
     shown, asked = relearning.Attempts.shown, []
@@ -226,7 +226,8 @@ def test_a_stopped_evaluation_goes_on_and_ends_the_same(case, model, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         evaluate(make_case(model, tmp_path / "work" / "base"), SMALL)
     assert evaluate(make_case(model, tmp_path / "work" / "base"), SMALL) == whole
-    assert not list(tmp_path.rglob("training.pt"))
+    assert not list(tmp_path.rglob("*.pt"))
+    assert "relearning: " in (bars := capfd.readouterr().err) and "erasing" not in bars
 
 
 @pytest.mark.parametrize(

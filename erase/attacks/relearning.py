@@ -71,7 +71,8 @@ def relearn(
         mask = freeze.mask(params, model.fingerprint, matrices=matrices)
     for count in sorted(counts):
         train = replace(config.train, steps=count, checkpoint_every=count)
-        yield count, fine_tune(task, loss, batches, replace(config, train=train), mask=mask).values
+        settings = replace(config, train=train)
+        yield count, fine_tune(task, loss, batches, settings, mask=mask, part="relearning").values
 
 
 @contextmanager

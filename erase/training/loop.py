@@ -284,8 +284,10 @@ def _train(run: Run, steps: _Steps, state: Path | None) -> None:
     """All steps that are left, with a training state saved now and then; bar and log bear the
     state's name."""
     accelerator, train = steps.accelerator, steps.config.train
-    part = state.stem.removeprefix("training").removeprefix("-") if state else ""
-    name = f"erasing ({part})" if part else "erasing"
+    what, _, part = state.stem.partition("-") if state else ("training", "", "")
+    name = "erasing" if what == "training" else what
+    if part:
+        name = f"{name} ({part})"
     if accelerator.num_processes > 1:
         how = "in shards on" if run.trainable.layout.collective_forward else "on"
         name = f"{name} {how} {accelerator.num_processes} processes"
