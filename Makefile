@@ -17,10 +17,10 @@ LINT := "$(BIN)/ruff" check && "$(BIN)/ruff" format --check && "$(BIN)/mypy"
 
 .PHONY: test demo lint format docs matrix clean
 
-# Lint comes last and always: a complaint of ruff or mypy hides no test, a failing test no complaint.
+# Workers begin with half of the tests each, so that a file has its fixtures once. Lint comes last and always: a complaint of ruff or mypy hides no test, a failing test no complaint.
 test: $(READY) .links
 	@failed=0; \
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 || failed=1; \
+	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist worksteal || failed=1; \
 	$(LINT) || failed=1; \
 	exit $$failed
 

@@ -273,7 +273,7 @@ def test_images_of_another_frozen_part_are_refused(
 ):
     other = make_pico_pipeline()
     change(other, make_pico_pipeline)
-    with pytest.raises(ErasureError, match=f"made with {says}.*choose another output folder"):
+    with pytest.raises(ErasureError, match=f"made with {says}.*give another --out"):
         generate(other, PROMPTS, whole.folder, FAST, MADE_BY)
 
 

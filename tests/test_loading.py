@@ -1000,7 +1000,7 @@ def test_a_single_file_that_is_not_there_is_told_as_the_deltas_base(tmp_path):
         "d.safetensors names 'full.safetensors' as its base, and there is no file .*--model",
     )
     path = str(tmp_path / "full.safetensors")
-    refused(lambda: load_base(delta_of("x/y"), path), f"^there is no file {path}$")
+    refused(lambda: load_base(delta_of("x/y"), path), f"^there is no file {path}; check the path$")
 
 
 def test_a_hub_id_that_the_user_gives_is_fetched(cacheless):

@@ -62,4 +62,4 @@ def test_the_files_are_yaml_that_a_reader_can_follow():
 def test_what_no_one_command_makes_has_no_recipe():
     parts = json.dumps([{"erased": "heart", "scale": 1.0, "method": "salun", "sha256": "0"}])
     assert recipe(delta_of("salun", parts=parts)) == {}
-    assert recipe(delta_of("salun", foreign="a.safetensors")) == {}
+    assert recipe(delta_of("salun", foreign=json.dumps([{"name": "a.safetensors"}]))) == {}

@@ -48,7 +48,7 @@ def test_each_run_of_the_loop_takes_its_latents_and_statistics_from_the_first_of
 
 
 def test_each_run_of_the_loop_but_the_first_is_evaluated_beside_one_base():
-    parser = run_evaluate.make_parser({})
-    scored = [parse(parser, words[1:]) for words in commands() if words[0] == "erase_evaluate"]
+    given = [words[1:] for words in commands() if words[0] == "erase_evaluate"]
+    scored = [parse(run_evaluate.make_parser({}), words) for words in given]
     assert len({each.delta for each in scored}) == 3 * 3 * 2
     assert len({each.base_images for each in scored}) == 1

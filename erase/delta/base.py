@@ -51,8 +51,9 @@ def load_base(
     except ErasureError as error:
         if name is not None:
             raise
+        fault = str(error).partition(";")[0]
         raise ErasureError(
-            f"{delta.source} names {base!r} as its base, and {error}; give with --model where it is"
+            f"{delta.source} names {base!r} as its base, and {fault}; give with --model where it is"
         ) from error
     config = _options(delta, base, kind, given)
     if name is None and base not in EMBEDDED:

@@ -9,6 +9,8 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from erase.delta.origin import config_of
+
 ABSOLUTE = re.compile(r"(?:~|[A-Za-z]:)?[/\\].*", re.S)
 BREAKS = re.compile(r"[ \x00-\x1f\x7f\x85\u2028\u2029]+")
 
@@ -48,7 +50,7 @@ def without_paths(value: Any) -> Any:
 
 def published(metadata: Mapping[str, str]) -> dict[str, str]:
     """A delta's metadata, `without_paths` in its base and its config."""
-    config = json.dumps(without_paths(json.loads(metadata.get("config", "{}"))), sort_keys=True)
+    config = json.dumps(without_paths(config_of(metadata, "this delta")), sort_keys=True)
     return {**metadata, "base_id": without_folders(metadata.get("base_id", "?")), "config": config}
 
 

@@ -94,7 +94,7 @@ def model_card(
     check_sources(report, metadata, sha256)
     concepts, config = _json(metadata, "concepts"), _json(metadata, "config")
     targets = [str(concept["target"]) for concept in concepts]
-    denied = report is not None and denies(report)
+    denied = report is not None and denies(report.check())
     title, what = _words(metadata, denied)
     body = CARD.format(
         title=plain(title),
