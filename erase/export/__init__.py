@@ -19,6 +19,7 @@ from erase.export.lora import LoRA, extract_lora
 from erase.export.published import published
 from erase.export.whole import is_file, new_file, new_folder
 from erase.models import DiffusionModel
+from erase.models.naming import named_weights
 from erase.models.pipelines import modules
 from erase.models.single_file.layouts import layout_of
 from erase.prompts.errors import ErasureError
@@ -202,7 +203,7 @@ def _erased(
         for name, part in modules(pipeline).items():
             for tensor in (*part.parameters(), *part.buffers()):
                 tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
-            if beyond := [key for key, weight in part.named_parameters() if not all_finite(weight)]:
+            if beyond := [key for key, weight in named_weights(part) if not all_finite(weight)]:
                 raise ErasureError(
                     f"{name}.{beyond[0]} has values beyond the range of {dtype}; use bfloat16 or "
                     "float32"
