@@ -125,14 +125,14 @@ class TestMake:
         venv, install, tests, *lint = map(str.strip, calls)
         assert venv == "python -m venv --clear .venv"
         assert install.endswith("-e .[dev] -c tests/constraints/newest.txt")
-        assert tests == "python -m pytest -n 2"
+        assert tests == "python -m pytest -n 2 --dist worksteal"
         assert lint == ["ruff check", "ruff format --check", "mypy"]
 
     @pytest.mark.parametrize("failing", ["pytest", "ruff", "mypy"])
     def test_runs_tests_and_lint_whichever_fails_and_says_so(self, clone, failing):
         status, calls, _ = clone("test", failing=failing)
         assert status != 0
-        assert {"python -m pytest -n 2", "ruff check"} <= set(calls)
+        assert {"python -m pytest -n 2 --dist worksteal", "ruff check"} <= set(calls)
 
     def test_installs_again_when_constraints_change_and_not_else(self, clone):
         clone("demo")
@@ -188,7 +188,7 @@ class TestMake:
 
     def test_a_set_that_failed_to_install_is_installed_again(self, clone):
         assert clone("test", failing="pip")[0] != 0
-        assert "python -m pytest -n 2" in clone("test")[1]
+        assert "python -m pytest -n 2 --dist worksteal" in clone("test")[1]
 
     def test_an_older_python_is_refused_in_a_sentence(self, clone):
         (clone.folder / "python").write_text(OLD_PYTHON.format(python=sys.executable))
