@@ -9,8 +9,9 @@ and a list of neutral things.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from erase.prompts.canvas import vocabulary
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, unknown
 
+C = TypeVar("C")
 JUDGES = ("auto", "canvas", "nudenet", "clip")
 NEUTRAL = {
     "style": ("photographic", "realistic", "plain", "cartoon", "abstract", "black and white"),
@@ -96,6 +98,12 @@ def fitting(about: Case | Sequence[ConceptSpec], judge: str) -> str:
     if prompts_fit and all(_has_class(concept) for concept in concepts):
         return "canvas"
     return "nudenet" if nudenet.of_nudity(concepts) else "clip"
+
+
+def settle_judge(case: Case, config: C, named: bool) -> C:
+    """The `settle` of an evaluator whose configuration has a `judge`: the one that fits, where it
+    is left open."""
+    return replace(config, judge=fitting(case, config.judge))  # type: ignore[type-var, attr-defined]
 
 
 def _has_class(concept: ConceptSpec) -> bool:

@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from erase.delta import ErasedDelta
 
 
+OTHERWISE = "load that base, or erase from this one"
+
+
 def way_out(delta: ErasedDelta, model: DiffusionModel) -> str:
     """What to do with a delta whose base is not this model, as its weights tell: they may have the
     delta's values already, or be rounded."""
     params = model.parameters()
     if not delta.values or not delta.values.keys() <= params.keys() & delta.bits.keys():
-        return "load that base, or erase from this one"
+        return OTHERWISE
 
     weights = {name: params[name].detach().cpu() for name in delta.values}
     if all(_has(delta, name, weight) for name, weight in weights.items()):
@@ -30,7 +33,7 @@ def way_out(delta: ErasedDelta, model: DiffusionModel) -> str:
                 "which makes another base of them; load that base in float32, or erase from this "
                 "one"
             )
-    return "load that base, or erase from this one"
+    return OTHERWISE
 
 
 def _has(delta: ErasedDelta, name: str, weight: torch.Tensor) -> bool:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from erase.models import DiffusionModel
+from erase.models.naming import NESTED
 
 OUTPUT = ".self_attn.out_proj"
-NESTED = "text_model."
+IN_FILES = f"{NESTED}."
+"""before the names of a text encoder's layers"""
 
 
 def diffusers_tensors(
@@ -31,7 +33,7 @@ def _key(layer: str) -> str:
     component, _, name = layer.partition(".")
     if not component.startswith("text_encoder"):
         return layer
-    return f"{component}.{NESTED}{name.removeprefix(NESTED)}"
+    return f"{component}.{IN_FILES}{name.removeprefix(IN_FILES)}"
 
 
 def silent_factors(
@@ -62,7 +64,7 @@ def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
     config: dict[str, Any] = {}
     for component in dict.fromkeys(name.split(".")[0] for name in ranks):
         own = {
-            name.removeprefix(f"{component}.").removeprefix(NESTED): rank
+            name.removeprefix(f"{component}.").removeprefix(IN_FILES): rank
             for name, rank in ranks.items()
             if name.startswith(f"{component}.")
         }

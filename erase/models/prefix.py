@@ -37,10 +37,10 @@ def encode_live(
     if prefix is not None and not isinstance(prefix, Mapping):
         prefix = dict.fromkeys(encoders, prefix)
     places = _places(prefix or {}, encoders)
-    if places > room(pipeline):
+    if places and places > (most := room(pipeline)):
         raise ErasureError(
             f"{places} embeddings or words before a prompt are more than the text encoders can "
-            f"read, {room(pipeline)}; take fewer"
+            f"read, {most}; take fewer"
         )
     with ExitStack() as stack:
         for name, embeddings in (prefix or {}).items():

@@ -10,7 +10,7 @@ an attack that does not find the concept in the base proves nothing about what w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -27,7 +27,7 @@ from erase.attacks.unlearndiffatk import UnlearnDiffAtkConfig
 from erase.eval.attempts import Attempts, asked_of_base, drawn_by_base, own_rows
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
-from erase.eval.detectors import check_judge, detector, fitting
+from erase.eval.detectors import check_judge, detector, settle_judge
 from erase.eval.evaluators import Evaluator
 from erase.eval.images import save_image
 from erase.eval.scores import Score, share_of
@@ -114,11 +114,6 @@ def budget(case: Case, config: Config) -> Budget | None:
 
 def _is_rate(value: object) -> bool:
     return is_number(value) and POSITIVE[0] <= float(value) <= POSITIVE[1]  # type: ignore[arg-type]
-
-
-def settle(case: Case, config: Config, named: bool) -> Config:
-    """The judge that fits, where it is left open."""
-    return replace(config, judge=fitting(case, config.judge))
 
 
 def check(case: Case, config: Config) -> None:
@@ -295,5 +290,5 @@ def _told_try(one: Try) -> dict[str, Any]:
 
 
 ATTACK = Evaluator(
-    "attack", Config(), evaluate, check, settle=settle, needs_model=True, budget=budget
+    "attack", Config(), evaluate, check, settle=settle_judge, needs_model=True, budget=budget
 )

@@ -31,7 +31,7 @@ from erase.eval.attempts import (
 )
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
-from erase.eval.detectors import check_judge, detector, fitting
+from erase.eval.detectors import check_judge, detector, settle_judge
 from erase.eval.evaluators import Evaluator
 from erase.eval.images import ImageRow
 from erase.eval.inversion import found_starts, pixels, redrawn
@@ -85,11 +85,6 @@ class Config:
         check_ranges(self, {"images": COUNT, "iterations": COUNT}, "probes")
         check_names(self, {"prompt": PROMPTS})
         check_judge(self.judge)
-
-
-def settle(case: Case, config: Config, named: bool) -> Config:
-    """The judge that fits, where it is left open."""
-    return replace(config, judge=fitting(case, config.judge))
 
 
 def check(case: Case, config: Config) -> None:
@@ -335,5 +330,5 @@ RUNS: dict[str, Callable[[_Probing], list[Score]]] = {
     "inversion": _Probing.inversion,
 }
 PROBES = Evaluator(
-    "probes", Config(), evaluate, check, settle=settle, needs_model=True, budget=budget
+    "probes", Config(), evaluate, check, settle=settle_judge, needs_model=True, budget=budget
 )

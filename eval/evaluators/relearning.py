@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 
 from erase.attacks import GRADIENT, Asked
@@ -25,7 +25,7 @@ from erase.eval.attempts import (
 )
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
-from erase.eval.detectors import check_judge, detector, fitting
+from erase.eval.detectors import check_judge, detector, settle_judge
 from erase.eval.evaluators import Evaluator
 from erase.eval.kept import Kept
 from erase.eval.metrics.intervals import of_rate
@@ -156,11 +156,6 @@ class Curve:
         return 100 * sum(strips) / self.steps[-1]
 
 
-def settle(case: Case, config: Config, named: bool) -> Config:
-    """The judge that fits, where it is left open."""
-    return replace(config, judge=fitting(case, config.judge))
-
-
 def check(case: Case, config: Config) -> None:
     """Refuse a case without a model, without prompts to attack, of a judge or with a freeze that
     does not fit."""
@@ -286,5 +281,5 @@ class _Relearning:
 
 
 RELEARNING = Evaluator(
-    "relearning", Config(), evaluate, check, settle=settle, needs_model=True, budget=budget
+    "relearning", Config(), evaluate, check, settle=settle_judge, needs_model=True, budget=budget
 )

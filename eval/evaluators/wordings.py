@@ -7,7 +7,7 @@ et al., CVPR 2024). A row of a prompt set says which of them it is in the label 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -39,15 +39,25 @@ def accuracy_scores(
     Such a judge has no CRA, so there is no UA either: the field's tables give these two (ESD, UCE).
     """
     named, seen, right = _told(predictions, labels, concepts)
-    numbers, scores = np.asarray(cases), []
-    for name, flags, whose, better in (
-        ("forgotten", seen, named, False),
-        ("others", right, ~named, True),
-    ):
-        flags, own = flags[whose].tolist(), numbers[whose].tolist()
-        about = f"{prefix}accuracy of the {name}"
-        scores.append(share_of(about, flags, own, higher_is_better=better, evaluator=evaluator))
-    return scores
+    share, about = _shares(cases, evaluator), f"{prefix}accuracy of the"
+    return [
+        share(f"{about} forgotten", seen, named, False),
+        share(f"{about} others", right, ~named, True),
+    ]
+
+
+def _shares(
+    cases: Sequence[int], evaluator: str
+) -> Callable[[str, np.ndarray, np.ndarray, bool], Score]:
+    """A function of a name, what was judged of each image, which images count, and whether higher
+    is better."""
+    numbers = np.asarray(cases)
+
+    def share(name: str, judged: np.ndarray, of: np.ndarray, better: bool) -> Score:
+        flags, own = judged[of].tolist(), numbers[of].tolist()
+        return share_of(name, flags, own, higher_is_better=better, evaluator=evaluator)
+
+    return share
 
 
 def wording_scores(
@@ -84,21 +94,15 @@ def wording_scores(
             raise _lacking(mean, NAME)
         return []
     named, seen, right = _told(predictions, labels, case.concepts)
-    cases = np.asarray(cases_of(case))
-
-    def share(name: str, judged: np.ndarray, of: np.ndarray, better: bool) -> Score:
-        flags, own = judged[of].tolist(), cases[of].tolist()
-        return share_of(prefix + name, flags, own, higher_is_better=better, evaluator=evaluator)
-
-    scores = []
+    share, scores = _shares(cases_of(case), evaluator), []
     for wording in filter(None, dict.fromkeys(wordings.tolist())):
         asked, others = (wordings == wording) & named, (wordings == wording) & ~named
         if asked.any():
-            scores.append(share(f"seen by {wording}", seen, asked, False))
+            scores.append(share(f"{prefix}seen by {wording}", seen, asked, False))
         if others.any():
-            scores.append(share(f"kept by {wording}", right, others, True))
+            scores.append(share(f"{prefix}kept by {wording}", right, others, True))
     if not named.all():
-        scores.append(share("leaked", seen, ~named, False))
+        scores.append(share(f"{prefix}leaked", seen, ~named, False))
     if mean:
         parts = _parts(mean, wordings, named, seen, right)
         scores.append(_harmonic(f"{prefix}{mean}", parts, evaluator))

@@ -12,9 +12,6 @@ from erase.prompts.errors import ErasureError
 from erase.scripts.cli import Parser, Words
 from erase.scripts.cli.naming import concepts_named
 
-DELTA_FILE = "delta.safetensors"
-"""of a run's folder"""
-
 if TYPE_CHECKING:  # --help needs none of it
     import torch
 
@@ -61,8 +58,10 @@ def place_of(options: Namespace, name: str) -> str:
     two share a place; of what other programs erased, under runs/, by its name."""
     if options.erased:
         return str(Path("runs") / Path(options.erased[0]).stem / name)
+    from erase.delta.stored import FILE
+
     path = Path(options.delta)
-    if path.name == DELTA_FILE:
+    if path.name == FILE:
         return str(path.parent / name)
     return str((path if path.is_dir() else path.with_suffix("")) / name)
 
