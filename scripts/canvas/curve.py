@@ -11,8 +11,8 @@ from erase.eval.report.curves import PERCENT
 
 WIDTH, HEIGHT, LEFT, TOP, GAP = 240, 200, 44, 34, 56
 """of one plot and its margins, in pixels"""
-STROKES = ("#1f5fbf", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#111827")
-DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 4", "12 4")
+STROKES = ("#1f5fbf", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#111827", "#be185d", "#0e7490")
+DASHES = ("", "7 4", "2 3", "9 3 2 3", "1 4", "12 4", "5 2", "3 3 9 3")
 SCORES = ("UA", "IRA", "CRA")
 
 

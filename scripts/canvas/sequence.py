@@ -10,6 +10,9 @@ their kinds, CRA on the others), on the same prompts and seeds, beside the base.
 
   sequential   each request on top of the one before (erase_concept(after=...))
   unprotected  the same, with no retain latents of earlier concepts (latents.earlier 0)
+  l2           so too, and every change drawn back to what the earlier one left (prox_l2 3)
+  confined     so too, and keys and values changed in the null space of the earlier prompts' text
+               states alone (confine 0.1)
   sum, ties    each erased from the base alone, then composed; ties of 20 % of each delta's changes
   ties-all     ties of all changes
   joint        all of them at once from the base, with as many steps and latents for each
@@ -52,7 +55,9 @@ from erase.training.config import TunedConfig
 
 MERGED = {"sum": ("sum", 1.0), "ties": ("ties", 0.2), "ties-all": ("ties", 1.0)}
 """way -> on_conflict and keep of `compose`"""
-WAYS = ("sequential", "unprotected", *MERGED, "joint")
+HELD = {"unprotected": {}, "l2": {"prox_l2": 3.0}, "confined": {"confine": 0.1}}
+"""way without latents of earlier concepts -> the option that holds them, of methods that train"""
+WAYS = ("sequential", *HELD, *MERGED, "joint")
 SCORES = ("UA", "IRA", "CRA")
 
 
@@ -96,8 +101,9 @@ def erased(job: Job, model: DiffusionModel, out: Path) -> ErasedDelta:
     elif len(specs) > 1:
         after = erased(replace(job, concepts=job.concepts[:-1]), model, out)
         specs = specs[-1:]
-    if job.way == "unprotected":
-        latents = replace(latents, earlier=0.0)
+        if job.way in HELD:
+            settings = replace(settings, **HELD[job.way])
+            latents = replace(latents, earlier=0.0)
     config = EraseConfig(method=job.method, seed=job.seed, latents=latents)
     return erase_concept(specs, config, settings, model=model, out=folder, after=after)
 
