@@ -230,4 +230,4 @@ def test_the_docs_show_the_board_of_what_was_measured(concept):
     """`python scripts/canvas/leaderboard.py --board --out docs/measured --concepts CONCEPT`."""
     rows = read_rows(DOCS / "measured" / "suite.jsonl")
     own = [row for row in rows if row["concept"] == concept]
-    assert board(own) in (DOCS / "results.md").read_text(encoding="utf-8")
+    assert board(own) in (DOCS / "results" / "leaderboard.md").read_text(encoding="utf-8")

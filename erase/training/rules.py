@@ -24,7 +24,7 @@ LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3)
 """densities that `find_density` tries"""
 ENOUGH = 0.6
 """share of the squared benefit of all weights (`held`) at which a mask is taken to be wide enough;
-measured on the embedded world (docs/results.md)"""
+measured on the embedded world (docs/results/thin_masks.md)"""
 WEIGHT = "weight"
 """name of the base values beside the statistics"""
 Score = Callable[[Mapping[str, Tensor], float], Tensor]
