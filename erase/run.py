@@ -29,7 +29,12 @@ from erase.prompts.canvas import EMBEDDED, check_canvas
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.prompts.reading import as_path
-from erase.prompts.several import anchored_pairs, check_after, check_together
+from erase.prompts.several import (
+    anchored_pairs,
+    check_after,
+    check_together,
+    retained_prompts,
+)
 from erase.task import Edit, Task
 from erase.training.config import TunedConfig
 from erase.training.fine_tune import check_machine, check_scope
@@ -98,7 +103,8 @@ def erase_concept(
     _check_request(concepts, config, model, after)
     method = get_method(config.method)
     settings, folder = method.settings(method_config), _folder(out)
-    _check_settings(config, settings, folder, after)
+    earlier = after.origin.concepts if after else []
+    _check_settings(config, settings, folder, retained_prompts(concepts, earlier))
     description = describe(concepts, config, settings, after)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
     path = folder / FILE if folder else None
@@ -111,7 +117,6 @@ def erase_concept(
     _check_base(model, settings, after)
     check_prompts(model, concepts)
 
-    earlier = after.origin.concepts if after else []
     metadata = _metadata(model, [*earlier, *concepts], description)
     known = _finished(path, metadata, defaults) if path and finished else None
     with claimed(folder, metadata, defaults, finished):
@@ -242,17 +247,17 @@ def _check_changed(delta: ErasedDelta, concepts: Sequence[ConceptSpec]) -> None:
 
 
 def _check_settings(
-    config: EraseConfig, settings: Any, folder: Path | None, after: ErasedDelta | None
+    config: EraseConfig, settings: Any, folder: Path | None, retained: Sequence[str]
 ) -> None:
-    """Refuse settings that this machine cannot train or log with, or that want an earlier erasure,
-    before anything is loaded."""
+    """Refuse settings that this machine cannot train or log with, or that want retained prompts and
+    there are none, before anything is loaded."""
     if isinstance(settings, TunedConfig):
         check_machine(settings, config.load.offload == "blocks")
         check_log(settings.train.log_with, folder)
-        if settings.confine and after is None:
+        if settings.confine and not retained:
             raise ErasureError(
-                "confine holds still what earlier concepts are answered with, and there is no "
-                "earlier erasure; name one with --after, or leave confine out"
+                "confine holds still what retained prompts are answered with, and there are none; "
+                "give the concept some, or leave confine out"
             )
 
 

@@ -320,10 +320,19 @@ def test_confined_keys_and_values_change_in_the_null_space_of_all_earlier_prompt
     assert left[0.3] < 1e-6 < 1e-3 < left[0.0]
 
 
-def test_confine_wants_earlier_concepts_and_keys_or_values(model):
-    config = replace(METHOD, confine=0.1)
-    with pytest.raises(ErasureError, match="there is no earlier concept"):
-        get_method("salun").edit(Task(model, [STAR], DATA), config)
+def test_without_an_earlier_erasure_the_retained_prompts_confine(model):
+    task, config = Task(model, [STAR], DATA), replace(METHOD, scope="xattn", confine=0.3)
+    found = next(iter(null_spaces(task, task.weights("xattn"), config).values()))
+    states = task.cond(list(STAR.retain)).embeddings.flatten(0, 1)
+    assert torch.allclose(found, null_space(states, 0.3))
+
+
+def test_confine_wants_prompts_to_hold_and_keys_or_values(model):
+    config, alone = replace(METHOD, confine=0.1), replace(STAR, retain=())
+    with pytest.raises(ErasureError, match="there is no such prompt"):
+        null_spaces(Task(model, [alone], DATA), model.parameters(), config)
+    with pytest.raises(ErasureError, match="there are none; give the concept some"):
+        erase_concept(alone, EraseConfig(model="nowhere"), config)
     task = Task(model, [STAR], DATA, earlier=[HEART])
     with pytest.raises(ErasureError, match="no such matrix in scope selfattn"):
         get_method("salun").edit(task, replace(config, scope="selfattn"))

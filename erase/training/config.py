@@ -212,9 +212,10 @@ class TunedConfig:
     """weight of |change|^2 / 2, by a proximal step: every weight is drawn back to the base of this
     run, after an earlier erasure to what that left (L2-SP); 0: off"""
     confine: float = 0.0
-    """Only with --after: changes of the keys and values of cross-attention stay in
-    the null space of the text states of the earlier concepts' prompts, directions in which these
-    have less than this share of their mean square (0.1 in SPEED; smaller holds more); 0: off"""
+    """changes of the keys and values of cross-attention stay in the null space of the text states
+    of the retained prompts, or, with --after, of the earlier concepts' prompts: directions in which
+    these have less than this share of their mean square (0.1 in SPEED; smaller holds more); 0:
+    off"""
     twofold: bool = False
     """train two parts separately, each from the base: the cross-attention, and everything else.
     Each must forget without the other, and who wants the concept back must undo both. Twice the

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from erase.models.scopes import reads_text
 from erase.prompts.errors import ErasureError
-from erase.prompts.several import earlier_prompts
+from erase.prompts.several import earlier_prompts, retained_prompts
 from erase.task import Task
 from erase.training.config import TunedConfig
 
@@ -18,20 +18,25 @@ from erase.training.config import TunedConfig
 def null_spaces(
     task: Task, params: Mapping[str, nn.Parameter], config: TunedConfig
 ) -> dict[str, Tensor]:
-    """For each matrix that is applied to text states: where it may change without the prompts of
-    earlier concepts being answered otherwise, at any of their tokens; each concept counts the same,
-    however many prompts it has.
+    """For each matrix that is applied to text states: where it may change without the retained
+    prompts being answered otherwise, or, on top of an earlier erasure, the prompts of its concepts,
+    at any of their tokens; each concept counts the same, however many prompts it has.
 
     Raises:
-        ErasureError: no earlier concept, or no such matrix.
+        ErasureError: no such prompt, or no such matrix.
     """
-    prompts = earlier_prompts(task.earlier, task.concepts)
+    prompts = (
+        earlier_prompts(task.earlier, task.concepts)
+        if task.earlier
+        else [own for own in [retained_prompts(task.concepts)] if own]
+    )
     names = [name for name in params if reads_text(name)]
     if not prompts or not names:
-        lacks = "no earlier concept" if not prompts else f"no such matrix in scope {config.scope}"
+        lacks = "no such prompt" if not prompts else f"no such matrix in scope {config.scope}"
         raise ErasureError(
             "confine holds still what the keys and values of a UNet's cross-attention answer to "
-            f"earlier concepts (--after), and there is {lacks}; leave it out"
+            "retained prompts, or to those of earlier concepts (--after), and there is "
+            f"{lacks}; leave it out"
         )
     states = [task.cond(own).embeddings.flatten(0, 1) for own in prompts]
     alike = torch.cat([own / len(own) ** 0.5 for own in states])
