@@ -43,7 +43,7 @@ from rich.console import Console
 
 from erase.prompts.errors import ErasureError
 from erase.scripts.cli import Parser, add_base, alone, parse, parser, run
-from erase.scripts.cli.exporting import check_options, scales_of
+from erase.scripts.cli.exporting import add_deltas, add_lora, check_options, scales_of
 from erase.scripts.cli.foreign import add_erased, add_named, check_erased, erased_model
 
 if TYPE_CHECKING:  # --help needs none of it
@@ -59,7 +59,7 @@ def make_parser() -> Parser:
     from erase.models.config import DTYPES
 
     command = parser("erase-export", __doc__)
-    _add_deltas(command)
+    add_deltas(command)
     add_erased(command)
     add_named(command)
     add_base(command)
@@ -75,7 +75,7 @@ def make_parser() -> Parser:
         default="float32",
         help=f"of the weights in the files: {', '.join(DTYPES)}",
     )
-    _add_lora(command)
+    add_lora(command)
     command.add_argument(
         "--undo",
         action="store_true",
@@ -108,80 +108,6 @@ def make_parser() -> Parser:
         help="whether a repository that is made there is private",
     )
     return command
-
-
-def _add_deltas(command: Parser) -> None:
-    """Options of the deltas and of their composition."""
-    from erase.compose import ON_CONFLICT
-
-    command.add_argument(
-        "--delta",  # a type would turn a config file's list into one string (jsonargparse 4.53)
-        default=[],
-        action="append",
-        help=(
-            "what erase-concept wrote (runs/erased/delta.safetensors if none is given); may be "
-            "given several times"
-        ),
-    )
-    command.add_argument(
-        "--scale",
-        default=[],
-        action="append",
-        help="of each delta, in order; 0 leaves it out, below 0 adds its concept",
-    )
-    command.add_argument(
-        "--on_conflict",
-        type=str,
-        default="sum",
-        help=f"weights that several deltas change: {', '.join(ON_CONFLICT)}. ties: of the largest "
-        "changes of each, the mean of those in the direction of their sum",
-    )
-    command.add_argument(
-        "--keep",
-        type=float | None,
-        default=None,
-        help="of --on_conflict ties: the fraction of each delta's changes, the largest, that count "
-        "(0.2 if not given, which is for deltas of all weights; 1: all)",
-    )
-    command.add_argument(
-        "--conflicts",
-        type=str | None,
-        default=None,
-        help="write the table of overlaps to this JSON file, which does not exist yet",
-    )
-
-
-def _add_lora(command: Parser) -> None:
-    """Options of --format lora."""
-    from erase.export.lora import LAYOUTS
-
-    command.add_argument(
-        "--rank",
-        type=int | None,
-        default=None,
-        help="lora: rank of every layer (16 without --energy), or its cap",
-    )
-    command.add_argument(
-        "--energy",
-        type=float | None,
-        default=None,
-        help="lora: fraction of each layer's squared change to keep",
-    )
-    command.add_argument(
-        "--layout",
-        type=str | None,
-        default=None,
-        help=(
-            "lora: key names (kohya, but diffusers for transformers, of which FLUX.1 has both). "
-            f"{'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}"
-        ),
-    )
-    command.add_argument(
-        "--lora_delta",
-        type=str | None,
-        default=None,
-        help="lora: also write base + LoRA as a delta to this new file, to evaluate it",
-    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Checks of erase-export's options, before anything is loaded."""
+"""Options of erase-export, and their checks before anything is loaded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,84 @@ from typing import TYPE_CHECKING
 from jsonargparse import Namespace
 
 from erase.prompts.errors import COUNT, FRACTION, ErasureError, check_names, check_ranges
-from erase.scripts.cli import FILES
+from erase.scripts.cli import FILES, Parser
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
+
+def add_deltas(command: Parser) -> None:
+    """Options of the deltas and of their composition."""
+    from erase.compose import ON_CONFLICT
+
+    command.add_argument(
+        "--delta",  # a type would turn a config file's list into one string (jsonargparse 4.53)
+        default=[],
+        action="append",
+        help=(
+            "what erase-concept wrote (runs/erased/delta.safetensors if none is given); may be "
+            "given several times"
+        ),
+    )
+    command.add_argument(
+        "--scale",
+        default=[],
+        action="append",
+        help="of each delta, in order; 0 leaves it out, below 0 adds its concept",
+    )
+    command.add_argument(
+        "--on_conflict",
+        type=str,
+        default="sum",
+        help=f"weights that several deltas change: {', '.join(ON_CONFLICT)}. ties: of the largest "
+        "changes of each, the mean of those in the direction of their sum",
+    )
+    command.add_argument(
+        "--keep",
+        type=float | None,
+        default=None,
+        help="of --on_conflict ties: the fraction of each delta's changes, the largest, that count "
+        "(0.2 if not given, which is for deltas of all weights; 1: all)",
+    )
+    command.add_argument(
+        "--conflicts",
+        type=str | None,
+        default=None,
+        help="write the table of overlaps to this JSON file, which does not exist yet",
+    )
+
+
+def add_lora(command: Parser) -> None:
+    """Options of --format lora."""
+    from erase.export.lora import LAYOUTS
+
+    command.add_argument(
+        "--rank",
+        type=int | None,
+        default=None,
+        help="lora: rank of every layer (16 without --energy), or its cap",
+    )
+    command.add_argument(
+        "--energy",
+        type=float | None,
+        default=None,
+        help="lora: fraction of each layer's squared change to keep",
+    )
+    command.add_argument(
+        "--layout",
+        type=str | None,
+        default=None,
+        help=(
+            "lora: key names (kohya, but diffusers for transformers, of which FLUX.1 has both). "
+            f"{'; '.join(f'{k}: {v}' for k, v in LAYOUTS.items())}"
+        ),
+    )
+    command.add_argument(
+        "--lora_delta",
+        type=str | None,
+        default=None,
+        help="lora: also write base + LoRA as a delta to this new file, to evaluate it",
+    )
 
 
 def check_options(options: Namespace) -> None:
