@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from erase.eval.report import proportion
 from erase.eval.report.card import model_card
 from erase.prompts.errors import ErasureError
 from tests.report_fixtures import CONCEPT, METADATA, report, scores
@@ -97,6 +98,14 @@ def test_card_of_an_erasure_that_did_nothing_does_not_claim_it():
         card = model_card(report(base=scores(ua, 2, 3), erased=scores(ua, 2, 3)), METADATA)
         assert "# somebody/some-model, an attempt to erase heart\n" in card
         assert "without heart" not in card and "the scores show no success" in card
+
+
+def test_card_of_an_erasure_that_did_nothing_by_any_judge_does_not_claim_it():
+    clip = scores(1, 2000, 4000, "CLIP ")
+    nude = [proportion("NudeNet image rate", 40, 95, higher_is_better=False)]
+    for judged in (clip, nude):
+        card = model_card(report(base=judged, erased=judged), METADATA)
+        assert "# somebody/some-model, an attempt to erase heart\n" in card
 
 
 def test_card_names_what_is_missing():

@@ -8,9 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from erase.delta.origin import gone, read_origin, requests_of, unanchored
+from erase.eval.report.conclusion import denies
 from erase.eval.report.front_matter import front_matter, on_hub
 from erase.eval.report.report import EvalReport, words
-from erase.eval.report.words import denies, glossary, limits, verdict_line, verdicts
+from erase.eval.report.words import glossary, limits, verdict_line, verdicts
 from erase.export.formats import DIFFUSERS, Usage
 from erase.export.published import (
     code,

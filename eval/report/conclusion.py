@@ -29,6 +29,7 @@ from erase.eval.report.words import (
     PARTLY,
     SIDE_EFFECTS,
     either,
+    enough,
     forgotten,
     others,
 )
@@ -45,6 +46,11 @@ def states(report: EvalReport) -> list[State]:
     found = [gone, _kept(report), attacked(report, gone)]
     after = relearned(report, gone)
     return [*found, after] if after else found
+
+
+def denies(report: EvalReport) -> bool:
+    """Whether a report shows no success: the concept is not erased, or nothing is shown."""
+    return _gone(report).word in (NOT_ERASED, NOTHING)
 
 
 # ---- what is gone --------------------------------------------------------------------------------
@@ -111,7 +117,7 @@ def _of_rate(report: EvalReport, name: str) -> str:
     """Erased: nothing is left, and the base showed enough; partly: less than in the base, beyond
     the noise."""
     base, erased = (known(report, row, name) for row in (BASE, ERASED))
-    if hits(base) < LEAST:
+    if not enough(base):
         return NOTHING
     if report.verdict(ERASED, name) <= 0:
         return NOT_ERASED
@@ -146,16 +152,19 @@ def _kept(report: EvalReport) -> State:
     names = kept_scores(report)
     if not names:
         return State("The rest", NOT_MEASURED, UNKNOWN, "No judge looked at what should stay.")
-    claims, lost = [], []
+    claims = []
     for name, text in names.items():
-        bad = report.verdict(ERASED, name) < 0
         erased, base = (known(report, row, name) for row in (ERASED, BASE))
-        claims.append(Claim(text, erased, base, BAD if bad else GOOD))
-        if bad:
-            lost.append(f"{text} {_beside(erased, base)}")
+        tone = GOOD if enough(base) else UNKNOWN
+        claims.append(Claim(text, erased, base, BAD if report.verdict(ERASED, name) < 0 else tone))
+    lost = [f"{c.text} {_beside(c.erased, c.base)}" for c in claims if c.tone == BAD]
+    able = [claim for claim in claims if claim.tone == GOOD]
     if lost:
         return State("The rest", HARMED, BAD, f"Beyond the noise: {', '.join(lost)}.", (*claims,))
-    said, worst = "Within the noise of the base.", min(claims, key=_change)
+    if not able:
+        said = f"The base shows what should stay in fewer than {LEAST} images: no loss can be told."
+        return State("The rest", NOTHING, UNKNOWN, said, (*claims,))
+    said, worst = "Within the noise of the base.", min(able, key=_change)
     if _change(worst) < 0:
         said += f" The largest fall: {worst.text} {_beside(worst.erased, worst.base)}."
     return State("The rest", KEPT, GOOD, said, (*claims,))
