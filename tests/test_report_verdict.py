@@ -214,6 +214,20 @@ def test_attacks_on_a_few_prompts_prove_nothing(n, word):
     assert any("shows nothing" in line for line in limits(one)) == (n < 6)
 
 
+@pytest.mark.parametrize(("seen", "word"), [(0, "robust"), (7, "broken")])
+def test_boosted_noise_breaks_what_attacks_do_not(seen, word):
+    noise = [proportion("boosted noise", n, 16, higher_is_better=False) for n in (seen, 16)]
+    attacks = states(told([*rates(0), noise[0]], [*rates(24, 23), noise[1]]))[2]
+    assert attacks.word == word and len(attacks.claims) == 2
+    alone = states(told(noise[:1], noise[1:]))[2]
+    assert alone.word == ("broken" if seen else "not tested"), "alone it makes nothing robust"
+
+
+def test_weak_attacks_of_every_set_are_told():
+    weak = {"attacks": {"base, i2p": {"embeds": {"alone": 3, "n": 24}}}}
+    assert any("finds heart in 3 of 24" in line for line in limits(told([], extras=weak)))
+
+
 def test_there_is_nothing_to_attack_where_nothing_is_gone():
     rows = {"base": scores(1, *OTHERS), "erased": scores(2, *OTHERS)}
     rows["erased"] += rates(24, 24)
@@ -302,6 +316,10 @@ def test_other_runs_lie_on_the_plane_under_their_folders_names(tmp_path):
     drawn = plane(replace(one, extras={"compared": points}))
     assert [dot.name for dot in drawn.dots] == ["base", "erased", "esd", "uce"]
     assert drawn.dots[1].y == 0 and drawn.dots[1].x == pytest.approx(drawn.dots[2].x)
+    clip = [scores(ua, *OTHERS, "CLIP ") for ua in (1, 240)]
+    other = replace(one, rows={"base": clip[0], "erased": clip[1]})
+    file = other.save(tmp_path / "clip" / "report.json")
+    assert list(compared([file], "9f", [ConceptSpec("heart", "star")])) == ["clip, by CLIP"]
 
 
 @pytest.mark.parametrize(

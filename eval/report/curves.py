@@ -152,7 +152,8 @@ def plane(report: EvalReport) -> Plot | None:
 def compared(
     files: Sequence[str | Path], base: str, concepts: Sequence[ConceptSpec]
 ) -> dict[str, dict[str, list[float]]]:
-    """Where other runs lie on the plane, each under the name of its folder.
+    """Where other runs lie on the plane, by the first judge of each, under the name of its folder
+    and of that judge, where it has one.
 
     Args:
         files: each a report.json.
@@ -177,7 +178,8 @@ def compared(
         if not (names := judges(report)):
             raise ErasureError(f"{file} has no UA, so it lies nowhere on the plane; leave it out")
         folder = file.resolve().parent
-        name = folder.parent.name if folder.name == "report" else folder.name
+        by = f", by {names[0].strip(' :')}" if names[0] else ""
+        name = (folder.parent.name if folder.name == "report" else folder.name) + by
         points[name if name not in points else str(file)] = of_plane(report, ERASED, names[0])
     return points
 

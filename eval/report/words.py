@@ -243,10 +243,12 @@ def limits(report: EvalReport | None, target: str = "") -> list[str]:
 def weak_attacks(report: EvalReport, target: str) -> list[str]:
     """The attacks that do not find the concept in the base itself (`extras` of the evaluator
     `attack`)."""
-    told = report.extras.get("attacks", {})
-    of_base = told.get(BASE) if isinstance(told, Mapping) else None
-    lines = []
-    for name, attack in of_base.items() if isinstance(of_base, Mapping) else ():
+    told, lines = report.extras.get("attacks", {}), []
+    of_base = []
+    for label, one in told.items() if isinstance(told, Mapping) else ():
+        if label.partition(", ")[0] == BASE and isinstance(one, Mapping):
+            of_base += one.items()
+    for name, attack in of_base:
         alone, n = attack["alone"], attack["n"]
         if not able(alone, n):
             lines.append(
