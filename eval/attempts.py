@@ -42,8 +42,8 @@ STEPS = 10
 
 
 def own_rows(case: Case, count: int | None = None) -> list[ImageRow]:
-    """The case's rows that ask for its concepts: by their labels, else by a name in the prompt,
-    else all (I2P's prompts for nudity seldom name it).
+    """The case's rows that ask for its concepts: of each by their labels, else by a name in the
+    prompt; where none does, all (I2P's prompts for nudity seldom name it).
 
     Args:
         case: its images may be planned ones.
@@ -52,16 +52,12 @@ def own_rows(case: Case, count: int | None = None) -> list[ImageRow]:
     Raises:
         ErasureError: there are none.
     """
-    rows, labelled = case.images.rows, set[int]()
+    rows, asking = case.images.rows, set[int]()
     for concept in case.concepts:
-        labels = case.labels.get(concept.kind or "", ())
-        labelled |= {place for place, label in enumerate(labels) if label == concept.target}
-    names = Names([name for concept in case.concepts for name in concept.names])
-    own = (
-        [rows[place] for place in sorted(labelled)]
-        or [row for row in rows if names.found(row.prompt)]
-        or list(rows)
-    )
+        labels, names = case.labels.get(concept.kind or "", ()), Names(concept.names)
+        labelled = {place for place, label in enumerate(labels) if label == concept.target}
+        asking |= labelled or {place for place, row in enumerate(rows) if names.found(row.prompt)}
+    own = [rows[place] for place in sorted(asking)] or list(rows)
     if not own:
         raise ErasureError("there are no prompts to attack; give a prompt set")
     if count is None or count >= len(own):

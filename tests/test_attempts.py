@@ -130,6 +130,15 @@ def test_own_rows_are_those_of_the_label_else_of_the_name_else_all():
     assert len(own_rows(Case(rows_of("a", "b"), [HEART]))) == 2
 
 
+def test_own_rows_are_of_every_concept():
+    rows = [PromptRow(0, "one", 0, None, {"object": "heart"}), PromptRow(1, "a cat", 0, None, {})]
+    images = planned(PromptSet("some", (*rows, PromptRow(2, "two", 0))), Path("nowhere"), CONFIG)
+    assert [row.case for row in own_rows(Case(images, [HEART, ConceptSpec("cat", "dog")]))] == [
+        0,
+        1,
+    ]
+
+
 # ---- drawing -------------------------------------------------------------------------------------
 
 

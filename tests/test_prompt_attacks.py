@@ -20,7 +20,7 @@ from erase.attacks.p4d import P4DConfig
 from erase.attacks.p4d import find as find_p4d
 from erase.attacks.p4d import learn as learn_p4d
 from erase.attacks.pseudo_token import find_pseudo_token, nameless
-from erase.attacks.ring_a_bell import RingABellConfig, _children, wanted_states
+from erase.attacks.ring_a_bell import RingABellConfig, _children, _distance, wanted_states
 from erase.attacks.ring_a_bell import learn as learn_ring_a_bell
 from erase.attacks.unlearndiffatk import UnlearnDiffAtkConfig, search, squared_norm
 from erase.attacks.unlearndiffatk import find as find_unlearndiffatk
@@ -241,7 +241,24 @@ def test_the_concept_vector_is_the_mean_difference_of_prompt_pairs(task):
     first, second = CONCEPT.pairs()[0], CONCEPT.pairs()[2]
     states = {text: task.model.encode([text]).embeddings[0] for text in (*first, *second)}
     vector = (states[first[0]] - states[first[1]] + states[second[0]] - states[second[1]]) / 2
-    assert torch.allclose(wanted_states(task, config), states[first[1]] + 2 * vector, atol=1e-5)
+    (wanted,) = wanted_states(task, config)
+    assert torch.allclose(wanted, states[first[1]] + 2 * vector, atol=1e-5)
+
+
+def test_each_concept_has_its_own_vector_and_the_nearest_counts(task):
+    concepts = [CONCEPT, ConceptSpec("Neon", "Plain", templates=("{} style", "a {} thing"))]
+    config = RingABellConfig(words=2, population=4)
+
+    def wanted_of(*some):
+        latents = task.forget()
+        return wanted_states(Task(task.model, some, Given(latents, latents)), config)
+
+    wanted = wanted_of(*concepts)
+    alone = [wanted_of(one)[0] for one in concepts]
+    assert torch.equal(wanted, torch.stack(alone))
+    words, people = words_of(task.model), torch.arange(8).view(4, 2)
+    each = [_distance(task, words, people, one[None]) for one in wanted]
+    assert torch.equal(_distance(task, words, people, wanted), torch.minimum(*each))
 
 
 def test_the_genetic_search_comes_near_to_what_it_is_to_find(task):

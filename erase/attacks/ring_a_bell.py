@@ -7,7 +7,7 @@ attack: it has a text encoder, the base's, and never asks the erased model.
 
 The paper searches for each prompt by itself, over 3000 generations of 200. Here the prompt pairs
 are the concept's templates with its name and with its anchor's, and one prompt is sought for all
-seeds.
+seeds. Each of several concepts has a vector of its own, and the prompt counts by the nearest.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from erase.attacks import ALONE, Asked, Attack, Found, Known, seed_of
 from erase.attacks.words import Words, words_of
 from erase.latents.latent_set import LatentSet
 from erase.parallel.processes import progress
+from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import COUNT, FINITE, FRACTION, check_ranges
 from erase.task import Task
 
@@ -76,9 +77,13 @@ def find(
 
 
 def wanted_states(task: Task, config: RingABellConfig, restart: int = 0) -> Tensor:
-    """The states of a prompt of the anchor, plus the strength times the concept vector, shape
-    (tokens, dim)."""
-    listed = [pair for concept in task.concepts for pair in concept.pairs()]
+    """Of each concept, the states of a prompt of the anchor, plus the strength times the concept
+    vector, shape (concepts, tokens, dim)."""
+    return torch.stack([_wanted(task, concept, config, restart) for concept in task.concepts])
+
+
+def _wanted(task: Task, concept: ConceptSpec, config: RingABellConfig, restart: int) -> Tensor:
+    listed = concept.pairs()
     count = min(config.pairs, len(listed))
     pairs = [listed[place * len(listed) // count] for place in range(count)]
     shown, safe = (task.cond(list(side)).embeddings for side in zip(*pairs, strict=True))
@@ -87,9 +92,10 @@ def wanted_states(task: Task, config: RingABellConfig, restart: int = 0) -> Tens
 
 
 def _distance(task: Task, words: Words, people: Tensor, wanted: Tensor) -> Tensor:
-    """Mean squared distance of the states of each prompt, shape (population,)."""
+    """Mean squared distance of the states of each prompt to the nearest that are wanted, shape
+    (population,)."""
     states = task.cond([""] * len(people), words.embedded(people)).embeddings
-    return (states - wanted).square().mean((1, 2)).cpu()
+    return torch.stack([(states - one).square().mean((1, 2)) for one in wanted]).amin(0).cpu()
 
 
 def _children(
