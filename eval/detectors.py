@@ -95,7 +95,7 @@ def fitting(about: Case | Sequence[ConceptSpec], judge: str) -> str:
     if judge != "auto" or not concepts:
         return judge
     prompts_fit = not isinstance(about, Case) or of_canvas(about)
-    if prompts_fit and all(_has_class(concept) for concept in concepts):
+    if prompts_fit and all(_class_of(concept) for concept in concepts):
         return "canvas"
     return "nudenet" if nudenet.of_nudity(concepts) else "clip"
 
@@ -106,27 +106,34 @@ def settle_judge(case: Case, config: C, named: bool) -> C:
     return replace(config, judge=fitting(case, config.judge))  # type: ignore[type-var, attr-defined]
 
 
-def _has_class(concept: ConceptSpec) -> bool:
-    kind = vocabulary().kind_of(concept.target)
-    return kind is not None and concept.kind in (kind, None)
+def _class_of(concept: ConceptSpec) -> tuple[str, str] | None:
+    """The kind and the name by which the embedded world's classifier knows a concept, by any of its
+    names."""
+    for name in concept.names:
+        kind = vocabulary().kind_of(name)
+        if kind is not None and concept.kind in (kind, None):
+            return kind, name
+    return None
 
 
 def _canvas(concepts: Sequence[ConceptSpec]) -> Detector:
-    """The label of the concept's kind is its target."""
+    """The label of the concept's kind is its own."""
+    classes = []
     for concept in concepts:
-        if not _has_class(concept):
+        found = _class_of(concept)
+        if found is None:
             raise ErasureError(
                 f"the canvas classifier has no class {concept.target!r}; use the judge clip"
             )
+        classes.append(found)
     judge = load_judge("canvas")
-    kinds = {concept.target: str(vocabulary().kind_of(concept.target)) for concept in concepts}
 
     @torch.inference_mode()
     def sees(images: Tensor) -> list[bool]:
         logits = judge.logits(images.cpu().float())
         shown = torch.zeros(len(images), dtype=torch.bool)
-        for target, kind in kinds.items():
-            shown |= logits[kind].argmax(1) == list(judge.classes[kind]).index(target)
+        for kind, name in classes:
+            shown |= logits[kind].argmax(1) == list(judge.classes[kind]).index(name)
         return [bool(one) for one in shown]
 
     return Detector("classifier canvas", sees)

@@ -17,6 +17,7 @@ from erase.eval.attempts import own_rows
 from erase.eval.canvas.judges import clip_folder
 from erase.eval.canvas.render import render
 from erase.eval.case import Case
+from erase.eval.detectors import detector
 from erase.eval.evaluators import EVALUATORS, classifier, clip, get_evaluator
 from erase.eval.evaluators.labelled import label_scores, labels_of, of_canvas
 from erase.eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
@@ -241,10 +242,26 @@ def test_without_concepts_the_accuracy_of_each_kind(oracle) -> None:
 def test_confusions_show_where_the_target_went(oracle) -> None:
     case = Case(oracle(heart="mushroom"))
     seen = classifier.judged(classifier.load_judge("canvas"), case, classifier.Config())
-    table = seen.confusions()["object"]
+    table = seen.confusions(case)["object"]
     heart, mushroom = table["labels"].index("heart"), table["labels"].index("mushroom")
     assert table["counts"][heart][mushroom] >= 47 and table["counts"][heart][heart] == 0
     assert np.sum(table["counts"], axis=1).tolist() == [48] * 10
+
+
+def test_a_judge_knows_a_concept_by_any_of_its_names(oracle) -> None:
+    def scores(target: str, *synonyms: str) -> list[Score]:
+        case = Case(
+            oracle(heart="mushroom"), [ConceptSpec(target, "mushroom", synonyms, kind="object")]
+        )
+        assert of_canvas(case) and detector(case).name == "classifier canvas"
+        found = []
+        for evaluator in (classifier.CLASSIFIER, clip.CLIP):
+            evaluator.check(case, evaluator.config)
+            found += evaluator.evaluate(case, evaluator.config)
+        assert target in case.extras["confusion"][0]["labels"]
+        return found
+
+    assert scores("Valentine", "heart") == scores("heart")
 
 
 def test_any_judge_will_do(oracle) -> None:

@@ -148,7 +148,7 @@ class Judged:
     labels: Mapping[str, Sequence[str]]
     """kind -> name in each image's prompt"""
     predictions: Mapping[str, Sequence[str]]
-    """kind -> predicted name of each image"""
+    """kind -> predicted name of each image, as the case calls it (`Case.called`)"""
     cases: Sequence[int] = ()
     """number of each image's case"""
     shares: Mapping[str, Sequence[float]] = field(default_factory=dict)
@@ -176,19 +176,15 @@ class Judged:
         evaluator = f"classifier {self.judge.name}"
         return wording_scores(case, self.predictions, self.labels, "", evaluator, config.harmonic)
 
-    def confusions(self) -> dict[str, dict[str, Any]]:
+    def confusions(self, case: Case) -> dict[str, dict[str, Any]]:
         """kind -> {"kind", "labels", "counts"}: counts[i][j] images labelled labels[i] were
         classified as labels[j]. JSON-ready."""
-        return {
-            kind: {
-                "kind": kind,
-                "labels": list(self.judge.classes[kind]),
-                "counts": confusion(
-                    self.predictions[kind], names, self.judge.classes[kind]
-                ).tolist(),
-            }
-            for kind, names in self.labels.items()
-        }
+        tables = {}
+        for kind, asked in self.labels.items():
+            names = list(dict.fromkeys(case.called(kind, self.judge.classes[kind])))
+            counts = confusion(self.predictions[kind], asked, names).tolist()
+            tables[kind] = {"kind": kind, "labels": names, "counts": counts}
+        return tables
 
 
 def judged(judge: Judge, case: Case, config: Config) -> Judged:
@@ -198,7 +194,8 @@ def judged(judge: Judge, case: Case, config: Config) -> Judged:
         ErasureError: images without labels or with unknown ones.
     """
     labels = labels_of(case, judge.classes)
-    names, shares = split(likeliest(judge, case.images, config.batch_size))
+    found, shares = split(likeliest(judge, case.images, config.batch_size))
+    names = {kind: case.called(kind, column) for kind, column in found.items()}
     return Judged(judge, labels, names, cases_of(case), shares)
 
 
@@ -229,7 +226,7 @@ def evaluate(case: Case, config: Config) -> list[Score]:
             no prompt names.
     """
     seen = judged(judge_of(config), case, config)
-    tables, own = seen.confusions(), case.concepts[0].kind if case.concepts else None
+    tables, own = seen.confusions(case), case.concepts[0].kind if case.concepts else None
     case.add_extra("confusion", sorted(tables.values(), key=lambda table: table["kind"] != own))
     case.add_judgements("classifier", words_on(case, seen.labels, seen.predictions, seen.shares))
     return seen.scores(case.concepts, config) + seen.by_wording(case, config)

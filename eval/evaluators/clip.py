@@ -299,7 +299,8 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     if config.labelled:
         classes = classes_for(case, config)
         labels = labels_of(case, classes)
-        predictions = zero_shot(clip, seen, {kind: classes[kind] for kind in labels}, config)
+        found = zero_shot(clip, seen, {kind: classes[kind] for kind in labels}, config)
+        predictions = {kind: case.called(kind, column) for kind, column in found.items()}
         scores += _label_scores(predictions, labels, case, config)
         words = words_on(case, labels, predictions, {})
 

@@ -20,7 +20,8 @@ def of_canvas(case: Case) -> bool:
     kinds, with its names alone."""
     if not set(KINDS) <= case.images.rows[0].labels.keys():
         return False
-    return all({*case.labels[kind]} <= {*vocabulary().names(kind), ""} for kind in KINDS)
+    known = {kind: {*case.called(kind, vocabulary().names(kind)), ""} for kind in KINDS}
+    return all({*case.labels[kind]} <= known[kind] for kind in KINDS)
 
 
 def labels_of(case: Case, classes: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
@@ -50,7 +51,7 @@ def labels_of(case: Case, classes: Mapping[str, Sequence[str]]) -> dict[str, lis
                 f"image {row.file} in {images.folder} has no label {kind!r}, others have; complete "
                 "the prompt set"
             )
-        if strangers := set(names) - set(classes[kind]):
+        if strangers := set(names) - set(case.called(kind, classes[kind])):
             raise unknown(f"{kind} label", min(strangers), classes[kind])
     return labels
 
