@@ -18,7 +18,7 @@ from erase.eval.canvas.render import render
 from erase.eval.case import Case
 from erase.eval.evaluators import cmmd, drift, fid, lpips
 from erase.eval.evaluators.published import needs, published_weights
-from erase.eval.evaluators.retained import retained, retained_pairs
+from erase.eval.evaluators.retained import in_sizes, retained, retained_pairs
 from erase.eval.images import ImageRow, ImageSet, save_image, write_manifest, write_settings
 from erase.eval.scores import Score, verdict
 from erase.files import file_sha256
@@ -298,6 +298,19 @@ def test_lpips_is_the_librarys_to_the_last_digit(
     assert score.value > 0 and score.n == 33
     (own,) = lpips.evaluate(Case(base, CONCEPTS), config)
     assert own.value == 0
+
+
+def test_pairs_of_several_sizes_are_looked_at_each_with_its_like():
+    def white(side: int) -> Image.Image:
+        return Image.new("L", (side, side), 255).convert("RGB")
+
+    sides = (8, 16, 8)
+    first, second = [Image.new("RGB", (side, side)) for side in sides], list(map(white, sides))
+
+    def apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (other.double() - one.double()).sum((1, 2, 3))
+
+    assert in_sizes(apart, first, second).tolist() == [255 * 3 * side**2 for side in sides]
 
 
 def slices(network: torch.nn.Module) -> list[dict[str, torch.nn.Module]]:

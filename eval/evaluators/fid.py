@@ -143,7 +143,7 @@ class Look:
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> Tensor:
         """Features, (n, d), float32."""
-        return in_sizes(images, self._of_one_size)
+        return in_sizes(self._of_one_size, images)
 
     def _of_one_size(self, pixels: Tensor) -> Tensor:
         shown = pixels.to(self.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 from erase.eval.case import Case
 from erase.eval.evaluators import Evaluator
 from erase.eval.evaluators.published import needs, published_weights
-from erase.eval.evaluators.retained import pixels, retained_pairs
+from erase.eval.evaluators.retained import in_sizes, retained_pairs
 from erase.eval.scores import Score, mean_score
 from erase.parallel.processes import default_device, in_shares
 from erase.prompts.errors import COUNT, ErasureError, check_names, check_ranges
@@ -101,16 +101,19 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     better, n images, with Student's interval; zero for the base itself.
 
     Raises:
-        ErasureError: too few such prompts, weights that cannot be had, images of two sizes.
+        ErasureError: too few such prompts, weights that cannot be had, an image of another size
+            than the base's.
     """
     pairs, distance = retained_pairs(case), load_lpips(config)
     device = str(default_device()) if config.device == "auto" else config.device
 
+    def apart(first: Tensor, second: Tensor) -> Tensor:
+        return distance(*(side.to(device).float() / 127.5 - 1 for side in (first, second)))
+
     @torch.inference_mode()
     def look(rows: range) -> list[float]:
-        sides = zip(*pairs.images(rows), strict=True)
-        first, second = (pixels(images).to(device).float() / 127.5 - 1 for images in sides)
-        values: list[float] = distance(first, second).flatten().tolist()
+        first, second = zip(*pairs.images(rows), strict=True)
+        values: list[float] = in_sizes(apart, first, second).flatten().tolist()
         return values
 
     values = list(

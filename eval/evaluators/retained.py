@@ -127,10 +127,18 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
 
 
-def in_sizes(images: Sequence[Image.Image], features: Callable[[Tensor], Tensor]) -> Tensor:
-    """Features of images of any sizes: those of one size are looked at together, in their order."""
+def in_sizes(features: Callable[..., Tensor], *columns: Sequence[Image.Image]) -> Tensor:
+    """Features of images of any sizes: those of one size are looked at together, in their order.
+
+    Args:
+        features: takes as many batches as there are columns, and gives a row for each of their
+            rows.
+        columns: as long as each other; the images of a row are of one size.
+    """
+    sizes = [image.size for image in columns[0]]
     found: dict[int, Tensor] = {}
-    for size in dict.fromkeys(image.size for image in images):
-        places = [place for place, image in enumerate(images) if image.size == size]
-        found |= zip(places, features(pixels([images[place] for place in places])), strict=True)
-    return torch.stack([found[place] for place in range(len(images))])
+    for size in dict.fromkeys(sizes):
+        places = [place for place, own in enumerate(sizes) if own == size]
+        batches = [pixels([column[place] for place in places]) for column in columns]
+        found |= zip(places, features(*batches), strict=True)
+    return torch.stack([found[place] for place in range(len(sizes))])
