@@ -312,6 +312,8 @@ def test_check_refuses_what_cannot_be_probed(case, monkeypatch):
     with pytest.raises(ErasureError, match="leave the probe noise out"):
         check(flow, replace(SMALL, probes=["noise", "completion"]))
     check(flow, SMALL)
+    with pytest.raises(ErasureError, match="probes.levels holds 0.001, .* not one"):
+        check(flow, replace(SMALL, probes=["completion"], levels=[0.5, 0.001]))
     bare = Case(case.images, [ConceptSpec("heart", "star")], base=flow._base)
     with pytest.raises(ErasureError, match="leave inversion out"):
         check(bare, replace(SMALL, probes=["inversion"]))

@@ -88,12 +88,18 @@ class Config:
 
 
 def check(case: Case, config: Config) -> None:
-    """Refuse a case without a model or prompts, a judge that does not fit, and noise for flow
-    matching."""
+    """Refuse a case without a model or prompts, a judge that does not fit, noise for flow matching,
+    and a completion of no step."""
     with case.base_model() as base:
         if "noise" in _possible(config, base).probes:
             probes.check_eta(base)
-    Attempts.of(case, detector(case, config.judge), config.images)
+    attempts = Attempts.of(case, detector(case, config.judge), config.images)
+    steps, least = attempts.settings.steps, min(config.levels)
+    if "completion" in config.probes and round(least * steps) < 1:
+        raise ErasureError(
+            f"probes.levels holds {least:g}, of {steps} sampling steps not one: images would "
+            f"stay as they are; give {1 / steps:.2g} or more"
+        )
     if "inversion" in config.probes and not any(concept.retain for concept in case.concepts):
         raise ErasureError(
             "inversion is compared with images of retained prompts, and the concepts have none; "
