@@ -65,6 +65,8 @@ OTHERS = {
 }
 """field of the settings -> what images are whose settings differ there, where a sentence says more
 than the two values"""
+BARS = {None: "images", "none": "base images"}
+"""what is said to be drawn, by the delta that the settings tell"""
 EMBEDDINGS = 2048  # kept at most; 230 KB each for SD 1.x in float32, 630 KB for SDXL
 BYTES = 2_000_000_000  # of them, at most: a language model's take up to 16 MB each
 
@@ -263,7 +265,8 @@ def _make(pipe: Pipeline, mine: list[Batch], out: Path, settings: dict[str, Any]
         missing = list(pool.map(lambda batch: _missing(batch, out), mine))
         total, left = sum(len(batch.rows) for batch in mine), sum(map(len, missing))
         writes: list[Future[None]] = []
-        with progress("images", "image", total, total - left) as bar:
+        what = BARS.get(settings.get("delta"), "erased images")
+        with progress(what, "image", total, total - left) as bar:
             for batch, rows in zip(mine, missing, strict=True):
                 if not rows:
                     continue

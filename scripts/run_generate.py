@@ -20,6 +20,7 @@ import sys
 
 from jsonargparse import Namespace
 
+from erase.prompts.canvas import EMBEDDED, strange_words
 from erase.prompts.errors import ErasureError, counted
 from erase.prompts.prompt_sets import PromptSet, joined, of_prompts
 from erase.scripts.cli import (
@@ -30,6 +31,7 @@ from erase.scripts.cli import (
     add_prompts,
     build,
     check_folder,
+    note,
     parse,
     parser,
     run,
@@ -54,7 +56,7 @@ def make_parser() -> Parser:
     )
     command.add_argument("--delta", action=OneDelta, help="an erasure to apply to the model first")
     add_erased(command)
-    add_prompts(command, "canvas if no prompt is given")
+    add_prompts(command, "canvas, its answer set of 2,400 images, if no prompt is given")
     command.add_argument(
         "--prompt", action=Words, help="a prompt of one image; may be given several times"
     )
@@ -85,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     prompts = chosen(options)
     delta = ErasedDelta.load(options.delta) if options.delta else None
     model = load_model(options.model, default_device(), options.load)
+    tell_strange(model.name, prompts)
     if options.erased:
         delta = read_erased(model, options.erased, options=options.load)
     provenance = {"model": model.name, "delta": "none"}
@@ -107,6 +110,19 @@ def chosen(options: Namespace) -> PromptSet:
     single = [of_prompts(options.prompt, options.seed or 0)] if options.prompt else []
     names = options.prompts or ([] if single else ["canvas"])
     return joined([*map(PromptSet.load, names), *single])
+
+
+def tell_strange(model: str, prompts: PromptSet) -> None:
+    """Say which prompts have words that an embedded model has never seen."""
+    found = [(row.prompt, strange_words(row.prompt)) for row in prompts.rows]
+    strange = [(prompt, words) for prompt, words in found if words]
+    if model in EMBEDDED and strange:
+        prompt, words = strange[0]
+        note(
+            f"{model} has never seen words of {counted(len(strange), 'prompt')} (the first is "
+            f"{prompt!r}: {', '.join(words)}); it draws objects in a style and a colour, as in "
+            "'A red heart image in Neon style.'"
+        )
 
 
 def cli() -> None:

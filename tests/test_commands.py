@@ -508,6 +508,21 @@ def test_a_single_picture_has_its_prompt_and_its_seed(capsys):
     assert "--seed is for --prompt" in failed(capsys, run_generate.main, "--seed", "5")
 
 
+def test_words_that_an_embedded_model_has_never_seen_are_told(capsys):
+    prompts = of_prompts(["A heart image in Neon style.", "two giraffes", "a dog"], 0)
+    run_generate.tell_strange("sd14", prompts)
+    assert not capsys.readouterr().err
+    run_generate.tell_strange("canvas", prompts)
+    assert (
+        "words of 2 prompts (the first is 'two giraffes': two, giraffes)" in capsys.readouterr().err
+    )
+
+
+def test_the_help_tells_how_many_images_canvas_is():
+    count = f"{len(PromptSet.load('canvas').rows):,} images"
+    assert count in " ".join(run_generate.make_parser().format_help().split())
+
+
 def test_several_prompt_sets_are_drawn_and_keep_their_rows_apart(tmp_path):
     a = written(tmp_path, "a.csv", "case_number,prompt,seed\n3,one,1\n7,two,2\n")
     b = written(tmp_path, "b.csv", "case_number,prompt,seed\n0,three,3\n3,four,4\n")
