@@ -167,6 +167,14 @@ def test_weights_outside_the_scope_stand_in_half_precision_too(model):
     assert {p.dtype for p in model.parameters().values()} == {torch.float32}
 
 
+def test_the_denoiser_runs_as_told_where_a_text_encoder_trains(model):
+    params, unet = select(model.parameters(), "text_encoder"), model.component("unet")
+    told = replace(QUICK, mixed_precision="bf16", gradient_checkpointing=True)
+    with running(model, params, told):
+        assert unet.is_gradient_checkpointing and unet.conv_in.weight.dtype == torch.bfloat16
+    assert not unet.is_gradient_checkpointing and unet.conv_in.weight.dtype == torch.float32
+
+
 def test_offload_moves_what_the_steps_do_not_use(model, monkeypatch):
     moved, to = [], nn.Module.to
     monkeypatch.setattr(

@@ -838,6 +838,7 @@ def test_gradient_checkpointing_leaves_a_text_encoders_dropout_off(part):
         with checkpointed(encoder, on):
             found = encoder(ids)[0]
             found.square().mean().backward()
+        assert not encoder.get_input_embeddings()._forward_hooks
         return [
             found.detach(),
             *(p.grad.clone() for p in encoder.parameters() if p.grad is not None),

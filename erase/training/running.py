@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from erase.models import PRECISIONS, DiffusionModel, check_precision
 from erase.models.by_block import streamed_to
@@ -47,10 +49,15 @@ def running(
             FSDP cannot do.
     """
     check_precision(config.mixed_precision)
-    names, device = sorted({name.split(".")[0] for name in params}), model.device
-    parts = {name: model.component(name) for name in names}
+    pipeline, device = model.pipeline(), model.device
+    names = {name.split(".")[0] for name in params}
+    parts = {  # every step runs the denoiser, of a text encoder that trains too
+        name: part
+        for name, part in modules(pipeline).items()
+        if name in names or part is denoiser(pipeline)
+    }
     with ExitStack() as stack:
-        if moved := waiting(model.pipeline()):
+        if moved := waiting(pipeline):
             stack.enter_context(moved.held(parts.values()))
         elif config.offload:
             stack.enter_context(idle_on_cpu(model, set(parts)))
@@ -61,7 +68,7 @@ def running(
             stack.enter_context(checkpointed(part, again))
             stack.enter_context(compiled(part, config.compile))
         memory = SavedActivations() if config.selective_recompute and not by_block else None
-        stack.enter_context(recomputing(modules(model.pipeline()).values(), memory))
+        stack.enter_context(recomputing(modules(pipeline).values(), memory))
         stack.enter_context(attention(model, config.attention))
         yield active
 
@@ -110,7 +117,7 @@ def checkpointed(module: Any, on: bool) -> Iterator[None]:
     """Gradient checkpointing where asked for.
 
     transformers checkpoints only in train mode, so the layers that it checkpoints are put there,
-    and they alone: dropouts stay off.
+    and they alone: dropouts stay off. Its own switch would leave a hook on the embeddings.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -119,18 +126,14 @@ def checkpointed(module: Any, on: bool) -> Iterator[None]:
         return
     for layer in module.modules():
         layer.training = isinstance(layer, GradientCheckpointingLayer)
-    _method(module, "enable_gradient_checkpointing", "gradient_checkpointing_enable")()
+    again = partial(checkpoint, use_reentrant=False)
+    # the one method that diffusers and transformers call alike
+    module._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=again)
     try:
         yield
     finally:
         module.eval()
-        _method(module, "disable_gradient_checkpointing", "gradient_checkpointing_disable")()
-
-
-def _method(module: Any, *names: str) -> Callable[[], None]:
-    """The first of these methods that the module has: diffusers and transformers name the same
-    thing differently."""
-    return next(getattr(module, name) for name in names if hasattr(module, name))  # type: ignore[no-any-return]
+        module._set_gradient_checkpointing(enable=False)
 
 
 @contextmanager
@@ -246,11 +249,7 @@ def idle_on_cpu(model: DiffusionModel, used: set[str]) -> Iterator[None]:
     """The parts of the pipeline that no step runs (text encoders, VAE: latents and embeddings are
     cached) wait on the CPU."""
     pipeline = model.pipeline()
-    idle = [
-        part
-        for name, part in modules(pipeline).items()
-        if name not in used and part is not denoiser(pipeline)
-    ]
+    idle = [part for name, part in modules(pipeline).items() if name not in used]
     homes = [(part, next(part.parameters()).device) for part in idle]
     for part, _ in homes:
         part.to("cpu")
