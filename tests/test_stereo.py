@@ -210,7 +210,7 @@ def test_stereo_goes_with_several_encoders_and_pooled_states(family):
     shape = len(PROMPTS), *model.latent_shape
     points = LatentSet(torch.randn(shape, generator=torch.Generator()), None, PROMPTS, ANCHORS)
     task, base = Task(model, [CONCEPT], Given(points, points)), model.parameters()
-    found = edit(task, rounds=1, train=replace(SGD, steps=1)).values
+    found = edit(task, rounds=1, train=replace(SGD, steps=2)).values
     assert any(not torch.equal(value, base[name]) for name, value in found.items())
 
 
@@ -221,6 +221,12 @@ def test_stereo_goes_with_several_encoders_and_pooled_states(family):
 def test_settings_out_of_range_are_refused(setting, value):
     with pytest.raises(ErasureError, match=setting):
         replace(SMALL, **{setting: value})
+
+
+def test_a_training_that_ends_before_all_that_was_found_is_forgotten_is_refused():
+    replace(SMALL, rounds=1, train=replace(SGD, steps=2))
+    with pytest.raises(ErasureError, match="train.steps is 2; it must be between 3 and"):
+        replace(SMALL, rounds=2, train=replace(SGD, steps=2))
 
 
 def test_the_search_keeps_what_the_mask_holds_and_no_whole_weights(task, monkeypatch):

@@ -22,7 +22,7 @@ from erase.objectives.negative_guidance import Ask, AwayConfig, away, away_loss,
 from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.task import Edit, Task
 from erase.training.batches import PromptedRows, row_batches
-from erase.training.config import TrainConfig
+from erase.training.config import MOST_STEPS, TrainConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.loop import Batches
 from erase.training.saliency import Objective, choose_mask
@@ -39,7 +39,7 @@ class STEREOConfig(AwayConfig):
 
     scope: str = "noxattn"
     rounds: int = 4
-    """of erasing what was found last, and finding the concept again"""
+    """of erasing and finding again; fewer than train.steps, where all that was found takes turns"""
     search_steps: int = 200
     """of the erasure in a round; those of the last erasure are in `train`"""
     search_lr: float = 5e-6
@@ -50,6 +50,7 @@ class STEREOConfig(AwayConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, {"rounds": COUNT, "search_steps": COUNT, "search_lr": POSITIVE})
+        check_ranges(self.train, {"steps": (self.rounds + 1, MOST_STEPS)}, "train")
 
 
 def search(
