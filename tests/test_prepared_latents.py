@@ -205,3 +205,14 @@ def test_latents_are_asked_for_as_they_were_last(make_pico_pipeline):
     half, none = task.forget(0.5), task.forget(0.0)
     assert task.forget() is none and task.forget(0.5) is half
     assert task.forget() is half and describe(task)["forget"] == sha256_of(vars(half))
+
+
+def test_latents_that_are_not_finite_name_the_settings_that_may_be_why(
+    make_pico_pipeline, monkeypatch
+):
+    model = wrap(make_pico_pipeline())
+    beyond = torch.full((1, *model.latent_shape), torch.inf)
+    monkeypatch.setattr(model, "sample", lambda *asked: beyond)
+    settings = {"steps": 1, "guidance": 3.0, "trajectory": 0, "precision": "bf16"}
+    with pytest.raises(ErasureError, match=r"latents.guidance 3 .* latents.mixed_precision bf16"):
+        sample_points(model, ("a heart",), 0, **settings, batch_size=1, what="forget")

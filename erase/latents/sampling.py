@@ -71,7 +71,11 @@ def sample_points(
         found = in_shares(len(prompts), batch_size, sample, f"{what} latents", "img")
     latents, noise, t = (torch.cat(column) for column in zip(*found, strict=True))
     if not (latents.isfinite().all() and noise.isfinite().all()):
-        raise ErasureError("the model sampled latents that are not finite; load it in float32")
+        raise ErasureError(
+            f"the model sampled latents that are not finite, at latents.guidance {guidance:g} with "
+            f"latents.mixed_precision {precision}; take bf16 or no, load the model in float32, or "
+            "lower the guidance"
+        )
     return (latents.repeat_interleave(each, 0), noise, t) if each else (latents, None, None)
 
 
