@@ -709,6 +709,13 @@ def test_a_line_stands_there_before_the_libraries_are_loaded_and_texts_are_utf8_
     assert yaml.safe_load(done.stdout.decode())["anchor"] == "犬 → dog"
 
 
+def test_an_option_that_there_is_not_is_said_before_the_libraries_are_loaded():
+    command = [sys.executable, "-m", "erase.scripts.run_erase", "--train.stepz", "3"]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: unknown option 'train.stepz'; did you mean 'train.steps'?\n"
+
+
 @pytest.mark.parametrize(
     "path",
     sorted(p for d in ("prompts", "erase", "eval", "scripts") for p in (ROOT / d).rglob("*.py")),

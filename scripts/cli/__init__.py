@@ -21,6 +21,7 @@ from erase.prompts.reading import read_text, read_yaml
 from erase.scripts.cli.complaints import Offered, complaint
 from erase.scripts.cli.completion import PrintCompletion
 from erase.scripts.cli.guards import check_settings, guard_yaml, no_group, settle_paths
+from erase.scripts.cli.light import OptionsKnown, check_options_only
 from erase.scripts.cli.naming import read_concepts
 from erase.scripts.cli.recipes import config_files, with_paths
 from erase.scripts.cli.running import alone, hush, note, run
@@ -281,6 +282,7 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
         check_settings(path, read_yaml(path), groups)
     try:
         options = made.parse_args(argv)
+        check_options_only()
         for group in groups:
             if not isinstance(options.get(group), Namespace):
                 raise no_group(group)
@@ -291,7 +293,7 @@ def parse(made: Parser, argv: list[str] | None) -> Namespace:
         # its name before 4.49
         instantiate = getattr(made, "instantiate", None) or made.instantiate_classes
         return instantiate(options)
-    except ErasureError:
+    except (ErasureError, OptionsKnown):
         raise
     except Exception as error:  # a config file's shape can upset any part of the parser
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -52,6 +52,10 @@ UNKNOWN = (
 )
 
 
+class UnknownOption(ErasureError):
+    """An option that the command does not have."""
+
+
 @dataclass(frozen=True)
 class Offered:
     """What a parser takes."""
@@ -72,7 +76,7 @@ def complaint(message: str, offered: Offered) -> ErasureError:
         if match := re.search(pattern, message):
             name = ".".join(match.groups())
             if why := offered.absent.get(name.split(".")[0]):
-                return ErasureError(
+                return UnknownOption(
                     f"{why}, so it has no {name}; {offered.shown} lists its options"
                 )
             return unknown_option(name, offered)
@@ -108,7 +112,7 @@ def unknown_option(name: str, offered: Offered) -> ErasureError:
         if near
         else f"{offered.shown} lists the options"
     )
-    return ErasureError(f"unknown option {name!r}; {hint}")
+    return UnknownOption(f"unknown option {name!r}; {hint}")
 
 
 def near_options(name: str, options: list[str]) -> list[str]:

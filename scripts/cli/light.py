@@ -1,8 +1,9 @@
-"""Help without the libraries that a job needs: to import torch and diffusers takes seconds, to list
-options does not need them."""
+"""Help, and a look at the options, without the libraries that a job needs: to import torch and
+diffusers takes seconds, to list options does not need them."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ HEAVY = frozenset(
     "torch torchvision transformers".split()
 )
 DESCRIBING = {"-h", "--help", "--version", "--print_completion"}
-LIGHT = ("erase.plugins", "erase.prompts", "erase.scripts")  # what needs none of them
 
 
 def only_describes(argv: Sequence[str]) -> bool:
@@ -24,15 +24,28 @@ def only_describes(argv: Sequence[str]) -> bool:
     return not DESCRIBING.isdisjoint(argv) and "torch" not in sys.modules
 
 
+def options_can_be_read(argv: Sequence[str]) -> bool:
+    """Whether a command line can be looked through before torch is loaded: it prints nothing of its
+    options, and names no file of Python, which may load libraries of its own."""
+    return "torch" not in sys.modules and not any(
+        word.startswith("--print_") or re.search(r"\w:\w", word) for word in argv
+    )
+
+
+class OptionsKnown(Exception):
+    """A command has every option that it was given, which is all that was asked of it."""
+
+
 @contextmanager
-def stood_in() -> Iterator[None]:
+def stood_in(options_only: bool = False) -> Iterator[None]:
     """Within the block, imports of `HEAVY` give empty modules whose every attribute is an empty
-    class; nothing is left of them afterwards.
+    class; nothing is left of them afterwards. `options_only`: a command in it ends with
+    `OptionsKnown` once it has read its options.
 
     That is enough to import a module and to read its dataclasses, and for nothing else. Every
     package that came in within the block goes with them, since its modules may hold stand-ins.
     """
-    finder = _Finder()
+    finder = _Finder(options_only)
     sys.meta_path.insert(0, finder)
     before = set(sys.modules)
     known = {name.partition(".")[0] for name in before} | sys.stdlib_module_names
@@ -42,8 +55,7 @@ def stood_in() -> Iterator[None]:
         sys.meta_path.remove(finder)
         for name in set(sys.modules) - before:
             top = name.partition(".")[0]
-            light = f"{name}.".startswith(tuple(f"{package}." for package in LIGHT))
-            if top not in known or top in HEAVY or (top == "erase" and not light):
+            if top not in known or top in HEAVY or top == "erase":
                 del sys.modules[name]
 
 
@@ -52,7 +64,20 @@ def stand_in() -> bool:
     return isinstance(sys.modules.get("torch"), _Module)
 
 
+def check_options_only() -> None:
+    """End a command that was asked for its options alone.
+
+    Raises:
+        OptionsKnown: it was.
+    """
+    if any(isinstance(finder, _Finder) and finder.options_only for finder in sys.meta_path):
+        raise OptionsKnown
+
+
 class _Finder(MetaPathFinder, Loader):
+    def __init__(self, options_only: bool) -> None:
+        self.options_only = options_only
+
     def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:  # type: ignore[override]
         return (
             ModuleSpec(fullname, self, is_package=True)

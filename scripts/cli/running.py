@@ -11,7 +11,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from erase.plugins import PluginError
 from erase.prompts.errors import ErasureError
 from erase.prompts.reading import why
-from erase.scripts.cli.light import only_describes, stood_in
+from erase.scripts.cli.complaints import UnknownOption
+from erase.scripts.cli.light import only_describes, options_can_be_read, stood_in
 from erase.scripts.cli.stopping import exit_code, terminable
 
 LEANER = (
@@ -39,6 +40,8 @@ def run(
     try:
         if (only_describes(words) or not libraries) and _describe(main, argv):
             return 0
+        if options_can_be_read(words):
+            _check_options(main, argv)
         with _settled(words), terminable():
             _work(main, argv)
     except ErasureError as error:
@@ -86,6 +89,18 @@ def _describe(main: Callable[[list[str] | None], None], argv: list[str] | None) 
             raise
         logging.getLogger("erase").debug("help needs the libraries themselves: %r", error)
     return False
+
+
+def _check_options(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
+    """Refuse an option that there is not before the libraries are loaded; any other fault is told
+    with them."""
+    try:
+        with stood_in(options_only=True):
+            main(argv)
+    except UnknownOption:
+        raise
+    except Exception as error:
+        logging.getLogger("erase").debug("options as read without libraries: %r", error)
 
 
 def _work(main: Callable[[list[str] | None], None], argv: list[str] | None) -> None:
