@@ -115,11 +115,13 @@ def _chunks(values: Iterable[Tensor]) -> Iterator[Tensor]:
 def _together(chunks: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same values in as few chunks as their size and their devices allow."""
     held: list[Tensor] = []
+    size = 0
     for chunk in chunks:
-        if held and (sum(map(len, held)) + len(chunk) > CHUNK or chunk.device != held[0].device):
+        if held and (size + len(chunk) > CHUNK or chunk.device != held[0].device):
             yield torch.cat(held)
-            held = []
+            held, size = [], 0
         held.append(chunk)
+        size += len(chunk)
     if held:
         yield torch.cat(held)
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from erase.models import DiffusionModel
-from erase.models.naming import lasting, named_layers, named_weights
+from erase.models.naming import former_prefix, named_layers, named_weights
 from erase.models.pipelines import Pipeline, modules
 from erase.models.single_file import ldm
 from erase.models.single_file.layouts import layout_of
@@ -97,7 +97,7 @@ def _lasting(entry: ldm.Entry, parts: Mapping[str, nn.Module]) -> ldm.Entry:
     names = []
     for full in entry.names:
         part, _, name = full.partition(".")
-        names.append(f"{part}.{lasting(parts[part], name)}")
+        names.append(f"{part}.{name.removeprefix(former_prefix(parts[part]))}")
     return replace(entry, names=tuple(names))
 
 

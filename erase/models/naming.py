@@ -17,23 +17,21 @@ NESTED = "text_model"
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Each parameter by its name, in the order of the architecture."""
+    prefix = former_prefix(module)
     for name, param in module.named_parameters():
-        yield lasting(module, name), param
+        yield name.removeprefix(prefix), param
 
 
 def named_layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Each module that lies in this one by its name."""
+    prefix = former_prefix(module)
     for name, layer in module.named_modules():
-        yield lasting(module, name), layer
+        yield name.removeprefix(prefix), layer
 
 
-def lasting(module: nn.Module, name: str) -> str:
-    """The name of a parameter or a layer, of which `module` itself says `name`."""
-    return name.removeprefix(f"{NESTED}.") if _is_nested(module) else name
-
-
-def _is_nested(module: nn.Module) -> bool:
-    return [name for name, _ in module.named_children()] == [NESTED]
+def former_prefix(module: nn.Module) -> str:
+    """What the names of this version begin with, and those of the newest do not."""
+    return f"{NESTED}." if [name for name, _ in module.named_children()] == [NESTED] else ""
 
 
 def former_fingerprint(model: DiffusionModel) -> str:

@@ -70,8 +70,8 @@ class PipelineModel:
         self, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None
     ) -> Cond:
         if prefix is not None or (torch.is_grad_enabled() and self._texts_trained()):
-            return encode_live(self._pipeline, prompts, prefix)
-        return encode(self._pipeline, prompts)
+            return encode_live(self._pipeline, prompts, self.device, prefix)
+        return encode(self._pipeline, prompts, self.device)
 
     def _texts_trained(self) -> bool:
         encoders = text_encoders(self._pipeline).values()

@@ -115,14 +115,13 @@ def text_encoders(pipeline: Pipeline) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def encode(pipeline: Pipeline, prompts: list[str], device: torch.device | None = None) -> Cond:
+def encode(pipeline: Pipeline, prompts: list[str], device: torch.device) -> Cond:
     """Text states of the prompts, each encoded alone, so that its bits do not depend on the others.
 
     The empty prompt is the null condition of classifier-free guidance; a pipeline that wants zeros
-    there (SDXL) gets zeros. `device` is where the pipeline runs, for a caller who knows: diffusers
+    there (SDXL) gets zeros. `device` is where the pipeline runs, which callers know: diffusers
     searches all modules to tell, which takes a small model as long as encoding a prompt.
     """
-    device = device or pipeline._execution_device
     rows = []
     for prompt in prompts:
         row = stock(pipeline).encoded([prompt], device)

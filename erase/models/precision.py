@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from erase.models.naming import lasting
+from erase.models.naming import former_prefix
 from erase.prompts.errors import unknown
 
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,10 +73,11 @@ def with_precision(
         module: whose parameters they are.
         half: precision of matrix products; None: float32.
     """
+    former = former_prefix(module)
     for prefix, layer in module.named_modules():
         for name, param in layer.named_parameters(prefix, recurse=False):
             dtype = half if half and isinstance(layer, IN_HALF) else param.dtype
-            yield lasting(module, name), param, dtype
+            yield name.removeprefix(former), param, dtype
 
 
 def pin_mkl_rounding() -> None:

@@ -19,13 +19,17 @@ HOLDER = "a"
 
 
 def encode_live(
-    pipeline: Pipeline, prompts: list[str], prefix: Tensor | Mapping[str, Tensor] | None = None
+    pipeline: Pipeline,
+    prompts: list[str],
+    device: torch.device,
+    prefix: Tensor | Mapping[str, Tensor] | None = None,
 ) -> Cond:
     """Text states of the prompts in one pass.
 
     Args:
         pipeline: whose text encoders run.
         prompts: n texts.
+        device: where the pipeline runs.
         prefix: embeddings behind the start token, shape (k, dim) or (n, k, dim); by encoder where
             there are several, the same k for each.
 
@@ -48,7 +52,7 @@ def encode_live(
             place = _place(tokenizer, way.text, name)
             stack.enter_context(_standing_before(encoders[name], embeddings, place))
         texts = [f"{HOLDER} " * places + prompt for prompt in prompts]
-        cond = way.encoded(texts, pipeline._execution_device)
+        cond = way.encoded(texts, device)
     return _zeros_for_empty(pipeline, texts, cond)
 
 
