@@ -1,8 +1,11 @@
-"""Training in shards (FSDP2), two processes on the CPU: the steps of whole models, to rounding."""
+"""Training in shards (FSDP2), two processes on the CPU, started by torchrun: the steps of whole
+models, to rounding."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from safetensors.torch import load_file
 
 from erase.mask import Saliency
 from erase.parallel.fsdp import BF16, ON_CPUS
-from tests.launching import launch
+from tests.launching import PROGRAMS, environment
 from tests.programs.fsdp_job import NEWER
 from tests.programs.processes_job import STATISTICS
 from tests.shards import (
@@ -43,7 +46,10 @@ def job(make_pico_pipeline, tmp_path_factory):
         pytest.skip(NO_SHARDS)
     folder = tmp_path_factory.mktemp("fsdp")
     make_pico_pipeline().save_pretrained(folder / "base")
-    launch("fsdp_job", folder, processes=2)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(PROGRAMS / "fsdp_job.py")]
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return folder, torch.load(folder / "facts.pt", weights_only=True)
 
 

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +20,8 @@ from erase.eval.images import MANIFEST, SETTINGS, ImageSet, write_settings
 from erase.models.pipelines import FROZEN
 from erase.prompts.errors import ErasureError
 from erase.prompts.prompt_sets import PromptRow, PromptSet
+from tests.launching import environment, launch, start
 
-ROOT = Path(__file__).parents[1]
 OBJECTS = ("heart", "star", "moon", "house")
 ROWS = tuple(
     PromptRow(case, f"a red {OBJECTS[case % 4]}", 10 + case, None, {"object": OBJECTS[case % 4]})
@@ -397,55 +393,38 @@ generate(pipe, PromptSet("seven", rows), Path(out), config, {"fingerprint": "012
 
 
 @pytest.fixture(scope="module")
-def run_job(
-    pipe, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """run_job(out, end, launcher): makes the seven images in other processes, with the same model
-    and number of threads."""
+def job(pipe, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A program that makes the seven images, with the same model, and its folder."""
     folder = tmp_path_factory.mktemp("job")
     pipe.save_pretrained(folder)
     (folder / "rows.json").write_text(json.dumps([vars(row) for row in ROWS]))
     (folder / "job.py").write_text(SCRIPT)
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-
-    def run(out: Path, end: str, *launcher: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, *launcher, str(folder / "job.py"), str(folder), str(out), end]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-    return run
+    return [folder / "job.py", folder]
 
 
-def test_two_processes_make_the_same_bytes_as_one(whole: ImageSet, run_job, tmp_path: Path):
-    done = run_job(
-        tmp_path / "out",
-        "ends",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    )
-    assert done.returncode == 0, done.stderr
+def test_two_processes_make_the_same_bytes_as_one(whole: ImageSet, job, tmp_path: Path):
+    threads = torch.get_num_threads()
+    told = launch(*job, "out", "ends", folder=tmp_path, processes=2, threads=threads)
     assert files(tmp_path / "out") == files(whole.folder)
-    bars = set(re.findall(r"images.*?(\d+/\d+) ", done.stderr))
+    bars = set(re.findall(r"images.*?(\d+/\d+) ", told))
     # the main process's bar and share: batches 0 and 2; a fast step is not drawn
     assert {"0/4", "4/4"} <= bars <= {"0/4", "3/4", "4/4"}
 
 
 def test_a_run_killed_while_it_writes_is_finished_by_the_next(
-    pipe, whole: ImageSet, calls, run_job, tmp_path: Path
+    pipe, whole: ImageSet, calls, job, tmp_path: Path
 ):
-    died = run_job(tmp_path, "dies")
-    assert died.returncode == -signal.SIGKILL, died.stderr
-    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.png")}
+    out = tmp_path / "out"
+    own = environment(torch.get_num_threads())
+    died = start(*job, out, "dies", folder=tmp_path, environment=own)
+    died.join()
+    assert died.exitcode == -signal.SIGKILL
+    made = {path: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert {path.name for path in made} >= {"00000.png", "00001.png", "00002.png"}
-    assert not (tmp_path / "00004.png").exists()
+    assert not (out / "00004.png").exists()
     with pytest.raises(ErasureError, match="is not finished"):
-        ImageSet.open(tmp_path)
-    generate(pipe, PROMPTS, tmp_path, FAST, MADE_BY)
+        ImageSet.open(out)
+    generate(pipe, PROMPTS, out, FAST, MADE_BY)
     assert len(calls["unet"]) == 2 * FAST.steps  # the first batch was kept
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    assert files(whole.folder).items() <= files(tmp_path).items()
+    assert files(whole.folder).items() <= files(out).items()

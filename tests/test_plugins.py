@@ -20,6 +20,7 @@ from erase.plugins import PluginError
 from erase.prompts.errors import ErasureError
 from erase.scripts import run_erase, run_evaluate, run_export
 from erase.scripts.cli import run
+from tests.launching import launch
 from tests.loaded import loaded, watched
 
 TESTS = Path(__file__).parent
@@ -234,9 +235,11 @@ def check_report(folder: Path, evaluator: str) -> EvalReport:
 
 
 def test_an_installed_package_erases_and_evaluates_from_the_command_line(site, work):
-    command("run_erase", *erase_flags("fade"), "--out", "installed", path=site, cwd=work)
+    flags = [*erase_flags("fade"), "--out", "installed"]
+    launch("erase.scripts.run_erase", *flags, folder=work, path=site)
     flags = evaluate_flags("brightness", Path("installed/delta.safetensors"))
-    command("run_evaluate", *flags, "--out", "installed/report", path=site, cwd=work)
+    flags += ["--out", "installed/report"]
+    launch("erase.scripts.run_evaluate", *flags, folder=work, path=site)
     check_report(work / "installed" / "report", "brightness")
     assert json.loads((work / "installed" / "run.json").read_text())["method"] == "fade"
 

@@ -1,4 +1,4 @@
-"""Two processes, started by torchrun: what they share, what comes out the same as from one, and
+"""Two processes, as torchrun starts them: what they share, what comes out the same as from one, and
 what is refused."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from erase.training.config import TrainConfig
 from erase.training.loop import make_accelerator
 from erase.training.rules import scores
 from erase.training.statistics import Statistics
-from tests.launching import ROOT, launch
+from tests.launching import PROGRAMS, ROOT, launch
 from tests.programs.processes_job import (
     CONCEPT,
     DATA,
@@ -64,8 +64,13 @@ def two(one, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     for name in ("base", "prompts.csv", "mask.safetensors"):
         (folder / name).symlink_to(one / name)
-    done = launch("processes_job", folder, processes=2, threads=torch.get_num_threads())
-    return folder, torch.load(folder / "facts.pt", weights_only=True), done.stderr
+    stderr = launch(
+        PROGRAMS / "processes_job.py",
+        folder=folder,
+        processes=2,
+        threads=torch.get_num_threads(),
+    )
+    return folder, torch.load(folder / "facts.pt", weights_only=True), stderr
 
 
 def test_work_is_shared_by_turns_and_all_know_the_results(two):

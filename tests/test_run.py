@@ -5,12 +5,8 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,11 +23,10 @@ from erase.prompts.errors import ErasureError
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import demo, run_erase, run_evaluate, run_export
 from erase.scripts.cli import run
+from tests.launching import environment, launch, start
 from tests.run_fixtures import DATA, FLAGS, METHOD
 from tests.run_fixtures import base as base
 from tests.run_fixtures import erased as erased
-
-ROOT = Path(__file__).parents[1]
 
 
 def masked(**change):
@@ -155,47 +150,14 @@ def test_a_finished_run_is_not_done_again_and_another_is_refused(erased, base):
 def test_two_processes_give_the_delta_of_one(base, tmp_path):
     """Mask sums and gradients are shared before they are used: weights outside the mask stay, the
     rest agrees to rounding."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     flags = [
-        "--model",
-        str(base),
-        "--concept",
-        "heart",
-        "--anchor",
-        "star",
-        "--retain",
-        "a blue moon",
-        "--mask.batch_size",
-        "2",
-    ]
-    flags += [
-        *FLAGS,
-        "--train.optimizer",
-        "SGD",
-        "--train.lr",
-        "0.1",
-        "--train.optimizer_args",
-        "{weight_decay: 0.1}",
-    ]
+        "--model", str(base), "--concept", "heart", "--anchor", "star", "--retain", "a blue moon",
+        "--mask.batch_size", "2", *FLAGS, "--train.optimizer", "SGD", "--train.lr", "0.1",
+        "--train.optimizer_args", "{weight_decay: 0.1}",
+    ]  # fmt: skip
     for processes in (1, 2):
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(processes),
-            "--master_port",
-            "29517",
-        ]
-        command = [
-            sys.executable,
-            *launcher,
-            "-m",
-            "erase.scripts.run_erase",
-            *flags,
-            "--out",
-            str(tmp_path / str(processes)),
-        ]
-        subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True)
+        out = ["--out", str(processes)]
+        launch("erase.scripts.run_erase", *flags, *out, folder=tmp_path, processes=processes)
     from erase.mask import SaliencyMask
 
     masks = [SaliencyMask.load(tmp_path / n / "mask.safetensors") for n in "12"]
@@ -228,26 +190,22 @@ def test_command_killed_and_resumed_gives_the_same_delta(base, erased, tmp_path)
         "1",
     ]
     flags[flags.index("--train.steps") + 1] = "12"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def command(out):
         return [
-            sys.executable, "-m", "erase.scripts.run_erase", "--model", str(base),
-            "--concept", "heart", "--anchor", "star", "--retain", "a blue moon",
-            "--out", str(tmp_path / out), *flags,
+            "erase.scripts.run_erase", "--model", str(base), "--concept", "heart",
+            "--anchor", "star", "--retain", "a blue moon", "--out", out, *flags,
         ]  # fmt: skip
 
-    process = subprocess.Popen(
-        command("killed"), env=environment, cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    process = start(*command("killed"), folder=tmp_path, environment=environment())
     while not (tmp_path / "killed" / "training.pt").exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (tmp_path / "killed" / "delta.safetensors").exists()
     for out in ("killed", "whole"):
-        subprocess.run(command(out), env=environment, cwd=ROOT, check=True, capture_output=True)
+        launch(*command(out), folder=tmp_path)
     a, b = (ErasedDelta.load(tmp_path / out / "delta.safetensors") for out in ("killed", "whole"))
     assert same(a, b) and not (tmp_path / "killed" / "training.pt").exists()
 

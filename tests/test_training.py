@@ -2,13 +2,9 @@
 run."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
 import weakref
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +20,8 @@ from erase.training.loop import fit, make_accelerator
 from erase.training.optimizers import make_optimizer
 from erase.training.running import running
 from erase.training.trainable import Trainable
+from tests.launching import PROGRAMS, environment, launch, start
 
-ROOT = Path(__file__).parents[1]
 QUICK = TrainConfig(steps=4, lr=1e-3, batch_size=4)
 
 
@@ -357,24 +353,17 @@ def test_scopes(model):
 
 def test_killed_with_no_warning_and_resumed_gives_the_same_weights(tmp_path):
     """kill -9 in the middle of training, then the same command again."""
-    script = ROOT / "tests" / "programs" / "killed_training.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-    def command(state, out, *slow):
-        return [sys.executable, str(script), str(tmp_path / state), str(tmp_path / out), *slow]
-
-    process = subprocess.Popen(
-        command("a.state", "a.out", "slow"), env=environment, stdout=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if int(line) == 4:
-            time.sleep(0.1)
-            process.send_signal(signal.SIGKILL)
-            break
-    process.wait()
+    script = PROGRAMS / "killed_training.py"
+    process = start(script, "a.state", "a.out", "slow", folder=tmp_path, environment=environment())
+    while "4" not in (tmp_path / "stdout").read_text().splitlines():
+        assert process.is_alive()
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.kill()
+    process.join()
     assert not (tmp_path / "a.out").exists() and (tmp_path / "a.state").exists()
-    subprocess.run(command("a.state", "a.out"), env=environment, check=True)
-    subprocess.run(command("b.state", "b.out"), env=environment, check=True)
+    launch(script, "a.state", "a.out", folder=tmp_path)
+    launch(script, "b.state", "b.out", folder=tmp_path)
     a, b = (torch.load(tmp_path / name, weights_only=True) for name in ("a.out", "b.out"))
     assert all(torch.equal(a[name], b[name]) for name in b)
 
