@@ -17,11 +17,14 @@ LINT := "$(BIN)/ruff" check && "$(BIN)/ruff" format --check && "$(BIN)/mypy"
 
 .PHONY: test demo lint format docs matrix clean
 
-# Workers begin with half of the tests each, so that a file has its fixtures once. Lint comes last and always: a complaint of ruff or mypy hides no test, a failing test no complaint.
+# Workers begin with half of the tests each, so that a file has its fixtures once; what they and the processes of tests compile, they keep.
+# Lint runs beside them and is shown last and always: a complaint of ruff or mypy hides no test, a failing test no complaint.
 test: $(READY) .links
 	@failed=0; \
-	OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist worksteal || failed=1; \
-	$(LINT) || failed=1; \
+	{ $(LINT); } > "$(VENV)/lint.txt" 2>&1 & \
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 "$(BIN)/python" -m pytest -n 2 --dist worksteal || failed=1; \
+	wait $$! || failed=1; \
+	cat "$(VENV)/lint.txt"; \
 	exit $$failed
 
 demo: $(READY)
