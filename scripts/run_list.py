@@ -1,9 +1,9 @@
-"""List what can be named on a command line, one line each.
+"""List what can be named on a command line.
 
 Methods, evaluators, attacks, protocols, concepts, prompt sets, recipes,
 families of checkpoints and scopes; what other packages bring is marked.
 
-all of it, or some, with the papers:
+the names of all; of some also what they are, with the papers:
   erase-list
   erase-list methods recipes
 how many weights each scope has in a checkpoint:
@@ -19,8 +19,8 @@ import shutil
 import sys
 
 from erase.prompts.errors import ErasureError, unknown
-from erase.scripts.cli import Parser, parse, parser, run
-from erase.scripts.cli.catalogue import SECTIONS, as_text, scopes
+from erase.scripts.cli import Parser, note, parse, parser, run
+from erase.scripts.cli.catalogue import SECTIONS, as_names, as_text, scopes
 
 NARROWEST = 60  # columns
 
@@ -35,13 +35,13 @@ def make_parser() -> Parser:
         type=str,
         nargs="*",
         default=[],
-        help=f"{', '.join(SECTIONS)}; all if none is named, and then without the papers",
+        help=f"{', '.join(SECTIONS)}; if none is named, the names in all of them",
     )
     command.add_argument(
         "--model",
         type=str | None,
         default=None,
-        help="with scopes: the checkpoint whose weights are counted",
+        help="of scopes: the checkpoint whose weights are counted",
     )
     command.add_argument(
         "--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read"
@@ -53,7 +53,7 @@ def make_parser() -> Parser:
 def main(argv: list[str] | None = None) -> None:
     """Parse, list."""
     options = parse(make_parser(), argv)
-    names = options.what or list(SECTIONS)
+    names = options.what or (["scopes"] if options.model else list(SECTIONS))
     for name in names:
         if name not in SECTIONS:
             raise unknown("list", name, SECTIONS)
@@ -70,9 +70,13 @@ def main(argv: list[str] | None = None) -> None:
         for name, entries in lists.items():
             plain[name] = [entry.plain() for entry in entries]
         print(json.dumps(plain, indent=1, ensure_ascii=False))
+        return
+    width = max(shutil.get_terminal_size().columns, NARROWEST)
+    if options.what or options.model:
+        print(as_text(lists, width))
     else:
-        width = max(shutil.get_terminal_size().columns, NARROWEST)
-        print(as_text(lists, width, papers=bool(options.what)))
+        print(as_names(lists, width))
+        note("what they are: erase-list LIST, such as erase-list methods")
 
 
 def cli() -> None:

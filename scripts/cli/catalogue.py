@@ -171,21 +171,40 @@ def _members(index: Index[Any]) -> Iterator[Entry]:
         yield Entry(name, text, paper, package)
 
 
-def as_text(lists: Mapping[str, Sequence[Entry]], width: int, papers: bool) -> str:
-    """The lists as columns: names, and beside them what they are, wrapped at so many signs, each
-    paper once if at all."""
+def as_names(lists: Mapping[str, Sequence[Entry]], width: int) -> str:
+    """The names in each list, wrapped at so many signs."""
+    rows = []
+    for title, entries in lists.items():
+        marked = [f"{one.name} (of {one.package})" if one.package else one.name for one in entries]
+        rows.append((title, ", ".join(marked)))
+    return _columns({"": rows}, width, 10)
+
+
+def as_text(lists: Mapping[str, Sequence[Entry]], width: int) -> str:
+    """The lists as columns, wrapped at so many signs: names, and beside them what they are, each
+    paper once."""
+    shown = {}
+    for title, entries in lists.items():
+        told, rows = {""}, []
+        for entry in entries:
+            paper = f"; {entry.paper}" if entry.paper not in told else ""
+            told.add(entry.paper)
+            rows.append((f"  {entry.name}", _line(entry, entries) + paper))
+        shown[title] = rows
+    return _columns(shown, width, 16)
+
+
+def _columns(lists: Mapping[str, Sequence[tuple[str, str]]], width: int, first: int) -> str:
     console = Console(width=width, highlight=False, markup=False)
     with console.capture() as written:
-        for title, entries in lists.items():
-            console.print(title)
+        for title, rows in lists.items():
+            if title:
+                console.print(title)
             table = Table.grid(padding=(0, 2, 0, 0))
-            table.add_column(min_width=16, no_wrap=True)
+            table.add_column(min_width=first, no_wrap=True)
             table.add_column()
-            told = {""}
-            for entry in entries:
-                paper = f"; {entry.paper}" if papers and entry.paper not in told else ""
-                told.add(entry.paper)
-                table.add_row(Text(f"  {entry.name}"), Text(_line(entry, entries) + paper))
+            for left, right in rows:
+                table.add_row(Text(left), Text(right))
             console.print(table)
     return "\n".join(line.rstrip() for line in written.get().splitlines())
 
