@@ -17,6 +17,7 @@ several processes:
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 from jsonargparse import Namespace
 
@@ -27,6 +28,7 @@ from erase.scripts.cli import (
     OneDelta,
     Parser,
     Words,
+    add_base,
     add_config,
     add_prompts,
     build,
@@ -36,26 +38,21 @@ from erase.scripts.cli import (
     parser,
     run,
 )
-from erase.scripts.cli.foreign import add_erased, check_erased
+from erase.scripts.cli.foreign import add_erased, check_erased, erased_base
+
+if TYPE_CHECKING:  # --help needs none of it
+    from erase.delta import ErasedDelta
+    from erase.models import DiffusionModel
 
 
 def make_parser() -> Parser:
     """All options."""
     from erase.eval.generate import GenerateConfig
-    from erase.models import LoadConfig
 
     command = parser("erase-generate", __doc__)
-    command.add_argument(
-        "--model",
-        type=str,
-        default="canvas",
-        help="canvas or canvas-flow (shipped), a diffusers folder, a single file, or a hub id",
-    )
-    command.add_argument(
-        "--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read"
-    )
     command.add_argument("--delta", action=OneDelta, help="an erasure to apply to the model first")
     add_erased(command)
+    add_base(command, ", or else canvas")
     add_prompts(command, "canvas, its answer set of 2,400 images, if no prompt is given")
     command.add_argument(
         "--prompt", action=Words, help="a prompt of one image; may be given several times"
@@ -75,21 +72,14 @@ def make_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, generate, say where the images are."""
-    from erase.delta import ErasedDelta
     from erase.eval.generate import GenerateConfig, generate
-    from erase.foreign import read_erased
-    from erase.models import load_model
-    from erase.parallel.processes import default_device
 
     options = parse(make_parser(), argv)
     check_folder(options.out)
     check_erased(options, None)
     prompts = chosen(options)
-    delta = ErasedDelta.load(options.delta) if options.delta else None
-    model = load_model(options.model, default_device(), options.load)
+    model, delta = drawing(options)
     tell_strange(model.name, prompts)
-    if options.erased:
-        delta = read_erased(model, options.erased, options=options.load)
     provenance = {"model": model.name, "delta": "none"}
     if delta:
         delta.apply(model)
@@ -99,6 +89,24 @@ def main(argv: list[str] | None = None) -> None:
         model.pipeline(), prompts, options.out, build(GenerateConfig, options), provenance
     )
     print(f"{options.out}: {counted(len(images.rows), 'image')}")
+
+
+def drawing(options: Namespace) -> tuple[DiffusionModel, ErasedDelta | None]:
+    """The base, loaded, and what is to be applied to it."""
+    from erase.delta import ErasedDelta
+    from erase.delta.base import load_base
+    from erase.foreign import read_erased
+    from erase.models import load_model
+    from erase.parallel.processes import default_device
+
+    device = default_device()
+    if options.erased:
+        model = erased_base(options, device)
+        return model, read_erased(model, options.erased, options=options.load)
+    if options.delta:
+        delta = ErasedDelta.load(options.delta)
+        return load_base(delta, options.model, device, options.load), delta
+    return load_model(options.model or "canvas", device, options.load), None
 
 
 def chosen(options: Namespace) -> PromptSet:

@@ -67,6 +67,17 @@ def scores(report: EvalReport, row: str) -> dict[str, tuple[float, int]]:
     return {score.name: (score.value, score.n) for score in report.rows[row]}
 
 
+def test_images_are_drawn_on_the_base_that_a_delta_names(work, base, tmp_path):
+    path, out = tmp_path / "delta.safetensors", tmp_path / "images"
+    erased = ["--model", str(base), "--erased", str(work / "esd.safetensors")]
+    named = ["--concepts", "heart", "--format", "delta", "--out", str(path)]
+    assert run(run_export.main, [*erased, *named]) == 0
+    drawn = ["--prompts", str(work / "hearts.csv"), "--steps", "1", "--batch_size", "2"]
+    assert run(run_generate.main, ["--delta", str(path), *drawn, "--out", str(out)]) == 0
+    for image in (work / "images").glob("*.png"):
+        assert (out / image.name).read_bytes() == image.read_bytes()
+
+
 def test_a_foreign_checkpoint_is_evaluated_as_a_delta_is(work, base, tmp_path):
     """The report of ESD's file is that of the delta which it is exported to."""
     erased = ["--model", base, "--erased", work / "esd.safetensors", "--concepts", "heart"]

@@ -147,15 +147,17 @@ def _version_of(package: str) -> str:
         return ""
 
 
-def add_base(command: Parser) -> None:
-    """Options of the base that a delta belongs to: `--model` and `--load`."""
+def add_base(command: Parser, otherwise: str = "") -> None:
+    """Options of the base that a delta belongs to, `--model` and `--load`; `otherwise` says what is
+    loaded where there is no delta."""
     from erase.models.config import LoadConfig
 
     command.add_argument(
         "--model",
         type=str | None,
         default=None,
-        help="the base; by default the one that the delta names",
+        help="the base: canvas or canvas-flow (shipped), a diffusers folder, a single file or a "
+        f"hub id; by default the one that the delta names{otherwise}",
     )
     command.add_argument(
         "--load",

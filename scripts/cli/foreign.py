@@ -71,25 +71,13 @@ def erased_model(
 ) -> tuple[DiffusionModel, ErasedDelta]:
     """The base, loaded, and what `--erased` names as a delta of it.
 
-    Where all of it are deltas, the base is the one that the first of them names, unless another is
-    given; else it is canvas, unless another is given.
-
     Raises:
         ErasureError: as `erase.foreign.read_erased`; or no concept is named, by an option or by a
             delta.
     """
-    from erase.delta import ErasedDelta
-    from erase.delta.base import load_base
     from erase.foreign import read_erased
-    from erase.foreign.files import find
-    from erase.models import load_model
 
-    sources = [find(path, options.load.variant) for path in options.erased]
-    if all(source.kind == "delta" for source in sources):
-        first = ErasedDelta.load(sources[0].path)
-        model = load_base(first, options.model, device, options.load)
-    else:
-        model = load_model(options.model or "canvas", device, options.load)
+    model = erased_base(options, device)
     concepts = concepts_named(options.concepts, model.name) if options.concepts else []
     delta = read_erased(model, options.erased, concepts, options.load)
     if not delta.concepts:
@@ -97,3 +85,18 @@ def erased_model(
             f"{delta.source} does not say what was forgotten; name it with --concepts"
         )
     return model, delta
+
+
+def erased_base(options: Namespace, device: str | torch.device) -> DiffusionModel:
+    """The base of what `--erased` names: `--model`; else, where all of it are deltas, the one that
+    the first of them names; else canvas."""
+    from erase.delta import ErasedDelta
+    from erase.delta.base import load_base
+    from erase.foreign.files import find
+    from erase.models import load_model
+
+    sources = [find(path, options.load.variant) for path in options.erased]
+    if all(source.kind == "delta" for source in sources):
+        first = ErasedDelta.load(sources[0].path)
+        return load_base(first, options.model, device, options.load)
+    return load_model(options.model or "canvas", device, options.load)
