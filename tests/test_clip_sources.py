@@ -355,6 +355,19 @@ def test_a_clip_of_the_hub_does_not_run_its_own_python(way: str, evil: Path, mon
     assert not (evil.parent / "ran").exists()
 
 
+def test_a_clip_of_the_hub_is_told_before_its_client_tries(monkeypatch, caplog):
+    def unreached(*_: object, **__: object) -> str:
+        assert "HF_HUB_OFFLINE=1" in caplog.text
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreached)
+    monkeypatch.setattr("open_clip.create_model_from_pretrained", unreached)
+    for source in ({"model": "hf-hub:a/b"}, {"model": "ViT-B-32", "pretrained": "laion2b_e16"}):
+        caplog.clear()
+        with caplog.at_level("INFO", "erase"), pytest.raises(ErasureError, match="no network"):
+            clip.load_clip(clip.Config(**source, device="cpu"))
+
+
 def test_weights_that_are_a_program_are_refused(weights: Path, tmp_path: Path):
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps(Bomb(tmp_path / "ran")))
     torch.jit.script(torch.nn.Linear(1, 1)).save(str(tmp_path / "ViT-B-32.pt"))

@@ -645,6 +645,13 @@ def test_no_bar_is_made_but_by_that_function():
         assert path.stem == "progress" or "tqdm(" not in path.read_text(encoding="utf-8"), path
 
 
+def test_of_the_libraries_only_errors_are_heard():
+    assert run(lambda _: None, []) == 0
+    for name in ("diffusers.pipelines.any", "transformers.any", "huggingface_hub.any"):
+        log = logging.getLogger(name)
+        assert log.isEnabledFor(logging.ERROR) and not log.isEnabledFor(logging.WARNING)
+
+
 def test_quiet_leaves_results_and_errors_alone_and_ends_with_the_command(capsys, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from erase.eval.canvas.judges import clip_folder
 from erase.eval.evaluators.clip_activation import decide_quick_gelu
-from erase.eval.evaluators.clip_sources import Source, check_weights, find_source
+from erase.eval.evaluators.clip_sources import HUB, Source, check_weights, find_source, tag_config
 from erase.eval.images import ImageSet
 from erase.parallel.processes import default_device, in_shares
 from erase.prompts.errors import ErasureError, reason
 
 CANVAS = "canvas"
+log = logging.getLogger("erase")
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,12 @@ def _load(model: str, pretrained: str | None, quick_gelu: bool | None, device: s
     if model == CANVAS and pretrained:
         raise ErasureError(
             f"canvas brings its own weights; name the CLIP model of {pretrained!r} with clip.model"
+        )
+    if model.startswith(HUB) or tag_config(model, pretrained):
+        log.info(
+            "CLIP %s is fetched from the hub, unless this machine has it; without a network its "
+            "client tries for up to a minute, and HF_HUB_OFFLINE=1 spares that",
+            " ".join(filter(None, [model, pretrained])),
         )
     source = find_source(str(clip_folder()) if model == CANVAS else model, pretrained)
     quick_gelu = decide_quick_gelu(source, quick_gelu)

@@ -172,13 +172,15 @@ def alone(command: str) -> None:
 
 
 def _mute_libraries() -> None:
-    """Only our own progress bars, not those of every file that a library loads; and of the hub's
-    client only errors, once: it has a handler of its own, and tells of every try."""
+    """Only our own progress bars, not those of every file that a library loads, and of the
+    libraries only errors: they tell of every prompt that is cut, which a line of ours counts, and
+    of every try to reach the hub, whose client has a handler of its own."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
     hub = logging.getLogger("huggingface_hub")
     hub.propagate = False
     hub.setLevel(logging.ERROR)
