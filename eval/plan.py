@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from erase.claims import flat
 from erase.delta import ErasedDelta
 from erase.eval.budget import Budget, Speed, speed
 from erase.eval.case import Case
@@ -219,5 +220,5 @@ def _packages(name: str, evaluator: Evaluator[Any]) -> list[str]:
 
 
 def _departures(evaluator: Evaluator[Any], settings: Any) -> dict[str, Any]:
-    usual = asdict(evaluator.config)
-    return {key: value for key, value in asdict(settings).items() if usual.get(key) != value}
+    usual = flat(asdict(evaluator.config))
+    return {key: value for key, value in flat(asdict(settings)).items() if usual.get(key) != value}

@@ -47,6 +47,7 @@ from erase.scripts.cli import (
     read_concepts,
     run,
 )
+from erase.scripts.cli.idle import check_alone
 from erase.scripts.cli.plugins import names_given
 from erase.scripts.cli.recipes import recipes
 
@@ -157,6 +158,28 @@ def _more(config: EraseConfig, settings: TunedConfig, concepts: int) -> Iterator
         yield f"the defaults are for one concept; for {concepts} concepts use {' '.join(more)}"
 
 
+def needs(config: EraseConfig, settings: Any, after: str | None) -> dict[str, tuple[object, str]]:
+    """Options that another decides about: whether it has them looked at, and what it is."""
+    from erase.training.config import TunedConfig
+    from erase.training.saliency import ranking_of
+
+    images = config.latents.forget_images or config.latents.retain_images
+    found: dict[str, tuple[object, str]] = {
+        "latents.captions": (images, "--latents.forget_images or --latents.retain_images"),
+        "latents.earlier": (after, "--after"),
+    }
+    if not isinstance(settings, TunedConfig):
+        return found
+    by_forget = ranking_of(settings.mask) == "forget"
+    return found | {
+        "barrier": (settings.combine == "barrier", "--combine barrier"),
+        "smoothing_draws": (settings.smoothing, "--smoothing"),
+        "mask.batch_size": (by_forget, "--mask.rule forget"),
+        "mask.guidance": (by_forget, "--mask.rule forget"),
+        "mask.batches": (not by_forget, "another --mask.rule than forget"),
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parse, erase, say what was made."""
     from erase.delta import ErasedDelta
@@ -181,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
         print(to_yaml(concepts), end="")
         return
     settings = build(type(get_method(method).config), options)
+    check_alone(sys.argv[1:] if argv is None else argv, needs(config, settings, options.after))
     after = ErasedDelta.load(options.after) if options.after else None
     if not config_files(argv):
         for hint in hints(config, settings, len(concepts)):

@@ -78,6 +78,21 @@ BAD = [
         ["--concept", "heart", "--latents.steps", "1001"],
         "steps is 1001; it must be between 1 and 1000",
     ),
+    *(
+        (
+            ["--concept", "heart", *option.split()],
+            f"{option.split()[0]} does nothing without {what}",
+        )
+        for option, what in [
+            ("--latents.earlier 0.5", "--after"),
+            ("--latents.captions folder", "--latents.forget_images or --latents.retain_images"),
+            ("--barrier 2", "--combine barrier"),
+            ("--smoothing_draws 5", "--smoothing;"),
+            ("--mask.guidance 3 --mask.rule benefit", "--mask.rule forget"),
+            ("--mask.batch_size 2 --mask.rule benefit", "--mask.rule forget"),
+            ("--mask.batches 2 --mask.rule forget", "another --mask.rule than forget"),
+        ]
+    ),
     (["--concept", "heart", "--mask.file", "nowhere"], "mask.file: there is no file nowhere"),
     (
         ["--concept", "heart", "--mask.saliency", "nowhere"],

@@ -45,6 +45,15 @@ def test_a_plan_counts_what_is_left_to_draw_and_writes_nothing(model, tmp_path):
     assert len(files(tmp_path)) == len(there) - 1
 
 
+def test_of_a_budget_a_plan_tells_what_is_not_usual(model, tmp_path):
+    attack = EVALUATORS.get("attack").config
+    attack = replace(attack, pseudo_token=replace(attack.pseudo_token, steps=9))
+    config = EvaluateConfig(["attack"], CONFIG.generate, {"attack": attack})
+    (judged,) = plan(model, delta_of(model), PROMPTS, tmp_path / "out", config).judged
+    told = {name: value for name, value in judged.evaluators["attack"].items() if "token" in name}
+    assert told == {"pseudo_token.steps": 9}
+
+
 def test_a_plan_tells_all_that_is_missing(model, tmp_path, monkeypatch):
     absent = replace(EVALUATORS.get("drift"), packages=("no-such-package",))
     get = EVALUATORS.get

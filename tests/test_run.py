@@ -152,7 +152,7 @@ def test_two_processes_give_the_delta_of_one(base, tmp_path):
     rest agrees to rounding."""
     flags = [
         "--model", str(base), "--concept", "heart", "--anchor", "star", "--retain", "a blue moon",
-        "--mask.batch_size", "2", *FLAGS, "--train.optimizer", "SGD", "--train.lr", "0.1",
+        *FLAGS, "--train.optimizer", "SGD", "--train.lr", "0.1",
         "--train.optimizer_args", "{weight_decay: 0.1}",
     ]  # fmt: skip
     for processes in (1, 2):
@@ -184,8 +184,6 @@ def test_command_killed_and_resumed_gives_the_same_delta(base, erased, tmp_path)
         *FLAGS,
         "--train.lr",
         "0.001",
-        "--mask.batch_size",
-        "4",
         "--train.checkpoint_every",
         "1",
     ]

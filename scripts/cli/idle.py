@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from erase.prompts.errors import ErasureError
 
@@ -29,4 +29,22 @@ def check_idle(
             raise ErasureError(
                 f"{option} is given, and {name} does not run ({', '.join(running)}); name it in "
                 f"{what}, or leave {option} out"
+            )
+
+
+def check_alone(words: Sequence[str], needs: Mapping[str, tuple[object, str]]) -> None:
+    """Refuse an option that does nothing without another which is not there.
+
+    Args:
+        words: the command line.
+        needs: option -> (whether the other is there, the other).
+
+    Raises:
+        ErasureError: such an option, by its name.
+    """
+    given = {word.partition("=")[0] for word in words}
+    for option, (there, other) in needs.items():
+        if f"--{option}" in given and not there:
+            raise ErasureError(
+                f"--{option} does nothing without {other}; add that, or leave --{option} out"
             )
