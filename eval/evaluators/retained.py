@@ -139,6 +139,8 @@ def in_sizes(features: Callable[..., Tensor], *columns: Sequence[Image.Image]) -
     found: dict[int, Tensor] = {}
     for size in dict.fromkeys(sizes):
         places = [place for place, own in enumerate(sizes) if own == size]
-        batches = [pixels([column[place] for place in places]) for column in columns]
+        batches = []
+        for column in columns:
+            batches.append(pixels([column[place] for place in places]))
         found |= zip(places, features(*batches), strict=True)
     return torch.stack([found[place] for place in range(len(sizes))])

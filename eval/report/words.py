@@ -244,7 +244,7 @@ def weak_attacks(report: EvalReport, target: str) -> list[str]:
     """The attacks that do not find the concept in the base itself (`extras` of the evaluator
     `attack`)."""
     told, lines = report.extras.get("attacks", {}), []
-    of_base = []
+    of_base: list[tuple[str, Any]] = []
     for label, one in told.items() if isinstance(told, Mapping) else ():
         if label.partition(", ")[0] == BASE and isinstance(one, Mapping):
             of_base += one.items()
