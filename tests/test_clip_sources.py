@@ -4,6 +4,7 @@ of it runs as code."""
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from erase.eval.canvas.judges import clip_folder
@@ -358,14 +360,22 @@ def test_a_clip_of_the_hub_does_not_run_its_own_python(way: str, evil: Path, mon
 def test_a_clip_of_the_hub_is_told_before_its_client_tries(monkeypatch, caplog):
     def unreached(*_: object, **__: object) -> str:
         assert "HF_HUB_OFFLINE=1" in caplog.text
-        raise OSError("no network")
+        raise FileNotFoundError("Last error") from LocalEntryNotFoundError("no network")
+
+    def logged(*_: object, **__: object) -> str:
+        logging.error("open_clip's own word")
+        return unreached()
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreached)
-    monkeypatch.setattr("open_clip.create_model_from_pretrained", unreached)
-    for source in ({"model": "hf-hub:a/b"}, {"model": "ViT-B-32", "pretrained": "laion2b_e16"}):
+    monkeypatch.setattr("open_clip.create_model_from_pretrained", logged)
+    for source, said in (
+        ({"model": "hf-hub:a/b"}, "Last error.*check the name and the network"),
+        ({"model": "ViT-B-32", "pretrained": "laion2b_e16"}, "not on this machine, and the hub"),
+    ):
         caplog.clear()
-        with caplog.at_level("INFO", "erase"), pytest.raises(ErasureError, match="no network"):
+        with caplog.at_level("INFO", "erase"), pytest.raises(ErasureError, match=said):
             clip.load_clip(clip.Config(**source, device="cpu"))
+        assert len(caplog.records) == 1
 
 
 def test_weights_that_are_a_program_are_refused(weights: Path, tmp_path: Path):

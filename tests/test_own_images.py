@@ -131,7 +131,7 @@ def test_files_that_are_no_images_are_counted_and_hidden_ones_are_not_missed(
         "h.jp2",
     ]
     for words in (
-        "6 files are no images",
+        "6 files skipped as no image",
         "2 .heic",
         "1 .mp4",
         "1 without a suffix",

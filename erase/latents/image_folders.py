@@ -75,7 +75,9 @@ def read_folder(folder: str, captions: str) -> list[OwnImage]:
             "it out to sample them"
         )
     if passed:
-        log.info("%s: %d files are no images and are skipped (%s)", folder, skipped.total(), passed)
+        log.info(
+            "%s: %s skipped as no image (%s)", folder, counted(skipped.total(), "file"), passed
+        )
     if captions == "folder":
         return [OwnImage(path, subject=_subject(path.parent)) for path in files]
     return [OwnImage(path) for path in files] if captions == "none" else _with_texts(files, folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from erase.eval.canvas.judges import clip_folder
 from erase.eval.evaluators.clip_activation import decide_quick_gelu
 from erase.eval.evaluators.clip_sources import HUB, Source, check_weights, find_source, tag_config
 from erase.eval.images import ImageSet
+from erase.models.loading import unreached
 from erase.parallel.processes import default_device, in_shares
 from erase.prompts.errors import ErasureError, reason
 
@@ -102,9 +104,11 @@ def _load(model: str, pretrained: str | None, quick_gelu: bool | None, device: s
         Exception
     ) as error:  # open_clip lets through whatever its parsers, readers and downloads raise
         weights = f" with weights {pretrained!r}" if pretrained else ""
+        absent = "they are not on this machine, and the hub cannot be reached"
         raise ErasureError(
-            f"open_clip cannot load {model!r}{weights}: {reason(error)}; give a folder in "
-            "open_clip's format or a name and tag that it lists"
+            f"open_clip cannot load {model!r}{weights}: "
+            f"{absent if unreached(error) else reason(error)}; give a folder in open_clip's format "
+            "or a name and tag that it lists, or other evaluators"
         ) from error
     return Clip(
         " ".join(filter(None, [model, pretrained])), network.eval(), preprocess, tokenizer, device
@@ -115,7 +119,7 @@ def _built(source: Source, quick_gelu: bool, device: str) -> tuple[Any, Any, Any
     """Network, preprocessing and tokenizer, by open_clip."""
     import open_clip
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _unlogged():
         # it compares before the activation is set
         warnings.filterwarnings("ignore", "QuickGELU mismatch")
         network, preprocess = open_clip.create_model_from_pretrained(
@@ -125,3 +129,13 @@ def _built(source: Source, quick_gelu: bool, device: str) -> tuple[Any, Any, Any
     # out
     safe = {"trust_remote_code": False} if source.model["text_cfg"].get("hf_tokenizer_name") else {}
     return network, preprocess, open_clip.get_tokenizer(source.name, **safe)
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Within the block nothing is logged: open_clip logs what it raises, too."""
+    logging.disable()
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -183,9 +183,10 @@ def as_names(lists: Mapping[str, Sequence[Entry]], width: int) -> str:
 def as_text(lists: Mapping[str, Sequence[Entry]], width: int) -> str:
     """The lists as columns, wrapped at so many signs: names, and beside them what they are, each
     paper once."""
-    shown = {}
+    shown: dict[str, list[tuple[str, str]]] = {}
     for title, entries in lists.items():
-        told, rows = {""}, []
+        told = {""}
+        rows: list[tuple[str, str]] = []
         for entry in entries:
             paper = f"; {entry.paper}" if entry.paper not in told else ""
             told.add(entry.paper)
