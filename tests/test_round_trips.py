@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
+from safetensors.torch import load_file
 
 from erase.delta import ErasedDelta
 from erase.export import (
@@ -17,7 +18,7 @@ from erase.export import (
     export_single_file,
 )
 from erase.export.lora import extract_lora
-from erase.models import load_model
+from erase.models import LoadConfig, load_model
 from tests.families import tiny_flux, tiny_sd1, tiny_sd2, tiny_sd3, tiny_sdxl
 from tests.made import maker
 from tests.transformer_files import check_file_both_ways
@@ -110,20 +111,25 @@ def test_delta(made, family, tmp_path):
     assert np.array_equal(image(model.pipeline()), it.image)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize("family", SINGLE)
-def test_a_base_in_one_file_gives_the_same_delta(made, family, suffix, tmp_path):
-    it, path = made(family), tmp_path / f"base{suffix}"
-    it.write_base(tmp_path / "base.safetensors")
-    if suffix == ".ckpt":
-        from safetensors.torch import load_file
-
-        torch.save({"state_dict": load_file(tmp_path / "base.safetensors")}, path)
+def test_a_base_in_one_file_gives_the_same_delta(made, family, tmp_path):
+    it, path = made(family), tmp_path / "base.safetensors"
+    it.write_base(path)
     delta = it.from_one_file(path, tmp_path / "run")
     assert delta.sha256 == it.delta.sha256
     # the base is read as the delta says it was
     export_diffusers(delta, str(path), tmp_path / "out")
     assert np.array_equal(image(DiffusionPipeline.from_pretrained(tmp_path / "out")), it.image)
+
+
+@pytest.mark.parametrize("family", SINGLE)
+def test_a_pickled_base_in_one_file_is_the_same_base(made, family, tmp_path):
+    it = made(family)
+    weights = load_file(it.write_base(tmp_path / "base.safetensors"))
+    torch.save({"state_dict": weights}, tmp_path / "base.ckpt")
+    options = LoadConfig(config=str(it.base))
+    model = it.delta.apply(load_model(tmp_path / "base.ckpt", options=options))
+    assert np.array_equal(image(model.pipeline()), it.image)
 
 
 @pytest.mark.parametrize("family", FLOW)
