@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from erase.files import errors_named, load_tensors, save_tensors
+from erase.files import errors_named
 from erase.prompts.errors import ErasureError
+from erase.tensor_files import load_tensors, save_tensors
 from erase.tensors import pack, top_k, unpack
 
 

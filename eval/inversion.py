@@ -12,10 +12,10 @@ from torch import Tensor
 from erase.attacks import probes
 from erase.attacks.probes import Inverted, Sampling
 from erase.eval.attempts import Attempts
-from erase.files import load_tensors, save_tensors
 from erase.models import DiffusionModel
 from erase.models.pipelines import decode, frozen_facts
 from erase.parallel.processes import exists_on_all, in_shares, processes
+from erase.tensor_files import load_tensors, save_tensors
 from erase.tensors import sha256_of
 
 

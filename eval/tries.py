@@ -16,12 +16,13 @@ from torch import Tensor
 from erase.attacks import ALONE, NAMED, Attack, Found, Known, check_own_rows
 from erase.attacks.pseudo_token import nameless
 from erase.eval.attempts import Attempts
-from erase.files import errors_named, load_tensors, save_tensors
+from erase.files import errors_named
 from erase.latents.latent_set import Given, LatentSet
 from erase.models import DiffusionModel
 from erase.parallel.processes import exists_on_all, processes
 from erase.prompts.concepts import ConceptSpec
 from erase.task import Task
+from erase.tensor_files import load_tensors, save_tensors
 from erase.tensors import sha256_of
 
 

@@ -18,16 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from erase import files
 from erase.export.whole import new_folder
-from erase.files import (
-    DTYPES,
-    atomic_write,
-    file_sha256,
-    load_tensors,
-    save_tensors,
-    stream_tensors,
-)
+from erase.files import atomic_write, file_sha256
 from erase.prompts.errors import ErasureError
 from erase.prompts.reading import read_text
+from erase.tensor_files import DTYPES, load_tensors, save_tensors, stream_tensors
 from tests.texts import raises
 
 

@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 
 from erase import files
 from erase.delta import ErasedDelta
-from erase.files import atomic_write, save_tensors
+from erase.files import atomic_write
 from erase.mask import SaliencyMask
 from erase.models import load_model
 from erase.models.loading import check_model
 from erase.prompts.errors import ErasureError
 from erase.scripts import run_erase, run_evaluate, run_export, run_generate
 from erase.scripts.cli import parse, run
+from erase.tensor_files import save_tensors
 from erase.training.config import MaskConfig
 from erase.training.statistics import Statistics
 from tests.texts import raises, written

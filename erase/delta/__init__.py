@@ -17,10 +17,10 @@ from erase.delta.mismatch import way_out
 from erase.delta.notebook import facts_table
 from erase.delta.origin import NOTHING, Origin, concepts_of, gone, read_origin, requests_of
 from erase.delta.stored import check_values, delta_file, read_delta, stored_tensors
-from erase.files import save_tensors
 from erase.models import DiffusionModel
 from erase.models.naming import former_fingerprint
 from erase.prompts.errors import ErasureError
+from erase.tensor_files import save_tensors
 from erase.tensors import all_finite, indices, pack, unpack
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from erase.delta.origin import check_metadata
-from erase.files import load_tensors
 from erase.prompts.errors import ErasureError
 from erase.prompts.reading import as_path, why
+from erase.tensor_files import load_tensors
 from erase.tensors import all_finite, from_gaps, span, to_gaps, unpack
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -23,8 +23,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from erase.files import stream_tensors
 from erase.models.pipelines import Pipeline
+from erase.tensor_files import stream_tensors
 
 OLD_PREFIX = "text_model."
 RENAMED = ("embeddings.", "encoder.", "final_layer_norm.")

@@ -21,11 +21,11 @@ from erase.delta.origin import config_of
 from erase.export.diffusers_layout import adapter_config, diffusers_tensors, silent_factors
 from erase.export.kohya import OUTSIDE, kohya_entries, kohya_tensors, lora_header
 from erase.export.published import published
-from erase.files import save_tensors
 from erase.models import DiffusionModel
 from erase.models.naming import named_layers
 from erase.models.single_file.ldm import Entry
 from erase.prompts.errors import ErasureError, unknown
+from erase.tensor_files import save_tensors
 
 RANK = 16
 LAYOUTS = {

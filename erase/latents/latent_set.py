@@ -12,8 +12,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from erase.files import errors_named, load_tensors, save_tensors
+from erase.files import errors_named
 from erase.prompts.errors import ErasureError
+from erase.tensor_files import load_tensors, save_tensors
 
 T = TypeVar("T")
 TENSORS, TEXTS = ("latents", "std", "shows_anchor", "image", "noise", "t"), ("prompts", "anchors")

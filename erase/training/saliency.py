@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from erase.claims import check_artifact
-from erase.files import load_metadata
 from erase.latents.batches import draw_rows
 from erase.latents.latent_set import texts_of
 from erase.losses import denoising, forgetting, guided
@@ -23,6 +22,7 @@ from erase.mask import Saliency, SaliencyMask
 from erase.parallel.layout import ActiveWeights
 from erase.parallel.processes import exists_on_all, processes, progress, round_robin
 from erase.task import Task, describe
+from erase.tensor_files import load_metadata
 from erase.training.batches import PromptedRows, row_batches
 from erase.training.config import MaskConfig, TunedConfig
 from erase.training.loop import Batches, LossFn

@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from erase.files import errors_named, load_tensors, save_tensors, zeros_on_disk
+from erase.files import errors_named, zeros_on_disk
 from erase.parallel.layout import Layout
 from erase.prompts.errors import ErasureError
+from erase.tensor_files import load_tensors, save_tensors
 from erase.tensors import all_finite, sha256_of
 
 AGAIN = "delete it to compute it again"

@@ -13,7 +13,6 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from erase.files import stream_tensors
 from erase.models.pipelines import Pipeline
 from erase.models.schedules import knows_zero_snr
 from erase.models.single_file import ldm
@@ -33,6 +32,7 @@ from erase.models.single_file.spec import ORIGINAL, model_spec
 from erase.models.single_file.tensor_file import TensorFile, open_tensors
 from erase.models.vae import load_vae
 from erase.prompts.errors import ErasureError
+from erase.tensor_files import stream_tensors
 
 
 def load_single_file(
