@@ -749,19 +749,16 @@ def test_every_command_is_installed():
         )
 
 
-def test_a_training_in_a_log_is_few_whole_lines(tmp_path, capfd, monkeypatch):
+def test_a_training_in_a_log_is_few_whole_lines(make_pico_pipeline, tmp_path, capfd, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    make_pico_pipeline().save_pretrained(tmp_path / "base")
+    capfd.readouterr()
     flags = (
-        "--latents.n_forget 2 --latents.n_retain 2 --latents.steps 1 "
-        "--train.steps 2 --train.batch_size 2"
+        "--concept heart --anchor mushroom --latents.n_forget 2 --latents.n_retain 2 "
+        "--latents.steps 1 --train.steps 2 --train.batch_size 2 --scope xattn_kv"
     ).split()
-    assert (
-        run(
-            run_erase.main,
-            [*flags, "--scope", "xattn_kv", "--concept", "heart", "--out", str(tmp_path / "out")],
-        )
-        == 0
-    )
+    flags += ["--retain", "a moon", "--model", str(tmp_path / "base")]
+    assert run(run_erase.main, [*flags, "--out", str(tmp_path / "out")]) == 0
     shown = capfd.readouterr()
     assert (
         "\r" not in shown.err and "erasing: 100%" in shown.err and "heart -> mushroom" in shown.out
