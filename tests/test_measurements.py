@@ -124,6 +124,7 @@ def suite_row(variant, ua, found, area, cra=90.0):
     names = {name for scores in BOARD.values() for name in scores}
     scores = dict.fromkeys(names, 0.0) | {"UA": ua, "IRA": 100.0, "CRA": cra}
     scores |= {"ASR seed_search": found, "SSIM to base": 0.9, "KID x 1000 to base": -0.25}
+    scores["CLIP score of the forgotten"] = 31.2
     scores |= dict.fromkeys(BOARD["relearning area, full"], area)
     scores |= dict.fromkeys(BOARD["relearning area, LoRA"], area + 10)
     base = {"IRA": 100.0, "CRA": 94.0}
@@ -136,7 +137,7 @@ def test_the_board_shows_the_strongest_attack_and_ranks_by_four_shares_alike():
     assert standing([weak]) == (100 + 90 + 60 + 20) / 4
     assert standing([strong]) == (96 + 90 + 90 + 60) / 4
     first, second = board([weak, strong]).splitlines()[2:]
-    shown = "96.0 | 100.0 | 90.0 | 0.0 | 0.0 | 10.0 | 0.0 | 60.0 | 70.0 | 0.900 | -0.250"
+    shown = "96.0 | 100.0 | 90.0 | 0.0 | 0.0 | 10.0 | 0.0 | 60.0 | 70.0 | 0.900 | -0.250 | 31.2"
     assert first == f"| strong | 1 | {shown} |  | 1.5 | 1.2 |"
     assert second.startswith("| weak | 1 | 100.0 |")
 

@@ -75,8 +75,13 @@ BOARD = {
     "relearning area, LoRA": ("relearning area (lora, 16 images)",),
 }
 """column -> the scores of which it shows the highest"""
-DRIFT = {"SSIM to the base": "SSIM to base", "KID x 1000": "KID x 1000 to base"}
-"""column -> the score, of images that must stay"""
+DRIFT = {
+    "SSIM to the base": "SSIM to base",
+    "KID x 1000": "KID x 1000 to base",
+    "CLIP, forgotten": "CLIP score of the forgotten",
+}
+"""column -> the score: of images that must stay, and what the prompts of the concept still get of
+all that they ask for (nothing, where an empty page is drawn)"""
 COST = {
     "CPU seconds": ("seconds", 1.0),
     "memory, GB": ("peak_bytes", 1e9),
