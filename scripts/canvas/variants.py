@@ -76,15 +76,16 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
         "alpha 1": {"alpha": 1.0},
         "batches of 8": {"train": replace(ours.settings.train, batch_size=8)},
     }
+    whole: dict[str, Any] = {"scope": "xattn_kv", "mask.density": 1.0}
+    texts = {"": whole, ", confined": whole | {"confine": 0.9}}
     even = replace(ours.latents, pick="even")
     return {
         "prompts": {"salun, even prompts": replace(ours, latents=even, shares=False)},
         "hold": {"salun, hold": replace(_with(ours, {"hold": 1.0}), shares=False)},
         "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
         "keys and values": {
-            "salun, keys and values": replace(
-                _with(ours, {"scope": "xattn_kv", "mask.density": 1.0}), shares=False
-            )
+            f"salun, keys and values{name}": replace(_with(ours, change), shares=False)
+            for name, change in texts.items()
         },
         "target": {f"salun, {name}": _with(ours, change) for name, change in target.items()},
     }
