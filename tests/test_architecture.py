@@ -259,6 +259,7 @@ def test_every_installed_package_is_listed() -> None:
 
 ROOMS = (
     ("files", "losses", "tensors"),
+    ("tensor_files",),
     ("models", "plugins"),
     ("parallel",),
     ("mask", "claims", "delta", "latents"),

@@ -118,7 +118,9 @@ def test_words_are_what_a_user_can_type(task):
     chosen = torch.tensor([list(words.texts).index(word) for word in ("red", "star", "heart")])
     assert words.text(chosen) == "red star heart"
     with torch.no_grad():
-        typed = encode_live(task.model.pipeline(), ["red star heart a moon"]).embeddings
+        typed = encode_live(
+            task.model.pipeline(), ["red star heart a moon"], task.model.device
+        ).embeddings
         put = task.cond(["a moon"], words.embedded(chosen)).embeddings
     assert torch.allclose(typed, put, atol=1e-6)
     everything = words.text(torch.arange(20))

@@ -223,10 +223,9 @@ def test_settings_out_of_range_are_refused(setting, value):
         replace(SMALL, **{setting: value})
 
 
-def test_a_training_that_ends_before_all_that_was_found_is_forgotten_is_refused():
-    replace(SMALL, rounds=1, train=replace(SGD, steps=2))
+def test_a_training_that_ends_before_all_that_was_found_is_forgotten_is_refused(task):
     with pytest.raises(ErasureError, match="train.steps is 2; it must be between 3 and"):
-        replace(SMALL, rounds=2, train=replace(SGD, steps=2))
+        edit(task, rounds=2, train=replace(SGD, steps=2))
 
 
 def test_the_search_keeps_what_the_mask_holds_and_no_whole_weights(task, monkeypatch):

@@ -37,7 +37,7 @@ def trained(model):
 
 def test_live_states_are_the_cached_ones_to_rounding_and_have_a_gradient(model):
     """Of every family, pooled states and zeros for the empty prompt included."""
-    cached = encode(model.pipeline(), PROMPTS)
+    cached = encode(model.pipeline(), PROMPTS, model.device)
     params = trained(model)
     live = model.encode(PROMPTS)
 
@@ -52,7 +52,7 @@ def test_live_states_are_the_cached_ones_to_rounding_and_have_a_gradient(model):
 
 
 def test_without_gradient_states_are_those_of_single_prompts_bit_for_bit(model):
-    cached = encode(model.pipeline(), PROMPTS)
+    cached = encode(model.pipeline(), PROMPTS, model.device)
     trained(model)
     with torch.no_grad():
         found = model.encode(PROMPTS)
@@ -85,13 +85,15 @@ def test_a_prefix_takes_a_gradient_and_leaves_the_encoder_as_it_was(model):
     prefix = {
         name: rows.requires_grad_(True) for name, rows in word_embeddings(model, "red").items()
     }
-    before = encode(model.pipeline(), PROMPTS)
+    before = encode(model.pipeline(), PROMPTS, model.device)
     states = model.encode(["heart", "a house"], prefix)
     (states.embeddings.square().sum() + sum(e.sum() for e in states.extras.values())).backward()
 
     assert all(rows.grad.any() for rows in prefix.values())
     assert not any(p.grad is not None for p in model.parameters().values())
-    assert torch.equal(encode(model.pipeline(), PROMPTS).embeddings, before.embeddings)
+    assert torch.equal(
+        encode(model.pipeline(), PROMPTS, model.device).embeddings, before.embeddings
+    )
 
 
 def test_a_prefix_that_does_not_fit_is_refused(pico):
@@ -116,7 +118,9 @@ def test_a_task_computes_each_prompt_once_until_an_encoder_is_trained(pico):
     task.cond(["a moon", "a tree", "a moon"])
     again = task.cond(["a tree", "a moon"])
     assert len(passes) == 2 and not again.embeddings.requires_grad
-    assert torch.equal(again.embeddings[1], encode(pico.pipeline(), ["a moon"]).embeddings[0])
+    assert torch.equal(
+        again.embeddings[1], encode(pico.pipeline(), ["a moon"], pico.device).embeddings[0]
+    )
 
     encoder.requires_grad_(True)
     live = task.cond(["a tree", "a moon"])

@@ -50,7 +50,6 @@ class STEREOConfig(AwayConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ranges(self, {"rounds": COUNT, "search_steps": COUNT, "search_lr": POSITIVE})
-        check_ranges(self.train, {"steps": (self.rounds + 1, MOST_STEPS)}, "train")
 
 
 def search(
@@ -76,6 +75,7 @@ def search(
 def edit(task: Task, config: STEREOConfig) -> Edit:
     """Minimise |eps(x_t, p_k) - [eps_0(x_t) + eta (eps_0(x_t, a) - eps_0(x_t))
     - eta mean_j (eps_0(x_t, p_j) - eps_0(x_t))]|^2: k = 0 ... K in turn, a the anchor's prompt."""
+    check_ranges(config.train, {"steps": (config.rounds + 1, MOST_STEPS)}, "train")
     forget = forget_set(task, config.prompts)
     size, eta = config.train.batch_size, config.guidance
     named = row_batches(task, forget, size)
