@@ -29,7 +29,6 @@ def make_parser() -> Parser:
         "runs",
         type=str,
         nargs="*",
-        default=[],
         help="each a report.json, the folder that holds it, or a run's folder with it in report",
     )
     command.add_argument(
@@ -61,6 +60,7 @@ def make_parser() -> Parser:
         default=None,
         help="folder for compare.html, compare.md, compare.csv and compare.tex; default: none",
     )
+    command.set_defaults(runs=[])  # not in add_argument, which the oldest jsonargparse refuses
     return command
 
 

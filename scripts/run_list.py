@@ -34,7 +34,6 @@ def make_parser() -> Parser:
         "what",
         type=str,
         nargs="*",
-        default=[],
         help=f"{', '.join(SECTIONS)}; if none is named, the names in all of them",
     )
     command.add_argument(
@@ -47,6 +46,7 @@ def make_parser() -> Parser:
         "--load", type=LoadConfig, default=LoadConfig(), help="how the checkpoint is read"
     )
     command.add_argument("--json", action="store_true", help="as JSON: list -> its entries")
+    command.set_defaults(what=[])  # not in add_argument, which the oldest jsonargparse refuses
     return command
 
 
