@@ -104,7 +104,7 @@ def erase_concept(
     method = get_method(config.method)
     settings, folder = method.settings(method_config), _folder(out)
     earlier = after.origin.concepts if after else []
-    _check_settings(config, settings, folder, retained_prompts(concepts, earlier))
+    _check_settings(config, settings, folder, concepts, earlier)
     description = describe(concepts, config, settings, after)
     defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
     path = folder / FILE if folder else None
@@ -247,14 +247,18 @@ def _check_changed(delta: ErasedDelta, concepts: Sequence[ConceptSpec]) -> None:
 
 
 def _check_settings(
-    config: EraseConfig, settings: Any, folder: Path | None, retained: Sequence[str]
+    config: EraseConfig,
+    settings: Any,
+    folder: Path | None,
+    concepts: Sequence[ConceptSpec],
+    earlier: Sequence[ConceptSpec],
 ) -> None:
     """Refuse settings that this machine cannot train or log with, or that want retained prompts and
     there are none, before anything is loaded."""
     if isinstance(settings, TunedConfig):
         check_machine(settings, config.load.offload == "blocks")
         check_log(settings.train.log_with, folder)
-        if settings.confine and not retained:
+        if settings.confine and not retained_prompts(concepts, earlier):
             raise ErasureError(
                 "confine holds still what retained prompts are answered with, and there are none; "
                 "give the concept some, or leave confine out"

@@ -122,9 +122,11 @@ def chosen(options: Namespace) -> PromptSet:
 
 def tell_strange(model: str, prompts: PromptSet) -> None:
     """Say which prompts have words that an embedded model has never seen."""
+    if model not in EMBEDDED:
+        return
     found = [(row.prompt, strange_words(row.prompt)) for row in prompts.rows]
     strange = [(prompt, words) for prompt, words in found if words]
-    if model in EMBEDDED and strange:
+    if strange:
         prompt, words = strange[0]
         note(
             f"{model} has never seen words of {counted(len(strange), 'prompt')} (the first is "

@@ -25,14 +25,12 @@ def null_spaces(
     Raises:
         ErasureError: no such prompt, or no such matrix.
     """
-    prompts = (
-        earlier_prompts(task.earlier, task.concepts)
-        if task.earlier
-        else [own for own in [retained_prompts(task.concepts)] if own]
-    )
+    prompts = [retained_prompts(task.concepts)]
+    if task.earlier:
+        prompts = earlier_prompts(task.earlier, task.concepts)
     names = [name for name in params if reads_text(name)]
-    if not prompts or not names:
-        lacks = "no such prompt" if not prompts else f"no such matrix in scope {config.scope}"
+    if not any(prompts) or not names:
+        lacks = "no such prompt" if not any(prompts) else f"no such matrix in scope {config.scope}"
         raise ErasureError(
             "confine holds still what the keys and values of a UNet's cross-attention answer to "
             "retained prompts, or to those of earlier concepts (--after), and there is "

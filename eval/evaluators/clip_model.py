@@ -134,8 +134,9 @@ def _built(source: Source, quick_gelu: bool, device: str) -> tuple[Any, Any, Any
 @contextmanager
 def _unlogged() -> Iterator[None]:
     """Within the block nothing is logged: open_clip logs what it raises, too."""
+    before = logging.root.manager.disable
     logging.disable()
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
