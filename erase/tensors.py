@@ -37,6 +37,13 @@ def all_finite(tensor: Tensor) -> bool:
     return not tensor.numel() or all(end.isfinite() for end in tensor.aminmax())
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """Its values in float64, without history; on the CPU where the device has no such numbers
+    (Apple's GPUs)."""
+    plain = tensor.detach()
+    return (plain.cpu() if plain.device.type == "mps" else plain).double()
+
+
 def pack(mask: Tensor) -> Tensor:
     """A boolean tensor as bits: uint8, ceil(n / 8) bytes."""
     return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1), bitorder="little"))

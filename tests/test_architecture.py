@@ -28,6 +28,8 @@ HEAVY = {
     "open_clip",
     "nudenet",
 }
+ON_DEVICES = [("erase", "methods"), ("erase", "objectives"), ("erase", "training")]
+"""folders whose tensors lie on any device"""
 FILES = sorted(path for layer in (*LAYERS, "tests") for path in (ROOT / layer).rglob("*.py"))
 
 
@@ -92,6 +94,8 @@ def violations(path: str, source: str) -> list[str]:
             ):
                 if layer == "eval" and "erase.methods" in ast.unparse(first):
                     broken.append("imports erase.methods by name")
+            case ast.Call(func=ast.Attribute(attr="double")) if parts[:2] in ON_DEVICES:
+                broken.append("float64 where the device may have none: call erase.tensors.exact")
     return broken
 
 
@@ -119,6 +123,7 @@ def test_every_file_keeps_the_rules(path: Path) -> None:
         ("scripts/a.py", "from eval import report"),
         ("tests/a.py", "from torch import eval"),
         ("tests/a.py", "eval('1')"),
+        ("erase/methods/a.py", "weight.double()"),
     ],
 )
 def test_the_check_sees_a_broken_rule(path: str, source: str) -> None:

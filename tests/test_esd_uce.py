@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from erase.latents.latent_set import Given, LatentSet, epoch_rows
 from erase.methods import get_method
@@ -15,7 +16,9 @@ from erase.objectives.negative_guidance import forget_set
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
+from erase.tensors import exact
 from erase.training.config import TrainConfig
+from tests.fake_gpu import needs_fake_gpu
 from tests.families import FAMILIES
 
 CONCEPT = ConceptSpec(
@@ -208,3 +211,12 @@ def test_uce_edits_projections_of_text_states_alone(model):
         get_method("uce").edit(
             Task(sd3, [CONCEPT]), replace(get_method("uce").config, scope="xattn_kv")
         )
+
+
+@needs_fake_gpu
+@pytest.mark.parametrize(("device", "lies"), [("mps", "cpu"), ("cuda", "cuda"), ("cpu", "cpu")])
+def test_float64_is_made_where_there_is_any(device, lies):
+    with FakeTensorMode():
+        made = exact(torch.ones(2, device=device, requires_grad=True))
+        assert (made.dtype, made.device.type) == (torch.float64, lies)
+        assert not made.requires_grad

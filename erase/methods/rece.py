@@ -24,6 +24,7 @@ from erase.objectives.closed_form import (
 )
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
+from erase.tensors import exact
 
 PAPER = "https://arxiv.org/abs/2407.12383"
 
@@ -59,7 +60,7 @@ def edit(task: Task, config: RECEConfig) -> Edit:
 
 
 def _edited(group: Projections, config: RECEConfig) -> dict[str, Tensor]:
-    base = {name: weight.detach().double() for name, weight in group.weights.items()}
+    base = {name: exact(weight) for name, weight in group.weights.items()}
     scale, keep = config.erase_scale**0.5, config.retain_scale**0.5 * condensed(group.retained)
     values, erased = dict(base), group.concepts
     for round_ in range(config.rounds + 1):
@@ -70,7 +71,7 @@ def _edited(group: Projections, config: RECEConfig) -> dict[str, Tensor]:
         inputs, wanted = torch.cat([scale * erased, keep]), torch.cat([scale * repeated, keep])
         for name, old in base.items():
             values[name] = ridge_edit(values[name], inputs, wanted @ old.T, keep[:0], config.ridge)
-    return {name: value.to(group.weights[name].dtype) for name, value in values.items()}
+    return {name: value.to(group.weights[name]) for name, value in values.items()}
 
 
 def still_meaning(

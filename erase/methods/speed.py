@@ -21,9 +21,9 @@ from erase.objectives.null_space import confined_edit, held_still
 from erase.objectives.text_inputs import prompt_states
 from erase.prompts.errors import FRACTION, check_ranges
 from erase.task import Edit, Task
+from erase.tensors import exact
 from erase.training.confine import null_space
 
-PAPER = "https://arxiv.org/abs/2503.07392"
 CENTRES = 3
 
 
@@ -66,7 +66,7 @@ def edit(task: Task, config: SPEEDConfig) -> Edit:
 def _edited(
     group: Projections, weight: Tensor, still: Tensor, config: SPEEDConfig, random: torch.Generator
 ) -> Tensor:
-    old, kept = weight.detach().double(), group.retained.double()
+    old, kept = exact(weight), exact(group.retained)
     outputs = group.anchors @ old.T
     if config.filter:
         free = ridge_edit(old, group.concepts, outputs, kept[:0], config.ridge)
@@ -89,7 +89,7 @@ def _empty_prompt(task: Task, of: TextInput) -> Tensor:
     """The start token's state, and the centres of the others of the empty prompt, shape
     (at most 1 + CENTRES, dim)."""
     (states,), count = prompt_states(task, [""], of)
-    start, others = states[:1].double(), torch.unique(states[1:count].double(), dim=0)
+    start, others = exact(states[:1]), torch.unique(exact(states[1:count]), dim=0)
     if len(others) > CENTRES:
         first = others[torch.linspace(0, len(others) - 1, CENTRES).long()]
         centres, _ = kmeans2(others.cpu().numpy(), first.cpu().numpy(), minit="matrix")
@@ -97,4 +97,4 @@ def _empty_prompt(task: Task, of: TextInput) -> Tensor:
     return torch.cat([start, others])
 
 
-METHODS = {"speed": Method("speed", PAPER, SPEEDConfig(), edit)}
+METHODS = {"speed": Method("speed", "https://arxiv.org/abs/2503.07392", SPEEDConfig(), edit)}

@@ -11,6 +11,7 @@ from erase.methods import Method
 from erase.objectives.closed_form import StatesConfig, condensed, projections, ridge_edit
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
+from erase.tensors import exact
 
 
 @dataclass
@@ -35,7 +36,7 @@ def edit(task: Task, config: UCEConfig) -> Edit:
     for group in projections(task, config):
         keep = config.retain_scale**0.5 * condensed(group.retained)
         for name, weight in group.weights.items():
-            outputs = scale * group.anchors @ weight.detach().double().T
+            outputs = scale * group.anchors @ exact(weight).T
             values[name] = ridge_edit(weight, scale * group.concepts, outputs, keep, config.ridge)
     return Edit(values)
 

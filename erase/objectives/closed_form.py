@@ -12,6 +12,7 @@ from erase.models.scopes import TextInput, text_input
 from erase.objectives.text_inputs import TOKENS, behind_names, retained_states, subject_states
 from erase.prompts.errors import ErasureError
 from erase.task import Task
+from erase.tensors import exact
 
 
 @dataclass
@@ -42,12 +43,12 @@ def ridge_edit(
         ridge: above 0, so that there is one answer.
 
     Returns:
-        W, shape (out, in), float64 rounded to the weight's dtype.
+        W, shape (out, in), float64 rounded to the weight's dtype, where the weight is.
     """
-    old, c, v, p = (tensor.detach().double() for tensor in (weight, inputs, outputs, keep))
+    old, c, v, p = map(exact, (weight, inputs, outputs, keep))
     gram = c.T @ c + p.T @ p + ridge * torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
     error = (v - c @ old.T).T @ c
-    return (old + torch.linalg.solve(gram, error, left=False)).to(weight.dtype)
+    return (old + torch.linalg.solve(gram, error, left=False)).to(weight)
 
 
 @dataclass(frozen=True)
@@ -130,5 +131,5 @@ def condensed(states: Tensor) -> Tensor:
     Returns:
         Shape (min(n, dim), dim), float64; the states themselves where they are no more.
     """
-    rows = states.double()
+    rows = exact(states)
     return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from erase.objectives.closed_form import ridge_edit
+from erase.tensors import exact
 
 
 def held_still(projector: Tensor, states: Tensor) -> Tensor:
@@ -15,7 +16,7 @@ def held_still(projector: Tensor, states: Tensor) -> Tensor:
         projector: P, shape (dim, dim).
         states: K, as rows, shape (k, dim).
     """
-    inside = states.detach().double() @ projector
+    inside = exact(states) @ projector
     _, lengths, directions = torch.linalg.svd(inside, full_matrices=False)
     # what lies outside the null space asks for nothing
     taken = directions[lengths > 1e-6 * states.norm(dim=1).max()]
@@ -41,7 +42,7 @@ def confined_edit(
     Returns:
         Shape (out, in), in the weight's dtype.
     """
-    inside = inputs.double() @ projector
-    old = weight.detach().double().T
-    wanted = outputs.double() - (inputs.double() - inside) @ old
-    return ridge_edit(weight, inside, wanted, keep.double() @ projector, ridge)
+    given, old = exact(inputs), exact(weight).T
+    inside = given @ projector
+    wanted = exact(outputs) - (given - inside) @ old
+    return ridge_edit(weight, inside, wanted, exact(keep) @ projector, ridge)

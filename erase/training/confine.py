@@ -12,6 +12,7 @@ from erase.models.scopes import reads_text
 from erase.prompts.errors import ErasureError
 from erase.prompts.several import earlier_prompts, retained_prompts
 from erase.task import Task
+from erase.tensors import exact
 from erase.training.config import TunedConfig
 
 
@@ -59,7 +60,7 @@ def null_space(states: Tensor, threshold: float) -> Tensor:
     Raises:
         ErasureError: no direction is free.
     """
-    states = states.detach().double()
+    states = exact(states)
     covariance = states.T @ states / len(states)
     squares, directions = torch.linalg.eigh(covariance)
     free = directions[:, squares < threshold * squares.clamp_min(0).mean()]

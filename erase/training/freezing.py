@@ -27,6 +27,7 @@ from erase.losses import denoising
 from erase.parallel.progress import bar
 from erase.prompts.errors import COUNT, POSITIVE, ErasureError, check_names, check_ranges
 from erase.task import Task
+from erase.tensors import exact
 from erase.training.batches import PromptedRows, row_batches
 from erase.training.freeze import Freeze
 from erase.training.trainable import gradients_on
@@ -190,12 +191,12 @@ class _Learner:
         base = {name: param.detach().clone() for name, param in self.params.items()}
         changes = {name: nn.Parameter(torch.zeros_like(value)) for name, value in base.items()}
         adam, steps = torch.optim.Adam(changes.values(), lr=self.config.lr), self.config.steps
-        sums = {name: value.new_zeros((), dtype=torch.float64) for name, value in base.items()}
+        sums = {name: torch.zeros(()) for name in base}
         with gradients_on(self.params), _restored(self.params, base):
             for step in range(first, first + steps):
                 gradients = self._gradients(batches(step))
                 for name, gradient in gradients.items():
-                    sums[name] -= (gradient * changes[name].detach()).sum(dtype=torch.float64)
+                    sums[name] = sums[name] - exact(gradient * changes[name]).sum()
                     changes[name].grad = (1 - mask[name]) * gradient
                 adam.step()
                 self._put(base, changes, mask)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from erase.prompts.errors import ErasureError
+from erase.tensors import exact
 from erase.training.config import TunedConfig
 from erase.training.trainable import Trainable
 
@@ -217,7 +218,7 @@ def _sum(one: Gradients, other: Gradients) -> Gradients:
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    return (one.double() * other.double()).sum()
+    return (exact(one) * exact(other)).sum()
 
 
 def _norm(gradients: Gradients, total: Total) -> float:

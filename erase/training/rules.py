@@ -14,7 +14,7 @@ from torch import Tensor
 
 from erase.mask import Saliency, SaliencyMask
 from erase.prompts.errors import ErasureError
-from erase.tensors import kth_largest
+from erase.tensors import exact, kth_largest
 from erase.training.statistics import Statistics, Values
 
 FLOOR = 0.1
@@ -160,7 +160,7 @@ def held(statistics: Statistics, mask: SaliencyMask) -> float:
 def _share(benefit: Saliency, mask: SaliencyMask) -> float:
     inside = total = 0.0
     for name, score in benefit.values.items():
-        gain = score.double().square()
+        gain = exact(score).square()
         total += float(gain.sum())
         inside += float(gain[mask[name]].sum())
     return inside / total

@@ -23,6 +23,7 @@ from erase.eval.metrics.intervals import LEVEL
 from erase.eval.scores import Score, mean_score
 from erase.parallel.processes import in_shares
 from erase.prompts.errors import COUNT, ErasureError, check_ranges
+from erase.tensors import exact
 
 WINDOW = 11
 """pixels a side of SSIM's window"""
@@ -62,7 +63,7 @@ def moved(pairs: Sequence[Pair], embedded: bool) -> list[Moved]:
     if embedded:
         model = clip.load_clip(clip.Config())
         first, second = (model.embed(images) for images in zip(*pairs, strict=True))
-        cosines = (first.double() * second.double()).sum(-1).tolist()
+        cosines = (exact(first) * exact(second)).sum(-1).tolist()
     return [_moved(pair, cosine) for pair, cosine in zip(pairs, cosines, strict=True)]
 
 

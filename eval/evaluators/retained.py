@@ -63,10 +63,10 @@ class Pairs:
         """Features of the base's images and of the others, each (places, d), float64; looked at
         once where both are the same images."""
         pairs = self.images(places)
-        first = features([base for base, _ in pairs]).double().numpy()
+        first = np.asarray(features([base for base, _ in pairs]), np.float64)
         if self.own is self.base:
             return first, first
-        return first, features([own for _, own in pairs]).double().numpy()
+        return first, np.asarray(features([own for _, own in pairs]), np.float64)
 
 
 def retained(case: Case) -> list[ImageRow]:
@@ -117,7 +117,7 @@ def reference_features(folder: str, features: Features, batch_size: int) -> np.n
 
     def look(rows: range) -> np.ndarray:
         images = [read(files[row]) for row in rows]
-        return features(images).double().numpy()
+        return np.asarray(features(images), np.float64)
 
     return np.concatenate(in_shares(len(files), batch_size, look, "reference", "image"))
 
