@@ -258,11 +258,12 @@ def _check_settings(
     if isinstance(settings, TunedConfig):
         check_machine(settings, config.load.offload == "blocks")
         check_log(settings.train.log_with, folder)
-        if settings.confine and not retained_prompts(concepts, earlier):
-            raise ErasureError(
-                "confine holds still what retained prompts are answered with, and there are none; "
-                "give the concept some, or leave confine out"
-            )
+        for option in ("confine", "prox_text"):
+            if getattr(settings, option) and not retained_prompts(concepts, earlier):
+                raise ErasureError(
+                    f"{option} holds what retained prompts are answered, and there are none; "
+                    f"give the concept some, or leave {option} out"
+                )
 
 
 def _load_options(config: EraseConfig, settings: Any) -> LoadConfig:

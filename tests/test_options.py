@@ -3,6 +3,7 @@ bit, where it is off."""
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from erase.parallel.layout import ActiveWeights, Layout
 from erase.prompts.errors import ErasureError
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
-from erase.training.confine import null_space
+from erase.training.confine import confined, drawn_back, null_space, spectrum
 from erase.training.gradients import behind_barrier, moved, soften, without_conflict
 from erase.training.loop import fit
 from erase.training.trainable import Trainable
@@ -297,7 +298,8 @@ def test_prox_l2_draws_every_step_back_to_the_base(params, optimizer):
 # ---- null spaces ---------------------------------------------------------------------------------
 
 STATES = torch.randn(3, 5, generator=torch.Generator().manual_seed(4))
-SPACES = {"a.weight": null_space(STATES, 1e-6).float()}
+SPACE = null_space(STATES, 1e-6).float()
+SPACES = {"a.weight": partial(confined, SPACE)}
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
@@ -305,7 +307,7 @@ def test_a_confined_matrix_answers_as_before_whatever_the_optimizer(params, opti
     """Adam makes steps of another direction than the gradient's: projected gradients would leave
     the space."""
     config = replace(PLAIN, train=replace(SGD, optimizer=optimizer, lr=0.05, steps=8))
-    free, held = (train(params, config, spaces=spaces).values for spaces in (None, SPACES))
+    free, held = (train(params, config, restraints=held).values for held in (None, SPACES))
     answers = [STATES @ (values["a.weight"] - params["a.weight"]).T for values in (free, held)]
     assert answers[0].abs().max() > 1e-2 and answers[1].abs().max() < 1e-5
     assert (held["a.weight"] - params["a.weight"]).abs().max() > 1e-2, "it is to learn elsewhere"
@@ -315,11 +317,35 @@ def test_a_confined_matrix_answers_as_before_whatever_the_optimizer(params, opti
 def test_a_confined_matrix_stays_inside_its_mask(params):
     mask = SaliencyMask.random(params, 0.6, 0)
     config = replace(PLAIN, train=replace(SGD, lr=0.05))
-    held = train(params, config, mask, spaces=SPACES).values["a.weight"]
+    held = train(params, config, mask, restraints=SPACES).values["a.weight"]
     step = train(params, config, mask).values["a.weight"] - params["a.weight"]
-    wanted = torch.where(mask["a.weight"], step @ SPACES["a.weight"], 0)
+    wanted = torch.where(mask["a.weight"], step @ SPACE, 0)
     assert torch.allclose(held - params["a.weight"], wanted, atol=1e-6) and wanted.any()
     assert torch.equal(held[~mask["a.weight"]], params["a.weight"][~mask["a.weight"]])
+
+
+def test_a_step_that_draws_back_minimises_change_and_what_text_states_notice():
+    """Against the gradient of the proximal problem itself, and no direction is drawn where the
+    states have nothing."""
+    change, lr, weight = torch.randn(4, 5, dtype=torch.float64), 0.3, 2.0
+    squares, directions = spectrum(STATES)
+    second = STATES.double().T @ STATES.double()
+    second /= second.trace() / len(second)
+    found = drawn_back(squares, directions, weight, change, lr).requires_grad_()
+    problem = (found - change).square().sum() / 2 + lr * weight * (found @ second * found).sum() / 2
+    assert torch.autograd.grad(problem, found)[0].abs().max() < 1e-12
+    free = null_space(STATES, 1e-6)
+    assert torch.allclose(found @ free, change @ free)
+    assert (found @ STATES.double().T).norm() < 0.8 * (change @ STATES.double().T).norm()
+
+
+def test_text_is_drawn_back_after_each_step_by_its_rate(params):
+    restraints = {"a.weight": partial(drawn_back, *spectrum(STATES), 2.0)}
+    config = replace(PLAIN, train=replace(SGD, lr=0.05))
+    step = train(params, config).values["a.weight"] - params["a.weight"]
+    held = train(params, config, restraints=restraints).values["a.weight"] - params["a.weight"]
+    assert torch.allclose(held, drawn_back(*spectrum(STATES), 2.0, step, 0.05), atol=1e-6)
+    assert not torch.allclose(held, step, atol=1e-4)
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
@@ -459,6 +485,9 @@ def test_under_any_option_the_mask_holds_the_base_stays_and_a_resumed_run_is_the
         ({"prox_l2": 0.1, "lora_rank": 4}, "choose one"),
         ({"confine": 0.1, "lora_rank": 4}, "choose one"),
         ({"confine": 1.5}, "confine is 1.5"),
+        ({"confine": 0.1, "prox_text": 1.0}, "choose one"),
+        ({"prox_text": 1.0, "lora_rank": 4}, "choose one"),
+        ({"prox_text": -1.0}, "prox_text is -1"),
         ({"combine": "sugery"}, "did you mean 'surgery'"),
         ({"combine": "surgery", "sam": -1}, "sam is -1"),
     ],

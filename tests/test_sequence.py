@@ -30,7 +30,7 @@ from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase
 from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig
-from erase.training.confine import null_space, null_spaces
+from erase.training.confine import null_space, null_spaces, restraints
 from tests.run_fixtures import DATA, FLAGS, METHOD
 from tests.run_fixtures import base as base
 from tests.test_delta import copies, make, patched, unchanged
@@ -327,10 +327,41 @@ def test_without_an_earlier_erasure_the_retained_prompts_confine(model):
     assert torch.allclose(found, null_space(states, 0.3))
 
 
-def test_confine_wants_prompts_to_hold_and_keys_or_values(model):
-    config, alone = replace(METHOD, confine=0.1), replace(STAR, retain=())
+@pytest.mark.parametrize("earlier", [(), (MANY, FEW)])
+def test_text_is_drawn_back_by_retained_and_by_earlier_prompts_each_list_alike(model, earlier):
+    task = Task(model, [STAR], DATA, earlier=earlier)
+    config = replace(METHOD, scope="xattn", prox_text=3.0)
+    found = restraints(task, task.weights("xattn"), config)
+    assert found.keys() == task.weights("xattn_kv").keys()
+    second = 0
+    for own in (STAR.retain, *earlier_prompts(earlier, [STAR])):
+        states = task.cond(list(own)).embeddings.flatten(0, 1).double()
+        second = second + states.T @ states / len(states)
+    second = second / second.trace() * len(second)
+    name, restraint = next(iter(found.items()))
+    change = torch.randn_like(task.weights("xattn")[name]).double()
+    expected = change @ torch.linalg.inv(torch.eye(len(second)) + 0.2 * 3.0 * second)
+    assert torch.allclose(restraint(change, 0.2), expected)
+
+
+def test_text_that_is_drawn_back_is_answered_more_nearly_as_before(model):
+    task, scope = Task(model, [STAR], DATA), "xattn_kv"
+    train = TrainConfig(steps=8, batch_size=2, lr=1e-2)
+    config = replace(METHOD, scope=scope, train=train, mask=MaskConfig(density=1.0))
+    states, old = task.cond(list(STAR.retain)).embeddings.flatten(0, 1), copies(model)
+    moved = {}
+    for weight in (0.0, 30.0):
+        values = get_method("salun").edit(task, replace(config, prox_text=weight)).values
+        moved[weight] = sum(float((states @ (values[n] - old[n]).T).norm()) for n in values)
+        assert all((values[name] - old[name]).any() for name in values)
+    assert moved[30.0] < 0.5 * moved[0.0]
+
+
+@pytest.mark.parametrize("option", ["confine", "prox_text"])
+def test_what_holds_answers_wants_prompts_to_hold_and_keys_or_values(model, option):
+    config, alone = replace(METHOD, **{option: 0.1}), replace(STAR, retain=())
     with pytest.raises(ErasureError, match="there is no such prompt"):
-        null_spaces(Task(model, [alone], DATA), model.parameters(), config)
+        restraints(Task(model, [alone], DATA), model.parameters(), config)
     with pytest.raises(ErasureError, match="there are none; give the concept some"):
         erase_concept(alone, EraseConfig(model="nowhere"), config)
     task = Task(model, [STAR], DATA, earlier=[HEART])

@@ -46,6 +46,7 @@ OUT_OF_RANGE = {
     (SalUnConfig, "smoothing_draws"): (0, -1, 1.5),
     (SalUnConfig, "prox_l1"): (-1,),
     (SalUnConfig, "prox_l2"): (-1,),
+    (SalUnConfig, "prox_text"): (-1, 1e300),
     (SalUnConfig, "confine"): (-1, 1.5),
     (SalUnConfig, "barrier"): (-1, 1e300),
     (SalUnConfig, "lora_rank"): (-1, 1.5),

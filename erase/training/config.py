@@ -211,6 +211,10 @@ class TunedConfig:
     prox_l2: float = 0.0
     """weight of |change|^2 / 2, by a proximal step: every weight is drawn back to the base of this
     run, after an earlier erasure to what that left (L2-SP); 0: off"""
+    prox_text: float = 0.0
+    """weight of the mean square of what a change of keys and values of cross-attention makes of the
+    retained prompts' text states, by a proximal step: they are drawn back as far as those prompts
+    notice, with --after the earlier concepts' too; 1 keeps much; 0: off"""
     confine: float = 0.0
     """changes of the keys and values of cross-attention stay in the null space of the text states
     of the retained prompts, or, with --after, of the earlier concepts' prompts: directions in which
@@ -226,14 +230,21 @@ class TunedConfig:
 
     def __post_init__(self) -> None:
         check_names(self, {"combine": COMBINE})
-        small = dict.fromkeys(("sam", "smoothing", "prox_l1", "prox_l2", "barrier"), (0, 1e6))
-        check_ranges(self, {**small, "smoothing_draws": COUNT, "lora_rank": (0, 2**16)})
+        small = ("sam", "smoothing", "prox_l1", "prox_l2", "prox_text", "barrier")
+        check_ranges(
+            self,
+            {**dict.fromkeys(small, (0, 1e6)), "smoothing_draws": COUNT, "lora_rank": (0, 2**16)},
+        )
         if self.sam and self.smoothing:
             raise ErasureError(
                 "sam and smoothing both say where the forget gradient is taken; choose one"
             )
         check_ranges(self, {"confine": FRACTION})
-        for name in ("prox_l1", "prox_l2", "confine"):
+        if self.confine and self.prox_text:
+            raise ErasureError(
+                "confine and prox_text both hold what retained prompts are answered; choose one"
+            )
+        for name in ("prox_l1", "prox_l2", "prox_text", "confine"):
             if getattr(self, name) and self.lora_rank:
                 raise ErasureError(
                     f"{name} acts on single weights, which lora_rank does not train by "

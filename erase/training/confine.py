@@ -1,9 +1,10 @@
-"""Where a weight may change without some prompts noticing: the null space of their text states
-(SPEED, Li et al., ICLR 2026; AlphaEdit, Fang et al., ICLR 2025)."""
+"""What some prompts notice of a change of keys and values: by their text states it is confined to
+where they notice nothing (`confine`), or drawn back as far as they notice (`prox_text`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,30 @@ from erase.prompts.several import earlier_prompts, retained_prompts
 from erase.task import Task
 from erase.tensors import exact
 from erase.training.config import TunedConfig
+
+Restraint = Callable[[Tensor, float], Tensor]
+"""(change of a matrix, shape (out, in); learning rate) -> what a step leaves of it"""
+
+
+def restraints(
+    task: Task, params: Mapping[str, nn.Parameter], config: TunedConfig
+) -> dict[str, Restraint]:
+    """For each matrix that is applied to text states what `confine` or `prox_text` does to its
+    change after each step; nothing where both are off.
+
+    Raises:
+        ErasureError: no prompt to hold, or no such matrix.
+    """
+    if config.confine:
+        spaces = null_spaces(task, params, config)
+        return {name: partial(confined, space) for name, space in spaces.items()}
+    if not config.prox_text:
+        return {}
+    earlier = earlier_prompts(task.earlier, task.concepts)
+    prompts = [own for own in (retained_prompts(task.concepts), *earlier) if own]
+    names = _matrices("prox_text", params, prompts, config.scope)
+    squares, directions = spectrum(_alike(task, prompts))
+    return dict.fromkeys(names, partial(drawn_back, squares, directions, config.prox_text))
 
 
 def null_spaces(
@@ -29,21 +54,83 @@ def null_spaces(
     prompts = [retained_prompts(task.concepts)]
     if task.earlier:
         prompts = earlier_prompts(task.earlier, task.concepts)
+    names = _matrices("confine", params, prompts, config.scope)
+    return dict.fromkeys(names, null_space(_alike(task, prompts), config.confine))
+
+
+def _matrices(
+    option: str,
+    params: Mapping[str, nn.Parameter],
+    prompts: Sequence[tuple[str, ...]],
+    scope: str,
+) -> list[str]:
     names = [name for name in params if reads_text(name)]
     if not any(prompts) or not names:
-        lacks = "no such prompt" if not any(prompts) else f"no such matrix in scope {config.scope}"
+        lacks = "no such prompt" if not any(prompts) else f"no such matrix in scope {scope}"
         raise ErasureError(
-            "confine holds still what the keys and values of a UNet's cross-attention answer to "
+            f"{option} holds what the keys and values of a UNet's cross-attention answer to "
             "retained prompts, or to those of earlier concepts (--after), and there is "
             f"{lacks}; leave it out"
         )
+    return names
+
+
+def _alike(task: Task, prompts: Sequence[tuple[str, ...]]) -> Tensor:
+    """The text states of all tokens, as rows, scaled so that each list counts the same."""
     states = [task.cond(own).embeddings.flatten(0, 1) for own in prompts]
-    alike = torch.cat([own / len(own) ** 0.5 for own in states])
-    return dict.fromkeys(names, null_space(alike, config.confine))
+    return torch.cat([own / len(own) ** 0.5 for own in states])
+
+
+def spectrum(states: Tensor) -> tuple[Tensor, Tensor]:
+    """The directions of text states, and their mean squares along each, as shares of the average
+    over all directions.
+
+    Args:
+        states: shape (n, dim).
+
+    Returns:
+        Shapes (dim,), ascending, and (dim, dim), a direction in each column; float64.
+    """
+    states = exact(states)
+    squares, directions = torch.linalg.eigh(states.T @ states / len(states))
+    squares = squares.clamp_min(0)
+    return squares / squares.mean(), directions
+
+
+def drawn_back(
+    squares: Tensor, directions: Tensor, weight: float, change: Tensor, lr: float
+) -> Tensor:
+    """A proximal step on the mean square of what the change makes of text states.
+
+    argmin_X |X - D|^2 / 2 + lr weight tr(X C X^T) / 2 = D (I + lr weight C)^-1, where C is the
+    states' second moment, of average eigenvalue 1: UCE's term of what is retained (Gandikota et
+    al. 2024, eq. 7), under any optimizer.
+
+    Args:
+        squares: eigenvalues of C.
+        directions: its eigenvectors.
+        weight: of the mean square.
+        change: D, shape (out, in).
+        lr: the step's learning rate.
+    """
+    along = change @ directions.to(change)
+    return along / (1 + lr * weight * squares.to(change)) @ directions.to(change).T
+
+
+def confined(projector: Tensor, change: Tensor, lr: float) -> Tensor:
+    """The part of a change that lies in a null space, D P.
+
+    Args:
+        projector: P, shape (in, in).
+        change: D, shape (out, in).
+        lr: the step's learning rate, whatever it is.
+    """
+    return change @ projector.to(change)
 
 
 def null_space(states: Tensor, threshold: float) -> Tensor:
-    """The projector P = U_0 U_0^T onto the directions that these states hardly have.
+    """The projector P = U_0 U_0^T onto the directions that these states hardly have (SPEED, Li et
+    al., ICLR 2026; AlphaEdit, Fang et al., ICLR 2025).
 
     (W + D P) s is near W s for each of them, whatever D is: |D P s|^2 <= threshold * (the states'
     mean square per direction) * |D|^2 on average. So it confines any change of a projection of text
@@ -60,13 +147,11 @@ def null_space(states: Tensor, threshold: float) -> Tensor:
     Raises:
         ErasureError: no direction is free.
     """
-    states = exact(states)
-    covariance = states.T @ states / len(states)
-    squares, directions = torch.linalg.eigh(covariance)
-    free = directions[:, squares < threshold * squares.clamp_min(0).mean()]
+    squares, directions = spectrum(states)
+    free = directions[:, squares < threshold]
     if not free.shape[1]:
         raise ErasureError(
-            f"the {len(states)} retained text states leave none of {len(covariance)} directions "
+            f"the {len(states)} retained text states leave none of {len(squares)} directions "
             f"free at threshold {threshold:g}; raise it, or retain fewer prompts"
         )
     return free @ free.T

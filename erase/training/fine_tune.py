@@ -23,7 +23,7 @@ from erase.prompts.errors import ErasureError
 from erase.task import Edit, Task, describe
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
-from erase.training.confine import null_spaces
+from erase.training.confine import restraints
 from erase.training.loop import Batches, LossFn, fit, make_accelerator
 from erase.training.low_rank import matrices
 from erase.training.opponent import Opponent
@@ -77,7 +77,7 @@ def fine_tune(
         else None
     )
 
-    spaces = null_spaces(task, params, config) if config.confine else None
+    restrained = restraints(task, params, config)
     with running(task.model, params, config.train) as active:
         fitted = fit(
             params,
@@ -91,7 +91,7 @@ def fine_tune(
             accelerator=accelerator,
             checkpoint=checkpoint,
             opponent=opponent,
-            spaces=spaces,
+            restraints=restrained,
         )
     return Edit(fitted.values, fitted.losses, mask)
 

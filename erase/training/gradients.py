@@ -15,6 +15,7 @@ from torch import Tensor
 from erase.prompts.errors import ErasureError
 from erase.tensors import exact
 from erase.training.config import TunedConfig
+from erase.training.confine import Restraint
 from erase.training.trainable import Trainable
 
 FORGET, RETAIN = "forget", "retain"
@@ -142,24 +143,23 @@ def soften(trainable: Trainable, threshold: float, pull: float = 0.0) -> None:
 
 
 @torch.no_grad()
-def confine(trainable: Trainable, spaces: Mapping[str, Tensor]) -> None:
-    """Changes of matrices projected into null spaces: W_0 + (W - W_0) P.
+def restrain(trainable: Trainable, restraints: Mapping[str, Restraint], lr: float) -> None:
+    """Changes of matrices restrained (`erase.training.confine`).
 
-    The update is projected, not its gradient (as in CUIG, https://arxiv.org/abs/2511.07970), so
-    that it holds under any optimizer. Under a mask what the projection spreads to other weights is
-    dropped, which is one round of alternating projections at each step.
+    The change is, not its gradient (as in CUIG, https://arxiv.org/abs/2511.07970), so that it holds
+    under any optimizer. Under a mask what this spreads to other weights is dropped, which for a
+    null space is one round of alternating projections at each step.
 
     Args:
         trainable: what is trained.
-        spaces: projector P by parameter name, shape (in, in); parameters of which nothing is
-            trained count for nothing.
+        restraints: by parameter name; parameters of which nothing is trained count for nothing.
+        lr: the step's learning rate.
     """
-    for name, projector in spaces.items():
+    for name, restraint in restraints.items():
         if name in trainable.values:
             value, base = trainable.values[name], trainable.base_values(name)
-            width = len(projector)
-            dense = trainable.dense(name, value - base, width) @ projector.to(value)
-            value.copy_(base + trainable.picked(name, dense))
+            dense = trainable.dense(name, value - base)
+            value.copy_(base + trainable.picked(name, restraint(dense, lr)))
 
 
 @contextmanager

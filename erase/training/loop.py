@@ -22,7 +22,8 @@ from erase.parallel.progress import bar
 from erase.prompts.errors import ErasureError, check_names
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
-from erase.training.gradients import Gradients, check_terms, confine, soften, step_gradients
+from erase.training.confine import Restraint
+from erase.training.gradients import Gradients, check_terms, restrain, soften, step_gradients
 from erase.training.low_rank import LowRank
 from erase.training.opponent import Opponent
 from erase.training.optimizers import try_optimizer
@@ -113,7 +114,7 @@ def fit(
     accelerator: Accelerator | None = None,
     checkpoint: Checkpoint | None = None,
     opponent: Opponent | None = None,
-    spaces: Mapping[str, Tensor] | None = None,
+    restraints: Mapping[str, Restraint] | None = None,
 ) -> Fitted:
     """Take `config.train.steps` optimizer steps on parameters of any module, and leave them as they
     were found.
@@ -137,7 +138,7 @@ def fit(
         checkpoint: where the training state is kept, and whose it is; found, it is resumed from;
             the caller removes it.
         opponent: what learns beside the model, a step before each of its steps.
-        spaces: parameter name -> projector onto the space that its changes stay in (`confine`).
+        restraints: parameter name -> what a step leaves of its change (`erase.training.confine`).
 
     Raises:
         ErasureError: a loss that is not finite, an unknown optimizer or argument, rows that do not
@@ -155,7 +156,7 @@ def fit(
         if start:
             trainable.start_from(start)
         run = Run.start(trainable, config.train, accelerator, checkpoint, opponent)
-        steps = _Steps(run, loss, batches, config, accelerator, seed, spaces or {})
+        steps = _Steps(run, loss, batches, config, accelerator, seed, restraints or {})
         _train(run, steps, checkpoint.path if checkpoint else None)
         return Fitted(trainable.result(run.outcome(bool(config.prox_l1))), run.losses)
     finally:
@@ -187,7 +188,7 @@ class _Steps:
     config: TunedConfig
     accelerator: Accelerator
     seed: int
-    spaces: Mapping[str, Tensor]
+    restraints: Mapping[str, Restraint]
 
     def take(self) -> dict[str, float]:
         """One optimizer step over all parts of one batch; returns its loss and learning rate and,
@@ -210,7 +211,7 @@ class _Steps:
             self._clip(train.max_grad_norm)
         run.optimizer.step()
         soften(run.trainable, lr * self.config.prox_l1, lr * self.config.prox_l2)
-        confine(run.trainable, self.spaces)
+        restrain(run.trainable, self.restraints, lr)
         run.trainable.put()
         run.advance(total)
         return {"loss": total, **terms, "lr": lr}

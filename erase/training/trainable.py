@@ -180,9 +180,10 @@ class Trainable:
         base = self._read(name, self._own[name]) if name in self._own else self._base[name]
         return base.to(value)
 
-    def dense(self, name: str, compact: Tensor, width: int) -> Tensor:
+    def dense(self, name: str, compact: Tensor) -> Tensor:
         """Compact values as rows of their matrix that lie in this process, shape (rows, width); 0
         where nothing may change."""
+        width = self._base_params[name].shape[-1]
         if name not in self._where:
             return compact.reshape(-1, width)
         rows = self.layout.rows(len(self._base_params[name]))
