@@ -138,6 +138,7 @@ class TestEveryMethod:
 
 UNET_ONLY = {
     "mace": ("xattn_kv", "no closed form"),
+    "salun-text": ("xattn_kv", "leave it out"),
     "salun-twofold": ("full", "leave twofold out"),
 }
 """method -> a scope of its own, and what it says of a text encoder: a closed form answers for
@@ -168,10 +169,11 @@ class TestEveryMethodThatTakesGradientSteps:
             with pytest.raises(ErasureError, match="combine .* has no retain term"):
                 edit(model, name, quick(name, **option))
             return
-        if "lora_rank" in option and get_method(name).config.prox_l1:
+        config = get_method(name).config
+        if "lora_rank" in option and config.prox_l1 + config.prox_text:
             with pytest.raises(ErasureError, match="choose one"):
                 quick(name, **option)
-            option = option | {"prox_l1": 0.0}
+            option = option | {"prox_l1": 0.0, "prox_text": 0.0}
         one, other = plain(name), edit(model, name, quick(name, **option))
         assert len(other.losses) == QUICK.steps * (2 if quick(name).twofold else 1)
         assert "combine" in option or any(

@@ -80,7 +80,7 @@ def test_every_method_has_a_recipe_for_the_embedded_model() -> None:
     """The presets of SalUn but `salun-soft` erase it by their defaults."""
     named = {path.stem for path in RECIPES}
     without = {method for method in METHODS if f"canvas-{method}" not in named}
-    assert without == {"salun", "salun-twofold", "salun-half", "salun-paper"}
+    assert without == {"salun", "salun-text", "salun-twofold", "salun-half", "salun-paper"}
 
 
 def test_the_published_settings_are_those_of_the_reference() -> None:

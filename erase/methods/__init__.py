@@ -51,6 +51,7 @@ METHODS: Index[Method[Any]] = Index(
     "method",
     {
         "salun": "erase.methods.salun:METHODS",
+        "salun-text": "erase.methods.salun:METHODS",
         "salun-twofold": "erase.methods.salun:METHODS",
         "salun-half": "erase.methods.salun:METHODS",
         "salun-soft": "erase.methods.salun:METHODS",

@@ -1,13 +1,13 @@
 """SalUn: saliency unlearning (Fan et al., ICLR 2024, https://arxiv.org/abs/2310.12508).
 
-The weights that the forget loss is most sensitive to are found once (the mask); then only they are
-fine-tuned, so that the forget prompt's prediction becomes the anchor prompt's, while retained
-prompts keep theirs.
+The weights that the forget loss is most sensitive to are found once (the mask); only they are then
+tuned: the forget prompt's prediction becomes the anchor's, retained prompts keep theirs.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 from erase.methods import Method
 from erase.objectives.remap import RemapConfig, trained
@@ -15,27 +15,33 @@ from erase.task import Edit, Task
 from erase.training.config import MaskConfig, TrainConfig
 
 PAPER = "https://arxiv.org/abs/2310.12508"
+_no_mask = partial(MaskConfig, density=1.0)
+_small_steps = partial(TrainConfig, steps=144, lr=1e-3, schedule="linear", warmup=8, batch_size=2)
+_by_8 = partial(TrainConfig, batch_size=8)
 
 
 @dataclass
 class SalUnConfig(RemapConfig):
-    """Settings of SalUn, as they measure best here.
-
-    Few weights, chosen by the benefit of moving them, to a target a little beyond the anchor; many
-    small steps."""
+    """Settings of SalUn, as they measure best here: few weights, chosen by the benefit of moving
+    them, to a target a little beyond the anchor; many small steps."""
 
     alpha: float = 5.0
     beyond: float = 1.0
     beyond_limit: float | None = 0.02
     noise_power: float = 2.0
-    mask: MaskConfig = field(
-        default_factory=lambda: MaskConfig(rule="benefit", density=0.04, batches=8)
-    )
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(
-            steps=144, lr=1e-3, schedule="linear", warmup=8, batch_size=2
-        )
-    )
+    mask: MaskConfig = field(default_factory=partial(MaskConfig, "benefit", 0.04, batches=8))
+    train: TrainConfig = field(default_factory=_small_steps)
+
+
+@dataclass
+class SalUnTextConfig(SalUnConfig):
+    """All keys and values of a UNet's cross-attention, in long steps that are drawn back as far as
+    the retained prompts would notice them; no mask, so no gradients before the first step."""
+
+    scope: str = "xattn_kv"
+    prox_text: float = 2.0
+    mask: MaskConfig = field(default_factory=_no_mask)
+    train: TrainConfig = field(default_factory=partial(_small_steps, lr=3e-3))
 
 
 @dataclass
@@ -53,7 +59,7 @@ class SalUnHalfConfig(RemapConfig):
 
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=300, lr=4e-4, schedule="linear", batch_size=8)
+        default_factory=partial(_by_8, steps=300, lr=4e-4, schedule="linear")
     )
 
 
@@ -68,16 +74,14 @@ class SalUnPaperConfig(SalUnHalfConfig):
     anchor_latents: float = 0.0
     retain_dropout: float = 0.0
     shuffle: bool = False
-    train: TrainConfig = field(
-        default_factory=lambda: TrainConfig(steps=100, lr=1e-5, batch_size=8)
-    )
+    train: TrainConfig = field(default_factory=partial(_by_8, steps=100, lr=1e-5))
 
 
 @dataclass
 class SalUnSoftConfig(SalUnHalfConfig):
     """SalUn-soft: no mask beforehand; small changes go back to the base's bits at each step."""
 
-    mask: MaskConfig = field(default_factory=lambda: MaskConfig(density=1.0))
+    mask: MaskConfig = field(default_factory=_no_mask)
     prox_l1: float = 0.1
 
 
@@ -88,6 +92,7 @@ def edit(task: Task, config: RemapConfig) -> Edit:
 
 METHODS = {
     "salun": Method("salun", PAPER, SalUnConfig(), edit),
+    "salun-text": Method("salun-text", PAPER, SalUnTextConfig(), edit),
     "salun-twofold": Method("salun-twofold", PAPER, SalUnTwofoldConfig(), edit),
     "salun-half": Method("salun-half", PAPER, SalUnHalfConfig(), edit),
     "salun-soft": Method("salun-soft", PAPER, SalUnSoftConfig(), edit),

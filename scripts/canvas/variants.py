@@ -16,7 +16,7 @@ from erase.scripts.run_erase import make_parser
 from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
-PRESETS = ("salun", "salun-twofold", "salun-half", "salun-paper")
+PRESETS = ("salun", "salun-text", "salun-twofold", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
 """what `salun-half` and `salun-paper` were measured with"""
 RATES = {"race": (1e-3, 2e-3), "advunlearn": (5e-4, 2e-3), "stereo": (4e-4, 8e-4)}
