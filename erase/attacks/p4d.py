@@ -23,7 +23,7 @@ from erase.attacks.pseudo_token import nameless
 from erase.attacks.words import nearest, words_of
 from erase.latents.batches import Rows, draw_rows
 from erase.latents.latent_set import LatentSet, epoch_rows, texts_of
-from erase.prompts.errors import COUNT, POSITIVE, check_ranges
+from erase.prompts.errors import COUNT, FINITE, POSITIVE, check_ranges
 from erase.task import Task
 from erase.training.batches import PromptedRows
 
@@ -38,13 +38,15 @@ class P4DConfig:
     """of AdamW; the paper takes 3000"""
     lr: float | None = None
     """step size; default: in an evaluation the attack's own rates, else the paper's, 0.1"""
+    weight_decay: float = 0.1
+    """of AdamW, as in the authors' code"""
     draws: int = 12
     """noisy latents on which the base is asked; all of them in every step, so that the errors of
     two steps compare"""
 
     def __post_init__(self) -> None:
         counts = dict.fromkeys(("words", "steps", "draws"), COUNT)
-        check_ranges(self, {**counts, "lr": POSITIVE}, "attack.p4d")
+        check_ranges(self, {**counts, "lr": POSITIVE, "weight_decay": FINITE}, "attack.p4d")
 
 
 def learn(task: Task, latents: LatentSet, config: P4DConfig, restart: int) -> Known:
@@ -71,7 +73,7 @@ def find(task: Task, latents: LatentSet, config: P4DConfig, restart: int, known:
     start = torch.randint(len(words), (config.words,), generator=generator)
     first = next(iter(words.tables))  # the words are chosen in the first encoder's space
     free = words.tables[first][start.to(words.tables[first].device)].clone().requires_grad_()
-    adam = torch.optim.AdamW([free], lr=config.lr or 0.1)
+    adam = torch.optim.AdamW([free], lr=config.lr or 0.1, weight_decay=config.weight_decay)
 
     best = _Best(start)
 

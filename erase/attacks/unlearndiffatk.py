@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,19 +62,6 @@ def squared_norm(prediction: Tensor, target: Tensor) -> Tensor:
     """The squared norm of each row's error, averaged over the rows. Adam takes the mean over values
     alike, but its weight decay does not: beside that gradient it would be all that moves w."""
     return (prediction - target).float().square().flatten(1).sum(1).mean()
-
-
-class _Drawn(torch.autograd.Function):
-    """One-hot rows of words drawn from the simplex; the gradient passes as it is, each value cut to
-    [-1, 1]."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, chosen: Tensor) -> Tensor:
-        return F.one_hot(chosen, weights.shape[-1]).to(weights.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return F.hardtanh(gradients[0]), None
 
 
 def find(
@@ -140,7 +126,8 @@ def search(
         each = weights.expand(rows, *shape[-2:])  # one prefix for all: every row draws from it
         flat = each.detach().cpu().reshape(-1, len(words))
         drawn = torch.multinomial(flat, 1, generator=generator).view(each.shape[:-1])
-        hot = _Drawn.apply(each, drawn.to(device))
+        # one-hot rows, whose gradient passes to w as it is
+        hot = F.one_hot(drawn.to(device), len(words)) + (each - each.detach())
         return {name: hot.to(table.dtype) @ table for name, table in words.tables.items()}
 
     @torch.no_grad()
