@@ -427,3 +427,5 @@ def test_auto_is_refused_for_rules_that_weigh_nothing():
 def test_the_complement_of_everything_is_refused():
     with pytest.raises(ErasureError, match="mask.density 1 leaves nothing out; use a lower"):
         MaskConfig(rule="inverted", density=1.0)
+    with pytest.raises(ErasureError, match="mask.rule is remap; leave mask.like out"):
+        MaskConfig(rule="remap", like="forget")

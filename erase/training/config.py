@@ -98,7 +98,9 @@ class TrainConfig:
 
 
 RULES = ("forget", "remap", "benefit", "fisher-ratio", "weight-gradient", "agreement")
-CONTROLS = ("random", "matched-random", "lowest", "inverted", "none")
+LIKE = ("matched-random", "lowest", "inverted")
+"""controls that go by another rule"""
+CONTROLS = ("random", *LIKE, "none")
 ALLOCATIONS = ("global", "per-tensor")
 AUTO = ("benefit",)
 """rules whose density can be found"""
@@ -149,6 +151,11 @@ class MaskConfig:
             raise ErasureError(
                 f"mask.density auto weighs forgetting against retaining, and mask.rule {self.rule} "
                 f"does not look at both; take {' or '.join(AUTO)}, or give a number"
+            )
+        if self.like != "benefit" and self.rule not in LIKE:
+            raise ErasureError(
+                f"mask.like is the rule that {', '.join(LIKE)} go by, and mask.rule is {self.rule}; "
+                "leave mask.like out"
             )
         if self.rule == "inverted" and self.density == 1:
             raise ErasureError(
