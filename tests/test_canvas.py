@@ -11,7 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from erase.eval.generate import GenerateConfig, generate
-from erase.eval.run import EvaluateConfig, Evidence, evaluate, score
+from erase.eval.run import EvaluateConfig, Evidence, evaluate, made_by, score
 from erase.latents.config import LatentConfig
 from erase.methods import get_method
 from erase.models import CANVAS, load_model
@@ -22,10 +22,10 @@ from erase.run import EraseConfig, erase_concept
 QUICK = GenerateConfig(steps=12, batch_size=24)
 
 
-def every(n: int) -> PromptSet:
-    """Each n-th cell of the grid: a sample in which all concepts stand."""
-    rows = canvas_grid(seeds=(188,)).rows
-    return PromptSet("sample", rows[::n])
+def sample() -> PromptSet:
+    """Each seventh cell of the grid, in which all concepts stand, and half of the hearts."""
+    rows = (*canvas_grid((188,)).rows[::7], *canvas_grid((288,), {"object": "heart"}).rows[::2])
+    return PromptSet("sample", tuple({row.case: row for row in rows}.values()))
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +33,10 @@ def base_images(tmp_path_factory):
     model = load_model("canvas")
     return generate(
         model.pipeline(),
-        every(7),
+        sample(),
         tmp_path_factory.mktemp("base") / "images",
         QUICK,
-        {"fingerprint": model.fingerprint},
+        made_by(model),
     )
 
 
@@ -82,21 +82,13 @@ def test_the_main_job(base_images, tmp_path):
     settings = replace(method, train=replace(method.train, steps=60))
     config = EraseConfig(method="salun", latents=data)
     delta = erase_concept(canvas_concept("heart"), config, settings, out=tmp_path)
-    prompts = PromptSet(
-        "sample",
-        tuple(
-            {
-                row.case: row
-                for row in (*every(7).rows, *canvas_grid((288,), {"object": "heart"}).rows[::2])
-            }.values()
-        ),
-    )
     report = evaluate(
         "canvas",
         delta,
-        prompts,
+        sample(),
         tmp_path / "report",
         EvaluateConfig(["classifier"], QUICK),
+        base_images=base_images.folder,
         evidence=Evidence.of(tmp_path),
     )
     scores = {row: {s.name: s.value for s in found} for row, found in report.rows.items()}
