@@ -52,6 +52,7 @@ def groups(precision: str) -> dict[str, dict[str, Variant]]:
         },
         **_of_flow(presets["salun"], methods["esd"]),
         **_of_default(presets["salun"]),
+        "text": _of_text(presets["salun-text"]),
         **_of_half(presets["salun-half"]),
         **_of_thin(presets["salun-half"]),
     }
@@ -89,6 +90,20 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
         },
         "target": {f"salun, {name}": _with(ours, change) for name, change in target.items()},
     }
+
+
+def _of_text(text: Variant) -> dict[str, Variant]:
+    """The preset `salun-text` by other holds and rates."""
+    slow = replace(text.settings.train, lr=1e-3)
+    changes: dict[str, dict[str, Any]] = {
+        "not drawn back": {"prox_text": 0.0},
+        "confined": {"prox_text": 0.0, "confine": 0.9},
+        "half as much": {"prox_text": 1.0},
+        "rate 0.001": {"train": slow},
+        "rate 0.001, not drawn back": {"train": slow, "prox_text": 0.0},
+        "rate 0.001, confined": {"train": slow, "prox_text": 0.0, "confine": 0.9},
+    }
+    return {f"salun-text, {name}": _with(text, change) for name, change in changes.items()}
 
 
 def _of_esd(esd: Variant) -> dict[str, Variant]:
