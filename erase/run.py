@@ -53,8 +53,9 @@ class EraseConfig:
     """the base checkpoint: canvas or canvas-flow (shipped with this package), a diffusers folder, a
     single file (.safetensors, .ckpt), or a hub id"""
     method: str = "salun"
-    """salun (our default), salun-twofold (comes back later, takes half as long again), salun-half
-    (the paper's mask, half of the weights), salun-paper (the reference to the letter), ..."""
+    """salun (our default), salun-text (keys and values alone: half the time, and keeps most),
+    salun-twofold (comes back later, takes half as long again), salun-half (the paper's mask, half
+    of the weights), salun-paper (the reference to the letter), ..."""
     seed: int = 0
     """fixes prompts, latents, noise and order: same seed, same machine, same number of threads,
     same delta"""

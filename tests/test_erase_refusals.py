@@ -224,6 +224,7 @@ def test_other_runtime_errors_are_not_taken_for_it():
         (["--mask.file", "{erased}/saliency.safetensors"], "is not a mask file"),
         (["--mask.saliency", "{erased}/saliency.safetensors"], "is of another run"),
         (["--mask.file", "{erased}/mask.safetensors"], "is of another run"),
+        (["--prox_text", "1", "--scope", "ff"], "there are none in scope ff"),
     ],
 )
 def test_what_a_run_cannot_take_is_refused_before_latents_are_made(

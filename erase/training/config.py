@@ -154,8 +154,8 @@ class MaskConfig:
             )
         if self.like != "benefit" and self.rule not in LIKE:
             raise ErasureError(
-                f"mask.like is the rule that {', '.join(LIKE)} go by, and mask.rule is {self.rule}; "
-                "leave mask.like out"
+                f"mask.like is the rule that {', '.join(LIKE)} go by, and mask.rule is "
+                f"{self.rule}; leave mask.like out"
             )
         if self.rule == "inverted" and self.density == 1:
             raise ErasureError(

@@ -36,8 +36,8 @@ def restraints(
         return {}
     earlier = earlier_prompts(task.earlier, task.concepts)
     prompts = [own for own in (retained_prompts(task.concepts), *earlier) if own]
-    names = _matrices("prox_text", params, prompts, config.scope)
-    squares, directions = spectrum(_alike(task, prompts))
+    squares, directions = spectrum(_alike(task, prompts, config))
+    names = held_matrices(params, config)
     return dict.fromkeys(names, partial(drawn_back, squares, directions, config.prox_text))
 
 
@@ -54,29 +54,35 @@ def null_spaces(
     prompts = [retained_prompts(task.concepts)]
     if task.earlier:
         prompts = earlier_prompts(task.earlier, task.concepts)
-    names = _matrices("confine", params, prompts, config.scope)
-    return dict.fromkeys(names, null_space(_alike(task, prompts), config.confine))
+    space = null_space(_alike(task, prompts, config), config.confine)
+    return dict.fromkeys(held_matrices(params, config), space)
 
 
-def _matrices(
-    option: str,
-    params: Mapping[str, nn.Parameter],
-    prompts: Sequence[tuple[str, ...]],
-    scope: str,
-) -> list[str]:
+def held_matrices(params: Mapping[str, nn.Parameter], config: TunedConfig) -> list[str]:
+    """Names of the matrices that `confine` or `prox_text` holds.
+
+    Raises:
+        ErasureError: there are none.
+    """
     names = [name for name in params if reads_text(name)]
-    if not any(prompts) or not names:
-        lacks = "no such prompt" if not any(prompts) else f"no such matrix in scope {scope}"
+    if not names:
+        option = "confine" if config.confine else "prox_text"
         raise ErasureError(
-            f"{option} holds what the keys and values of a UNet's cross-attention answer to "
-            "retained prompts, or to those of earlier concepts (--after), and there is "
-            f"{lacks}; leave it out"
+            f"{option} holds what the keys and values of a UNet's cross-attention answer, and "
+            f"there are none in scope {config.scope}; take a scope that has some (xattn_kv, xattn, "
+            f"full), or {option} 0"
         )
     return names
 
 
-def _alike(task: Task, prompts: Sequence[tuple[str, ...]]) -> Tensor:
+def _alike(task: Task, prompts: Sequence[tuple[str, ...]], config: TunedConfig) -> Tensor:
     """The text states of all tokens, as rows, scaled so that each list counts the same."""
+    if not any(prompts):
+        option = "confine" if config.confine else "prox_text"
+        raise ErasureError(
+            f"{option} holds what retained prompts are answered, or those of earlier concepts "
+            f"(--after), and there are none; give the concept some, or leave {option} out"
+        )
     states = [task.cond(own).embeddings.flatten(0, 1) for own in prompts]
     return torch.cat([own / len(own) ** 0.5 for own in states])
 

@@ -23,7 +23,7 @@ from erase.prompts.errors import ErasureError
 from erase.task import Edit, Task, describe
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TunedConfig
-from erase.training.confine import restraints
+from erase.training.confine import held_matrices, restraints
 from erase.training.loop import Batches, LossFn, fit, make_accelerator
 from erase.training.low_rank import matrices
 from erase.training.opponent import Opponent
@@ -179,5 +179,7 @@ def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None
     trained = _trained(selected, config)
     if config.twofold:
         _check_sides(trained)
+    if config.confine or config.prox_text:
+        held_matrices(selected, config)
     density = config.mask.density if config.mask.density != "auto" else LADDER[0]
     kept_count(density, sum(param.numel() for param in selected.values()))
