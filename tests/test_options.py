@@ -15,7 +15,7 @@ from erase.prompts.errors import ErasureError
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.confine import confined, drawn_back, null_space, spectrum
-from erase.training.gradients import behind_barrier, moved, soften, without_conflict
+from erase.training.gradients import behind_barrier, moved, restrain, soften, without_conflict
 from erase.training.loop import fit
 from erase.training.trainable import Trainable
 
@@ -346,6 +346,31 @@ def test_text_is_drawn_back_after_each_step_by_its_rate(params):
     held = train(params, config, restraints=restraints).values["a.weight"] - params["a.weight"]
     assert torch.allclose(held, drawn_back(*spectrum(STATES), 2.0, step, 0.05), atol=1e-6)
     assert not torch.allclose(held, step, atol=1e-4)
+
+
+@pytest.mark.parametrize("density", [0.6, 1.0])
+def test_rows_of_a_matrix_are_drawn_back_as_in_the_whole(params, density):
+    """As in each process under FSDP."""
+
+    class Rows(Layout):
+        def rows(self, count):
+            return slice(2, min(5, count))
+
+        def local(self, tensor):
+            return tensor.data[self.rows(len(tensor))]
+
+    mask = SaliencyMask.random(params, density, 0) if density < 1 else None
+    step = torch.randn(6, 5, generator=torch.Generator().manual_seed(2))
+    found = []
+    for layout in (Layout(), Rows()):
+        trainable = Trainable(params, mask, ActiveWeights(params, layout=layout))
+        mine, name = layout.local(step), "a.weight"
+        trainable.values[name].data += trainable.picked(name, mine)
+        restrain(trainable, {name: partial(drawn_back, *spectrum(STATES), 2.0)}, 0.3)
+        change = trainable.dense(name, trainable.values[name] - trainable.base_values(name))
+        found.append(change.detach())
+        trainable.close()
+    assert torch.allclose(found[0][2:5], found[1], atol=1e-6) and found[1].any()
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------
