@@ -69,8 +69,8 @@ def held_matrices(params: Mapping[str, nn.Parameter], config: TunedConfig) -> li
         option = "confine" if config.confine else "prox_text"
         raise ErasureError(
             f"{option} holds what the keys and values of a UNet's cross-attention answer, and "
-            f"there are none in scope {config.scope}; take a scope that has some (xattn_kv, xattn, "
-            f"full), or {option} 0"
+            f"there are none in scope {config.scope} (a UNet has them in xattn_kv, xattn and full, "
+            f"a flow transformer nowhere); take one of these scopes, or {option} 0"
         )
     return names
 

@@ -102,6 +102,15 @@ def _of_text(text: Variant) -> dict[str, Variant]:
         "rate 0.001": {"train": slow},
         "rate 0.001, not drawn back": {"train": slow, "prox_text": 0.0},
         "rate 0.001, confined": {"train": slow, "prox_text": 0.0, "confine": 0.9},
+        **{
+            f"{100 * density:g} %{kind}": {
+                "mask.rule": rule,
+                "mask.density": density,
+                "mask.batches": 8,
+            }
+            for density in (0.1, 0.03)
+            for kind, rule in (("", "benefit"), (", matched-random", "matched-random"))
+        },
     }
     return {f"salun-text, {name}": _with(text, change) for name, change in changes.items()}
 
