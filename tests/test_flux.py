@@ -24,7 +24,7 @@ from erase.task import Task
 from tests.families import tiny_flux
 from tests.test_methods import CONCEPT, quick
 
-BY_UNETS_ALONE = ("forget-me-not", "mace", "speed")
+BY_UNETS_ALONE = ("forget-me-not", "mace", "salun-text", "speed")
 """methods that ask for a projection of the text states themselves, or for cross-attention"""
 
 

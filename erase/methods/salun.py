@@ -22,8 +22,8 @@ _by_8 = partial(TrainConfig, batch_size=8)
 
 @dataclass
 class SalUnConfig(RemapConfig):
-    """Settings of SalUn, as they measure best here: few weights, chosen by the benefit of moving
-    them, to a target a little beyond the anchor; many small steps."""
+    """Settings of SalUn, as they measure best here.
+    Few weights, chosen by benefit, in many small steps to a target a little beyond the anchor."""
 
     alpha: float = 5.0
     beyond: float = 1.0
@@ -35,8 +35,8 @@ class SalUnConfig(RemapConfig):
 
 @dataclass
 class SalUnTextConfig(SalUnConfig):
-    """All keys and values of a UNet's cross-attention, in long steps that are drawn back as far as
-    the retained prompts would notice them; no mask, so no gradients before the first step."""
+    """All keys and values, drawn back as far as retained prompts notice; no mask.
+    Steps are three times as long, and no gradients are collected before the first."""
 
     scope: str = "xattn_kv"
     prox_text: float = 2.0
@@ -46,8 +46,8 @@ class SalUnTextConfig(SalUnConfig):
 
 @dataclass
 class SalUnTwofoldConfig(SalUnConfig):
-    """The concept is taken out twice, within the same mask: in the cross-attention and outside of
-    it. What is retained weighs twice as much, for it bears both."""
+    """Taken out twice within the mask: in the cross-attention, and outside of it.
+    What is retained weighs twice as much, for it bears both."""
 
     alpha: float = 10.0
     twofold: bool = True
