@@ -37,6 +37,7 @@ from erase.prompts.several import (
 )
 from erase.task import Edit, Task
 from erase.training.config import TunedConfig
+from erase.training.confine import check_held_prompts
 from erase.training.fine_tune import check_machine, check_scope
 from erase.training.saliency import check_files
 from erase.training.trackers import check_log
@@ -259,12 +260,8 @@ def _check_settings(
     if isinstance(settings, TunedConfig):
         check_machine(settings, config.load.offload == "blocks")
         check_log(settings.train.log_with, folder)
-        for option in ("confine", "prox_text"):
-            if getattr(settings, option) and not retained_prompts(concepts, earlier):
-                raise ErasureError(
-                    f"{option} holds what retained prompts are answered, and there are none; "
-                    f"give the concept some, or leave {option} out"
-                )
+        if settings.holding:
+            check_held_prompts(retained_prompts(concepts, earlier), settings)
 
 
 def _load_options(config: EraseConfig, settings: Any) -> LoadConfig:

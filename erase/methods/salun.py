@@ -17,7 +17,7 @@ from erase.training.config import MaskConfig, TrainConfig
 PAPER = "https://arxiv.org/abs/2310.12508"
 _no_mask = partial(MaskConfig, density=1.0)
 _small_steps = partial(TrainConfig, steps=144, lr=1e-3, schedule="linear", warmup=8, batch_size=2)
-_by_8 = partial(TrainConfig, batch_size=8)
+_large_batches = partial(TrainConfig, batch_size=8)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class SalUnHalfConfig(RemapConfig):
 
     mask: MaskConfig = field(default_factory=MaskConfig)
     train: TrainConfig = field(
-        default_factory=partial(_by_8, steps=300, lr=4e-4, schedule="linear")
+        default_factory=partial(_large_batches, steps=300, lr=4e-4, schedule="linear")
     )
 
 
@@ -74,7 +74,7 @@ class SalUnPaperConfig(SalUnHalfConfig):
     anchor_latents: float = 0.0
     retain_dropout: float = 0.0
     shuffle: bool = False
-    train: TrainConfig = field(default_factory=partial(_by_8, steps=100, lr=1e-5))
+    train: TrainConfig = field(default_factory=partial(_large_batches, steps=100, lr=1e-5))
 
 
 @dataclass

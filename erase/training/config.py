@@ -152,7 +152,7 @@ class MaskConfig:
                 f"mask.density auto weighs forgetting against retaining, and mask.rule {self.rule} "
                 f"does not look at both; take {' or '.join(AUTO)}, or give a number"
             )
-        if self.like != "benefit" and self.rule not in LIKE:
+        if self.like != MaskConfig.like and self.rule not in LIKE:
             raise ErasureError(
                 f"mask.like is the rule that {', '.join(LIKE)} go by, and mask.rule is "
                 f"{self.rule}; leave mask.like out"
@@ -234,6 +234,11 @@ class TunedConfig:
     lora_rank: int = 0
     """train the change of each matrix as a product of this rank; vectors keep their values; 0: the
     change itself"""
+
+    @property
+    def holding(self) -> str:
+        """The option that holds what retained prompts are answered; empty where none does."""
+        return "confine" if self.confine else "prox_text" if self.prox_text else ""
 
     def __post_init__(self) -> None:
         check_names(self, {"combine": COMBINE})

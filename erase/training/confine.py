@@ -66,23 +66,35 @@ def held_matrices(params: Mapping[str, nn.Parameter], config: TunedConfig) -> li
     """
     names = [name for name in params if reads_text(name)]
     if not names:
-        option = "confine" if config.confine else "prox_text"
         raise ErasureError(
-            f"{option} holds what the keys and values of a UNet's cross-attention answer, and "
-            f"there are none in scope {config.scope} (a UNet has them in xattn_kv, xattn and full, "
-            f"a flow transformer nowhere); take one of these scopes, or {option} 0"
+            f"{config.holding} holds what the keys and values of a UNet's cross-attention answer, "
+            f"and there are none in scope {config.scope} (a UNet has them in xattn_kv, xattn and "
+            f"full, a flow transformer nowhere); take one of these scopes, or {config.holding} 0"
         )
     return names
 
 
+def check_held_prompts(prompts: Sequence[object], config: TunedConfig) -> None:
+    """Refuse `confine` or `prox_text`, one of which is on, where there is no prompt to hold.
+
+    Args:
+        prompts: texts, or lists of them.
+        config: says which of the two.
+
+    Raises:
+        ErasureError: there is none.
+    """
+    if not any(prompts):
+        raise ErasureError(
+            f"{config.holding} holds what retained prompts are answered, or those of earlier "
+            "concepts (--after), and there are none; give the concept some, or leave "
+            f"{config.holding} out"
+        )
+
+
 def _alike(task: Task, prompts: Sequence[tuple[str, ...]], config: TunedConfig) -> Tensor:
     """The text states of all tokens, as rows, scaled so that each list counts the same."""
-    if not any(prompts):
-        option = "confine" if config.confine else "prox_text"
-        raise ErasureError(
-            f"{option} holds what retained prompts are answered, or those of earlier concepts "
-            f"(--after), and there are none; give the concept some, or leave {option} out"
-        )
+    check_held_prompts(prompts, config)
     states = [task.cond(own).embeddings.flatten(0, 1) for own in prompts]
     return torch.cat([own / len(own) ** 0.5 for own in states])
 

@@ -179,7 +179,7 @@ def check_scope(params: Mapping[str, nn.Parameter], config: TunedConfig) -> None
     trained = _trained(selected, config)
     if config.twofold:
         _check_sides(trained)
-    if config.confine or config.prox_text:
+    if config.holding:
         held_matrices(selected, config)
     density = config.mask.density if config.mask.density != "auto" else LADDER[0]
     kept_count(density, sum(param.numel() for param in selected.values()))

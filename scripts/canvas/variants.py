@@ -93,15 +93,13 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
 
 
 def _of_text(text: Variant) -> dict[str, Variant]:
-    """The preset `salun-text` by other holds and rates."""
-    slow = replace(text.settings.train, lr=1e-3)
+    """The preset `salun-text` by other holds and rates; not drawn back and at the rate of `salun`
+    it is "salun, keys and values"."""
     changes: dict[str, dict[str, Any]] = {
         "not drawn back": {"prox_text": 0.0},
         "confined": {"prox_text": 0.0, "confine": 0.9},
         "half as much": {"prox_text": 1.0},
-        "rate 0.001": {"train": slow},
-        "rate 0.001, not drawn back": {"train": slow, "prox_text": 0.0},
-        "rate 0.001, confined": {"train": slow, "prox_text": 0.0, "confine": 0.9},
+        "rate 0.001": {"train": replace(text.settings.train, lr=1e-3)},
         **{
             f"{100 * density:g} %{kind}": {
                 "mask.rule": rule,
