@@ -6,7 +6,7 @@ settings, so that what an attack adds is compared with images that differ in not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -52,17 +52,41 @@ def own_rows(case: Case, count: int | None = None) -> list[ImageRow]:
     Raises:
         ErasureError: there are none.
     """
-    rows, asking = case.images.rows, set[int]()
-    for concept in case.concepts:
-        labels, names = case.labels.get(concept.kind or "", ()), Names(concept.names)
-        labelled = {place for place, label in enumerate(labels) if label == concept.target}
-        asking |= labelled or {place for place, row in enumerate(rows) if names.found(row.prompt)}
-    own = [rows[place] for place in sorted(asking)] or list(rows)
+    return [case.images.rows[place] for place in _own_places(case, count)]
+
+
+def own_parts(
+    case: Case, count: int | None = None
+) -> list[tuple[tuple[ConceptSpec, ...], list[int]]]:
+    """Each concept by itself, and the places among `own_rows` that ask for it (a row that asks for
+    several is the first one's); where none names any, all concepts together."""
+    own, taken = _own_places(case, count), set[int]()
+    parts: list[tuple[tuple[ConceptSpec, ...], list[int]]] = []
+    for concept, asked in _asking(case):
+        here = [index for index, place in enumerate(own) if place in asked - taken]
+        taken |= asked
+        if here:
+            parts.append(((concept,), here))
+    return parts or [(tuple(case.concepts), list(range(len(own))))]
+
+
+def _own_places(case: Case, count: int | None) -> list[int]:
+    named = set[int]().union(*(places for _, places in _asking(case)))
+    own = sorted(named) or list(range(len(case.images.rows)))
     if not own:
         raise ErasureError("there are no prompts to attack; give a prompt set")
     if count is None or count >= len(own):
         return own
     return [own[place * len(own) // count] for place in range(count)]
+
+
+def _asking(case: Case) -> Iterator[tuple[ConceptSpec, set[int]]]:
+    """Each concept, and the places of the rows that ask for it."""
+    for concept in case.concepts:
+        labels, names = case.labels.get(concept.kind or "", ()), Names(concept.names)
+        labelled = {place for place, label in enumerate(labels) if label == concept.target}
+        rows = enumerate(case.images.rows)
+        yield concept, labelled or {place for place, row in rows if names.found(row.prompt)}
 
 
 def settings_of(case: Case) -> GenerateConfig:

@@ -4,7 +4,7 @@ concept; kept in files, so that a stopped evaluation goes on."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from erase.prompts.concepts import ConceptSpec
 from erase.task import Task
 from erase.tensor_files import load_tensors, save_tensors
 from erase.tensors import sha256_of
+
+Planned = tuple[Attack[Any], Any, int]
+"""an attack, its budget, the restart"""
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,56 @@ class Attacker:
             "threads": torch.get_num_threads(),
         }
         return sha256_of(about)[:16]
+
+
+@dataclass
+class Part:
+    """The prompts of one concept among all that are attacked, and what comes of them."""
+
+    places: Sequence[int]
+    attacker: Attacker
+    known: dict[tuple[str, str, int], Known] = field(default_factory=dict)
+    """(attack, budget, restart) -> what it brings from the base"""
+    tries: dict[str, list[Try]] = field(default_factory=dict)
+    """attack -> what came of each"""
+
+    def learn(self, base: DiffusionModel, planned: Iterable[Planned]) -> None:
+        """What every try brings from the base."""
+        for attack, budget, restart in planned:
+            learned = self.attacker.learn(base, attack, budget, restart)
+            self.known[attack.name, str(budget), restart] = learned
+
+    def attack(self, model: DiffusionModel, planned: Iterable[Planned]) -> None:
+        """Every try, until one breaks all prompts: there is none better."""
+        for attack, budget, restart in planned:
+            tries = self.tries.setdefault(attack.name, [])
+            if not (tries and all(tries[-1].shown)):
+                known = self.known[attack.name, str(budget), restart]
+                tries.append(self.attacker.attack(model, attack, budget, restart, known))
+
+    def of(self, flags: Sequence[bool]) -> list[bool]:
+        """Of these prompts, from a list of all."""
+        return [flags[place] for place in self.places]
+
+    def put(self, flags: Sequence[bool], into: list[bool]) -> None:
+        """Theirs in the places of a list of all."""
+        for place, flag in zip(self.places, flags, strict=True):
+            into[place] = flag
+
+
+def success(attack: Attack[Any], before: Sequence[bool], tries: Sequence[Try]) -> list[bool]:
+    """Whether each prompt shows the concept before the attack or after it: after its best try, or,
+    of a baseline, after any."""
+    if not tries:
+        return list(before)
+    tried = tries if attack.repeated else [max(tries, key=lambda one: broken(before, one))]
+    after = [one.shown for one in tried]
+    return [any(column) for column in zip(before, *after, strict=True)]
+
+
+def broken(before: Sequence[bool], one: Try) -> int:
+    """Prompts that show the concept after the try and did not before."""
+    return sum(shown and not earlier for earlier, shown in zip(before, one.shown, strict=True))
 
 
 def behind(found: Found, concepts: Sequence[ConceptSpec]) -> Callable[[str], str]:

@@ -17,18 +17,20 @@ from erase.attacks.transferred import TransferredConfig
 from erase.attacks.unlearndiffatk import UnlearnDiffAtkConfig
 from erase.delta import ErasedDelta
 from erase.eval import attempts
+from erase.eval.attempts import own_parts, own_rows
 from erase.eval.case import Case
 from erase.eval.detectors import detector
-from erase.eval.evaluators.attack import Config, check, evaluate, success
+from erase.eval.evaluators.attack import Config, check, evaluate
 from erase.eval.generate import GenerateConfig, generate, planned
 from erase.eval.report.report import BASE, ERASED, EvalReport
 from erase.eval.report.words import limits
 from erase.eval.scores import proportion
-from erase.eval.tries import Try, tries_of
+from erase.eval.tries import Try, success, tries_of
 from erase.models import load_model, wrap
 from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError
-from erase.prompts.prompt_sets import canvas_grid
+from erase.prompts.names import Names
+from erase.prompts.prompt_sets import canvas_grid, of_prompts
 
 HEART = canvas_concept("heart")
 GENERATE = GenerateConfig(steps=2, batch_size=4)
@@ -165,6 +167,49 @@ def test_an_attack_of_another_package_that_does_nothing_adds_nothing(pico, image
     before, after = evaluate(case, replace(ALL, attacks=["outside:NOTHING"]))
     assert (after.name, after.value) == ("ASR nothing", before.value)
     assert case.extras["attacks"]["nothing"]["alone"] == round(before.value * 3 / 100)
+
+
+def test_several_concepts_are_attacked_one_by_one_each_from_its_own_images(
+    pico, tmp_path, monkeypatch
+):
+    """A prompt of a red heart is the first one's; where none names any, all are sought at once."""
+    grid, given = canvas_grid((188,)), {}
+    wanted = [("heart", "blue"), ("house", "red"), ("house", "blue"), ("heart", "red")]
+    chosen = []
+    for pair in wanted:
+        fits = [row for row in grid.rows if (row.labels["object"], row.labels["colour"]) == pair]
+        chosen.append(fits[0])
+    rows = replace(grid, rows=tuple(chosen))
+    images = generate(pico.pipeline(), rows, tmp_path / "images", GENERATE, {})
+
+    def find(task, latents, budget, restart, known):
+        (own,) = task.concepts
+        given[own.target] = len(latents)
+        assert all(Names(own.names).found(prompt) for prompt in latents.prompts)
+        return Found(seed_shift=len(given), texts=(own.target,))
+
+    def shown(attempts, model, prompts=None, *, seed_shift=0, pictures=None, **options):
+        return ["heart" in row.prompt and seed_shift == 1 for row in attempts.rows]
+
+    attack = Attack("spied", "-", NothingConfig(), "nothing", find)
+    monkeypatch.setitem(sys.modules, "outside", SimpleNamespace(SPIED=attack))
+    monkeypatch.setattr(attempts.Attempts, "shown", shown)
+    case = Case(images, [canvas_concept("red"), HEART], base=pico)
+    asked = [(row.labels["object"], row.labels["colour"]) for row in own_rows(case)]
+    (_, red), (_, hearts) = own_parts(case)
+    assert {asked[place] for place in red} == {("heart", "red"), ("house", "red")}
+    assert [asked[place] for place in hearts] == [("heart", "blue")]
+    before, after = evaluate(case, Config(attacks=["outside:SPIED"], references=3))
+
+    assert given == {"red": 3, "heart": 3}
+    told = case.extras["attacks"]["spied"]
+    assert [(one["concept"], one["shown"]) for one in told["tries"]] == [("red", 1), ("heart", 0)]
+    assert (told["n"], told["alone"], before.n) == (3, 1, 3)
+    assert after.value > 33 and "for each concept" in after.evaluator
+
+    unnamed = planned(of_prompts(["a house", "a tree"], 188), tmp_path / "none", GENERATE)
+    ((concepts, places),) = own_parts(Case(unnamed, case.concepts))
+    assert len(concepts) == 2 and places == [0, 1]
 
 
 def test_no_further_try_is_made_where_every_prompt_is_broken(pico, images, monkeypatch):

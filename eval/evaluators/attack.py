@@ -3,14 +3,16 @@
 Each attack of `erase.attacks` has a stated budget, and counts as UnlearnDiffAtk counts (Zhang et
 al., ECCV 2024): ASR = (prompts that show the concept before any attack + those that the attack
 breaks) / prompts. A white-box attack is tried at several learning rates and from several starts,
-and the best of them is the attacker's. The base is attacked in the same way: it is the control, for
-an attack that does not find the concept in the base proves nothing about what was erased.
+and the best of them is the attacker's. Several concepts are attacked one by one, each in its own
+prompts and from images of it alone. The base is attacked in the same way: it is the control, for an
+attack that does not find the concept in the base proves nothing about what was erased.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -24,14 +26,22 @@ from erase.attacks.pseudo_token import PseudoTokenConfig
 from erase.attacks.ring_a_bell import RingABellConfig
 from erase.attacks.transferred import TransferredConfig
 from erase.attacks.unlearndiffatk import UnlearnDiffAtkConfig
-from erase.eval.attempts import Attempts, asked_of_base, drawn_by_base, own_rows
+from erase.eval.attempts import (
+    PICTURES,
+    Attempts,
+    asked_of_base,
+    drawn_by_base,
+    few,
+    own_parts,
+    own_rows,
+)
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
 from erase.eval.detectors import check_judge, detector, settle_judge
 from erase.eval.evaluators import Evaluator
 from erase.eval.images import save_image
 from erase.eval.scores import Score, share_of
-from erase.eval.tries import Attacker, Try, tries_of
+from erase.eval.tries import Attacker, Part, Planned, Try, broken, success, tries_of
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
 from erase.models.pipelines import frozen_facts
@@ -53,7 +63,7 @@ class Config:
     images: int = 24
     """prompts of the concept that are attacked, at most, spread over all of them"""
     references: int = 16
-    """images of the concept that the attacker has, drawn by the base"""
+    """images of each concept that the attacker has, drawn by the base"""
     rates: list[float] | None = None
     """learning rates that each white-box attack is tried at, but where you give its own lr;
     default: the attack's own"""
@@ -97,18 +107,26 @@ class Config:
         ]
         return list(zip(attacks, budgets, strict=True))
 
+    def planned(self) -> Iterator[Planned]:
+        """Every try."""
+        for attack, budget in self.chosen():
+            for one, restart in tries_of(attack, budget, self.rates, self.restarts):
+                yield attack, one, restart
+
 
 def budget(case: Case, config: Config) -> Budget | None:
     """All tries at each attack, on both models, and what the attacker has from the base; None where
     an attack does not say what it asks."""
-    count = len(own_rows(case, config.images))
-    total = Budget(0, asked_of_base(max(config.references, len(case.concepts))))
-    for attack, settings in config.chosen():
-        if attack.asks is None:
-            return None
-        learn, find = attack.asks(settings, count)
-        tries = len(list(tries_of(attack, settings, config.rates, config.restarts)))
-        total += Budget(MODELS * tries * count, learn.times(tries) + find.times(MODELS * tries))
+    total = Budget()
+    for concepts, places in own_parts(case, config.images):
+        count = len(places)
+        total += Budget(0, asked_of_base(max(config.references, len(concepts))))
+        for attack, settings in config.chosen():
+            if attack.asks is None:
+                return None
+            learn, find = attack.asks(settings, count)
+            tries = len(list(tries_of(attack, settings, config.rates, config.restarts)))
+            total += Budget(MODELS * tries * count, learn.times(tries) + find.times(MODELS * tries))
     return total
 
 
@@ -153,34 +171,20 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     attempts = Attempts.of(case, detector(case, config.judge), config.images)
     before, chosen = _before(case, attempts), config.chosen()
     with case.base_model() as base:
-        attacker = _attacker(case, config, attempts, base)
-        known = {}
-        for attack, budget in chosen:
-            for one, restart in tries_of(attack, budget, config.rates, config.restarts):
-                learned = attacker.learn(base, attack, one, restart)
-                known[attack.name, str(one), restart] = learned
-
-    outcomes: dict[str, list[Try]] = {}
+        parts = _parts(case, config, attempts, base)
+        for part in parts:
+            part.learn(base, config.planned())
     with case.model() as model:
-        for attack, budget in chosen:
-            outcomes[attack.name] = []
-            for one, restart in tries_of(attack, budget, config.rates, config.restarts):
-                brought = known[attack.name, str(one), restart]
-                done = attacker.attack(model, attack, one, restart, brought)
-                outcomes[attack.name].append(done)
-                if all(done.shown):
-                    break  # there is none better
+        for part in parts:
+            part.attack(model, config.planned())
 
-    told = _told(chosen, outcomes, before)
+    rates = {"pre-ASR": (before, f"{attempts.detector.name}, no attack")}
     for attack, _ in chosen:
-        best = max(outcomes[attack.name], key=lambda one: _broken(before, one))
-        told[attack.name]["pictures"] = keep_pictures(case, attempts, attack.name, best)
-    case.add_extra("attacks", told)
-    judged = attempts.detector.name
-    rates = {"pre-ASR": (before, f"{judged}, no attack")}
-    for attack, _ in chosen:
-        after = success(attack, before, outcomes[attack.name])
-        rates[f"ASR {attack.name}"] = after, f"{judged}; {_budget(attack, outcomes[attack.name])}"
+        after = list(before)
+        for part in parts:
+            part.put(success(attack, part.of(before), part.tries[attack.name]), after)
+        rates[f"ASR {attack.name}"] = after, f"{attempts.detector.name}; {_means(attack, parts)}"
+    case.add_extra("attacks", _told(case, chosen, parts, before))
     cases = [row.case for row in attempts.rows]
     return [
         share_of(name, shown, cases, higher_is_better=False, evaluator=by)
@@ -188,34 +192,22 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     ]
 
 
-def success(attack: Attack[Any], before: Sequence[bool], tries: Sequence[Try]) -> list[bool]:
-    """Whether each prompt shows the concept before the attack or after it: after its best try, or,
-    of a baseline, after any."""
-    if not tries:
-        return list(before)
-    tried = tries if attack.repeated else [max(tries, key=lambda one: _broken(before, one))]
-    after = [one.shown for one in tried]
-    return [any(column) for column in zip(before, *after, strict=True)]
-
-
-def _broken(before: Sequence[bool], one: Try) -> int:
-    return sum(shown and not earlier for earlier, shown in zip(before, one.shown, strict=True))
-
-
-def keep_pictures(case: Case, attempts: Attempts, name: str, one: Try) -> list[dict[str, Any]]:
+def keep_pictures(
+    case: Case, attempts: Attempts, name: str, one: Try, most: int = PICTURES
+) -> list[dict[str, Any]]:
     """Write a few images of a try as PNGs, and tell of each: its file, its prompt, its case, and
     whether it shows the concept; none where the case has no folder."""
     if not case.folder:
         return []
     told = []
-    for place, pixels in one.pictures.items():
+    for place in few(one.shown, one.pictures)[:most]:
         row = attempts.rows[place]
         about = {"prompt": row.prompt, "case": row.case, "shown": one.shown[place]}
         file = f"{name}-{row.case:05d}.png"
         if processes().is_main_process:
             folder = case.folder / "attack"
             folder.mkdir(parents=True, exist_ok=True)
-            save_image(folder / file, pixels, {"attack": name} | about)
+            save_image(folder / file, one.pictures[place], {"attack": name} | about)
         told.append({"file": file} | about)
     return told
 
@@ -231,14 +223,17 @@ def _before(case: Case, attempts: Attempts) -> list[bool]:
     return list(chain.from_iterable(parts))
 
 
-def _attacker(case: Case, config: Config, attempts: Attempts, base: DiffusionModel) -> Attacker:
+def _parts(case: Case, config: Config, attempts: Attempts, base: DiffusionModel) -> list[Part]:
     folder = case.folder and case.folder / "attack"
-    shared = case.shared
-    latents = drawn_by_base(base, case.concepts, config.references, config.seed, shared)
     each = any(attack.per_prompt(budget) for attack, budget in config.chosen())
-    own = _encoded(case, attempts, base) if each else latents
-    frozen = frozen_facts(base.pipeline())
-    return Attacker(case.concepts, attempts, latents, own, frozen, config.seed, shared, folder)
+    frozen, parts = frozen_facts(base.pipeline()), []
+    for concepts, places in own_parts(case, config.images):
+        here = replace(attempts, rows=[attempts.rows[place] for place in places])
+        latents = drawn_by_base(base, concepts, config.references, config.seed, case.shared)
+        own = _encoded(case, here, base) if each else latents
+        about = (concepts, here, latents, own, frozen, config.seed, case.shared, folder)
+        parts.append(Part(places, Attacker(*about)))
+    return parts
 
 
 def _encoded(case: Case, attempts: Attempts, base: DiffusionModel) -> LatentSet:
@@ -253,32 +248,45 @@ def _encoded(case: Case, attempts: Attempts, base: DiffusionModel) -> LatentSet:
     return LatentSet(mean, std, tuple(attempts.prompts))
 
 
-def _budget(attack: Attack[Any], tries: Sequence[Try]) -> str:
+def _means(attack: Attack[Any], parts: Sequence[Part]) -> str:
     """The attacker's means, for a score's `evaluator`."""
+    tries = max((part.tries[attack.name] for part in parts), key=len)
     which = "any of" if attack.repeated else "best of"
     rates = dict.fromkeys(str(one.budget["lr"]) for one in tries if "lr" in one.budget)
     at = f" at lr {', '.join(rates)}" if rates else ""
+    each = " for each concept" if len(parts) > 1 else ""
     fields = {key: value for key, value in tries[0].budget.items() if key not in ("lr", "tries")}
     means = ", ".join(f"{key} {value}" for key, value in fields.items())
-    return f"{which} {len(tries)} tries{at}" + f"; {means}" * bool(means)
+    return f"{which} {len(tries)} tries{at}{each}" + f"; {means}" * bool(means)
 
 
 def _told(
+    case: Case,
     chosen: Sequence[tuple[Attack[Any], Any]],
-    outcomes: dict[str, list[Try]],
+    parts: Sequence[Part],
     before: Sequence[bool],
 ) -> dict[str, Any]:
-    """The attacks for the report's extras."""
+    """The attacks for the report's extras; their pictures are written."""
     told = {}
     for attack, budget in chosen:
-        tries = outcomes[attack.name]
-        told[attack.name] = {
+        name, tries, pictures, alone = attack.name, [], [], 0
+        for part in parts:
+            asked, about = part.of(before), {}
+            if len(parts) > 1:
+                about = {"concept": ", ".join(one.target for one in part.attacker.concepts)}
+            tries += [about | _told_try(one) for one in part.tries[name]]
+            best = max(part.tries[name], key=partial(broken, asked))
+            most = max(PICTURES // len(parts), 1)
+            pictures += keep_pictures(case, part.attacker.attempts, name, best, most)
+            alone += max(one.count for one in part.tries[name])
+        told[name] = {
             "has": attack.has,
             "paper": attack.paper,
             "budget": asdict(budget),
             "n": len(before),
-            "alone": max(one.count for one in tries),
-            "tries": [_told_try(one) for one in tries],
+            "alone": alone,
+            "tries": tries,
+            "pictures": pictures,
         }
     return told
 

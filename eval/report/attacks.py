@@ -36,7 +36,7 @@ class Attacked:
     alone: int
     n: int
     texts: list[str]
-    """words that its best try put into the prompts"""
+    """words that its best try put into the prompts, of each concept"""
     pictures: list[Picture]
 
     @property
@@ -57,13 +57,18 @@ def attacks(report: EvalReport, folders: Mapping[str, Path]) -> dict[str, list[A
     for label, told in report.extras.get("attacks", {}).items():
         for name, one in told.items():
             pictures = _pictures(one.get("pictures", ()), folders.get(label))
-            tries: list[dict[str, Any]] = sorted(one["tries"], key=lambda each: -each["shown"])
             about = (one["has"], one["paper"], one["alone"], one["n"])
-            attacked = Attacked(
-                name, label, *about, list(tries[0].get("texts", ())) if tries else [], pictures
-            )
+            attacked = Attacked(name, label, *about, _best_texts(one["tries"]), pictures)
             found.setdefault(name, []).append(attacked)
     return {name: sorted(each, key=lambda one: one.of_base) for name, each in found.items()}
+
+
+def _best_texts(tries: list[dict[str, Any]]) -> list[str]:
+    """Of the best try; of several concepts, of the best of each."""
+    best: dict[str, dict[str, Any]] = {}
+    for one in sorted(tries, key=lambda each: -each["shown"]):
+        best.setdefault(one.get("concept", ""), one)
+    return [text for one in best.values() for text in one.get("texts", ())]
 
 
 def _pictures(told: Any, folder: Path | None) -> list[Picture]:
