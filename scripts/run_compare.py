@@ -24,7 +24,7 @@ from erase.scripts.cli import Parser, Words, alone, check_folder, parse, parser,
 
 def make_parser() -> Parser:
     """All options."""
-    command = parser("erase-compare", __doc__)
+    command = parser("erase-compare", __doc__, "RUN ...")
     command.add_argument(
         "runs",
         type=str,

@@ -29,7 +29,7 @@ def make_parser() -> Parser:
     """All options."""
     from erase.models.config import LoadConfig
 
-    command = parser("erase-list", __doc__)
+    command = parser("erase-list", __doc__, "[WHAT ...]")
     command.add_argument(
         "what",
         type=str,

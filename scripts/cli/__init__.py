@@ -104,11 +104,14 @@ def _is_switch(action: Action) -> bool:
     return getattr(action, "_typehint", None) is bool
 
 
-def parser(prog: str, doc: str | None) -> Parser:
-    """An empty parser with `--config file.yaml`, `--print_config`, `--print_completion`,
-    `--version` and `--quiet`; options are not abbreviated."""
+def parser(prog: str, doc: str | None, takes: str = "") -> Parser:
+    """An empty parser of a command that takes such arguments beside its options: `--config
+    file.yaml`, `--print_config`, `--print_completion`, `--version` and `--quiet`; options are not
+    abbreviated."""
     command = Parser(
         prog=prog,
+        # all options would be sixty lines before the first sentence
+        usage=" ".join(filter(None, ("%(prog)s [options]", takes))),
         description=doc,
         default_env=False,
         formatter_class=_Formatter,
