@@ -24,7 +24,7 @@ from erase.task import Task
 from tests.families import tiny_flux
 from tests.test_methods import CONCEPT, quick
 
-BY_UNETS_ALONE = ("forget-me-not", "mace", "salun-text", "speed")
+BY_UNETS_ALONE = ("forget-me-not", "mace", "speed")
 """methods that ask for a projection of the text states themselves, or for cross-attention"""
 
 
@@ -61,7 +61,7 @@ def test_every_method_erases_or_says_why_it_cannot(name):
     model = wrap(tiny_flux(), "flux")
     before = {key: param.detach().clone() for key, param in model.parameters().items()}
     if name in BY_UNETS_ALONE:
-        with pytest.raises(ErasureError, match="UNet|matches none"):
+        with pytest.raises(ErasureError, match="matches none"):
             edit(model, name)
     else:
         found = edit(model, name)

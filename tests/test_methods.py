@@ -138,7 +138,7 @@ class TestEveryMethod:
 
 UNET_ONLY = {
     "mace": ("xattn_kv", "no closed form"),
-    "salun-text": ("xattn_kv", "there are none in scope"),
+    "salun-text": ("text_in", "there are none in scope"),
     "salun-twofold": ("full", "leave twofold out"),
 }
 """method -> a scope of its own, and what it says of a text encoder: a closed form answers for

@@ -365,7 +365,7 @@ def test_what_holds_answers_wants_prompts_to_hold_and_keys_or_values(model, opti
     with pytest.raises(ErasureError, match="there are none; give the concept some"):
         erase_concept(alone, EraseConfig(model="nowhere"), config)
     task = Task(model, [STAR], DATA, earlier=[HEART])
-    with pytest.raises(ErasureError, match=f"there are none in scope selfattn .* or {option} 0"):
+    with pytest.raises(ErasureError, match=f"there are none in scope selfattn; .* or {option} 0"):
         get_method("salun").edit(task, replace(config, scope="selfattn"))
 
 

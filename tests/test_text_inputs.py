@@ -3,6 +3,8 @@ every family, and names are found where their text encoders have them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ from erase.objectives.text_inputs import (
 )
 from erase.prompts.concepts import ConceptSpec
 from erase.task import Task
+from erase.training.confine import restraints
 from tests.families import FAMILIES
 from tests.flow_families import FLOWS
 
@@ -62,6 +65,21 @@ def test_a_matrix_is_given_what_a_closed_form_says(task):
         flat = inputs.flatten(0, -2)
         expected = states[0] if of.pooled else states[0, :count]
         assert torch.allclose(flat[: len(expected)], expected, atol=1e-5), name
+
+
+def test_a_change_is_drawn_back_by_what_its_matrix_is_given_of_retained_prompts(task):
+    config = replace(get_method("salun").config, scope="text_in", prox_text=3.0)
+    weights = select(task.model.parameters(), "text_in")
+    found, seen = restraints(task, weights, config), given(task, weights, CONCEPT.retain[0])
+    assert set(found) == set(weights)
+    for name, restraint in found.items():
+        rows = seen[name].flatten(0, -2).double()
+        _, count = prompt_states(task, CONCEPT.retain, text_input(name))
+        second = rows[:count].T @ rows[:count]
+        second = second / second.trace() * len(second)
+        change = torch.randn(3, len(second)).double()
+        expected = change @ torch.linalg.inv(torch.eye(len(second)) + 0.2 * 3.0 * second)
+        assert torch.allclose(restraint(change, 0.2), expected, rtol=1e-3, atol=1e-4), name
 
 
 def test_a_name_is_found_where_its_encoders_have_it(task):

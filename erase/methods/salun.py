@@ -35,10 +35,10 @@ class SalUnConfig(RemapConfig):
 
 @dataclass
 class SalUnTextConfig(SalUnConfig):
-    """All keys and values, drawn back as far as retained prompts notice; no mask.
-    Steps are three times as long, and no gradients are collected before the first."""
+    """What is given the text states (keys and values), drawn back as retained prompts notice.
+    No mask; steps are three times as long, and no gradients are collected before the first."""
 
-    scope: str = "xattn_kv"
+    scope: str = "text_in"
     prox_text: float = 2.0
     mask: MaskConfig = field(default_factory=_no_mask)
     train: TrainConfig = field(default_factory=partial(_small_steps, lr=3e-3))

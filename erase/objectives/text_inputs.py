@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from erase.models.chat import LENGTH
-from erase.models.pipelines import denoiser
 from erase.models.scopes import TextInput
-from erase.models.stock import POOLED
+from erase.models.text_states import given
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.prompts.several import retained_prompts
@@ -85,16 +84,11 @@ def _filled(task: Task, concept: ConceptSpec) -> list[tuple[Filled, Filled]]:
 def prompt_states(task: Task, texts: Sequence[str], of: TextInput) -> tuple[Tensor, int]:
     """What a matrix is given of each prompt, shape (n, places, dim), where the denoiser's weights
     lie; and how many of the places hold states in all of them."""
-    cond = task.cond(texts).to(next(denoiser(task.model.pipeline()).parameters()).device)
-    if of.pooled:
-        return cond.extras[POOLED][:, None], 1
-    rows = cond.embeddings
-    if of.norm:
-        component, _, module = of.norm.partition(".")
-        with torch.no_grad():
-            rows = task.model.component(component).get_submodule(module)(rows)
-    lengths = cond.extras.get(LENGTH)
-    return rows, rows.shape[1] if lengths is None else int(lengths.min())
+    cond = task.cond(texts)
+    rows, lengths = given(task.model, cond, of), cond.extras.get(LENGTH)
+    if of.pooled or lengths is None:
+        return rows, rows.shape[1]
+    return rows, int(lengths.min())
 
 
 def retained_states(task: Task, of: TextInput = TOKENS) -> Tensor:

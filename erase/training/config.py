@@ -219,14 +219,14 @@ class TunedConfig:
     """weight of |change|^2 / 2, by a proximal step: every weight is drawn back to the base of this
     run, after an earlier erasure to what that left (L2-SP); 0: off"""
     prox_text: float = 0.0
-    """weight of the mean square of what a change of keys and values of cross-attention makes of the
-    retained prompts' text states, by a proximal step: they are drawn back as far as those prompts
-    notice, with --after the earlier concepts' too; 1 keeps much; 0: off"""
+    """weight of the mean square of what a change of the matrices that are given text states (those
+    of scope text_in) makes of the retained prompts' states, by a proximal step: they are drawn back
+    as far as those prompts notice, with --after the earlier concepts' too; 1 keeps much; 0: off"""
     confine: float = 0.0
-    """changes of the keys and values of cross-attention stay in the null space of the text states
-    of the retained prompts, or, with --after, of the earlier concepts' prompts: directions in which
-    these have less than this share of their mean square (0.1 in SPEED; smaller holds more); 0:
-    off"""
+    """changes of the matrices that are given text states (those of scope text_in) stay in the null
+    space of the states of the retained prompts, or, with --after, of the earlier concepts' prompts:
+    directions in which these have less than this share of their mean square (0.1 in SPEED; smaller
+    holds more); 0: off"""
     twofold: bool = False
     """train two parts separately, each from the base: the cross-attention, and everything else.
     Each must forget without the other, and who wants the concept back must undo both. Twice the

@@ -1,21 +1,25 @@
-"""What some prompts notice of a change of keys and values: by their text states it is confined to
-where they notice nothing (`confine`), or drawn back as far as they notice (`prox_text`)."""
+"""What some prompts notice of a change of the matrices that are given text states: by these states
+it is confined to where they notice nothing (`confine`), or drawn back as far as they notice
+(`prox_text`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from erase.models.scopes import reads_text
+from erase.models.scopes import TextInput, text_input
+from erase.models.text_states import given_tokens
 from erase.prompts.errors import ErasureError
 from erase.prompts.several import earlier_prompts, retained_prompts
 from erase.task import Task
 from erase.tensors import exact
 from erase.training.config import TunedConfig
 
+T = TypeVar("T")
 Restraint = Callable[[Tensor, float], Tensor]
 """(change of a matrix, shape (out, in); learning rate) -> what a step leaves of it"""
 
@@ -36,9 +40,12 @@ def restraints(
         return {}
     earlier = earlier_prompts(task.earlier, task.concepts)
     prompts = [own for own in (retained_prompts(task.concepts), *earlier) if own]
-    squares, directions = spectrum(_alike(task, prompts, config))
-    names = held_matrices(params, config)
-    return dict.fromkeys(names, partial(drawn_back, squares, directions, config.prox_text))
+
+    def hold(of: TextInput) -> Restraint:
+        squares, directions = spectrum(_alike(task, prompts, config, of))
+        return partial(drawn_back, squares, directions, config.prox_text)
+
+    return _for_each(held_matrices(params, config), hold)
 
 
 def null_spaces(
@@ -54,24 +61,34 @@ def null_spaces(
     prompts = [retained_prompts(task.concepts)]
     if task.earlier:
         prompts = earlier_prompts(task.earlier, task.concepts)
-    space = null_space(_alike(task, prompts, config), config.confine)
-    return dict.fromkeys(held_matrices(params, config), space)
+    return _for_each(
+        held_matrices(params, config),
+        lambda of: null_space(_alike(task, prompts, config, of), config.confine),
+    )
 
 
-def held_matrices(params: Mapping[str, nn.Parameter], config: TunedConfig) -> list[str]:
-    """Names of the matrices that `confine` or `prox_text` holds.
+def held_matrices(params: Mapping[str, nn.Parameter], config: TunedConfig) -> dict[str, TextInput]:
+    """The matrices that `confine` or `prox_text` holds, by name, and what they are given.
 
     Raises:
         ErasureError: there are none.
     """
-    names = [name for name in params if reads_text(name)]
-    if not names:
+    inputs = ((name, text_input(name)) for name in params)
+    found = {name: of for name, of in inputs if of}
+    if not found:
         raise ErasureError(
-            f"{config.holding} holds what the keys and values of a UNet's cross-attention answer, "
-            f"and there are none in scope {config.scope} (a UNet has them in xattn_kv, xattn and "
-            f"full, a flow transformer nowhere); take one of these scopes, or {config.holding} 0"
+            f"{config.holding} holds what matrices answer that are given the text states "
+            "themselves (the keys and values of a UNet's cross-attention, the first matrices of a "
+            f"flow transformer), and there are none in scope {config.scope}; take text_in or full, "
+            f"or {config.holding} 0"
         )
-    return names
+    return found
+
+
+def _for_each(matrices: Mapping[str, TextInput], make: Callable[[TextInput], T]) -> dict[str, T]:
+    """One for each matrix; of those that are given the same, the same."""
+    made = {of: make(of) for of in dict.fromkeys(matrices.values())}
+    return {name: made[of] for name, of in matrices.items()}
 
 
 def check_held_prompts(prompts: Sequence[object], config: TunedConfig) -> None:
@@ -92,11 +109,13 @@ def check_held_prompts(prompts: Sequence[object], config: TunedConfig) -> None:
         )
 
 
-def _alike(task: Task, prompts: Sequence[tuple[str, ...]], config: TunedConfig) -> Tensor:
-    """The text states of all tokens, as rows, scaled so that each list counts the same."""
+def _alike(
+    task: Task, prompts: Sequence[tuple[str, ...]], config: TunedConfig, of: TextInput
+) -> Tensor:
+    """What is given of all tokens, as rows, scaled so that each list counts the same."""
     check_held_prompts(prompts, config)
-    states = [task.cond(own).embeddings.flatten(0, 1) for own in prompts]
-    return torch.cat([own / len(own) ** 0.5 for own in states])
+    rows = [given_tokens(task.model, task.cond(own), of) for own in prompts]
+    return torch.cat([own / len(listed) ** 0.5 for own, listed in zip(rows, prompts, strict=True)])
 
 
 def spectrum(states: Tensor) -> tuple[Tensor, Tensor]:
