@@ -72,6 +72,9 @@ def test_bash_completes_names_of_groups_values_and_files(capsys, tmp_path, monke
     assert completed(script, "erase-concept", "--train.lo") == ["--train.log_with"]
     assert set(completed(script, "erase-concept", "--method", "")) == set(METHODS)
     assert completed(script, "erase-concept", "--train.compile", "t") == ["true"]
+    assert completed(script, "erase-concept", "--concept", "mu") == ["mushroom"]
+    assert completed(script, "erase-concept", "--scope", "xattn") == ["xattn", "xattn_kv"]
+    assert completed(script, "erase-concept", "--mask.rule", "b") == ["benefit"]
     assert completed(script, "erase-concept", "--out", "r") == ["runs"]
 
 

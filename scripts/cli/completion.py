@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, Action
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -41,22 +41,23 @@ def script(parser: ArgumentParser, shell: str) -> str:
     except ImportError as error:
         raise ErasureError(f"{OPTION} needs shtab, which is not installed; {INSTALL}") from error
     shown = copy(parser)
-    shown._actions = [_completed(action, shtab.FILE) for action in parser._actions]
+    names, file = _names(), shtab.FILE
+    shown._actions = [_completed(action, names, file) for action in parser._actions]
     shown._action_groups = []
     for group in parser._action_groups:
         members = copy(group)
-        members._group_actions = [_completed(one, shtab.FILE) for one in group._group_actions]
+        members._group_actions = [_completed(one, names, file) for one in group._group_actions]
         shown._action_groups.append(members)
     return str(shtab.complete(shown, shell))
 
 
-def _completed(action: Action, file: Any) -> Action:
+def _completed(action: Action, names: Mapping[str, Iterable[str]], file: Any) -> Action:
     """An action with what may stand behind it: names, true and false, or a file."""
     if action.choices or not action.option_strings:
         return action
     shown, name = copy(action), action.dest.rpartition(".")[2]
-    if names := NAMES.get(action.dest):
-        shown.choices = list(names())
+    if action.dest in names:
+        shown.choices = list(names[action.dest])
     elif _of_bool(action):
         shown.choices = ["true", "false"]
     elif name in PATHS:
@@ -68,17 +69,25 @@ def _of_bool(action: Action) -> bool:
     return getattr(action, "_typehint", None) is bool
 
 
-def _methods() -> Iterable[str]:
-    from erase.methods import METHODS
-
-    return METHODS
-
-
-def _protocols() -> Iterable[str]:
+def _names() -> dict[str, Iterable[str]]:
+    """Options whose values are words, with these; of `concept` what the shipped models draw."""
     from erase.eval.protocols import protocol_names
+    from erase.latents.config import PICKS
+    from erase.methods import METHODS
+    from erase.models.scopes import SCOPES
+    from erase.prompts.canvas import KINDS, vocabulary
+    from erase.training.config import ALLOCATIONS, COMBINE, CONTROLS, RULES
 
-    return protocol_names()
-
-
-NAMES: dict[str, Callable[[], Iterable[str]]] = {"method": _methods, "protocol": _protocols}
-"""options whose values are names and nothing else"""
+    precisions = ("no", "bf16", "fp16")
+    return {
+        "method": METHODS,
+        "protocol": protocol_names(),
+        "concept": [name for kind in KINDS for name in vocabulary().names(kind)],
+        "scope": SCOPES,
+        "combine": COMBINE,
+        "mask.rule": (*RULES, *CONTROLS),
+        "mask.allocation": ALLOCATIONS,
+        "latents.pick": PICKS,
+        "latents.mixed_precision": precisions,
+        "train.mixed_precision": precisions,
+    }
