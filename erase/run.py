@@ -54,7 +54,7 @@ class EraseConfig:
     """the base checkpoint: canvas or canvas-flow (shipped with this package), a diffusers folder, a
     single file (.safetensors, .ckpt), or a hub id"""
     method: str = "salun"
-    """salun (our default), salun-text (where text enters alone: half the time, and keeps most),
+    """salun (our default), salun-text (where text enters alone: quicker, and keeps most),
     salun-twofold (comes back later, takes half as long again), salun-half (the paper's mask, half
     of the weights), salun-paper (the reference to the letter), ..."""
     seed: int = 0

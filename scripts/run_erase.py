@@ -5,8 +5,8 @@ fine-tunes only those so that the concept's prompts draw the anchor instead, and
 writes what changed: OUT/delta.safetensors. The base is not touched. Stopped at
 any time, the same command goes on.
 
-on the shipped model, a minute; by keys and values alone, half of that; twice,
-against who would bring it back:
+on the shipped model, a minute; by keys and values alone, which keeps most;
+twice, against who would bring it back:
   erase-concept --concept heart --anchor mushroom --out runs/heart
   erase-concept --concept cyan --method salun-text --out runs/cyan
   erase-concept --concept Neon --method salun-twofold --out runs/neon

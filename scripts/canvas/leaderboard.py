@@ -36,9 +36,9 @@ def measure(job: Job, variant: Variant, suite: str, out: Path) -> dict[str, Any]
     """Erase, unless that was done; evaluate; the scores of both rows by name."""
     path, evidence = delta_path(job, out), {}
     if not path.exists():
-        delta, evidence = erased(
-            job, variant, load_model(job.model), canvas_concept(job.concept), out
-        )
+        model, concept = load_model(job.model), canvas_concept(job.concept)
+        # each pays for its own latents, whichever comes first
+        delta, evidence = erased(job, variant, model, concept, out, share_latents=False)
         delta.save(path)
     report = out / "reports" / f"{suite}-{job.slug}"
     base = out / "bases" / f"{suite}-{job.concept}-{job.seed}"

@@ -115,11 +115,18 @@ def measure(job: Job, variant: Variant, out: Path, budget: Budget) -> dict[str, 
 
 
 def erased(
-    job: Job, variant: Variant, model: DiffusionModel, concept: ConceptSpec, out: Path
+    job: Job,
+    variant: Variant,
+    model: DiffusionModel,
+    concept: ConceptSpec,
+    out: Path,
+    *,
+    share_latents: bool = True,
 ) -> tuple[ErasedDelta, dict[str, Any]]:
     """The delta, the CPU seconds that it took (where variants share the statistics of gradients,
-    without those), the most memory that the process held meanwhile, the loss of its last ten steps,
-    and the share of the squared benefit that its mask holds."""
+    without those; where they share latents, without such as were there), the most memory that the
+    process held meanwhile, the loss of its last ten steps, and the share of the squared benefit
+    that its mask holds."""
     settings, statistics = variant.settings, None
     if variant.shares:
         statistics = _statistics(job, variant, model, concept, out)
@@ -129,9 +136,9 @@ def erased(
     folder = out / "runs" / job.slug
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (out / "latents").mkdir(exist_ok=True)
-    # the same for all variants of a concept and seed
-    (folder / "latents").symlink_to((out / "latents").resolve())
+    if share_latents:  # the same for all variants of a concept and seed
+        (out / "latents").mkdir(exist_ok=True)
+        (folder / "latents").symlink_to((out / "latents").resolve())
     config = EraseConfig(method=variant.method, seed=job.seed, latents=variant.latents)
     device = default_device()
     start_peak(device)
