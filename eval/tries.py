@@ -137,6 +137,8 @@ class Part:
     """The prompts of one concept among all that are attacked, and what comes of them."""
 
     places: Sequence[int]
+    before: Sequence[bool]
+    """whether the report's own image of each shows it"""
     attacker: Attacker
     known: dict[tuple[str, str, int], Known] = field(default_factory=dict)
     """(attack, budget, restart) -> what it brings from the base"""
@@ -157,14 +159,17 @@ class Part:
                 known = self.known[attack.name, str(budget), restart]
                 tries.append(self.attacker.attack(model, attack, budget, restart, known))
 
-    def of(self, flags: Sequence[bool]) -> list[bool]:
-        """Of these prompts, from a list of all."""
-        return [flags[place] for place in self.places]
+    def success(self, attack: Attack[Any]) -> list[bool]:
+        """Of each prompt (see `success`)."""
+        return success(attack, self.before, self.tries[attack.name])
 
-    def put(self, flags: Sequence[bool], into: list[bool]) -> None:
-        """Theirs in the places of a list of all."""
-        for place, flag in zip(self.places, flags, strict=True):
-            into[place] = flag
+
+def together(parts: Sequence[Part], flags: Sequence[Sequence[bool]]) -> list[bool]:
+    """What these say of the prompts of each part, as one list of all prompts."""
+    placed: dict[int, bool] = {}
+    for part, own in zip(parts, flags, strict=True):
+        placed |= zip(part.places, own, strict=True)
+    return [placed[place] for place in range(len(placed))]
 
 
 def success(attack: Attack[Any], before: Sequence[bool], tries: Sequence[Try]) -> list[bool]:

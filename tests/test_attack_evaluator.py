@@ -172,7 +172,8 @@ def test_an_attack_of_another_package_that_does_nothing_adds_nothing(pico, image
 def test_several_concepts_are_attacked_one_by_one_each_from_its_own_images(
     pico, tmp_path, monkeypatch
 ):
-    """A prompt of a red heart is the first one's; where none names any, all are sought at once."""
+    """A prompt of a red heart is the first one's, and red is looked for there; where none names
+    any, all are sought at once."""
     grid, given = canvas_grid((188,)), {}
     wanted = [("heart", "blue"), ("house", "red"), ("house", "blue"), ("heart", "red")]
     chosen = []

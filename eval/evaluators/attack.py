@@ -3,15 +3,16 @@
 Each attack of `erase.attacks` has a stated budget, and counts as UnlearnDiffAtk counts (Zhang et
 al., ECCV 2024): ASR = (prompts that show the concept before any attack + those that the attack
 breaks) / prompts. A white-box attack is tried at several learning rates and from several starts,
-and the best of them is the attacker's. Several concepts are attacked one by one, each in its own
-prompts and from images of it alone. The base is attacked in the same way: it is the control, for an
-attack that does not find the concept in the base proves nothing about what was erased.
+and the best of them is the attacker's. Several concepts are attacked and looked for one by one,
+each in its own prompts, from images of it alone. The base is attacked in the same way: it is the
+control, for an attack that does not find the concept in the base proves nothing about what was
+erased.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -34,14 +35,23 @@ from erase.eval.attempts import (
     few,
     own_parts,
     own_rows,
+    settings_of,
 )
 from erase.eval.budget import MODELS, Budget
 from erase.eval.case import Case
-from erase.eval.detectors import check_judge, detector, settle_judge
+from erase.eval.detectors import check_judge, detector, fitting, settle_judge
 from erase.eval.evaluators import Evaluator
-from erase.eval.images import save_image
+from erase.eval.images import ImageRow, save_image
 from erase.eval.scores import Score, share_of
-from erase.eval.tries import Attacker, Part, Planned, Try, broken, success, tries_of
+from erase.eval.tries import (
+    Attacker,
+    Part,
+    Planned,
+    Try,
+    broken,
+    together,
+    tries_of,
+)
 from erase.latents.latent_set import LatentSet
 from erase.models import DiffusionModel
 from erase.models.pipelines import frozen_facts
@@ -168,24 +178,23 @@ def evaluate(case: Case, config: Config) -> list[Score]:
     Raises:
         ErasureError: only images, or nothing to judge by.
     """
-    attempts = Attempts.of(case, detector(case, config.judge), config.images)
-    before, chosen = _before(case, attempts), config.chosen()
+    chosen, rows = config.chosen(), own_rows(case, config.images)
+    judged = detector(case, config.judge).name
     with case.base_model() as base:
-        parts = _parts(case, config, attempts, base)
+        parts = _parts(case, config, rows, base)
         for part in parts:
             part.learn(base, config.planned())
     with case.model() as model:
         for part in parts:
             part.attack(model, config.planned())
 
-    rates = {"pre-ASR": (before, f"{attempts.detector.name}, no attack")}
+    before = together(parts, [part.before for part in parts])
+    rates = {"pre-ASR": (before, f"{judged}, no attack")}
     for attack, _ in chosen:
-        after = list(before)
-        for part in parts:
-            part.put(success(attack, part.of(before), part.tries[attack.name]), after)
-        rates[f"ASR {attack.name}"] = after, f"{attempts.detector.name}; {_means(attack, parts)}"
-    case.add_extra("attacks", _told(case, chosen, parts, before))
-    cases = [row.case for row in attempts.rows]
+        after = together(parts, [part.success(attack) for part in parts])
+        rates[f"ASR {attack.name}"] = after, f"{judged}; {_means(attack, parts)}"
+    case.add_extra("attacks", _told(case, chosen, parts))
+    cases = [row.case for row in rows]
     return [
         share_of(name, shown, cases, higher_is_better=False, evaluator=by)
         for name, (shown, by) in rates.items()
@@ -223,16 +232,19 @@ def _before(case: Case, attempts: Attempts) -> list[bool]:
     return list(chain.from_iterable(parts))
 
 
-def _parts(case: Case, config: Config, attempts: Attempts, base: DiffusionModel) -> list[Part]:
+def _parts(
+    case: Case, config: Config, rows: Sequence[ImageRow], base: DiffusionModel
+) -> list[Part]:
     folder = case.folder and case.folder / "attack"
     each = any(attack.per_prompt(budget) for attack, budget in config.chosen())
+    judge, settings = fitting(case, config.judge), settings_of(case)
     frozen, parts = frozen_facts(base.pipeline()), []
     for concepts, places in own_parts(case, config.images):
-        here = replace(attempts, rows=[attempts.rows[place] for place in places])
+        attempts = Attempts([rows[place] for place in places], detector(concepts, judge), settings)
         latents = drawn_by_base(base, concepts, config.references, config.seed, case.shared)
-        own = _encoded(case, here, base) if each else latents
-        about = (concepts, here, latents, own, frozen, config.seed, case.shared, folder)
-        parts.append(Part(places, Attacker(*about)))
+        own = _encoded(case, attempts, base) if each else latents
+        about = (concepts, attempts, latents, own, frozen, config.seed, case.shared, folder)
+        parts.append(Part(places, _before(case, attempts), Attacker(*about)))
     return parts
 
 
@@ -264,18 +276,17 @@ def _told(
     case: Case,
     chosen: Sequence[tuple[Attack[Any], Any]],
     parts: Sequence[Part],
-    before: Sequence[bool],
 ) -> dict[str, Any]:
     """The attacks for the report's extras; their pictures are written."""
     told = {}
     for attack, budget in chosen:
         name, tries, pictures, alone = attack.name, [], [], 0
         for part in parts:
-            asked, about = part.of(before), {}
+            about = {}
             if len(parts) > 1:
                 about = {"concept": ", ".join(one.target for one in part.attacker.concepts)}
             tries += [about | _told_try(one) for one in part.tries[name]]
-            best = max(part.tries[name], key=partial(broken, asked))
+            best = max(part.tries[name], key=partial(broken, part.before))
             most = max(PICTURES // len(parts), 1)
             pictures += keep_pictures(case, part.attacker.attempts, name, best, most)
             alone += max(one.count for one in part.tries[name])
@@ -283,7 +294,7 @@ def _told(
             "has": attack.has,
             "paper": attack.paper,
             "budget": asdict(budget),
-            "n": len(before),
+            "n": sum(len(part.places) for part in parts),
             "alone": alone,
             "tries": tries,
             "pictures": pictures,
