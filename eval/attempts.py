@@ -63,7 +63,8 @@ def own_parts(
     own, taken = _own_places(case, count), set[int]()
     parts: list[tuple[tuple[ConceptSpec, ...], list[int]]] = []
     for concept, asked in _asking(case):
-        here = [index for index, place in enumerate(own) if place in asked - taken]
+        asked -= taken
+        here = [index for index, place in enumerate(own) if place in asked]
         taken |= asked
         if here:
             parts.append(((concept,), here))

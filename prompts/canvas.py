@@ -141,7 +141,7 @@ def check_canvas(concepts: Iterable[ConceptSpec]) -> None:
             raise ErasureError(
                 f"canvas, the embedded model, does not know {concept.target!r}: it has never seen "
                 f"the word {strange[0]!r}; name the checkpoint with --model "
-                f"(`EraseConfig(model=...)`), or choose one of: {', '.join(_names())}"
+                f"(`EraseConfig(model=...)`), or choose one of: {', '.join(concept_names())}"
             )
 
 
@@ -163,17 +163,20 @@ def _known_words() -> frozenset[str]:
         other for kind in KINDS for others in vocab.synonyms[kind].values() for other in others
     ]
     fixed = [re.sub(r"\{\w+\}", " ", template) for template in (*vocab.templates, vocab.grid)]
-    return frozenset(word for text in (*_names(), *synonyms, *fixed) for word in _words(text))
+    return frozenset(
+        word for text in (*concept_names(), *synonyms, *fixed) for word in _words(text)
+    )
 
 
-def _names() -> list[str]:
+def concept_names() -> list[str]:
+    """What the embedded models draw, of all kinds, each by its first name."""
     return [name for kind in KINDS for name in vocabulary().names(kind)]
 
 
 def _known(name: str) -> str:
     concept = vocabulary().find(name)
     if concept is None:
-        raise unknown("canvas concept", name, _names())
+        raise unknown("canvas concept", name, concept_names())
     return concept
 
 

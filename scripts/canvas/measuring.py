@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from erase.prompts.canvas import EMBEDDED, KINDS, vocabulary
+from erase.prompts.canvas import EMBEDDED, concept_names
 from erase.prompts.errors import unknown
 from erase.prompts.prompt_rows import PromptRow
 from erase.scripts.bench.plain import plain_parser
@@ -83,7 +83,7 @@ def jobs_of(args: argparse.Namespace) -> Iterator[tuple[Job, Variant]]:
 
     names = args.concepts
     if names == ["all"]:
-        names = [name for kind in KINDS for name in vocabulary().names(kind)]
+        names = concept_names()
     which, of = args.part
     jobs = [
         Job(concept, name, seed, args.model)

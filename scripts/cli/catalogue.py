@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from erase.plugins import Index, PluginError
-from erase.prompts.canvas import KINDS, vocabulary
+from erase.prompts.canvas import concept_names
 from erase.prompts.concepts import load_concepts, shipped
 from erase.prompts.errors import counted
 from erase.prompts.prompt_sets import PromptSet, shipped_sets
@@ -80,7 +80,7 @@ def protocols() -> list[Entry]:
 
 def concepts() -> list[Entry]:
     """Concepts that `--concepts` knows by name, and the words of the embedded model."""
-    words = [name for kind in KINDS for name in vocabulary().names(kind)]
+    words = concept_names()
     text = f"the embedded model's {len(words)}, each by --concept: {', '.join(words)}"
     return [Entry("canvas", text), *(Entry(name, _concepts_of(name)) for name in shipped())]
 

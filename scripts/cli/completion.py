@@ -75,14 +75,14 @@ def _names() -> dict[str, Iterable[str]]:
     from erase.latents.config import PICKS
     from erase.methods import METHODS
     from erase.models.scopes import SCOPES
-    from erase.prompts.canvas import KINDS, vocabulary
+    from erase.prompts.canvas import concept_names
     from erase.training.config import ALLOCATIONS, COMBINE, CONTROLS, RULES
 
     precisions = ("no", "bf16", "fp16")
     return {
         "method": METHODS,
         "protocol": protocol_names(),
-        "concept": [name for kind in KINDS for name in vocabulary().names(kind)],
+        "concept": concept_names(),
         "scope": SCOPES,
         "combine": COMBINE,
         "mask.rule": (*RULES, *CONTROLS),
