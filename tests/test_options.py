@@ -14,7 +14,13 @@ from erase.parallel.layout import ActiveWeights, Layout
 from erase.prompts.errors import ErasureError
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
-from erase.training.confine import confined, drawn_back, null_space, spectrum
+from erase.training.confine import (
+    confined,
+    drawn_back,
+    null_space,
+    second_moment,
+    spectrum,
+)
 from erase.training.gradients import behind_barrier, moved, restrain, soften, without_conflict
 from erase.training.loop import fit
 from erase.training.trainable import Trainable
@@ -298,7 +304,8 @@ def test_prox_l2_draws_every_step_back_to_the_base(params, optimizer):
 # ---- null spaces ---------------------------------------------------------------------------------
 
 STATES = torch.randn(3, 5, generator=torch.Generator().manual_seed(4))
-SPACE = null_space(STATES, 1e-6).float()
+MOMENT = second_moment(STATES)
+SPACE = null_space(MOMENT, 1e-6).float()
 SPACES = {"a.weight": partial(confined, SPACE)}
 
 
@@ -328,23 +335,23 @@ def test_a_step_that_draws_back_minimises_change_and_what_text_states_notice():
     """Against the gradient of the proximal problem itself, and no direction is drawn where the
     states have nothing."""
     change, lr, weight = torch.randn(4, 5, dtype=torch.float64), 0.3, 2.0
-    squares, directions = spectrum(STATES)
+    squares, directions = spectrum(MOMENT)
     second = STATES.double().T @ STATES.double()
     second /= second.trace() / len(second)
     found = drawn_back(squares, directions, weight, change, lr).requires_grad_()
     problem = (found - change).square().sum() / 2 + lr * weight * (found @ second * found).sum() / 2
     assert torch.autograd.grad(problem, found)[0].abs().max() < 1e-12
-    free = null_space(STATES, 1e-6)
+    free = null_space(MOMENT, 1e-6)
     assert torch.allclose(found @ free, change @ free)
     assert (found @ STATES.double().T).norm() < 0.8 * (change @ STATES.double().T).norm()
 
 
 def test_text_is_drawn_back_after_each_step_by_its_rate(params):
-    restraints = {"a.weight": partial(drawn_back, *spectrum(STATES), 2.0)}
+    restraints = {"a.weight": partial(drawn_back, *spectrum(MOMENT), 2.0)}
     config = replace(PLAIN, train=replace(SGD, lr=0.05))
     step = train(params, config).values["a.weight"] - params["a.weight"]
     held = train(params, config, restraints=restraints).values["a.weight"] - params["a.weight"]
-    assert torch.allclose(held, drawn_back(*spectrum(STATES), 2.0, step, 0.05), atol=1e-6)
+    assert torch.allclose(held, drawn_back(*spectrum(MOMENT), 2.0, step, 0.05), atol=1e-6)
     assert not torch.allclose(held, step, atol=1e-4)
 
 
@@ -366,7 +373,7 @@ def test_rows_of_a_matrix_are_drawn_back_as_in_the_whole(params, density):
         trainable = Trainable(params, mask, ActiveWeights(params, layout=layout))
         mine, name = layout.local(step), "a.weight"
         trainable.values[name].data += trainable.picked(name, mine)
-        restrain(trainable, {name: partial(drawn_back, *spectrum(STATES), 2.0)}, 0.3)
+        restrain(trainable, {name: partial(drawn_back, *spectrum(MOMENT), 2.0)}, 0.3)
         change = trainable.dense(name, trainable.values[name] - trainable.base_values(name))
         found.append(change.detach())
         trainable.close()

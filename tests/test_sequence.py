@@ -30,7 +30,7 @@ from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase
 from erase.task import Task
 from erase.training.config import MaskConfig, TrainConfig
-from erase.training.confine import null_space, null_spaces, restraints
+from erase.training.confine import null_space, null_spaces, restraints, second_moment
 from tests.run_fixtures import DATA, FLAGS, METHOD
 from tests.run_fixtures import base as base
 from tests.test_delta import copies, make, patched, unchanged
@@ -307,7 +307,7 @@ def test_confined_keys_and_values_change_in_the_null_space_of_all_earlier_prompt
     quick, half = TrainConfig(steps=2, batch_size=2, lr=1e-2), get_method("salun-half")
     all_of = replace(half.config, scope="xattn", train=quick, mask=MaskConfig(density=1.0))
     states, old = task.cond(["a heart"]).embeddings[0], copies(model)
-    outside = torch.eye(states.shape[1]) - null_space(states, 0.3).float()
+    outside = torch.eye(states.shape[1]) - null_space(second_moment(states), 0.3).float()
 
     left = {}
     for confine in (0.0, 0.3):
@@ -324,7 +324,7 @@ def test_without_an_earlier_erasure_the_retained_prompts_confine(model):
     task, config = Task(model, [STAR], DATA), replace(METHOD, scope="xattn", confine=0.3)
     found = next(iter(null_spaces(task, task.weights("xattn"), config).values()))
     states = task.cond(list(STAR.retain)).embeddings.flatten(0, 1)
-    assert torch.allclose(found, null_space(states, 0.3))
+    assert torch.allclose(found, null_space(second_moment(states), 0.3))
 
 
 @pytest.mark.parametrize("earlier", [(), (MANY, FEW)])
@@ -342,6 +342,17 @@ def test_text_is_drawn_back_by_retained_and_by_earlier_prompts_each_list_alike(m
     change = torch.randn_like(task.weights("xattn")[name]).double()
     expected = change @ torch.linalg.inv(torch.eye(len(second)) + 0.2 * 3.0 * second)
     assert torch.allclose(restraint(change, 0.2), expected)
+
+
+def test_held_prompts_are_encoded_in_parts_and_not_kept(model, monkeypatch):
+    task, config = Task(model, [STAR], DATA, earlier=[MANY, FEW]), replace(METHOD, prox_text=3.0)
+    whole = restraints(task, task.weights("xattn_kv"), config)
+    monkeypatch.setattr("erase.training.confine.AT_ONCE", 2)
+    parts = restraints(task, task.weights("xattn_kv"), config)
+    for name, restraint in whole.items():
+        change = torch.randn_like(task.weights("xattn_kv")[name]).double()
+        assert torch.allclose(restraint(change, 0.2), parts[name](change, 0.2), rtol=1e-4)
+    assert not task._states
 
 
 def test_text_that_is_drawn_back_is_answered_more_nearly_as_before(model):

@@ -22,7 +22,7 @@ from erase.objectives.text_inputs import prompt_states
 from erase.prompts.errors import FRACTION, check_ranges
 from erase.task import Edit, Task
 from erase.tensors import exact
-from erase.training.confine import null_space
+from erase.training.confine import null_space, second_moment
 
 CENTRES = 3
 
@@ -73,7 +73,7 @@ def _edited(
         influence = (kept @ (free - old).T).norm(dim=1)
         kept = kept[influence >= influence.mean()]
     kept = _augmented(kept, old, config.copies, random)
-    projector = held_still(null_space(kept, config.threshold), still)
+    projector = held_still(null_space(second_moment(kept), config.threshold), still)
     return confined_edit(weight, group.concepts, outputs, kept[:0], config.ridge, projector)
 
 

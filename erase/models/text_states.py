@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from erase.models.base import Cond, DiffusionModel
 from erase.models.chat import LENGTH
 from erase.models.pipelines import denoiser
+from erase.models.prefix import encode_live
 from erase.models.scopes import TextInput
 from erase.models.stock import POOLED
+
+
+@torch.no_grad()
+def encoded_together(model: DiffusionModel, prompts: Sequence[str]) -> Cond:
+    """Text states of prompts of which only the sum counts: in one pass, so that the last bits of
+    each depend on the others (`DiffusionModel.encode` takes each by itself)."""
+    return encode_live(model.pipeline(), list(prompts), model.device)
 
 
 def given(model: DiffusionModel, cond: Cond, of: TextInput) -> Tensor:

@@ -6,22 +6,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from erase.models.scopes import TextInput, text_input
-from erase.models.text_states import given_tokens
+from erase.models.text_states import encoded_together, given_tokens
+from erase.parallel.processes import progress
 from erase.prompts.errors import ErasureError
 from erase.prompts.several import earlier_prompts, retained_prompts
 from erase.task import Task
 from erase.tensors import exact
 from erase.training.config import TunedConfig
 
-T = TypeVar("T")
 Restraint = Callable[[Tensor, float], Tensor]
 """(change of a matrix, shape (out, in); learning rate) -> what a step leaves of it"""
+AT_ONCE = 64
+"""prompts that are encoded together"""
 
 
 def restraints(
@@ -40,12 +41,12 @@ def restraints(
         return {}
     earlier = earlier_prompts(task.earlier, task.concepts)
     prompts = [own for own in (retained_prompts(task.concepts), *earlier) if own]
-
-    def hold(of: TextInput) -> Restraint:
-        squares, directions = spectrum(_alike(task, prompts, config, of))
-        return partial(drawn_back, squares, directions, config.prox_text)
-
-    return _for_each(held_matrices(params, config), hold)
+    matrices = held_matrices(params, config)
+    moments = _moments(task, prompts, config, matrices)
+    spectra = {of: spectrum(moment) for of, moment in moments.items()}
+    return {
+        name: partial(drawn_back, *spectra[of], config.prox_text) for name, of in matrices.items()
+    }
 
 
 def null_spaces(
@@ -61,10 +62,10 @@ def null_spaces(
     prompts = [retained_prompts(task.concepts)]
     if task.earlier:
         prompts = earlier_prompts(task.earlier, task.concepts)
-    return _for_each(
-        held_matrices(params, config),
-        lambda of: null_space(_alike(task, prompts, config, of), config.confine),
-    )
+    matrices = held_matrices(params, config)
+    moments = _moments(task, prompts, config, matrices)
+    spaces = {of: null_space(moment, config.confine) for of, moment in moments.items()}
+    return {name: spaces[of] for name, of in matrices.items()}
 
 
 def held_matrices(params: Mapping[str, nn.Parameter], config: TunedConfig) -> dict[str, TextInput]:
@@ -85,12 +86,6 @@ def held_matrices(params: Mapping[str, nn.Parameter], config: TunedConfig) -> di
     return found
 
 
-def _for_each(matrices: Mapping[str, TextInput], make: Callable[[TextInput], T]) -> dict[str, T]:
-    """One for each matrix; of those that are given the same, the same."""
-    made = {of: make(of) for of in dict.fromkeys(matrices.values())}
-    return {name: made[of] for name, of in matrices.items()}
-
-
 def check_held_prompts(prompts: Sequence[object], config: TunedConfig) -> None:
     """Refuse `confine` or `prox_text`, one of which is on, where there is no prompt to hold.
 
@@ -109,27 +104,45 @@ def check_held_prompts(prompts: Sequence[object], config: TunedConfig) -> None:
         )
 
 
-def _alike(
-    task: Task, prompts: Sequence[tuple[str, ...]], config: TunedConfig, of: TextInput
-) -> Tensor:
-    """What is given of all tokens, as rows, scaled so that each list counts the same."""
+def _moments(
+    task: Task,
+    prompts: Sequence[tuple[str, ...]],
+    config: TunedConfig,
+    matrices: Mapping[str, TextInput],
+) -> dict[TextInput, Tensor]:
+    """Second moments of what the matrices are given of all tokens, up to a factor; each list counts
+    the same. Prompts are encoded many at a time, and no state of theirs is kept."""
     check_held_prompts(prompts, config)
-    rows = [given_tokens(task.model, task.cond(own), of) for own in prompts]
-    return torch.cat([own / len(listed) ** 0.5 for own, listed in zip(rows, prompts, strict=True)])
+    found: dict[TextInput, Tensor] = {}
+    with progress("text that stays", "prompt", sum(map(len, prompts))) as progress_bar:
+        for own in prompts:
+            for start in range(0, len(own), AT_ONCE):
+                part = own[start : start + AT_ONCE]
+                cond = encoded_together(task.model, part)
+                for of in dict.fromkeys(matrices.values()):
+                    rows = given_tokens(task.model, cond, of)
+                    found[of] = found.get(of, 0) + second_moment(rows) * (len(rows) / len(own))
+                progress_bar.update(len(part))
+    return found
 
 
-def spectrum(states: Tensor) -> tuple[Tensor, Tensor]:
+def second_moment(states: Tensor) -> Tensor:
+    """The mean outer product of text states, shape (n, dim): shape (dim, dim), float64."""
+    states = exact(states)
+    return states.T @ states / len(states)
+
+
+def spectrum(moment: Tensor) -> tuple[Tensor, Tensor]:
     """The directions of text states, and their mean squares along each, as shares of the average
     over all directions.
 
     Args:
-        states: shape (n, dim).
+        moment: the states' second moment, or a multiple of it, shape (dim, dim).
 
     Returns:
         Shapes (dim,), ascending, and (dim, dim), a direction in each column; float64.
     """
-    states = exact(states)
-    squares, directions = torch.linalg.eigh(states.T @ states / len(states))
+    squares, directions = torch.linalg.eigh(moment)
     squares = squares.clamp_min(0)
     return squares / squares.mean(), directions
 
@@ -165,7 +178,7 @@ def confined(projector: Tensor, change: Tensor, lr: float) -> Tensor:
     return change @ projector.to(change)
 
 
-def null_space(states: Tensor, threshold: float) -> Tensor:
+def null_space(moment: Tensor, threshold: float) -> Tensor:
     """The projector P = U_0 U_0^T onto the directions that these states hardly have (SPEED, Li et
     al., ICLR 2026; AlphaEdit, Fang et al., ICLR 2025).
 
@@ -174,7 +187,8 @@ def null_space(states: Tensor, threshold: float) -> Tensor:
     states: W_0 + (W - W_0) P.
 
     Args:
-        states: of the prompts that must stay, shape (n, dim).
+        moment: the second moment of the states of the prompts that must stay, or a multiple of it,
+            shape (dim, dim).
         threshold: a direction is free where the states' mean square along it is below this share of
             the average over all directions; 0.1 in SPEED, whose states have an average near 1.
 
@@ -184,11 +198,11 @@ def null_space(states: Tensor, threshold: float) -> Tensor:
     Raises:
         ErasureError: no direction is free.
     """
-    squares, directions = spectrum(states)
+    squares, directions = spectrum(moment)
     free = directions[:, squares < threshold]
     if not free.shape[1]:
         raise ErasureError(
-            f"the {len(states)} retained text states leave none of {len(squares)} directions "
+            f"the retained text states leave none of {len(squares)} directions "
             f"free at threshold {threshold:g}; raise it, or retain fewer prompts"
         )
     return free @ free.T
