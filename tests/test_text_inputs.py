@@ -12,6 +12,7 @@ from erase.latents.config import LatentConfig
 from erase.methods import get_method
 from erase.models import wrap
 from erase.models.scopes import select, text_input
+from erase.models.text_states import encoded_together, given_tokens
 from erase.objectives.text_inputs import (
     behind_names,
     following_states,
@@ -80,6 +81,15 @@ def test_a_change_is_drawn_back_by_what_its_matrix_is_given_of_retained_prompts(
         change = torch.randn(3, len(second)).double()
         expected = change @ torch.linalg.inv(torch.eye(len(second)) + 0.2 * 3.0 * second)
         assert torch.allclose(restraint(change, 0.2), expected, rtol=1e-3, atol=1e-4), name
+
+
+def test_prompts_that_are_encoded_together_have_the_states_of_each_alone(task):
+    """Long beside short: what is added for the others' sake counts nowhere."""
+    prompts = ("a red fish", "moon", "a small blue house behind a tall green tree")
+    together = encoded_together(task.model, prompts)
+    for of in {*map(text_input, select(task.model.parameters(), "text_in"))}:
+        alone = torch.cat([given_tokens(task.model, task.cond([one]), of) for one in prompts])
+        assert torch.allclose(given_tokens(task.model, together, of), alone, atol=1e-4), of
 
 
 def test_a_name_is_found_where_its_encoders_have_it(task):
