@@ -100,6 +100,7 @@ def _of_text(text: Variant) -> dict[str, Variant]:
         "confined": {"prox_text": 0.0, "confine": 0.9},
         "half as much": {"prox_text": 1.0},
         "rate 0.001": {"train": replace(text.settings.train, lr=1e-3)},
+        "one row": {"prox_text": 4.0, "train": replace(text.settings.train, batch_size=1)},
         **{
             f"{100 * density:g} %{kind}": {
                 "mask.rule": rule,
