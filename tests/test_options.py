@@ -14,13 +14,7 @@ from erase.parallel.layout import ActiveWeights, Layout
 from erase.prompts.errors import ErasureError
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import TrainConfig, TunedConfig
-from erase.training.confine import (
-    confined,
-    drawn_back,
-    null_space,
-    second_moment,
-    spectrum,
-)
+from erase.training.confine import confined, drawn_back, null_space, second_moment, spectrum
 from erase.training.gradients import behind_barrier, moved, restrain, soften, without_conflict
 from erase.training.loop import fit
 from erase.training.trainable import Trainable

@@ -21,8 +21,8 @@ from erase.training.config import TunedConfig
 
 Restraint = Callable[[Tensor, float], Tensor]
 """(change of a matrix, shape (out, in); learning rate) -> what a step leaves of it"""
-AT_ONCE = 64
-"""prompts that are encoded together"""
+AT_ONCE = 8
+"""prompts that are encoded together: a T5 of 512 places wants 0.5 GB for their attention"""
 
 
 def restraints(
