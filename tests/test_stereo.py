@@ -12,7 +12,9 @@ from erase.attacks.relearning import changed_to
 from erase.latents.latent_set import Given, LatentSet
 from erase.mask import SaliencyMask
 from erase.methods import get_method
+from erase.methods.stereo import found_again
 from erase.models import wrap
+from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
 from erase.task import Task
 from erase.training.batches import row_batches
@@ -189,6 +191,35 @@ def test_what_was_found_behind_a_pseudo_token_goes_too(task, attacked):
         return float((after - before).square().mean())
 
     assert moved(robust) > 1.2 * moved(plain.values) > 0
+
+
+def test_each_of_several_concepts_is_sought_in_its_own_images(make_pico_pipeline, monkeypatch):
+    """And a prompt is asked behind what speaks for its own concept."""
+    prompts = ("a heart", "a red star", "a Star", "a heart")
+    anchors = ("a mushroom", "a red moon", "a moon", "a mushroom")
+    model = wrap(make_pico_pipeline())
+    points = LatentSet(torch.randn(4, 4, 8, 8), None, prompts, anchors)
+    concepts = [CONCEPT, ConceptSpec("star", "moon", retain=("a fish",))]
+    task, sought = Task(model, concepts, Given(points, points)), []
+
+    def keep(task, latents, config, restart=0):
+        sought.append((latents, find_pseudo_token(task, latents, config, restart)))
+        return sought[-1][1]
+
+    monkeypatch.setattr("erase.methods.stereo.find_pseudo_token", keep)
+    ask = found_again(task, SMALL.attack, restart=-1)
+    assert [latents.prompts for latents, _ in sought] == [prompts[::3], prompts[1:3]]
+    assert torch.equal(sought[1][0].latents, points.latents[1:3])
+    assert sought[1][0].anchors == anchors[1:3]
+    (_, heart), (_, star) = sought
+    rows = row_batches(task, points, 4)(0)[0]
+    with torch.no_grad():
+        alone = [predict_behind(task, rows, prompts, found) for found in (heart, star)]
+        got = ask(rows, ["a heart", "a red star", "Star", "no name"])
+        bare = predict_behind(task, rows, ["", "a red", "", "no name"], star)
+    assert not torch.allclose(*alone)
+    assert torch.allclose(got[0], alone[0][0], atol=1e-6)
+    assert torch.allclose(got[1:3], bare[1:3], atol=1e-6)
 
 
 def test_outside_the_mask_no_stage_changes_a_weight(task, attacked):

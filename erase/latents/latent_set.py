@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -63,6 +63,13 @@ class LatentSet:
             indices.append(first + count % points)
             first, count = first + points, count + 1
         return rows[torch.tensor(indices, dtype=torch.long)]
+
+    def at(self, rows: Tensor) -> LatentSet:
+        """The set of these rows alone, in this order."""
+        columns = {name: getattr(self, name) for name in TENSORS}
+        part = {name: value[rows] for name, value in columns.items() if value is not None}
+        anchors = self.anchors and tuple(texts_of(self.anchors, rows))
+        return replace(self, prompts=tuple(texts_of(self.prompts, rows)), anchors=anchors, **part)
 
     def draw(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Latents of these rows: a posterior sample each, where they come from images."""
