@@ -62,7 +62,8 @@ class Task:
         self.model, self.concepts, self.seed, self.folder = model, tuple(concepts), seed, folder
         self.earlier = tuple(earlier)
         self._latents = latents or LatentConfig()
-        self._forget: dict[float, LatentSet] = {}
+        self._forget: dict[tuple[float, float], LatentSet] = {}
+        self._retain: dict[float, LatentSet] = {}
         self._states: dict[str, Cond] = {}
 
     def weights(self, scope: str) -> dict[str, nn.Parameter]:
@@ -74,24 +75,36 @@ class Task:
         """
         return select(self.model.parameters(), scope)
 
-    def forget(self, anchor_share: float | None = None) -> LatentSet:
+    def forget(self, anchor_share: float | None = None, power: float = 1.0) -> LatentSet:
         """Latents of the concepts, with their prompts and anchor prompts.
 
         Args:
-            anchor_share: fraction of them that show the anchor instead; None: as they were asked
-                for before, else 0.
+            anchor_share: fraction of them that show the anchor instead; None: all as they were
+                asked for before, else 0.
+            power: of noise that is fixed beforehand, as in `LatentSet.draw_noise`.
         """
+        asked = (anchor_share or 0.0, power)
         if anchor_share is None:
-            anchor_share = next(reversed(self._forget), 0.0)
-        made = self._forget.pop(anchor_share, None)
+            asked = next(reversed(self._forget), asked)
+        made = self._forget.pop(asked, None)
         if made is None:
-            made = self._embedded(self._source.forget(anchor_share))
-        self._forget[anchor_share] = made  # in the order in which they were asked for
+            made = self._embedded(self._source.forget(*asked))
+        self._forget[asked] = made  # in the order in which they were asked for
         return made
 
-    def retain(self) -> LatentSet:
-        """Latents of the things that must stay, with their prompts."""
-        return self._retain
+    def retain(self, power: float | None = None) -> LatentSet:
+        """Latents of the things that must stay, with their prompts.
+
+        Args:
+            power: see `forget`; None: as they were asked for before, else 1.
+        """
+        if power is None:
+            power = next(reversed(self._retain), 1.0)
+        made = self._retain.pop(power, None)
+        if made is None:
+            made = self._embedded(self._source.retain(power))
+        self._retain[power] = made
+        return made
 
     def cond(
         self, prompts: Sequence[str], prefix: Tensor | Mapping[str, Tensor] | None = None
@@ -138,10 +151,6 @@ class Task:
             cache = as_path(self._latents.cache)
         return Plan(self.model, list(self.concepts), self._latents, self.seed, cache, self.earlier)
 
-    @cached_property
-    def _retain(self) -> LatentSet:
-        return self._embedded(self._source.retain())
-
     def _embedded(self, latents: LatentSet) -> LatentSet:
         """Embed the prompts of a set while the text encoders are at hand: training may move them
         away and changes kernels."""
@@ -162,7 +171,7 @@ def describe(task: Task) -> dict[str, str]:
     digests of the latents made so far."""
     sets = {
         "forget": next(reversed(task._forget.values()), None),
-        "retain": task.__dict__.get("_retain"),
+        "retain": next(reversed(task._retain.values()), None),
     }
     return {
         "base_fingerprint": task.model.fingerprint,

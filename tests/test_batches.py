@@ -148,9 +148,21 @@ def test_forget_and_retain_rows_are_drawn_by_the_power(pico) -> None:
         assert t.double().mean() / pico.timesteps == pytest.approx(10 / 11, abs=0.03)
 
 
+def test_the_states_of_a_trajectory_are_chosen_by_the_power(pico) -> None:
+    """Forget and retain points alike, and whoever asks for them afterwards has the same."""
+    task = Task(pico, [canvas_concept("heart")], replace(POINTS, n_forget=12, n_retain=12))
+    often = Remap(task, replace(PLAIN, noise_power=10.0))
+    assert task.forget() is often.forget_set and torch.equal(task.retain().t, often.retain_set.t)
+    for points in (often.forget_set, often.retain_set):
+        assert points.t.double().mean() / pico.timesteps == pytest.approx(10 / 11, abs=0.03)
+    uniform = Remap(task, PLAIN)
+    assert task.forget() is uniform.forget_set is not often.forget_set
+    assert uniform.retain_set.t.double().mean() / pico.timesteps == pytest.approx(0.5, abs=0.05)
+
+
 def test_points_that_are_fixed_refuse_a_power(pico) -> None:
     sets = prepare_latents(pico, [canvas_concept("heart")], POINTS, 0)
-    with pytest.raises(ErasureError, match=r"noise_power 2 says .* latents\.trajectory"):
+    with pytest.raises(ErasureError, match="noise_power 2 says .* given fix theirs"):
         Remap(Task(pico, [canvas_concept("heart")], Given(*sets)), replace(PLAIN, noise_power=2.0))
 
 

@@ -133,6 +133,27 @@ def test_runs_with_a_cache_in_common_make_its_latents_once_and_the_same_delta(
     assert again.sha256 == first.sha256 and len(made) == 2
 
 
+@pytest.mark.parametrize("trajectory", [0, 2])
+def test_retain_images_may_have_a_guidance_of_their_own(base, tmp_path, monkeypatch, trajectory):
+    pico = load_model(str(base))
+    concepts, config = [canvas_concept("heart")], replace(DATA, trajectory=trajectory)
+    forget, retain = prepare_latents(pico, concepts, config, 0, tmp_path)
+    made = calls_of(monkeypatch, "erase.latents.prepare.sample_points")
+    unguided = replace(config, retain_guidance=1.0)
+    same, other = prepare_latents(pico, concepts, unguided, 0, tmp_path)
+    assert len(made) == 1 and torch.equal(same.latents, forget.latents)
+    assert other.prompts == retain.prompts
+    seeds, prompts = range(500_000, 500_000 + DATA.n_retain), other.prompts[:: max(1, trajectory)]
+    drawn = pico.sample(list(prompts), list(seeds), DATA.steps, 1.0)
+    assert torch.allclose(other.latents[:: max(1, trajectory)], drawn, atol=1e-5)
+    assert not torch.allclose(other.latents, retain.latents, atol=1e-2)
+    named = replace(config, retain_guidance=config.guidance)
+    assert torch.equal(
+        prepare_latents(pico, concepts, named, 0, tmp_path)[1].latents, retain.latents
+    )
+    assert len(made) == 1  # the same latents, by whatever option
+
+
 def test_a_density_sweep_computes_neither_latents_nor_gradients_twice(base, tmp_path, monkeypatch):
     """The loop of docs/sweeps.md."""
     concept, config = canvas_concept("heart"), shared(base, tmp_path / "cache")

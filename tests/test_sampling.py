@@ -75,14 +75,25 @@ def test_states_are_spread_over_the_trajectory_and_keep_their_timesteps():
     t = torch.arange(901, 0, -100)
     chosen, at = choose_states(noise, t, 5, 0, 1000)
     states = chosen.view(500, 5).long()
-    assert ((states // 2) == torch.arange(5)).all()  # one of every two, in order
-    assert all(0.4 < (states % 2).float().mean(0)[i] < 0.6 for i in range(5))
+    assert ((at.view(500, 5) // 200) == torch.arange(5)).all()  # one of every fifth, in order
     high, low = torch.cat([torch.tensor([999]), t[1:]]), torch.cat([t[1:] + 1, torch.tensor([0])])
     assert (
         (at.view(500, 5) >= low[states]) & (at.view(500, 5) <= torch.maximum(high, t)[states])
     ).all()
     assert at.max() > 985 and at.min() < 10  # both ends are trained on
     assert torch.equal(at, choose_states(noise, t, 5, 0, 1000)[1])
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
+def test_states_follow_the_law_of_the_timesteps_that_training_draws(power):
+    noise = torch.arange(4.0)[:, None, None, None, None].expand(4, 4000, 1, 1, 1)
+    chosen, at = choose_states(noise, torch.tensor([900, 600, 300, 0]), 2, 0, 1000, power)
+    for t in (100, 301, 601, 900):
+        share = float((at < t).double().mean())
+        assert share == pytest.approx((t / 1000) ** power, abs=0.02)
+    assert torch.equal(
+        chosen.flatten().long(), 3 - (at[:, None] > torch.tensor([0, 300, 600])).sum(-1)
+    )
 
 
 @pytest.fixture
@@ -158,6 +169,6 @@ def test_an_erasure_from_trajectories_asks_the_base_no_more(pico, sets):
         Task(pico, [canvas_concept("heart")], Given(*sets)), CONFIG
     )
     handle.remove()
-    saliency, targets = [4], [8, 4, 8, 7]
+    saliency, targets = [4], [12, 15]
     assert calls == [*saliency, *targets, *[8] * CONFIG.train.steps]
     assert any(not torch.equal(edit.values[name], p) for name, p in pico.parameters("unet").items())

@@ -25,6 +25,8 @@ class LatentConfig:
     """sampling steps (DPM-Solver++ 2M) of latents that the model makes itself"""
     guidance: float = 3.0
     """guidance scale of that sampling"""
+    retain_guidance: float | None = None
+    """that of the retain images, where it differs: 1 is none, and takes half of the time"""
     pick: str = "random"
     """of the prompts that there are: random, or even (each word as often as in all of them, so that
     no style or thing is left out by chance)"""
@@ -64,6 +66,7 @@ class LatentConfig:
                 )
         counts = dict.fromkeys(("n_forget", "n_retain", "steps", "batch_size"), COUNT)
         check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE}, "latents")
+        check_ranges(self, {"retain_guidance": FINITE}, "latents")
         check_ranges(self, {"earlier": BELOW_ONE}, "latents")
 
     @property

@@ -215,10 +215,11 @@ def in_turn(groups: Sequence[Sequence[T]], start: int, count: int, seed: int) ->
 class Source(Protocol):
     """Where an erasure's latents come from."""
 
-    def forget(self, anchor_share: float = 0.0) -> LatentSet:
-        """Latents of the concepts; so large a fraction of them shows the anchor."""
+    def forget(self, anchor_share: float = 0.0, power: float = 1.0) -> LatentSet:
+        """Latents of the concepts; so large a fraction of them shows the anchor. `power` as in
+        `LatentSet.draw_noise`, of points whose noise is fixed."""
 
-    def retain(self) -> LatentSet:
+    def retain(self, power: float = 1.0) -> LatentSet:
         """Latents of what must stay."""
 
 
@@ -229,8 +230,18 @@ class Given:
     forget_set: LatentSet
     retain_set: LatentSet
 
-    def forget(self, anchor_share: float = 0.0) -> LatentSet:
-        return self.forget_set
+    def forget(self, anchor_share: float = 0.0, power: float = 1.0) -> LatentSet:
+        return _drawn(self.forget_set, power)
 
-    def retain(self) -> LatentSet:
-        return self.retain_set
+    def retain(self, power: float = 1.0) -> LatentSet:
+        return _drawn(self.retain_set, power)
+
+
+def _drawn(latents: LatentSet, power: float) -> LatentSet:
+    """The set, whose timesteps are not fixed where a law is asked for."""
+    if power != 1 and latents.t is not None:
+        raise ErasureError(
+            f"noise_power {power:g} says how timesteps are drawn, and the latents that are given "
+            "fix theirs; set noise_power 1"
+        )
+    return latents

@@ -8,7 +8,7 @@ import json
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
@@ -52,12 +52,13 @@ class Plan:
     earlier: Sequence[ConceptSpec] = ()
     """concepts that the model has forgotten before; their prompts are used in turn, too"""
 
-    def forget(self, anchor_share: float = 0.0) -> LatentSet:
+    def forget(self, anchor_share: float = 0.0, power: float = 1.0) -> LatentSet:
         """Forget latents.
 
         Args:
             anchor_share: fraction that is sampled from the anchor prompts instead (none, where
                 images are given).
+            power: of the noisy states of trajectories, as in `LatentSet.draw_noise`.
 
         Raises:
             ErasureError: more steps than timesteps, images or captions that cannot be taken, or a
@@ -73,17 +74,23 @@ class Plan:
         if self.config.retain_images or any(concept.retain for concept in self.concepts):
             _ = self._retain_rows  # what cannot be taken is refused before anything is sampled
         prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
-        return self._made("forget", prompts, anchors, own, images, self._first)
+        return self._made(self.config, "forget", prompts, anchors, own, images, power)
 
-    def retain(self) -> LatentSet:
+    def retain(self, power: float = 1.0) -> LatentSet:
         """Retain latents.
+
+        Args:
+            power: see `forget`.
 
         Raises:
             ErasureError: more steps than timesteps, no retain prompts, or images or captions that
                 cannot be taken.
         """
         prompts, images = self._retain_rows
-        return self._made("retain", tuple(prompts), None, None, images, self._first + 500_000)
+        config = self.config
+        if config.retain_guidance is not None:
+            config = replace(config, guidance=config.retain_guidance)
+        return self._made(config, "retain", tuple(prompts), None, None, images, power)
 
     @property
     def _first(self) -> int:
@@ -116,18 +123,20 @@ class Plan:
 
     def _made(
         self,
+        config: LatentConfig,
         what: str,
         prompts: tuple[str, ...],
         anchors: tuple[str, ...] | None,
         own: int | None,
         images: list[OwnImage],
-        seed: int,
+        power: float,
     ) -> LatentSet:
         # no more than there are noise levels
         check_ranges(self.config, {"steps": (1, self.model.timesteps)}, "latents")
         files = [image.path for image in images]
+        seed = self._first + (500_000 if what == "retain" else 0)
         return _cached(
-            self.model, self.config, self.cache, what, prompts, anchors, own, files, seed
+            self.model, config, self.cache, what, prompts, anchors, own, files, seed, power
         )
 
 
@@ -209,12 +218,16 @@ def _cached(
     own: int | None,
     files: list[Path],
     seed: int,
+    power: float,
 ) -> LatentSet:
     """The set of these prompts, of which the first `own` show what they say, found in the cache or
     made."""
     digests = [file_sha256(file) for file in files]
-    # the prompts tell of `earlier`
-    facts = {name: value for name, value in config.facts.items() if name != "earlier"}
+    # the prompts tell of `earlier`, and `guidance` is by now this set's own
+    told = {"earlier", "retain_guidance"}
+    facts = {name: value for name, value in config.facts.items() if name not in told}
+    if config.trajectory and power != 1:
+        facts["power"] = power
     frozen = frozen_facts(model.pipeline())
     key = json.dumps([model.fingerprint, frozen, prompts, anchors, own, digests, seed, facts])
     digest = hashlib.sha256(key.encode()).hexdigest()
@@ -236,7 +249,7 @@ def _cached(
         rows = torch.arange(len(prompts)) % len(mean)
         latents = LatentSet(mean[rows], std[rows], prompts, anchors)
     else:
-        latents = _sampled(model, config, what, prompts, anchors, own, seed)
+        latents = _sampled(model, config, what, prompts, anchors, own, seed, power)
     if path and processes().is_main_process:
         latents.save(path, {"base_fingerprint": model.fingerprint, "made_from": digest})
     return latents
@@ -250,6 +263,7 @@ def _sampled(
     anchors: tuple[str, ...] | None,
     own: int | None,
     seed: int,
+    power: float,
 ) -> LatentSet:
     """Latents that the model makes of these prompts, and of the anchors in the place of all but the
     first `own`."""
@@ -263,6 +277,7 @@ def _sampled(
         precision=config.mixed_precision,
         batch_size=config.batch_size,
         what=what,
+        power=power,
     )
     points = len(latents) // len(prompts)
     image = torch.arange(len(latents)) // points

@@ -32,6 +32,7 @@ def sample_points(
     precision: str,
     batch_size: int,
     what: str,
+    power: float = 1.0,
 ) -> Points:
     """Sample one image per prompt, without decoding it.
 
@@ -45,6 +46,7 @@ def sample_points(
         precision: no, bf16 or fp16.
         batch_size: images at a time.
         what: for the progress bar.
+        power: of the noisy states, as in `LatentSet.draw_noise`.
 
     Raises:
         ErasureError: latents that are not finite.
@@ -64,7 +66,7 @@ def sample_points(
                     torch.empty(0),
                 )
             latents, noise, t = model.trajectory(batch, seeds, steps, guidance)
-        noise, t = choose_states(noise, t, each, seeds[0], model.timesteps)
+        noise, t = choose_states(noise, t, each, seeds[0], model.timesteps, power)
         return latents.float().cpu(), noise.float().cpu(), t.cpu()
 
     with _alone(model, parts, precision) if parts else nullcontext():
@@ -108,9 +110,9 @@ def _alone(model: DiffusionModel, parts: Waiting, precision: str) -> Iterator[No
 
 
 def choose_states(
-    noise: Tensor, t: Tensor, each: int, seed: int, timesteps: int
+    noise: Tensor, t: Tensor, each: int, seed: int, timesteps: int, power: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """`each` states of every trajectory, spread evenly over its steps from a random start.
+    """`each` states of every trajectory, spread evenly over the timesteps as training draws them.
 
     A state's noise stands for all timesteps down to the next state's (the first state's, of pure
     noise, for those above too): one of them is drawn, so that training sees more than the sampler's
@@ -122,18 +124,19 @@ def choose_states(
         each: states per trajectory.
         seed: of the choice.
         timesteps: of training, in all.
+        power: p, as in `LatentSet.draw_noise`.
 
     Returns:
         noise, shape (n * each, c, h, w), and timesteps, shape (n * each,), trajectory by
         trajectory.
     """
-    steps, n = noise.shape[:2]
+    n = noise.shape[1]
     generator = torch.Generator().manual_seed(seed)
-    start, within = torch.rand(n, 1, generator=generator), torch.rand(n, each, generator=generator)
-    state = ((start + torch.arange(each)) * steps / each).long().clamp(max=steps - 1)
-    low = torch.cat([t[1:].cpu() + 1, t.new_zeros(1).cpu()])
-    high = torch.cat([t.new_tensor([timesteps - 1]).cpu(), low[:-1] - 1])
-    times = low[state] + (within * (high - low + 1)[state]).long()
+    within = torch.rand(n, each, generator=generator, dtype=torch.float64)
+    places = (torch.arange(each) + within) / each
+    times = (timesteps * places ** (1 / power)).long().clamp_max(timesteps - 1)
+    # falling: the states that stand for a timestep begin behind those whose successor lies above it
+    state = (times[..., None] < t[1:].cpu() + 1).sum(-1)
     return noise[state.to(noise.device), torch.arange(n, device=noise.device)[:, None]].flatten(
         0, 1
     ), times.flatten()

@@ -22,6 +22,8 @@ from erase.training.trainable import Base
 
 SOURCES = ("frozen", "current")
 RETAIN_TARGETS = ("frozen", "noise")
+AT_ONCE = 16
+"""rows, at least, that the base is asked about together where it is asked beforehand"""
 
 
 @dataclass
@@ -116,15 +118,11 @@ class Remap:
         self.task, self.config = task, config
         if not any(concept.retain for concept in task.concepts):
             # refused, unless images bring prompts, before the forget latents are sampled
-            task.retain()
-        self.forget_set = task.forget(config.anchor_latents)
-        self.retain_set = _some_dropped(task.retain(), config.retain_dropout, task.seed)
+            task.retain(config.noise_power)
+        self.forget_set = task.forget(config.anchor_latents, config.noise_power)
+        retain = task.retain(config.noise_power)
+        self.retain_set = _some_dropped(retain, config.retain_dropout, task.seed)
         self._known: _Targets | None = None
-        if config.noise_power != 1 and _fixed(self.forget_set):
-            raise ErasureError(
-                f"noise_power {config.noise_power:g} says how timesteps are drawn, and "
-                "latents.trajectory fixes them; set noise_power 1, or leave the trajectory out"
-            )
 
     def batches(self, step: int) -> RemapBatch:
         """Rows, timesteps and noise of one step."""
@@ -226,7 +224,7 @@ class Remap:
         """Predictions at the fixed points of a set, in float32 on the CPU."""
         model = self.task.model
         generator = torch.Generator()  # nothing is drawn: the points have noise and timesteps
-        size = 2 * self.config.train.batch_size
+        size = max(AT_ONCE, 2 * self.config.train.batch_size)
 
         def predict(rows: range) -> Tensor:
             indices = torch.tensor(rows)

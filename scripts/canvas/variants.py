@@ -19,6 +19,8 @@ DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-text", "salun-twofold", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
 """what `salun-half` and `salun-paper` were measured with"""
+ON_THE_WAY = {"trajectory": 5, "n_retain": 64, "retain_guidance": 1.0}
+"""latents of which the states on the way to them are trained on"""
 RATES = {"race": (1e-3, 2e-3), "advunlearn": (5e-4, 2e-3), "stereo": (4e-4, 8e-4)}
 """what was tried beside the rate of their recipes"""
 
@@ -80,8 +82,13 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
     whole: dict[str, Any] = {"scope": "xattn_kv", "mask.density": 1.0}
     texts = {"": whole, ", confined": whole | {"confine": 0.9}}
     even = replace(ours.latents, pick="even")
+    points = {"trajectories": ON_THE_WAY, "retained without guidance": {"retain_guidance": 1.0}}
     return {
         "prompts": {"salun, even prompts": replace(ours, latents=even, shares=False)},
+        "points": {
+            f"salun, {name}": replace(ours, latents=replace(ours.latents, **change), shares=False)
+            for name, change in points.items()
+        },
         "hold": {"salun, hold": replace(_with(ours, {"hold": 1.0}), shares=False)},
         "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
         "keys and values": {
@@ -111,7 +118,10 @@ def _of_text(text: Variant) -> dict[str, Variant]:
             for kind, rule in (("", "benefit"), (", matched-random", "matched-random"))
         },
     }
-    return {f"salun-text, {name}": _with(text, change) for name, change in changes.items()}
+    latents = replace(text.latents, **ON_THE_WAY)
+    return {"salun-text, trajectories": replace(text, latents=latents)} | {
+        f"salun-text, {name}": _with(text, change) for name, change in changes.items()
+    }
 
 
 def _of_esd(esd: Variant) -> dict[str, Variant]:
