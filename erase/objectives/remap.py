@@ -128,11 +128,8 @@ class Remap:
         """Rows, timesteps and noise of one step."""
         model, config = self.task.model, self.config
         forget, retain = self.forget_set, self.retain_set
-        size, generator = config.train.batch_size, self.task.generator(step)
-        retain_rows = epoch_rows(len(retain), step * size, size, self.task.seed + 1)
+        generator, (forget_rows, retain_rows) = self.task.generator(step), self._rows(step, 1)
         retained = draw_rows(model, retain, retain_rows, generator, config.noise_power)
-
-        forget_rows = epoch_rows(len(forget), step * size, size, self.task.seed, config.shuffle)
         x_forget = forget.draw(forget_rows, generator)
         x_anchor = x_forget if config.share_latents else forget.draw(forget_rows, generator)
         t, noise = forget.draw_noise(forget_rows, model.timesteps, generator, config.noise_power)
@@ -140,6 +137,15 @@ class Remap:
         seen = noised(model, x_forget, noise, t)
         anchor = seen if config.share_latents else noised(model, x_anchor, noise, t)
         return RemapBatch(seen, anchor, retained, forget_rows, retain_rows)
+
+    def _rows(self, step: int, count: int) -> tuple[Tensor, Tensor]:
+        """Which forget and which retain rows `count` steps see."""
+        size, seed = self.config.train.batch_size, self.task.seed
+        forget, retain = len(self.forget_set), len(self.retain_set)
+        return (
+            epoch_rows(forget, step * size, count * size, seed, self.config.shuffle),
+            epoch_rows(retain, step * size, count * size, seed + 1),
+        )
 
     def loss(self, batch: RemapBatch, base: Base) -> dict[str, Tensor]:
         """Forget and retain rows go through the denoiser together; so do the teacher's."""
@@ -200,16 +206,17 @@ class Remap:
         return move / (size / config.beyond_limit).clamp_min(1)
 
     def _known_targets(self, batch: RemapBatch, base: Base) -> _Targets:
-        """Of points that are fixed beforehand (trajectories): the base is asked about all of them
-        once."""
+        """Of points that are fixed beforehand (trajectories): the base is asked once about all of
+        them that training will see."""
         forget, retain = self.forget_set, self.retain_set
         if self._known is None:
+            seen, kept = (rows.unique() for rows in self._rows(0, self.config.train.steps))
             with base():
-                answers = self._predict_all(forget, _anchors(forget), "anchor targets")
+                answers = self._predict_at(seen, forget, _anchors(forget), "anchor targets")
                 if self.config.beyond:
-                    concept = self._predict_all(forget, forget.prompts, "concept targets")
+                    concept = self._predict_at(seen, forget, forget.prompts, "concept targets")
                     answers = torch.cat([answers, concept])
-                reference = self._predict_all(retain, retain.prompts, "retain targets")
+                reference = self._predict_at(kept, retain, retain.prompts, "retain targets")
             self._known = self._of_answers(answers, reference)
 
         known, device = self._known, batch.forget.noisy.device
@@ -220,20 +227,24 @@ class Remap:
             known.retain[of_retain].to(device),
         )
 
-    def _predict_all(self, points: LatentSet, prompts: Sequence[str], what: str) -> Tensor:
-        """Predictions at the fixed points of a set, in float32 on the CPU."""
+    def _predict_at(
+        self, places: Tensor, points: LatentSet, prompts: Sequence[str], what: str
+    ) -> Tensor:
+        """Predictions at these of the fixed points of a set, in float32 on the CPU; NaN at the
+        others, which no step may see."""
         model = self.task.model
         generator = torch.Generator()  # nothing is drawn: the points have noise and timesteps
         size = max(AT_ONCE, 2 * self.config.train.batch_size)
 
         def predict(rows: range) -> Tensor:
-            indices = torch.tensor(rows)
+            indices = places[rows.start : rows.stop]
             t, noise = points.draw_noise(indices, model.timesteps, generator)
             seen = noised(model, points.latents[indices], noise, t)
             return self.task.predict(seen, texts_of(prompts, indices)).float().cpu()
 
         # as many for every process: under FSDP each prediction is an effort of all
-        return torch.cat(in_shares(len(points), size, predict, what, "point", pad=True))
+        known = torch.cat(in_shares(len(places), size, predict, what, "point", pad=True))
+        return torch.full_like(points.latents, torch.nan).index_copy(0, places, known)
 
     def _together(self, rows: Rows, prompts: list[str], batch: RemapBatch) -> tuple[Tensor, Tensor]:
         """Predictions for these rows and for the batch's retain rows, in one pass."""

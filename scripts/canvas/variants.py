@@ -19,7 +19,7 @@ DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-text", "salun-twofold", "salun-half", "salun-paper")
 MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
 """what `salun-half` and `salun-paper` were measured with"""
-ON_THE_WAY = {"trajectory": 5, "n_retain": 64, "retain_guidance": 1.0}
+ON_THE_WAY = {"trajectory": 5, "retain_guidance": 1.0}
 """latents of which the states on the way to them are trained on"""
 RATES = {"race": (1e-3, 2e-3), "advunlearn": (5e-4, 2e-3), "stereo": (4e-4, 8e-4)}
 """what was tried beside the rate of their recipes"""
