@@ -119,7 +119,11 @@ def _of_text(text: Variant) -> dict[str, Variant]:
         },
     }
     latents = replace(text.latents, **ON_THE_WAY)
-    return {"salun-text, trajectories": replace(text, latents=latents)} | {
+    far = _with(text, {"beyond_limit": 0.05})
+    return {
+        "salun-text, trajectories": replace(text, latents=latents),
+        "salun-text, trajectories, limit 0.05": replace(far, latents=latents),
+    } | {
         f"salun-text, {name}": _with(text, change) for name, change in changes.items()
     }
 
