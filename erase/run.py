@@ -43,6 +43,8 @@ from erase.training.saliency import check_files
 from erase.training.trackers import check_log
 
 VERSION = "0.1.0"
+UNSAID = LatentConfig()
+"""stands for the method's own"""
 log = logging.getLogger("erase")
 
 
@@ -60,12 +62,14 @@ class EraseConfig:
     seed: int = 0
     """fixes prompts, latents, noise and order: same seed, same machine, same number of threads,
     same delta"""
-    latents: LatentConfig = field(default_factory=LatentConfig)
+    latents: LatentConfig = field(default_factory=lambda: UNSAID)
     load: LoadConfig = field(default_factory=LoadConfig)
 
     def __post_init__(self) -> None:
         if isinstance(self.model, Path):
             self.model = str(self.model)
+        if self.latents is UNSAID:
+            self.latents = replace(get_method(self.method).latents)
         # times a million, and it still seeds a generator
         check_ranges(self, {"seed": (-(2**43), 2**43)})
 
@@ -108,7 +112,7 @@ def erase_concept(
     earlier = after.origin.concepts if after else []
     _check_settings(config, settings, folder, concepts, earlier)
     description = describe(concepts, config, settings, after)
-    defaults = flat(asdict(EraseConfig())) | flat(asdict(method.config))
+    defaults = flat(asdict(EraseConfig(method=config.method))) | flat(asdict(method.config))
     path = folder / FILE if folder else None
     finished = path is not None and exists_on_all(path)
     if folder:

@@ -6,9 +6,10 @@ A name may be a preset: the same function with other defaults.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from erase.latents.config import LatentConfig
 from erase.plugins import Index
 from erase.prompts.errors import ErasureError
 from erase.task import Edit, Task
@@ -26,6 +27,8 @@ class Method(Generic[C]):
     """a dataclass instance with the defaults; its type is this method's alone"""
     edit: Callable[[Task, C], Edit]
     """leaves the task's model as it was found"""
+    latents: LatentConfig = field(default_factory=LatentConfig)
+    """the data that it is given, unless told otherwise"""
 
     def settings(self, given: Any = None) -> Any:
         """The settings to run with: those that are given, or the defaults.

@@ -94,8 +94,8 @@ def erased(job: Job, model: DiffusionModel, out: Path) -> ErasedDelta:
         return delta
 
     specs = [canvas_concept(name) for name in job.concepts]
-    latents, after = LatentConfig(cache=str(out / "latents")), None
-    settings = get_method(job.method).config
+    method, after = get_method(job.method), None
+    settings, latents = method.config, replace(method.latents, cache=str(out / "latents"))
     if job.way == "joint":
         settings, latents = of_many(settings, latents, len(specs))
     elif len(specs) > 1:

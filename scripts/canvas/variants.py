@@ -123,9 +123,7 @@ def _of_text(text: Variant) -> dict[str, Variant]:
     return {
         "salun-text, trajectories": replace(text, latents=latents),
         "salun-text, trajectories, limit 0.05": replace(far, latents=latents),
-    } | {
-        f"salun-text, {name}": _with(text, change) for name, change in changes.items()
-    }
+    } | {f"salun-text, {name}": _with(text, change) for name, change in changes.items()}
 
 
 def _of_esd(esd: Variant) -> dict[str, Variant]:
@@ -239,8 +237,9 @@ def _masks(base: Variant, rules: tuple[str, ...], allocation: str = "global") ->
 
 
 def _preset(name: str, precision: str) -> Variant:
-    latents = MANY if name in ("salun-half", "salun-paper") else LatentConfig()
-    return _at(precision, Variant(name, get_method(name).config, latents))
+    method = get_method(name)
+    latents = MANY if name in ("salun-half", "salun-paper") else method.latents
+    return _at(precision, Variant(name, method.config, latents))
 
 
 @cache
