@@ -107,6 +107,7 @@ def _of_text(text: Variant) -> dict[str, Variant]:
         "confined": {"prox_text": 0.0, "confine": 0.9},
         "half as much": {"prox_text": 1.0},
         "rate 0.001": {"train": replace(text.settings.train, lr=1e-3)},
+        "limit 0.05": {"beyond_limit": 0.05},
         "one row": {"prox_text": 4.0, "train": replace(text.settings.train, batch_size=1)},
         **{
             f"{100 * density:g} %{kind}": {
@@ -118,12 +119,17 @@ def _of_text(text: Variant) -> dict[str, Variant]:
             for kind, rule in (("", "benefit"), (", matched-random", "matched-random"))
         },
     }
-    latents = replace(text.latents, **ON_THE_WAY)
-    far = _with(text, {"beyond_limit": 0.05})
-    return {
-        "salun-text, trajectories": replace(text, latents=latents),
-        "salun-text, trajectories, limit 0.05": replace(far, latents=latents),
-    } | {f"salun-text, {name}": _with(text, change) for name, change in changes.items()}
+    latents: dict[str, dict[str, Any]] = {
+        "trajectories": ON_THE_WAY,
+        "retained without guidance": {"retain_guidance": 1.0},
+        "64 retained without guidance": {"retain_guidance": 1.0, "n_retain": 64},
+    }
+    found = {name: _with(text, change) for name, change in changes.items()}
+    found |= {
+        name: replace(text, latents=replace(text.latents, **change))
+        for name, change in latents.items()
+    }
+    return {f"salun-text, {name}": variant for name, variant in found.items()}
 
 
 def _of_esd(esd: Variant) -> dict[str, Variant]:
