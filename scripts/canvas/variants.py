@@ -122,7 +122,7 @@ def _of_text(text: Variant) -> dict[str, Variant]:
     latents: dict[str, dict[str, Any]] = {
         "trajectories": ON_THE_WAY,
         "retained without guidance": {"retain_guidance": 1.0},
-        "64 retained without guidance": {"retain_guidance": 1.0, "n_retain": 64},
+        "64 retained": {"n_retain": 64},
     }
     found = {name: _with(text, change) for name, change in changes.items()}
     found |= {
