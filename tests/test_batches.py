@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from erase.attacks.relearning import relearn
 from erase.latents.config import LatentConfig
@@ -19,6 +20,7 @@ from erase.prompts.errors import ErasureError
 from erase.task import Task
 from erase.training.config import TrainConfig, TunedConfig
 from erase.training.shares import cut
+from erase.training.trainable import Trainable
 
 PLAIN = RemapConfig(
     retain_dropout=0.5, share_latents=False, train=TrainConfig(steps=3, batch_size=8, lr=1e-3)
@@ -223,6 +225,35 @@ def test_the_anchor_is_held_to_the_base_on_the_forget_rows(pico, points, beyond)
     assert expected > 1e-4
     torch.testing.assert_close(found["forget"], without["forget"])
     torch.testing.assert_close(found["retain"], without["retain"] + 3.0 * 0.5 * expected)
+
+
+@pytest.mark.parametrize("points", [0, 2])
+@pytest.mark.parametrize("change", [{}, {"anchor_from": "current"}, {"retain_target": "noise"}])
+def test_without_weight_no_retained_image_is_drawn_or_seen(pico, points, change, monkeypatch):
+    task = Task(pico, [canvas_concept("heart")], replace(POINTS, trajectory=points))
+    monkeypatch.setattr(task, "retain", None)
+    config = replace(PLAIN, alpha=0.0, share_latents=True, **change)
+    remap, rows = Remap(task, config), []
+    predict = task.predict
+    monkeypatch.setattr(
+        task, "predict", lambda seen, texts: (rows.append(len(seen)), predict(seen, texts))[1]
+    )
+    batch = cut(remap.batches(0), 1, 2, Accelerator(cpu=True))  # four of its eight rows
+    trained = Trainable(pico.parameters("unet"))
+    with torch.no_grad():
+        terms = remap.loss(batch, trained.base)
+        anchors = [remap.forget_set.anchors[row] for row in batch.forget_rows]
+        prompts = [remap.forget_set.prompts[row] for row in batch.forget_rows]
+        apart = (predict(batch.forget, prompts) - predict(batch.forget, anchors)).square().mean()
+    assert list(terms) == ["forget"]
+    torch.testing.assert_close(terms["forget"], apart)
+    # the base beforehand, of points; else with the step; and what is trained
+    assert rows == ([8, 4] if points and not change else [4, 4])
+
+
+def test_a_multiple_of_no_weight_is_refused() -> None:
+    with pytest.raises(ErasureError, match="hold 1 is a multiple of alpha, which is 0"):
+        RemapConfig(alpha=0.0, hold=1.0)
 
 
 @pytest.mark.parametrize("name", ["beyond", "hold"])

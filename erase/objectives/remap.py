@@ -31,7 +31,8 @@ class RemapConfig(TunedConfig):
     """Settings of training by the remap objective."""
 
     alpha: float = 1.0
-    """weight of the retain loss"""
+    """weight of the retain loss; 0: no retained image is drawn or seen (prox_text can hold retained
+    prompts without)"""
     anchor_from: str = "frozen"
     """weights that predict the anchor target: frozen (the base) or current (the reference)"""
     retain_target: str = "frozen"
@@ -72,6 +73,11 @@ class RemapConfig(TunedConfig):
                     f"{name} {getattr(self, name):g} asks the base about the anchor, and "
                     f"anchor_from {self.anchor_from} does not ask the base; set anchor_from frozen"
                 )
+        if self.hold and not self.alpha:
+            raise ErasureError(
+                f"hold {self.hold:g} is a multiple of alpha, which is 0; raise alpha, or leave "
+                "hold out"
+            )
         check_ranges(
             self,
             {
@@ -112,16 +118,18 @@ class _Targets:
 
 class Remap:
     """Batches and loss of one erasure by this objective: `remap + alpha * (retain + hold *
-    anchor)`."""
+    anchor)`; at alpha 0 batches have no retain rows."""
 
     def __init__(self, task: Task, config: RemapConfig) -> None:
         self.task, self.config = task, config
-        if not any(concept.retain for concept in task.concepts):
+        if config.alpha and not any(concept.retain for concept in task.concepts):
             # refused, unless images bring prompts, before the forget latents are sampled
             task.retain(config.noise_power)
         self.forget_set = task.forget(config.anchor_latents, config.noise_power)
-        retain = task.retain(config.noise_power)
-        self.retain_set = _some_dropped(retain, config.retain_dropout, task.seed)
+        self.retain_set = self.forget_set.at(torch.empty(0, dtype=torch.long))
+        if config.alpha:
+            retain = task.retain(config.noise_power)
+            self.retain_set = _some_dropped(retain, config.retain_dropout, task.seed)
         self._known: _Targets | None = None
 
     def batches(self, step: int) -> RemapBatch:
@@ -141,11 +149,11 @@ class Remap:
     def _rows(self, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Which forget and which retain rows `count` steps see."""
         size, seed = self.config.train.batch_size, self.task.seed
-        forget, retain = len(self.forget_set), len(self.retain_set)
-        return (
-            epoch_rows(forget, step * size, count * size, seed, self.config.shuffle),
-            epoch_rows(retain, step * size, count * size, seed + 1),
-        )
+        start, count = step * size, count * size
+        forget = epoch_rows(len(self.forget_set), start, count, seed, self.config.shuffle)
+        if not self.config.alpha:
+            return forget, torch.empty(0, dtype=torch.long)
+        return forget, epoch_rows(len(self.retain_set), start, count, seed + 1)
 
     def loss(self, batch: RemapBatch, base: Base) -> dict[str, Tensor]:
         """Forget and retain rows go through the denoiser together; so do the teacher's."""
@@ -157,10 +165,13 @@ class Remap:
             prompts += texts_of(_anchors(self.forget_set), batch.forget_rows)
 
         answers, retained = self._together(rows, prompts, batch)
+        forgot = remap(answers[:count], targets.forget)
+        if not config.alpha:
+            return {"forget": forgot}
         kept = denoising(retained, targets.retain)
         if config.hold:
             kept = kept + config.hold * denoising(answers[count:], targets.anchor)
-        return {"forget": remap(answers[:count], targets.forget), "retain": config.alpha * kept}
+        return {"forget": forgot, "retain": config.alpha * kept}
 
     def _targets(self, batch: RemapBatch, base: Base) -> _Targets:
         """Each by the frozen base or not, as configured."""
@@ -174,7 +185,7 @@ class Remap:
 
         with torch.no_grad(), base() if config.anchor_from == "frozen" else nullcontext():
             answers = self.task.predict(*self._asked(batch))
-        if config.retain_target == "noise":
+        if config.retain_target == "noise" or not config.alpha:
             return self._of_answers(answers, batch.retain.target)
         with base():
             prompts = texts_of(self.retain_set.prompts, batch.retain_rows)
@@ -242,9 +253,12 @@ class Remap:
             seen = noised(model, points.latents[indices], noise, t)
             return self.task.predict(seen, texts_of(prompts, indices)).float().cpu()
 
+        known = torch.full_like(points.latents, torch.nan)
+        if not len(places):
+            return known
         # as many for every process: under FSDP each prediction is an effort of all
-        known = torch.cat(in_shares(len(places), size, predict, what, "point", pad=True))
-        return torch.full_like(points.latents, torch.nan).index_copy(0, places, known)
+        answers = in_shares(len(places), size, predict, what, "point", pad=True)
+        return known.index_copy_(0, places, torch.cat(answers))
 
     def _together(self, rows: Rows, prompts: list[str], batch: RemapBatch) -> tuple[Tensor, Tensor]:
         """Predictions for these rows and for the batch's retain rows, in one pass."""
