@@ -10,14 +10,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from erase.methods import Method
-from erase.objectives.closed_form import StatesConfig, unified_edit
 from erase.objectives.remap import RemapConfig, trained
-from erase.prompts.errors import check_names
 from erase.task import Edit, Task
 from erase.training.config import MaskConfig, TrainConfig
 
 PAPER = "https://arxiv.org/abs/2310.12508"
-STARTS = ("base", "uce")
 _no_mask = partial(MaskConfig, density=1.0)
 _small_steps = partial(TrainConfig, steps=144, lr=1e-3, schedule="linear", warmup=8, batch_size=2)
 _large_batches = partial(TrainConfig, batch_size=8)
@@ -42,16 +39,9 @@ class SalUnTextConfig(SalUnConfig):
     No mask; steps are three times as long, and no gradients are collected before the first."""
 
     scope: str = "text_in"
-    start: str = "base"
-    """where training begins: base, or uce (the weights that UCE's closed form gives, in seconds, of
-    what is given the text states)"""
     prox_text: float = 2.0
     mask: MaskConfig = field(default_factory=_no_mask)
     train: TrainConfig = field(default_factory=partial(_small_steps, lr=3e-3))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_names(self, {"start": STARTS})
 
 
 @dataclass
@@ -100,15 +90,9 @@ def edit(task: Task, config: RemapConfig) -> Edit:
     return trained(task, config)
 
 
-def edit_text(task: Task, config: SalUnTextConfig) -> Edit:
-    """Erase the task's concepts, from the base or from a closed form on."""
-    start = unified_edit(task, StatesConfig(config.scope)) if config.start == "uce" else None
-    return trained(task, config, start)
-
-
 METHODS = {
     "salun": Method("salun", PAPER, SalUnConfig(), edit),
-    "salun-text": Method("salun-text", PAPER, SalUnTextConfig(), edit_text),
+    "salun-text": Method("salun-text", PAPER, SalUnTextConfig(), edit),
     "salun-twofold": Method("salun-twofold", PAPER, SalUnTwofoldConfig(), edit),
     "salun-half": Method("salun-half", PAPER, SalUnHalfConfig(), edit),
     "salun-soft": Method("salun-soft", PAPER, SalUnSoftConfig(), edit),

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from math import inf
 
 from erase.methods import Method
-from erase.objectives.closed_form import RIDGE, StatesConfig, unified_edit
+from erase.objectives.closed_form import StatesConfig, condensed, projections, ridge_edit
 from erase.prompts.errors import check_ranges
 from erase.task import Edit, Task
+from erase.tensors import exact
 
 
 @dataclass
@@ -21,7 +22,7 @@ class UCEConfig(StatesConfig):
     """weight of the concept's states"""
     retain_scale: float = 1.0
     """weight of the retained prompts' states"""
-    ridge: float = RIDGE
+    ridge: float = 0.5
     """weight of staying near the base (the paper's lambda)"""
 
     def __post_init__(self) -> None:
@@ -31,7 +32,13 @@ class UCEConfig(StatesConfig):
 
 def edit(task: Task, config: UCEConfig) -> Edit:
     """Solve for each projection (eq. 7)."""
-    return Edit(unified_edit(task, config, config.erase_scale, config.retain_scale, config.ridge))
+    scale, values = config.erase_scale**0.5, {}
+    for group in projections(task, config):
+        keep = config.retain_scale**0.5 * condensed(group.retained)
+        for name, weight in group.weights.items():
+            outputs = scale * group.anchors @ exact(weight).T
+            values[name] = ridge_edit(weight, scale * group.concepts, outputs, keep, config.ridge)
+    return Edit(values)
 
 
 METHODS = {"uce": Method("uce", "https://arxiv.org/abs/2308.14761", UCEConfig(), edit)}

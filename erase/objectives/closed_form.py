@@ -14,9 +14,6 @@ from erase.prompts.errors import ErasureError
 from erase.task import Task
 from erase.tensors import exact
 
-RIDGE = 0.5
-"""weight of staying near the base, lambda of UCE's paper"""
-
 
 @dataclass
 class StatesConfig:
@@ -52,38 +49,6 @@ def ridge_edit(
     gram = c.T @ c + p.T @ p + ridge * torch.eye(c.shape[1], dtype=c.dtype, device=c.device)
     error = (v - c @ old.T).T @ c
     return (old + torch.linalg.solve(gram, error, left=False)).to(weight)
-
-
-def unified_edit(
-    task: Task,
-    config: StatesConfig,
-    erase_scale: float = 1.0,
-    retain_scale: float = 1.0,
-    ridge: float = RIDGE,
-) -> dict[str, Tensor]:
-    """The projections that make of the concepts' states what they made of their anchors', each
-    solved for by `ridge_edit` (UCE, eq. 7).
-
-    Args:
-        task: concepts, anchors, and the prompts that are retained.
-        config: which states, and where.
-        erase_scale: weight of the concepts' states.
-        retain_scale: weight of the retained prompts' states.
-        ridge: weight of staying near the base.
-
-    Returns:
-        Parameter name -> new value.
-
-    Raises:
-        ErasureError: a scope with other weights, or no retained prompts.
-    """
-    scale, values = erase_scale**0.5, {}
-    for group in projections(task, config):
-        keep = retain_scale**0.5 * condensed(group.retained)
-        for name, weight in group.weights.items():
-            outputs = scale * group.anchors @ exact(weight).T
-            values[name] = ridge_edit(weight, scale * group.concepts, outputs, keep, ridge)
-    return values
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ theirs (SalUn, Fan et al., ICLR 2024, eq. 6)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -267,10 +267,10 @@ class Remap:
         return both[: len(rows)], both[len(rows) :]
 
 
-def trained(task: Task, config: RemapConfig, start: Mapping[str, Tensor] | None = None) -> Edit:
-    """Fine-tune by this objective and nothing else; `start` as in `fine_tune`."""
+def trained(task: Task, config: RemapConfig) -> Edit:
+    """Fine-tune by this objective and nothing else."""
     remap = Remap(task, config)
-    return fine_tune(task, remap.loss, remap.batches, config, start=start)
+    return fine_tune(task, remap.loss, remap.batches, config)
 
 
 def _anchors(forget: LatentSet) -> tuple[str, ...]:

@@ -109,13 +109,6 @@ def _of_text(text: Variant) -> dict[str, Variant]:
         "rate 0.001": {"train": replace(text.settings.train, lr=1e-3)},
         "limit 0.05": {"beyond_limit": 0.05},
         **{
-            f"from uce, {steps} x {lr:g}": {
-                "start": "uce",
-                "train": replace(text.settings.train, steps=steps, lr=lr),
-            }
-            for steps, lr in ((48, 1e-3), (48, 3e-3))
-        },
-        **{
             f"no retained image, {weight} x": {"alpha": 0.0, "prox_text": float(weight)}
             for weight in (10, 20, 30)
         },
