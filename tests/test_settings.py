@@ -17,6 +17,7 @@ from erase.prompts.canvas import canvas_concept
 from erase.prompts.errors import ErasureError, check_ranges
 from erase.run import EraseConfig, erase_concept
 from erase.scripts import run_erase
+from erase.scripts.cli import build, parse
 from erase.training.checkpoint import Checkpoint
 from erase.training.config import MaskConfig, TrainConfig, TunedConfig
 from erase.training.loop import fit, make_accelerator
@@ -133,6 +134,18 @@ def test_a_method_s_settings_given_as_the_erasure_s_are_refused(model):
 def test_every_method_has_settings_of_a_type_of_its_own():
     kinds = [type(get_method(name).config) for name in METHODS]
     assert len(set(kinds)) == len(kinds)
+
+
+def test_latents_that_nobody_asks_for_are_the_method_s():
+    """In Python and on the command line, where one option changes one of them."""
+    own, usual = get_method("salun-half").latents, LatentConfig()
+    assert own != usual == EraseConfig().latents
+    assert EraseConfig(method="salun-half").latents == own
+    assert EraseConfig(method="salun-half", latents=usual).latents == usual
+    EraseConfig(method="salun-half").latents.steps = 1
+    assert EraseConfig(method="salun-half").latents == own  # each has its own copy
+    options = parse(run_erase.make_parser("salun-half"), ["--latents.n_forget", "5"])
+    assert build(EraseConfig, options).latents == replace(own, n_forget=5)
 
 
 def test_one_setting_of_a_preset_can_be_changed_on_the_command_line(monkeypatch, tmp_path):

@@ -9,12 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
+from erase.latents.config import LatentConfig
 from erase.methods import Method
 from erase.objectives.remap import RemapConfig, trained
 from erase.task import Edit, Task
 from erase.training.config import MaskConfig, TrainConfig
 
 PAPER = "https://arxiv.org/abs/2310.12508"
+MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
+"""latents that suit hundreds of steps of eight rows"""
 _no_mask = partial(MaskConfig, density=1.0)
 _small_steps = partial(TrainConfig, steps=144, lr=1e-3, schedule="linear", warmup=8, batch_size=2)
 _large_batches = partial(TrainConfig, batch_size=8)
@@ -94,7 +97,7 @@ METHODS = {
     "salun": Method("salun", PAPER, SalUnConfig(), edit),
     "salun-text": Method("salun-text", PAPER, SalUnTextConfig(), edit),
     "salun-twofold": Method("salun-twofold", PAPER, SalUnTwofoldConfig(), edit),
-    "salun-half": Method("salun-half", PAPER, SalUnHalfConfig(), edit),
+    "salun-half": Method("salun-half", PAPER, SalUnHalfConfig(), edit, MANY),
     "salun-soft": Method("salun-soft", PAPER, SalUnSoftConfig(), edit),
-    "salun-paper": Method("salun-paper", PAPER, SalUnPaperConfig(), edit),
+    "salun-paper": Method("salun-paper", PAPER, SalUnPaperConfig(), edit, MANY),
 }

@@ -17,8 +17,6 @@ from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-text", "salun-twofold", "salun-half", "salun-paper")
-MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
-"""what `salun-half` and `salun-paper` were measured with"""
 ON_THE_WAY = {"trajectory": 5, "retain_guidance": 1.0}
 """latents of which the states on the way to them are trained on"""
 RATES = {"race": (1e-3, 2e-3), "advunlearn": (5e-4, 2e-3), "stereo": (4e-4, 8e-4)}
@@ -248,8 +246,7 @@ def _masks(base: Variant, rules: tuple[str, ...], allocation: str = "global") ->
 
 def _preset(name: str, precision: str) -> Variant:
     method = get_method(name)
-    latents = MANY if name in ("salun-half", "salun-paper") else method.latents
-    return _at(precision, Variant(name, method.config, latents))
+    return _at(precision, Variant(name, method.config, method.latents))
 
 
 @cache
