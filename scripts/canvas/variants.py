@@ -105,10 +105,9 @@ def _of_text(text: Variant) -> dict[str, Variant]:
         "confined": {"prox_text": 0.0, "confine": 0.9},
         "half as much": {"prox_text": 1.0},
         "rate 0.001": {"train": replace(text.settings.train, lr=1e-3)},
-        "limit 0.05": {"beyond_limit": 0.05},
         **{
             f"no retained image, {weight} x": {"alpha": 0.0, "prox_text": float(weight)}
-            for weight in (10, 20, 30)
+            for weight in (20, 50)
         },
         "one row": {"prox_text": 4.0, "train": replace(text.settings.train, batch_size=1)},
         **{
