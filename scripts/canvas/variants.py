@@ -104,6 +104,7 @@ def _of_text(text: Variant) -> dict[str, Variant]:
         "not drawn back": {"prox_text": 0.0},
         "confined": {"prox_text": 0.0, "confine": 0.9},
         "half as much": {"prox_text": 1.0},
+        "limit 0.05": {"beyond_limit": 0.05, "alpha": 10.0},
         "rate 0.001": {"train": replace(text.settings.train, lr=1e-3)},
         **{
             f"no retained image, {weight} x": {"alpha": 0.0, "prox_text": float(weight)}
