@@ -7,12 +7,16 @@ import pytest
 import torch
 
 from erase.attacks import RESTART
-from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token, predict_behind
+from erase.attacks.pseudo_token import (
+    PseudoTokenConfig,
+    find_each,
+    find_pseudo_token,
+    predict_behind,
+)
 from erase.attacks.relearning import changed_to
 from erase.latents.latent_set import Given, LatentSet
 from erase.mask import SaliencyMask
 from erase.methods import get_method
-from erase.methods.stereo import found_again
 from erase.models import wrap
 from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import ErasureError
@@ -167,7 +171,7 @@ def attacked(monkeypatch):
         attacks.append((weights, found))
         return found
 
-    monkeypatch.setattr("erase.methods.stereo.find_pseudo_token", keep)
+    monkeypatch.setattr("erase.attacks.pseudo_token.find_pseudo_token", keep)
     return attacks
 
 
@@ -206,8 +210,8 @@ def test_each_of_several_concepts_is_sought_in_its_own_images(make_pico_pipeline
         sought.append((latents, find_pseudo_token(task, latents, config, restart)))
         return sought[-1][1]
 
-    monkeypatch.setattr("erase.methods.stereo.find_pseudo_token", keep)
-    ask = found_again(task, SMALL.attack, restart=-1)
+    monkeypatch.setattr("erase.attacks.pseudo_token.find_pseudo_token", keep)
+    ask = find_each(task, SMALL.attack, restart=-1)
     assert [latents.prompts for latents, _ in sought] == [prompts[::3], prompts[1:3]]
     assert torch.equal(sought[1][0].latents, points.latents[1:3])
     assert sought[1][0].anchors == anchors[1:3]

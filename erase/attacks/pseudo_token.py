@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from erase.prompts.concepts import ConceptSpec
 from erase.prompts.errors import COUNT, POSITIVE, check_ranges
 from erase.prompts.names import Names
 from erase.task import Task
-from erase.training.batches import row_batches
+from erase.training.batches import row_batches, rows_naming
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,31 @@ def predict_behind(
     unnamed = [*map(nameless(task.concepts), prompts)]
     cond = task.cond(unnamed, found).to(rows.noisy.device)  # from an encoder that waits elsewhere
     return task.model.predict(rows.noisy, rows.t, cond)
+
+
+def find_each(
+    task: Task, config: PseudoTokenConfig, restart: int
+) -> Callable[[Rows, list[str]], Tensor]:
+    """A function of rows and prompts that predicts behind what is found now (`predict_behind`):
+    each concept is sought by itself, on the images whose prompts name it, and a prompt is asked
+    behind what speaks for the concept that it names (the first, where it names none)."""
+    forget = task.forget()
+    owner = {name: i for i, concept in enumerate(task.concepts) for name in concept.names}
+    named, parts = Names(owner), [forget]
+    if len(task.concepts) > 1:
+        every = torch.arange(len(forget))
+        parts = [forget.at(rows_naming(forget, concept, every)) for concept in task.concepts]
+    found = [find_pseudo_token(task, part, config, restart) for part in parts]
+
+    def behind(prompt: str) -> dict[str, Tensor]:
+        return found[next((owner[name] for name in named.found(prompt)), 0)]
+
+    def ask(rows: Rows, prompts: list[str]) -> Tensor:
+        each = [*map(behind, prompts)]
+        prefix = {name: torch.stack([*map(itemgetter(name), each)]) for name in each[0]}
+        return predict_behind(task, rows, prompts, prefix)
+
+    return ask
 
 
 def nameless(concepts: tuple[ConceptSpec, ...], word: str = "") -> Callable[[str], str]:

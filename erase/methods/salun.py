@@ -16,11 +16,11 @@ from erase.task import Edit, Task
 from erase.training.config import MaskConfig, TrainConfig
 
 PAPER = "https://arxiv.org/abs/2310.12508"
-MANY = LatentConfig(n_forget=96, n_retain=192, steps=10)
-"""latents that suit hundreds of steps of eight rows"""
 _no_mask = partial(MaskConfig, density=1.0)
 _small_steps = partial(TrainConfig, steps=144, lr=1e-3, schedule="linear", warmup=8, batch_size=2)
 _large_batches = partial(TrainConfig, batch_size=8)
+_many_steps = partial(_large_batches, steps=300, lr=4e-4, schedule="linear")
+_many_latents = LatentConfig(n_forget=96, n_retain=192, steps=10)
 
 
 @dataclass
@@ -38,8 +38,7 @@ class SalUnConfig(RemapConfig):
 
 @dataclass
 class SalUnTextConfig(SalUnConfig):
-    """What is given the text states (keys and values), drawn back as retained prompts notice.
-    No mask; steps are three times as long, and no gradients are collected before the first."""
+    """What is given the text states, drawn back as retained prompts notice; no mask, long steps."""
 
     scope: str = "text_in"
     prox_text: float = 2.0
@@ -61,9 +60,7 @@ class SalUnHalfConfig(RemapConfig):
     """The paper's mask, half of the weights, under our objective: to the anchor and no further."""
 
     mask: MaskConfig = field(default_factory=MaskConfig)
-    train: TrainConfig = field(
-        default_factory=partial(_large_batches, steps=300, lr=4e-4, schedule="linear")
-    )
+    train: TrainConfig = field(default_factory=_many_steps)
 
 
 @dataclass
@@ -97,7 +94,7 @@ METHODS = {
     "salun": Method("salun", PAPER, SalUnConfig(), edit),
     "salun-text": Method("salun-text", PAPER, SalUnTextConfig(), edit),
     "salun-twofold": Method("salun-twofold", PAPER, SalUnTwofoldConfig(), edit),
-    "salun-half": Method("salun-half", PAPER, SalUnHalfConfig(), edit, MANY),
+    "salun-half": Method("salun-half", PAPER, SalUnHalfConfig(), edit, _many_latents),
     "salun-soft": Method("salun-soft", PAPER, SalUnSoftConfig(), edit),
-    "salun-paper": Method("salun-paper", PAPER, SalUnPaperConfig(), edit, MANY),
+    "salun-paper": Method("salun-paper", PAPER, SalUnPaperConfig(), edit, _many_latents),
 }

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from erase.attacks.pseudo_token import PseudoTokenConfig, find_pseudo_token, predict_behind
+from erase.attacks.pseudo_token import PseudoTokenConfig, find_each
 from erase.attacks.relearning import changed_to
-from erase.latents.batches import Rows
 from erase.losses import denoising
 from erase.mask import SaliencyMask
 from erase.methods import Method
 from erase.objectives.negative_guidance import Ask, AwayConfig, away, away_loss, forget_set
 from erase.prompts.errors import COUNT, POSITIVE, check_ranges
-from erase.prompts.names import Names
 from erase.task import Edit, Task
-from erase.training.batches import PromptedRows, row_batches, rows_naming
+from erase.training.batches import PromptedRows, row_batches
 from erase.training.config import MOST_STEPS, TrainConfig
 from erase.training.fine_tune import fine_tune
 from erase.training.loop import Batches
@@ -69,31 +66,8 @@ def search(
         with changed_to(task.model, values):
             values = fine_tune(task, loss, batches, quick, mask=mask, part=part).values
         with changed_to(task.model, values):
-            asks.append(found_again(task, config.attack, restart=-1 - i))
+            asks.append(find_each(task, config.attack, restart=-1 - i))
     return asks
-
-
-def found_again(task: Task, config: PseudoTokenConfig, restart: int) -> Ask:
-    """How the concepts are asked for behind what is found now: each is sought by itself, on the
-    images whose prompts name it, and a prompt is asked behind what speaks for the concept that it
-    names (the first, where it names none)."""
-    forget = task.forget()
-    owner = {name: i for i, concept in enumerate(task.concepts) for name in concept.names}
-    named, parts = Names(owner), [forget]
-    if len(task.concepts) > 1:
-        every = torch.arange(len(forget))
-        parts = [forget.at(rows_naming(forget, concept, every)) for concept in task.concepts]
-    found = [find_pseudo_token(task, part, config, restart) for part in parts]
-
-    def behind(prompt: str) -> dict[str, Tensor]:
-        return found[next((owner[name] for name in named.found(prompt)), 0)]
-
-    def ask(rows: Rows, prompts: list[str]) -> Tensor:
-        each = [*map(behind, prompts)]
-        prefix = {name: torch.stack([*map(itemgetter(name), each)]) for name in each[0]}
-        return predict_behind(task, rows, prompts, prefix)
-
-    return ask
 
 
 def edit(task: Task, config: STEREOConfig) -> Edit:
