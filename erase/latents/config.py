@@ -65,8 +65,8 @@ class LatentConfig:
                     f"latents.{name} is empty; name a folder, or leave it out to {otherwise}"
                 )
         counts = dict.fromkeys(("n_forget", "n_retain", "steps", "batch_size"), COUNT)
-        check_ranges(self, {**counts, "trajectory": (0, inf), "guidance": FINITE}, "latents")
-        check_ranges(self, {"retain_guidance": FINITE}, "latents")
+        guidances = dict.fromkeys(("guidance", "retain_guidance"), FINITE)
+        check_ranges(self, {**counts, "trajectory": (0, inf), **guidances}, "latents")
         check_ranges(self, {"earlier": BELOW_ONE}, "latents")
 
     @property

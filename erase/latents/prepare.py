@@ -74,7 +74,7 @@ class Plan:
         if self.config.retain_images or any(concept.retain for concept in self.concepts):
             _ = self._retain_rows  # what cannot be taken is refused before anything is sampled
         prompts, anchors = (tuple(column) for column in zip(*pairs, strict=True))
-        return self._made(self.config, "forget", prompts, anchors, own, images, power)
+        return self._made(self.config, "forget", prompts, anchors, own, images, self._first, power)
 
     def retain(self, power: float = 1.0) -> LatentSet:
         """Retain latents.
@@ -87,10 +87,10 @@ class Plan:
                 cannot be taken.
         """
         prompts, images = self._retain_rows
-        config = self.config
+        config, seed = self.config, self._first + 500_000
         if config.retain_guidance is not None:
             config = replace(config, guidance=config.retain_guidance)
-        return self._made(config, "retain", tuple(prompts), None, None, images, power)
+        return self._made(config, "retain", tuple(prompts), None, None, images, seed, power)
 
     @property
     def _first(self) -> int:
@@ -129,12 +129,12 @@ class Plan:
         anchors: tuple[str, ...] | None,
         own: int | None,
         images: list[OwnImage],
+        seed: int,
         power: float,
     ) -> LatentSet:
         # no more than there are noise levels
         check_ranges(self.config, {"steps": (1, self.model.timesteps)}, "latents")
         files = [image.path for image in images]
-        seed = self._first + (500_000 if what == "retain" else 0)
         return _cached(
             self.model, config, self.cache, what, prompts, anchors, own, files, seed, power
         )

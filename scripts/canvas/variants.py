@@ -17,8 +17,11 @@ from erase.training.config import ALLOCATIONS, CONTROLS, RULES, TunedConfig
 
 DENSITIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.5)
 PRESETS = ("salun", "salun-text", "salun-twofold", "salun-half", "salun-paper")
-ON_THE_WAY = {"trajectory": 5, "retain_guidance": 1.0}
-"""latents of which the states on the way to them are trained on"""
+DRAWN: dict[str, dict[str, Any]] = {
+    "trajectories": {"trajectory": 5, "retain_guidance": 1.0},
+    "retained without guidance": {"retain_guidance": 1.0},
+}
+"""latents that are sooner drawn than the presets'"""
 RATES = {"race": (1e-3, 2e-3), "advunlearn": (5e-4, 2e-3), "stereo": (4e-4, 8e-4)}
 """what was tried beside the rate of their recipes"""
 
@@ -80,13 +83,10 @@ def _of_default(ours: Variant) -> dict[str, dict[str, Variant]]:
     whole: dict[str, Any] = {"scope": "xattn_kv", "mask.density": 1.0}
     texts = {"": whole, ", confined": whole | {"confine": 0.9}}
     even = replace(ours.latents, pick="even")
-    points = {"trajectories": ON_THE_WAY, "retained without guidance": {"retain_guidance": 1.0}}
+    drawn = _from_latents(replace(ours, shares=False), DRAWN)
     return {
         "prompts": {"salun, even prompts": replace(ours, latents=even, shares=False)},
-        "points": {
-            f"salun, {name}": replace(ours, latents=replace(ours.latents, **change), shares=False)
-            for name, change in points.items()
-        },
+        "latents": {f"salun, {name}": variant for name, variant in drawn.items()},
         "hold": {"salun, hold": replace(_with(ours, {"hold": 1.0}), shares=False)},
         "masks": {f"salun, {name}": _with(ours, change) for name, change in masks.items()},
         "keys and values": {
@@ -121,17 +121,17 @@ def _of_text(text: Variant) -> dict[str, Variant]:
             for kind, rule in (("", "benefit"), (", matched-random", "matched-random"))
         },
     }
-    latents: dict[str, dict[str, Any]] = {
-        "trajectories": ON_THE_WAY,
-        "retained without guidance": {"retain_guidance": 1.0},
-        "64 retained": {"n_retain": 64},
-    }
     found = {name: _with(text, change) for name, change in changes.items()}
-    found |= {
-        name: replace(text, latents=replace(text.latents, **change))
-        for name, change in latents.items()
-    }
+    found |= _from_latents(text, DRAWN | {"64 retained": {"n_retain": 64}})
     return {f"salun-text, {name}": variant for name, variant in found.items()}
+
+
+def _from_latents(ours: Variant, changes: dict[str, dict[str, Any]]) -> dict[str, Variant]:
+    """Name -> the variant from latents that differ in this."""
+    return {
+        name: replace(ours, latents=replace(ours.latents, **change))
+        for name, change in changes.items()
+    }
 
 
 def _of_esd(esd: Variant) -> dict[str, Variant]:
